@@ -1,0 +1,112 @@
+"""Evaluators: frozen features and labels in, (name, value) pairs out.
+
+An evaluator is a class with a ``name``, a dataclass of its own arguments, and a ``__call__`` (see
+:class:`Evaluator`). To add one: write it, give :class:`EvaluationConfig` a field of its name, and list it in
+``_CLASSES``. Nothing here knows how the features were trained. scikit-learn is imported only where an
+evaluator runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from .base import Evaluator, FeatureSet, FeatureSplits, Level, Result
+from .bootstrap import BootstrapConfig
+from .coarse_to_fine import CoarseToFine, CoarseToFineConfig
+from .geometry import Geometry, GeometryConfig
+from .knn import KNN, KNNConfig
+from .linear_probe import LinearProbe, LinearProbeConfig, ProbeConfig
+from .projection import ProjectionConfig, project
+from .separation import Separation, SeparationConfig
+
+__all__ = [
+    "KNN",
+    "BootstrapConfig",
+    "CoarseToFine",
+    "CoarseToFineConfig",
+    "EvaluationConfig",
+    "Evaluator",
+    "FeatureSet",
+    "FeatureSplits",
+    "Geometry",
+    "GeometryConfig",
+    "KNNConfig",
+    "Level",
+    "LinearProbe",
+    "LinearProbeConfig",
+    "ProbeConfig",
+    "ProjectionConfig",
+    "Result",
+    "Separation",
+    "SeparationConfig",
+    "available",
+    "build_evaluators",
+    "project",
+    "run_evaluators",
+    "unit_of",
+]
+
+_CLASSES: Mapping[str, type[Evaluator]] = {
+    cls.name: cls for cls in (CoarseToFine, LinearProbe, KNN, Geometry, Separation)
+}
+
+
+@dataclass
+class EvaluationConfig:
+    """Which evaluators judge the frozen features, and with what arguments.
+
+    Args:
+        evaluators: names, run in this order; any of coarse_to_fine, linear_probe, knn, geometry, separation.
+        coarse_to_fine: arguments of the coarse-to-fine transfer.
+        linear_probe: arguments of the linear probe on one level of labels.
+        knn: arguments of the weighted k-nearest neighbours.
+        geometry: arguments of spread, distances and collapse.
+        separation: arguments of the nearest same-class and other-class cosines.
+        projection: the two-dimensional picture.
+        batch_size: images the encoder takes at once when features are extracted.
+        progress: bars for what takes seconds.
+    """
+
+    evaluators: list[str] = field(default_factory=lambda: ["coarse_to_fine", "knn", "geometry", "separation"])
+    coarse_to_fine: CoarseToFineConfig = field(default_factory=CoarseToFineConfig)
+    linear_probe: LinearProbeConfig = field(default_factory=LinearProbeConfig)
+    knn: KNNConfig = field(default_factory=KNNConfig)
+    geometry: GeometryConfig = field(default_factory=GeometryConfig)
+    separation: SeparationConfig = field(default_factory=SeparationConfig)
+    projection: ProjectionConfig = field(default_factory=ProjectionConfig)
+    batch_size: int = 256
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.evaluators or len(set(self.evaluators)) != len(self.evaluators):
+            raise ValueError(f"evaluators must name one or more evaluators, each once, got {self.evaluators}")
+        unknown = [name for name in self.evaluators if name not in _CLASSES]
+        if unknown:
+            raise ValueError(f"evaluators must be among {available()}, got {unknown}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+
+
+def available() -> list[str]:
+    """Names that ``EvaluationConfig.evaluators`` may hold."""
+    return sorted(_CLASSES)
+
+
+def build_evaluators(config: EvaluationConfig) -> list[Evaluator]:
+    """The evaluators that ``config`` names, in its order, each with its own arguments."""
+    return [_CLASSES[name](getattr(config, name)) for name in config.evaluators]
+
+
+def run_evaluators(config: EvaluationConfig, splits: FeatureSplits) -> Iterator[Result]:
+    """Every (name, value) of every evaluator that ``config`` names."""
+    for evaluator in build_evaluators(config):
+        yield from evaluator(splits, progress=config.progress)
+
+
+def unit_of(name: str) -> str:
+    """Unit of the result called ``name``, by the longest end of it that its evaluator lists; "" if none."""
+    evaluator, *parts = name.split("/")
+    units = _CLASSES[evaluator].units if evaluator in _CLASSES else {}
+    ends = ("/".join(parts[start:]) for start in range(len(parts)))
+    return next((units[end] for end in ends if end in units), "")

@@ -1,0 +1,122 @@
+"""What every evaluator is given, what it gives back, and how a configuration finds it by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Level = Literal["coarse", "fine"]
+LEVELS: tuple[Level, ...] = ("fine", "coarse")
+
+#: One result: its name, parts separated by "/", and a number; or, for a name that ends in "/correct", the
+#: bool tensor [N_test] behind an accuracy, one outcome per test sample, from which two models can be compared
+#: in pairs.
+Result = tuple[str, "float | Tensor"]
+
+
+def _check_labels(name: str, labels: Tensor, rows: int) -> None:
+    if labels.dtype != torch.int64 or labels.shape != (rows,):
+        raise ValueError(
+            f"{name} must be int64 of shape [N]=[{rows}] (one label per feature row), "
+            f"got {labels.dtype} of shape {list(labels.shape)}"
+        )
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Frozen features of one split and their labels, all on one device.
+
+    Args:
+        features: [N, D], a floating-point dtype, finite, N >= 1 and D >= 1.
+        coarse: [N] int64, the labels the encoder was trained on.
+        fine: [N] int64, the labels it has not seen; equal to ``coarse`` where a data set has one level only.
+
+    Raises:
+        ValueError: naming the argument, the contract and what came.
+    """
+
+    features: Tensor
+    coarse: Tensor
+    fine: Tensor
+
+    def __post_init__(self) -> None:
+        features = self.features
+        if features.ndim != 2 or not features.is_floating_point() or 0 in features.shape:
+            raise ValueError(
+                "features must be floating point of shape [N, D] with N >= 1 and D >= 1, "
+                f"got {features.dtype} of shape {list(features.shape)}"
+            )
+        _check_labels("coarse", self.coarse, len(features))
+        _check_labels("fine", self.fine, len(features))
+        for name, labels in (("coarse", self.coarse), ("fine", self.fine)):
+            if labels.device != features.device:
+                raise ValueError(
+                    f"{name} must be on the features' device {features.device}, got {labels.device}"
+                )
+        finite = torch.isfinite(features).all(dim=1)
+        if not finite.all():
+            bad = (~finite).nonzero().flatten()
+            raise ValueError(
+                f"features must be finite, got NaN or infinity in {len(bad)} of {len(features)} rows, "
+                f"the first of them row {int(bad[0])}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def labels(self, level: Level) -> Tensor:
+        """``coarse`` or ``fine``, [N] int64."""
+        if level not in LEVELS:
+            raise ValueError(f'level must be "fine" or "coarse", got {level!r}')
+        return self.coarse if level == "coarse" else self.fine
+
+
+@dataclass(frozen=True)
+class FeatureSplits:
+    """The three splits of one data set: fitted on ``train``, chosen on ``val``, judged on ``test``."""
+
+    train: FeatureSet
+    val: FeatureSet
+    test: FeatureSet
+
+    def __post_init__(self) -> None:
+        widths = {name: split.features.shape[1] for name, split in self.items()}
+        if len(set(widths.values())) != 1:
+            raise ValueError(f"the features of all splits must have the same width D, got {widths}")
+        devices = {name: str(split.features.device) for name, split in self.items()}
+        if len(set(devices.values())) != 1:
+            raise ValueError(f"the features of all splits must be on one device, got {devices}")
+
+    def items(self) -> Iterator[tuple[str, FeatureSet]]:
+        """("train", ...), ("val", ...), ("test", ...)."""
+        yield "train", self.train
+        yield "val", self.val
+        yield "test", self.test
+
+
+class Evaluator(Protocol):
+    """Judges frozen features. Prints nothing; the same inputs and arguments give the same results.
+
+    Attributes:
+        name: what a configuration calls it; the first part of every result's name.
+        units: the unit of each result, by the last part of its name.
+    """
+
+    name: ClassVar[str]
+    units: ClassVar[Mapping[str, str]]
+
+    def __init__(self, config: Any) -> None: ...
+
+    def __call__(self, splits: FeatureSplits, *, progress: bool = False) -> Iterator[Result]:
+        """Yields (name, value). ``progress`` shows bars (on standard error) for what takes seconds."""
+        ...
+
+
+def class_index(labels: Tensor, classes: Tensor) -> Tensor:
+    """Position of each label [N] in the sorted, distinct ``classes`` [C]; -1 for one that is not there."""
+    index = torch.searchsorted(classes, labels).clamp_(max=len(classes) - 1)
+    return torch.where(classes[index] == labels, index, -1)

@@ -1,0 +1,117 @@
+"""Weighted k-nearest-neighbour classification by cosine (Wu et al. 2018, arXiv 1805.01978, section 3.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import LEVELS, FeatureSplits, Result, class_index
+from .bootstrap import BootstrapConfig, accuracy_results
+
+
+@dataclass
+class KNNConfig:
+    """Weighted k-NN: the k nearest training samples vote for their class with exp(cosine / temperature).
+
+    Args:
+        k: numbers of neighbours; each is reported. One beyond the training set's size means all of it.
+        temperature: of the votes, on the scale of the cosine. Small: only the very nearest count.
+        chunk_bytes: memory for one block of similarities (test rows x all training rows), in bytes.
+        bootstrap: the interval of each accuracy.
+    """
+
+    k: list[int] = field(default_factory=lambda: [1, 5, 10, 20, 100, 200])
+    temperature: float = 0.07
+    chunk_bytes: int = 1 << 26
+    bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
+
+    def __post_init__(self) -> None:
+        if not self.k or any(k < 1 for k in self.k):
+            raise ValueError(f"k must be one or more positive numbers of neighbours, got {self.k}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be > 0, got {self.temperature}")
+        if self.chunk_bytes < 1:
+            raise ValueError(f"chunk_bytes must be positive, got {self.chunk_bytes}")
+
+
+def similarity_chunks(
+    queries: Tensor, bank: Tensor, chunk_bytes: int, progress: bool = False, description: str = "k-NN"
+) -> Iterator[tuple[slice, Tensor]]:
+    """Cosines of ``queries`` [M, D] to ``bank`` [N, D], a block of query rows at a time: (rows, [m, N]).
+
+    Computed in fp32, or in fp64 for fp64 features. A row of length zero has cosine 0 to everything.
+    """
+    dtype = torch.promote_types(bank.dtype, torch.float32)
+    bank = F.normalize(bank.to(dtype), dim=1)
+    rows = max(1, chunk_bytes // (bank.element_size() * len(bank)))
+    starts: Iterable[int] = range(0, len(queries), rows)
+    if progress:
+        from tqdm import tqdm
+
+        starts = tqdm(starts, desc=description, unit="block", leave=False, delay=2)
+    for start in starts:
+        part = slice(start, min(start + rows, len(queries)))
+        yield part, F.normalize(queries[part].to(dtype), dim=1) @ bank.T
+
+
+def nearest_neighbours(
+    queries: Tensor, bank: Tensor, k: int, *, chunk_bytes: int = 1 << 26, progress: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The min(k, N) most similar rows of ``bank`` [N, D] for each of ``queries`` [M, D], exactly.
+
+    Returns:
+        cosines [M, k'] in descending order, and their row numbers in ``bank`` [M, k'] int64.
+    """
+    k = min(k, len(bank))
+    cosines = queries.new_empty(len(queries), k, dtype=torch.promote_types(bank.dtype, torch.float32))
+    indices = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
+    for rows, block in similarity_chunks(queries, bank, chunk_bytes, progress):
+        cosines[rows], indices[rows] = block.topk(k, dim=1)
+    return cosines, indices
+
+
+def vote(cosines: Tensor, neighbour_classes: Tensor, classes: int, temperature: float) -> Tensor:
+    """Class with the most weight among the neighbours; the lower one on a tie.
+
+    Args:
+        cosines: [M, k] in descending order.
+        neighbour_classes: [M, k] int64 in [0, classes).
+
+    Returns:
+        [M] int64.
+    """
+    # The shift by the nearest one's cosine changes no vote and keeps exp in range at any temperature.
+    weights = ((cosines - cosines[:, :1]) / temperature).exp()
+    votes = weights.new_zeros(len(weights), classes).scatter_add_(1, neighbour_classes, weights)
+    return votes.argmax(dim=1)
+
+
+class KNN:
+    """Yields ``knn/k=K/{fine,coarse}/accuracy`` with intervals, for every K asked for."""
+
+    name: ClassVar[str] = "knn"
+    units: ClassVar[Mapping[str, str]] = {"accuracy": "fraction"}
+
+    def __init__(self, config: KNNConfig | None = None) -> None:
+        self.config = config or KNNConfig()
+
+    def __call__(self, splits: FeatureSplits, *, progress: bool = False) -> Iterator[Result]:
+        config, train, test = self.config, splits.train, splits.test
+        cosines, indices = nearest_neighbours(
+            test.features, train.features, max(config.k), chunk_bytes=config.chunk_bytes, progress=progress
+        )
+        # On the CPU, where adding up the votes happens in one order only; there are M x k of them at most.
+        cosines, indices = cosines.cpu(), indices.cpu()
+        for level in LEVELS:
+            labels, truth = train.labels(level).cpu(), test.labels(level).cpu()
+            classes = labels.unique()
+            neighbour_classes = class_index(labels, classes)[indices]
+            for k in sorted(set(config.k)):
+                predicted = vote(cosines[:, :k], neighbour_classes[:, :k], len(classes), config.temperature)
+                correct = classes[predicted] == truth
+                yield from accuracy_results(f"knn/k={k}/{level}", correct, config.bootstrap)

@@ -1,0 +1,253 @@
+"""Linear classification of frozen features: the usual measure of what a representation holds.
+
+Three solvers of one problem, the hyperparameter of each chosen by validation accuracy:
+
+logistic    multinomial logistic regression (scikit-learn, L-BFGS) over a grid of L2 penalties. Exact, without
+            a learning rate; the best choice up to some ten thousand samples.
+sgd         SGD with momentum 0.9, learning rate x 0.2 at 60, 75 and 90 % of the epochs (SINCERE, arXiv
+            2309.14277).
+adamw       AdamW 1e-3 with a cosine to zero, batch 128, 100 epochs (Thanos, arXiv 2204.07596).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import FeatureSet, FeatureSplits, Level, Result, class_index
+from .bootstrap import BootstrapConfig, accuracy_results
+
+Solver = Literal["logistic", "sgd", "adamw"]
+_DEFAULT_RATES = {"sgd": (0.1,), "adamw": (1e-3,)}
+
+
+@dataclass
+class ProbeConfig:
+    """How a linear classifier is fitted to frozen features.
+
+    Args:
+        solver: "logistic", "sgd" or "adamw".
+        standardize: give every feature the mean 0 and the deviation 1 that the *training* split's statistics
+            say (the same shift and scale for all splits). Makes the penalty and the learning rate independent
+            of the features' scale; turn it off to follow the papers to the letter with "sgd" and "adamw".
+        penalties: "logistic" only: L2 penalties tried, lambda of mean cross-entropy + lambda / 2 ||W||^2
+            (scikit- learn's C = 1 / (lambda N)). The largest of the best ones is kept.
+        max_iterations: "logistic" only: L-BFGS iterations for each penalty.
+        learning_rates: "sgd" and "adamw": rates tried; empty means 0.1 for "sgd" and 1e-3 for "adamw".
+        epochs: "sgd" and "adamw": passes over the training features; the epoch of the best validation
+            accuracy counts.
+        batch_size: "sgd" and "adamw".
+        weight_decay: "sgd" and "adamw".
+        seed: of the first weights and the order of the samples.
+    """
+
+    solver: Solver = "logistic"
+    standardize: bool = True
+    penalties: list[float] = field(default_factory=lambda: [1e-1, 1e-2, 1e-3, 1e-4])
+    max_iterations: int = 300
+    learning_rates: list[float] = field(default_factory=list)
+    epochs: int = 100
+    batch_size: int = 128
+    weight_decay: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.solver not in ("logistic", "sgd", "adamw"):
+            raise ValueError(f'solver must be "logistic", "sgd" or "adamw", got {self.solver!r}')
+        for name in ("max_iterations", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.penalties or any(not value > 0 for value in self.penalties):
+            raise ValueError(f"penalties must be one or more positive numbers, got {self.penalties}")
+        if any(not value > 0 for value in self.learning_rates):
+            raise ValueError(f"learning_rates must be positive, got {self.learning_rates}")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay must be >= 0, got {self.weight_decay}")
+
+
+class FittedProbe(NamedTuple):
+    """A linear classifier of raw (not standardised) features.
+
+    Attributes:
+        weight: [C, D] fp64 on the CPU.
+        bias: [C] fp64.
+        classes: [C] int64, the labels it can predict, ascending.
+        val_accuracy: that of the chosen hyperparameter, in [0, 1].
+        chosen: the hyperparameter: penalty or learning rate.
+        converged: False where the solver stopped at its last iteration (never for "sgd" and "adamw").
+    """
+
+    weight: Tensor
+    bias: Tensor
+    classes: Tensor
+    val_accuracy: float
+    chosen: float
+    converged: bool
+
+    def scores(self, features: Tensor) -> Tensor:
+        """[N, C] fp64 logits of ``features`` [N, D]."""
+        return torch.addmm(self.bias, features.to("cpu", torch.float64), self.weight.T)
+
+    def predict(self, features: Tensor) -> Tensor:
+        """[N] int64 labels for ``features`` [N, D]."""
+        return self.classes[self.scores(features).argmax(dim=1)]
+
+
+def _standardization(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation [D] of ``features`` [N, D]; deviation 1 where one is constant but for rounding."""
+    mean, std = features.mean(dim=0), features.std(dim=0, correction=0)
+    return mean, torch.where(std > 1e-6 * features.abs().amax(dim=0), std, 1.0)
+
+
+def fit_probe(
+    train: FeatureSet, val: FeatureSet, level: Level, config: ProbeConfig, *, progress: bool = False
+) -> FittedProbe:
+    """Fits on ``train`` and chooses on ``val``. A validation class that training lacks counts as wrong."""
+    labels, val_labels = train.labels(level).cpu(), val.labels(level).cpu()
+    classes = labels.unique()
+    x, x_val = (split.features.to("cpu", torch.float64) for split in (train, val))
+    mean, std = x.new_zeros(x.shape[1]), x.new_ones(x.shape[1])
+    if config.standardize:
+        mean, std = _standardization(x)
+    y, y_val = class_index(labels, classes), class_index(val_labels, classes)
+    data = ((x - mean) / std, y, (x_val - mean) / std, y_val)
+    if len(classes) == 1:
+        zeros = x.new_zeros(1, x.shape[1])
+        return FittedProbe(zeros, zeros[:, 0], classes, (y_val == 0).double().mean().item(), 0.0, True)
+    fit = _fit_logistic if config.solver == "logistic" else _fit_by_steps
+    weight, bias, val_accuracy, chosen, converged = fit(*data, len(classes), config, progress)
+    weight = weight / std
+    return FittedProbe(weight, bias - weight @ mean, classes, val_accuracy, chosen, converged)
+
+
+_Fit = tuple[Tensor, Tensor, float, float, bool]
+
+
+def _accuracy(weight: Tensor, bias: Tensor, x: Tensor, y: Tensor) -> float:
+    return (torch.addmm(bias, x, weight.T).argmax(dim=1) == y).double().mean().item()
+
+
+def _fit_logistic(
+    x: Tensor, y: Tensor, x_val: Tensor, y_val: Tensor, classes: int, config: ProbeConfig, progress: bool
+) -> _Fit:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    # fp32 halves the time of the fit; L-BFGS stops at a gradient of 1e-4, far above its rounding.
+    features, targets = x.float().numpy(), y.numpy()
+    model = LogisticRegression(max_iter=config.max_iterations, warm_start=True)
+    best: _Fit | None = None
+    # From the strongest penalty down: each solution is the start of the next, and a tie keeps the simpler
+    # one.
+    for penalty in _bar(sorted(set(config.penalties), reverse=True), progress):
+        model.set_params(C=1 / (penalty * len(targets)))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model.fit(features, targets)
+        converged = not any(issubclass(w.category, ConvergenceWarning) for w in caught)
+        weight, bias = (torch.from_numpy(a).double() for a in (model.coef_, model.intercept_))
+        if classes == 2:  # scikit-learn keeps the one difference of the two logits
+            weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+        val_accuracy = _accuracy(weight, bias, x_val, y_val)
+        if best is None or val_accuracy > best[2]:
+            best = (weight, bias, val_accuracy, penalty, converged)
+    assert best is not None
+    return best
+
+
+def _fit_by_steps(
+    x: Tensor, y: Tensor, x_val: Tensor, y_val: Tensor, classes: int, config: ProbeConfig, progress: bool
+) -> _Fit:
+    features, n = x.float(), len(x)
+    steps = -(-n // config.batch_size)
+    best: _Fit | None = None
+    rates = sorted(set(config.learning_rates or _DEFAULT_RATES[config.solver]))
+    for rate in rates:
+        generator = torch.Generator().manual_seed(config.seed)
+        head = nn.Linear(x.shape[1], classes)
+        nn.init.normal_(head.weight, std=0.01, generator=generator)
+        nn.init.zeros_(head.bias)
+        optimizer, scheduler = _optimizer(head, rate, config, steps)
+        for _ in _bar(range(config.epochs), progress):
+            for rows in torch.randperm(n, generator=generator).split(config.batch_size):
+                optimizer.zero_grad()
+                F.cross_entropy(head(features[rows]), y[rows]).backward()
+                optimizer.step()
+                scheduler.step()
+            weight, bias = head.weight.detach().double(), head.bias.detach().double()
+            val_accuracy = _accuracy(weight, bias, x_val, y_val)
+            if best is None or val_accuracy > best[2]:
+                best = (weight, bias, val_accuracy, rate, True)
+    assert best is not None
+    return best
+
+
+def _optimizer(
+    head: nn.Linear, rate: float, config: ProbeConfig, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    optimizer: torch.optim.Optimizer
+    if config.solver == "sgd":
+        optimizer = torch.optim.SGD(head.parameters(), rate, momentum=0.9, weight_decay=config.weight_decay)
+        # In steps, rounded up to whole epochs.
+        milestones = [-(-config.epochs * percent // 100) * steps for percent in (60, 75, 90)]
+        return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.2)
+    optimizer = torch.optim.AdamW(head.parameters(), rate, weight_decay=config.weight_decay)
+    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs * steps)
+
+
+def _bar(items: list[float] | range, progress: bool) -> Iterator[float]:
+    if progress:
+        from tqdm import tqdm
+
+        yield from tqdm(items, desc="linear probe", leave=False, delay=2)
+    else:
+        yield from items
+
+
+@dataclass
+class LinearProbeConfig:
+    """A linear probe on one level of the labels.
+
+    Args:
+        level: "coarse", the labels the encoder was trained on, or "fine".
+        probe: how the classifier is fitted.
+        bootstrap: the interval of the accuracy.
+    """
+
+    level: Level = "coarse"
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
+
+    def __post_init__(self) -> None:
+        if self.level not in ("coarse", "fine"):
+            raise ValueError(f'level must be "coarse" or "fine", got {self.level!r}')
+
+
+class LinearProbe:
+    """Yields ``linear_probe/{level}/accuracy`` with its interval, and how the classifier was chosen."""
+
+    name: ClassVar[str] = "linear_probe"
+    units: ClassVar[Mapping[str, str]] = {
+        "accuracy": "fraction",
+        "val_accuracy": "fraction",
+        "chosen": "penalty or learning rate",
+        "converged": "1 or 0",
+    }
+
+    def __init__(self, config: LinearProbeConfig | None = None) -> None:
+        self.config = config or LinearProbeConfig()
+
+    def __call__(self, splits: FeatureSplits, *, progress: bool = False) -> Iterator[Result]:
+        config, prefix = self.config, f"linear_probe/{self.config.level}"
+        probe = fit_probe(splits.train, splits.val, config.level, config.probe, progress=progress)
+        correct = probe.predict(splits.test.features) == splits.test.labels(config.level).cpu()
+        yield from accuracy_results(prefix, correct, config.bootstrap)
+        yield f"{prefix}/val_accuracy", probe.val_accuracy
+        yield f"{prefix}/chosen", probe.chosen
+        yield f"{prefix}/converged", float(probe.converged)

@@ -1,0 +1,59 @@
+"""Features in two dimensions, for a picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class ProjectionConfig:
+    """The two-dimensional picture of the test features, on the unit sphere.
+
+    Args:
+        method: "tsne", which shows neighbourhoods (distances between groups mean little), or "pca", which is
+            linear and shows true distances along the two directions of most variance.
+        max_points: a seeded sample of the test split beyond this many.
+        seed: of that sample and of t-SNE.
+    """
+
+    method: Literal["tsne", "pca"] = "tsne"
+    max_points: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in ("tsne", "pca"):
+            raise ValueError(f'method must be "tsne" or "pca", got {self.method!r}')
+        if self.max_points < 2:
+            raise ValueError(f"max_points must be at least 2, got {self.max_points}")
+
+
+def project(features: Tensor, config: ProjectionConfig) -> tuple[Tensor, Tensor]:
+    """Two-dimensional points for ``features`` [N, D], normalised first.
+
+    Returns:
+        points [M, 2] fp32 and the rows they stand for [M] int64, ascending, M = min(N, max_points).
+    """
+    n = len(features)
+    rows = torch.arange(n)
+    if n > config.max_points:
+        generator = torch.Generator().manual_seed(config.seed)
+        rows = torch.randperm(n, generator=generator)[: config.max_points].sort().values
+    chosen = F.normalize(features.detach().cpu()[rows].double(), dim=1)
+    if config.method == "tsne" and len(rows) > 3:
+        from sklearn.manifold import TSNE
+
+        # The perplexity must be below the number of points; three times it is t-SNE's own advice.
+        perplexity = min(30.0, (len(rows) - 1) / 3)
+        tsne = TSNE(perplexity=perplexity, init="pca", random_state=config.seed)
+        return torch.from_numpy(tsne.fit_transform(chosen.float().numpy())).float(), rows
+    centred = chosen - chosen.mean(dim=0)
+    directions = torch.linalg.svd(centred, full_matrices=False)[2][:2]
+    # The sign of a singular vector is arbitrary: its largest entry is made positive.
+    largest = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True))
+    points = centred @ (directions * largest.sign()).T
+    return F.pad(points, (0, 2 - points.shape[1])).float(), rows

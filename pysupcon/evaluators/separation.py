@@ -1,0 +1,96 @@
+"""How far a class stands from the others, seen from each test sample (SINCERE, arXiv 2309.14277)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import LEVELS, FeatureSet, FeatureSplits, Level, Result
+from .knn import similarity_chunks
+
+
+@dataclass
+class SeparationConfig:
+    """Nearest training sample of the same class (target) against the nearest of another class (noise).
+
+    Args:
+        chunk_bytes: memory for one block of similarities (test rows x all training rows), in bytes.
+    """
+
+    chunk_bytes: int = 1 << 26
+
+    def __post_init__(self) -> None:
+        if self.chunk_bytes < 1:
+            raise ValueError(f"chunk_bytes must be positive, got {self.chunk_bytes}")
+
+
+def target_and_noise(
+    train: FeatureSet, test: FeatureSet, level: Level, *, chunk_bytes: int = 1 << 26, progress: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Largest cosine of each test sample to a training sample of its class, and to one of another class.
+
+    Returns:
+        target [N], noise [N]; -inf where there is no such training sample.
+    """
+    labels, truth = train.labels(level), test.labels(level)
+    dtype = torch.promote_types(train.features.dtype, torch.float32)
+    target = test.features.new_empty(len(test), dtype=dtype)
+    noise = torch.empty_like(target)
+    for rows, block in similarity_chunks(
+        test.features, train.features, chunk_bytes, progress, description="separation"
+    ):
+        same = truth[rows, None] == labels
+        target[rows] = block.masked_fill(~same, -torch.inf).amax(dim=1)
+        noise[rows] = block.masked_fill(same, -torch.inf).amax(dim=1)
+    return target, noise
+
+
+def roc_auc(positive: Tensor, negative: Tensor) -> float:
+    """Probability that a draw from ``positive`` [P] exceeds one from ``negative`` [Q]; a tie counts half."""
+    ordered = negative.sort().values
+    below = torch.searchsorted(ordered, positive, right=False)
+    up_to = torch.searchsorted(ordered, positive, right=True)
+    return ((below + up_to).double().mean() / (2 * len(negative))).item()
+
+
+class Separation:
+    """Yields, under ``separation/{fine,coarse}/``, over the test samples:
+
+    - ``target_median``, ``noise_median``: of the largest cosine to a training sample of the same and of
+      another class;
+    - ``margin``: the difference of the two medians, |target - noise|;
+    - ``roc_auc``: of telling target cosines from noise cosines, all classes together.
+
+    Samples without a target or without a noise sample are left out; a level without any of the others yields
+    nothing.
+    """
+
+    name: ClassVar[str] = "separation"
+    units: ClassVar[Mapping[str, str]] = {
+        "target_median": "cosine",
+        "noise_median": "cosine",
+        "margin": "cosine",
+        "roc_auc": "fraction",
+    }
+
+    def __init__(self, config: SeparationConfig | None = None) -> None:
+        self.config = config or SeparationConfig()
+
+    def __call__(self, splits: FeatureSplits, *, progress: bool = False) -> Iterator[Result]:
+        for level in LEVELS:
+            target, noise = target_and_noise(
+                splits.train, splits.test, level, chunk_bytes=self.config.chunk_bytes, progress=progress
+            )
+            target, noise = target[target.isfinite()], noise[noise.isfinite()]
+            if len(target) == 0 or len(noise) == 0:
+                continue
+            # quantile, unlike median, takes the middle of an even number of values.
+            medians = [values.double().quantile(0.5).item() for values in (target, noise)]
+            yield f"separation/{level}/target_median", medians[0]
+            yield f"separation/{level}/noise_median", medians[1]
+            yield f"separation/{level}/margin", abs(medians[0] - medians[1])
+            yield f"separation/{level}/roc_auc", roc_auc(target, noise)
