@@ -1,0 +1,159 @@
+"""The one typed config of a training: composed of the components' own arguments, read from YAML and command
+line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pysupcon.data.config import DataConfig
+from pysupcon.errors import ConfigError
+from pysupcon.models.config import ModelConfig
+from pysupcon.trainer.config import NEEDS_VIEWS, LossConfig, OptimizerConfig, TrainerConfig
+
+
+@dataclass
+class Config:
+    """A training run."""
+
+    output_dir: str | None = None
+    """Folder of the run. None means runs/NAME, with NAME the config file's, or runs/LOSS-DATASET; a number is
+    added if that folder already holds a run."""
+
+    seed: int = 0
+    """Seed of the initial weights, the batches and the views."""
+
+    evaluate: bool = True
+    """Run the evaluators when the training is done."""
+
+    resume_from_checkpoint: str | None = None
+    """latest, or the folder of a checkpoint: go on from there."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+    def check(self) -> None:
+        """Refuse values, and combinations of values, that cannot run.
+
+        Raises:
+            ConfigError: names the field.
+        """
+        for part in (self.data, self.model, self.loss, self.optimizer, self.trainer):
+            part.check()
+        loss, views = self.loss, self.data.views
+        if loss.name in NEEDS_VIEWS and views < 2:
+            raise ConfigError(
+                f"data.views must be at least 2 for loss.name={loss.name}, whose positives or weights are "
+                f"the other views of a sample, got {views}"
+            )
+        if loss.contrast_mode == "one" and views < 2:
+            raise ConfigError(f"loss.contrast_mode=one needs data.views of at least 2, got {views}")
+        if loss.cross_entropy_weight > 0 and not self.model.classifier:
+            raise ConfigError(
+                f"loss.cross_entropy_weight is {loss.cross_entropy_weight}, but model.classifier is false: "
+                "there are no logits; pass --model.classifier true"
+            )
+        if self.model.classifier and loss.cross_entropy_weight == 0:
+            raise ConfigError(
+                "model.classifier is true, but loss.cross_entropy_weight is 0: the head would never be "
+                "trained"
+            )
+        if self.optimizer.warmup_epochs > self.trainer.epochs:
+            raise ConfigError(
+                f"optimizer.warmup_epochs must be at most trainer.epochs={self.trainer.epochs}, "
+                f"got {self.optimizer.warmup_epochs}"
+            )
+
+
+def parse_args(args: Sequence[str] | None = None) -> tuple[Config, str]:
+    """Read the command line: ``--config FILE.yaml`` and ``--FIELD VALUE`` overrides.
+
+    Args:
+        args: the arguments; None takes ``sys.argv``. ``--help`` and ``--print_config`` print and exit.
+
+    Returns:
+        The checked config, and the name of the run: the stem of the config file, or loss-dataset.
+
+    Raises:
+        ConfigError: an unknown field, a wrong type, a broken file, an impossible combination.
+    """
+    parser = _parser()
+    config, parsed = _instantiate(parser, lambda: parser.parse_args(args))
+    files = parsed.get("config") or []
+    name = Path(str(files[-1])).stem if files else f"{config.loss.name}-{config.data.dataset}"
+    return config, name
+
+
+def load_config(path: str | Path) -> Config:
+    """Read a stored config.
+
+    Raises:
+        ConfigError: the file is missing or broken, or not a valid config; the message names file and field.
+    """
+    path = Path(path)
+    try:
+        text = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {_one_line(error)}") from error
+    if not isinstance(text, dict):
+        raise ConfigError(f"{path} must hold a mapping of config fields, got {type(text).__name__}")
+    parser = _parser()
+    try:
+        return _instantiate(parser, lambda: parser.parse_object(text))[0]
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def to_yaml(config: Config) -> str:
+    """The config with all defaults written out, as :func:`load_config` reads it."""
+    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def _parser() -> Any:
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog="train.py", exit_on_error=False,
+        description="Train a representation with a contrastive loss. Fields come from --config FILE.yaml; "
+        "arguments after it override the file, e.g. --loss.temperature 0.1.",
+    )  # fmt: skip
+    parser.add_argument("--config", action="config", help="A YAML file with any of the fields below.")
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def _instantiate(parser: Any, parse: Any) -> tuple[Config, Any]:
+    import argparse
+
+    try:
+        parsed = parse()
+        config = Config(
+            **{name: value for name, value in parser.instantiate_classes(parsed).items() if name != "config"}
+        )
+    except (argparse.ArgumentError, TypeError, KeyError, yaml.YAMLError) as error:
+        raise ConfigError(_one_line(error)) from error
+    config.check()
+    return config, parsed
+
+
+def _one_line(error: Exception) -> str:
+    """The message without line breaks, in our words where jsonargparse's hide what matters."""
+    text = " ".join(str(error).split())
+    found = re.match(r'Parser key "(?P<field>[^"]+)": (?P<rest>.*)', text)
+    if found is None:
+        return text
+    expected = re.findall(r"Expected an? (.+?)(?= - |\. Got| Given|$)", found["rest"])
+    got = re.search(r"(?:Got|Given) value: (.*)", found["rest"])
+    if not expected or got is None:
+        return f"{found['field']}: {found['rest']}"
+    names = [re.sub(r"<class '(\w+)'>|typing\.", r"\1", name) for name in expected]
+    return f"{found['field']} must be {' or '.join(names)}, got {got[1]!r}"

@@ -1,0 +1,161 @@
+"""Everything a run needs of its data: splits, names, views in batches."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pysupcon.data.augment import Normalize, Transform, plain_transform, view_transform
+from pysupcon.data.config import DataConfig
+from pysupcon.data.samplers import BalancedBatches, Draw, ShuffledBatches
+from pysupcon.data.sources import Samples, read_source
+from pysupcon.data.splits import stratified_split
+from pysupcon.errors import ConfigError
+
+
+class PlainDataset(Dataset[tuple[Tensor, int, int]]):
+    """A split as the evaluators see it, without augmentation.
+
+    Item: (image float32 [C, S, S], normalised as in training; coarse label; fine label).
+
+    Attributes:
+        coarse, fine: labels of all samples, int64 [N].
+        coarse_names, fine_names: names of the classes.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        size: int,
+        normalize: Normalize,
+        coarse_names: list[str],
+        fine_names: list[str],
+    ) -> None:
+        self.samples, self.transform, self.normalize = samples, plain_transform(size), normalize
+        self.coarse, self.fine = samples.coarse, samples.fine
+        self.coarse_names, self.fine_names = coarse_names, fine_names
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        image = self.normalize(self.transform(self.samples.images[index]))
+        return image, int(self.coarse[index]), int(self.fine[index])
+
+
+class ViewDataset(Dataset[tuple[Tensor, int]]):
+    """Independently augmented views of the training samples.
+
+    Item ``dataset[sample, draw]``: (views uint8 [V, C, S, S]; label). The views are a function of (seed,
+    draw, sample) alone, whichever process makes them; the caller's random state is left as it was."""
+
+    def __init__(self, samples: Samples, labels: Tensor, transform: Transform, views: int, seed: int) -> None:
+        self.samples, self.labels, self.transform, self.views, self.seed = (
+            samples,
+            labels,
+            transform,
+            views,
+            seed,
+        )
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: Draw) -> tuple[Tensor, int]:
+        sample, draw = key
+        generator = torch.default_generator
+        state = generator.get_state()
+        # the generator keeps 32 bits of a seed: odd factors spread neighbouring draws over all of them
+        generator.manual_seed((self.seed * 0x85EBCA6B + draw * 0x9E3779B1) % 2**32)
+        try:
+            image = self.samples.images[sample]
+            views = torch.stack([self.transform(image) for _ in range(self.views)])
+        finally:
+            generator.set_state(state)
+        return views, int(self.labels[sample])
+
+
+class Data:
+    """Splits of one data set.
+
+    Attributes:
+        splits: "train", "val", "test" -> samples; disjoint, a function of the files and ``data.split_seed``
+        alone. coarse_names, fine_names: names of the classes. channels, image_size: of what the model sees.
+        normalize: from uint8 images to what the model sees.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        source = read_source(config)
+        train, test = source.train, source.test
+        if test is None:
+            rest, held = stratified_split(train.fine, config.test_fraction or 0.2, config.split_seed)
+            test, train = train.select(held), train.select(rest)
+        rest, held = stratified_split(train.fine, config.val_fraction, config.split_seed + 1)
+        self.config = config
+        self.splits = {"train": train.select(rest), "val": train.select(held), "test": test}
+        self.coarse_names, self.fine_names = source.coarse_names, source.fine_names
+        self.channels = source.channels
+        self.image_size = config.image_size or source.image_size
+        self.normalize = Normalize(source.mean, source.std)
+        self._family = source.family
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes that are trained on."""
+        return self.coarse_names if self.config.labels == "coarse" else self.fine_names
+
+    def plain(self, split: str) -> PlainDataset:
+        """A split without augmentation."""
+        return PlainDataset(
+            self.splits[split], self.image_size, self.normalize, self.coarse_names, self.fine_names
+        )
+
+    def batches(
+        self, *, seed: int, steps: int, start: int = 0, rank: int = 0, world_size: int = 1
+    ) -> ShuffledBatches:
+        """The batch sampler of ``data.sampler`` over the training split."""
+        kind = BalancedBatches if self.config.sampler == "balanced" else ShuffledBatches
+        return kind(
+            self._train_labels(), self.config.batch_size,
+            seed=seed, steps=steps, start=start, rank=rank, world_size=world_size,
+        )  # fmt: skip
+
+    def loader(
+        self, batches: ShuffledBatches, *, pin_memory: bool = False
+    ) -> DataLoader[tuple[Tensor, Tensor]]:
+        """Batches of (views uint8 [b, V, C, S, S], labels int64 [b]), b this process's share of a global
+        batch."""
+        transform = view_transform(self.config.augmentation, self._family, self.image_size)
+        dataset = ViewDataset(
+            self.splits["train"], self._train_labels(), transform, self.config.views, batches.seed
+        )
+        workers = self.config.workers
+        return DataLoader(
+            dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory,  # type: ignore[arg-type]
+            worker_init_fn=partial(_one_thread) if workers else None,
+        )  # fmt: skip
+
+    def _train_labels(self) -> Tensor:
+        train = self.splits["train"]
+        return train.coarse if self.config.labels == "coarse" else train.fine
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)
+
+
+def load_data(config: DataConfig) -> Data:
+    """Read and split the data set of ``config``.
+
+    Raises:
+        ConfigError: the files are not there or damaged, or there are fewer training samples than a batch
+            needs.
+    """
+    data = Data(config)
+    count, size = len(data.splits["train"]), config.batch_size
+    if size > count:
+        raise ConfigError(f"data.batch_size must be at most the {count} training samples, got {size}")
+    return data

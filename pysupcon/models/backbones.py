@@ -1,0 +1,78 @@
+"""Backbones: images in, one embedding an image out."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from pysupcon.errors import ConfigError
+from pysupcon.models.config import ModelConfig
+
+
+class SmallCNN(nn.Module):
+    """Five 3x3 convolutions at three resolutions, then global average pooling.
+
+    Shape:
+        images [B, channels, H, W], H and W at least 4 -> embedding [B, 4 * width].
+    """
+
+    def __init__(self, channels: int, image_size: int, width: int = 32) -> None:
+        super().__init__()
+        self.num_features = 4 * width
+        layers = [_conv(channels, width)]
+        side = image_size
+        for incoming, outgoing in ((width, 2 * width), (2 * width, 4 * width)):
+            if side >= 8:  # 8x8 images keep a 4x4 map to the end
+                layers.append(nn.MaxPool2d(2))
+                side //= 2
+            layers += [_conv(incoming, outgoing), _conv(outgoing, outgoing)]
+        self.features = nn.Sequential(*layers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.features(images).mean(dim=(2, 3))
+
+
+def _conv(incoming: int, outgoing: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(incoming, outgoing, 3, padding=1, bias=False),
+        nn.BatchNorm2d(outgoing),
+        nn.ReLU(inplace=True),
+    )
+
+
+def build_backbone(config: ModelConfig, channels: int, image_size: int) -> tuple[nn.Module, int]:
+    """The backbone of ``config`` and the number of dimensions of its embedding.
+
+    Raises:
+        ConfigError: timm does not know the model or its arguments, or it has no stem to replace.
+    """
+    if config.backbone == "small_cnn":
+        small = SmallCNN(channels, image_size, config.width or 32)
+        return small, small.num_features
+    import timm
+
+    if not timm.is_model(config.backbone):
+        near = ", ".join(timm.list_models(f"*{config.backbone[:6]}*")[:5])
+        raise ConfigError(
+            f"model.backbone must be small_cnn or a timm model, got {config.backbone!r}"
+            + (f" (near it: {near})" if near else "")
+        )
+    try:
+        model = timm.create_model(config.backbone, num_classes=0, in_chans=channels, **config.timm_args)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(
+            f"model.timm_args {config.timm_args} do not fit {config.backbone}: {error}"
+        ) from error
+    if config.small_stem:
+        _shrink_stem(model, config.backbone, channels)
+    return model, int(model.num_features)
+
+
+def _shrink_stem(model: nn.Module, name: str, channels: int) -> None:
+    stem, pool = getattr(model, "conv1", None), getattr(model, "maxpool", None)
+    if not isinstance(stem, nn.Conv2d) or pool is None:
+        raise ConfigError(
+            f"model.small_stem needs a backbone with conv1 and maxpool (a ResNet), got {name!r}"
+        )
+    model.conv1 = nn.Conv2d(channels, stem.out_channels, 3, padding=1, bias=stem.bias is not None)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.maxpool = nn.Identity()

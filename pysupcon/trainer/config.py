@@ -1,0 +1,155 @@
+"""Arguments of the loss, the optimiser and the loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pysupcon.errors import ConfigError, check
+
+LossName = Literal["supcon", "sincere", "eps_supinfonce", "cnce", "spread", "infonce"]
+DEFAULT_TEMPERATURE: dict[str, float] = {"spread": 0.5, "cnce": 0.5}
+NEEDS_VIEWS = ("cnce", "spread", "infonce")
+
+
+@dataclass
+class LossConfig:
+    """Contrastive loss, and cross-entropy beside it."""
+
+    name: LossName = "supcon"
+    """supcon, sincere, eps_supinfonce, cnce (class-conditional InfoNCE), spread (supcon or sincere mixed with
+    cnce), or infonce (no labels)."""
+
+    temperature: float | None = None
+    """Similarities are divided by it. None means 0.5 for spread and cnce, 0.07 for the others."""
+
+    epsilon: float | None = None
+    """eps_supinfonce only: margin, after the division by the temperature. None means 0.25."""
+
+    alpha: float | None = None
+    """spread only: weight of cnce; the base has 1 - alpha. None means 0.5."""
+
+    base: Literal["supcon", "sincere"] | None = None
+    """spread only: the loss that is mixed with cnce. None means supcon."""
+
+    contrast_mode: Literal["all", "one"] = "all"
+    """Anchors: the rows of all views, or of the first view alone."""
+
+    gather: bool | Literal["ring"] = False
+    """Several processes: contrast with the rows of all processes (true), passed around without any process
+    holding all of them (ring), or with the process's own rows only (false)."""
+
+    weight: float = 1.0
+    """Weight of the contrastive loss in the sum."""
+
+    cross_entropy_weight: float = 0.0
+    """Weight of the classification head's cross-entropy in the sum; needs model.classifier."""
+
+    def check(self) -> None:
+        """Refuse values that cannot run.
+
+        Raises:
+            ConfigError: names the field.
+        """
+        if self.temperature is not None:
+            check(self.temperature > 0, "loss.temperature", "be greater than 0", self.temperature)
+        self._only("epsilon", self.epsilon, "eps_supinfonce")
+        self._only("alpha", self.alpha, "spread")
+        self._only("base", self.base, "spread")
+        if self.alpha is not None:
+            check(0 <= self.alpha <= 1, "loss.alpha", "lie in [0, 1]", self.alpha)
+        check(self.weight > 0, "loss.weight", "be greater than 0", self.weight)
+        weight = self.cross_entropy_weight
+        check(weight >= 0, "loss.cross_entropy_weight", "be at least 0", weight)
+
+    def _only(self, name: str, value: object, loss: str) -> None:
+        if value is not None and self.name != loss:
+            raise ConfigError(
+                f"loss.{name} has no effect with loss.name={self.name}, only with {loss}: leave it out"
+            )
+
+
+@dataclass
+class OptimizerConfig:
+    """Optimiser and learning rate."""
+
+    name: Literal["sgd", "adamw", "lars"] = "adamw"
+    """sgd and lars have momentum."""
+
+    learning_rate: float = 1e-3
+    """Its greatest value, reached at the end of the warm-up."""
+
+    weight_decay: float = 1e-4
+    """Of weights; biases and normalisation parameters have none."""
+
+    momentum: float | None = None
+    """sgd and lars only; None means 0.9."""
+
+    warmup_epochs: float = 0.0
+    """Epochs over which the learning rate rises linearly from warmup_start."""
+
+    warmup_start: float = 0.0
+    """Learning rate at the first step of the warm-up, as a share of learning_rate."""
+
+    final: float = 0.0
+    """Learning rate at the end of the cosine, as a share of learning_rate."""
+
+    def check(self) -> None:
+        """Refuse values that cannot run.
+
+        Raises:
+            ConfigError: names the field.
+        """
+        check(self.learning_rate > 0, "optimizer.learning_rate", "be greater than 0", self.learning_rate)
+        check(self.weight_decay >= 0, "optimizer.weight_decay", "be at least 0", self.weight_decay)
+        if self.momentum is not None:
+            check(self.name != "adamw", "optimizer.momentum", "be left out for adamw", self.momentum)
+            check(0 <= self.momentum < 1, "optimizer.momentum", "lie in [0, 1)", self.momentum)
+        check(self.warmup_epochs >= 0, "optimizer.warmup_epochs", "be at least 0", self.warmup_epochs)
+        check(0 <= self.warmup_start <= 1, "optimizer.warmup_start", "lie in [0, 1]", self.warmup_start)
+        check(0 <= self.final <= 1, "optimizer.final", "lie in [0, 1]", self.final)
+
+
+@dataclass
+class TrainerConfig:
+    """The loop, its log and its checkpoints."""
+
+    epochs: int = 10
+    """Passes over the training split."""
+
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    """None takes what accelerate launch was told."""
+
+    clip_norm: float | None = None
+    """Gradients are scaled down to this norm; None leaves them."""
+
+    cpu: bool = False
+    """Train on the CPU even where there is an accelerator."""
+
+    threads: int | None = None
+    """CPU threads of each process; None divides the machine's cores among its processes."""
+
+    trackers: list[str] = field(default_factory=list)
+    """Accelerate trackers beside log.jsonl, e.g. [tensorboard]."""
+
+    checkpoint_epochs: int = 1
+    """Epochs between checkpoints; the last step always gets one."""
+
+    keep_checkpoints: int = 2
+    """Older checkpoints are deleted."""
+
+    def check(self) -> None:
+        """Refuse values that cannot run.
+
+        Raises:
+            ConfigError: names the field.
+        """
+        check(self.epochs >= 1, "trainer.epochs", "be at least 1", self.epochs)
+        if self.clip_norm is not None:
+            check(self.clip_norm > 0, "trainer.clip_norm", "be greater than 0", self.clip_norm)
+        if self.threads is not None:
+            check(self.threads >= 1, "trainer.threads", "be at least 1", self.threads)
+        check(
+            self.checkpoint_epochs >= 1, "trainer.checkpoint_epochs", "be at least 1", self.checkpoint_epochs
+        )
+        check(self.keep_checkpoints >= 1, "trainer.keep_checkpoints", "be at least 1", self.keep_checkpoints)

@@ -1,0 +1,118 @@
+"""Read a run back: config, trained model, data, log. Needs neither accelerate nor the training loop."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from pysupcon.config import Config, load_config
+from pysupcon.data.bundle import Data, PlainDataset, load_data
+from pysupcon.errors import RunError
+from pysupcon.models.model import ContrastiveModel
+
+CONFIG_FILE = "config.yaml"
+LOG_FILE = "log.jsonl"
+WEIGHTS_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        dir: its folder.
+        config: as resolved when it was trained.
+    """
+
+    dir: Path
+    config: Config
+
+    @cached_property
+    def data(self) -> Data:
+        """The data, split as in training."""
+        return load_data(self.config.data)
+
+    @cached_property
+    def model(self) -> ContrastiveModel:
+        """The trained model, on the CPU, in eval mode; ``model.backbone(images)`` gives the embedding [B, E].
+
+        Raises:
+            RunError: the weights are missing, truncated or of another model; names the file.
+        """
+        model = build_model(self.config, self.data)
+        load_weights(model, self.dir / WEIGHTS_FILE)
+        return model.eval()
+
+    def splits(self) -> dict[str, PlainDataset]:
+        """ "train", "val" and "test" without augmentation; item: (image float32 [C, S, S], coarse, fine)."""
+        return {name: self.data.plain(name) for name in self.data.splits}
+
+    def log(self) -> list[dict[str, Any]]:
+        """The lines of ``log.jsonl``, one a step, in order.
+
+        Raises:
+            RunError: there is no log, or a line is broken; names file and line.
+        """
+        return read_log(self.dir / LOG_FILE)
+
+
+def load_run(run_dir: str | Path) -> Run:
+    """Open a run. Model and data are read when first asked for.
+
+    Raises:
+        RunError: the folder holds no run.
+        ConfigError: its config is broken.
+    """
+    run_dir = Path(run_dir)
+    if not (run_dir / CONFIG_FILE).is_file():
+        raise RunError(f"{run_dir} holds no run: there is no {CONFIG_FILE} in it")
+    return Run(run_dir, load_config(run_dir / CONFIG_FILE))
+
+
+def build_model(config: Config, data: Data) -> ContrastiveModel:
+    """The untrained model of a config, for its data."""
+    return ContrastiveModel(
+        config.model, channels=data.channels, image_size=data.image_size, classes=len(data.class_names)
+    )
+
+
+def load_weights(model: torch.nn.Module, path: Path) -> None:
+    """Load a safetensors file into ``model``.
+
+    Raises:
+        RunError: the file is missing, truncated or of another model; names the file.
+    """
+    if not path.is_file():
+        raise RunError(f"{path} is missing: the run has not finished, or is no run")
+    try:
+        model.load_state_dict(load_file(path))
+    except SafetensorError as error:
+        raise RunError(f"{path} is truncated or no safetensors file: {error}") from error
+    except RuntimeError as error:
+        raise RunError(
+            f"{path} holds the weights of another model: {' '.join(str(error).split())}"
+        ) from error
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file.
+
+    Raises:
+        RunError: the file is missing or a line is broken; names file and line.
+    """
+    if not path.is_file():
+        raise RunError(f"{path} is missing")
+    lines = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise RunError(f"{path}, line {number}, is no JSON: {error}") from error
+    return lines
