@@ -1,0 +1,26 @@
+"""pysupcon: supervised contrastive losses that never write the N x N matrix down.
+
+``SupConLoss``, ``SINCERELoss``, ``ClassConditionalInfoNCELoss``, ``SpreadLoss`` and ``InfoNCELoss`` are modules,
+:mod:`pysupcon.functional` holds the same as functions, :mod:`pysupcon.compat` the loss classes of other libraries with
+their own signatures. ``backends()`` says which kernels this build has, and why others are missing.
+"""
+
+from __future__ import annotations
+
+from . import _ops, functional
+from .losses import ClassConditionalInfoNCELoss, InfoNCELoss, SINCERELoss, SpreadLoss, SupConLoss
+
+__all__ = [
+    "ClassConditionalInfoNCELoss",
+    "InfoNCELoss",
+    "SINCERELoss",
+    "SpreadLoss",
+    "SupConLoss",
+    "backends",
+    "functional",
+]
+
+
+def backends() -> dict[str, str]:
+    """What this build can run on: backend name -> what is compiled, or why it is not."""
+    return _ops.backends()

@@ -1,0 +1,193 @@
+"""The one differentiable step of every loss: from rows to what is kept per anchor.
+
+:func:`row_statistics` turns embeddings into per-anchor statistics through the six operators of a backend; its backward
+recomputes the pairs. Everything after it is O(N) and ordinary autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _ops, tiled
+
+__all__ = ["OPERATORS", "Pairing", "Plan", "RowStatistics", "row_statistics"]
+
+OPERATORS: dict[str, Any] = {"cpu": _ops, "cuda": _ops, "tiled": tiled}
+"""Modules that offer the six operators, by backend."""
+
+
+class Pairing(NamedTuple):
+    """Who is whose positive: the index arguments of the operators (see :mod:`pysupcon._ops`)."""
+
+    labels: Tensor
+    order: Tensor
+    candidate_labels: Tensor | None
+    candidate_order: Tensor | None
+    self_index: Tensor | None
+
+
+class Plan(NamedTuple):
+    """What to compute and how. ``exchange`` [k, M] -> [k, N] gathers columns of every process's own anchors, in the
+    candidates' order; with it every candidate is an anchor of some process and the backward yields the complete gradient
+    of the own rows (it may be called in the backward only, by every process equally often)."""
+
+    backend: str
+    pairing: Pairing
+    instances: Pairing | None = None
+    mask: tiled.PositiveMask | None = None
+    negatives: bool = True
+    positives: bool = True
+    epsilon: float | None = None
+    positive_sum: bool = False
+    exchange: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def mask_arguments(self) -> dict[str, tiled.PositiveMask]:
+        return {} if self.mask is None else {"mask": self.mask}
+
+
+class RowStatistics(NamedTuple):
+    """Per anchor, [M] each, in the backend's statistics dtype; empty [0] where the plan does not ask for it."""
+
+    n: Tensor
+    """log sum over negatives of e^s; -inf where there is none"""
+    p: Tensor
+    """log sum over positives of e^s; -inf where there is none"""
+    softplus: Tensor
+    """sum over positives of softplus(n - s + epsilon)"""
+    positive_sum: Tensor
+    """sum over positives of s"""
+    instance_sum: Tensor
+    """sum of s over the other rows of the anchor's instance"""
+
+
+class _RefuseSecond(torch.autograd.Function):
+    """Passes gradients through; a second differentiation meets an error instead of silent zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *reasons: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "pysupcon's losses can be differentiated once only: their gradient does not depend on its inputs in a way "
+            'autograd can follow; backend="reference" (dense, small batches) supports second derivatives'
+        )
+
+
+class _RowStatisticsFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, candidates: Tensor | None, scale: Tensor, plan: Plan) -> Any:
+        ops = OPERATORS[plan.backend]
+        anchors = (x, plan.pairing.labels, plan.pairing.order, scale)
+        rows = (*anchors, candidates, *plan.pairing[2:])
+        n = p = softplus = positive_sum = instance_sum = scale.new_empty(0)
+        if plan.negatives or plan.positives:
+            n, p = ops.pair_stats(*rows, plan.negatives, plan.positives, **plan.mask_arguments)
+        if plan.epsilon is not None:
+            softplus = ops.positive_softplus(*rows, n, plan.epsilon, **plan.mask_arguments)
+        if plan.positive_sum:
+            positive_sum = ops.positive_sum(*rows, **plan.mask_arguments)
+        if plan.instances is not None:
+            instance_sum = ops.positive_sum(
+                x, plan.instances.labels, plan.instances.order, scale, candidates, *plan.instances[2:]
+            )
+        ctx.plan = plan
+        ctx.save_for_backward(x, candidates, scale, n, p)
+        return n, p, softplus, positive_sum, instance_sum
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, candidates, scale, n, p = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        with torch.no_grad():
+            result = _gradients(ctx.plan, x, candidates, scale, n, p, grads, needs)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            reasons = [tensor for tensor in (x, candidates, scale, *grads) if tensor is not None]
+            result = tuple(None if grad is None else _RefuseSecond.apply(grad, *reasons) for grad in result)
+        return *result, None
+
+
+def _gradients(
+    plan: Plan,
+    x: Tensor,
+    candidates: Tensor | None,
+    scale: Tensor,
+    n: Tensor,
+    p: Tensor,
+    grads: tuple[Tensor, ...],
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dL/dx, dL/dcandidates, dL/dscale from the upstream gradients of :class:`RowStatistics`."""
+    ops = OPERATORS[plan.backend]
+    grad_n, grad_p, grad_softplus, grad_positive_sum, grad_instance_sum = grads
+    rows = (x, plan.pairing.labels, plan.pairing.order, scale, candidates, *plan.pairing[2:])
+    need_candidates = needs[1] and plan.exchange is None
+    others: dict[str, Tensor] = {}  # the candidates' own statistics and upstream gradients
+    if plan.exchange is not None:
+        columns = dict(
+            zip(("n", "p", "softplus", "positive_sum", "instance_sum"), (n, p, *grads[2:]), strict=True)
+        )
+        columns["grad_p"] = grad_p
+        columns = {name: column for name, column in columns.items() if column.shape == x.shape[:1]}
+        others = dict(zip(columns, plan.exchange(torch.stack(list(columns.values()))), strict=True))
+    parts: list[tuple[Tensor, Tensor]] = []
+    if plan.epsilon is not None:
+        grad_x, grad_candidates, more_n = ops.positive_softplus_backward(
+            *rows, n, plan.epsilon, grad_softplus, others.get("n"), others.get("softplus"), need_candidates,
+            **plan.mask_arguments,
+        )  # fmt: skip
+        parts.append((grad_x, grad_candidates))
+        grad_n = grad_n + more_n
+    if plan.negatives or plan.positives:
+        if plan.exchange is not None:
+            others["grad_n"] = plan.exchange(grad_n.unsqueeze(0))[0]
+        parts.append(
+            ops.pair_stats_backward(
+                *rows, n, p, grad_n, grad_p, others.get("n"), others.get("p"), others.get("grad_n"),
+                others.get("grad_p"), plan.negatives, plan.positives, need_candidates, **plan.mask_arguments,
+            )
+        )  # fmt: skip
+    if plan.positive_sum:
+        parts.append(
+            ops.positive_sum_backward(
+                *rows, grad_positive_sum, others.get("positive_sum"), need_candidates, **plan.mask_arguments
+            )
+        )
+    if plan.instances is not None:
+        parts.append(
+            ops.positive_sum_backward(
+                x, plan.instances.labels, plan.instances.order, scale, candidates, *plan.instances[2:],
+                grad_instance_sum, others.get("instance_sum"), need_candidates,
+            )
+        )  # fmt: skip
+    grad_x, grad_candidates = parts[0]
+    for more_x, more_candidates in parts[1:]:
+        grad_x.add_(more_x)
+        if need_candidates:
+            grad_candidates.add_(more_candidates)
+    grad_scale = None
+    if needs[2]:
+        # sum_i x_i . dL/dx_i = sum_ij (G_ij + G_ji) s_ij: every pair twice where the candidates are the anchors.
+        twice = candidates is None or plan.exchange is not None
+        grad_scale = _row_products(x, grad_x, scale.dtype) / (2 * scale if twice else scale)
+    return (grad_x if needs[0] else None), (grad_candidates if need_candidates else None), grad_scale
+
+
+def _row_products(x: Tensor, y: Tensor, dtype: torch.dtype, chunk: int = 65536) -> Tensor:
+    """sum of x * y in ``dtype``, without a copy of the rows."""
+    total = torch.zeros((), dtype=dtype, device=x.device)
+    for start in range(0, x.shape[0], chunk):
+        total += (x[start : start + chunk].to(dtype) * y[start : start + chunk]).sum()
+    return total
+
+
+def row_statistics(x: Tensor, candidates: Tensor | None, scale: Tensor, plan: Plan) -> RowStatistics:
+    """Statistics of every anchor, differentiable once with respect to ``x`` [M, D], ``candidates`` [N, D] or None and
+    ``scale`` (1 / temperature, no dimensions, in the backend's statistics dtype)."""
+    return RowStatistics(*_RowStatisticsFunction.apply(x, candidates, scale, plan))

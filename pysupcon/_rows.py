@@ -1,0 +1,63 @@
+"""Per anchor: from statistics to the loss, and from losses to one number. O(N), ordinary autograd.
+
+An anchor that has no loss gives 0, and its row is kept away from infinities in the forward, so that no NaN is born in
+the backward. ``count`` is |P_i| (of the instance: |A_i|), int64 [M]; statistics as in
+:class:`pysupcon._autograd.RowStatistics`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["cnce_rows", "reduce_rows", "sincere_rows", "supcon_rows"]
+
+
+class AnchorCount(Protocol):
+    def anchors(self, count: Tensor) -> Tensor: ...
+
+
+def _mean(total: Tensor, count: Tensor) -> Tensor:
+    return total / count.clamp(min=1)
+
+
+def supcon_rows(n: Tensor, p: Tensor, positive_sum: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """logaddexp(n_i, p_i) - mean_{P_i} s, and which anchors have a positive."""
+    valid = count > 0
+    denominator = torch.logaddexp(n, torch.where(valid, p, 0.0))
+    return torch.where(valid, denominator - _mean(positive_sum, count), 0.0), valid
+
+
+def sincere_rows(softplus: Tensor, count: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """mean_{P_i} softplus(n_i - s_ip + epsilon) - epsilon, and which anchors have a positive."""
+    valid = count > 0
+    loss = _mean(softplus, count)
+    return (torch.where(valid, loss - epsilon, 0.0) if epsilon else loss), valid
+
+
+def cnce_rows(
+    p: Tensor, instance_sum: Tensor, instance_count: Tensor, count: Tensor
+) -> tuple[Tensor, Tensor]:
+    """p_i - mean_{A_i} s, and which anchors have another row of their instance."""
+    valid = (instance_count > 0) & (count > 0)
+    return torch.where(valid, p - _mean(instance_sum, instance_count), 0.0), valid
+
+
+def reduce_rows(
+    loss: Tensor, valid: Tensor, reduction: str, dtype: torch.dtype, gather: AnchorCount | None = None
+) -> Tensor:
+    """``"mean"`` over the anchors that have a loss, ``"sum"``, or ``"none"`` [M]; in ``dtype``."""
+    if valid.device.type == "cpu" and not torch.compiler.is_compiling() and not valid.any():
+        warnings.warn(
+            "no anchor of this batch has a positive: the loss is 0 and teaches nothing", stacklevel=4
+        )
+    if reduction == "none":
+        return loss.to(dtype)
+    total = loss.sum()
+    if reduction == "mean":
+        count = valid.sum()
+        total = total / (count.clamp(min=1) if gather is None else gather.anchors(count))
+    return total.to(dtype)
