@@ -8,11 +8,11 @@ evaluator runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from .base import Evaluator, FeatureSet, FeatureSplits, Level, Result
-from .bootstrap import BootstrapConfig
+from .bootstrap import BootstrapConfig, with_intervals
 from .coarse_to_fine import CoarseToFine, CoarseToFineConfig
 from .geometry import Geometry, GeometryConfig
 from .knn import KNN, KNNConfig
@@ -43,8 +43,8 @@ __all__ = [
     "available",
     "build_evaluators",
     "project",
-    "run_evaluators",
     "unit_of",
+    "with_intervals",
 ]
 
 _CLASSES: Mapping[str, type[Evaluator]] = {
@@ -54,29 +54,40 @@ _CLASSES: Mapping[str, type[Evaluator]] = {
 
 @dataclass
 class EvaluationConfig:
-    """Which evaluators judge the frozen features, and with what arguments.
-
-    Args:
-        evaluators: names, run in this order; any of coarse_to_fine, linear_probe, knn, geometry, separation.
-        coarse_to_fine: arguments of the coarse-to-fine transfer.
-        linear_probe: arguments of the linear probe on one level of labels.
-        knn: arguments of the weighted k-nearest neighbours.
-        geometry: arguments of spread, distances and collapse.
-        separation: arguments of the nearest same-class and other-class cosines.
-        projection: the two-dimensional picture.
-        batch_size: images the encoder takes at once when features are extracted.
-        progress: bars for what takes seconds.
-    """
+    """Which evaluators judge the frozen features, and with what arguments."""
 
     evaluators: list[str] = field(default_factory=lambda: ["coarse_to_fine", "knn", "geometry", "separation"])
+    """Names, run in this order; any of coarse_to_fine, linear_probe, knn, geometry, separation."""
+
     coarse_to_fine: CoarseToFineConfig = field(default_factory=CoarseToFineConfig)
+    """Arguments of the coarse-to-fine transfer."""
+
     linear_probe: LinearProbeConfig = field(default_factory=LinearProbeConfig)
+    """Arguments of the linear probe on one level of labels."""
+
     knn: KNNConfig = field(default_factory=KNNConfig)
+    """Arguments of the weighted k-nearest neighbours."""
+
     geometry: GeometryConfig = field(default_factory=GeometryConfig)
+    """Arguments of spread, distances and collapse."""
+
     separation: SeparationConfig = field(default_factory=SeparationConfig)
+    """Arguments of the nearest same-class and other-class cosines."""
+
+    bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
+    """The interval of every accuracy."""
+
     projection: ProjectionConfig = field(default_factory=ProjectionConfig)
+    """The two-dimensional picture."""
+
     batch_size: int = 256
+    """Images the encoder takes at once when features are extracted."""
+
+    device: str = "auto"
+    """Where the encoder runs and the features lie: cpu, cuda, cuda:1, ...; auto is an accelerator if any."""
+
     progress: bool = True
+    """Bars for what takes seconds."""
 
     def __post_init__(self) -> None:
         if not self.evaluators or len(set(self.evaluators)) != len(self.evaluators):
@@ -96,12 +107,6 @@ def available() -> list[str]:
 def build_evaluators(config: EvaluationConfig) -> list[Evaluator]:
     """The evaluators that ``config`` names, in its order, each with its own arguments."""
     return [_CLASSES[name](getattr(config, name)) for name in config.evaluators]
-
-
-def run_evaluators(config: EvaluationConfig, splits: FeatureSplits) -> Iterator[Result]:
-    """Every (name, value) of every evaluator that ``config`` names."""
-    for evaluator in build_evaluators(config):
-        yield from evaluator(splits, progress=config.progress)
 
 
 def unit_of(name: str) -> str:

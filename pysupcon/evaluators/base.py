@@ -120,3 +120,9 @@ def class_index(labels: Tensor, classes: Tensor) -> Tensor:
     """Position of each label [N] in the sorted, distinct ``classes`` [C]; -1 for one that is not there."""
     index = torch.searchsorted(classes, labels).clamp_(max=len(classes) - 1)
     return torch.where(classes[index] == labels, index, -1)
+
+
+def accuracy_results(prefix: str, correct: Tensor) -> Iterator[Result]:
+    """``prefix/accuracy``, and the outcomes behind it as ``prefix/correct``, [N] bool on the CPU."""
+    yield f"{prefix}/accuracy", correct.double().mean().item()
+    yield f"{prefix}/correct", correct.detach().cpu()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,18 +15,17 @@ _CHUNK_ELEMENTS = 1 << 22
 
 @dataclass
 class BootstrapConfig:
-    """Percentile interval of an accuracy.
-
-    Args:
-        resamples: resamples of the test set, each with replacement and of its size.
-        confidence: share of the resampled accuracies that the interval holds, in (0, 1).
-        seed: the same seed draws the same resamples for every accuracy over as many samples, which are thus
-            paired.
-    """
+    """Percentile interval of an accuracy."""
 
     resamples: int = 1000
+    """Resamples of the test set, each with replacement and of its size."""
+
     confidence: float = 0.95
+    """Share of the resampled accuracies that the interval holds, in (0, 1)."""
+
     seed: int = 0
+    """The same seed draws the same resamples for every accuracy over as many samples, which are thus
+    paired."""
 
     def __post_init__(self) -> None:
         if self.resamples < 1:
@@ -60,16 +59,12 @@ def percentile_interval(means: Tensor, confidence: float) -> tuple[float, float]
     return low, high
 
 
-def accuracy_results(prefix: str, correct: Tensor, config: BootstrapConfig) -> Iterator[Result]:
-    """``prefix/accuracy``, its interval as ``/low`` and ``/high``, and the outcomes as ``prefix/correct``.
-
-    Args:
-        prefix: name without the last part.
-        correct: [N] bool, whether each test sample was classified rightly.
-        config: resamples, confidence and seed.
-    """
-    low, high = percentile_interval(resampled_means(correct, config), config.confidence)
-    yield f"{prefix}/accuracy", correct.double().mean().item()
-    yield f"{prefix}/accuracy/low", low
-    yield f"{prefix}/accuracy/high", high
-    yield f"{prefix}/correct", correct.detach().cpu()
+def with_intervals(results: Iterable[Result], config: BootstrapConfig) -> Iterator[Result]:
+    """Passes ``results`` on; adds ``X/accuracy/low`` and ``X/accuracy/high`` after every ``X/correct``."""
+    for name, value in results:
+        yield name, value
+        prefix, _, last = name.rpartition("/")
+        if last == "correct" and isinstance(value, Tensor):
+            low, high = percentile_interval(resampled_means(value, config), config.confidence)
+            yield f"{prefix}/accuracy/low", low
+            yield f"{prefix}/accuracy/high", high

@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import FeatureSplits, Level, Result
-from .bootstrap import BootstrapConfig, accuracy_results
+from .base import FeatureSplits, Level, Result, accuracy_results
 from .linear_probe import FittedProbe, ProbeConfig, fit_probe
 
 
 @dataclass
-class CoarseToFineConfig:
-    """Linear probes of an encoder trained on coarse labels: on the fine labels and on the coarse ones.
-
-    Args:
-        probe: how each classifier is fitted.
-        bootstrap: the interval of each accuracy.
-    """
-
-    probe: ProbeConfig = field(default_factory=ProbeConfig)
-    bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
+class CoarseToFineConfig(ProbeConfig):
+    """Linear probes of an encoder trained on coarse labels: on the fine labels and on the coarse ones."""
 
 
 def predict_within(probe: FittedProbe, features: Tensor, allowed: Tensor) -> Tensor:
@@ -67,10 +58,10 @@ class CoarseToFine:
             if level == "coarse" and one_level:
                 probes[level] = probes["fine"]
             else:
-                probes[level] = fit_probe(train, splits.val, level, config.probe, progress=progress)
+                probes[level] = fit_probe(train, splits.val, level, config, progress=progress)
             probe, truth = probes[level], test.labels(level).cpu()
             prefix = f"coarse_to_fine/{level}"
-            yield from accuracy_results(prefix, probe.predict(test.features) == truth, config.bootstrap)
+            yield from accuracy_results(prefix, probe.predict(test.features) == truth)
             values, counts = train.labels(level).cpu().unique(return_counts=True)
             yield f"{prefix}/chance", (truth == values[counts.argmax()]).double().mean().item()
             yield f"{prefix}/val_accuracy", probe.val_accuracy
@@ -81,7 +72,7 @@ class CoarseToFine:
         counts = self._part_counts(train.coarse.cpu(), train.fine.cpu(), coarse, probe.classes)
         prefix = "coarse_to_fine/fine_within_coarse"
         predicted = predict_within(probe, test.features, counts > 0)
-        yield from accuracy_results(prefix, predicted == fine, config.bootstrap)
+        yield from accuracy_results(prefix, predicted == fine)
         yield f"{prefix}/chance", (probe.classes[counts.argmax(dim=1)] == fine).double().mean().item()
 
     @staticmethod

@@ -19,19 +19,18 @@ from .base import FeatureSplits, Result
 
 @dataclass
 class GeometryConfig:
-    """Distances and variances of the features on the unit sphere, of one split.
-
-    Args:
-        split: "train", "val" or "test".
-        class_collapse_below: ``class_collapse`` is raised where less than this share of the total variance
-            lies within the coarse classes.
-        complete_collapse_below: ``complete_collapse`` is raised where the total variance is less than this.
-            Rows spread evenly over the sphere have total variance 1.
-    """
+    """Distances and variances of the features on the unit sphere, of one split."""
 
     split: Literal["train", "val", "test"] = "test"
+    """"train", "val" or "test"."""
+
     class_collapse_below: float = 0.05
+    """``class_collapse`` is raised where less than this share of the total variance lies within the coarse
+    classes."""
+
     complete_collapse_below: float = 1e-3
+    """``complete_collapse`` is raised where the total variance is less than this. Rows spread evenly over the
+    sphere have total variance 1."""
 
     def __post_init__(self) -> None:
         if self.split not in ("train", "val", "test"):

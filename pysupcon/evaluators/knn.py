@@ -10,25 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import LEVELS, FeatureSplits, Result, class_index
-from .bootstrap import BootstrapConfig, accuracy_results
+from .base import LEVELS, FeatureSplits, Result, accuracy_results, class_index
 
 
 @dataclass
 class KNNConfig:
-    """Weighted k-NN: the k nearest training samples vote for their class with exp(cosine / temperature).
-
-    Args:
-        k: numbers of neighbours; each is reported. One beyond the training set's size means all of it.
-        temperature: of the votes, on the scale of the cosine. Small: only the very nearest count.
-        chunk_bytes: memory for one block of similarities (test rows x all training rows), in bytes.
-        bootstrap: the interval of each accuracy.
-    """
+    """Weighted k-NN: the k nearest training samples vote for their class with exp(cosine / temperature)."""
 
     k: list[int] = field(default_factory=lambda: [1, 5, 10, 20, 100, 200])
+    """Numbers of neighbours; each is reported. One beyond the training set's size means all of it."""
+
     temperature: float = 0.07
+    """Of the votes, on the scale of the cosine. Small: only the very nearest count."""
+
     chunk_bytes: int = 1 << 26
-    bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
+    """Memory for one block of similarities (test rows x all training rows), in bytes."""
 
     def __post_init__(self) -> None:
         if not self.k or any(k < 1 for k in self.k):
@@ -92,7 +88,7 @@ def vote(cosines: Tensor, neighbour_classes: Tensor, classes: int, temperature: 
 
 
 class KNN:
-    """Yields ``knn/k=K/{fine,coarse}/accuracy`` with intervals, for every K asked for."""
+    """Yields ``knn/k=K/{fine,coarse}/accuracy`` for every K asked for."""
 
     name: ClassVar[str] = "knn"
     units: ClassVar[Mapping[str, str]] = {"accuracy": "fraction"}
@@ -114,4 +110,4 @@ class KNN:
             for k in sorted(set(config.k)):
                 predicted = vote(cosines[:, :k], neighbour_classes[:, :k], len(classes), config.temperature)
                 correct = classes[predicted] == truth
-                yield from accuracy_results(f"knn/k={k}/{level}", correct, config.bootstrap)
+                yield from accuracy_results(f"knn/k={k}/{level}", correct)

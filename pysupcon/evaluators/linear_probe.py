@@ -20,8 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import FeatureSet, FeatureSplits, Level, Result, class_index
-from .bootstrap import BootstrapConfig, accuracy_results
+from .base import FeatureSet, FeatureSplits, Level, Result, accuracy_results, class_index
 
 Solver = Literal["logistic", "sgd", "adamw"]
 _DEFAULT_RATES = {"sgd": (0.1,), "adamw": (1e-3,)}
@@ -29,33 +28,37 @@ _DEFAULT_RATES = {"sgd": (0.1,), "adamw": (1e-3,)}
 
 @dataclass
 class ProbeConfig:
-    """How a linear classifier is fitted to frozen features.
-
-    Args:
-        solver: "logistic", "sgd" or "adamw".
-        standardize: give every feature the mean 0 and the deviation 1 that the *training* split's statistics
-            say (the same shift and scale for all splits). Makes the penalty and the learning rate independent
-            of the features' scale; turn it off to follow the papers to the letter with "sgd" and "adamw".
-        penalties: "logistic" only: L2 penalties tried, lambda of mean cross-entropy + lambda / 2 ||W||^2
-            (scikit- learn's C = 1 / (lambda N)). The largest of the best ones is kept.
-        max_iterations: "logistic" only: L-BFGS iterations for each penalty.
-        learning_rates: "sgd" and "adamw": rates tried; empty means 0.1 for "sgd" and 1e-3 for "adamw".
-        epochs: "sgd" and "adamw": passes over the training features; the epoch of the best validation
-            accuracy counts.
-        batch_size: "sgd" and "adamw".
-        weight_decay: "sgd" and "adamw".
-        seed: of the first weights and the order of the samples.
-    """
+    """How a linear classifier is fitted to frozen features."""
 
     solver: Solver = "logistic"
+    """logistic, sgd or adamw."""
+
     standardize: bool = True
-    penalties: list[float] = field(default_factory=lambda: [1e-1, 1e-2, 1e-3, 1e-4])
+    """Give every feature the mean 0 and the deviation 1 that the *training* split's statistics say (the same
+    shift and scale for all splits). Makes the penalty and the learning rate independent of the features'
+    scale; turn it off to follow the papers to the letter with sgd and adamw."""
+
+    penalties: list[float] = field(default_factory=lambda: [1e-1, 1e-2, 1e-3, 1e-4, 1e-5])
+    """logistic only: L2 penalties tried, lambda of mean cross-entropy + lambda / 2 ||W||^2 (scikit-learn's
+    C = 1 / (lambda N)). Of equally good ones the largest is kept."""
+
     max_iterations: int = 300
+    """logistic only: L-BFGS iterations for each penalty."""
+
     learning_rates: list[float] = field(default_factory=list)
+    """sgd and adamw: rates tried; empty means 0.1 for sgd and 1e-3 for adamw."""
+
     epochs: int = 100
+    """sgd and adamw: passes over the training features; the epoch of the best validation accuracy counts."""
+
     batch_size: int = 128
+    """sgd and adamw: samples in a step."""
+
     weight_decay: float = 0.0
+    """sgd and adamw: of the weights and the bias."""
+
     seed: int = 0
+    """sgd and adamw: of the first weights and the order of the samples."""
 
     def __post_init__(self) -> None:
         if self.solver not in ("logistic", "sgd", "adamw"):
@@ -211,26 +214,20 @@ def _bar(items: list[float] | range, progress: bool) -> Iterator[float]:
 
 
 @dataclass
-class LinearProbeConfig:
-    """A linear probe on one level of the labels.
-
-    Args:
-        level: "coarse", the labels the encoder was trained on, or "fine".
-        probe: how the classifier is fitted.
-        bootstrap: the interval of the accuracy.
-    """
+class LinearProbeConfig(ProbeConfig):
+    """A linear probe on one level of the labels."""
 
     level: Level = "coarse"
-    probe: ProbeConfig = field(default_factory=ProbeConfig)
-    bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
+    """"coarse", the labels the encoder was trained on, or "fine"."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.level not in ("coarse", "fine"):
             raise ValueError(f'level must be "coarse" or "fine", got {self.level!r}')
 
 
 class LinearProbe:
-    """Yields ``linear_probe/{level}/accuracy`` with its interval, and how the classifier was chosen."""
+    """Yields ``linear_probe/{level}/accuracy`` and how the classifier was chosen."""
 
     name: ClassVar[str] = "linear_probe"
     units: ClassVar[Mapping[str, str]] = {
@@ -245,9 +242,9 @@ class LinearProbe:
 
     def __call__(self, splits: FeatureSplits, *, progress: bool = False) -> Iterator[Result]:
         config, prefix = self.config, f"linear_probe/{self.config.level}"
-        probe = fit_probe(splits.train, splits.val, config.level, config.probe, progress=progress)
+        probe = fit_probe(splits.train, splits.val, config.level, config, progress=progress)
         correct = probe.predict(splits.test.features) == splits.test.labels(config.level).cpu()
-        yield from accuracy_results(prefix, correct, config.bootstrap)
+        yield from accuracy_results(prefix, correct)
         yield f"{prefix}/val_accuracy", probe.val_accuracy
         yield f"{prefix}/chosen", probe.chosen
         yield f"{prefix}/converged", float(probe.converged)

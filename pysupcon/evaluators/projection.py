@@ -12,18 +12,17 @@ from torch import Tensor
 
 @dataclass
 class ProjectionConfig:
-    """The two-dimensional picture of the test features, on the unit sphere.
-
-    Args:
-        method: "tsne", which shows neighbourhoods (distances between groups mean little), or "pca", which is
-            linear and shows true distances along the two directions of most variance.
-        max_points: a seeded sample of the test split beyond this many.
-        seed: of that sample and of t-SNE.
-    """
+    """The two-dimensional picture of the test features, on the unit sphere."""
 
     method: Literal["tsne", "pca"] = "tsne"
+    """"tsne", which shows neighbourhoods (distances between groups mean little), or "pca", which is linear
+    and shows true distances along the two directions of most variance."""
+
     max_points: int = 1000
+    """A seeded sample of the test split beyond this many."""
+
     seed: int = 0
+    """Of that sample and of t-SNE."""
 
     def __post_init__(self) -> None:
         if self.method not in ("tsne", "pca"):

@@ -15,13 +15,10 @@ from .knn import similarity_chunks
 
 @dataclass
 class SeparationConfig:
-    """Nearest training sample of the same class (target) against the nearest of another class (noise).
-
-    Args:
-        chunk_bytes: memory for one block of similarities (test rows x all training rows), in bytes.
-    """
+    """Nearest training sample of the same class (target) against the nearest of another class (noise)."""
 
     chunk_bytes: int = 1 << 26
+    """Memory for one block of similarities (test rows x all training rows), in bytes."""
 
     def __post_init__(self) -> None:
         if self.chunk_bytes < 1:

@@ -1,0 +1,226 @@
+"""A report: named numbers with units and intervals, as JSON, as Markdown and as a table for the terminal.
+
+Knows numbers and text only. A metric's name is parts separated by "/", of which the first groups the tables.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number.
+
+    Attributes:
+        value: finite.
+        unit: "fraction" is shown in per cent; any other unit is shown beside the number.
+        low, high: the interval, both or neither.
+    """
+
+    value: float
+    unit: str = ""
+    low: float | None = None
+    high: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.low is None) != (self.high is None):
+            raise ValueError(
+                f"a metric needs both ends of its interval or neither, got {self.low} and {self.high}"
+            )
+        numbers = [number for number in (self.value, self.low, self.high) if number is not None]
+        if not all(math.isfinite(number) for number in numbers):
+            raise ValueError(f"a metric must be finite, got {numbers}")
+
+    def _number(self, value: float | None) -> str:
+        if value is None:
+            return ""
+        if self.unit == "fraction":
+            return f"{100 * value:.2f}"
+        return f"{value:.4g}"
+
+    def columns(self) -> tuple[str, str, str]:
+        """Value, interval ("" if none) and unit, for people."""
+        interval = "" if self.low is None else f"[{self._number(self.low)}, {self._number(self.high)}]"
+        return self._number(self.value), interval, "%" if self.unit == "fraction" else self.unit
+
+
+def metrics_of(results: Iterable[tuple[str, float]], unit_of: Callable[[str], str]) -> dict[str, Metric]:
+    """Metrics from (name, value) pairs, with ``name/low`` and ``name/high`` folded into ``name``.
+
+    Raises:
+        ValueError: a name that came twice, an end of an interval without its metric, or a number that is not
+        finite;
+            the message gives the name.
+    """
+    values: dict[str, float] = {}
+    for name, value in results:
+        if name in values:
+            raise ValueError(f"metric {name!r} came twice")
+        values[name] = value
+    ends = {name for name in values if name.endswith(("/low", "/high"))}
+    for name in ends:
+        if name.rpartition("/")[0] not in values:
+            raise ValueError(
+                f"metric {name!r} is the end of an interval, but there is no {name.rpartition('/')[0]!r}"
+            )
+    metrics = {}
+    for name, value in values.items():
+        if name in ends:
+            continue
+        try:
+            metrics[name] = Metric(
+                value, unit_of(name), values.get(f"{name}/low"), values.get(f"{name}/high")
+            )
+        except ValueError as error:
+            raise ValueError(f"metric {name!r}: {error}") from None
+    return metrics
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that lies beside the report: its file's name, and what it shows."""
+
+    file: str
+    caption: str
+
+
+@dataclass
+class Report:
+    """What an evaluation found.
+
+    Attributes:
+        title: one line.
+        metrics: by name.
+        metadata: what the numbers depend on; values of JSON types, nested mappings allowed.
+        warnings: sentences the reader must not miss.
+        pictures: shown by the Markdown form.
+        confidence: of the metrics' intervals, in (0, 1).
+    """
+
+    title: str
+    metrics: dict[str, Metric]
+    metadata: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    confidence: float = 0.95
+
+    def _groups(self) -> list[tuple[str, list[tuple[str, tuple[str, str, str]]]]]:
+        """Metrics by their first part, in the order in which they came."""
+        pairs = [(*name.partition("/")[::2], metric.columns()) for name, metric in self.metrics.items()]
+        order = {group: rank for rank, group in reversed(list(enumerate(group for group, _, _ in pairs)))}
+        pairs.sort(key=lambda pair: order[pair[0]])
+        return [
+            (group, [(name or group, columns) for _, name, columns in members])
+            for group, members in groupby(pairs, key=lambda pair: pair[0])
+        ]
+
+    def to_json(self) -> str:
+        """Sorted keys, numbers in full precision; :meth:`from_json` gives the report back."""
+        metrics = {}
+        for name, metric in self.metrics.items():
+            entry: dict[str, Any] = {"value": metric.value, "unit": metric.unit}
+            if metric.low is not None:
+                entry |= {"low": metric.low, "high": metric.high}
+            metrics[name] = entry
+        content = {
+            "schema": SCHEMA,
+            "title": self.title,
+            "metrics": metrics,
+            "metadata": self.metadata,
+            "warnings": self.warnings,
+            "pictures": [{"file": picture.file, "caption": picture.caption} for picture in self.pictures],
+            "confidence": self.confidence,
+        }
+        return json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Reads what :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: not JSON, or of another schema.
+        """
+        content = json.loads(text)
+        if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+            found = content.get("schema") if isinstance(content, dict) else type(content).__name__
+            raise ValueError(f"a report must be a JSON object with schema {SCHEMA}, got {found!r}")
+        return cls(
+            title=content["title"],
+            metrics={name: Metric(**entry) for name, entry in content["metrics"].items()},
+            metadata=content["metadata"],
+            warnings=content["warnings"],
+            pictures=[Picture(**picture) for picture in content["pictures"]],
+            confidence=content["confidence"],
+        )
+
+    def to_markdown(self) -> str:
+        """The report for people, with its pictures."""
+        lines = [f"# {_escape(self.title)}", ""]
+        for warning in self.warnings:
+            lines += [f"> **Warning:** {_escape(warning)}", ""]
+        header = ("metric", "value", f"{100 * self.confidence:g} % interval", "unit")
+        for group, members in self._groups():
+            lines += [
+                f"## {_escape(group)}",
+                "",
+                *_markdown_table(header, ((name, *row) for name, row in members)),
+                "",
+            ]
+        for picture in self.pictures:
+            lines += [f"![{_escape(picture.caption)}]({picture.file})", "", _escape(picture.caption), ""]
+        if self.metadata:
+            rows = ((name, _plain(value)) for name, value in _flatten(self.metadata))
+            lines += ["## How it was made", "", *_markdown_table(("", ""), rows), ""]
+        return "\n".join(lines)
+
+    def table(self) -> str:
+        """The metrics as aligned text for a terminal, without a newline at its end."""
+        header = ("", "value", f"{100 * self.confidence:g} % interval", "unit")
+        groups = self._groups()
+        rows = [(f"  {name}", *columns) for _, members in groups for name, columns in members]
+        widths = [max(len(row[column]) for row in [header, *rows]) for column in range(4)]
+
+        def line(row: tuple[str, ...]) -> str:
+            name, value, interval, unit = row
+            cells = (
+                name.ljust(widths[0]),
+                value.rjust(widths[1]),
+                interval.rjust(widths[2]),
+                unit.ljust(widths[3]),
+            )
+            return "  ".join(cells).rstrip()
+
+        lines = [self.title, "", line(header)]
+        for group, members in groups:
+            lines += [group, *(line((f"  {name}", *columns)) for name, columns in members)]
+        lines += [f"warning: {warning}" for warning in self.warnings]
+        return "\n".join(lines)
+
+
+def _escape(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
+
+
+def _markdown_table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
+    lines = ["| " + " | ".join(header) + " |", "| " + " | ".join("---" for _ in header) + " |"]
+    return lines + ["| " + " | ".join(_escape(cell) for cell in row) + " |" for row in rows]
+
+
+def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for name, value in mapping.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _plain(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
