@@ -1,0 +1,230 @@
+// The entry points of kernels.h that visit pairs: what is fixed before the first pair, the schedule, and what happens to a
+// row's sums after the last one. The pairs themselves are the vector code's (select.h). Equations: ../README.md.
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <new>
+
+#include "cpu/rows.h"
+#include "cpu/schedule.h"
+#include "cpu/select.h"
+
+namespace pysupcon::cpu {
+namespace {
+
+constexpr double kInf = std::numeric_limits<double>::infinity();
+
+// ------------------------------------------------------------------------------------------------ memory
+// A thread keeps its scratch for the next call: some hundred kilobytes that would otherwise be mapped anew each time.
+void* thread_scratch(size_t bytes) {
+  struct Buffer {
+    void* memory = nullptr;
+    size_t bytes = 0;
+    ~Buffer() { std::free(memory); }
+  };
+  thread_local Buffer buffer;
+  if (buffer.bytes < bytes) {
+    std::free(buffer.memory);
+    buffer.bytes = 0;
+    buffer.memory = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
+    if (!buffer.memory) throw std::bad_alloc();
+    buffer.bytes = bytes;
+  }
+  return buffer.memory;
+}
+
+// Values of the arithmetic type by position (or by row), for the vector code.
+class Values {
+ public:
+  Values(const Problem& q, int64_t count, double fill)
+      : wide_(q.type == Type::f64), memory_(new char[count * (wide_ ? 8 : 4)]) {
+    for (int64_t i = 0; i < count; ++i) set(i, fill);
+  }
+  void set(int64_t i, double v) { wide_ ? void(wide()[i] = v) : void(narrow()[i] = static_cast<float>(v)); }
+  double get(int64_t i) const { return wide_ ? wide()[i] : narrow()[i]; }
+  void* data() const { return memory_.get(); }
+
+ private:
+  double* wide() const { return reinterpret_cast<double*>(memory_.get()); }
+  float* narrow() const { return reinterpret_cast<float*>(memory_.get()); }
+  bool wide_;
+  std::unique_ptr<char[]> memory_;
+};
+
+// ------------------------------------------------------------------------------------------------ plan
+// Largest row length of a side; NaN if a row holds one.
+double largest_norm(const Problem& q, const Side& side, const Threads& threads) {
+  constexpr int64_t kPart = 256;
+  std::vector<double> best((side.count + kPart - 1) / kPart, 0.0);
+  parallel(threads, best.size(), [&](int64_t first, int64_t last) {
+    std::vector<double> row(q.dim);
+    for (int64_t part = first; part < last; ++part)
+      for (int64_t r = part * kPart; r < std::min((part + 1) * kPart, side.count); ++r) {
+        read_row(row.data(), q.type, side, r, q.dim);
+        const double norm = dot(row.data(), row.data(), q.dim);
+        if (!(norm <= best[part])) best[part] = norm;
+      }
+  });
+  double all = 0;
+  for (double b : best)
+    if (!(b <= all)) all = b;  // NaN stays: nothing compares with it
+  return std::sqrt(all);
+}
+
+// Blocks small enough for two of them, one transposed, and their weights to stay in a core's own cache, and for a
+// small problem to give every core some. It must not depend on the number of threads: sums are formed block by block.
+int choose_block(const Problem& q) {
+  const int64_t rows = std::max(q.anchors.count, q.candidates.count), unit = 24;
+  const int64_t dim = std::max<int64_t>(q.dim, 32) * (q.type == Type::f64 ? 2 : 1);
+  const int64_t cache = 160 * 1024 / (3 * dim) / unit * unit;  // 640 KiB of 4-byte numbers
+  const int64_t small = (rows / 8 + unit - 1) / unit * unit;
+  return static_cast<int>(std::clamp<int64_t>(std::min(cache, small), 48, kMaxBlock));
+}
+
+Plan make_plan(const Problem& q) {
+  Plan plan;
+  plan.problem = q;
+  plan.block = choose_block(q);
+  plan.scratch = pair_kernels().scratch_bytes(plan);
+  return plan;
+}
+
+// Fills in the reference; false if a similarity may not be finite.
+bool choose_reference(Plan& plan, const Threads& threads) {
+  const Problem& q = plan.problem;
+  const double rows = largest_norm(q, q.anchors, threads);
+  const double cols = q.self ? rows : largest_norm(q, q.candidates, threads);
+  plan.shift = q.scale * kLog2e * rows * cols * (1 + 1e-4);
+  // 2^(t - shift) lies in [2^(-2 shift), 1]: far enough from the smallest normal number (2^-126, 2^-1022) to sum.
+  plan.fixed = 2 * plan.shift <= (q.type == Type::f64 ? 900 : 100);
+  return plan.shift < (q.type == Type::f64 ? 1e300 : 1e37);
+}
+
+template <class Visit>
+void visit_pairs(const Plan& plan, const Threads& threads, bool both, const Visit& visit) {
+  each_round(plan, both, [&](const Round& round) {
+    parallel(threads, static_cast<int64_t>(round.size()), [&](int64_t first, int64_t last) {
+      void* scratch = thread_scratch(plan.scratch);
+      for (int64_t k = first; k < last; ++k) visit(round[k], scratch);
+    });
+  });
+}
+
+// ------------------------------------------------------------------------------------------------ weights
+// One side's factors for the vector code; see Weights.
+struct SideWeights {
+  Values ref_n, f_n, ref_p, f_p;
+  bool some;
+
+  SideWeights(const Plan& plan, const Side& side, const StatsGrad& g)
+      : ref_n(plan.problem, plan.fixed || !g.n ? 0 : side.count, 0),
+        f_n(plan.problem, g.n ? side.count : 0, 0),
+        ref_p(plan.problem, plan.fixed || !g.n ? 0 : side.count, 0),
+        f_p(plan.problem, g.n ? side.count : 0, 0),
+        some(g.n != nullptr) {
+    if (!some) return;
+    for (int64_t at = 0; at < side.count; ++at) {
+      const int64_t row = side.order[at];
+      fill(plan, at, g.n[row], g.u[row], ref_n, f_n);
+      fill(plan, at, g.p[row], g.v[row], ref_p, f_p);
+    }
+  }
+  Weights get() const {
+    if (!some) return {nullptr, nullptr, nullptr, nullptr};
+    return {ref_n.data(), f_n.data(), ref_p.data(), f_p.data()};
+  }
+
+ private:
+  // 2^(t - ref) factor = scale u e^(s - stat): what the reference loses to rounding, the factor makes good.
+  static void fill(const Plan& plan, int64_t at, double stat, double u, Values& ref, Values& factor) {
+    const bool empty = stat == -kInf;
+    double reference = plan.shift;
+    if (!plan.fixed) {
+      ref.set(at, empty ? kNever : stat * kLog2e);
+      reference = ref.get(at);
+    }
+    factor.set(at, empty || u == 0 ? 0 : plan.problem.scale * u * std::exp2(reference - stat * kLog2e));
+  }
+};
+
+struct SideSoftplus {
+  Values reference, factor;
+  bool some, weighted;
+
+  SideSoftplus(const Problem& q, const Side& side, const double* n, const double* w, double epsilon)
+      : reference(q, n ? side.count : 0, 0), factor(q, w ? side.count : 0, 0), some(n), weighted(w) {
+    for (int64_t at = 0; n && at < side.count; ++at) {
+      const int64_t row = side.order[at];
+      reference.set(at, n[row] == -kInf ? -kNever : (n[row] + epsilon) * kLog2e);
+      if (w) factor.set(at, -q.scale * w[row]);
+    }
+  }
+  Softplus get() const { return {some ? reference.data() : nullptr, weighted ? factor.data() : nullptr}; }
+};
+
+}  // namespace
+
+// ------------------------------------------------------------------------------------------------ entry points
+void pair_stats(const Problem& q, const Threads& threads, double* n, double* p) {
+  Plan plan = make_plan(q);
+  if (!choose_reference(plan, threads)) {
+    std::fill(n, n + q.anchors.count, kInf - kInf);
+    std::fill(p, p + q.anchors.count, kInf - kInf);
+    return;
+  }
+  const int64_t rows = q.anchors.count, kept = plan.fixed ? 0 : rows;
+  const Values max_n(q, kept, -kInf), max_p(q, kept, -kInf);
+  std::fill(n, n + rows, 0.0);
+  std::fill(p, p + rows, 0.0);
+  const StatsSums sums{n, p, max_n.data(), max_p.data()};
+  const auto stats = pair_kernels().stats;
+  visit_pairs(plan, threads, false,
+              [&](const BlockPair& b, void* scratch) { stats(plan, sums, b.i, b.j, b.both, scratch); });
+  for (int64_t i = 0; i < rows; ++i) {
+    const auto finish = [&](double& sum, const Values& max) {
+      sum = sum == 0 ? -kInf : ((plan.fixed ? plan.shift : max.get(i)) + std::log2(sum)) * kLn2;
+    };
+    finish(n[i], max_n);
+    finish(p[i], max_p);
+  }
+}
+
+void pair_stats_backward(const Problem& q, const Threads& threads, const StatsGrad& anchors, const StatsGrad& candidates,
+                         const Gradients& gradients) {
+  Plan plan = make_plan(q);
+  choose_reference(plan, threads);
+  const SideWeights rows(plan, q.anchors, anchors), cols(plan, q.candidates, q.self ? anchors : candidates);
+  const Weights r = rows.get(), c = cols.get();
+  const auto backward = pair_kernels().stats_backward;
+  visit_pairs(plan, threads, gradients.candidates != nullptr, [&](const BlockPair& b, void* scratch) {
+    backward(plan, r, c, gradients, b.i, b.j, b.both, scratch);
+  });
+}
+
+void positive_softplus(const Problem& q, const Threads& threads, const double* n, double epsilon, double* total) {
+  const Plan plan = make_plan(q);
+  const SideSoftplus values(q, q.anchors, n, nullptr, epsilon);
+  const Softplus v = values.get();
+  std::fill(total, total + q.anchors.count, 0.0);
+  const auto softplus = pair_kernels().softplus;
+  visit_pairs(plan, threads, false,
+              [&](const BlockPair& b, void* scratch) { softplus(plan, v, total, b.i, b.j, b.both, scratch); });
+}
+
+void positive_softplus_backward(const Problem& q, const Threads& threads, const SoftplusGrad& anchors,
+                                const SoftplusGrad& candidates, double epsilon, const Gradients& gradients, double* grad_n) {
+  const Plan plan = make_plan(q);
+  const SoftplusGrad& other = q.self ? anchors : candidates;
+  const SideSoftplus rows(q, q.anchors, anchors.n, anchors.w, epsilon), cols(q, q.candidates, other.n, other.w, epsilon);
+  const Softplus r = rows.get(), c = cols.get();
+  std::fill(grad_n, grad_n + q.anchors.count, 0.0);
+  const auto backward = pair_kernels().softplus_backward;
+  visit_pairs(plan, threads, gradients.candidates != nullptr, [&](const BlockPair& b, void* scratch) {
+    backward(plan, r, c, gradients, grad_n, b.i, b.j, b.both, scratch);
+  });
+  for (int64_t i = 0; i < q.anchors.count; ++i) grad_n[i] *= anchors.w[i];
+}
+
+}  // namespace pysupcon::cpu

@@ -1,0 +1,105 @@
+// The table of vector code for one instruction set (PYSUPCON_ISA); compiled once for each, with its own flags.
+#include "cpu/softplus.h"
+#include "cpu/stats.h"
+
+namespace pysupcon::cpu::PYSUPCON_ISA {
+namespace {
+
+// Scratch of one thread: both blocks, the weights (or kept tiles), and the per-row values of whatever runs.
+template <class T>
+struct Scratch {
+  Arena arena;
+  Block<T> a, b;
+  T* w;
+};
+
+template <class T>
+Scratch<T> lay_out(const Plan& plan, void* memory) {
+  Scratch<T> s{{static_cast<char*>(memory)}, {}, {}, nullptr};
+  s.a = take_block<T>(s.arena, plan, false);
+  s.b = take_block<T>(s.arena, plan, true);
+  s.w = s.arena.template take<T>(kMaxBlock * kTileStride);
+  return s;
+}
+
+template <class T>
+size_t bytes(const Plan& plan) {
+  Scratch<T> s = lay_out<T>(plan, nullptr);
+  const size_t sums = 2 * (sizeof(Vec<T>) + sizeof(T)) * s.a.padded, values = 8 * sizeof(T) * s.a.padded;
+  return reinterpret_cast<size_t>(s.arena.at) + sizeof(T) * kMaxBlock * kTileStride + sums + values + 16 * 128;
+}
+
+size_t scratch_bytes(const Plan& plan) { return plan.problem.type == Type::f64 ? bytes<double>(plan) : bytes<float>(plan); }
+
+// Loads blocks i and j and calls body(scratch, pair).
+template <class T, class Body>
+PYSUPCON_INLINE void with_blocks(const Plan& plan, int64_t i, int64_t j, void* memory, const Body& body) {
+  const Problem& q = plan.problem;
+  Scratch<T> s = lay_out<T>(plan, memory);
+  load_block<T>(s.a, plan, q.anchors, i, kRowPadding);
+  load_block<T>(s.b, plan, q.candidates, j, kColPadding);
+  make_panels<T>(s.b, q.scale * kLog2e);
+  body(s, TilePair<T>{plan, s.a, s.b, q.self && i == j});
+}
+
+template <class Body>
+PYSUPCON_INLINE void dispatch(const Plan& plan, const Body& body) {
+  if (plan.problem.type == Type::f64)
+    body(double{});
+  else
+    body(float{});
+}
+
+void stats(const Plan& plan, const StatsSums& sums, int64_t i, int64_t j, bool both, void* memory) {
+  dispatch(plan, [&](auto type) {
+    using T = decltype(type);
+    with_blocks<T>(plan, i, j, memory, [&](Scratch<T>& s, const TilePair<T>& pair) {
+      plan.fixed ? fixed_stats<T>(plan, sums, pair, both, s.arena) : running_stats<T>(plan, sums, pair, both, s.arena);
+    });
+  });
+}
+
+void stats_backward(const Plan& plan, const Weights& rows, const Weights& cols, const Gradients& gradients, int64_t i,
+                    int64_t j, bool both, void* memory) {
+  dispatch(plan, [&](auto type) {
+    using T = decltype(type);
+    with_blocks<T>(plan, i, j, memory, [&](Scratch<T>& s, const TilePair<T>& pair) {
+      clear_weights<T>(plan, s.w);
+      plan.fixed ? stats_weights<T, true>(plan, rows, cols, pair, s.w, s.arena)
+                 : stats_weights<T, false>(plan, rows, cols, pair, s.w, s.arena);
+      add_products<T>(pair, s.w, gradients, both);
+    });
+  });
+}
+
+void softplus(const Plan& plan, const Softplus& values, double* total, int64_t i, int64_t j, bool both, void* memory) {
+  dispatch(plan, [&](auto type) {
+    using T = decltype(type);
+    const Softplus cols = plan.problem.self ? values : Softplus{nullptr, nullptr};
+    with_blocks<T>(plan, i, j, memory, [&](Scratch<T>& s, const TilePair<T>& pair) {
+      positive_pass<T, false>(values, cols, total, pair, s.w, both, s.arena);
+    });
+  });
+}
+
+void softplus_backward(const Plan& plan, const Softplus& rows, const Softplus& cols, const Gradients& gradients,
+                       double* sigma_sum, int64_t i, int64_t j, bool both, void* memory) {
+  dispatch(plan, [&](auto type) {
+    using T = decltype(type);
+    with_blocks<T>(plan, i, j, memory, [&](Scratch<T>& s, const TilePair<T>& pair) {
+      clear_weights<T>(plan, s.w);
+      positive_pass<T, true>(rows, cols, sigma_sum, pair, s.w, both, s.arena);
+      add_products<T>(pair, s.w, gradients, both);
+    });
+  });
+}
+
+}  // namespace
+
+const PairKernels& table();
+const PairKernels& table() {
+  static constexpr PairKernels t{scratch_bytes, stats, stats_backward, softplus, softplus_backward};
+  return t;
+}
+
+}  // namespace pysupcon::cpu::PYSUPCON_ISA

@@ -1,0 +1,86 @@
+// Which pairs of blocks are visited, in rounds of disjoint pairs: within a round no two threads write the same rows, and
+// between rounds there is a barrier, so the order in which a row's sums grow does not depend on the number of threads.
+#pragma once
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "cpu/pairs.h"
+
+namespace pysupcon::cpu {
+
+struct BlockPair {
+  int64_t i, j;
+  bool both;  // the rows of block j get their share through this pair, too
+};
+using Round = std::vector<BlockPair>;
+
+inline int64_t block_count(const Side& side, int block) { return (side.count + block - 1) / block; }
+
+// Sorted by class: two blocks hold a same-class pair exactly if their ranges of classes meet.
+inline bool classes_meet(const Plan& plan, int64_t i, int64_t j) {
+  const Problem& q = plan.problem;
+  const auto range = [&](const Side& s, int64_t b) {
+    const int64_t first = b * plan.block, last = std::min(first + plan.block, s.count) - 1;
+    return std::pair(s.cls[first], s.cls[last]);
+  };
+  const auto [a0, a1] = range(q.anchors, i);
+  const auto [b0, b1] = range(q.candidates, j);
+  return a0 <= b1 && b0 <= a1;
+}
+
+// Calls run(round) for each round. Self: every unordered pair once, and each block with itself. Otherwise: every block
+// of anchors with every block of candidates.
+template <class Run>
+void each_round(const Plan& plan, bool both, const Run& run) {
+  const Problem& q = plan.problem;
+  const int64_t rows = block_count(q.anchors, plan.block), cols = block_count(q.candidates, plan.block);
+  if (!rows || !cols) return;
+  const bool sparse = !q.negatives;
+  Round round;
+  const auto add = [&](int64_t i, int64_t j, bool b) {
+    if (!sparse || classes_meet(plan, i, j)) round.push_back({i, j, b});
+  };
+  const auto flush = [&] {
+    const bool any = !round.empty();
+    if (any) run(round);
+    round.clear();
+    return any;
+  };
+
+  if (!q.self) {  // round r: block i with block i + r, all different
+    const int64_t n = std::max(rows, cols);
+    for (int64_t r = 0; r < n; ++r) {
+      for (int64_t i = 0; i < rows; ++i)
+        if (const int64_t j = (i + r) % n; j < cols) add(i, j, both);
+      flush();
+    }
+    return;
+  }
+  for (int64_t i = 0; i < rows; ++i) add(i, i, false);
+  flush();
+  if (sparse) {  // pairs at distance d in two rounds; once a distance has none, no larger one has
+    for (int64_t d = 1; d < rows; ++d) {
+      bool any = false;
+      for (int64_t odd = 0; odd < 2; ++odd) {
+        for (int64_t i = 0; i + d < rows; ++i)
+          if (i / d % 2 == odd) add(i, i + d, true);
+        any |= flush();
+      }
+      if (!any) break;
+    }
+    return;
+  }
+  // Round-robin tournament (circle method): n - 1 rounds of n / 2 pairs.
+  const int64_t n = rows + rows % 2;
+  for (int64_t r = 0; r < n - 1; ++r) {
+    const auto player = [&](int64_t seat) { return seat == 0 ? n - 1 : (r + seat - 1) % (n - 1); };
+    for (int64_t s = 0; s < n / 2; ++s) {
+      const int64_t i = player(s), j = player(n - 1 - s);
+      if (i < rows && j < rows) add(std::min(i, j), std::max(i, j), true);
+    }
+    flush();
+  }
+}
+
+}  // namespace pysupcon::cpu

@@ -1,0 +1,108 @@
+// Walks over the tiles of a pair of blocks: which pairs of a tile count, and as what. Equations: ../README.md.
+#pragma once
+#include "cpu/block.h"
+
+namespace pysupcon::cpu::PYSUPCON_ISA {
+
+// Padding rows and columns have class numbers that equal nothing real, and nothing of the other side's padding.
+constexpr int kRowPadding = -1, kColPadding = -2;
+
+template <class T>
+struct TilePair {
+  const Plan& plan;
+  const Block<T>&a, &b;
+  bool diagonal;  // self and a is b: pair (i, i) is no pair
+
+  // Column in block b that is row i of block a itself; any other number if it is not there.
+  PYSUPCON_INLINE int64_t own_column(int i) const {
+    if (plan.problem.self) return diagonal ? i : -1;
+    const int32_t* self = plan.problem.self_position;
+    return self && i < a.count ? self[a.first + i] - b.first : -1;
+  }
+
+  PYSUPCON_INLINE Kind kind(int i0, int j0) const {
+    const Problem& q = plan.problem;
+    const int i1 = i0 + kRows - 1, j1 = j0 + kCols<T> - 1;
+    const bool whole = i1 < a.count && j1 < b.count;
+    const auto i_low = a.cls[i0], i_high = a.cls[i1 < a.count ? i1 : a.count - 1];
+    const auto j_low = b.cls[j0], j_high = b.cls[j1 < b.count ? j1 : b.count - 1];
+    if (i_high < j_low || j_high < i_low) return !q.negatives ? Kind::skip : whole ? Kind::negative : Kind::mixed;
+    if (i_low != j_high || j_low != i_high) return Kind::mixed;  // sorted: equal only if all four are
+    if (!q.positives) return Kind::skip;
+    if (!whole) return Kind::mixed;
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t own = own_column(i0 + r);
+      if (own >= j0 && own <= j1) return Kind::mixed;
+    }
+    return Kind::positive;
+  }
+
+  // Which lanes of row i, columns j .. j + lanes - 1, are negatives and positives of the row.
+  struct Masks {
+    IVec<T> negative, positive;
+  };
+  PYSUPCON_INLINE Masks masks(int i, int j) const {
+    const IVec<T> cols = load_int<T>(b.cls + j), row = splat_int<T>(a.cls[i]);
+    IVec<T> column{};
+    for (int l = 0; l < kLanes<T>; ++l) column[l] = j + l;
+    const IVec<T> same = cols == row;
+    const IVec<T> real = (cols != splat_int<T>(kColPadding)) & (row != splat_int<T>(kRowPadding));
+    const int64_t own = own_column(i);
+    return {~same & real, same & (column != splat_int<T>(own >= 0 && own < kMaxBlock ? own : -1))};
+  }
+
+  // visit(tile, kind, i0, j0) with kind a compile-time constant, for every tile in which a pair counts.
+  template <class Visit>
+  PYSUPCON_INLINE void each(const Visit& visit) const {
+    for (int j0 = 0; j0 < b.count; j0 += kCols<T>)
+      for (int i0 = 0; i0 < a.count; i0 += kRows) {
+        const Kind k = kind(i0, j0);
+        if (k == Kind::skip) continue;
+        Tile<T> tile;
+        similarities<T>(tile, a, b, i0, j0);
+        if (k == Kind::negative)
+          visit.template operator()<Kind::negative>(tile, i0, j0);
+        else if (k == Kind::positive)
+          visit.template operator()<Kind::positive>(tile, i0, j0);
+        else
+          visit.template operator()<Kind::mixed>(tile, i0, j0);
+      }
+  }
+
+  // Rows of `other` whose pairs with rows i0.. of `own` can count: all, or where negatives do not count, those of the
+  // same classes.
+  PYSUPCON_INLINE Range counting(const Block<T>& own, const Block<T>& other, int i0) const {
+    if (plan.problem.negatives) return {0, other.count};
+    const int i1 = i0 + kRows - 1 < own.count ? i0 + kRows - 1 : own.count - 1;
+    Range r{0, other.count};
+    while (r.first < r.last && other.cls[r.first] < own.cls[i0]) ++r.first;
+    while (r.first < r.last && other.cls[r.last - 1] > own.cls[i1]) --r.last;
+    return r;
+  }
+};
+
+// Adds weights (as a block, [a.padded x kTileStride]) times rows to the gradients of both blocks.
+template <class T>
+PYSUPCON_INLINE void add_products(const TilePair<T>& pair, const T* w, const Gradients& g, bool both) {
+  const Block<T>&a = pair.a, &b = pair.b;
+  const int64_t dim = pair.plan.problem.dim;
+  T* to_rows = static_cast<T*>(g.anchors);
+  T* to_cols = static_cast<T*>(pair.plan.problem.self ? g.anchors : g.candidates);
+  if (to_rows) add_product<T, false>(to_rows, w, a, b, dim, [&](int i0) { return pair.counting(a, b, i0); });
+  if (both && to_cols) add_product<T, true>(to_cols, w, b, a, dim, [&](int j0) { return pair.counting(b, a, j0); });
+}
+
+template <class T>
+PYSUPCON_INLINE void clear_weights(const Plan& plan, T* w) {
+  if (plan.problem.negatives && plan.problem.positives) return;  // every tile is written
+  memset(w, 0, sizeof(T) * kMaxBlock * kTileStride);
+}
+
+// The values of one side for a block, padded; `none` where the side gives nothing.
+template <class T>
+PYSUPCON_INLINE void load_values(T* to, const void* from, const Block<T>& b, T none) {
+  for (int i = 0; i < b.padded; ++i)
+    to[i] = from && i < b.count ? static_cast<const T*>(from)[b.first + i] : none;
+}
+
+}  // namespace pysupcon::cpu::PYSUPCON_ISA

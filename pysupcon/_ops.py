@@ -1,0 +1,139 @@
+"""The operators ``torch.ops.pysupcon``: contracts, fakes for tracing, and what this build can do.
+
+This module is the only one that knows the compiled extension ``_C``. It knows no autograd; ``tiled`` offers functions
+of the same names and signatures in pure PyTorch.
+
+Symbols (similarity ``s_ij = scale * x_i . c_j``, ``scale = 1 / temperature``)
+    anchors      ``x`` [M, D], any float dtype, rows may be strided; ``labels`` [M] int64, any values;
+                 ``order`` [M] int64, the stable argsort of ``labels``; ``scale`` a tensor of no dimensions,
+                 :func:`stats_dtype`, on x's device.
+    candidates   ``candidates`` [N, D], ``candidate_labels``, ``candidate_order`` likewise. All three None: the
+                 candidates are the anchors themselves and an anchor is not its own candidate (j != i).
+    self_index   [M] int64, only with candidates: the candidate row that *is* anchor i and is left out, -1 for none.
+                 It must carry the anchor's own label. None: no anchor is among the candidates.
+    P_i, N_i     candidates of the anchor's label without the anchor itself; candidates of another label.
+
+Operators
+    pair_stats          n_i = log sum_{N_i} e^{s_ij},  p_i = log sum_{P_i} e^{s_ij}; both [M] in stats_dtype; -inf where
+                        the set is empty. ``negatives=False`` (``positives=False``) leaves n (p) uncomputed: all -inf.
+    positive_softplus   sum_{j in P_i} softplus(n_i - s_ij + epsilon), [M] in stats_dtype; n [M] is an input. 0 where
+                        P_i is empty or n_i = -inf.
+    positive_sum        sum_{j in P_i} s_ij, [M] in stats_dtype; O((M + N) D) work through class sums.
+
+Backward operators: ``grad_x`` has x's shape and dtype, ``grad_candidates`` the candidates' (an empty tensor of shape
+[0, D] unless ``need_candidates``). With G_ij = dL/ds_ij from the anchors' upstream gradients:
+    no candidates                     grad_x_i = scale * sum_j (G_ij + G_ji) x_j
+    candidates                        grad_x_i = scale * sum_j G_ij c_j;   grad_candidates_j = scale * sum_i G_ij x_i
+    candidates and candidate_... given  grad_x_i = scale * sum_j (G_ij + G_ji) c_j, where G_ji comes from the candidates'
+                                      own statistics and upstream gradients ([N], in the candidates' order): the
+                                      complete gradient of one process's own rows, when every candidate is an anchor
+                                      of some process (needs self_index). need_candidates must then be False.
+An anchor whose n (p) is -inf contributes nothing through n (p), whatever its upstream gradient.
+
+All results are bitwise reproducible for the same inputs, device and build, for any number of threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_problem: str | None = None  # why the extension is not usable; None if it is
+try:
+    from pysupcon import _C
+except ImportError as error:
+    _problem = (
+        f"the compiled extension pysupcon._C could not be imported ({error}); "
+        "build it with `pip install --no-build-isolation .` in the source tree"
+    )
+else:
+    if _C.torch_version != torch.__version__:
+        _problem = (
+            f"the compiled extension was built against torch {_C.torch_version}, but this is torch {torch.__version__}; "
+            "build it again with `pip install --no-build-isolation .`"
+        )
+
+
+def stats_dtype(x: Tensor) -> torch.dtype:
+    """Dtype of the per-row statistics: float64 on the CPU and for float64 rows, float32 otherwise."""
+    return torch.float64 if x.device.type == "cpu" or x.dtype == torch.float64 else torch.float32
+
+
+def compiled_for(device_type: str) -> bool:
+    """Whether the compiled operators can take tensors of this device type ("cpu", "cuda", ...)."""
+    if _problem is not None:
+        return False
+    return device_type == "cpu" or (device_type == "cuda" and _C.with_cuda)
+
+
+def backends() -> dict[str, dict[str, Any]]:
+    """What can compute the losses here, and why something cannot.
+
+    Returns:
+        One entry per backend ("cpu", "cuda", "tiled", "reference"), each with ``available`` (bool) and ``detail`` (a
+        sentence); "cpu" also names ``isa``, the instruction set in use.
+    """
+    report: dict[str, dict[str, Any]] = {}
+    if _problem is not None:
+        report["cpu"] = {"available": False, "detail": _problem}
+        report["cuda"] = {"available": False, "detail": _problem}
+    else:
+        isas = ", ".join(_C.cpu_isas())
+        report["cpu"] = {
+            "available": True,
+            "isa": _C.cpu_isa(),
+            "detail": f"compiled C++ kernels ({_C.compiler}); instruction sets that run here: {isas}",
+        }
+        if not _C.with_cuda:
+            detail = f"not compiled: {_C.cuda}"
+        elif not torch.cuda.is_available():
+            detail = f"compiled ({_C.cuda}), but torch sees no CUDA device"
+        else:
+            detail = f"compiled CUDA kernels ({_C.cuda}) on {torch.cuda.get_device_name()}"
+        report["cuda"] = {"available": _C.with_cuda and torch.cuda.is_available(), "detail": detail}
+    report["tiled"] = {"available": True, "detail": "pure PyTorch in tiles, O(N) memory, any device"}
+    report["reference"] = {"available": True, "detail": "dense PyTorch, O(N^2) memory, for tests"}
+    return report
+
+
+if _problem is None:
+    pair_stats = torch.ops.pysupcon.pair_stats
+    pair_stats_backward = torch.ops.pysupcon.pair_stats_backward
+    positive_softplus = torch.ops.pysupcon.positive_softplus
+    positive_softplus_backward = torch.ops.pysupcon.positive_softplus_backward
+    positive_sum = torch.ops.pysupcon.positive_sum
+    positive_sum_backward = torch.ops.pysupcon.positive_sum_backward
+
+    def _stats(x: Tensor) -> Tensor:
+        return x.new_empty((x.shape[0],), dtype=stats_dtype(x))
+
+    def _gradients(x: Tensor, candidates: Tensor | None, need_candidates: bool) -> tuple[Tensor, Tensor]:
+        grad_candidates = candidates if candidates is not None and need_candidates else None
+        rows = 0 if grad_candidates is None else grad_candidates.shape[0]
+        return x.new_empty(tuple(x.shape)), x.new_empty((rows, x.shape[1]))
+
+    @torch.library.register_fake("pysupcon::pair_stats")
+    def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        return _stats(x), _stats(x)
+
+    @torch.library.register_fake("pysupcon::pair_stats_backward")
+    def _(x: Tensor, labels: Tensor, order: Tensor, scale: Tensor, candidates: Tensor | None, *args: Any) -> Any:
+        return _gradients(x, candidates, args[-1])
+
+    @torch.library.register_fake("pysupcon::positive_softplus")
+    def _(x: Tensor, *args: Any) -> Tensor:
+        return _stats(x)
+
+    @torch.library.register_fake("pysupcon::positive_softplus_backward")
+    def _(x: Tensor, labels: Tensor, order: Tensor, scale: Tensor, candidates: Tensor | None, *args: Any) -> Any:
+        return (*_gradients(x, candidates, args[-1]), _stats(x))
+
+    @torch.library.register_fake("pysupcon::positive_sum")
+    def _(x: Tensor, *args: Any) -> Tensor:
+        return _stats(x)
+
+    @torch.library.register_fake("pysupcon::positive_sum_backward")
+    def _(x: Tensor, labels: Tensor, order: Tensor, scale: Tensor, candidates: Tensor | None, *args: Any) -> Any:
+        return _gradients(x, candidates, args[-1])

@@ -1,0 +1,213 @@
+"""Builds pysupcon's extension with one ninja file.
+
+Every source gets its own flags: the CPU kernels are compiled once per instruction set, the CUDA kernels by nvcc without
+any torch header (so that any torch build, CPU or CUDA, will do), and only the thin glue sees torch.
+
+Environment
+    PYSUPCON_CUDA=0|1        leave the CUDA kernels out | stop if they cannot be built (default: build them if nvcc is there)
+    PYSUPCON_CUDA_ARCHS      e.g. "80;90a" or "all"; default "80;90"; PTX of the last one is always added
+    CXX, NVCC, MAX_JOBS      compilers and the number of parallel jobs
+"""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+NO_ISOLATION = "pip install --no-build-isolation ."
+ALL_CUDA_ARCHS = ["80", "86", "89", "90a", "100", "120"]
+DEFAULT_CUDA_ARCHS = ["80", "90"]
+MIN_NVCC = (12, 0)
+
+# CPU instruction sets: name -> flags. "generic" is the compiler's baseline (SSE2 on x86-64, NEON on aarch64).
+X86_ISAS = {
+    "generic": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
+}
+
+
+def stop(message: str) -> "NoReturn":  # noqa: F821
+    sys.exit(f"\npysupcon: {message}\n")
+
+
+def require_torch():
+    """The torch the extension will run with; the build must see that very one."""
+    try:
+        import torch
+    except ImportError:
+        stop(
+            "torch is not installed in the environment that builds the extension. The extension must be compiled against "
+            "the torch it will run with, so an isolated build cannot work. Install torch first, then type\n"
+            f"    pip install 'setuptools>=77' wheel pybind11 ninja && {NO_ISOLATION}"
+        )
+    return torch
+
+
+def find_ninja() -> str:
+    beside_python = Path(sys.executable).with_name("ninja")
+    found = str(beside_python) if beside_python.exists() else shutil.which("ninja")
+    return found or stop("ninja is missing: type `pip install ninja` and build again")
+
+
+def find_nvcc() -> tuple[str | None, str]:
+    """Path of an nvcc that will do, or None and the reason."""
+    wish = os.environ.get("PYSUPCON_CUDA", "")
+    if wish not in ("", "0", "1"):
+        stop(f"PYSUPCON_CUDA must be 0, 1 or unset, got {wish!r}")
+    if wish == "0":
+        return None, "PYSUPCON_CUDA=0 at build time"
+    if not list((ROOT / "csrc/cuda").glob("*.cu")):
+        return None, "this source tree has no CUDA kernels"
+    candidates = [os.environ.get("NVCC"), shutil.which("nvcc")]
+    candidates += [str(Path(home) / "bin/nvcc") for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    nvcc = next((path for path in candidates if path and Path(path).exists()), None)
+    reason = "no nvcc was found at build time (PATH, CUDA_HOME, NVCC)"
+    if nvcc:
+        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        match = re.search(r"release (\d+)\.(\d+)", text)
+        if match and (int(match[1]), int(match[2])) >= MIN_NVCC:
+            return nvcc, f"nvcc {match[1]}.{match[2]}"
+        reason = f"nvcc {match[0] if match else 'of unknown version'} is older than {MIN_NVCC[0]}.{MIN_NVCC[1]}"
+    if wish == "1":
+        stop(f"PYSUPCON_CUDA=1, but {reason}")
+    return None, reason
+
+
+def cuda_archs(nvcc: str) -> list[str]:
+    text = os.environ.get("PYSUPCON_CUDA_ARCHS", "")
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    if not text:
+        return DEFAULT_CUDA_ARCHS
+    if text == "all":
+        return [a for a in ALL_CUDA_ARCHS if f"compute_{a.rstrip('a')}" in known]
+    archs = [a.strip().replace(".", "") for a in re.split(r"[;,\s]+", text) if a.strip()]
+    for arch in archs:
+        if f"compute_{arch.rstrip('af')}" not in known:
+            stop(f"PYSUPCON_CUDA_ARCHS names {arch!r}, which {nvcc} does not know; it knows: {' '.join(known.split())}")
+    return archs
+
+
+def gencode(archs: list[str]) -> list[str]:
+    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    # PTX of a suffixed target ("90a") runs on that very chip only; newer ones need the plain form.
+    newest = max(int(a.rstrip("af")) for a in archs)
+    return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+
+
+class NinjaFile:
+    """Collects build statements; each object has its own flags."""
+
+    def __init__(self, build_dir: Path) -> None:
+        self.dir = build_dir
+        self.text = ["ninja_required_version = 1.5", f"builddir = {build_dir}"]
+        self.objects: list[str] = []
+
+    def rule(self, name: str, command: str, description: str, depfile: bool = True) -> None:
+        self.text += [f"rule {name}", f"  command = {command}", f"  description = {description}"]
+        if depfile:
+            self.text += ["  depfile = $out.d", "  deps = gcc"]
+
+    def compile(self, rule: str, source: str, flags: list[str], tag: str = "") -> None:
+        out = self.dir / (source.replace("/", "_") + tag + ".o")
+        quoted = " ".join(flags).replace("$", "$$")
+        self.text += [f"build {out}: {rule} {ROOT / source}", f"  flags = {quoted}"]
+        self.objects.append(str(out))
+
+    def link(self, target: Path, flags: list[str]) -> None:
+        self.text += [f"build {target}: link {' '.join(self.objects)}", f"  flags = {' '.join(flags)}", f"default {target}"]
+
+    def run(self, ninja: str) -> None:
+        self.dir.mkdir(parents=True, exist_ok=True)
+        path = self.dir / "build.ninja"
+        text = "\n".join(self.text) + "\n"
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        if subprocess.run([ninja, "-f", str(path), *jobs]).returncode:
+            stop("the extension did not compile; the compiler's own words stand above")
+
+
+class NinjaBuildExt(build_ext):
+    """setuptools' build_ext with the compile step given to ninja."""
+
+    def build_extension(self, ext: Extension) -> None:
+        torch = require_torch()
+        from torch.utils import cpp_extension
+
+        try:
+            import pybind11
+
+            pybind_include = pybind11.get_include()
+        except ImportError:
+            stop(f"pybind11 is missing: type `pip install pybind11` and then `{NO_ISOLATION}`")
+
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        ninja = NinjaFile(ROOT / "build" / f"ninja-{sys.implementation.cache_tag}-torch{torch.__version__}")
+        cxx = os.environ.get("CXX", "g++")
+        ninja.rule("cxx", f"{cxx} -MMD -MF $out.d $flags -c $in -o $out", "c++ $out")
+        ninja.rule("link", f"{cxx} -shared $in $flags -o $out", "link $out", depfile=False)
+
+        base = ["-fPIC", "-O3", "-Wall", "-Wextra", "-fvisibility=hidden"]
+        # Contraction to fused multiply-add only; never -ffast-math (masks rely on infinities).
+        kernel = [*base, "-std=c++17", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", f"-I{ROOT / 'csrc'}"]
+        isas = X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {"generic": []}
+        for isa, flags in isas.items():
+            ninja.compile("cxx", "csrc/cpu/kernels.cpp", [*kernel, *flags, f"-DPYSUPCON_ISA={isa}"], f".{isa}")
+        have = [f"-DPYSUPCON_HAVE_{isa.upper()}" for isa in isas]
+        for source in ("select", "driver", "class_sums"):
+            ninja.compile("cxx", f"csrc/cpu/{source}.cpp", [*kernel, *have])
+
+        nvcc, cuda_word = find_nvcc()
+        archs = cuda_archs(nvcc) if nvcc else []
+        if nvcc:
+            self.add_cuda(ninja, nvcc, archs)
+            cuda_word = f"{cuda_word}, architectures {' '.join(archs)} and PTX"
+        else:
+            print(f"pysupcon: CPU only: {cuda_word}", flush=True)
+
+        includes = [*cpp_extension.include_paths(), pybind_include, sysconfig.get_paths()["include"]]
+        glue = [*base, "-std=c++20", "-Wno-unused-parameter", f"-I{ROOT / 'csrc'}"]
+        glue += [f"-isystem{path}" for path in includes]
+        glue += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
+        facts = {"TORCH_VERSION": torch.__version__, "CUDA_WORD": cuda_word, "COMPILER": Path(cxx).name}
+        for source in ("csrc/library.cpp", "csrc/cpu_glue.cpp"):
+            ninja.compile("cxx", source, glue)
+        if nvcc:
+            ninja.compile("cxx", "csrc/cuda_glue.cpp", glue)
+        defines = [f"'-DPYSUPCON_{name}=\"{value}\"'" for name, value in facts.items()]
+        defines += ["-DPYSUPCON_WITH_CUDA"] if nvcc else []
+        ninja.compile("cxx", "csrc/bindings.cpp", [*glue, *defines])
+
+        link = [f"-L{path}" for path in cpp_extension.library_paths()]
+        link += ["-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10", "-Wl,--as-needed"]
+        if nvcc:
+            lib = Path(nvcc).resolve().parent.parent
+            link += [f"-L{lib / d}" for d in ("lib64", "lib", "targets/x86_64-linux/lib") if (lib / d).is_dir()]
+            link += ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+        ninja.link(target, link)
+        ninja.run(find_ninja())
+
+    def add_cuda(self, ninja: NinjaFile, nvcc: str, archs: list[str]) -> None:
+        """One nvcc call per kernel file; ptxas' report of registers and spills stays beside the object."""
+        ninja.rule("nvcc", f"{nvcc} -MD -MF $out.d $flags -c $in -o $out > $out.ptxas.txt 2>&1 "
+                   "|| (cat $out.ptxas.txt; exit 1)", "nvcc $out")
+        flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v", "--expt-relaxed-constexpr",
+                 f"-I{ROOT / 'csrc'}", *gencode(archs)]
+        for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+            ninja.compile("nvcc", str(source.relative_to(ROOT)), flags)
+
+
+setup(
+    ext_modules=[Extension("pysupcon._C", sources=[])],
+    cmdclass={"build_ext": NinjaBuildExt},
+)
