@@ -13,6 +13,7 @@ import yaml
 
 from pysupcon.data.config import DataConfig
 from pysupcon.errors import ConfigError
+from pysupcon.evaluators import EvaluationConfig
 from pysupcon.models.config import ModelConfig
 from pysupcon.trainer.config import NEEDS_VIEWS, LossConfig, OptimizerConfig, TrainerConfig
 
@@ -39,9 +40,10 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
-    def check(self) -> None:
-        """Refuse values, and combinations of values, that cannot run.
+    def resolve(self) -> None:
+        """Refuse values, and combinations of values, that cannot run; write the values that None stands for.
 
         Raises:
             ConfigError: names the field.
@@ -71,6 +73,8 @@ class Config:
                 f"optimizer.warmup_epochs must be at most trainer.epochs={self.trainer.epochs}, "
                 f"got {self.optimizer.warmup_epochs}"
             )
+        for filled in (self.data, self.model, self.loss, self.optimizer):
+            filled.resolve()
 
 
 def parse_args(args: Sequence[str] | None = None) -> tuple[Config, str]:
@@ -141,7 +145,9 @@ def _instantiate(parser: Any, parse: Any) -> tuple[Config, Any]:
         )
     except (argparse.ArgumentError, TypeError, KeyError, yaml.YAMLError) as error:
         raise ConfigError(_one_line(error)) from error
-    config.check()
+    except ValueError as error:  # of a component that checks itself
+        raise ConfigError(f"evaluation: {_one_line(error)}") from error
+    config.resolve()
     return config, parsed
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pysupcon.data.augment import Normalize, Transform, plain_transform, view_transform
-from pysupcon.data.config import DataConfig
+from pysupcon.data.config import DEFAULT_TEST_FRACTION, DataConfig
 from pysupcon.data.samplers import BalancedBatches, Draw, ShuffledBatches
 from pysupcon.data.sources import Samples, read_source
 from pysupcon.data.splits import stratified_split
@@ -82,8 +82,9 @@ class Data:
     """Splits of one data set.
 
     Attributes:
-        splits: "train", "val", "test" -> samples; disjoint, a function of the files and ``data.split_seed``
-        alone. coarse_names, fine_names: names of the classes. channels, image_size: of what the model sees.
+        splits: "train", "val", "test" -> samples; disjoint, a function of the files and ``data.split_seed``.
+        coarse_names, fine_names: names of the classes.
+        channels, image_size: of what the model sees.
         normalize: from uint8 images to what the model sees.
     """
 
@@ -91,7 +92,8 @@ class Data:
         source = read_source(config)
         train, test = source.train, source.test
         if test is None:
-            rest, held = stratified_split(train.fine, config.test_fraction or 0.2, config.split_seed)
+            fraction = config.test_fraction or DEFAULT_TEST_FRACTION
+            rest, held = stratified_split(train.fine, fraction, config.split_seed)
             test, train = train.select(held), train.select(rest)
         rest, held = stratified_split(train.fine, config.val_fraction, config.split_seed + 1)
         self.config = config

@@ -9,6 +9,7 @@ from pysupcon.errors import ConfigError, check
 
 DatasetName = Literal["mnist5k", "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "image_folder"]
 ROOTLESS = ("mnist5k", "digits")
+DEFAULT_TEST_FRACTION = 0.2
 OFFICIAL_TEST = ("mnist", "fashion_mnist", "cifar10", "cifar100")
 
 
@@ -79,6 +80,11 @@ class DataConfig:
         if self.image_size is not None:
             check(self.image_size >= 4, "data.image_size", "be at least 4", self.image_size)
         self._check_source()
+
+    def resolve(self) -> None:
+        """Write the values that None stands for."""
+        if self.dataset in ROOTLESS and self.test_fraction is None:
+            self.test_fraction = DEFAULT_TEST_FRACTION
 
     def _check_source(self) -> None:
         name = self.dataset

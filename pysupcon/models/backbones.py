@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from pysupcon.errors import ConfigError
-from pysupcon.models.config import ModelConfig
+from pysupcon.models.config import DEFAULT_WIDTH, ModelConfig
 
 
 class SmallCNN(nn.Module):
@@ -46,7 +46,7 @@ def build_backbone(config: ModelConfig, channels: int, image_size: int) -> tuple
         ConfigError: timm does not know the model or its arguments, or it has no stem to replace.
     """
     if config.backbone == "small_cnn":
-        small = SmallCNN(channels, image_size, config.width or 32)
+        small = SmallCNN(channels, image_size, config.width or DEFAULT_WIDTH)
         return small, small.num_features
     import timm
 
@@ -64,7 +64,7 @@ def build_backbone(config: ModelConfig, channels: int, image_size: int) -> tuple
         ) from error
     if config.small_stem:
         _shrink_stem(model, config.backbone, channels)
-    return model, int(model.num_features)
+    return model, int(model.num_features)  # type: ignore[arg-type]
 
 
 def _shrink_stem(model: nn.Module, name: str, channels: int) -> None:

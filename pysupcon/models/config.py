@@ -7,6 +7,9 @@ from typing import Any, Literal
 
 from pysupcon.errors import ConfigError, check
 
+DEFAULT_WIDTH = 32
+DEFAULT_PROJECTION = 128
+
 
 @dataclass
 class ModelConfig:
@@ -57,3 +60,10 @@ class ModelConfig:
                     "model.projection_dim has no effect with model.projection=none: leave it out"
                 )
             check(self.projection_dim >= 1, "model.projection_dim", "be at least 1", self.projection_dim)
+
+    def resolve(self) -> None:
+        """Write the values that None stands for."""
+        if self.backbone == "small_cnn" and self.width is None:
+            self.width = DEFAULT_WIDTH
+        if self.projection != "none" and self.projection_dim is None:
+            self.projection_dim = DEFAULT_PROJECTION

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pysupcon.models.backbones import build_backbone
-from pysupcon.models.config import ModelConfig
+from pysupcon.models.config import DEFAULT_PROJECTION, ModelConfig
 
 
 class Outputs(NamedTuple):
@@ -16,8 +16,8 @@ class Outputs(NamedTuple):
 
     Attributes:
         embedding: features of the backbone, [B, E]; what the evaluators judge.
-        projection: what the contrastive loss sees, [B, D]; of unit length unless ``model.normalize`` is
-        false. logits: of the classification head, [B, classes]; None without one.
+        projection: what the contrastive loss sees, [B, D]; of unit length unless ``normalize`` is false.
+        logits: of the classification head, [B, classes]; None without one.
     """
 
     embedding: Tensor
@@ -53,7 +53,7 @@ class ContrastiveModel(nn.Module):
 
 
 def _projection(config: ModelConfig, width: int) -> nn.Module:
-    outgoing = config.projection_dim or 128
+    outgoing = config.projection_dim or DEFAULT_PROJECTION
     if config.projection == "linear":
         return nn.Linear(width, outgoing)
     if config.projection == "mlp":

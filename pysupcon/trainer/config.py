@@ -8,7 +8,6 @@ from typing import Literal
 from pysupcon.errors import ConfigError, check
 
 LossName = Literal["supcon", "sincere", "eps_supinfonce", "cnce", "spread", "infonce"]
-DEFAULT_TEMPERATURE: dict[str, float] = {"spread": 0.5, "cnce": 0.5}
 NEEDS_VIEWS = ("cnce", "spread", "infonce")
 
 
@@ -39,6 +38,9 @@ class LossConfig:
     """Several processes: contrast with the rows of all processes (true), passed around without any process
     holding all of them (ring), or with the process's own rows only (false)."""
 
+    backend: Literal["auto", "cpu", "cuda", "tiled", "reference"] = "auto"
+    """auto: the compiled kernel of the device, else tiled, pure PyTorch in O(N) memory; reference: dense."""
+
     weight: float = 1.0
     """Weight of the contrastive loss in the sum."""
 
@@ -61,6 +63,16 @@ class LossConfig:
         check(self.weight > 0, "loss.weight", "be greater than 0", self.weight)
         weight = self.cross_entropy_weight
         check(weight >= 0, "loss.cross_entropy_weight", "be at least 0", weight)
+
+    def resolve(self) -> None:
+        """Write the values that None stands for."""
+        if self.temperature is None:
+            self.temperature = 0.5 if self.name in ("spread", "cnce") else 0.07
+        if self.name == "eps_supinfonce" and self.epsilon is None:
+            self.epsilon = 0.25
+        if self.name == "spread":
+            self.alpha = 0.5 if self.alpha is None else self.alpha
+            self.base = self.base or "supcon"
 
     def _only(self, name: str, value: object, loss: str) -> None:
         if value is not None and self.name != loss:
@@ -108,6 +120,11 @@ class OptimizerConfig:
         check(self.warmup_epochs >= 0, "optimizer.warmup_epochs", "be at least 0", self.warmup_epochs)
         check(0 <= self.warmup_start <= 1, "optimizer.warmup_start", "lie in [0, 1]", self.warmup_start)
         check(0 <= self.final <= 1, "optimizer.final", "lie in [0, 1]", self.final)
+
+    def resolve(self) -> None:
+        """Write the values that None stands for."""
+        if self.name != "adamw" and self.momentum is None:
+            self.momentum = 0.9
 
 
 @dataclass
