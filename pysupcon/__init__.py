@@ -1,8 +1,9 @@
 """pysupcon: supervised contrastive losses that never write the N x N matrix down.
 
-``SupConLoss``, ``SINCERELoss``, ``ClassConditionalInfoNCELoss``, ``SpreadLoss`` and ``InfoNCELoss`` are modules,
-:mod:`pysupcon.functional` holds the same as functions, :mod:`pysupcon.compat` the loss classes of other libraries with
-their own signatures. ``backends()`` says which kernels this build has, and why others are missing.
+``SupConLoss``, ``SINCERELoss``, ``ClassConditionalInfoNCELoss``, ``SpreadLoss`` and ``InfoNCELoss`` are
+modules, :mod:`pysupcon.functional` holds the same as functions, :mod:`pysupcon.compat` the loss classes of
+other libraries with their own signatures. ``backends()`` says which kernels this build has, and why others
+are missing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The one differentiable step of every loss: from rows to what is kept per anchor.
 
-:func:`row_statistics` turns embeddings into per-anchor statistics through the six operators of a backend; its backward
-recomputes the pairs. Everything after it is O(N) and ordinary autograd.
+:func:`row_statistics` turns embeddings into per-anchor statistics through the six operators of a backend; its
+backward recomputes the pairs. Everything after it is O(N) and ordinary autograd.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ class Pairing(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What to compute and how. ``exchange`` [k, M] -> [k, N] gathers columns of every process's own anchors, in the
-    candidates' order; with it every candidate is an anchor of some process and the backward yields the complete gradient
-    of the own rows (it may be called in the backward only, by every process equally often)."""
+    """What to compute and how. ``exchange`` [k, M] -> [k, N] gathers columns of every process's own anchors,
+    in the candidates' order; with it every candidate is an anchor of some process and the backward yields the
+    complete gradient of the own rows (it may be called in the backward only, by every process equally
+    often)."""
 
     backend: str
     pairing: Pairing
@@ -51,7 +52,7 @@ class Plan(NamedTuple):
 
 
 class RowStatistics(NamedTuple):
-    """Per anchor, [M] each, in the backend's statistics dtype; empty [0] where the plan does not ask for it."""
+    """Per anchor, [M] each, in the backend's statistics dtype; [0] where the plan does not ask for it."""
 
     n: Tensor
     """log sum over negatives of e^s; -inf where there is none"""
@@ -75,8 +76,8 @@ class _RefuseSecond(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise RuntimeError(
-            "pysupcon's losses can be differentiated once only: their gradient does not depend on its inputs in a way "
-            'autograd can follow; backend="reference" (dense, small batches) supports second derivatives'
+            "pysupcon's losses can be differentiated once only: autograd cannot follow how their gradient "
+            'depends on its inputs; backend="reference" (dense, small batches) supports second derivatives'
         )
 
 
@@ -173,7 +174,7 @@ def _gradients(
             grad_candidates.add_(more_candidates)
     grad_scale = None
     if needs[2]:
-        # sum_i x_i . dL/dx_i = sum_ij (G_ij + G_ji) s_ij: every pair twice where the candidates are the anchors.
+        # sum_i x_i . dL/dx_i = sum_ij (G_ij + G_ji) s_ij: every pair twice where the anchors are candidates.
         twice = candidates is None or plan.exchange is not None
         grad_scale = _row_products(x, grad_x, scale.dtype) / (2 * scale if twice else scale)
     return (grad_x if needs[0] else None), (grad_candidates if need_candidates else None), grad_scale
@@ -188,6 +189,6 @@ def _row_products(x: Tensor, y: Tensor, dtype: torch.dtype, chunk: int = 65536) 
 
 
 def row_statistics(x: Tensor, candidates: Tensor | None, scale: Tensor, plan: Plan) -> RowStatistics:
-    """Statistics of every anchor, differentiable once with respect to ``x`` [M, D], ``candidates`` [N, D] or None and
-    ``scale`` (1 / temperature, no dimensions, in the backend's statistics dtype)."""
+    """Statistics of every anchor, differentiable once with respect to ``x`` [M, D], ``candidates`` [N, D] or
+    None and ``scale`` (1 / temperature, no dimensions, in the backend's statistics dtype)."""
     return RowStatistics(*_RowStatisticsFunction.apply(x, candidates, scale, plan))

@@ -69,7 +69,8 @@ def check_features(name: str, value: Any, like: Tensor | None = None) -> None:
         raise TypeError(f"{name} must be a float tensor of shape [N, D] or [B, V, D], got {describe(value)}")
     if value.dtype not in _FLOATS or value.dim() not in (2, 3) or 0 in value.shape[1:]:
         raise ValueError(
-            f"{name} must be float64, float32, bfloat16 or float16 of shape [N, D] or [B, V, D] with D and V at "
+            f"{name} must be float64, float32, bfloat16 or float16 of shape [N, D] or [B, V, D] with "
+            "D and V at "
             f"least 1, got {describe(value)}"
         )
     if like is not None and value.shape[-1] != like.shape[-1]:
@@ -127,7 +128,8 @@ def resolve_backend(backend: str, device: torch.device, masked: bool) -> str:
         raise ValueError(f"backend={backend!r} needs {backend} tensors, but features are on {device}")
     if masked:
         raise ValueError(
-            f"backend={backend!r} knows positives by label only, not by mask; mask needs backend='tiled' or 'auto'"
+            f"backend={backend!r} knows positives by label only, not by mask; mask needs "
+            "backend='tiled' or 'auto'"
         )
     if not _ops.compiled_for(backend):
         raise RuntimeError(f"backend={backend!r} is not compiled: {_ops.backends().get(backend, 'unknown')}")

@@ -1,7 +1,7 @@
 """From a caller's arguments to a problem the operators understand: rows, who is whose positive, counts.
 
-Everything that depends on labels (one stable sort per set of ids, |P_i|) is done here once per call and shared by all
-operators of the call. Nothing here waits for a GPU.
+Everything that depends on labels (one stable sort per set of ids, |P_i|) is done here once per call and
+shared by all operators of the call. Nothing here waits for a GPU.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Gather(Protocol):
         """Own columns [k, M] -> everybody's [k, N], in the order of :meth:`rows`. Called in the backward."""
 
     def anchors(self, count: Tensor) -> Tensor:
-        """Own number of valid anchors -> what to divide the own sum by, so that the mean over processes of the
-        losses is the mean over all anchors."""
+        """Own number of valid anchors -> what to divide the own sum by, so that the mean over processes of
+        the losses is the mean over all anchors."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ class Problem:
         positive_sum: bool = False,
         instance_sum: bool = False,
     ) -> RowStatistics:
-        """Exactly the statistics asked for; ``epsilon`` asks for the softplus sum, which needs ``negatives``."""
+        """Exactly the statistics asked for; ``epsilon`` asks for the softplus sum, which needs
+        ``negatives``."""
         dtype = tiled.stats_dtype(self.x)
         if isinstance(self.temperature, Tensor):
             scale = self.temperature.to(device=self.x.device, dtype=dtype).reciprocal()
@@ -162,7 +163,8 @@ def _masked(
 def _candidate_ids(
     name: str, ids: Tensor | None, given: Tensor | None, features: Tensor, candidates: Tensor
 ) -> Tensor:
-    """Ids of separate candidates; with neither side given, candidates are matched with features by position."""
+    """Ids of separate candidates; with neither side given, candidates are matched with features by
+    position."""
     if given is not None:
         if ids is None:
             raise ValueError(f"candidate_{name} were given without {name}: give both or neither")
@@ -171,8 +173,8 @@ def _candidate_ids(
         raise ValueError(f"candidate_{name} must be given when {name} and candidates are")
     if candidates.shape[0] != features.shape[0]:
         raise ValueError(
-            f"without {name} candidate k is matched with sample k, so candidates must hold as many samples as "
-            f"features, {features.shape[0]}, got {candidates.shape[0]}"
+            f"without {name} candidate k is matched with sample k, so candidates must hold as many "
+            f"samples as features, {features.shape[0]}, got {candidates.shape[0]}"
         )
     return torch.arange(candidates.shape[0], device=candidates.device)
 
@@ -227,13 +229,14 @@ def prepare(
     if alone and not separate and own_instances is None:
         if need_instances:
             raise ValueError(
-                "instances must be given with features of one view per sample (they say which rows are views of one "
-                f"sample), got features of shape {list(features.shape)} and instances=None"
+                "instances must be given with features of one view per sample (they say which rows are "
+                f"views of one sample), got features of shape {list(features.shape)} and instances=None"
             )
         if own_labels is None and mask is None:
             raise ValueError(
-                "labels=None takes the views of a sample as its positives, so features must be [B, V, D] with V >= 2 "
-                f"(or give labels, mask, instances or candidates), got shape {list(features.shape)}"
+                "labels=None takes the views of a sample as its positives, so features must be "
+                "[B, V, D] with V >= 2 (or give labels, mask, instances or candidates), "
+                f"got shape {list(features.shape)}"
             )
 
     if normalize:
@@ -279,8 +282,8 @@ def prepare(
 
     positives = None
     if mask is not None:
-        pairing, count, positives = _masked(mask, x_views, other_views if others is not None else views, self_index,
-                                            others is not None)  # fmt: skip
+        mask_views = views if others is None else other_views
+        pairing, count, positives = _masked(mask, x_views, mask_views, self_index, others is not None)
     else:
         pairing, count = _pair(ids, x_views, other_ids, other_views, self_index)
     instance_pairing, instance_count = None, None

@@ -1,7 +1,7 @@
 """Per anchor: from statistics to the loss, and from losses to one number. O(N), ordinary autograd.
 
-An anchor that has no loss gives 0, and its row is kept away from infinities in the forward, so that no NaN is born in
-the backward. ``count`` is |P_i| (of the instance: |A_i|), int64 [M]; statistics as in
+An anchor that has no loss gives 0, and its row is kept away from infinities in the forward, so that no NaN is
+born in the backward. ``count`` is |P_i| (of the instance: |A_i|), int64 [M]; statistics as in
 :class:`pysupcon._autograd.RowStatistics`.
 """
 

@@ -1,34 +1,36 @@
 """The losses as functions. Formulas, shapes and arguments are the same for all; see :func:`supcon`.
 
-Similarity s_ij = z_i . z_j / temperature; for an anchor i, P_i are the candidates of its class without itself, N_i those
-of other classes, A_i the other rows of its sample (its views). The N x N matrix is never written down.
+Similarity s_ij = z_i . z_j / temperature; for an anchor i, P_i are the candidates of its class without
+itself, N_i those of other classes, A_i the other rows of its sample (its views). The N x N matrix is never
+written down.
 
 Common arguments
-    features      [B, V, D] (V views of B samples) or [N, D]; float64, float32, bfloat16 or float16. Not normalised
-                  unless ``normalize=True``.
-    labels        integers [B] or [N], any values. None: the positives of a row are the other rows of its sample.
-    mask          bool [B, B] (or [samples of features, samples of candidates]) instead of labels: row i takes row j as
-                  positive where ``mask[i, j]``; need not be symmetric. Runs on the tiled backend.
+    features      [B, V, D] (V views of B samples) or [N, D]; float64, float32, bfloat16 or float16. Not
+                  normalised unless ``normalize=True``.
+    labels        integers [B] or [N], any values. None: the positives of a row are the other rows of its
+                  sample.
+    mask          bool [B, B] (or [samples of features, samples of candidates]) instead of labels: row i takes
+                  row j as positive where ``mask[i, j]``; need not be symmetric. Runs on the tiled backend.
     temperature   a number or a tensor of no dimensions, greater than 0; a tensor gets a gradient.
     contrast_mode "all": every row is an anchor; "one": only view 0 is.
-    candidates    [Nc, D] or [Bc, V, D]: rows to contrast with instead of the features themselves (a queue, another
-                  tower). Features are anchors only, and no self is left out. ``candidate_labels`` [Bc] go with labels;
-                  without labels candidate sample k is the positive of sample k.
-    instances     integers [B] or [N]: which rows are views of one sample, where that is not the second dimension of
-                  features; ``candidate_instances`` likewise.
-    reduction     "mean" over the anchors that have a loss (that have a positive), "sum", or "none": one loss per anchor,
-                  [B, V] or [N] ([B] for contrast_mode="one"), 0 where there is none.
+    candidates    [Nc, D] or [Bc, V, D]: rows to contrast with instead of the features themselves (a queue,
+                  another tower). Features are anchors only, and no self is left out. ``candidate_labels``
+                  [Bc] go with labels; without labels candidate sample k is the positive of sample k.
+    instances     integers [B] or [N]: which rows are views of one sample, where that is not the second
+                  dimension of features; ``candidate_instances`` likewise.
+    reduction     "mean" over the anchors that have a loss (that have a positive), "sum", or "none": one loss
+                  per anchor, [B, V] or [N] ([B] for contrast_mode="one"), 0 where there is none.
     normalize     L2-normalise rows first.
-    backend       "auto": the compiled kernel of the device, or else tiled PyTorch (with one warning); "cpu", "cuda",
-                  "tiled", or "reference" (dense, for tests; differentiable twice).
-    gather        None, or an object that contrasts with the rows of other processes (:mod:`pysupcon.distributed`).
+    backend       "auto": the compiled kernel of the device, or else tiled PyTorch (with one warning); "cpu",
+                  "cuda", "tiled", or "reference" (dense, for tests; differentiable twice).
+    gather        None, or an object that contrasts with the rows of other processes (:class:`Gather`).
 
-The result is float32 (float64 for float64 features); gradients have the dtype of their inputs. A batch in which no
-anchor has a positive gives 0, connected to the graph, and on a CPU a warning. Derivatives of second order are refused
-(except by backend="reference").
+The result is float32 (float64 for float64 features); gradients have the dtype of their inputs. A batch in
+which no anchor has a positive gives 0, connected to the graph, and on a CPU a warning. Derivatives of second
+order are refused (except by backend="reference").
 
-Errors: ValueError or TypeError naming the argument, what it must be and what came; on a CPU also for features that are
-not finite. RuntimeError for a backend that is not compiled.
+Errors: ValueError or TypeError naming the argument, what it must be and what came; on a CPU also for features
+that are not finite. RuntimeError for a backend that is not compiled.
 """
 
 from __future__ import annotations
@@ -95,8 +97,8 @@ def supcon(
 ) -> Tensor:
     """Supervised contrastive loss, L_out (Khosla et al. 2020, equation 2).
 
-    -mean_{p in P_i} log( e^{s_ip} / sum_{j in P_i + N_i} e^{s_ij} ), times temperature / base_temperature where that is
-    given. Without labels it is the multi-view NT-Xent loss. Arguments: see the module.
+    -mean_{p in P_i} log( e^{s_ip} / sum_{j in P_i + N_i} e^{s_ij} ), times temperature / base_temperature
+    where that is given. Without labels it is the multi-view NT-Xent loss. Arguments: see the module.
     """
     if base_temperature is not None:
         check_temperature("base_temperature", base_temperature)
@@ -134,8 +136,8 @@ def sincere(
 ) -> Tensor:
     """SINCERE (Feeney and Hughes 2023), and with ``epsilon`` > 0 epsilon-SupInfoNCE (Barbano et al. 2022).
 
-    -mean_{p in P_i} log( e^{s_ip} / (e^{s_ip - epsilon} + sum_{j in N_i} e^{s_ij}) ). An anchor without a negative
-    gives 0 (minus epsilon). Arguments: see the module.
+    -mean_{p in P_i} log( e^{s_ip} / (e^{s_ip - epsilon} + sum_{j in N_i} e^{s_ij}) ). An anchor without a
+    negative gives 0 (minus epsilon). Arguments: see the module.
     """
     check_number("epsilon", epsilon, -1e4, 1e4)
     problem = prepare(
@@ -169,9 +171,9 @@ def class_conditional_info_nce(
 ) -> Tensor:
     """Class-conditional InfoNCE, cNCE (Chen et al. 2022): InfoNCE within the class.
 
-    -mean_{a in A_i} log( e^{s_ia} / sum_{p in P_i} e^{s_ip} ); it needs to know which rows are views of one sample:
-    V >= 2 or ``instances`` (rows of one instance must share a label). Anchors without another row of their sample have
-    no loss. Arguments: see the module.
+    -mean_{a in A_i} log( e^{s_ia} / sum_{p in P_i} e^{s_ip} ); it needs to know which rows are views of one
+    sample: V >= 2 or ``instances`` (rows of one instance must share a label). Anchors without another row of
+    their sample have no loss. Arguments: see the module.
     """
     problem = prepare(
         features, labels, mask, temperature=temperature, contrast_mode=contrast_mode, candidates=candidates,
@@ -209,9 +211,10 @@ def spread(
 ) -> Tensor:
     """L_spread (Chen et al. 2022): (1 - alpha) * base + alpha * class-conditional InfoNCE, per anchor.
 
-    ``base`` is "supcon" or "sincere" (the form of the paper's own code). ``alpha`` in [0, 1] weighs cNCE; the earlier
-    paper "The Details Matter" writes alpha on the other term. The mean is over the anchors that have a positive; one
-    without another row of its sample has no cNCE part. Costs what its base costs. Arguments: see the module.
+    ``base`` is "supcon" or "sincere" (the form of the paper's own code). ``alpha`` in [0, 1] weighs cNCE; the
+    earlier paper "The Details Matter" writes alpha on the other term. The mean is over the anchors that have
+    a positive; one without another row of its sample has no cNCE part. Costs what its base costs. Arguments:
+    see the module.
     """
     check_number("alpha", alpha, 0.0, 1.0)
     check_choice("base", base, ("supcon", "sincere"))
@@ -253,12 +256,13 @@ def info_nce(
     backend: str = "auto",
     gather: Gather | None = None,
 ) -> Tensor:
-    """InfoNCE / NT-Xent (van den Oord et al. 2018; Chen et al. 2020): the positives of a row are the other rows of its
-    sample. With V > 2 views it is their mean, as in :func:`supcon` without labels. Arguments: see the module."""
+    """InfoNCE / NT-Xent (van den Oord et al. 2018; Chen et al. 2020): the positives of a row are the other
+    rows of its sample. With V > 2 views it is their mean, as in :func:`supcon` without labels. Arguments: see
+    the module."""
     return supcon(
-        features, temperature=temperature, contrast_mode=contrast_mode, candidates=candidates, instances=instances,
-        candidate_instances=candidate_instances, reduction=reduction, normalize=normalize, backend=backend,
-        gather=gather,
+        features, temperature=temperature, contrast_mode=contrast_mode, candidates=candidates,
+        instances=instances, candidate_instances=candidate_instances, reduction=reduction,
+        normalize=normalize, backend=backend, gather=gather,
     )  # fmt: skip
 
 
@@ -290,10 +294,11 @@ def pair_statistics(
     backend: str = "auto",
     gather: Gather | None = None,
 ) -> PairStatistics:
-    """The statistics from which most losses of the family follow, for a loss of your own. Arguments: see the module.
+    """The statistics from which most losses of the family follow, for a loss of your own. Arguments: see the
+    module.
 
-    Empty sets are -inf: select (``torch.where``) before using them, or a gradient becomes NaN. Statistics are float64
-    on a CPU and for float64 features, float32 otherwise.
+    Empty sets are -inf: select (``torch.where``) before using them, or a gradient becomes NaN. Statistics are
+    float64 on a CPU and for float64 features, float32 otherwise.
     """
     problem = prepare(
         features, labels, mask, temperature=temperature, contrast_mode=contrast_mode, candidates=candidates,

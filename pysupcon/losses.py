@@ -1,10 +1,11 @@
 """The losses as modules. Arguments, shapes and errors: :mod:`pysupcon.functional`.
 
-``gather=False``: each process contrasts its own rows only. ``gather=True`` or ``"ring"`` contrasts with the rows of every
-process (:mod:`pysupcon.distributed`); an object of the :class:`pysupcon.functional.Gather` protocol is used as it is.
+``gather=False``: each process contrasts its own rows only. ``gather=True`` or ``"ring"`` contrasts with the
+rows of every process (:mod:`pysupcon.distributed`); an object of the :class:`pysupcon.functional.Gather`
+protocol is used as it is.
 
-``learnable_temperature=True`` makes the logarithm of the temperature a parameter, ``log_temperature``, which starts from
-``temperature``; it cannot become negative.
+``learnable_temperature=True`` makes the logarithm of the temperature a parameter, ``log_temperature``, which
+starts from ``temperature``; it cannot become negative.
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ class _Loss(nn.Module):
         )
         learnable = " (learnable)" if self.log_temperature is not None else ""
         return (
-            f"temperature={temperature:g}{learnable}, {self._own_repr()}contrast_mode={self.contrast_mode!r}, "
+            f"temperature={temperature:g}{learnable}, "
+            f"{self._own_repr()}contrast_mode={self.contrast_mode!r}, "
             f"reduction={self.reduction!r}, normalize={self.normalize}, gather={self.gather!r}, "
             f"backend={self.backend!r}"
         )
@@ -97,7 +99,8 @@ def _resolve_gather(gather: GatherArgument) -> functional.Gather | None:
             distributed = importlib.import_module("pysupcon.distributed")
         except ModuleNotFoundError as error:
             raise NotImplementedError(
-                f"gather={gather!r} needs pysupcon.distributed, which this version does not contain; gather=False "
+                f"gather={gather!r} needs pysupcon.distributed, which this version does not contain; "
+                "gather=False "
                 "contrasts within each process"
             ) from error
         resolved: functional.Gather = distributed.resolve(gather)
@@ -124,8 +127,8 @@ class SupConLoss(_Loss):
         learnable_temperature: bool = False,
     ) -> None:
         super().__init__(
-            temperature, contrast_mode, reduction=reduction, normalize=normalize, gather=gather, backend=backend,
-            learnable_temperature=learnable_temperature,
+            temperature, contrast_mode, reduction=reduction, normalize=normalize, gather=gather,
+            backend=backend, learnable_temperature=learnable_temperature,
         )  # fmt: skip
         if base_temperature is not None:
             check_temperature("base_temperature", base_temperature)
@@ -146,13 +149,15 @@ class SupConLoss(_Loss):
         candidate_instances: Tensor | None = None,
     ) -> Tensor:
         return functional.supcon(
-            features, labels, mask, candidates=candidates, candidate_labels=candidate_labels, instances=instances,
-            candidate_instances=candidate_instances, base_temperature=self.base_temperature, **self._common(),
+            features, labels, mask, candidates=candidates, candidate_labels=candidate_labels,
+            instances=instances, candidate_instances=candidate_instances,
+            base_temperature=self.base_temperature, **self._common(),
         )  # fmt: skip
 
 
 class SINCERELoss(_Loss):
-    """SINCERE (Feeney and Hughes 2023), with ``epsilon`` epsilon-SupInfoNCE; see :func:`pysupcon.functional.sincere`."""
+    """SINCERE (Feeney and Hughes 2023), with ``epsilon`` epsilon-SupInfoNCE; see
+    :func:`pysupcon.functional.sincere`."""
 
     def __init__(
         self,
@@ -167,8 +172,8 @@ class SINCERELoss(_Loss):
         learnable_temperature: bool = False,
     ) -> None:
         super().__init__(
-            temperature, contrast_mode, reduction=reduction, normalize=normalize, gather=gather, backend=backend,
-            learnable_temperature=learnable_temperature,
+            temperature, contrast_mode, reduction=reduction, normalize=normalize, gather=gather,
+            backend=backend, learnable_temperature=learnable_temperature,
         )  # fmt: skip
         check_number("epsilon", epsilon, -1e4, 1e4)
         self.epsilon = float(epsilon)
@@ -188,8 +193,9 @@ class SINCERELoss(_Loss):
         candidate_instances: Tensor | None = None,
     ) -> Tensor:
         return functional.sincere(
-            features, labels, mask, candidates=candidates, candidate_labels=candidate_labels, instances=instances,
-            candidate_instances=candidate_instances, epsilon=self.epsilon, **self._common(),
+            features, labels, mask, candidates=candidates, candidate_labels=candidate_labels,
+            instances=instances, candidate_instances=candidate_instances, epsilon=self.epsilon,
+            **self._common(),
         )  # fmt: skip
 
 
@@ -209,8 +215,8 @@ class ClassConditionalInfoNCELoss(_Loss):
         learnable_temperature: bool = False,
     ) -> None:
         super().__init__(
-            temperature, contrast_mode, reduction=reduction, normalize=normalize, gather=gather, backend=backend,
-            learnable_temperature=learnable_temperature,
+            temperature, contrast_mode, reduction=reduction, normalize=normalize, gather=gather,
+            backend=backend, learnable_temperature=learnable_temperature,
         )  # fmt: skip
 
     def forward(
@@ -225,13 +231,14 @@ class ClassConditionalInfoNCELoss(_Loss):
         candidate_instances: Tensor | None = None,
     ) -> Tensor:
         return functional.class_conditional_info_nce(
-            features, labels, mask, candidates=candidates, candidate_labels=candidate_labels, instances=instances,
-            candidate_instances=candidate_instances, **self._common(),
+            features, labels, mask, candidates=candidates, candidate_labels=candidate_labels,
+            instances=instances, candidate_instances=candidate_instances, **self._common(),
         )  # fmt: skip
 
 
 class SpreadLoss(_Loss):
-    """L_spread (Chen et al. 2022): (1 - alpha) * base + alpha * cNCE; see :func:`pysupcon.functional.spread`."""
+    """L_spread (Chen et al. 2022): (1 - alpha) * base + alpha * cNCE; see
+    :func:`pysupcon.functional.spread`."""
 
     def __init__(
         self,
@@ -247,8 +254,8 @@ class SpreadLoss(_Loss):
         learnable_temperature: bool = False,
     ) -> None:
         super().__init__(
-            temperature, contrast_mode, reduction=reduction, normalize=normalize, gather=gather, backend=backend,
-            learnable_temperature=learnable_temperature,
+            temperature, contrast_mode, reduction=reduction, normalize=normalize, gather=gather,
+            backend=backend, learnable_temperature=learnable_temperature,
         )  # fmt: skip
         check_number("alpha", alpha, 0.0, 1.0)
         check_choice("base", base, ("supcon", "sincere"))
@@ -270,15 +277,17 @@ class SpreadLoss(_Loss):
         candidate_instances: Tensor | None = None,
     ) -> Tensor:
         return functional.spread(
-            features, labels, mask, candidates=candidates, candidate_labels=candidate_labels, instances=instances,
-            candidate_instances=candidate_instances, alpha=self.alpha, base=self.base, **self._common(),
+            features, labels, mask, candidates=candidates, candidate_labels=candidate_labels,
+            instances=instances, candidate_instances=candidate_instances, alpha=self.alpha, base=self.base,
+            **self._common(),
         )  # fmt: skip
 
 
 class InfoNCELoss(_Loss):
     """InfoNCE / NT-Xent (Chen et al. 2020); see :func:`pysupcon.functional.info_nce`.
 
-    ``labels`` and ``mask`` stand in the signature so that the losses can take one another's place; they must be None.
+    ``labels`` and ``mask`` stand in the signature so that the losses can take one another's place; they must
+    be None.
     """
 
     def __init__(
@@ -293,8 +302,8 @@ class InfoNCELoss(_Loss):
         learnable_temperature: bool = False,
     ) -> None:
         super().__init__(
-            temperature, contrast_mode, reduction=reduction, normalize=normalize, gather=gather, backend=backend,
-            learnable_temperature=learnable_temperature,
+            temperature, contrast_mode, reduction=reduction, normalize=normalize, gather=gather,
+            backend=backend, learnable_temperature=learnable_temperature,
         )  # fmt: skip
 
     def forward(
@@ -310,8 +319,8 @@ class InfoNCELoss(_Loss):
     ) -> Tensor:
         if labels is not None or mask is not None or candidate_labels is not None:
             raise ValueError(
-                "InfoNCELoss is self-supervised: labels, mask and candidate_labels must be None (instances say which "
-                "rows are views of one sample); SupConLoss takes labels"
+                "InfoNCELoss is self-supervised: labels, mask and candidate_labels must be None "
+                "(instances say which rows are views of one sample); SupConLoss takes labels"
             )
         return functional.info_nce(
             features, candidates=candidates, instances=instances, candidate_instances=candidate_instances,

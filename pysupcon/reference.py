@@ -3,12 +3,12 @@
 For tests and small batches; plain PyTorch that autograd differentiates as often as wanted. Knows torch only.
 
 Symbols: anchors x_i [M, D], candidates c_j [N, D] (the anchors themselves where none are given), similarity
-s_ij = x_i . c_j / temperature; P_i positives, N_i negatives, A_i the other rows of the anchor's instance; all of them
-bool [M, N] and without the anchor itself. An anchor for which a loss is not defined gets 0.
+s_ij = x_i . c_j / temperature; P_i positives, N_i negatives, A_i the other rows of the anchor's instance; all
+of them bool [M, N] and without the anchor itself. An anchor for which a loss is not defined gets 0.
 
 Sources: SupCon, Khosla et al. 2020 (arXiv 2004.11362), L_out, equation 2; SINCERE, Feeney and Hughes 2023
-(arXiv 2309.14277); epsilon-SupInfoNCE, Barbano et al. 2022 (arXiv 2211.05568); class-conditional InfoNCE and L_spread,
-Chen et al. 2022 (arXiv 2204.07596).
+(arXiv 2309.14277); epsilon-SupInfoNCE, Barbano et al. 2022 (arXiv 2211.05568); class-conditional InfoNCE and
+L_spread, Chen et al. 2022 (arXiv 2204.07596).
 """
 
 from __future__ import annotations
@@ -44,10 +44,11 @@ def pair_sets(
     self_index: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(P, N), bool [M, N]. Either labels [M] (and [N] of the candidates) or ``mask`` [M, N] says who is a positive.
+    """(P, N), bool [M, N]. Either labels [M] (and [N] of the candidates) or ``mask`` [M, N] says who is a
+    positive.
 
-    Without candidates (``candidate_labels`` None, and ``mask`` square with ``self_index`` None) an anchor is not its own
-    candidate; with them ``self_index`` [M] names the candidate that is the anchor, -1 for none.
+    Without candidates (``candidate_labels`` None, and ``mask`` square with ``self_index`` None) an anchor is
+    not its own candidate; with them ``self_index`` [M] names the candidate that is the anchor, -1 for none.
     """
     if mask is not None:
         same = mask

@@ -1,11 +1,13 @@
 """The operators of :mod:`pysupcon._ops` in pure PyTorch: O(N) memory, any device, any floating dtype.
 
-Same six functions, same argument order, same results up to rounding; the contract stands in ``pysupcon/_ops.py``. This
-is the path of devices without a compiled kernel and of arbitrary positive masks (:class:`PositiveMask`).
+Same six functions, same argument order, same results up to rounding; the contract stands in
+``pysupcon/_ops.py``. This is the path of devices without a compiled kernel and of arbitrary positive masks
+(:class:`PositiveMask`).
 
-Rows are sorted by label first, so that on a CPU whole tiles are known to hold only positives, only negatives, or
-nothing of interest. Without separate candidates only tiles on and above the diagonal are visited, each serving both of
-its sides. Tiles are float32 (float64 for float64 input); what is kept per row is :func:`stats_dtype`.
+Rows are sorted by label first, so that on a CPU whole tiles are known to hold only positives, only negatives,
+or nothing of interest. Without separate candidates only tiles on and above the diagonal are visited, each
+serving both of its sides. Tiles are float32 (float64 for float64 input); what is kept per row is
+:func:`stats_dtype`.
 """
 
 from __future__ import annotations
@@ -38,10 +40,10 @@ _ROW_CHUNK = 16384
 
 
 class PositiveMask(NamedTuple):
-    """Positives given pair by pair: anchor row i and candidate row j are positives where ``mask[rows[i], columns[j]]``.
+    """Positives pair by pair: candidate row j is a positive of row i where ``mask[rows[i], columns[j]]``.
 
-    ``mask`` is bool [S, T] (need not be symmetric), ``rows`` int64 [M], ``columns`` int64 [N]: views of one sample
-    share an entry, so the mask is never expanded to rows x candidates. Labels are not looked at.
+    ``mask`` is bool [S, T] (need not be symmetric), ``rows`` int64 [M], ``columns`` int64 [N]: views of one
+    sample share an entry, so the mask is never expanded to rows x candidates. Labels are not looked at.
     """
 
     mask: Tensor
@@ -84,7 +86,7 @@ class _Side:
 
 
 class _Tile(NamedTuple):
-    """Pairs of anchors ``i`` (rows) and candidates ``j`` (columns). ``same`` is True or False where it is so for all."""
+    """Pairs of anchors ``i`` (rows) and candidates ``j`` (columns); ``same`` is a bool where it is so for all."""
 
     i: Slice
     j: Slice
@@ -115,7 +117,8 @@ class _Pairs:
         if candidates is None:
             self.candidates = self.anchors
         else:
-            assert candidate_labels is not None and candidate_order is not None
+            assert candidate_labels is not None
+            assert candidate_order is not None
             self.candidates = _Side(candidates, candidate_labels, candidate_order)
         self.scale = scale.to(self.anchors.rows.dtype)
         self.self_index = None if self_index is None else self_index.index_select(0, order)
@@ -142,7 +145,7 @@ class _Pairs:
         return self.self_index[slice(*i), None] == self.candidates.order[None, slice(*j)]
 
     def tiles(self, *, only_positives: bool = False, only_negatives: bool = False) -> Iterator[_Tile]:
-        """``only_positives`` (``only_negatives``): leave out tiles known to hold no positive (negative) pair."""
+        """``only_positives`` (``only_negatives``): leave out tiles known to hold none."""
         a, b = self.anchors, self.candidates
         for number_i, i in enumerate(a.tiles):
             scaled = a.rows[slice(*i)] * self.scale
@@ -345,7 +348,9 @@ def pair_stats_backward(
         own = _row_stats(pairs.anchors, n, p, grad_n, grad_p)
         back = own if pairs.symmetric else None
         if candidate_n is not None:
-            assert candidate_p is not None and candidate_grad_n is not None and candidate_grad_p is not None
+            assert candidate_p is not None
+            assert candidate_grad_n is not None
+            assert candidate_grad_p is not None
             back = _row_stats(pairs.candidates, candidate_n, candidate_p, candidate_grad_n, candidate_grad_p)
         gradients = _Gradients(pairs, x, candidates, need_candidates)
         for tile in pairs.tiles(only_positives=not negatives, only_negatives=not positives):
@@ -438,7 +443,7 @@ def positive_softplus_backward(
 
 
 def _class_sums(rows: Tensor, weights: Tensor | None, labels: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of (weighted) rows per label, in a table whose entry k belongs to the label of sorted row k, first of its run.
+    """Sums of (weighted) rows per label: entry k of the table belongs to the label whose run starts at k.
 
     Returns the table [N, D] and the sorted labels [N] through which :func:`_look_up` finds an entry.
     """
@@ -506,7 +511,8 @@ def positive_sum(
         if candidates is None:
             sums = _class_sums(x, None, labels, order)
         else:
-            assert candidate_labels is not None and candidate_order is not None
+            assert candidate_labels is not None
+            assert candidate_order is not None
             sums = _class_sums(candidates, None, candidate_labels, candidate_order)
         for at in _slices(x.shape[0], _ROW_CHUNK):
             part = _look_up(sums, labels[slice(*at)])
@@ -549,12 +555,13 @@ def positive_sum_backward(
                 gradients.add(tile, weights)
             return gradients.result()
 
-        # grad_x_i = scale * (g_i (C_i - c_i) + (W_i - g_i c_i)), C the class sums of rows and W of g-weighted rows
+        # grad_x_i = scale * (g_i (C_i - c_i) + (W_i - g_i c_i)), C the class sums of rows, W of g-weighted rows
         none = x.new_empty((0, x.shape[1]))
         if candidates is None:
             others, other_labels, other_order, back = x, labels, order, grad_total
         else:
-            assert candidate_labels is not None and candidate_order is not None
+            assert candidate_labels is not None
+            assert candidate_order is not None
             others, other_labels, other_order = candidates, candidate_labels, candidate_order
             back = candidate_grad_total  # type: ignore[assignment]
         sums = _class_sums(others, None, other_labels, other_order)
@@ -588,7 +595,7 @@ def positive_sum_backward(
 
 
 def positive_count(mask: PositiveMask, self_index: Tensor | None, symmetric: bool) -> Tensor:
-    """|P_i| under a mask, int64 [M], a chunk of rows at a time. ``symmetric``: the candidates are the anchors."""
+    """|P_i| under a mask, int64 [M]. ``symmetric``: the candidates are the anchors."""
     # The columns of one sample share an entry: count each sample once, by how many rows it has.
     rows_of = torch.zeros(mask.mask.shape[1], dtype=torch.float64, device=mask.mask.device)
     rows_of.index_add_(0, mask.columns, torch.ones_like(mask.columns, dtype=torch.float64))
