@@ -8,7 +8,8 @@ are missing.
 
 from __future__ import annotations
 
-from . import _ops, functional
+from . import functional
+from ._ops import backends
 from .losses import ClassConditionalInfoNCELoss, InfoNCELoss, SINCERELoss, SpreadLoss, SupConLoss
 
 __all__ = [
@@ -20,8 +21,3 @@ __all__ = [
     "backends",
     "functional",
 ]
-
-
-def backends() -> dict[str, str]:
-    """What this build can run on: backend name -> what is compiled, or why it is not."""
-    return _ops.backends()

@@ -110,7 +110,7 @@ class _RowStatisticsFunction(torch.autograd.Function):
             result = _gradients(ctx.plan, x, candidates, scale, n, p, grads, needs)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             reasons = [tensor for tensor in (x, candidates, scale, *grads) if tensor is not None]
-            result = tuple(None if grad is None else _RefuseSecond.apply(grad, *reasons) for grad in result)
+            return *(None if grad is None else _RefuseSecond.apply(grad, *reasons) for grad in result), None
         return *result, None
 
 

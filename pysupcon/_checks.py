@@ -105,6 +105,10 @@ def check_mask(value: Any, features: Tensor, candidates: Tensor) -> None:
         raise ValueError(f"{contract} on {features.device}, got it on {value.device}")
 
 
+def _why_not(backend: str) -> str:
+    return str(_ops.backends().get(backend, {}).get("detail", "no kernel is written for it"))
+
+
 def resolve_backend(backend: str, device: torch.device, masked: bool) -> str:
     """The backend that will run: "cpu", "cuda", "tiled" or "reference"."""
     check_choice("backend", backend, BACKENDS)
@@ -117,7 +121,7 @@ def resolve_backend(backend: str, device: torch.device, masked: bool) -> str:
             _warned.add(device.type)
             warnings.warn(
                 f"pysupcon has no compiled kernel for {device.type} tensors "
-                f"({_ops.backends().get(device.type, 'no such kernel exists')}); "
+                f"({_why_not(device.type)}); "
                 "the slower pure-PyTorch path, backend='tiled', takes its place",
                 stacklevel=4,
             )
@@ -132,5 +136,5 @@ def resolve_backend(backend: str, device: torch.device, masked: bool) -> str:
             "backend='tiled' or 'auto'"
         )
     if not _ops.compiled_for(backend):
-        raise RuntimeError(f"backend={backend!r} is not compiled: {_ops.backends().get(backend, 'unknown')}")
+        raise RuntimeError(f"backend={backend!r} is not compiled: {_why_not(backend)}")
     return backend

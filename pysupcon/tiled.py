@@ -86,7 +86,7 @@ class _Side:
 
 
 class _Tile(NamedTuple):
-    """Pairs of anchors ``i`` (rows) and candidates ``j`` (columns); ``same`` is a bool where it is so for all."""
+    """Pairs of anchors ``i`` (rows) and candidates ``j`` (columns); ``same`` is a bool where all agree."""
 
     i: Slice
     j: Slice
@@ -555,7 +555,7 @@ def positive_sum_backward(
                 gradients.add(tile, weights)
             return gradients.result()
 
-        # grad_x_i = scale * (g_i (C_i - c_i) + (W_i - g_i c_i)), C the class sums of rows, W of g-weighted rows
+        # grad_x_i = scale * (g_i (C_i - c_i) + (W_i - g_i c_i)), C the class sums of rows, W of rows times g
         none = x.new_empty((0, x.shape[1]))
         if candidates is None:
             others, other_labels, other_order, back = x, labels, order, grad_total
