@@ -176,7 +176,7 @@ class NinjaBuildExt(build_ext):
             print(f"pysupcon: CPU only: {cuda_word}", flush=True)
 
         includes = [*cpp_extension.include_paths(), pybind_include, sysconfig.get_paths()["include"]]
-        glue = [*base, "-std=c++20", "-Wno-unused-parameter", f"-I{ROOT / 'csrc'}"]
+        glue = [*base, "-std=c++20", "-fopenmp", "-Wno-unused-parameter", f"-I{ROOT / 'csrc'}"]
         glue += [f"-isystem{path}" for path in includes]
         glue += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
         facts = {"TORCH_VERSION": torch.__version__, "CUDA_WORD": cuda_word, "COMPILER": Path(cxx).name}
@@ -189,7 +189,7 @@ class NinjaBuildExt(build_ext):
         ninja.compile("cxx", "csrc/bindings.cpp", [*glue, *defines])
 
         link = [f"-L{path}" for path in cpp_extension.library_paths()]
-        link += ["-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10", "-Wl,--as-needed"]
+        link += ["-fopenmp", "-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10", "-Wl,--as-needed"]
         if nvcc:
             lib = Path(nvcc).resolve().parent.parent
             link += [f"-L{lib / d}" for d in ("lib64", "lib", "targets/x86_64-linux/lib") if (lib / d).is_dir()]
