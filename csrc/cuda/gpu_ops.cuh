@@ -1,0 +1,242 @@
+// The only file with inline PTX. Each operation has a device version and a host twin of the same signature,
+// which the emulation under tests/cuda_emulation runs. Fragment layouts: PTX ISA, "Matrix fragments for
+// mma.m16n8k16 with floating point type" (group g = lane / 4, member t = lane % 4).
+#pragma once
+#include <cstdint>
+
+#ifndef CUDA_HOST_SHIM
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#define DYNAMIC_SHARED(T, name)                                \
+  extern __shared__ __align__(128) unsigned char name##_raw[]; \
+  T* name = reinterpret_cast<T*>(name##_raw)
+
+namespace gpu {
+
+#define PYSUPCON_MMA(NAME, TYPE)                                                                        \
+  __device__ __forceinline__ void NAME(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                                 \
+                 ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                           \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                       \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                   \
+  }
+PYSUPCON_MMA(mma_bf16, "bf16")
+PYSUPCON_MMA(mma_f16, "f16")
+#undef PYSUPCON_MMA
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// Four 8 x 8 matrices of 16-bit numbers; lane l names row l % 8 of matrix l / 8.
+__device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+__device__ __forceinline__ void ldmatrix_transposed(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// 16 bytes from global to shared memory; writes zeros where !valid (src is then not read).
+__device__ __forceinline__ void cp_async16(void* dst, const void* src, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(dst)), "l"(src),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// 2^x to 2 ulp; 2^-inf = 0.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// 1 / x to 1 ulp; 1 / inf = 0.
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Raises *p to v, both >= 0 and not NaN: the maximum does not depend on the order, so neither does the
+// result.
+__device__ __forceinline__ void atomic_max_nonnegative(float* p, float v) {
+  atomicMax(reinterpret_cast<int*>(p), __float_as_int(v));
+}
+
+// The only way a kernel starts.
+template <class... P, class... A>
+cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+                   A&&... args) {
+  if (shared > 48 << 10) {
+    const cudaError_t e = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                               cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+    if (e != cudaSuccess) return e;
+  }
+  kernel<<<grid, block, shared, stream>>>(static_cast<A&&>(args)...);
+  return cudaGetLastError();
+}
+
+}  // namespace gpu
+
+#else  // the host twins
+namespace gpu {
+
+struct Fragments {
+  uint32_t a[4], b[2];
+  float c[4];
+};
+struct Accumulators {
+  float d[4];
+};
+template <class Decode>
+void mma_twin(const char* op, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Decode decode,
+              shim::Site site) {
+  Fragments in;
+  memcpy(in.a, a, 16), memcpy(in.b, b, 8), memcpy(in.c, d, 16);
+  const auto all_lanes = [&](const Fragments* const* f, Accumulators* const* out) {
+    float A[16][16], B[8][16];
+    for (int l = 0; l < 32; ++l)
+      for (int h = 0; h < 2; ++h) {
+        const int g = l / 4, t = l % 4;
+        for (int r = 0; r < 4; ++r)
+          A[g + 8 * (r & 1)][2 * t + h + 8 * (r >> 1)] = decode(uint16_t(f[l]->a[r] >> 16 * h));
+        for (int r = 0; r < 2; ++r) B[g][2 * t + h + 8 * r] = decode(uint16_t(f[l]->b[r] >> 16 * h));
+      }
+    for (int l = 0; l < 32; ++l)
+      for (int i = 0; i < 4; ++i) {  // summed in double: the hardware's order and rounding are its own
+        const int m = l / 4 + 8 * (i >> 1), n = 2 * (l % 4) + (i & 1);
+        double s = 0;
+        for (int k = 0; k < 16; ++k) s += double(A[m][k]) * double(B[n][k]);
+        out[l]->d[i] = float(s + double(f[l]->c[i]));
+      }
+  };
+  memcpy(d, shim::collective<Accumulators>(op, ~0u, in, all_lanes, site).d, 16);
+}
+inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], SHIM_SITE) {
+  const auto decode = [](uint16_t x) { return __uint_as_float(uint32_t(x) << 16); };
+  mma_twin("mma bf16", d, a, b, decode, site);
+}
+inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], SHIM_SITE) {
+  const auto decode = [](uint16_t x) {
+    _Float16 h;
+    memcpy(&h, &x, 2);
+    return float(h);
+  };
+  mma_twin("mma f16", d, a, b, decode, site);
+}
+
+inline void check_aligned16(const char* op, const void* p, shim::Site s) {
+  if (reinterpret_cast<uintptr_t>(p) % 16)
+    shim::fail("%s: address not 16-byte aligned (%s:%d)", op, s.file, s.line);
+}
+struct MatrixRow {
+  uint16_t e[8];
+};
+template <bool TRANSPOSED>
+void ldmatrix_twin(uint32_t (&r)[4], const void* row, shim::Site site) {
+  struct Registers {
+    uint32_t r[4];
+  };
+  const char* op = TRANSPOSED ? "ldmatrix.trans" : "ldmatrix";
+  check_aligned16(op, row, site);
+  MatrixRow mine;
+  memcpy(&mine, row, 16);  // each lane reads the row it names, so that a sanitizer blames the right thread
+  const auto all_lanes = [](const MatrixRow* const* in, Registers* const* out) {
+    for (int l = 0; l < 32; ++l)
+      for (int i = 0; i < 4; ++i) {
+        const int x = l / 4, y = 2 * (l % 4);
+        const uint32_t lo = TRANSPOSED ? in[8 * i + y]->e[x] : in[8 * i + x]->e[y];
+        const uint32_t hi = TRANSPOSED ? in[8 * i + y + 1]->e[x] : in[8 * i + x]->e[y + 1];
+        out[l]->r[i] = lo | hi << 16;
+      }
+  };
+  memcpy(r, shim::collective<Registers>(op, ~0u, mine, all_lanes, site).r, 16);
+}
+inline void ldmatrix(uint32_t (&r)[4], const void* row, SHIM_SITE) { ldmatrix_twin<false>(r, row, site); }
+inline void ldmatrix_transposed(uint32_t (&r)[4], const void* row, SHIM_SITE) {
+  ldmatrix_twin<true>(r, row, site);
+}
+
+typedef uint32_t __attribute__((may_alias)) Word;
+inline void put16(void* dst, const void* src,
+                  uint32_t fill) {  // plain stores: TSan does not see an inlined memset
+  for (int i = 0; i < 4; ++i) static_cast<Word*>(dst)[i] = src ? static_cast<const Word*>(src)[i] : fill;
+}
+// The copy lands as late as the program allows (in cp_async_wait); until then the destination holds NaN.
+inline void cp_async16(void* dst, const void* src, bool valid, SHIM_SITE) {
+  check_aligned16("cp_async16 dst", dst, site);
+  if (valid) check_aligned16("cp_async16 src", src, site);
+  put16(dst, nullptr, ~0u);
+  shim::Fiber& f = *shim::B.cur;
+  f.copies.push_back({dst, src, valid ? 16u : 0u, f.group});
+}
+inline void cp_async_commit() { ++shim::B.cur->group; }
+template <int N>
+void cp_async_wait() {
+  shim::Fiber& f = *shim::B.cur;
+  size_t k = 0;
+  for (; k < f.copies.size() && f.copies[k].group < f.group - N; ++k) {
+    shim::Copy& c = f.copies[k];
+    put16(c.dst, c.bytes ? c.src : nullptr, 0);
+  }
+  f.copies.erase(f.copies.begin(), f.copies.begin() + long(k));
+}
+
+inline float exp2_fast(float x) { return std::exp2(x); }
+inline float reciprocal_fast(float x) { return 1.0f / x; }
+inline void atomic_max_nonnegative(float* p, float v) { atomicMax(p, v); }
+
+template <class... P, class... A>
+cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t, A&&... args) {
+  shim::launch(kernel, grid, block, shared, args...);
+  return cudaSuccess;
+}
+
+}  // namespace gpu
+#endif
+
+namespace gpu {
+
+// The two 16-bit formats of the tensor cores under one interface.
+struct Bf16 {
+  using type = __nv_bfloat16;
+  static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    mma_bf16(d, a, b);
+  }
+  static __device__ __forceinline__ uint32_t pack(float lo, float hi) {
+    const __nv_bfloat162 v = __floats2bfloat162_rn(lo, hi);
+    uint32_t r;
+    memcpy(&r, &v, 4);
+    return r;
+  }
+  static __device__ __forceinline__ type from(float x) { return __float2bfloat16(x); }
+  static __device__ __forceinline__ float to(type x) { return __bfloat162float(x); }
+};
+struct F16 {
+  using type = __half;
+  static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    mma_f16(d, a, b);
+  }
+  static __device__ __forceinline__ uint32_t pack(float lo, float hi) {
+    const __half2 v = __floats2half2_rn(lo, hi);
+    uint32_t r;
+    memcpy(&r, &v, 4);
+    return r;
+  }
+  static __device__ __forceinline__ type from(float x) { return __float2half(x); }
+  static __device__ __forceinline__ float to(type x) { return __half2float(x); }
+};
+
+}  // namespace gpu

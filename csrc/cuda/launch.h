@@ -1,0 +1,64 @@
+// What the caller hands over: pointers, sizes, strides, a stream. Plain C++; no tensor is known here or
+// below. The meaning of every operator stands in pysupcon/_ops.py.
+#pragma once
+#include <cstdint>
+
+namespace pysupcon::cuda {
+
+enum class Dtype : int32_t { f64, f32, bf16, f16 };
+
+enum class Operation : int32_t {
+  pair_stats,
+  pair_stats_backward,
+  positive_softplus,
+  positive_softplus_backward,
+  positive_sum,
+  positive_sum_backward,
+};
+
+// One side of the similarity matrix as the caller holds it.
+struct Rows {
+  const void* data;       // [count, width] of Problem::dtype; element (i, d) stands at i * stride + d
+  int64_t count;          // below 2^31 - 256
+  int64_t stride;         // elements
+  const int64_t* labels;  // [count]
+  const int64_t* order;   // [count], the stable argsort of labels
+};
+
+// "stat" pointers are double for Dtype::f64, float otherwise; all lie in device memory and are contiguous.
+// positive_softplus and positive_sum write their total to out_n; their upstream gradient comes in grad_n.
+struct Problem {
+  Operation operation;
+  Dtype dtype;
+  int32_t parts;  // f32 only: how many bf16 numbers stand for one fp32 number, 1, 2 or 3
+  int32_t multiprocessors;
+  int64_t width;
+  Rows anchors;
+  Rows candidates;            // equal to anchors where one_set
+  bool one_set;               // the candidates are the anchors themselves
+  const int64_t* self_index;  // [anchors] or null
+  const void* scale;          // stat [1]
+  double epsilon;
+  bool negatives, positives;
+
+  const void *n, *p, *grad_n, *grad_p;                                          // stat [anchors]
+  const void *candidate_n, *candidate_p, *candidate_grad_n, *candidate_grad_p;  // stat [candidates] or null
+  void *out_n, *out_p;                                                          // stat [anchors]
+  void *grad_x, *grad_candidates,
+      *out_grad_n;  // dtype [anchors, width], dtype [candidates, width] or null, stat
+
+  void* workspace;  // workspace_bytes(problem) bytes, 256-byte aligned, any contents
+  void* stream;     // cudaStream_t
+};
+
+extern "C" {
+// Bytes of device memory that run() needs beside its operands.
+int64_t pysupcon_cuda_workspace_bytes(const Problem* problem);
+// Enqueues the operation. Returns null, or the sentence that says what went wrong. Never waits for the
+// device.
+const char* pysupcon_cuda_run(const Problem* problem);
+// Number of multiprocessors of a device, 0 if there is no such device.
+int32_t pysupcon_cuda_multiprocessors(int32_t device);
+}
+
+}  // namespace pysupcon::cuda

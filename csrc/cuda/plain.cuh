@@ -1,0 +1,158 @@
+// Double precision on plain multiply-adds, for gradcheck: the same equations and the same ranges as the
+// tensor-core kernels, 16 x 16 pairs at a time, rows read in place.
+#pragma once
+#include "launch.h"
+#include "tiles.cuh"
+
+namespace pysupcon::cuda {
+
+constexpr int kPlain = 16;
+
+struct PlainPairs {
+  Rows rows, cols;
+  int width;
+  const int2* range;
+  const int *row_self, *col_self;
+  bool one_set, within_classes;
+  const double* scale;
+
+  __device__ __forceinline__ bool counts(int row, int col) const {
+    if (row >= rows.count || col >= cols.count) return false;
+    const int self = one_set ? row : row_self ? row_self[row] : -1;
+    return col != self && !(col_self && col_self[col] == row);
+  }
+  __device__ __forceinline__ bool same(int row, int col) const {
+    return row < rows.count && col >= range[row].x && col < range[row].y;
+  }
+  // Columns [x, y) of the block whose first row is row0.
+  __device__ __forceinline__ int2 visit(int row0) const {
+    if (!within_classes) return {0, int(cols.count)};
+    const int last = min(row0 + kPlain, int(rows.count)) - 1;
+    return {range[row0].x, range[last].y};
+  }
+};
+
+struct PlainShared {
+  double a[kPlain][kPlain + 1], b[kPlain][kPlain + 1], w[kPlain][kPlain + 1];
+};
+
+__device__ __forceinline__ const double* plain_row(const Rows& x, int i) {
+  return static_cast<const double*>(x.data) + x.order[i] * x.stride;
+}
+
+// s_ij of row row0 + threadIdx.y and column col0 + threadIdx.x; 0 beyond the edges. Every thread of the block
+// calls it.
+__device__ __forceinline__ double plain_similarity(PlainShared& s, const PlainPairs& pairs, int row0,
+                                                   int col0) {
+  const int y = threadIdx.y, x = threadIdx.x;
+  double sum = 0;
+  for (int d0 = 0; d0 < pairs.width; d0 += kPlain) {
+    const bool inside = d0 + x < pairs.width;
+    __syncthreads();  // the last slice has been read
+    s.a[y][x] = inside && row0 + y < pairs.rows.count ? plain_row(pairs.rows, row0 + y)[d0 + x] : 0.;
+    s.b[y][x] = inside && col0 + y < pairs.cols.count ? plain_row(pairs.cols, col0 + y)[d0 + x] : 0.;
+    __syncthreads();
+    for (int d = 0; d < kPlain; ++d) sum += s.a[y][d] * s.b[x][d];
+  }
+  return sum * *pairs.scale;
+}
+
+__device__ __forceinline__ double plain_softplus(double x) { return fmax(x, 0.) + log1p(exp(-fabs(x))); }
+__device__ __forceinline__ double plain_sigmoid(double x) { return 1. / (1. + exp(-x)); }
+
+__device__ __forceinline__ void plain_merge(double& top, double& total, double other_top,
+                                            double other_total) {
+  const double t = fmax(top, other_top), ref = t == -INFINITY ? 0. : t;
+  total = total * exp(top - ref) + other_total * exp(other_top - ref);
+  top = t;
+}
+
+// Statistics, or with softplus_n the softplus sum. Grid (row blocks), block (16, 16).
+static __global__ void plain_forward(PlainPairs pairs, double* n, double* p, bool negatives, bool positives,
+                                     const double* softplus_n, double epsilon) {
+  __shared__ PlainShared s;
+  const int row0 = int(blockIdx.x) * kPlain, row = row0 + int(threadIdx.y);
+  const int2 visit = pairs.visit(row0);
+  const int64_t at = row < pairs.rows.count ? pairs.rows.order[row] : 0;
+  double top[2] = {-INFINITY, -INFINITY}, total[2] = {}, softplus = 0;
+  for (int col0 = visit.x; col0 < visit.y; col0 += kPlain) {
+    const double sim = plain_similarity(s, pairs, row0, col0);
+    const int col = col0 + int(threadIdx.x);
+    if (pairs.counts(row, col)) {
+      const bool same = pairs.same(row, col);
+      if (!softplus_n)
+        plain_merge(top[same], total[same], sim, 1.);
+      else if (same)
+        softplus += plain_softplus(softplus_n[at] + epsilon - sim);
+    }
+  }
+  for (int o = 1; o < kPlain; o *= 2) {
+    for (int k = 0; k < 2; ++k) {
+      const double other = __shfl_xor_sync(~0u, top[k], o), sum = __shfl_xor_sync(~0u, total[k], o);
+      plain_merge(top[k], total[k], other, sum);
+    }
+    softplus += __shfl_xor_sync(~0u, softplus, o);
+  }
+  if (threadIdx.x == 0 && row < pairs.rows.count) {
+    n[at] = softplus_n ? softplus : negatives ? top[0] + log(total[0]) : -INFINITY;
+    if (p) p[at] = positives ? top[1] + log(total[1]) : -INFINITY;
+  }
+}
+
+// One side's anchors, in the caller's order; n null: no anchors there. p null: softplus.
+struct PlainAnchors {
+  const double *n, *p, *grad_n, *grad_p;
+  const int64_t* order;
+
+  // dL/ds of this anchor's pair; sigmoid: what n receives, per unit of upstream gradient
+  __device__ __forceinline__ double weight(int i, double sim, bool same, double epsilon,
+                                           double* sigmoid) const {
+    if (!n) return 0.;
+    const int64_t at = order[i];
+    if (!p) {
+      if (!same || n[at] == -INFINITY) return 0.;
+      *sigmoid = plain_sigmoid(n[at] + epsilon - sim);
+      return -grad_n[at] * *sigmoid;
+    }
+    const double reference = same ? p[at] : n[at], upstream = same ? grad_p[at] : grad_n[at];
+    return reference == -INFINITY ? 0. : upstream * exp(sim - reference);
+  }
+};
+
+// grad[order[row]][d] for 64 columns d per blockIdx.y. Grid (row blocks, ceil(width / 64)), block (16, 16).
+static __global__ void plain_backward(PlainPairs pairs, PlainAnchors rows, PlainAnchors cols, double* grad,
+                                      double* grad_n, double epsilon) {
+  __shared__ PlainShared s;
+  const int y = threadIdx.y, x = threadIdx.x, d0 = int(blockIdx.y) * 4 * kPlain;
+  const int row0 = int(blockIdx.x) * kPlain, row = row0 + y;
+  const int2 visit = pairs.visit(row0);
+  double sum[4] = {}, sigmoids = 0;
+  for (int col0 = visit.x; col0 < visit.y; col0 += kPlain) {
+    const double sim = plain_similarity(s, pairs, row0, col0);
+    double w = 0;
+    if (pairs.counts(row, col0 + x)) {
+      const bool same = pairs.same(row, col0 + x);
+      double mine = 0, theirs = 0;
+      w = rows.weight(row, sim, same, epsilon, &mine) + cols.weight(col0 + x, sim, same, epsilon, &theirs);
+      sigmoids += mine;
+    }
+    s.w[y][x] = w;
+    __syncthreads();
+    for (int c = 0; c < kPlain && col0 + c < pairs.cols.count; ++c)
+      for (int k = 0; k < 4; ++k) {
+        const int d = d0 + kPlain * k + x;
+        if (d < pairs.width) sum[k] += s.w[y][c] * plain_row(pairs.cols, col0 + c)[d];
+      }
+    __syncthreads();  // the weights have been read
+  }
+  for (int o = 1; o < kPlain; o *= 2) sigmoids += __shfl_xor_sync(~0u, sigmoids, o);
+  if (row < pairs.rows.count) {
+    const int64_t at = pairs.rows.order[row];
+    for (int k = 0; k < 4; ++k)
+      if (d0 + kPlain * k + x < pairs.width)
+        grad[at * pairs.width + d0 + kPlain * k + x] = *pairs.scale * sum[k];
+    if (grad_n && x == 0 && blockIdx.y == 0) grad_n[at] = rows.grad_n[at] * sigmoids;
+  }
+}
+
+}  // namespace pysupcon::cuda

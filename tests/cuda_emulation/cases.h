@@ -1,0 +1,74 @@
+// What is emulated: small shapes, each with the reason it is there.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "launch.h"
+
+namespace emulation {
+
+using pysupcon::cuda::Dtype;
+
+enum class Form {
+  one_set,
+  candidates,
+  own_rows
+};  // the three forms of pysupcon/_ops.py; own_rows: candidate_... given
+
+struct Case {
+  std::string name;
+  Dtype dtype;
+  int parts, anchors, candidates, width, classes;
+  Form form = Form::one_set;
+  double temperature = 0.2;
+  int multiprocessors = 1;  // more of them cut the columns into splits
+  int padding = 0;          // elements between rows
+  bool negatives = true, positives = true;
+  double row_norm = 1;
+};
+
+inline std::vector<Case> all_cases() {
+  std::vector<Case> all;
+  struct Format {
+    const char* name;
+    Dtype dtype;
+    int parts;
+  };
+  const Format formats[] = {{"bf16", Dtype::bf16, 1}, {"f16", Dtype::f16, 1},   {"f32x1", Dtype::f32, 1},
+                            {"f32x2", Dtype::f32, 2}, {"f32x3", Dtype::f32, 3}, {"f64", Dtype::f64, 1}};
+  for (const Format& f : formats) {
+    const auto add = [&](const char* name, int m, int n, int width, int classes) -> Case& {
+      all.push_back({std::string(f.name) + "-" + name, f.dtype, f.parts, m, n, width, classes});
+      return all.back();
+    };
+    add("tiles", 150, 0, 70, 3).padding = 2;  // all kinds of tile, ragged everywhere, odd chunk, strided rows
+    add("long", 70, 0, 300, 5).multiprocessors = 2;    // streamed slices, two shares of the gradient
+    Case& c = add("candidates", 66, 140, 20, 4);       // two sets, some anchors among the candidates
+    c.form = Form::candidates, c.multiprocessors = 3;  // splits on both sides
+    add("own-rows", 40, 131, 9, 3).form = Form::own_rows;
+    add("within", 130, 0, 33, 4).negatives = false;  // cNCE: same-class columns only
+  }
+  const Format f = formats[0], x3 = formats[4];
+  const auto extra = [&](const char* name, const Format& k, int m, int n, int width, int classes) -> Case& {
+    all.push_back({std::string(k.name) + "-" + name, k.dtype, k.parts, m, n, width, classes});
+    return all.back();
+  };
+  extra("one-row", x3, 1, 0, 8, 1);      // no pair at all
+  extra("two-rows", x3, 2, 0, 1, 1);     // one pair, width 1
+  extra("tile", x3, 128, 0, 16, 2);      // exactly a tile
+  extra("tile+1", x3, 129, 0, 32, 129);  // no positives anywhere
+  extra("one-class", x3, 257, 0, 8, 1);  // no negatives anywhere; tiles without any self
+  extra("splits", x3, 300, 0, 16, 4).multiprocessors = 9;
+  extra("cold", x3, 96, 0, 24, 4).temperature = 0.005;
+  extra("cold", f, 96, 0, 24, 4).temperature = 0.005;
+  extra("negatives-only", x3, 90, 0, 16, 3).positives = false;
+  Case& e = extra("no-candidates", x3, 5, 0, 8, 2);  // an empty queue
+  e.form = Form::candidates;
+  Case& big = extra("unnormalised", x3, 80, 0, 40, 4);
+  big.row_norm = 30, big.temperature = 10;
+  extra("resident", f, 70, 0, 250, 3);                  // rows of four slices stay on chip in the forward
+  extra("tree", {"f64", Dtype::f64, 1}, 200, 0, 3, 2);  // sums that use every level
+  return all;
+}
+
+}  // namespace emulation

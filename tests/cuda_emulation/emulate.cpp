@@ -1,0 +1,45 @@
+// The operators of csrc/cuda, run on the CPU through their real entry point, against a double-precision
+// oracle that writes every pair down. Buffers have exactly the size they need and start as NaN.
+//   emulate              every case;   emulate NAME...   the cases whose name starts with one of these;
+//   emulate -l
+#include <chrono>
+
+#include "cases.h"
+#include "oracle.h"
+
+using namespace emulation;
+
+int main(int argc, char** argv) {
+  bool bad = false;
+  int ran = 0;
+  for (const Case& c : all_cases()) {
+    bool wanted = argc < 2;
+    for (int i = 1; i < argc; ++i) wanted |= !strncmp(c.name.c_str(), argv[i], strlen(argv[i]));
+    if (argc == 2 && !strcmp(argv[1], "-l")) {
+      puts(c.name.c_str());
+      continue;
+    }
+    if (!wanted) continue;
+    ++ran;
+    const auto start = std::chrono::steady_clock::now();
+    try {
+      const std::vector<Finding> findings = run_case(c);
+      const double ms =
+          std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+      printf("%-28s %7.0f ms", c.name.c_str(), ms);
+      for (const Finding& f : findings) {
+        const bool ok = f.error <= f.tolerance;  // false for NaN
+        bad |= !ok;
+        if (!ok) printf("\n  FAIL %s: error %.3g, allowed %.3g", f.what.c_str(), f.error, f.tolerance);
+      }
+      puts("");
+    } catch (const std::exception& e) {
+      printf("%-28s EXCEPTION: %s\n", c.name.c_str(), e.what());
+      bad = true;
+    }
+    fflush(stdout);
+  }
+  if (argc == 2 && !strcmp(argv[1], "-l")) return 0;
+  printf("%d cases\n%s\n", ran, bad || !ran ? "FAIL" : "PASS");
+  return bad || !ran;
+}

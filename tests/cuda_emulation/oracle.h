@@ -1,0 +1,365 @@
+// Runs the six operators on one case and compares each with sums over written-down pairs, in double.
+#pragma once
+#include <memory>
+#include <numeric>
+
+#include "cases.h"
+#include "plan.h"
+
+namespace emulation {
+
+using namespace pysupcon::cuda;
+
+struct Finding {
+  std::string what;
+  double error, tolerance;
+};
+
+// A device buffer: exact size, filled with 0xff (NaN, -1), 256-byte aligned at its end's cost to no one.
+struct Buffer {
+  unsigned char* data = nullptr;
+  size_t bytes;
+  explicit Buffer(size_t n) : bytes(n) {
+    void* p = nullptr;
+    if (posix_memalign(&p, 256, n ? n : 1)) throw std::bad_alloc();
+    data = static_cast<unsigned char*>(p);
+    memset(data, 0xff, n);
+  }
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { free(data); }
+};
+using Shared = std::shared_ptr<Buffer>;
+
+inline size_t size_of(Dtype t) { return t == Dtype::f64 ? 8 : t == Dtype::f32 ? 4 : 2; }
+inline void put(Buffer& b, Dtype t, size_t i, double v) {
+  if (t == Dtype::f64) reinterpret_cast<double*>(b.data)[i] = v;
+  if (t == Dtype::f32) reinterpret_cast<float*>(b.data)[i] = float(v);
+  if (t == Dtype::bf16) reinterpret_cast<__nv_bfloat16*>(b.data)[i] = __float2bfloat16(float(v));
+  if (t == Dtype::f16) reinterpret_cast<__half*>(b.data)[i] = __float2half(float(v));
+}
+inline double get(const Buffer& b, Dtype t, size_t i) {
+  if (t == Dtype::f64) return reinterpret_cast<const double*>(b.data)[i];
+  if (t == Dtype::f32) return reinterpret_cast<const float*>(b.data)[i];
+  if (t == Dtype::bf16) return __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(b.data)[i]);
+  return __half2float(reinterpret_cast<const __half*>(b.data)[i]);
+}
+
+using Vector = std::vector<double>;
+
+struct Side {
+  int count = 0;
+  Vector x;  // [count, width] as the kernels see it: rounded to the dtype, and to bf16 for one part of fp32
+  std::vector<int64_t> labels, order;
+  Shared data, labels_buffer, order_buffer;
+  Vector n, p, u, v;  // statistics and upstream gradients, rounded to the statistics' dtype
+  Shared bn, bp, bu, bv;
+};
+
+class Run {
+ public:
+  explicit Run(const Case& c) : c_(c), rng_(unsigned(std::hash<std::string>()(c.name))), stat_(stat_of(c)) {
+    a_ = make_side(c.anchors);
+    if (c.form != Form::one_set) {
+      b_ = make_side(c.candidates);
+      std::vector<int64_t> self(size_t(c.anchors), -1);
+      for (int i = 0; i < c.anchors && i < c.candidates; ++i)
+        if (c.form == Form::own_rows || i % 3) {  // the anchor is candidate `at`, under its own label
+          const int at = (i * 37 + 5) % c.candidates;
+          bool taken = false;
+          for (int k = 0; k < i; ++k) taken |= self[size_t(k)] == at;
+          if (taken) continue;
+          self[size_t(i)] = at;
+          b_.labels[size_t(at)] = a_.labels[size_t(i)];
+          for (int d = 0; d < c.width; ++d) b_.x[size_t(at * c.width + d)] = a_.x[size_t(i * c.width + d)];
+        }
+      finish_side(b_);
+      self_ = self;
+      self_buffer_ = integers(self);
+    }
+    finish_side(a_);
+    scale_ = round_stat(1 / c.temperature);
+    scale_buffer_ = stats({scale_});
+  }
+
+  std::vector<Finding> all() {
+    const Side& cols = columns();
+    const int m = a_.count, n = cols.count, w = c_.width;
+    // similarities, and who counts
+    Vector s(size_t(m) * size_t(n));
+    for (int i = 0; i < m; ++i)
+      for (int j = 0; j < n; ++j) {
+        double dot = 0;
+        for (int d = 0; d < w; ++d) dot += a_.x[size_t(i * w + d)] * cols.x[size_t(j * w + d)];
+        s[size_t(i * n + j)] = scale_ * dot;
+      }
+    const auto counts = [&](int i, int j) {
+      return c_.form == Form::one_set ? i != j : self_[size_t(i)] != j;
+    };
+    const auto same = [&](int i, int j) { return a_.labels[size_t(i)] == cols.labels[size_t(j)]; };
+
+    // pair_stats
+    Vector want_n(size_t(m), -INFINITY), want_p = want_n;
+    for (int i = 0; i < m; ++i)
+      for (int j = 0; j < n; ++j)
+        if (counts(i, j)) {
+          double& to = same(i, j) ? want_p[size_t(i)] : want_n[size_t(i)];
+          to = log_add(to, s[size_t(i * n + j)]);
+        }
+    if (!c_.negatives) want_n.assign(size_t(m), -INFINITY);
+    if (!c_.positives) want_p.assign(size_t(m), -INFINITY);
+    Problem p = problem(Operation::pair_stats);
+    Buffer out_n(size_t(m) * stat_size()), out_p(size_t(m) * stat_size());
+    p.out_n = out_n.data, p.out_p = out_p.data;
+    run(p);
+    compare("pair_stats n", out_n, stat_, want_n, stat_tolerance(), false);
+    compare("pair_stats p", out_p, stat_, want_p, stat_tolerance(), false);
+
+    // pair_stats_backward
+    upstream(a_, want_n, want_p);
+    if (c_.form == Form::own_rows) upstream(b_, own_statistics(true), own_statistics(false));
+    const auto weight = [&](const Side& side, int i, double sim, bool is_same) {
+      const double ref = is_same ? side.p[size_t(i)] : side.n[size_t(i)];
+      return ref == -INFINITY ? 0. : (is_same ? side.v : side.u)[size_t(i)] * std::exp(sim - ref);
+    };
+    backward(
+        Operation::pair_stats_backward, s, counts, same,
+        [&](const Side& side, int i, double sim, bool is_same) { return weight(side, i, sim, is_same); });
+
+    // positive_softplus, with the complete n whatever pair_stats was asked for
+    epsilon_ = 0.3;
+    Vector total(size_t(m), 0.), all_n(size_t(m), -INFINITY);
+    for (int i = 0; i < m; ++i)
+      for (int j = 0; j < n; ++j)
+        if (counts(i, j) && !same(i, j)) all_n[size_t(i)] = log_add(all_n[size_t(i)], s[size_t(i * n + j)]);
+    upstream(a_, all_n, all_n);
+    if (c_.form == Form::own_rows) upstream(b_, own_statistics(true), own_statistics(true));
+    for (int i = 0; i < m; ++i)
+      for (int j = 0; j < n; ++j)
+        if (counts(i, j) && same(i, j) && a_.n[size_t(i)] > -INFINITY)
+          total[size_t(i)] += softplus(a_.n[size_t(i)] + epsilon_ - s[size_t(i * n + j)]);
+    p = problem(Operation::positive_softplus);
+    Buffer out(size_t(m) * stat_size());
+    p.n = a_.bn->data, p.out_n = out.data;
+    run(p);
+    compare("positive_softplus", out, stat_, total, stat_tolerance(), true);
+    const auto slope = [&](const Side& side, int i, double sim, bool is_same) {
+      if (!is_same || side.n[size_t(i)] == -INFINITY) return 0.;
+      return -side.u[size_t(i)] / (1 + std::exp(sim - side.n[size_t(i)] - epsilon_));
+    };
+    backward(Operation::positive_softplus_backward, s, counts, same, slope);
+
+    // positive_sum
+    Vector sums(size_t(m), 0.);
+    for (int i = 0; i < m; ++i)
+      for (int j = 0; j < n; ++j)
+        if (counts(i, j) && same(i, j)) sums[size_t(i)] += s[size_t(i * n + j)];
+    p = problem(Operation::positive_sum);
+    Buffer out_sum(size_t(m) * stat_size());
+    p.out_n = out_sum.data;
+    run(p);
+    compare("positive_sum", out_sum, stat_, sums, sum_tolerance(), true);
+    backward(Operation::positive_sum_backward, s, counts, same,
+             [&](const Side& side, int i, double, bool is_same) { return is_same ? side.u[size_t(i)] : 0.; });
+    return findings_;
+  }
+
+ private:
+  const Case& c_;
+  std::mt19937 rng_;
+  Dtype stat_;
+  Side a_, b_;
+  std::vector<int64_t> self_;
+  Shared self_buffer_, scale_buffer_;
+  double scale_ = 0, epsilon_ = 0;
+  std::vector<Finding> findings_;
+
+  static Dtype stat_of(const Case& c) { return c.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
+  size_t stat_size() const { return size_of(stat_); }
+  double round_stat(double v) const { return stat_ == Dtype::f64 ? v : double(float(v)); }
+  static double log_add(double a, double b) {
+    const double t = std::max(a, b);
+    return t == -INFINITY ? t : t + std::log(std::exp(a - t) + std::exp(b - t));
+  }
+  static double softplus(double x) { return std::max(x, 0.) + std::log1p(std::exp(-std::abs(x))); }
+  const Side& columns() const { return c_.form == Form::one_set ? a_ : b_; }
+
+  Shared integers(const std::vector<int64_t>& v) {
+    auto b = std::make_shared<Buffer>(v.size() * 8);
+    if (!v.empty()) memcpy(b->data, v.data(), v.size() * 8);
+    return b;
+  }
+  Shared stats(const Vector& v) {
+    auto b = std::make_shared<Buffer>(v.size() * stat_size());
+    for (size_t i = 0; i < v.size(); ++i) put(*b, stat_, i, v[i]);
+    return b;
+  }
+  Side make_side(int count) {
+    Side s;
+    s.count = count;
+    std::normal_distribution<double> normal;
+    for (int i = 0; i < count; ++i) {
+      Vector row;
+      double square = 0;
+      for (int d = 0; d < c_.width; ++d) row.push_back(normal(rng_)), square += row.back() * row.back();
+      for (double v : row) s.x.push_back(v / std::sqrt(square) * c_.row_norm);
+      // the first class takes half of the rows; labels are large and negative too
+      const int k = i % 2 && c_.classes < count ? 0 : i % c_.classes;
+      s.labels.push_back(int64_t(k) * 10000000019 - 3);
+    }
+    std::shuffle(s.labels.begin(), s.labels.end(), rng_);
+    return s;
+  }
+  void finish_side(Side& s) {
+    const size_t stride = size_t(c_.width + c_.padding);
+    s.order.resize(size_t(s.count));
+    std::iota(s.order.begin(), s.order.end(), 0);
+    std::stable_sort(s.order.begin(), s.order.end(),
+                     [&](int64_t i, int64_t j) { return s.labels[size_t(i)] < s.labels[size_t(j)]; });
+    s.data = std::make_shared<Buffer>(
+        s.count ? (stride * size_t(s.count) - size_t(c_.padding)) * size_of(c_.dtype) : 0);
+    for (int i = 0; i < s.count; ++i)
+      for (int d = 0; d < c_.width; ++d) {
+        double& x = s.x[size_t(i * c_.width + d)];
+        const size_t at = size_t(i) * stride + size_t(d);
+        put(*s.data, c_.dtype, at, x);
+        x = get(*s.data, c_.dtype, at);
+      }
+    s.labels_buffer = integers(s.labels), s.order_buffer = integers(s.order);
+  }
+  // One part of fp32 is a rounding of the rows, for the pair operators only.
+  void upstream(Side& s, const Vector& n, const Vector& p) {
+    std::normal_distribution<double> normal;
+    s.n = n, s.p = p, s.u.clear(), s.v.clear();
+    for (double& v : s.n) v = round_stat(v);
+    for (double& v : s.p) v = round_stat(v);
+    for (int i = 0; i < s.count; ++i) {
+      s.u.push_back(round_stat(i % 5 ? normal(rng_) * 1e-3 : 0.));
+      s.v.push_back(round_stat(normal(rng_) * 1e-3));
+    }
+    s.bn = stats(s.n), s.bp = stats(s.p), s.bu = stats(s.u), s.bv = stats(s.v);
+  }
+  // The candidates' own statistics, were they all anchors.
+  Vector own_statistics(bool negatives) const {
+    Vector out(size_t(b_.count), -INFINITY);
+    for (int i = 0; i < b_.count; ++i)
+      for (int j = 0; j < b_.count; ++j) {
+        double dot = 0;
+        for (int d = 0; d < c_.width; ++d)
+          dot += b_.x[size_t(i * c_.width + d)] * b_.x[size_t(j * c_.width + d)];
+        if (i != j && (b_.labels[size_t(i)] != b_.labels[size_t(j)]) == negatives)
+          out[size_t(i)] = log_add(out[size_t(i)], scale_ * dot);
+      }
+    if (negatives && !c_.negatives && epsilon_ == 0) out.assign(out.size(), -INFINITY);
+    return out;
+  }
+
+  Rows rows(const Side& s) const {
+    return {s.data->data, s.count, c_.width + c_.padding,
+            reinterpret_cast<const int64_t*>(s.labels_buffer->data),
+            reinterpret_cast<const int64_t*>(s.order_buffer->data)};
+  }
+  Problem problem(Operation op) const {
+    Problem p{};
+    p.operation = op, p.dtype = c_.dtype, p.parts = c_.parts, p.multiprocessors = c_.multiprocessors;
+    p.width = c_.width, p.anchors = rows(a_), p.candidates = rows(columns());
+    p.one_set = c_.form == Form::one_set;
+    if (!p.one_set) p.self_index = reinterpret_cast<const int64_t*>(self_buffer_->data);
+    p.scale = scale_buffer_->data, p.epsilon = epsilon_, p.negatives = c_.negatives,
+    p.positives = c_.positives;
+    return p;
+  }
+  static void run(Problem& p) {
+    const Buffer workspace(size_t(pysupcon_cuda_workspace_bytes(&p)));
+    p.workspace = workspace.data;
+    if (const char* error = pysupcon_cuda_run(&p)) throw std::runtime_error(error);
+  }
+
+  template <class Counts, class Same, class Weight>
+  void backward(Operation op, const Vector& s, Counts counts, Same same, Weight weight) {
+    const Side& cols = columns();
+    const int m = a_.count, n = cols.count, w = c_.width;
+    const bool softplus_op = op == Operation::positive_softplus_backward,
+               stats_op = op == Operation::pair_stats_backward;
+    Problem p = problem(op);
+    Buffer gx(size_t(m * w) * size_of(c_.dtype)), gc(size_t(n * w) * size_of(c_.dtype)),
+        gn(size_t(m) * stat_size());
+    p.n = a_.bn->data, p.grad_n = a_.bu->data, p.grad_x = gx.data;
+    if (stats_op) p.p = a_.bp->data, p.grad_p = a_.bv->data;
+    if (c_.form == Form::own_rows) {
+      p.candidate_n = b_.bn->data, p.candidate_grad_n = b_.bu->data;
+      if (stats_op) p.candidate_p = b_.bp->data, p.candidate_grad_p = b_.bv->data;
+    }
+    if (c_.form == Form::candidates) p.grad_candidates = gc.data;
+    if (softplus_op) p.out_grad_n = gn.data;
+    run(p);
+
+    Vector want_x(size_t(m * w), 0.), want_c(size_t(n * w), 0.), want_n(size_t(m), 0.);
+    for (int i = 0; i < m; ++i)
+      for (int j = 0; j < n; ++j) {
+        if (!counts(i, j)) continue;
+        const double sim = s[size_t(i * n + j)], g = weight(a_, i, sim, same(i, j));
+        double to_x = g;
+        if (c_.form == Form::one_set) to_x += weight(a_, j, sim, same(i, j));
+        if (c_.form == Form::own_rows) to_x += weight(b_, j, sim, same(i, j));
+        want_n[size_t(i)] -= g;
+        for (int d = 0; d < w; ++d) {
+          want_x[size_t(i * w + d)] += scale_ * to_x * cols.x[size_t(j * w + d)];
+          want_c[size_t(j * w + d)] += scale_ * g * a_.x[size_t(i * w + d)];
+        }
+      }
+    const std::string name = stats_op      ? "pair_stats_backward"
+                             : softplus_op ? "positive_softplus_backward"
+                                           : "positive_sum_backward";
+    const double tolerance = stats_op || softplus_op ? gradient_tolerance() : storage_tolerance();
+    compare(name + " x", gx, c_.dtype, want_x, tolerance, true);
+    if (c_.form == Form::candidates) compare(name + " candidates", gc, c_.dtype, want_c, tolerance, true);
+    if (softplus_op) compare(name + " n", gn, stat_, want_n, stat_tolerance(), true);
+  }
+
+  // Statistics: absolute error, at similarities of at most row_norm^2 / temperature, which fp32 itself
+  // carries to 2^-24.
+  double stat_tolerance() const {
+    const double top = c_.row_norm * c_.row_norm / c_.temperature;
+    if (c_.dtype == Dtype::f64) return 1e-12 * std::max(1., top);
+    if (c_.dtype == Dtype::f32 && c_.parts == 1) return 4e-3 * top;  // 2^-8 per row, as its name says
+    return (c_.parts == 2 ? 3e-5 : 5e-7) * std::max(4., top);
+  }
+  double sum_tolerance() const {
+    return (c_.dtype == Dtype::f64 ? 1e-12 : 2e-6) * (1 + c_.row_norm * c_.row_norm / c_.temperature);
+  }
+  double storage_tolerance() const {
+    return c_.dtype == Dtype::f64    ? 1e-12
+           : c_.dtype == Dtype::bf16 ? 3e-3
+           : c_.dtype == Dtype::f16  ? 1e-3
+                                     : 1e-6;
+  }
+  // Gradients: norm of the error by norm of the gradient; the exponential multiplies the similarity's error.
+  double gradient_tolerance() const {
+    const double top = std::max(4., c_.row_norm * c_.row_norm / c_.temperature);
+    if (c_.dtype == Dtype::f64) return 1e-12 * top;
+    if (c_.dtype == Dtype::f32 && c_.parts == 1) return 6e-3 * top;
+    if (c_.dtype == Dtype::f32) return (c_.parts == 2 ? 3e-5 : 4e-7) * top;
+    return (c_.dtype == Dtype::bf16 ? 5e-3 : 1e-3) + 4e-7 * top;
+  }
+
+  void compare(const std::string& what, const Buffer& got, Dtype t, const Vector& want, double tolerance,
+               bool norm) {
+    double worst = 0, square = 0, error = 0, top = 0;
+    for (size_t i = 0; i < want.size(); ++i) {
+      const double g = get(got, t, i), e = g == want[i] ? 0 : std::abs(g - want[i]);
+      if (!(e <= worst)) worst = e;
+      square += want[i] * want[i], error += e * e, top = std::max(top, std::abs(want[i]));
+    }
+    if (!norm) {
+      findings_.push_back({what, worst, tolerance});
+      return;
+    }
+    const double size = std::sqrt(square);
+    findings_.push_back({what + " (norm)", size > 0 ? std::sqrt(error) / size : std::sqrt(error), tolerance});
+    findings_.push_back({what + " (worst)", top > 0 ? worst / top : worst, 4 * tolerance});
+  }
+};
+
+inline std::vector<Finding> run_case(const Case& c) { return Run(c).all(); }
+
+}  // namespace emulation
