@@ -152,7 +152,10 @@ class NinjaBuildExt(build_ext):
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        ninja = NinjaFile(ROOT / "build" / f"ninja-{sys.implementation.cache_tag}-torch{torch.__version__}")
+        nvcc, cuda_word = find_nvcc()
+        archs = cuda_archs(nvcc) if nvcc else []
+        tag = f"{sys.implementation.cache_tag}-torch{torch.__version__}-" + ("cuda" + "-".join(archs) if nvcc else "cpu")
+        ninja = NinjaFile(ROOT / "build" / f"ninja-{tag}")
         cxx = os.environ.get("CXX", "g++")
         ninja.rule("cxx", f"{cxx} -MMD -MF $out.d $flags -c $in -o $out", "c++ $out")
         ninja.rule("link", f"{cxx} -shared $in $flags -o $out", "link $out", depfile=False)
@@ -167,8 +170,6 @@ class NinjaBuildExt(build_ext):
         for source in ("select", "driver", "class_sums"):
             ninja.compile("cxx", f"csrc/cpu/{source}.cpp", [*kernel, *have])
 
-        nvcc, cuda_word = find_nvcc()
-        archs = cuda_archs(nvcc) if nvcc else []
         if nvcc:
             self.add_cuda(ninja, nvcc, archs)
             cuda_word = f"{cuda_word}, architectures {' '.join(archs)} and PTX"

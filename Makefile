@@ -1,0 +1,57 @@
+# make run    the main job: train SpreadLoss on 5,000 MNIST images and evaluate the representation
+# make test   linters, types and the everyday tests;  make test-all: what takes longer
+# Set-up (virtual environment, pinned packages, extension) happens once and again only when its inputs change.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CONFIG ?= configs/mnist_coarse_spread.yaml
+# Where the python packages and the extension of this checkout were last brought up to date.
+PACKAGES := $(VENV)/.packages
+EXTENSION := $(VENV)/.extension
+SOURCES := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
+NATIVE := $(shell find csrc tests -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: run test test-all lint unit setup cuda-all gpu-check clean
+.DELETE_ON_ERROR:
+
+run: setup
+	$(BIN)/accelerate launch pysupcon/train.py --config $(CONFIG)
+
+test: lint unit
+
+setup: $(EXTENSION)
+
+$(PACKAGES): constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt torch setuptools wheel pybind11 ninja
+	touch $@
+
+$(EXTENSION): $(PACKAGES) setup.py $(SOURCES)
+	$(BIN)/python setup.py -q build_ext --inplace
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-build-isolation -c constraints.txt -e '.[train,dev]'
+	touch $@
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+	$(BIN)/mypy
+
+# One thread per worker: the tests that need more set their own number.
+unit: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
+
+test-all: setup cuda-all
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m slow
+
+# Every CUDA architecture that the compiler at hand knows; nothing to do where there is no nvcc.
+cuda-all: setup
+	PYSUPCON_CUDA_ARCHS=all $(BIN)/python setup.py -q build_ext --build-lib build/cuda-all
+
+# On a machine with a GPU, nvcc and torch >= 2.11; needs no network and no make setup.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py
+
+clean:
+	rm -rf build pysupcon/*.so
