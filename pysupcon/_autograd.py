@@ -81,12 +81,24 @@ class _RefuseSecond(torch.autograd.Function):
         )
 
 
+def _wide(backend: str, rows: Tensor | None) -> Tensor | None:
+    """Half-precision rows as float32, except for the kernels that multiply them as they are.
+
+    The gradient is a sum of parts that cancel as a loss converges: they must be added before they are rounded.
+    """
+    if rows is None or backend == "cuda":
+        return rows
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
 class _RowStatisticsFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, candidates: Tensor | None, scale: Tensor, plan: Plan) -> Any:
+        ctx.plan = plan
+        inputs = x, candidates
+        x, candidates = _wide(plan.backend, x), _wide(plan.backend, candidates)  # type: ignore[assignment]
         ops = OPERATORS[plan.backend]
-        anchors = (x, plan.pairing.labels, plan.pairing.order, scale)
-        rows = (*anchors, candidates, *plan.pairing[2:])
+        rows = (x, plan.pairing.labels, plan.pairing.order, scale, candidates, *plan.pairing[2:])
         n = p = softplus = positive_sum = instance_sum = scale.new_empty(0)
         if plan.negatives or plan.positives:
             n, p = ops.pair_stats(*rows, plan.negatives, plan.positives, **plan.mask_arguments)
@@ -98,16 +110,21 @@ class _RowStatisticsFunction(torch.autograd.Function):
             instance_sum = ops.positive_sum(
                 x, plan.instances.labels, plan.instances.order, scale, candidates, *plan.instances[2:]
             )
-        ctx.plan = plan
-        ctx.save_for_backward(x, candidates, scale, n, p)
+        ctx.save_for_backward(*inputs, scale, n, p)
         return n, p, softplus, positive_sum, instance_sum
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, candidates, scale, n, p = ctx.saved_tensors
         needs = ctx.needs_input_grad
+        backend = ctx.plan.backend
         with torch.no_grad():
-            result = _gradients(ctx.plan, x, candidates, scale, n, p, grads, needs)
+            wide: Any = _wide(backend, x), _wide(backend, candidates)
+            result = _gradients(ctx.plan, *wide, scale, n, p, grads, needs)
+            dtypes = x.dtype, None if candidates is None else candidates.dtype, scale.dtype
+            result = tuple(
+                None if grad is None else grad.to(dtype) for grad, dtype in zip(result, dtypes, strict=True)
+            )
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             reasons = [tensor for tensor in (x, candidates, scale, *grads) if tensor is not None]
             return *(None if grad is None else _RefuseSecond.apply(grad, *reasons) for grad in result), None
@@ -123,7 +140,7 @@ def _gradients(
     p: Tensor,
     grads: tuple[Tensor, ...],
     needs: tuple[bool, ...],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, ...]:
     """dL/dx, dL/dcandidates, dL/dscale from the upstream gradients of :class:`RowStatistics`."""
     ops = OPERATORS[plan.backend]
     grad_n, grad_p, grad_softplus, grad_positive_sum, grad_instance_sum = grads
