@@ -81,10 +81,10 @@ class _RefuseSecond(torch.autograd.Function):
         )
 
 
-def _wide(backend: str, rows: Tensor | None) -> Tensor | None:
+def _wide(backend: str, rows: Any) -> Any:
     """Half-precision rows as float32, except for the kernels that multiply them as they are.
 
-    The gradient is a sum of parts that cancel as a loss converges: they must be added before they are rounded.
+    The parts of a gradient cancel as a loss converges: they must be added before they are rounded.
     """
     if rows is None or backend == "cuda":
         return rows
@@ -96,7 +96,7 @@ class _RowStatisticsFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, candidates: Tensor | None, scale: Tensor, plan: Plan) -> Any:
         ctx.plan = plan
         inputs = x, candidates
-        x, candidates = _wide(plan.backend, x), _wide(plan.backend, candidates)  # type: ignore[assignment]
+        x, candidates = _wide(plan.backend, x), _wide(plan.backend, candidates)
         ops = OPERATORS[plan.backend]
         rows = (x, plan.pairing.labels, plan.pairing.order, scale, candidates, *plan.pairing[2:])
         n = p = softplus = positive_sum = instance_sum = scale.new_empty(0)
@@ -119,8 +119,8 @@ class _RowStatisticsFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad
         backend = ctx.plan.backend
         with torch.no_grad():
-            wide: Any = _wide(backend, x), _wide(backend, candidates)
-            result = _gradients(ctx.plan, *wide, scale, n, p, grads, needs)
+            rows, others = _wide(backend, x), _wide(backend, candidates)
+            result = _gradients(ctx.plan, rows, others, scale, n, p, grads, needs)
             dtypes = x.dtype, None if candidates is None else candidates.dtype, scale.dtype
             result = tuple(
                 None if grad is None else grad.to(dtype) for grad, dtype in zip(result, dtypes, strict=True)

@@ -91,7 +91,7 @@ def check_ids(name: str, value: Any, features: Tensor) -> Tensor:
         raise ValueError(f"{contract}, got {describe(value)}")
     if value.device != features.device:
         raise ValueError(f"{contract} on {features.device}, got it on {value.device}")
-    return value.to(torch.int64)
+    return value.to(torch.int64).contiguous()
 
 
 def check_mask(value: Any, features: Tensor, candidates: Tensor) -> None:

@@ -232,8 +232,8 @@ class MetricLearningSupConLoss(nn.Module):
                 raise ValueError("ref_labels must be given with ref_emb")
             if ref_labels is labels:
                 raise NotImplementedError(
-                    "ref_labels is the same object as labels: whether row i of ref_emb is row i of embeddings "
-                    "cannot be told; pass labels.clone() if it is not, and no ref_emb if it is"
+                    "ref_labels is the same object as labels: whether row i of ref_emb is row i of "
+                    "embeddings cannot be told; pass labels.clone() if it is not, and no ref_emb if it is"
                 )
             # One numbering for both sides, whatever the labels' dtype.
             both = torch.cat([labels.reshape(-1), ref_labels.reshape(-1).to(labels.device)])
