@@ -23,6 +23,7 @@ from pysupcon.evaluators import (
     EvaluationConfig,
     FeatureSet,
     FeatureSplits,
+    available,
     build_evaluators,
     project,
     unit_of,
@@ -103,7 +104,7 @@ def evaluate_run(run: Run | str | Path, config: EvaluationConfig | None = None) 
         ConfigError: the run's config is broken.
     """
     run = open_run(run)
-    config = config or run_evaluation_config(run)
+    config = config or run.config.evaluation
     device = _device(config.device)
     seconds: dict[str, float] = {}
     start = time.perf_counter()
@@ -155,11 +156,6 @@ def open_run(run: Run | str | Path) -> Run:
     if not Path(run).is_dir():
         raise RunError(f"{run} must be the folder of a run, but there is no such folder")
     return load_run(run)
-
-
-def run_evaluation_config(run: Run) -> EvaluationConfig:
-    """The arguments that a run was configured with."""
-    return getattr(run.config, "evaluation", None) or EvaluationConfig()
 
 
 def _device(name: str) -> torch.device:
@@ -263,19 +259,22 @@ def loss_curves(
 ) -> tuple[list[int], dict[str, list[float]], dict[str, list[float]]]:
     """Steps, losses and chance levels by name, from the lines of a training log.
 
+    A loss that has one part only is shown as that part. ``chance`` is the level of the contrastive part.
+
     Raises:
-        RunError: no line holds a step and a loss.
+        RunError: no line holds a step and a contrastive loss.
     """
-    lines = [line for line in log if "step" in line and "loss" in line]
+    lines = [line for line in log if "step" in line and "contrastive" in line]
     if not lines:
-        raise RunError("the log holds no line with a step and a loss")
+        raise RunError("the log holds no line with a step and a contrastive loss")
 
     def column(key: str) -> list[float]:
-        return [float("nan") if line.get(key) is None else float(line[key]) for line in lines]
+        return [float(line.get(key, "nan")) for line in lines]
 
-    steps = [int(line["step"]) for line in lines]
-    chance = {"loss": column("chance")} if any(line.get("chance") is not None for line in lines) else {}
-    return steps, {"loss": column("loss")}, chance
+    parts = [name for name in ("contrastive", "cross_entropy") if any(name in line for line in lines)]
+    names = parts if len(parts) == 1 else ["loss", *parts]
+    chance = {"contrastive": column("chance")} if any("chance" in line for line in lines) else {}
+    return [int(line["step"]) for line in lines], {name: column(name) for name in names}, chance
 
 
 def _metadata(
@@ -286,7 +285,7 @@ def _metadata(
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     arguments = asdict(config)
-    unused = {evaluator for evaluator in _evaluator_fields(config) if evaluator not in config.evaluators}
+    unused = set(available()) - set(config.evaluators)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "run": run.dir.resolve().name,
@@ -300,12 +299,6 @@ def _metadata(
         | {package: _version(package) for package in ("pysupcon", "torch", "numpy", "scikit-learn")},
         "arguments": {key: value for key, value in arguments.items() if key not in unused},
     }
-
-
-def _evaluator_fields(config: EvaluationConfig) -> list[str]:
-    from pysupcon.evaluators import available
-
-    return [name for name in available() if hasattr(config, name)]
 
 
 def _version(package: str) -> str:
@@ -351,12 +344,16 @@ def _parse(arguments: Sequence[str]) -> tuple[Run, EvaluationConfig]:
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
         prog="python -m pysupcon evaluate",
+        usage="%(prog)s RUN_DIR [--FIELD VALUE ...]",
         description=f"Run the evaluators on a finished run; the results go to RUN_DIR/{FOLDER}. "
         "The defaults are the arguments that the run was configured with.",
     )
     parser.add_argument("run_dir", type=str, help="folder of the run")
     parser.add_class_arguments(EvaluationConfig)
     run = open_run(parser.parse_args(arguments).run_dir)
-    parser.set_defaults(asdict(run_evaluation_config(run)))
-    parsed = parser.instantiate_classes(parser.parse_args(arguments))
-    return run, EvaluationConfig(**{name: value for name, value in parsed.items() if name != "run_dir"})
+    parser.set_defaults(asdict(run.config.evaluation))
+    try:
+        parsed = parser.instantiate_classes(parser.parse_args(arguments))
+        return run, EvaluationConfig(**{name: value for name, value in parsed.items() if name != "run_dir"})
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

@@ -29,9 +29,9 @@ class BootstrapConfig:
 
     def __post_init__(self) -> None:
         if self.resamples < 1:
-            raise ValueError(f"resamples must be at least 1, got {self.resamples}")
+            raise ValueError(f"bootstrap.resamples must be at least 1, got {self.resamples}")
         if not 0 < self.confidence < 1:
-            raise ValueError(f"confidence must be in (0, 1), got {self.confidence}")
+            raise ValueError(f"bootstrap.confidence must be in (0, 1), got {self.confidence}")
 
 
 def resampled_means(values: Tensor, config: BootstrapConfig) -> Tensor:

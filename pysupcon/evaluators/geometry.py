@@ -34,10 +34,10 @@ class GeometryConfig:
 
     def __post_init__(self) -> None:
         if self.split not in ("train", "val", "test"):
-            raise ValueError(f'split must be "train", "val" or "test", got {self.split!r}')
+            raise ValueError(f'geometry.split must be "train", "val" or "test", got {self.split!r}')
         for name in ("class_collapse_below", "complete_collapse_below"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+                raise ValueError(f"geometry.{name} must be in [0, 1], got {getattr(self, name)}")
 
 
 class ClassMeans(NamedTuple):

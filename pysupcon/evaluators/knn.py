@@ -28,11 +28,11 @@ class KNNConfig:
 
     def __post_init__(self) -> None:
         if not self.k or any(k < 1 for k in self.k):
-            raise ValueError(f"k must be one or more positive numbers of neighbours, got {self.k}")
+            raise ValueError(f"knn.k must be one or more positive numbers of neighbours, got {self.k}")
         if not self.temperature > 0:
-            raise ValueError(f"temperature must be > 0, got {self.temperature}")
+            raise ValueError(f"knn.temperature must be > 0, got {self.temperature}")
         if self.chunk_bytes < 1:
-            raise ValueError(f"chunk_bytes must be positive, got {self.chunk_bytes}")
+            raise ValueError(f"knn.chunk_bytes must be positive, got {self.chunk_bytes}")
 
 
 def similarity_chunks(

@@ -26,9 +26,9 @@ class ProjectionConfig:
 
     def __post_init__(self) -> None:
         if self.method not in ("tsne", "pca"):
-            raise ValueError(f'method must be "tsne" or "pca", got {self.method!r}')
+            raise ValueError(f'projection.method must be "tsne" or "pca", got {self.method!r}')
         if self.max_points < 2:
-            raise ValueError(f"max_points must be at least 2, got {self.max_points}")
+            raise ValueError(f"projection.max_points must be at least 2, got {self.max_points}")
 
 
 def project(features: Tensor, config: ProjectionConfig) -> tuple[Tensor, Tensor]:
@@ -45,11 +45,15 @@ def project(features: Tensor, config: ProjectionConfig) -> tuple[Tensor, Tensor]
     chosen = F.normalize(features.detach().cpu()[rows].double(), dim=1)
     if config.method == "tsne" and len(rows) > 3:
         from sklearn.manifold import TSNE
+        from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
         # The perplexity must be below the number of points; three times it is t-SNE's own advice.
         perplexity = min(30.0, (len(rows) - 1) / 3)
         tsne = TSNE(perplexity=perplexity, init="pca", random_state=config.seed)
-        return torch.from_numpy(tsne.fit_transform(chosen.float().numpy())).float(), rows
+        # Few points gain nothing from threads, and lose much where the threads wait for a busy processor.
+        with threadpool_limits(1 if len(rows) <= 2000 else None):
+            points = torch.from_numpy(tsne.fit_transform(chosen.float().numpy()))
+        return points.float(), rows
     centred = chosen - chosen.mean(dim=0)
     directions = torch.linalg.svd(centred, full_matrices=False)[2][:2]
     # The sign of a singular vector is arbitrary: its largest entry is made positive.

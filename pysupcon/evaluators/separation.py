@@ -22,7 +22,7 @@ class SeparationConfig:
 
     def __post_init__(self) -> None:
         if self.chunk_bytes < 1:
-            raise ValueError(f"chunk_bytes must be positive, got {self.chunk_bytes}")
+            raise ValueError(f"separation.chunk_bytes must be positive, got {self.chunk_bytes}")
 
 
 def target_and_noise(
