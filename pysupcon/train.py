@@ -33,7 +33,16 @@ def main(args: Sequence[str] | None = None) -> int:
     if config.evaluate and os.environ.get("RANK", "0") == "0":
         from pysupcon.evaluation import evaluate_run
 
-        evaluate_run(run_dir)
+        try:
+            report = evaluate_run(run_dir)
+        except (ConfigError, RunError) as error:
+            print(
+                f"train.py: error: the training is done ({run_dir}), its evaluation failed: {error}",
+                file=sys.stderr,
+            )
+            return 1
+        print(report.table())
+        print(f"\nrun: {run_dir}")
     return 0
 
 
