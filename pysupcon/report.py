@@ -123,7 +123,7 @@ class Report:
         ]
 
     def to_json(self) -> str:
-        """Sorted keys, numbers in full precision; :meth:`from_json` gives the report back."""
+        """Sorted by name, numbers in full precision; :meth:`from_json` gives the report back, so sorted."""
         metrics = {}
         for name, metric in self.metrics.items():
             entry: dict[str, Any] = {"value": metric.value, "unit": metric.unit}
