@@ -99,7 +99,8 @@ class _RowStatisticsFunction(torch.autograd.Function):
         x, candidates = _wide(plan.backend, x), _wide(plan.backend, candidates)
         ops = OPERATORS[plan.backend]
         rows = (x, plan.pairing.labels, plan.pairing.order, scale, candidates, *plan.pairing[2:])
-        n = p = softplus = positive_sum = instance_sum = scale.new_empty(0)
+        # Different tensors: an output that is returned twice cannot be traced.
+        n, p, softplus, positive_sum, instance_sum = (scale.new_empty(0) for _ in RowStatistics._fields)
         if plan.negatives or plan.positives:
             n, p = ops.pair_stats(*rows, plan.negatives, plan.positives, **plan.mask_arguments)
         if plan.epsilon is not None:

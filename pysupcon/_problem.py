@@ -109,7 +109,7 @@ def _layout(features: Tensor) -> tuple[Tensor, int]:
 
 def _rows_of(ids: Tensor, views: int) -> Tensor:
     """One value per sample -> one per row."""
-    return ids if views == 1 else ids.unsqueeze(1).expand(-1, views).reshape(-1)
+    return ids if views == 1 else ids.unsqueeze(1).expand(-1, views).reshape(-1).contiguous()
 
 
 def _sort(ids: Tensor, views: int) -> tuple[Tensor, Tensor]:

@@ -200,8 +200,8 @@ def test_tile_edges(rows: int, backend: str) -> None:
     labels = torch.randint(0, 5, (rows,))
     results = []
     for where in (backend, "reference"):
-        loss = functional.spread(x, labels, instances=torch.arange(rows) // 2, temperature=0.1, base="sincere",
-                                 backend=where)  # fmt: skip
+        pairs = torch.arange(rows) // 2
+        loss = functional.spread(x, labels, instances=pairs, temperature=0.1, base="sincere", backend=where)
         results.append((loss.detach(), *torch.autograd.grad(loss, x)))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
