@@ -62,7 +62,7 @@ static __global__ void find_ranges(int2* range, int* self, Rows rows, Rows cols,
   range[i] = {label_bound<false>(cols, label), label_bound<true>(cols, label)};
   if (self) {
     const int64_t j = self_index[rows.order[i]];
-    self[i] = j < 0 ? -1 : inverse[j];
+    self[i] = j < 0 || j >= cols.count ? -1 : inverse[j];
   }
 }
 

@@ -1,0 +1,284 @@
+// Tensors to pointers for the CUDA kernels, and their registration with the dispatcher. No mathematics here,
+// and no CUDA header: stream and device come through c10, so that this file compiles against any build of
+// torch. Contracts of the operators: pysupcon/_ops.py.
+#include <ATen/Context.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <tuple>
+
+#include "cuda/launch.h"
+
+namespace pysupcon {
+namespace {
+
+using at::Tensor;
+using cuda::Dtype;
+using cuda::Operation;
+using cuda::Problem;
+using Maybe = std::optional<Tensor>;
+
+Dtype dtype_of(const Tensor& x, const char* name) {
+  switch (x.scalar_type()) {
+    case at::kFloat:
+      return Dtype::f32;
+    case at::kDouble:
+      return Dtype::f64;
+    case at::kBFloat16:
+      return Dtype::bf16;
+    case at::kHalf:
+      return Dtype::f16;
+    default:
+      TORCH_CHECK_VALUE(false, "pysupcon: ", name, " must be float32, float64, bfloat16 or float16, got ",
+                        x.scalar_type());
+  }
+}
+
+// torch.set_float32_matmul_precision: how many bf16 numbers stand for one fp32 number.
+int parts_of_float32() {
+  switch (at::globalContext().float32MatmulPrecision()) {
+    case at::Float32MatmulPrecision::HIGHEST:
+      return 3;
+    case at::Float32MatmulPrecision::HIGH:
+      return 2;
+    case at::Float32MatmulPrecision::MEDIUM:
+      return 1;
+  }
+  return 3;
+}
+
+struct Rows {
+  const Tensor &x, &labels, &order, &scale;
+};
+struct Candidates {
+  const Maybe &rows, &labels, &order, &self_index;
+};
+
+// Owns whatever the pointers in `problem` point to; the caching allocator keeps it until the stream is past
+// the kernels.
+class Call {
+ public:
+  Call(Operation operation, const Rows& a, const Candidates& b)
+      : device_(a.x.device()),
+        guard_(device_),
+        stats_(a.x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat) {
+    TORCH_CHECK_VALUE(a.x.dim() == 2 && a.x.size(1) > 0, "pysupcon: x must be [M, D], got shape ",
+                      a.x.sizes());
+    problem.operation = operation;
+    problem.dtype = dtype_of(a.x, "x");
+    problem.parts = parts_of_float32();
+    problem.width = a.x.size(1);
+    problem.negatives = problem.positives = true;
+    TORCH_CHECK_VALUE(a.scale.dim() == 0 && a.scale.device() == device_,
+                      "pysupcon: scale must be a tensor of no dimensions on ", device_, ", got shape ",
+                      a.scale.sizes(), " on ", a.scale.device());
+    scale_ = a.scale.to(stats_);
+    problem.scale = scale_.const_data_ptr();
+    problem.anchors = side(a.x, a.labels, a.order, "x", "labels", "order", tensors_);
+    problem.one_set = !b.rows.has_value();
+    problem.candidates = problem.anchors;
+    if (!problem.one_set) {
+      TORCH_CHECK_VALUE(b.labels && b.order,
+                        "pysupcon: candidates need candidate_labels and candidate_order");
+      TORCH_CHECK_VALUE(
+          b.rows->dim() == 2 && b.rows->size(1) == a.x.size(1) && b.rows->scalar_type() == a.x.scalar_type(),
+          "pysupcon: candidates must be [N, D] with x's D = ", a.x.size(1), " and dtype ", a.x.scalar_type(),
+          ", got ", b.rows->scalar_type(), " of shape ", b.rows->sizes());
+      problem.candidates =
+          side(*b.rows, *b.labels, *b.order, "candidates", "candidate_labels", "candidate_order", others_);
+      if (b.self_index) {
+        self_index_ = indices(*b.self_index, a.x.size(0), "self_index");
+        problem.self_index = self_index_.const_data_ptr<int64_t>();
+      }
+    }
+    problem.multiprocessors = cuda::pysupcon_cuda_multiprocessors(device_.has_index() ? device_.index() : 0);
+  }
+
+  // [rows] in the statistics' dtype.
+  Tensor new_stats() const { return new_tensor({problem.anchors.count}, stats_); }
+  // An upstream gradient or a statistic; kept alive by `keep`.
+  const void* stat(const Maybe& t, bool of_candidates, const char* name, Tensor& keep) const {
+    if (!t) return nullptr;
+    const int64_t rows = of_candidates ? problem.candidates.count : problem.anchors.count;
+    TORCH_CHECK_VALUE(t->dim() == 1 && t->size(0) == rows && t->device() == device_, "pysupcon: ", name,
+                      " must be [", rows, "] on ", device_, ", got shape ", t->sizes(), " on ", t->device());
+    keep = t->to(stats_).contiguous();
+    return keep.const_data_ptr();
+  }
+  // grad_x and grad_candidates; the candidates' only where needed and where there are any rows of them.
+  std::tuple<Tensor, Tensor> new_gradients(bool need_candidates) {
+    const auto type = tensors_.x.scalar_type();
+    Tensor x = new_tensor({problem.anchors.count, problem.width}, type);
+    Tensor c = new_tensor({need_candidates ? problem.candidates.count : 0, problem.width}, type);
+    problem.grad_x = x.mutable_data_ptr();
+    problem.grad_candidates = c.size(0) ? c.mutable_data_ptr() : nullptr;
+    return {x, c};
+  }
+  void check_forms(bool column_side, bool need_candidates) const {
+    TORCH_CHECK_VALUE(!problem.one_set || (!column_side && !need_candidates),
+                      "pysupcon: need_candidates and candidate statistics go with candidates");
+    TORCH_CHECK_VALUE(
+        !column_side || !need_candidates,
+        "pysupcon: with the candidates' own statistics the gradient of the candidates is their owner's");
+  }
+  void run() {
+    if (problem.anchors.count == 0 && !problem.grad_candidates) return;
+    const Tensor workspace = new_tensor({cuda::pysupcon_cuda_workspace_bytes(&problem)}, at::kByte);
+    problem.workspace = workspace.mutable_data_ptr();
+    const c10::impl::VirtualGuardImpl device(device_.type());
+    problem.stream = device_.is_cpu() ? nullptr : device.getStream(device_).native_handle();
+    const char* error = cuda::pysupcon_cuda_run(&problem);
+    TORCH_CHECK(!error, "pysupcon: the CUDA kernels could not start: ", error);
+  }
+
+  Problem problem{};
+
+ private:
+  struct Tensors {
+    Tensor x, labels, order;
+  };
+  Tensor new_tensor(at::IntArrayRef size, at::ScalarType type) const {
+    return at::empty(size, at::TensorOptions().dtype(type).device(device_));
+  }
+  Tensor indices(const Tensor& t, int64_t rows, const char* name) const {
+    TORCH_CHECK_VALUE(
+        t.dim() == 1 && t.size(0) == rows && t.scalar_type() == at::kLong && t.device() == device_,
+        "pysupcon: ", name, " must be int64 of shape [", rows, "] on ", device_, ", got ", t.scalar_type(),
+        " of shape ", t.sizes(), " on ", t.device());
+    return t.contiguous();
+  }
+  cuda::Rows side(const Tensor& x, const Tensor& labels, const Tensor& order, const char* name,
+                  const char* labels_name, const char* order_name, Tensors& keep) const {
+    TORCH_CHECK_VALUE(x.device() == device_, "pysupcon: ", name, " must lie on ", device_, ", got ",
+                      x.device());
+    keep.x = x.stride(1) == 1 || x.size(1) == 1 ? x : x.contiguous();
+    keep.labels = indices(labels, x.size(0), labels_name);
+    keep.order = indices(order, x.size(0), order_name);
+    return {keep.x.const_data_ptr(), x.size(0), keep.x.stride(0), keep.labels.const_data_ptr<int64_t>(),
+            keep.order.const_data_ptr<int64_t>()};
+  }
+
+  c10::Device device_;
+  c10::DeviceGuard guard_;
+  at::ScalarType stats_;
+  Tensors tensors_, others_;
+  Tensor self_index_, scale_;
+};
+
+#define ROWS_ARGS const Tensor &x, const Tensor &labels, const Tensor &order, const Tensor &scale
+#define CANDIDATE_ARGS                                                                  \
+  const Maybe &candidates, const Maybe &candidate_labels, const Maybe &candidate_order, \
+      const Maybe &self_index
+#define CALL(operation) \
+  Call call(operation, {x, labels, order, scale}, {candidates, candidate_labels, candidate_order, self_index})
+
+std::tuple<Tensor, Tensor> pair_stats(ROWS_ARGS, CANDIDATE_ARGS, bool negatives, bool positives) {
+  CALL(Operation::pair_stats);
+  const Tensor n = call.new_stats(), p = call.new_stats();
+  call.problem.negatives = negatives;
+  call.problem.positives = positives;
+  call.problem.out_n = n.mutable_data_ptr();
+  call.problem.out_p = p.mutable_data_ptr();
+  call.run();
+  return {n, p};
+}
+
+std::tuple<Tensor, Tensor> pair_stats_backward(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& n, const Tensor& p,
+                                               const Tensor& grad_n, const Tensor& grad_p,
+                                               const Maybe& candidate_n, const Maybe& candidate_p,
+                                               const Maybe& candidate_grad_n, const Maybe& candidate_grad_p,
+                                               bool negatives, bool positives, bool need_candidates) {
+  CALL(Operation::pair_stats_backward);
+  const bool column_side = candidate_n.has_value();
+  TORCH_CHECK_VALUE(
+      candidate_p.has_value() == column_side && candidate_grad_n.has_value() == column_side &&
+          candidate_grad_p.has_value() == column_side,
+      "pysupcon: candidate_n, candidate_p, candidate_grad_n and candidate_grad_p come together");
+  call.check_forms(column_side, need_candidates);
+  Problem& problem = call.problem;
+  Tensor keep[8];
+  problem.negatives = negatives;
+  problem.positives = positives;
+  problem.n = call.stat(n, false, "n", keep[0]);
+  problem.p = call.stat(p, false, "p", keep[1]);
+  problem.grad_n = call.stat(grad_n, false, "grad_n", keep[2]);
+  problem.grad_p = call.stat(grad_p, false, "grad_p", keep[3]);
+  problem.candidate_n = call.stat(candidate_n, true, "candidate_n", keep[4]);
+  problem.candidate_p = call.stat(candidate_p, true, "candidate_p", keep[5]);
+  problem.candidate_grad_n = call.stat(candidate_grad_n, true, "candidate_grad_n", keep[6]);
+  problem.candidate_grad_p = call.stat(candidate_grad_p, true, "candidate_grad_p", keep[7]);
+  const auto gradients = call.new_gradients(need_candidates);
+  call.run();
+  return gradients;
+}
+
+Tensor positive_softplus(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& n, double epsilon) {
+  CALL(Operation::positive_softplus);
+  const Tensor total = call.new_stats();
+  Tensor keep;
+  call.problem.n = call.stat(n, false, "n", keep);
+  call.problem.epsilon = epsilon;
+  call.problem.out_n = total.mutable_data_ptr();
+  call.run();
+  return total;
+}
+
+std::tuple<Tensor, Tensor, Tensor> positive_softplus_backward(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& n,
+                                                              double epsilon, const Tensor& grad_total,
+                                                              const Maybe& candidate_n,
+                                                              const Maybe& candidate_grad_total,
+                                                              bool need_candidates) {
+  CALL(Operation::positive_softplus_backward);
+  const bool column_side = candidate_n.has_value();
+  TORCH_CHECK_VALUE(candidate_grad_total.has_value() == column_side,
+                    "pysupcon: candidate_n and candidate_grad_total come together");
+  call.check_forms(column_side, need_candidates);
+  Problem& problem = call.problem;
+  const Tensor grad_n = call.new_stats();
+  Tensor keep[4];
+  problem.epsilon = epsilon;
+  problem.n = call.stat(n, false, "n", keep[0]);
+  problem.grad_n = call.stat(grad_total, false, "grad_total", keep[1]);
+  problem.candidate_n = call.stat(candidate_n, true, "candidate_n", keep[2]);
+  problem.candidate_grad_n = call.stat(candidate_grad_total, true, "candidate_grad_total", keep[3]);
+  problem.out_grad_n = grad_n.mutable_data_ptr();
+  const auto [grad_x, grad_candidates] = call.new_gradients(need_candidates);
+  call.run();
+  return {grad_x, grad_candidates, grad_n};
+}
+
+Tensor positive_sum(ROWS_ARGS, CANDIDATE_ARGS) {
+  CALL(Operation::positive_sum);
+  const Tensor total = call.new_stats();
+  call.problem.out_n = total.mutable_data_ptr();
+  call.run();
+  return total;
+}
+
+std::tuple<Tensor, Tensor> positive_sum_backward(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& grad_total,
+                                                 const Maybe& candidate_grad_total, bool need_candidates) {
+  CALL(Operation::positive_sum_backward);
+  call.check_forms(candidate_grad_total.has_value(), need_candidates);
+  Tensor keep[2];
+  call.problem.grad_n = call.stat(grad_total, false, "grad_total", keep[0]);
+  call.problem.candidate_grad_n = call.stat(candidate_grad_total, true, "candidate_grad_total", keep[1]);
+  const auto gradients = call.new_gradients(need_candidates);
+  call.run();
+  return gradients;
+}
+
+}  // namespace
+}  // namespace pysupcon
+
+TORCH_LIBRARY_IMPL(pysupcon, CUDA, m) {
+  m.impl("pair_stats", pysupcon::pair_stats);
+  m.impl("pair_stats_backward", pysupcon::pair_stats_backward);
+  m.impl("positive_softplus", pysupcon::positive_softplus);
+  m.impl("positive_softplus_backward", pysupcon::positive_softplus_backward);
+  m.impl("positive_sum", pysupcon::positive_sum);
+  m.impl("positive_sum_backward", pysupcon::positive_sum_backward);
+}
