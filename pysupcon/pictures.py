@@ -90,7 +90,8 @@ def draw_embedding(
     markers = {c: _MARKERS[rank % len(_MARKERS)] for rank, c in enumerate(classes)}
     one_level = all(c == f for c, f in parts)
     legend = len(parts) <= _LEGEND_LIMIT
-    for colour, (c, f) in zip(_colours(len(parts)), parts, strict=True):
+    colours = dict(zip(parts, _colours(len(parts)), strict=True))
+    for (c, f), colour in colours.items():
         chosen = points[(coarse == c) & (fine == f)]
         name = str(fine_names.get(f, f"class {f}"))
         label = name if one_level else f"{name} ({coarse_names.get(c, f'coarse class {c}')})"
@@ -110,7 +111,8 @@ def draw_embedding(
     if not legend and len(classes) <= _LEGEND_LIMIT:
         for c in classes:
             label = str(coarse_names.get(c, f"coarse class {c}"))
-            plot.scatter([], [], color="#444444", marker=markers[c], label=label)
+            members = [colour for part, colour in colours.items() if part[0] == c]
+            plot.scatter([], [], color=[members[len(members) // 2]], marker=markers[c], label=label)
     if legend or len(classes) <= _LEGEND_LIMIT:
         heading = "fine class" if one_level else "fine class (coarse class)" if legend else "coarse class"
         figure.legend(title=heading, loc="outside right upper", frameon=False, fontsize=9)
@@ -135,11 +137,14 @@ def _name_at(plot: Axes, position: NDArray[Any], name: str) -> None:
 
 
 def smoothed(values: NDArray[Any], window: int) -> NDArray[Any]:
-    """Means of ``values`` [S] over the last ``window`` entries (fewer at the start), [S] fp64."""
+    """Means of ``values`` [S] over themselves and ``window // 2`` neighbours on either side, [S] fp64.
+
+    Towards the ends fewer, but as many on one side as on the other: the curve neither lags nor bends.
+    """
     sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=np.float64))])
-    ends = np.arange(1, len(sums))
-    starts = np.maximum(0, ends - window)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+    middle = np.arange(len(sums) - 1)
+    reach = np.minimum(window // 2, np.minimum(middle, len(middle) - 1 - middle))
+    return (sums[middle + reach + 1] - sums[middle - reach]) / (2 * reach + 1)
 
 
 def draw_loss(

@@ -638,6 +638,18 @@ def test_every_result_is_finite_named_after_its_evaluator_and_has_a_unit():
     assert unit_of("nobody/accuracy") == unit_of("knn/k=1/fine/nothing") == ""
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_features_on_a_gpu_are_judged_as_on_the_cpu():
+    data = splits(distance=0.7)
+    moved = FeatureSplits(
+        *(FeatureSet(*(t.cuda() for t in (s.features, s.coarse, s.fine))) for _, s in data.items())
+    )
+    config = EvaluationConfig(evaluators=evaluators.available())
+    for here, there in zip(build_evaluators(config), build_evaluators(config), strict=True):
+        assert numbers(there(moved)) == pytest.approx(numbers(here(data)), rel=1e-6, abs=1e-6)
+
+
 def features(rows: int = 3, **changed) -> dict:
     labels = torch.zeros(rows, dtype=torch.int64)
     return {"features": torch.ones(rows, 2), "coarse": labels, "fine": labels} | changed

@@ -221,8 +221,9 @@ def test_loss_picture_refuses_a_curve_of_another_length(tmp_path):
 
 
 def test_running_mean():
-    values = np.array([1.0, 2.0, 3.0, 6.0])
-    assert smoothed(values, 2) == pytest.approx([1, 1.5, 2.5, 4.5])
+    values = np.array([1.0, 2.0, 6.0, 7.0, 9.0])
+    assert smoothed(values, 3) == pytest.approx([1, 3, 5, 22 / 3, 9])
     assert smoothed(values, 1) == pytest.approx(values)
-    assert smoothed(values, 99) == pytest.approx([1, 1.5, 2, 3])
+    assert smoothed(values, 99) == pytest.approx([1, 3, 5, 22 / 3, 9])  # only the middle could reach further
+    assert smoothed(np.arange(50.0), 9) == pytest.approx(np.arange(50))  # a line stays a line
     assert smoothed(np.array([]), 3).shape == (0,)
