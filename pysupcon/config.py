@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,7 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
 
 
+@lru_cache(maxsize=1)  # reading the docstrings takes a while
 def _parser() -> Any:
     import jsonargparse
 
@@ -141,7 +143,7 @@ def _instantiate(parser: Any, parse: Any) -> tuple[Config, Any]:
     try:
         parsed = parse()
         config = Config(
-            **{name: value for name, value in parser.instantiate_classes(parsed).items() if name != "config"}
+            **{name: value for name, value in parser.instantiate(parsed).items() if name != "config"}
         )
     except (argparse.ArgumentError, TypeError, KeyError, yaml.YAMLError) as error:
         raise ConfigError(_one_line(error)) from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+
 from torch import Tensor, nn
 
 from pysupcon.errors import ConfigError
@@ -51,7 +53,7 @@ def build_backbone(config: ModelConfig, channels: int, image_size: int) -> tuple
     import timm
 
     if not timm.is_model(config.backbone):
-        near = ", ".join(timm.list_models(f"*{config.backbone[:6]}*")[:5])
+        near = ", ".join(difflib.get_close_matches(config.backbone, timm.list_models(), 5))
         raise ConfigError(
             f"model.backbone must be small_cnn or a timm model, got {config.backbone!r}"
             + (f" (near it: {near})" if near else "")

@@ -1,0 +1,404 @@
+"""Data: readers on files of the true formats, labels, splits, views and batches."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import pickle
+import struct
+from collections import Counter
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torchvision import datasets
+from torchvision.utils import save_image
+
+from pysupcon.data import DataConfig
+from pysupcon.data import labels as groups
+from pysupcon.data.augment import view_transform
+from pysupcon.data.bundle import Data, load_data
+from pysupcon.data.samplers import BalancedBatches, Draw, ShuffledBatches
+from pysupcon.data.splits import stratified_split
+from pysupcon.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def digits() -> Data:
+    return load_data(DataConfig(dataset="digits", batch_size=64))
+
+
+# --- readers
+
+
+def write_idx(path: Path, array: np.ndarray, *, compress: bool) -> None:
+    raw = (
+        struct.pack(f">{1 + array.ndim}I", 0x0800 + array.ndim, *array.shape)
+        + array.astype(np.uint8).tobytes()
+    )
+    if compress:
+        path.with_name(path.name + ".gz").write_bytes(gzip.compress(raw))
+    else:
+        path.write_bytes(raw)
+
+
+def write_mnist(folder: Path, *, compress: bool) -> np.ndarray:
+    folder.mkdir(parents=True, exist_ok=True)
+    images = np.random.default_rng(0).integers(0, 256, (200, 28, 28))
+    labels = np.arange(200) % 10
+    for part in ("train", "t10k"):
+        write_idx(folder / f"{part}-images-idx3-ubyte", images, compress=compress)
+        write_idx(folder / f"{part}-labels-idx1-ubyte", labels, compress=compress)
+    return images
+
+
+@pytest.mark.parametrize(
+    ("name", "inside", "compress"),
+    [
+        ("mnist", "MNIST/raw", False),  # as torchvision leaves it
+        ("mnist", ".", True),
+        ("fashion_mnist", "FashionMNIST/raw", False),
+        ("fashion_mnist", ".", True),  # as distributions ship it
+    ],
+)
+def test_idx_files(tmp_path: Path, name: str, inside: str, compress: bool) -> None:
+    images = write_mnist(tmp_path / inside, compress=compress)
+    data = load_data(DataConfig(dataset=name, root=str(tmp_path), batch_size=16))  # type: ignore[arg-type]
+    test = data.splits["test"]
+    assert isinstance(test.images, Tensor)
+    assert torch.equal(test.images[:, 0], torch.from_numpy(images).to(torch.uint8))
+    assert test.fine.tolist() == [i % 10 for i in range(200)]
+    assert {split: len(samples) for split, samples in data.splits.items()} == {
+        "train": 180,
+        "val": 20,
+        "test": 200,
+    }
+    names = [data.coarse_names[int(i)] for i in test.coarse[:10]]
+    if name == "mnist":
+        assert names == ["below five"] * 5 + ["five and above"] * 5
+    else:
+        assert [i for i in range(10) if names[i] == "shoes and bags"] == [5, 7, 8, 9]
+
+
+def test_torchvision_reads_the_same_files(tmp_path: Path) -> None:
+    write_mnist(tmp_path / "MNIST/raw", compress=False)
+    theirs = datasets.MNIST(str(tmp_path), train=False)
+    ours = load_data(DataConfig(dataset="mnist", root=str(tmp_path), batch_size=16)).splits["test"]
+    assert isinstance(ours.images, Tensor)
+    assert torch.equal(ours.images[:, 0], theirs.data)
+    assert torch.equal(ours.fine, theirs.targets)
+
+
+def test_damaged_idx_files(tmp_path: Path) -> None:
+    config = DataConfig(dataset="mnist", root=str(tmp_path), batch_size=16)
+    write_mnist(tmp_path, compress=False)
+    file = tmp_path / "train-images-idx3-ubyte"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-5])
+    with pytest.raises(
+        ConfigError, match=r"train-images-idx3-ubyte is damaged: it announces \[200, 28, 28\]"
+    ):
+        load_data(config)
+    file.write_bytes(b"\x00" * 16 + whole[16:])
+    with pytest.raises(ConfigError, match="is no idx file of bytes with 3 dimension"):
+        load_data(config)
+    file.unlink()
+    file.with_name(file.name + ".gz").write_bytes(gzip.compress(whole)[:-100])
+    with pytest.raises(ConfigError, match=r"train-images-idx3-ubyte.gz cannot be read"):
+        load_data(config)
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100"])
+def test_missing_root(tmp_path: Path, name: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"data.root '.*nowhere' does not hold {name}.*--data.download true"
+    ):
+        load_data(DataConfig(dataset=name, root=str(tmp_path / "nowhere")))  # type: ignore[arg-type]
+
+
+def test_missing_image_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data.root .* is no image folder"):
+        load_data(DataConfig(dataset="image_folder", root=str(tmp_path), image_size=8, labels="fine"))
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+def test_cifar_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classes: int) -> None:
+    kind = datasets.CIFAR10 if classes == 10 else datasets.CIFAR100
+    folder = tmp_path / kind.base_folder
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    names = [name for members in getattr(groups, f"CIFAR{classes}").values() for name in members]
+    key = "labels" if classes == 10 else "fine_labels"
+
+    def write(name: str, content: dict[str, object]) -> str:
+        raw = pickle.dumps(content)
+        (folder / name).write_bytes(raw)
+        return hashlib.md5(raw).hexdigest()
+
+    pixels = random.integers(0, 256, (300, 3072), dtype=np.uint8)
+    labels = [i % classes for i in range(300)]
+    for attribute in ("train_list", "test_list"):
+        listed = [[name, write(name, {"data": pixels, key: labels})] for name, _ in getattr(kind, attribute)]
+        monkeypatch.setattr(kind, attribute, listed)
+    meta = dict(kind.meta)
+    meta["md5"] = write(meta["filename"], {meta["key"]: sorted(names)})
+    monkeypatch.setattr(kind, "meta", meta)
+
+    name = f"cifar{classes}"
+    data = load_data(DataConfig(dataset=name, root=str(tmp_path), batch_size=16))  # type: ignore[arg-type]
+    test = data.splits["test"]
+    assert isinstance(test.images, Tensor)
+    assert torch.equal(test.images.flatten(1), torch.from_numpy(pixels))
+    table = getattr(groups, name.upper())
+    for i in range(classes):
+        assert data.fine_names[int(test.fine[i])] in table[data.coarse_names[int(test.coarse[i])]]
+
+    (folder / kind.test_list[0][0]).write_bytes(b"cut")
+    with pytest.raises(ConfigError, match=rf"data.root .* does not hold {name}"):
+        load_data(data.config)
+
+
+def write_folder(root: Path, classes: list[str], count: int) -> None:
+    for index, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            save_image(torch.full((3, 10 + i, 12), index / 4), root / name / f"{i}.png")
+
+
+def test_image_folder(tmp_path: Path) -> None:
+    write_folder(tmp_path, ["cat", "dog", "car"], 10)
+    config = DataConfig(
+        dataset="image_folder", root=str(tmp_path), image_size=8, batch_size=6,
+        coarse_map={"cat": "animal", "dog": "animal", "car": "vehicle"},
+    )  # fmt: skip
+    config.check()
+    data = load_data(config)
+    assert {name: len(samples) for name, samples in data.splits.items()} == {"train": 21, "val": 3, "test": 6}
+    assert (data.fine_names, data.coarse_names) == (["car", "cat", "dog"], ["vehicle", "animal"])
+    image, coarse, fine = data.plain("test")[0]
+    assert (image.shape, coarse, fine) == ((3, 8, 8), 0, 0)
+    views, labels = next(iter(data.loader(data.batches(seed=0, steps=1))))
+    assert (views.shape, labels.shape) == ((6, 2, 3, 8, 8), (6,))
+
+    config.coarse_map = {"cat": "animal", "bird": "animal"}
+    with pytest.raises(ConfigError, match=r"data.coarse_map .* missing \['car', 'dog'\], unknown \['bird'\]"):
+        load_data(config)
+
+
+def test_image_folder_with_its_own_test_split(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", ["a", "b"], 10)
+    write_folder(tmp_path / "test", ["a", "b"], 3)
+    config = DataConfig(dataset="image_folder", root=str(tmp_path), image_size=8, batch_size=6, labels="fine")
+    assert {name: len(samples) for name, samples in load_data(config).splits.items()} == {
+        "train": 18, "val": 2, "test": 6,
+    }  # fmt: skip
+    config.test_fraction = 0.2
+    with pytest.raises(ConfigError, match=r"data.test_fraction has no effect"):
+        load_data(config)
+
+
+# --- labels and splits
+
+
+def test_coarse_labels() -> None:
+    assert [len(members) for members in groups.CIFAR100.values()] == [5] * 20
+    assert len(set(chain(*groups.CIFAR100.values()))) == 100
+    assert set(chain(*groups.CIFAR10.values())) == {
+        "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+    }  # fmt: skip
+    fine = torch.arange(10)
+    assert groups.coarsen(fine, [str(i) for i in range(10)], groups.DIGITS).tolist() == [0] * 5 + [1] * 5
+
+
+def test_splits_are_disjoint_stratified_and_reproducible(digits: Data) -> None:
+    again = load_data(DataConfig(dataset="digits", batch_size=64))
+    other = load_data(DataConfig(dataset="digits", batch_size=64, split_seed=1))
+    assert sum(len(samples) for samples in digits.splits.values()) == 1797
+    seen = [tuple(image.flatten().tolist()) for samples in digits.splits.values() for image in samples.images]
+    assert len(set(seen)) == len(seen)
+    for name, samples in digits.splits.items():
+        assert torch.equal(samples.images, again.splits[name].images)  # type: ignore[arg-type]
+        shares = samples.fine.bincount() / len(samples)
+        assert shares.min() > 0.085
+        assert shares.max() < 0.115
+    assert not torch.equal(digits.splits["test"].images, other.splits["test"].images)  # type: ignore[arg-type]
+
+
+@given(
+    counts=st.lists(st.integers(2, 30), min_size=1, max_size=8),
+    fraction=st.floats(0.01, 0.49),
+    seed=st.integers(0, 2**40),
+)
+@settings(max_examples=50, deadline=None)
+def test_stratified_split(counts: list[int], fraction: float, seed: int) -> None:
+    labels = torch.tensor([label for label, count in enumerate(counts) for _ in range(count)])
+    first, second = stratified_split(labels, fraction, seed)
+    assert sorted([*first.tolist(), *second.tolist()]) == list(range(len(labels)))
+    for label, count in enumerate(counts):
+        taken = int((labels[second] == label).sum())
+        assert 1 <= taken <= count - 1
+        assert abs(taken - fraction * count) <= 1
+
+
+def test_plain_dataset(digits: Data) -> None:
+    train = digits.plain("train")
+    images = torch.stack([train[i][0] for i in range(len(train))])
+    assert images.shape == (1295, 1, 8, 8)
+    assert images.dtype == torch.float32
+    assert abs(float(images.mean())) < 0.05
+    assert abs(float(images.std()) - 1) < 0.05
+    assert [train[i][2] for i in range(50)] == train.fine[:50].tolist()
+    assert [train[i][1] for i in range(50)] == (train.fine[:50] >= 5).long().tolist()
+
+
+# --- views
+
+
+def test_views_are_a_function_of_the_draw(digits: Data) -> None:
+    dataset = digits.loader(digits.batches(seed=0, steps=1)).dataset
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    views = dataset[(7, 100)][0]
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(2)
+    assert torch.equal(views, dataset[(7, 100)][0])
+    assert views.dtype == torch.uint8
+    assert not torch.equal(views[0], views[1])
+    assert not torch.equal(views, dataset[(7, 101)][0])
+
+
+def test_views_of_a_batch_are_independent() -> None:
+    """The same image twice in a batch, as two draws, is augmented differently."""
+    data = load_data(DataConfig(dataset="digits", batch_size=64))
+    dataset = data.loader(data.batches(seed=3, steps=1)).dataset
+    shown = {tuple(view.flatten().tolist()) for draw in range(50) for view in dataset[(0, draw)][0]}
+    assert len(shown) > 90  # of 100
+
+
+def test_loader_processes_change_nothing() -> None:
+    config = DataConfig(dataset="digits", batch_size=32)
+    data = load_data(config)
+    alone = list(data.loader(data.batches(seed=0, steps=3)))
+    config.workers = 2
+    shared = list(data.loader(data.batches(seed=0, steps=3)))
+    assert len(alone) == len(shared) == 3
+    for mine, theirs in zip(alone, shared, strict=True):
+        assert torch.equal(mine[0], theirs[0])
+        assert torch.equal(mine[1], theirs[1])
+
+
+@pytest.mark.parametrize("strength", ["weak", "strong"])
+def test_digits_are_never_flipped(strength: str) -> None:
+    image = torch.zeros(1, 28, 28, dtype=torch.uint8)
+    image[..., 6:22, 4:14] = 255  # left of the middle
+    views = view_transform(strength, "digits", 28)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    shown = torch.stack([views(image) for _ in range(100)]).double()
+    left, right = shown[..., :14].sum((1, 2, 3)), shown[..., 14:].sum((1, 2, 3))
+    flipped = (left < right).double().mean()
+    assert flipped < 0.25  # strong crops may move it, flips would make it half
+    grey = view_transform(strength, "grey", 28)  # type: ignore[arg-type]
+    other = torch.stack([grey(image) for _ in range(100)]).double()
+    assert 0.3 < (other[..., :14].sum((1, 2, 3)) < other[..., 14:].sum((1, 2, 3))).double().mean() < 0.7
+
+
+def test_no_augmentation_gives_the_image(digits: Data) -> None:
+    image = digits.splits["train"].images[0]
+    assert torch.equal(view_transform("none", "digits", 8)(image), image)
+    assert view_transform("none", "colour", 16)(torch.zeros(3, 20, 33, dtype=torch.uint8)).shape == (
+        3,
+        16,
+        16,
+    )
+
+
+def test_colour_views_vary_in_colour() -> None:
+    image = torch.full((3, 32, 32), 100, dtype=torch.uint8)
+    strong, weak = view_transform("strong", "colour", 32), view_transform("weak", "colour", 32)
+    assert len({float(strong(image).double().mean()) for _ in range(20)}) > 5
+    assert weak(image)[:, 8:24, 8:24].unique().tolist() == [100]
+
+
+# --- batches
+
+
+def samples_of(batches: list[list[Draw]]) -> list[list[int]]:
+    return [[sample for sample, _ in batch] for batch in batches]
+
+
+def test_shuffled_batches_cover_an_epoch() -> None:
+    labels = torch.zeros(50, dtype=torch.int64)
+    first, second = (list(ShuffledBatches(labels, 10, seed=seed, steps=10)) for seed in (0, 1))
+    for epoch in (first[:5], first[5:]):
+        assert sorted(chain(*samples_of(epoch))) == list(range(50))
+    assert samples_of(first[:5]) != samples_of(first[5:])
+    assert samples_of(first) != samples_of(second)
+    assert [number for batch in first for _, number in batch] == list(range(100))
+
+
+@given(
+    counts=st.lists(st.integers(1, 40), min_size=1, max_size=12),
+    size=st.integers(2, 24),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=80, deadline=None)
+def test_balanced_batches(counts: list[int], size: int, seed: int) -> None:
+    labels = torch.tensor([label for label, count in enumerate(counts) for _ in range(count)])
+    if size > len(labels):
+        return
+    classes = len(counts)
+    waits = -(-classes // size)  # batches until every class has come
+    batches = samples_of(list(BalancedBatches(labels, size, seed=seed, steps=3 * waits)))
+    for batch in batches:
+        assert len(batch) == size
+        drawn = Counter(int(labels[sample]) for sample in batch)
+        numbers = [drawn[label] for label in range(classes)]
+        assert max(numbers) - min(numbers) <= 1
+        for label, count in enumerate(counts):
+            repeats = drawn[label] - len({s for s in batch if labels[s] == label})
+            assert repeats == max(drawn[label] - count, 0)
+    for start in range(len(batches) - waits + 1):
+        window = {int(labels[sample]) for sample in chain(*batches[start : start + waits])}
+        assert window == set(range(classes))
+
+
+@pytest.mark.parametrize("kind", [ShuffledBatches, BalancedBatches])
+def test_two_processes_divide_one_global_batch(kind: type[ShuffledBatches]) -> None:
+    labels = torch.arange(60) % 4
+    whole = list(kind(labels, 12, seed=5, steps=9))
+    ranks = [list(kind(labels, 12, seed=5, steps=9, rank=rank, world_size=2)) for rank in (0, 1)]
+    for batch, mine, theirs in zip(whole, *ranks, strict=True):
+        assert len(mine) == len(theirs) == 6
+        assert sorted(mine + theirs) == sorted(batch)
+        if kind is BalancedBatches:
+            numbers = Counter(int(labels[sample]) for sample, _ in mine)
+            assert max(numbers.values()) - min(numbers.values()) <= 1
+
+
+@pytest.mark.parametrize("kind", [ShuffledBatches, BalancedBatches])
+@pytest.mark.parametrize("start", [1, 4, 5, 7])
+def test_a_later_start_draws_the_same_batches(kind: type[ShuffledBatches], start: int) -> None:
+    labels = torch.arange(50) % 3
+    whole = list(kind(labels, 10, seed=2, steps=12))
+    later = kind(labels, 10, seed=2, steps=12, start=start)
+    assert list(later) == whole[start:]
+    assert len(later) == 12 - start
+
+
+def test_balanced_batches_draw_every_sample_in_time() -> None:
+    labels = torch.tensor([0] * 90 + [1] * 10)
+    drawn = set(chain(*samples_of(list(BalancedBatches(labels, 20, seed=0, steps=50)))))
+    assert drawn == set(range(100))
+
+
+def test_impossible_batches() -> None:
+    labels = torch.zeros(10, dtype=torch.int64)
+    with pytest.raises(ConfigError, match=r"data.batch_size must be at most the 10 training samples, got 11"):
+        ShuffledBatches(labels, 11, seed=0, steps=1)
+    with pytest.raises(ConfigError, match=r"data.batch_size must be a multiple of the 3 processes, got 10"):
+        ShuffledBatches(labels, 10, seed=0, steps=1, world_size=3)
