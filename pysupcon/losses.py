@@ -78,9 +78,8 @@ class _Loss(nn.Module):
         return ""
 
     def extra_repr(self) -> str:
-        temperature = (
-            float(self.temperature) if self.log_temperature is None else float(self.log_temperature.exp())
-        )
+        with torch.no_grad():
+            temperature = float(self.temperature)
         learnable = " (learnable)" if self.log_temperature is not None else ""
         return (
             f"temperature={temperature:g}{learnable}, "

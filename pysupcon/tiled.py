@@ -573,8 +573,11 @@ def positive_sum_backward(
             part = _look_up(sums, labels[slice(*at)])
             own = _own_candidate(x, candidates, self_index, at, dtype)
             part = part.mul_(g) if own is None else (part - own).mul_(g)
-            if weighted is not None and own is not None:
-                part += _look_up(weighted, labels[slice(*at)]) - own * g
+            if weighted is not None and own is not None and back is not None:
+                own_back = (
+                    back[slice(*at)] if self_index is None else back[self_index[slice(*at)].clamp(min=0)]
+                )
+                part += _look_up(weighted, labels[slice(*at)]) - own * own_back.to(dtype).unsqueeze(1)
             grad_x[slice(*at)] = (part * scale).to(x.dtype)
         if not need_candidates or candidates is None:
             return grad_x, none
