@@ -1,4 +1,5 @@
-// The pybind11 module pysupcon._C: facts about the build and the machine. Importing it registers the operators.
+// The pybind11 module pysupcon._C: facts about the build and the machine. Importing it registers the
+// operators.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -14,8 +15,11 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("with_cuda") = false;
 #endif
-  m.def("cpu_isa", &pysupcon::cpu::isa_name, "Instruction set of the CPU kernels in use: avx512, avx2 or generic.");
-  m.def("cpu_isas", &pysupcon::cpu::isa_names, "Instruction sets that were compiled and that this machine can run.");
+  m.def("cpu_isa", &pysupcon::cpu::isa_name,
+        "Instruction set of the CPU kernels in use: avx512, avx2 or generic.");
+  m.def("cpu_isas", &pysupcon::cpu::isa_names,
+        "Instruction sets that were compiled and that this machine can run.");
   m.def("set_cpu_isa", &pysupcon::cpu::set_isa, pybind11::arg("name"),
-        "Use the kernels of one instruction set from now on (tests and measurements). ValueError if it cannot run.");
+        "Use the kernels of one instruction set from now on (tests and measurements). ValueError if it "
+        "cannot run.");
 }

@@ -1,5 +1,5 @@
-// A block of rows as the vector code wants it, the product of two blocks tile by tile, and the product of a block of
-// weights with a block of rows. Compiled once per instruction set.
+// A block of rows as the vector code wants it, the product of two blocks tile by tile, and the product of a
+// block of weights with a block of rows. Compiled once per instruction set.
 #pragma once
 #include "cpu/pairs.h"
 #include "cpu/simd.h"
@@ -8,15 +8,16 @@ namespace pysupcon::cpu::PYSUPCON_ISA {
 
 // The register tile: kRows x kCols similarities, kRows * kVecs accumulators.
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kRows = 12, kVecs = 2;  // of 32 registers
+constexpr int kRows = 8, kVecs = 2;  // of 32 registers; divides a block, whatever its size
 #elif defined(__AVX2__)
-constexpr int kRows = 6, kVecs = 2;  // of 16
+constexpr int kRows = 4, kVecs = 2;  // of 16
 #else
 constexpr int kRows = 4, kVecs = 2;
 #endif
 template <class T>
 constexpr int kCols = kVecs * kLanes<T>;
-constexpr int kTileStride = kMaxBlock + 16;  // of the weights: no multiple of a page, and known to the compiler
+constexpr int kTileStride =
+    kMaxBlock + 16;  // of the weights: no multiple of a page, and known to the compiler
 
 PYSUPCON_INLINE int round_up(int64_t n, int to) { return static_cast<int>((n + to - 1) / to * to); }
 PYSUPCON_INLINE int padded_block(int block) { return round_up(round_up(block, kRows), kCols<float>); }
@@ -37,7 +38,8 @@ struct Block {
   LaneInt<T>* cls;    // [padded] class numbers; padding has its own
 };
 
-// ------------------------------------------------------------------------------------------------ memory of a thread
+// ------------------------------------------------------------------------------------------------ memory of
+// a thread
 struct Arena {
   char* at;
   template <class T>
@@ -86,7 +88,8 @@ PYSUPCON_INLINE void copy_row(T* to, const Problem& q, const Side& side, int64_t
   }
 }
 
-// Transposes a square of kLanes x kLanes by log2(kLanes) rounds of interleaving row r with row r + kLanes / 2.
+// Transposes a square of kLanes x kLanes by log2(kLanes) rounds of interleaving row r with row r + kLanes
+// / 2.
 template <class T>
 PYSUPCON_INLINE void transpose_square(const T* from, int from_stride, T* to, int to_stride, Vec<T> factor) {
   constexpr int L = kLanes<T>;
@@ -118,6 +121,8 @@ PYSUPCON_INLINE void transpose_square(const T* from, int from_stride, T* to, int
 #endif
 }
 
+constexpr int kRowsAhead = 6;
+
 template <class T>
 void load_block(Block<T>& b, const Plan& plan, const Side& side, int64_t index, LaneInt<T> padding) {
   constexpr int C = kCols<T>;
@@ -126,8 +131,14 @@ void load_block(Block<T>& b, const Plan& plan, const Side& side, int64_t index, 
   b.first = index * plan.block;
   const int64_t left = side.count - b.first;
   b.count = static_cast<int>(left < plan.block ? left : plan.block);
+  const int64_t bytes = q.type == Type::f64 ? 8 : q.type == Type::f32 ? 4 : 2;
   for (int i = 0; i < b.padded; ++i) {
     const bool real = i < b.count;
+    if (i + kRowsAhead < b.count) {  // rows lie anywhere: the hardware cannot guess the next one
+      const char* next =
+          static_cast<const char*>(side.rows) + side.order[b.first + i + kRowsAhead] * side.stride * bytes;
+      for (int64_t at = 0; at < q.dim * bytes; at += 64) __builtin_prefetch(next + at);
+    }
     b.cls[i] = real ? side.cls[b.first + i] : padding;
     const int64_t row = real ? side.order[b.first + i] : 0;
     for (int c = 0; c < b.chunks; ++c) {
@@ -150,7 +161,8 @@ void make_panels(Block<T>& b, double factor) {
       const T* from = b.rows + (int64_t(c) * b.padded + p * C) * C;
       T* to = b.panels + (int64_t(p) * b.chunks + c) * C * C;
       for (int r = 0; r < kVecs; ++r)
-        for (int k = 0; k < kVecs; ++k) transpose_square<T>(from + r * L * C + k * L, C, to + k * L * C + r * L, C, f);
+        for (int k = 0; k < kVecs; ++k)
+          transpose_square<T>(from + r * L * C + k * L, C, to + k * L * C + r * L, C, f);
     }
 }
 
@@ -193,7 +205,8 @@ PYSUPCON_INLINE void similarities(Tile<T>& tile, const Block<T>& a, const Block<
 
 // Adds a tile of a gradient: rows i0.. of block b, columns of chunk c.
 template <class T>
-PYSUPCON_INLINE void add_gradient(const Tile<T>& tile, T* out, const Block<T>& b, int i0, int c, int64_t dim) {
+PYSUPCON_INLINE void add_gradient(const Tile<T>& tile, T* out, const Block<T>& b, int i0, int c,
+                                  int64_t dim) {
   constexpr int C = kCols<T>, L = kLanes<T>;
   const int64_t rest = dim - int64_t(c) * C;
   const int rows = b.count - i0 < kRows ? b.count - i0 : kRows;
@@ -226,6 +239,11 @@ PYSUPCON_INLINE void add_product(T* out, const T* w, const Block<T>& a, const Bl
     for (int i0 = 0; i0 < a.count; i0 += kRows) {
       const Range k = range(i0);
       if (k.first >= k.last) continue;
+      for (int r = i0; r < i0 + kRows && r < a.count; ++r) {  // needed in some thousand cycles
+        const T* next = out + a.side->order[a.first + r] * dim + int64_t(c) * C;
+        __builtin_prefetch(next, 1);
+        __builtin_prefetch(next + C / 2, 1);
+      }
       Tile<T> tile;
       clear<T>(tile);
       const T* rows = b.rows + (int64_t(c) * b.padded + k.first) * C;

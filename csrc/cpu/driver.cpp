@@ -1,14 +1,14 @@
-// The entry points of kernels.h that visit pairs: what is fixed before the first pair, the schedule, and what happens to a
-// row's sums after the last one. The pairs themselves are the vector code's (select.h). Equations: ../README.md.
+// The entry points of kernels.h that visit pairs: what is fixed before the first pair, the schedule, and what
+// happens to a row's sums after the last one. The pairs themselves are the vector code's (select.h).
+// Equations: ../README.md.
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
 #include <memory>
-#include <new>
+#include <vector>
 
-#include "cpu/rows.h"
 #include "cpu/schedule.h"
+#include "cpu/threads.h"
 #include "cpu/select.h"
 
 namespace pysupcon::cpu {
@@ -17,24 +17,6 @@ namespace {
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
 // ------------------------------------------------------------------------------------------------ memory
-// A thread keeps its scratch for the next call: some hundred kilobytes that would otherwise be mapped anew each time.
-void* thread_scratch(size_t bytes) {
-  struct Buffer {
-    void* memory = nullptr;
-    size_t bytes = 0;
-    ~Buffer() { std::free(memory); }
-  };
-  thread_local Buffer buffer;
-  if (buffer.bytes < bytes) {
-    std::free(buffer.memory);
-    buffer.bytes = 0;
-    buffer.memory = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
-    if (!buffer.memory) throw std::bad_alloc();
-    buffer.bytes = bytes;
-  }
-  return buffer.memory;
-}
-
 // Values of the arithmetic type by position (or by row), for the vector code.
 class Values {
  public:
@@ -58,14 +40,10 @@ class Values {
 double largest_norm(const Problem& q, const Side& side, const Threads& threads) {
   constexpr int64_t kPart = 256;
   std::vector<double> best((side.count + kPart - 1) / kPart, 0.0);
+  const auto largest = pair_kernels().largest_square;
   parallel(threads, best.size(), [&](int64_t first, int64_t last) {
-    std::vector<double> row(q.dim);
     for (int64_t part = first; part < last; ++part)
-      for (int64_t r = part * kPart; r < std::min((part + 1) * kPart, side.count); ++r) {
-        read_row(row.data(), q.type, side, r, q.dim);
-        const double norm = dot(row.data(), row.data(), q.dim);
-        if (!(norm <= best[part])) best[part] = norm;
-      }
+      best[part] = largest(q, side, part * kPart, std::min((part + 1) * kPart, side.count));
   });
   double all = 0;
   for (double b : best)
@@ -73,14 +51,15 @@ double largest_norm(const Problem& q, const Side& side, const Threads& threads) 
   return std::sqrt(all);
 }
 
-// Blocks small enough for two of them, one transposed, and their weights to stay in a core's own cache, and for a
-// small problem to give every core some. It must not depend on the number of threads: sums are formed block by block.
+// Blocks small enough for two of them, one transposed, and their weights to stay in a core's own cache, and
+// for a small problem to give every core some. It must not depend on the number of threads: sums are formed
+// block by block.
 int choose_block(const Problem& q) {
-  const int64_t rows = std::max(q.anchors.count, q.candidates.count), unit = 24;
-  const int64_t dim = std::max<int64_t>(q.dim, 32) * (q.type == Type::f64 ? 2 : 1);
-  const int64_t cache = 160 * 1024 / (3 * dim) / unit * unit;  // 640 KiB of 4-byte numbers
-  const int64_t small = (rows / 8 + unit - 1) / unit * unit;
-  return static_cast<int>(std::clamp<int64_t>(std::min(cache, small), 48, kMaxBlock));
+  constexpr int64_t kUnit = 32, kSmallest = 64, kCache = 176 * 1024;  // 4-byte numbers
+  const int64_t rows = std::max(q.anchors.count, q.candidates.count), wide = q.type == Type::f64 ? 2 : 1;
+  const int64_t cache = kCache / wide / (3 * std::max<int64_t>(q.dim, 32) + kMaxBlock + 16) / kUnit * kUnit;
+  const int64_t small = (rows / 8 + kUnit - 1) / kUnit * kUnit;
+  return static_cast<int>(std::clamp<int64_t>(std::min(cache, small), kSmallest, kMaxBlock));
 }
 
 Plan make_plan(const Problem& q) {
@@ -97,7 +76,8 @@ bool choose_reference(Plan& plan, const Threads& threads) {
   const double rows = largest_norm(q, q.anchors, threads);
   const double cols = q.self ? rows : largest_norm(q, q.candidates, threads);
   plan.shift = q.scale * kLog2e * rows * cols * (1 + 1e-4);
-  // 2^(t - shift) lies in [2^(-2 shift), 1]: far enough from the smallest normal number (2^-126, 2^-1022) to sum.
+  // 2^(t - shift) lies in [2^(-2 shift), 1]: far enough from the smallest normal number (2^-126, 2^-1022) to
+  // sum.
   plan.fixed = 2 * plan.shift <= (q.type == Type::f64 ? 900 : 100);
   return plan.shift < (q.type == Type::f64 ? 1e300 : 1e37);
 }
@@ -166,7 +146,8 @@ struct SideSoftplus {
 
 }  // namespace
 
-// ------------------------------------------------------------------------------------------------ entry points
+// ------------------------------------------------------------------------------------------------ entry
+// points
 void pair_stats(const Problem& q, const Threads& threads, double* n, double* p) {
   Plan plan = make_plan(q);
   if (!choose_reference(plan, threads)) {
@@ -191,8 +172,8 @@ void pair_stats(const Problem& q, const Threads& threads, double* n, double* p) 
   }
 }
 
-void pair_stats_backward(const Problem& q, const Threads& threads, const StatsGrad& anchors, const StatsGrad& candidates,
-                         const Gradients& gradients) {
+void pair_stats_backward(const Problem& q, const Threads& threads, const StatsGrad& anchors,
+                         const StatsGrad& candidates, const Gradients& gradients) {
   Plan plan = make_plan(q);
   choose_reference(plan, threads);
   const SideWeights rows(plan, q.anchors, anchors), cols(plan, q.candidates, q.self ? anchors : candidates);
@@ -203,21 +184,25 @@ void pair_stats_backward(const Problem& q, const Threads& threads, const StatsGr
   });
 }
 
-void positive_softplus(const Problem& q, const Threads& threads, const double* n, double epsilon, double* total) {
+void positive_softplus(const Problem& q, const Threads& threads, const double* n, double epsilon,
+                       double* total) {
   const Plan plan = make_plan(q);
   const SideSoftplus values(q, q.anchors, n, nullptr, epsilon);
   const Softplus v = values.get();
   std::fill(total, total + q.anchors.count, 0.0);
   const auto softplus = pair_kernels().softplus;
-  visit_pairs(plan, threads, false,
-              [&](const BlockPair& b, void* scratch) { softplus(plan, v, total, b.i, b.j, b.both, scratch); });
+  visit_pairs(plan, threads, false, [&](const BlockPair& b, void* scratch) {
+    softplus(plan, v, total, b.i, b.j, b.both, scratch);
+  });
 }
 
 void positive_softplus_backward(const Problem& q, const Threads& threads, const SoftplusGrad& anchors,
-                                const SoftplusGrad& candidates, double epsilon, const Gradients& gradients, double* grad_n) {
+                                const SoftplusGrad& candidates, double epsilon, const Gradients& gradients,
+                                double* grad_n) {
   const Plan plan = make_plan(q);
   const SoftplusGrad& other = q.self ? anchors : candidates;
-  const SideSoftplus rows(q, q.anchors, anchors.n, anchors.w, epsilon), cols(q, q.candidates, other.n, other.w, epsilon);
+  const SideSoftplus rows(q, q.anchors, anchors.n, anchors.w, epsilon),
+      cols(q, q.candidates, other.n, other.w, epsilon);
   const Softplus r = rows.get(), c = cols.get();
   std::fill(grad_n, grad_n + q.anchors.count, 0.0);
   const auto backward = pair_kernels().softplus_backward;

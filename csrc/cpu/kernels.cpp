@@ -1,4 +1,6 @@
-// The table of vector code for one instruction set (PYSUPCON_ISA); compiled once for each, with its own flags.
+// The table of vector code for one instruction set (PYSUPCON_ISA); compiled once for each, with its own
+// flags.
+#include "cpu/class_sums.h"
 #include "cpu/softplus.h"
 #include "cpu/stats.h"
 
@@ -26,10 +28,13 @@ template <class T>
 size_t bytes(const Plan& plan) {
   Scratch<T> s = lay_out<T>(plan, nullptr);
   const size_t sums = 2 * (sizeof(Vec<T>) + sizeof(T)) * s.a.padded, values = 8 * sizeof(T) * s.a.padded;
-  return reinterpret_cast<size_t>(s.arena.at) + sizeof(T) * kMaxBlock * kTileStride + sums + values + 16 * 128;
+  return reinterpret_cast<size_t>(s.arena.at) + sizeof(T) * kMaxBlock * kTileStride + sums + values +
+         16 * 128;
 }
 
-size_t scratch_bytes(const Plan& plan) { return plan.problem.type == Type::f64 ? bytes<double>(plan) : bytes<float>(plan); }
+size_t scratch_bytes(const Plan& plan) {
+  return plan.problem.type == Type::f64 ? bytes<double>(plan) : bytes<float>(plan);
+}
 
 // Loads blocks i and j and calls body(scratch, pair).
 template <class T, class Body>
@@ -54,13 +59,14 @@ void stats(const Plan& plan, const StatsSums& sums, int64_t i, int64_t j, bool b
   dispatch(plan, [&](auto type) {
     using T = decltype(type);
     with_blocks<T>(plan, i, j, memory, [&](Scratch<T>& s, const TilePair<T>& pair) {
-      plan.fixed ? fixed_stats<T>(plan, sums, pair, both, s.arena) : running_stats<T>(plan, sums, pair, both, s.arena);
+      plan.fixed ? fixed_stats<T>(plan, sums, pair, both, s.arena)
+                 : running_stats<T>(plan, sums, pair, both, s.arena);
     });
   });
 }
 
-void stats_backward(const Plan& plan, const Weights& rows, const Weights& cols, const Gradients& gradients, int64_t i,
-                    int64_t j, bool both, void* memory) {
+void stats_backward(const Plan& plan, const Weights& rows, const Weights& cols, const Gradients& gradients,
+                    int64_t i, int64_t j, bool both, void* memory) {
   dispatch(plan, [&](auto type) {
     using T = decltype(type);
     with_blocks<T>(plan, i, j, memory, [&](Scratch<T>& s, const TilePair<T>& pair) {
@@ -72,7 +78,8 @@ void stats_backward(const Plan& plan, const Weights& rows, const Weights& cols, 
   });
 }
 
-void softplus(const Plan& plan, const Softplus& values, double* total, int64_t i, int64_t j, bool both, void* memory) {
+void softplus(const Plan& plan, const Softplus& values, double* total, int64_t i, int64_t j, bool both,
+              void* memory) {
   dispatch(plan, [&](auto type) {
     using T = decltype(type);
     const Softplus cols = plan.problem.self ? values : Softplus{nullptr, nullptr};
@@ -82,8 +89,9 @@ void softplus(const Plan& plan, const Softplus& values, double* total, int64_t i
   });
 }
 
-void softplus_backward(const Plan& plan, const Softplus& rows, const Softplus& cols, const Gradients& gradients,
-                       double* sigma_sum, int64_t i, int64_t j, bool both, void* memory) {
+void softplus_backward(const Plan& plan, const Softplus& rows, const Softplus& cols,
+                       const Gradients& gradients, double* sigma_sum, int64_t i, int64_t j, bool both,
+                       void* memory) {
   dispatch(plan, [&](auto type) {
     using T = decltype(type);
     with_blocks<T>(plan, i, j, memory, [&](Scratch<T>& s, const TilePair<T>& pair) {
@@ -98,7 +106,9 @@ void softplus_backward(const Plan& plan, const Softplus& rows, const Softplus& c
 
 const PairKernels& table();
 const PairKernels& table() {
-  static constexpr PairKernels t{scratch_bytes, stats, stats_backward, softplus, softplus_backward};
+  static constexpr PairKernels t{scratch_bytes,     stats,          stats_backward,      softplus,
+                                 softplus_backward, largest_square, class_scratch_bytes, class_sum,
+                                 class_sum_backward};
   return t;
 }
 

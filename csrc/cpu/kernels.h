@@ -6,22 +6,25 @@ namespace pysupcon::cpu {
 
 enum class Type { f32, f64, bf16, f16 };
 
-// One side of the pairs: anchors or candidates. "Position" counts rows in label order, "row" as they lie in memory.
+// One side of the pairs: anchors or candidates. "Position" counts rows in label order, "row" as they lie in
+// memory.
 struct Side {
   const void* rows = nullptr;      // row r starts at element r * stride; unit stride inside a row
   int64_t stride = 0;              // elements
   int64_t count = 0;               //
   const int64_t* order = nullptr;  // [count] position -> row, sorted by label
-  const int32_t* cls = nullptr;    // [count] class number by position, ascending; the same numbers on both sides
+  const int32_t* cls =
+      nullptr;  // [count] class number by position, ascending; the same numbers on both sides
 };
 
 struct Problem {
   Type type = Type::f32;
   int64_t dim = 0;
-  Side anchors, candidates;           // self: both are the same
-  bool self = false;                  // j != i by position; otherwise by self_position
-  const int32_t* self_position = nullptr;  // [anchors.count] candidate position that is the anchor itself, or -1; may be null
-  double scale = 1;                   // s_ij = scale x_i . c_j
+  Side anchors, candidates;  // self: both are the same
+  bool self = false;         // j != i by position; otherwise by self_position
+  const int32_t* self_position =
+      nullptr;       // [anchors.count] candidate position that is the anchor itself, or -1; may be null
+  double scale = 1;  // s_ij = scale x_i . c_j
   bool negatives = true, positives = true;  // which pairs matter: N_i, P_i
 };
 
@@ -30,7 +33,8 @@ struct Threads {
   void (*run)(int64_t count, void* context, void (*body)(void*, int64_t, int64_t));
 };
 
-// Upstream gradients and statistics of one side, by row, or null: G_ij = u_i e^{s_ij - n_i} | v_i e^{s_ij - p_i}.
+// Upstream gradients and statistics of one side, by row, or null: G_ij = u_i e^{s_ij - n_i} | v_i e^{s_ij -
+// p_i}.
 struct StatsGrad {
   const double *n = nullptr, *p = nullptr, *u = nullptr, *v = nullptr;
 };
@@ -46,24 +50,27 @@ struct Gradients {
 
 // The entry points. Statistics are double and indexed by row. Each returns when every thread is done.
 
-// n, p [anchors]: logsumexp over N_i, P_i; -inf where empty or not asked for. All NaN if a similarity is not finite.
+// n, p [anchors]: logsumexp over N_i, P_i; -inf where empty or not asked for. All NaN if a similarity is not
+// finite.
 void pair_stats(const Problem&, const Threads&, double* n, double* p);
 
-// Self: gradients.anchors += scale sum_j (G_ij + G_ji) x_j. Otherwise, with G from `anchors`: += scale sum_j G_ij c_j and,
-// if wanted, gradients.candidates += scale sum_i G_ij x_i; a non-null `candidates` adds G_ji to the anchors' gradient.
-void pair_stats_backward(const Problem&, const Threads&, const StatsGrad& anchors, const StatsGrad& candidates,
-                         const Gradients&);
+// Self: gradients.anchors += scale sum_j (G_ij + G_ji) x_j. Otherwise, with G from `anchors`: += scale sum_j
+// G_ij c_j and, if wanted, gradients.candidates += scale sum_i G_ij x_i; a non-null `candidates` adds G_ji to
+// the anchors' gradient.
+void pair_stats_backward(const Problem&, const Threads&, const StatsGrad& anchors,
+                         const StatsGrad& candidates, const Gradients&);
 
 // total [anchors] = sum_{P_i} softplus(n_i - s_ij + epsilon)
 void positive_softplus(const Problem&, const Threads&, const double* n, double epsilon, double* total);
 
 // The same three forms; grad_n [anchors] = w_i sum_{P_i} sigmoid(n_i - s_ij + epsilon)
-void positive_softplus_backward(const Problem&, const Threads&, const SoftplusGrad& anchors, const SoftplusGrad& candidates,
-                                double epsilon, const Gradients&, double* grad_n);
+void positive_softplus_backward(const Problem&, const Threads&, const SoftplusGrad& anchors,
+                                const SoftplusGrad& candidates, double epsilon, const Gradients&,
+                                double* grad_n);
 
 // total [anchors] = sum_{P_i} s_ij through class sums, in double throughout; dL/ds_ij = w_i.
 void positive_sum(const Problem&, const Threads&, double* total);
-void positive_sum_backward(const Problem&, const Threads&, const double* w_anchors, const double* w_candidates,
-                           const Gradients&);
+void positive_sum_backward(const Problem&, const Threads&, const double* w_anchors,
+                           const double* w_candidates, const Gradients&);
 
 }  // namespace pysupcon::cpu

@@ -1,5 +1,5 @@
-// What one thread does with one pair of row blocks: the interface between the driver (schedule, memory, threads) and
-// the vector code, which is compiled once per instruction set. Plain data only.
+// What one thread does with one pair of row blocks: the interface between the driver (schedule, memory,
+// threads) and the vector code, which is compiled once per instruction set. Plain data only.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -12,44 +12,59 @@ constexpr double kLog2e = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
 // Stands for "no reference": 2^(s - kNever) is 0, and kNever survives a conversion to float.
 constexpr double kNever = 1e30;
-constexpr int kMaxBlock = 192;  // rows in a block, at most; a multiple of every register tile
+constexpr int kMaxBlock = 256;  // rows in a block, at most
 
 // The vector code works in base 2: t_ij = log2(e) s_ij. Everything here is fixed before the first pair.
 struct Plan {
   Problem problem;
-  int block = 0;        // rows in a block, of either side
-  bool fixed = false;   // one reference for all pairs is safe: see shift
-  double shift = 0;     // >= every t_ij; fixed means 2^(t_ij - shift) neither overflows nor underflows
-  size_t scratch = 0;   // bytes per thread
+  int block = 0;       // rows in a block, of either side
+  bool fixed = false;  // one reference for all pairs is safe: see shift
+  double shift = 0;    // >= every t_ij; fixed means 2^(t_ij - shift) neither overflows nor underflows
+  size_t scratch = 0;  // bytes per thread
 };
 
-// Partial sums over the pairs seen so far, by row. fixed: sum of 2^(t - shift); otherwise of 2^(t - max), with
-// max_n, max_p of the arithmetic type (float or double), -inf where nothing was seen.
+// Partial sums over the pairs seen so far, by row. fixed: sum of 2^(t - shift); otherwise of 2^(t - max),
+// with max_n, max_p of the arithmetic type (float or double), -inf where nothing was seen.
 struct StatsSums {
   double *n, *p;
   void *max_n, *max_p;
 };
 
-// The weight of pair (i, j) is w_i(t) + w_j(t), w(t) = 2^(t - reference) factor, one (reference, factor) for different
-// and one for same class. By position, of the arithmetic type. fixed: reference is the shift and not stored.
+// The weight of pair (i, j) is w_i(t) + w_j(t), w(t) = 2^(t - reference) factor, one (reference, factor) for
+// different and one for same class. By position, of the arithmetic type. fixed: reference is the shift and
+// not stored.
 struct Weights {
   const void *reference_n, *factor_n, *reference_p, *factor_p;  // factors null: this side gives nothing
 };
 
-// Positive pass: by position, of the arithmetic type; reference = log2(e) (n + epsilon), -kNever for n = -inf.
+// Positive pass: by position, of the arithmetic type; reference = log2(e) (n + epsilon), -kNever for n =
+// -inf.
 struct Softplus {
   const void *reference, *factor;  // factor null: this side gives nothing
+};
+
+// Positions of one class on both sides.
+struct ClassRun {
+  int64_t first_anchor, last_anchor, first_candidate, last_candidate;
 };
 
 struct PairKernels {
   size_t (*scratch_bytes)(const Plan&);
   // both: block `j` is visited only through this pair, so its rows get their share, too.
   void (*stats)(const Plan&, const StatsSums&, int64_t i, int64_t j, bool both, void* scratch);
-  void (*stats_backward)(const Plan&, const Weights& rows, const Weights& cols, const Gradients&, int64_t i, int64_t j,
-                         bool both, void* scratch);
-  void (*softplus)(const Plan&, const Softplus&, double* total, int64_t i, int64_t j, bool both, void* scratch);
-  void (*softplus_backward)(const Plan&, const Softplus& rows, const Softplus& cols, const Gradients&, double* sigma_sum,
-                            int64_t i, int64_t j, bool both, void* scratch);
+  void (*stats_backward)(const Plan&, const Weights& rows, const Weights& cols, const Gradients&, int64_t i,
+                         int64_t j, bool both, void* scratch);
+  void (*softplus)(const Plan&, const Softplus&, double* total, int64_t i, int64_t j, bool both,
+                   void* scratch);
+  void (*softplus_backward)(const Plan&, const Softplus& rows, const Softplus& cols, const Gradients&,
+                            double* sigma_sum, int64_t i, int64_t j, bool both, void* scratch);
+  // O(N D) work, in double. scratch: class_scratch_bytes.
+  double (*largest_square)(const Problem&, const Side&, int64_t first_row,
+                           int64_t last_row);  // of a row; NaN if one is
+  size_t (*class_scratch_bytes)(const Problem&);
+  void (*class_sum)(const Problem&, const ClassRun&, double* total, void* scratch);
+  void (*class_sum_backward)(const Problem&, const ClassRun&, const double* w, const double* w_candidates,
+                             const Gradients&, void* scratch);
 };
 
 }  // namespace pysupcon::cpu

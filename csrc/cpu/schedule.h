@@ -1,6 +1,8 @@
-// Which pairs of blocks are visited, in rounds of disjoint pairs: within a round no two threads write the same rows, and
-// between rounds there is a barrier, so the order in which a row's sums grow does not depend on the number of threads.
+// Which pairs of blocks are visited, in rounds of disjoint pairs: within a round no two threads write the
+// same rows, and between rounds there is a barrier, so the order in which a row's sums grow does not depend
+// on the number of threads.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <utility>
 #include <vector>
@@ -29,8 +31,8 @@ inline bool classes_meet(const Plan& plan, int64_t i, int64_t j) {
   return a0 <= b1 && b0 <= a1;
 }
 
-// Calls run(round) for each round. Self: every unordered pair once, and each block with itself. Otherwise: every block
-// of anchors with every block of candidates.
+// Calls run(round) for each round. Self: every unordered pair once, and each block with itself. Otherwise:
+// every block of anchors with every block of candidates.
 template <class Run>
 void each_round(const Plan& plan, bool both, const Run& run) {
   const Problem& q = plan.problem;

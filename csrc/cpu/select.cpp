@@ -1,4 +1,5 @@
-// Picks the instruction set at run time: the best one the machine has, or PYSUPCON_CPU_ISA, or what a test asks for.
+// Picks the instruction set at run time: the best one the machine has, or PYSUPCON_CPU_ISA, or what a test
+// asks for.
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -37,8 +38,9 @@ std::vector<Isa> all() {
   list.push_back({"avx512", [] { return &avx512::table(); }, avx512});
 #endif
 #ifdef PYSUPCON_HAVE_AVX2
-  list.push_back({"avx2", [] { return &avx2::table(); },
-                  __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")});
+  list.push_back(
+      {"avx2", [] { return &avx2::table(); },
+       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")});
 #endif
   list.push_back({"generic", [] { return &generic::table(); }, true});
   return list;
@@ -50,7 +52,8 @@ Isa find(const std::string& name) {
     if (isa.runs && (name.empty() || name == isa.name)) return isa;
     if (isa.runs) known += std::string(known.empty() ? "" : ", ") + isa.name;
   }
-  throw std::invalid_argument("the CPU instruction set must be one of " + known + " on this machine, got '" + name + "'");
+  throw std::invalid_argument("the CPU instruction set must be one of " + known + " on this machine, got '" +
+                              name + "'");
 }
 
 struct Chosen {

@@ -1,5 +1,5 @@
-// The CPU instruction set in use: the best one that was compiled and that this machine runs, unless somebody asks
-// for another (environment variable PYSUPCON_CPU_ISA, or set_isa).
+// The CPU instruction set in use: the best one that was compiled and that this machine runs, unless somebody
+// asks for another (environment variable PYSUPCON_CPU_ISA, or set_isa).
 #pragma once
 #include <string>
 #include <vector>

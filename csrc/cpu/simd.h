@@ -1,6 +1,6 @@
-// Vectors of the instruction set this file is compiled for, in the compiler's own vector extension: the same source
-// gives AVX-512, AVX2, SSE2 and NEON code. No standard-library template is used here: its code would carry this
-// file's instruction set into functions that the linker shares with the rest of the program.
+// Vectors of the instruction set this file is compiled for, in the compiler's own vector extension: the same
+// source gives AVX-512, AVX2, SSE2 and NEON code. No standard-library template is used here: its code would
+// carry this file's instruction set into functions that the linker shares with the rest of the program.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -94,30 +94,27 @@ PYSUPCON_INLINE T max_lanes(Vec<T> v) {
   return best;
 }
 
-// 2^x to about one unit in the last place; 0 below the smallest normal number; x must not exceed the largest exponent.
-// x = n + f with |f| <= 1/2 by adding and subtracting a number whose unit in the last place is 1; 2^f by a minimax
-// polynomial (relative error 7.5e-8 in float, 3e-18 in double), 2^n by the exponent bits.
-PYSUPCON_INLINE Vec<float> exp2(Vec<float> x) {
+// 2^x to about one unit in the last place for x between the smallest and the largest exponent of a normal
+// number. x = n + f with |f| <= 1/2 by adding and subtracting a number whose unit in the last place is 1; 2^f
+// by a minimax polynomial (relative error 7.5e-8 in float, 3e-18 in double), 2^n by the exponent bits.
+PYSUPCON_INLINE Vec<float> exp2_normal(Vec<float> x) {
   using V = Vec<float>;
   const V magic = splat<float>(12582912.f);  // 1.5 * 2^23
-  const V clamped = max<float>(x, splat<float>(-126.f));
-  const V shifted = clamped + magic;
-  const V f = clamped - (shifted - magic);
+  const V shifted = x + magic;
+  const V f = x - (shifted - magic);
   V p = splat<float>(0.00132764677993f);
   p = p * f + 0.00967554124829f;
   p = p * f + 0.0555071328665f;
   p = p * f + 0.240221197266f;
   p = p * f + 0.693146967059f;
   p = p * f + 1.00000007165f;
-  const IVec<float> bits = (IVec<float>)p + ((IVec<float>)shifted << 23);
-  return select<float>(x < -126.f, V{}, (V)bits);
+  return (V)((IVec<float>)p + ((IVec<float>)shifted << 23));
 }
-PYSUPCON_INLINE Vec<double> exp2(Vec<double> x) {
+PYSUPCON_INLINE Vec<double> exp2_normal(Vec<double> x) {
   using V = Vec<double>;
   const V magic = splat<double>(6755399441055744.0);  // 1.5 * 2^52
-  const V clamped = max<double>(x, splat<double>(-1022.0));
-  const V shifted = clamped + magic;
-  const V f = clamped - (shifted - magic);
+  const V shifted = x + magic;
+  const V f = x - (shifted - magic);
   V p = splat<double>(4.4352807031925459592e-10);
   p = p * f + 7.0741055798305341942e-9;
   p = p * f + 1.0178198035371477308e-7;
@@ -130,9 +127,15 @@ PYSUPCON_INLINE Vec<double> exp2(Vec<double> x) {
   p = p * f + 0.24022650695910156203;
   p = p * f + 0.69314718055994533046;
   p = p * f + 0.9999999999999999971;
-  const IVec<double> bits = (IVec<double>)p + ((IVec<double>)shifted << 52);
-  return select<double>(x < -1022.0, V{}, (V)bits);
+  return (V)((IVec<double>)p + ((IVec<double>)shifted << 52));
 }
+// The same, and 0 for x below the smallest exponent.
+template <class V>
+PYSUPCON_INLINE V exp2_or_zero(V x, V lowest) {
+  return x < lowest ? V{} : exp2_normal(x > lowest ? x : lowest);
+}
+PYSUPCON_INLINE Vec<float> exp2(Vec<float> x) { return exp2_or_zero(x, splat<float>(-126.f)); }
+PYSUPCON_INLINE Vec<double> exp2(Vec<double> x) { return exp2_or_zero(x, splat<double>(-1022.0)); }
 
 // log(1 + t) for 0 <= t <= 1 with full relative accuracy: 2 atanh(t / (2 + t)), a series in z^2 <= 1/9.
 template <class T>

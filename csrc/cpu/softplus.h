@@ -16,7 +16,8 @@ PYSUPCON_INLINE Vec<T> sigmoid2(Vec<T> d) {  // 1 / (1 + 2^-d)
   return select<T>(d >= Vec<T>{}, splat<T>(T(1)), e) / (e + T(1));
 }
 
-// Row and column sums of softplus (forward) or of the sigmoid (backward, which also leaves the weights of the pairs).
+// Row and column sums of softplus (forward) or of the sigmoid (backward, which also leaves the weights of the
+// pairs).
 template <class T, bool kBackward>
 struct PositivePass {
   const TilePair<T>& pair;
@@ -40,7 +41,8 @@ struct PositivePass {
         const IVec<T> mask = kKind == Kind::mixed ? pair.masks(i, j).positive : ~IVec<T>{};
         const Vec<T> di = row.reference[i] - tile[r][c], dj = load(col.reference + j) - tile[r][c];
         if constexpr (kBackward) {
-          const Vec<T> gi = select<T>(mask, sigmoid2<T>(di), Vec<T>{}), gj = select<T>(mask, sigmoid2<T>(dj), Vec<T>{});
+          const Vec<T> gi = select<T>(mask, sigmoid2<T>(di), Vec<T>{}),
+                       gj = select<T>(mask, sigmoid2<T>(dj), Vec<T>{});
           row_sum[i] += gi;
           sum += gj;
           store(w + i * kTileStride + j, gi * row.factor[i] + gj * load(col.factor + j));
@@ -55,8 +57,8 @@ struct PositivePass {
 };
 
 template <class T, bool kBackward>
-void positive_pass(const Softplus& rows, const Softplus& cols, double* out, const TilePair<T>& pair, T* w, bool both,
-                   Arena arena) {
+void positive_pass(const Softplus& rows, const Softplus& cols, double* out, const TilePair<T>& pair, T* w,
+                   bool both, Arena arena) {
   using Visit = PositivePass<T, kBackward>;
   const Block<T>&a = pair.a, &b = pair.b;
   auto values = [&](const Softplus& from, const Block<T>& block) {

@@ -4,8 +4,9 @@
 
 namespace pysupcon::cpu::PYSUPCON_ISA {
 
-// ------------------------------------------------------------------------------------------------ forward, one reference
-// Sums of 2^(t - shift), equations (5) and (6): one exponential serves the row and the column of a pair.
+// ------------------------------------------------------------------------------------------------ forward,
+// one reference Sums of 2^(t - shift), equations (5) and (6): one exponential serves the row and the column
+// of a pair.
 template <class T>
 struct FixedStats {
   const TilePair<T>& pair;
@@ -23,7 +24,7 @@ struct FixedStats {
       Vec<T> rn{}, rp{};
 #pragma GCC unroll 4
       for (int c = 0; c < kVecs; ++c) {
-        const Vec<T> e = exp2(tile[r][c] - shift);
+        const Vec<T> e = exp2_normal(tile[r][c] - shift);
         if constexpr (kKind == Kind::negative) {
           rn += e;
           n[c] += e;
@@ -54,8 +55,13 @@ struct FixedStats {
 template <class T>
 void fixed_stats(const Plan& plan, const StatsSums& sums, const TilePair<T>& pair, bool both, Arena arena) {
   const Block<T>&a = pair.a, &b = pair.b;
-  FixedStats<T> visit{pair, splat<T>(static_cast<T>(plan.shift)), arena.take<Vec<T>>(a.padded), arena.take<Vec<T>>(a.padded),
-                      arena.take<T>(b.padded), arena.take<T>(b.padded), both};
+  FixedStats<T> visit{pair,
+                      splat<T>(static_cast<T>(plan.shift)),
+                      arena.take<Vec<T>>(a.padded),
+                      arena.take<Vec<T>>(a.padded),
+                      arena.take<T>(b.padded),
+                      arena.take<T>(b.padded),
+                      both};
   memset(static_cast<void*>(visit.row_n), 0, sizeof(Vec<T>) * a.padded);
   memset(static_cast<void*>(visit.row_p), 0, sizeof(Vec<T>) * a.padded);
   memset(visit.col_n, 0, sizeof(T) * b.padded);
@@ -74,8 +80,9 @@ void fixed_stats(const Plan& plan, const StatsSums& sums, const TilePair<T>& pai
   }
 }
 
-// ------------------------------------------------------------------------------------------------ forward, running maximum
-// The tiles are kept for the length of one pair of blocks; each row, then each column, finds its own maxima first.
+// ------------------------------------------------------------------------------------------------ forward,
+// running maximum The tiles are kept for the length of one pair of blocks; each row, then each column, finds
+// its own maxima first.
 template <class T>
 struct KeepTile {
   T* kept;  // [a.padded x kTileStride]
@@ -120,7 +127,8 @@ void running_stats(const Plan&, const StatsSums& sums, const TilePair<T>& pair, 
       mp = max<T>(select<T>(mask.positive, load(t + j), none), mp);
     }
     const T n = max_lanes<T>(mn), p = max_lanes<T>(mp);
-    const Vec<T> vn = splat<T>(n > -__builtin_inf() ? n : T(0)), vp = splat<T>(p > -__builtin_inf() ? p : T(0));
+    const Vec<T> vn = splat<T>(n > -__builtin_inf() ? n : T(0)),
+                 vp = splat<T>(p > -__builtin_inf() ? p : T(0));
     for (int j = 0; j < b.count; j += L) {
       const auto mask = pair.masks(i, j);
       const Vec<T> e = exp2(load(t + j) - select<T>(mask.positive, vp, vn));
@@ -156,7 +164,8 @@ void running_stats(const Plan&, const StatsSums& sums, const TilePair<T>& pair, 
 }
 
 // ------------------------------------------------------------------------------------------------ backward
-// Weight of pair (i, j), equation (9): 2^(t - ref_i) f_i + 2^(t - ref_j) f_j; with one reference for all, one exponential.
+// Weight of pair (i, j), equation (9): 2^(t - ref_i) f_i + 2^(t - ref_j) f_j; with one reference for all, one
+// exponential.
 template <class T, bool kFixed>
 struct StatsWeights {
   const TilePair<T>& pair;
@@ -167,7 +176,7 @@ struct StatsWeights {
   T* w;
 
   PYSUPCON_INLINE Vec<T> weight(Vec<T> t, T ref_i, T f_i, const T* ref_j, const T* f_j) const {
-    if constexpr (kFixed) return exp2(t - shift) * (f_i + load(f_j));
+    if constexpr (kFixed) return exp2_normal(t - shift) * (f_i + load(f_j));
     return exp2(t - ref_i) * f_i + exp2(t - load(ref_j)) * load(f_j);
   }
 
@@ -187,8 +196,10 @@ struct StatsWeights {
           out = weight(t, row.ref_p[i], row.f_p[i], col.ref_p + j, col.f_p + j);
         } else {
           const auto mask = pair.masks(i, j);
-          out = select<T>(mask.negative, weight(t, row.ref_n[i], row.f_n[i], col.ref_n + j, col.f_n + j), out);
-          out = select<T>(mask.positive, weight(t, row.ref_p[i], row.f_p[i], col.ref_p + j, col.f_p + j), out);
+          out =
+              select<T>(mask.negative, weight(t, row.ref_n[i], row.f_n[i], col.ref_n + j, col.f_n + j), out);
+          out =
+              select<T>(mask.positive, weight(t, row.ref_p[i], row.f_p[i], col.ref_p + j, col.f_p + j), out);
         }
         store(w + i * kTileStride + j, out);
       }
@@ -196,7 +207,8 @@ struct StatsWeights {
 };
 
 template <class T, bool kFixed>
-void stats_weights(const Plan& plan, const Weights& rows, const Weights& cols, const TilePair<T>& pair, T* w, Arena arena) {
+void stats_weights(const Plan& plan, const Weights& rows, const Weights& cols, const TilePair<T>& pair, T* w,
+                   Arena arena) {
   using Visit = StatsWeights<T, kFixed>;
   auto values = [&](const Weights& from, const Block<T>& b) {
     typename Visit::Values v{arena.take<T>(b.padded), arena.take<T>(b.padded), arena.take<T>(b.padded),

@@ -1,10 +1,12 @@
-// Walks over the tiles of a pair of blocks: which pairs of a tile count, and as what. Equations: ../README.md.
+// Walks over the tiles of a pair of blocks: which pairs of a tile count, and as what. Equations:
+// ../README.md.
 #pragma once
 #include "cpu/block.h"
 
 namespace pysupcon::cpu::PYSUPCON_ISA {
 
-// Padding rows and columns have class numbers that equal nothing real, and nothing of the other side's padding.
+// Padding rows and columns have class numbers that equal nothing real, and nothing of the other side's
+// padding.
 constexpr int kRowPadding = -1, kColPadding = -2;
 
 template <class T>
@@ -26,7 +28,8 @@ struct TilePair {
     const bool whole = i1 < a.count && j1 < b.count;
     const auto i_low = a.cls[i0], i_high = a.cls[i1 < a.count ? i1 : a.count - 1];
     const auto j_low = b.cls[j0], j_high = b.cls[j1 < b.count ? j1 : b.count - 1];
-    if (i_high < j_low || j_high < i_low) return !q.negatives ? Kind::skip : whole ? Kind::negative : Kind::mixed;
+    if (i_high < j_low || j_high < i_low)
+      return !q.negatives ? Kind::skip : whole ? Kind::negative : Kind::mixed;
     if (i_low != j_high || j_low != i_high) return Kind::mixed;  // sorted: equal only if all four are
     if (!q.positives) return Kind::skip;
     if (!whole) return Kind::mixed;
@@ -69,8 +72,8 @@ struct TilePair {
       }
   }
 
-  // Rows of `other` whose pairs with rows i0.. of `own` can count: all, or where negatives do not count, those of the
-  // same classes.
+  // Rows of `other` whose pairs with rows i0.. of `own` can count: all, or where negatives do not count,
+  // those of the same classes.
   PYSUPCON_INLINE Range counting(const Block<T>& own, const Block<T>& other, int i0) const {
     if (plan.problem.negatives) return {0, other.count};
     const int i1 = i0 + kRows - 1 < own.count ? i0 + kRows - 1 : own.count - 1;
@@ -89,7 +92,8 @@ PYSUPCON_INLINE void add_products(const TilePair<T>& pair, const T* w, const Gra
   T* to_rows = static_cast<T*>(g.anchors);
   T* to_cols = static_cast<T*>(pair.plan.problem.self ? g.anchors : g.candidates);
   if (to_rows) add_product<T, false>(to_rows, w, a, b, dim, [&](int i0) { return pair.counting(a, b, i0); });
-  if (both && to_cols) add_product<T, true>(to_cols, w, b, a, dim, [&](int j0) { return pair.counting(b, a, j0); });
+  if (both && to_cols)
+    add_product<T, true>(to_cols, w, b, a, dim, [&](int j0) { return pair.counting(b, a, j0); });
 }
 
 template <class T>
