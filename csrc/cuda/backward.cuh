@@ -36,7 +36,8 @@ template <class F_, int PARTS_>
 struct BackwardConfig {
   using F = F_;
   static constexpr int PARTS = PARTS_;
-  static constexpr int WARPS = 8, BM = 16 * WARPS, BN = 64;  // a warp owns 16 rows and sees every column
+  static constexpr int WARPS = 8, BM = 16 * WARPS;  // a warp owns 16 rows and sees every column
+  static constexpr int BN = PARTS == 3 ? 32 : 64;   // three parts of the weights fill the registers
   static constexpr int NT = BN / 8;
   static constexpr int CH = PARTS == 1 ? 8 : 4;  // 16-byte chunks per slice of a row
   static constexpr int RESIDENT = 2;             // slices that resident() can hold (PARTS == 1)
@@ -77,8 +78,8 @@ template <class C, bool USES_P>
 __device__ __forceinline__ void load_coefficients(CoefficientTile<C>& dst, const Coefficients& src,
                                                   int col0) {
   const int i = threadIdx.x;  // two coefficients per copy
-  static_assert(C::BN <= C::THREADS && C::BN == kCoefficientPadding,
-                "one copy per thread, none beyond the padding");
+  static_assert(C::BN <= C::THREADS && kCoefficientPadding % C::BN == 0,
+                "one copy per thread, none past the padding");
   if (!src.n) return;
   if (i < C::BN / 2)
     gpu::cp_async16(&dst.n[2 * i], src.n + col0 + 2 * i, true);
@@ -217,7 +218,7 @@ __global__ void __launch_bounds__(C::THREADS, 1)
       if (k < slices) multiply_weights<F>(grad[k], w, s->cols[tile % 2][k]);
   }
   store_gradient<C>(out, s->staging, grad, row0, 0, int(blockIdx.y));
-  weights.finish(args, int(blockIdx.y));
+  weights.finish(int(blockIdx.y));
 }
 
 // Rows of any length: slices pass through two buffers, first for the similarities, then those of this block's
@@ -257,6 +258,7 @@ __global__ void __launch_bounds__(C::THREADS, 1)
   int buffer = 0;
   for (int tile = visit.first; tile < visit.last; ++tile) {
     float acc[1][C::NT][4] = {};
+#pragma unroll 1
     for (int k = 0; k < slices; ++k) {
       gpu::cp_async_wait<0>();
       __syncthreads();  // everybody's copies have landed, and nobody still reads the buffer that is loaded
@@ -281,7 +283,7 @@ __global__ void __launch_bounds__(C::THREADS, 1)
       }
   }
   store_gradient<C>(out, s->staging, grad, row0, out0, int(blockIdx.y));
-  if (blockIdx.z == 0) weights.finish(args, int(blockIdx.y));
+  if (blockIdx.z == 0) weights.finish(int(blockIdx.y));
 }
 
 // The splits of one gradient, in their order.

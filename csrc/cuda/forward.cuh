@@ -70,6 +70,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) pair_forward(Pairs pairs, typen
   int stage = 0;
   for (int tile = visit.first; tile < visit.last; ++tile) {
     float acc[C::MT][C::NT][4] = {};
+#pragma unroll 1
     for (int k = 0; k < slices; ++k) {
       gpu::cp_async_wait<C::STAGES - 2>();
       __syncthreads();  // everybody's copies have landed, and nobody still reads the stage that is loaded

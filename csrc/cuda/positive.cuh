@@ -84,17 +84,13 @@ struct SoftplusWeights {
   static constexpr bool USES_P = false;
 
   const Pairs& pairs;
+  const Args& args;
   const int row0;  // rows row0 and row0 + 8 are this thread's
   const float scale;
-  float2 n[2];
   float sigmoids[2] = {};
 
-  __device__ __forceinline__ SoftplusWeights(const Pairs& pairs_, const Args& args, int row)
-      : pairs(pairs_), row0(row), scale(*pairs_.scale * kLog2e) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-      n[h] = args.rows.n && row + 8 * h < pairs.rows.count ? args.rows.n[row + 8 * h] : absent();
-  }
+  __device__ __forceinline__ SoftplusWeights(const Pairs& pairs_, const Args& args_, int row)
+      : pairs(pairs_), args(args_), row0(row), scale(*pairs_.scale * kLog2e) {}
 
   __device__ __forceinline__ float sigmoid(float s, float reference) const {
     return gpu::reciprocal_fast(1.f + gpu::exp2_fast(fmaf(s, scale, -reference)));
@@ -107,14 +103,15 @@ struct SoftplusWeights {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const RowMask mask(pairs, row0 + 8 * h);
+      const float2 n = args.rows.n && mask.row < pairs.rows.count ? args.rows.n[mask.row] : absent();
       float sum = 0.f;
 #pragma unroll
       for (int c = 0; c < 2 * NT; ++c) {
         const int at = 8 * (c / 2) + c % 2;
         const bool counts = uniform || (mask.same(col0 + at) && mask.counts(pairs, col0 + at));
         float& s = w[c / 2][2 * h + c % 2];
-        const float mine = sigmoid(s, n[h].y), theirs = sigmoid(s, col_n[at].y);
-        s = counts ? -(n[h].x * mine + col_n[at].x * theirs) : 0.f;
+        const float mine = sigmoid(s, n.y), theirs = sigmoid(s, col_n[at].y);
+        s = counts ? -(n.x * mine + col_n[at].x * theirs) : 0.f;
         sum += counts ? mine : 0.f;
       }
       sigmoids[h] += sum;
@@ -125,7 +122,7 @@ struct SoftplusWeights {
     const int64_t at = args.order[row];
     args.grad_n[at] = args.n[at] == -INFINITY ? 0.f : args.grad_total[at] * sum;
   }
-  __device__ __forceinline__ void finish(const Args& args, int split) {
+  __device__ __forceinline__ void finish(int split) {
     if (!args.grad_n) return;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {

@@ -141,18 +141,16 @@ struct StatisticsWeights {
   static constexpr bool USES_P = true;
 
   const Pairs& pairs;
+  const Args& args;
   const int row0;  // rows row0 and row0 + 8 are this thread's
   const float scale;
-  float2 n[2], p[2];
 
-  __device__ __forceinline__ StatisticsWeights(const Pairs& pairs_, const Args& args, int row)
-      : pairs(pairs_), row0(row), scale(*pairs_.scale * kLog2e) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      n[h] = p[h] = absent();
-      if (args.rows.n && row + 8 * h < pairs.rows.count)
-        n[h] = args.rows.n[row + 8 * h], p[h] = args.rows.p[row + 8 * h];
-    }
+  __device__ __forceinline__ StatisticsWeights(const Pairs& pairs_, const Args& args_, int row)
+      : pairs(pairs_), args(args_), row0(row), scale(*pairs_.scale * kLog2e) {}
+
+  // Read again for every tile: registers are dearer than cached loads.
+  __device__ __forceinline__ float2 coefficient(const float2* from, int h) const {
+    return from && row0 + 8 * h < pairs.rows.count ? from[row0 + 8 * h] : absent();
   }
 
   // w[j][2 h + e], column col0 + 8 j + e: similarity in, weight out. col_n, col_p start at column col0.
@@ -160,9 +158,9 @@ struct StatisticsWeights {
   __device__ __forceinline__ void weigh(float (&w)[NT][4], Kind kind, int col0, const float2* col_n,
                                         const float2* col_p) {
     if (kind == Kind::different)
-      weigh_uniform(w, n, col_n);
+      weigh_uniform(w, args.rows.n, col_n);
     else if (kind == Kind::same)
-      weigh_uniform(w, p, col_p);
+      weigh_uniform(w, args.rows.p, col_p);
     else
       weigh_mixed(w, col0, col_n, col_p);
   }
@@ -170,8 +168,9 @@ struct StatisticsWeights {
     return row.x * gpu::exp2_fast(fmaf(s, scale, -row.y)) + col.x * gpu::exp2_fast(fmaf(s, scale, -col.y));
   }
   template <int NT>
-  __device__ __forceinline__ void weigh_uniform(float (&w)[NT][4], const float2 (&row)[2],
+  __device__ __forceinline__ void weigh_uniform(float (&w)[NT][4], const float2* rows,
                                                 const float2* col) const {
+    const float2 row[2] = {coefficient(rows, 0), coefficient(rows, 1)};
 #pragma unroll
     for (int j = 0; j < NT; ++j)
 #pragma unroll
@@ -187,17 +186,18 @@ struct StatisticsWeights {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const RowMask mask(pairs, row0 + 8 * h);
+      const float2 n = coefficient(args.rows.n, h), p = coefficient(args.rows.p, h);
 #pragma unroll
       for (int c = 0; c < 2 * NT; ++c) {
         const int at = 8 * (c / 2) + c % 2;
         const bool same = mask.same(col0 + at);
         float& s = w[c / 2][2 * h + c % 2];
-        const float g = weight(s, same ? p[h] : n[h], same ? col_p[at] : col_n[at]);
+        const float g = weight(s, same ? p : n, (same ? col_p : col_n)[at]);
         s = mask.counts(pairs, col0 + at) ? g : 0.f;
       }
     }
   }
-  __device__ __forceinline__ void finish(const Args&, int) const {}
+  __device__ __forceinline__ void finish(int) const {}
 };
 
 }  // namespace pysupcon::cuda

@@ -39,11 +39,13 @@ __device__ __forceinline__ int swizzle(int row, int chunk) {
 template <int THREADS, int PARTS, int ROWS, int CH>
 __device__ __forceinline__ void load_slice(uint4 (&dst)[PARTS][ROWS][CH], const Operand& x, int row0,
                                            int chunk0) {
-  static_assert(ROWS * CH % THREADS == 0, "every thread copies equally many chunks");
+  static_assert(ROWS * CH % THREADS == 0 || ROWS * CH < THREADS,
+                "every thread copies equally many chunks, or one");
+  if (ROWS * CH < THREADS && int(threadIdx.x) >= ROWS * CH) return;
 #pragma unroll
   for (int part = 0; part < PARTS; ++part)
 #pragma unroll
-    for (int i = 0; i < ROWS * CH / THREADS; ++i) {
+    for (int i = 0; i < (ROWS * CH + THREADS - 1) / THREADS; ++i) {
       const int r = (int(threadIdx.x) + i * THREADS) / CH, c = int(threadIdx.x) % CH;
       const bool valid = row0 + r < x.count && chunk0 + c < x.chunks;
       const int64_t row = int64_t(part) * x.count + row0 + r;
