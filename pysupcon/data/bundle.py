@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,9 +125,7 @@ class Data:
             seed=seed, steps=steps, start=start, rank=rank, world_size=world_size,
         )  # fmt: skip
 
-    def loader(
-        self, batches: ShuffledBatches, *, pin_memory: bool = False
-    ) -> DataLoader[tuple[Tensor, Tensor]]:
+    def loader(self, batches: ShuffledBatches, *, pin_memory: bool = False) -> DataLoader[Any]:
         """Batches of (views uint8 [b, V, C, S, S], labels int64 [b]), b this process's share of a global
         batch."""
         transform = view_transform(self.config.augmentation, self._family, self.image_size)
@@ -136,9 +134,14 @@ class Data:
         )
         workers = self.config.workers
         return DataLoader(
-            dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory,  # type: ignore[arg-type]
-            worker_init_fn=partial(_one_thread) if workers else None,
-        )  # fmt: skip
+            dataset,
+            batch_sampler=batches,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            worker_init_fn=_one_thread if workers else None,
+            # seeds the processes; drawn from the global generator, a resumed run would draw it too late
+            generator=torch.Generator(),
+        )
 
     def _train_labels(self) -> Tensor:
         train = self.splits["train"]

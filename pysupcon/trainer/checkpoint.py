@@ -118,7 +118,12 @@ def load_checkpoint(accelerator: Accelerator, path: Path) -> None:
     Raises:
         RunError: a file's content is damaged.
     """
+    from accelerate.utils import load
+
+    random_states = path / f"random_states_{accelerator.process_index}.pkl"
     try:
+        if random_states.exists():  # not for a process more than there were
+            load(random_states)  # accelerate passes over one that it cannot read
         accelerator.load_state(str(path))
     except Exception as error:  # safetensors, zipfile and pickle each raise their own kinds
         raise RunError(f"checkpoint {path} cannot be read: {' '.join(str(error).split())}") from error

@@ -149,12 +149,13 @@ class _Trainer:
                 raise
             raise RunError(f"step {self.done + 1}: the features are not finite ({error})") from error
         self.accelerator.backward(parts["loss"])
-        limit = self.config.trainer.clip_norm
-        norm = self.accelerator.clip_grad_norm_(
-            self.model.parameters(), float("inf") if limit is None else limit
-        )
+        self.accelerator.unscale_gradients()
+        parameters = list(self.model.parameters())
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         values = self._values({**parts, "gradient_norm": norm}, labels)
         self._refuse_non_finite(values)
+        if self.config.trainer.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.trainer.clip_norm, norm)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
