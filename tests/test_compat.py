@@ -105,7 +105,7 @@ def test_hobbit_long_flattens_and_defaults() -> None:
         (lambda: compat.SupConLoss()(_unit(9, 2, 3), LABELS, torch.eye(9)), "Cannot define both `labels`"),
         (lambda: compat.SupConLoss(contrast_mode="some")(_unit(4, 2, 3)), "Unknown mode: some"),
         (lambda: compat.SupConLoss()(_unit(2, 2, 3), mask=torch.eye(2) / 2), "must hold zeros and ones"),
-        (lambda: compat.SINCERELoss()(_unit(9, 2, 3), LABELS), "embeds must be of shape [B, D], got [9, 2, 3]"),
+        (lambda: compat.SINCERELoss()(_unit(9, 2, 3), LABELS), "embeds must be of shape [B, D], got [9, 2"),
         (lambda: compat.MultiviewSINCERELoss()(_unit(4, 3), LABELS), "embeds must be of shape [B, V, D]"),
         (lambda: compat.MetricLearningSupConLoss()(_unit(4, 3)), "labels must be given"),
         (
