@@ -40,6 +40,7 @@ def trained(tmp_path_factory) -> Path:
     config = Config()
     config.data.dataset = "digits"
     config.data.batch_size = 64
+    config.model.projection = "linear"
     config.evaluation.knn.k = [3]
     config.resolve()
     (folder / "config.yaml").write_text(to_yaml(config))

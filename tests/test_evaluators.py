@@ -89,7 +89,8 @@ def test_near_neighbours_outvote_many_distant_ones_by_temperature():
     cosines, classes = torch.tensor([[0.9, 0.5, 0.5]]), torch.tensor([[1, 0, 0]])
     assert vote(cosines, classes, 2, temperature=0.07).item() == 1
     assert vote(cosines, classes, 2, temperature=100.0).item() == 0
-    assert vote(cosines, classes, 2, temperature=1e-6).item() == 1  # exp(0.9 / 1e-6) would overflow
+    close = torch.tensor([[0.9, 0.8, 0.5]])
+    assert vote(close, classes, 2, temperature=1e-6).item() == 1  # exp(0.9 / 1e-6) would overflow
 
 
 def test_neighbours_are_sorted_and_exact_for_ragged_chunks():
@@ -130,6 +131,7 @@ def test_bootstrap_deviation_is_the_standard_error():
     outcomes = torch.arange(400) < 300
     means = resampled_means(outcomes, BootstrapConfig(resamples=2000))
     assert means.mean() == pytest.approx(0.75, abs=0.002)
+    assert percentile_interval(torch.linspace(0, 1, 101), 0.9) == pytest.approx((0.05, 0.95))
     assert means.std() == pytest.approx(math.sqrt(0.75 * 0.25 / 400), rel=0.06)
 
 
