@@ -1,0 +1,106 @@
+"""The compiled operators against their pure-PyTorch twins, on problems drawn by hypothesis."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import pysupcon
+from pysupcon import _ops, tiled
+
+CPU = pysupcon.backends()["cpu"]
+pytestmark = pytest.mark.skipif(not CPU["available"], reason=CPU["detail"])
+
+FORMS = ["self", "candidates", "self index", "own rows"]
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[tuple[Any, ...], dict[str, torch.Tensor], str]:
+    """The eight arguments every operator begins with, columns of everybody's statistics, and the form."""
+    form = draw(st.sampled_from(FORMS), label="form")
+    width = draw(st.sampled_from([1, 3, 8, 15, 16, 17, 40, 129]), label="width")
+    total = draw(st.integers(0, 150), label="candidates")
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31), label="seed"))
+    classes = draw(st.sampled_from([1, 2, 7, 200]), label="classes")
+    candidates = torch.randn(total, width, generator=generator, dtype=torch.float64)
+    labels = torch.randint(-classes, classes, (total,), generator=generator)
+    scale = torch.tensor(draw(st.floats(0.1, 20.0), label="scale"), dtype=torch.float64)
+    if draw(st.booleans(), label="strided"):
+        candidates = torch.cat([candidates, candidates], dim=1)[:, :width]
+    columns = {name: torch.randn(total, generator=generator, dtype=torch.float64) for name in ("u", "v", "g")}
+    if form == "self":
+        return (candidates, labels, _order(labels), scale, None, None, None, None), columns, form
+    if form == "candidates":
+        count = draw(st.integers(0, 90), label="anchors")
+        x = torch.randn(count, width, generator=generator, dtype=torch.float64)
+        own = torch.randint(-classes, classes, (count,), generator=generator)
+        index = None
+        columns = {name: torch.randn(count, generator=generator, dtype=torch.float64) for name in columns}
+    else:
+        index = torch.randperm(total, generator=generator)[: draw(st.integers(0, total), label="anchors")]
+        x, own = candidates[index].clone(), labels[index]
+        if form == "self index":
+            index[::3] = -1
+            columns = {name: column[: len(index)] for name, column in columns.items()}
+    rows = (x, own, _order(own), scale, candidates, labels, _order(labels), index)
+    return rows, columns, form
+
+
+def _order(labels: torch.Tensor) -> torch.Tensor:
+    return torch.argsort(labels, stable=True)
+
+
+def _same(name: str, *arguments: Any) -> Any:
+    got, want = getattr(_ops, name)(*arguments), getattr(tiled, name)(*arguments)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    return got
+
+
+@given(
+    problem=problems(),
+    epsilon=st.sampled_from([0.0, 0.25, -3.0]),
+    flags=st.sampled_from([(1, 1), (1, 0), (0, 1)]),
+)
+def test_compiled_operators_equal_their_twins(problem: Any, epsilon: float, flags: tuple[int, int]) -> None:
+    rows, columns, form = problem
+    wanted = bool(flags[0]), bool(flags[1])
+    both = _same("pair_stats", *rows, True, True)
+    n, p = (
+        torch.where(torch.tensor(keep), column, -torch.inf) for keep, column in zip(wanted, both, strict=True)
+    )
+    softplus_n = both[0]
+    _same("positive_softplus", *rows, softplus_n, epsilon)
+    _same("positive_sum", *rows)
+    need = form in ("candidates", "self index")
+    everybody: dict[str, Any] = {}
+    own = columns
+    if form == "own rows":  # every candidate is an anchor of somebody: what they all know
+        whole = (*rows[4:7], rows[3], None, None, None, None)
+        all_n, all_p = tiled.pair_stats(*whole, *wanted)
+        everybody = {
+            "n": all_n,
+            "p": all_p,
+            **columns,
+            "softplus_n": tiled.pair_stats(*whole, True, False)[0],
+        }
+        own = {name: column[rows[7]] for name, column in columns.items()}
+    _same(
+        "pair_stats_backward", *rows, n, p, own["u"], own["v"], everybody.get("n"), everybody.get("p"),
+        everybody.get("u"), everybody.get("v"), *wanted, need,
+    )  # fmt: skip
+    _same(
+        "positive_softplus_backward", *rows, softplus_n, epsilon, own["g"], everybody.get("softplus_n"),
+        everybody.get("g"), need,
+    )  # fmt: skip
+    _same("positive_sum_backward", *rows, own["g"], everybody.get("g"), need)
+
+
+@given(problem=problems())
+def test_what_was_not_asked_for_is_minus_infinity(problem: Any) -> None:
+    rows = problem[0]
+    _same("pair_stats", *rows, True, False)
+    _same("pair_stats", *rows, False, True)
