@@ -168,6 +168,8 @@ def test_a_folder_that_holds_a_run_is_left_alone(tmp_path: Path, monkeypatch: py
     assert loop._choose_folder(config, "name") == Path("runs/name-2")
     config.resume_from_checkpoint = "latest"
     assert loop._choose_folder(config, "name") == Path("runs/name")
+    config.resume_from_checkpoint = "runs/name/checkpoints/step_00000001"
+    assert loop._choose_folder(config, "name") == tmp_path / "runs/name"
 
 
 def test_unknown_tracker(tmp_path: Path) -> None:

@@ -68,5 +68,6 @@ class Normalize:
         self.std = torch.tensor(std).view(-1, 1, 1)
 
     def __call__(self, images: Tensor) -> Tensor:
-        mean, std = self.mean.to(images.device), self.std.to(images.device)
-        return (images.to(torch.float32) / 255 - mean) / std
+        if self.mean.device != images.device:  # once, not every step
+            self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
+        return (images.to(torch.float32) / 255 - self.mean) / self.std

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from pysupcon.config import Config, load_config, to_yaml
 from pysupcon.errors import ConfigError, RunError
@@ -132,7 +132,7 @@ def load_checkpoint(accelerator: Accelerator, path: Path) -> None:
 def save_weights(model: torch.nn.Module, path: Path) -> None:
     """Write the weights as safetensors, aside first."""
     aside = path.with_name("writing_" + path.name)
-    save_file({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, aside)
+    aside.write_bytes(save({name: value.cpu().contiguous() for name, value in model.state_dict().items()}))
     os.replace(aside, path)
 
 

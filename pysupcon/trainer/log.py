@@ -17,6 +17,11 @@ from pysupcon.trainer.run import read_log
 class StepLog:
     """Appends lines to ``log.jsonl``; every line is on its way to the file when :meth:`write` returns.
 
+    The loop writes: step and epoch (done), loss and its parts (means over processes), gradient_norm (before
+    clipping), valid_anchors (of all processes: anchors that have a positive), chance (the contrastive loss if
+    all rows were one point), learning_rate (of this step), images_per_second (views, of all processes),
+    peak_memory_mib (of the main process).
+
     Args:
         path: of the file; created if missing.
         resumed_step: steps already done. Lines of later steps, from before an interruption, are dropped:

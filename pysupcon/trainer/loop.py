@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor
+from torch.nn.functional import one_hot
 from tqdm import tqdm
 
 from pysupcon.config import Config, to_yaml
@@ -164,7 +165,7 @@ class _Trainer:
 
     def _values(self, tensors: dict[str, Tensor], labels: Tensor) -> dict[str, float]:
         """All numbers of a step, in one transfer from the device."""
-        counts = labels.bincount(minlength=len(self.data.class_names))
+        counts = one_hot(labels, len(self.data.class_names)).sum(0)  # bincount would wait for the device
         if self.config.loss.gather is not False:
             counts = self.accelerator.reduce(counts, "sum")
         statistics = batch_statistics(self.config.loss, labels, counts, self.config.data.views)
@@ -264,6 +265,10 @@ def _choose_folder(config: Config, name: str) -> Path:
                 "or choose another folder"
             )
         return folder
+    if config.resume_from_checkpoint is not None and not resumes:
+        own = Path(config.resume_from_checkpoint).resolve().parent
+        if own.name == checkpoint.FOLDER and _holds_run(own.parent):
+            return own.parent
     number, folder = 1, Path("runs") / name
     while _holds_run(folder):
         number += 1
