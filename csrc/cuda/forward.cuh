@@ -10,7 +10,7 @@ template <class F_, int PARTS_>
 struct ForwardConfig {
   using F = F_;
   static constexpr int PARTS = PARTS_;
-  static constexpr int BM = 128, BN = 128;
+  static constexpr int BM = 128, BN = PARTS == 1 ? 128 : 64;  // the fragments of several parts need registers
   static constexpr int CH = PARTS == 1 ? 8 : 4;   // 16-byte chunks per slice of a row
   static constexpr int WARPS_M = 4, WARPS_N = 2;  // warps tile BM x BN
   static constexpr int MT = BM / WARPS_M / 16, NT = BN / WARPS_N / 8;

@@ -185,7 +185,8 @@ struct Block {
   std::vector<Fiber*> order, at;
   std::vector<Warp> warps;
   unsigned pos = 0, n = 0, at_barrier = 0, done = 0, phase = 0;
-  char sync[2], done_sync;
+  char sync[2], start_sync, done_sync;
+  unsigned shadow_age = 0;
   std::function<void()> body;
   std::string error;
   std::mt19937 rng;
@@ -483,22 +484,30 @@ void run_block(F&& body) {
   if (B.policy == 1) std::reverse(B.order.begin(), B.order.end());
   if (B.policy == 2) std::shuffle(B.order.begin(), B.order.end(), B.rng);
 #ifdef __SANITIZE_THREAD__
-  for (Fiber& f : B.fib) f.tsan = __tsan_create_fiber(0);
+  // A fiber's shadow is dear to make, so it serves many blocks; it never returns from fiber_main, so not for
+  // ever.
+  const bool renew = ++B.shadow_age % 512 == 0;
+  __tsan_release(&B.start_sync);
+  for (Fiber* f : B.at) {
+    if (renew && f->tsan) __tsan_destroy_fiber(f->tsan), f->tsan = nullptr;
+    if (!f->tsan) f->tsan = __tsan_create_fiber(0);
+    __tsan_switch_to_fiber(f->tsan, __tsan_switch_to_fiber_no_sync);
+    __tsan_acquire(&B.start_sync);
+    __tsan_switch_to_fiber(B.main.tsan, __tsan_switch_to_fiber_no_sync);
+  }
 #endif
   B.cur = &B.main;
   yield();
 #ifdef __SANITIZE_THREAD__
   void* main_tsan = B.main.tsan;
-  for (Fiber& f :
-       B.fib) {  // in the fiber's name: its work happens before what follows; end the Quiets it left open
-    void* t = f.tsan;
-    int q = f.quiet;
-    f.quiet = 0;
-    __tsan_switch_to_fiber(t, __tsan_switch_to_fiber_no_sync);
+  for (Fiber* f :
+       B.at) {  // in the fiber's name: its work happens before what follows; end the Quiets it left open
+    int q = f->quiet;
+    f->quiet = 0;
+    __tsan_switch_to_fiber(f->tsan, __tsan_switch_to_fiber_no_sync);
     __tsan_release(&B.done_sync);
     while (q--) Quiet::end();
     __tsan_switch_to_fiber(main_tsan, __tsan_switch_to_fiber_no_sync);
-    __tsan_destroy_fiber(t);
   }
   __tsan_acquire(&B.done_sync);
 #endif
@@ -516,18 +525,15 @@ void launch(void (*k)(P...), dim3 grid, dim3 block, size_t smem, A&&... args) {
   const char* o = getenv("CUDA_SHIM_ORDER");
   B.policy = !o || !strcmp(o, "forward") ? 0 : !strcmp(o, "reverse") ? 1 : 2;
   if (B.policy == 2) B.rng.seed(unsigned(atoi(o)));
-  if (B.n != n) {
-    for (Fiber& f : B.fib) munmap(f.stack - 4096, STACK + 4096);
-    B.fib = std::vector<Fiber>(n);
-    B.at.resize(n);
-    for (Fiber& f : B.fib) {
-      char* m = static_cast<char*>(mmap(nullptr, STACK + 4096, PROT_READ | PROT_WRITE,
-                                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-      if (m == MAP_FAILED || mprotect(m, 4096, PROT_NONE))
-        throw std::runtime_error("no memory for fiber stacks");
-      f.stack = m + 4096;  // guard page below
-    }
+  while (B.fib.size() < n) {  // stacks are kept for the next launch
+    char* m = static_cast<char*>(mmap(nullptr, STACK + 4096, PROT_READ | PROT_WRITE,
+                                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    if (m == MAP_FAILED || mprotect(m, 4096, PROT_NONE))
+      throw std::runtime_error("no memory for fiber stacks");
+    B.fib.emplace_back();
+    B.fib.back().stack = m + 4096;  // guard page below
   }
+  B.at.resize(n);
   B.n = unsigned(n);
   B.bdim = block;
   B.gdim = grid;

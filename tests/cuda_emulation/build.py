@@ -1,0 +1,78 @@
+"""Compiles csrc/cuda for the CPU: every .cu goes through g++ behind cuda_host_shim.h, and emulate.cpp drives it.
+
+A build is kept under build/cuda_emulation by the hash of its sources and flags; workers of one test run share it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+KERNELS = ROOT / "csrc" / "cuda"
+CACHE = ROOT / "build" / "cuda_emulation"
+
+# Uninitialised variables hold a pattern; -O0 for the sanitizers, whose compile time is most of their cost.
+COMMON = ["-std=c++17", "-ftrivial-auto-var-init=pattern", "-Wno-unknown-pragmas", "-DCUDA_SHIM_OWN_TYPES"]
+FLAGS = {
+    "plain": ["-O1"],
+    "asan": ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "tsan": ["-O0", "-g1", "-fsanitize=thread"],
+}
+SANITIZER_ENVIRONMENT = {"TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
+
+
+def kernel_sources(kernels: Path = KERNELS) -> list[Path]:
+    return sorted(kernels.glob("*.cu"))
+
+
+def fingerprint(paths: list[Path], flags: list[str]) -> str:
+    digest = hashlib.sha256(" ".join(flags).encode())
+    for path in sorted(paths):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def compile_objects(sources: list[Path], flags: list[str], out: Path, kernels: Path, jobs: int) -> list[Path]:
+    """One object per source; g++'s own words are the error."""
+
+    def one(source: Path) -> Path:
+        target = out / (source.name + ".o")
+        include = [f"-I{kernels}", f"-I{HERE}", "-include", str(HERE / "cuda_host_shim.h")]
+        command = ["g++", *COMMON, *flags, *include, "-x", "c++", "-c", str(source), "-o", str(target)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{source.name} does not compile for emulation:\n{done.stderr[-4000:]}")
+        return target
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(one, sources))
+
+
+def build(kind: str, driver: str = "emulate.cpp") -> Path:
+    """The emulator of this kind ("plain", "asan", "tsan"), compiled unless it is there already."""
+    sources = [*kernel_sources(), HERE / driver] if driver == "emulate.cpp" else [HERE / driver]
+    flags = FLAGS[kind]
+    headers = [*KERNELS.glob("*.cuh"), *KERNELS.glob("*.h"), *HERE.glob("*.h")]
+    out = CACHE / f"{Path(driver).stem}-{kind}-{fingerprint([*sources, *headers], flags)}"
+    out.mkdir(parents=True, exist_ok=True)
+    program = out / "program"
+    with open(out / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not program.exists():
+            objects = compile_objects(sources, flags, out, KERNELS, jobs=2)
+            partial = out / "program.partial"
+            subprocess.run(["g++", *flags, *map(str, objects), "-o", str(partial)], check=True)
+            partial.rename(program)
+    return program
+
+
+def run(program: Path, *cases: str, order: str = "forward", timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    """Runs the cases whose names start so (all of them if none is named). order: forward, reverse or a seed."""
+    environment = {**os.environ, **SANITIZER_ENVIRONMENT, "CUDA_SHIM_ORDER": order}
+    return subprocess.run([str(program), *cases], capture_output=True, text=True, env=environment, timeout=timeout)

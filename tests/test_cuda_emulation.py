@@ -1,0 +1,79 @@
+"""The CUDA kernels' own sources, run on the CPU: against a float64 oracle, under sanitizers, in several block orders.
+
+No GPU is involved: what this cannot see (races between blocks, a wrong PTX string, registers, speed) is test_cuda_gpu.py's.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+
+import pytest
+from cuda_emulation import build
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None or platform.system() != "Linux", reason="the emulation needs g++ on Linux"
+)
+
+# Every kernel in its smallest case; the sanitizers take long.
+ASAN_CASES = ["bf16-candidates", "f16-own", "f32x3-own", "f32x2-own", "f64-candidates", "bf16-long", "f32x3-two-rows"]
+TSAN_CASES = ["bf16-own", "f32x3-two-rows", "f64-own"]
+
+
+def check(kind: str, *cases: str, order: str = "forward") -> None:
+    done = build.run(build.build(kind), *cases, order=order)
+    assert done.returncode == 0 and done.stdout.rstrip().endswith("PASS"), done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("prefix", ["bf16", "f16", "f32x1", "f32x2", "f32x3", "f64"])
+def test_operators_agree_with_the_oracle(prefix: str) -> None:
+    check("plain", prefix)
+
+
+@pytest.mark.parametrize("order", ["reverse", "1"])
+def test_results_do_not_depend_on_the_order_of_threads_and_blocks(order: str) -> None:
+    check("plain", "bf16-tiles", "f32x3-candidates", "f64-tiles", order=order)
+
+
+def test_address_and_undefined_behaviour_sanitizers_are_silent() -> None:
+    check("asan", *ASAN_CASES)
+
+
+def test_thread_sanitizer_is_silent() -> None:
+    check("tsan", *TSAN_CASES)
+
+
+def test_emulation_primitives() -> None:
+    done = build.run(build.build("plain", "shim_selftest.cpp"))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_thread_sanitizer_sees_a_missing_syncwarp() -> None:
+    done = build.run(build.build("tsan", "shim_selftest.cpp"), "race")
+    assert "data race" in done.stderr
+
+
+def test_unknown_case_is_a_failure() -> None:
+    assert build.run(build.build("plain"), "no-such-case").returncode != 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["forward", "reverse", "1", "2"])
+def test_every_case_in_every_order(order: str) -> None:
+    check("plain", order=order)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["asan", "tsan"])
+@pytest.mark.parametrize("prefix", ["bf16", "f16", "f32x1", "f32x2", "f32x3", "f64"])
+def test_every_case_under_every_sanitizer(kind: str, prefix: str) -> None:
+    check(kind, prefix)
+
+
+@pytest.mark.slow
+def test_nine_in_ten_injected_bugs_are_caught() -> None:
+    from cuda_emulation import mutants
+
+    results = [mutants.judge(mutant) for mutant in mutants.MUTANTS]
+    missed = [r.name for r in results if not r.caught and not r.invisible]
+    assert len(missed) <= len(results) // 10, f"not caught: {missed}"
