@@ -6,7 +6,6 @@ backward recomputes the pairs. Everything after it is O(N) and ordinary autograd
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -31,10 +30,7 @@ class Pairing(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What to compute and how. ``exchange`` [k, M] -> [k, N] gathers columns of every process's own anchors,
-    in the candidates' order; with it every candidate is an anchor of some process and the backward yields the
-    complete gradient of the own rows (it may be called in the backward only, by every process equally
-    often)."""
+    """What to compute and how."""
 
     backend: str
     pairing: Pairing
@@ -44,7 +40,6 @@ class Plan(NamedTuple):
     positives: bool = True
     epsilon: float | None = None
     positive_sum: bool = False
-    exchange: Callable[[Tensor], Tensor] | None = None
 
     @property
     def mask_arguments(self) -> dict[str, tiled.PositiveMask]:
@@ -146,43 +141,30 @@ def _gradients(
     ops = OPERATORS[plan.backend]
     grad_n, grad_p, grad_softplus, grad_positive_sum, grad_instance_sum = grads
     rows = (x, plan.pairing.labels, plan.pairing.order, scale, candidates, *plan.pairing[2:])
-    need_candidates = needs[1] and plan.exchange is None
-    others: dict[str, Tensor] = {}  # the candidates' own statistics and upstream gradients
-    if plan.exchange is not None:
-        columns = dict(
-            zip(("n", "p", "softplus", "positive_sum", "instance_sum"), (n, p, *grads[2:]), strict=True)
-        )
-        columns["grad_p"] = grad_p
-        columns = {name: column for name, column in columns.items() if column.shape == x.shape[:1]}
-        others = dict(zip(columns, plan.exchange(torch.stack(list(columns.values()))), strict=True))
+    need_candidates = needs[1]
     parts: list[tuple[Tensor, Tensor]] = []
     if plan.epsilon is not None:
         grad_x, grad_candidates, more_n = ops.positive_softplus_backward(
-            *rows, n, plan.epsilon, grad_softplus, others.get("n"), others.get("softplus"), need_candidates,
-            **plan.mask_arguments,
+            *rows, n, plan.epsilon, grad_softplus, None, None, need_candidates, **plan.mask_arguments,
         )  # fmt: skip
         parts.append((grad_x, grad_candidates))
         grad_n = grad_n + more_n
     if plan.negatives or plan.positives:
-        if plan.exchange is not None:
-            others["grad_n"] = plan.exchange(grad_n.unsqueeze(0))[0]
         parts.append(
             ops.pair_stats_backward(
-                *rows, n, p, grad_n, grad_p, others.get("n"), others.get("p"), others.get("grad_n"),
-                others.get("grad_p"), plan.negatives, plan.positives, need_candidates, **plan.mask_arguments,
+                *rows, n, p, grad_n, grad_p, None, None, None, None, plan.negatives, plan.positives,
+                need_candidates, **plan.mask_arguments,
             )
         )  # fmt: skip
     if plan.positive_sum:
         parts.append(
-            ops.positive_sum_backward(
-                *rows, grad_positive_sum, others.get("positive_sum"), need_candidates, **plan.mask_arguments
-            )
+            ops.positive_sum_backward(*rows, grad_positive_sum, None, need_candidates, **plan.mask_arguments)
         )
     if plan.instances is not None:
         parts.append(
             ops.positive_sum_backward(
                 x, plan.instances.labels, plan.instances.order, scale, candidates, *plan.instances[2:],
-                grad_instance_sum, others.get("instance_sum"), need_candidates,
+                grad_instance_sum, None, need_candidates,
             )
         )  # fmt: skip
     grad_x, grad_candidates = parts[0]
@@ -193,8 +175,8 @@ def _gradients(
     grad_scale = None
     if needs[2]:
         # sum_i x_i . dL/dx_i = sum_ij (G_ij + G_ji) s_ij: every pair twice where the anchors are candidates.
-        twice = candidates is None or plan.exchange is not None
-        grad_scale = _row_products(x, grad_x, scale.dtype) / (2 * scale if twice else scale)
+        twice = 2 if candidates is None else 1
+        grad_scale = _row_products(x, grad_x, scale.dtype) / (twice * scale)
     return (grad_x if needs[0] else None), (grad_candidates if need_candidates else None), grad_scale
 
 

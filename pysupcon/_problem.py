@@ -6,8 +6,9 @@ shared by all operators of the call. Nothing here waits for a GPU.
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,25 +25,80 @@ from ._checks import (
     resolve_backend,
 )
 
-__all__ = ["Gather", "Problem", "prepare"]
+__all__ = ["Block", "Everybody", "Gather", "Problem", "Round", "prepare"]
+
+
+class Block(NamedTuple):
+    """Rows of samples ``start`` to ``stop`` of everybody's, numbered process after process."""
+
+    start: int
+    stop: int
+    rows: Tensor | None
+    """[(stop - start) * V, D]; None: the own rows"""
+
+
+class Round(Protocol):
+    """One loss among several processes: its forward and its backward. Every process calls the same methods in
+    the same order."""
+
+    samples: tuple[int, ...]
+    """of every process"""
+    rank: int
+    """the own place among them"""
+
+    def ids(self, own: Tensor) -> Tensor:
+        """int64 [B] of the own samples -> [S] of everybody's."""
+
+    def keep(self, rows: Tensor) -> Tensor | None:
+        """Own rows [M, D] -> what :meth:`blocks` wants to see again, until the backward has ended."""
+
+    def blocks(self, rows: Tensor, kept: Tensor | None) -> Generator[Block, None, None]:
+        """Everybody's rows; to be exhausted or closed."""
+
+    def exchange(self, columns: Tensor) -> Tensor:
+        """Columns of the own rows [k, M] -> of everybody's [k, N]."""
 
 
 class Gather(Protocol):
-    """What a distributed gather offers to the losses; every process calls every method equally often."""
+    """Contrasts with the rows of other processes."""
 
-    def sample_ids(self, count: int, device: torch.device) -> Tensor:
-        """int64 [count]: ids of this process's own samples, different from those of every other process."""
+    def begin(self, features: Tensor, alike: dict[str, int]) -> Round | None:
+        """Called once per loss, by every process; None: there is no other process. What must be ``alike`` on
+        all of them, besides the layout, width and dtype of features, is compared.
 
-    def rows(self, rows: Tensor, ids: list[Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Own rows [M, D] and int64 columns [M] -> all rows [N, D] without a graph, all columns [N], and the
-        index [M] of the own rows among them."""
+        Raises:
+            ValueError: on every process, naming what differs.
+        """
 
-    def exchange(self, columns: Tensor) -> Tensor:
-        """Own columns [k, M] -> everybody's [k, N], in the order of :meth:`rows`. Called in the backward."""
 
-    def anchors(self, count: Tensor) -> Tensor:
-        """Own number of valid anchors -> what to divide the own sum by, so that the mean over processes of
-        the losses is the mean over all anchors."""
+@dataclass(frozen=True)
+class Everybody:
+    """The samples of all processes, of which the own ones are a part."""
+
+    round: Round
+    views: int
+    """rows per sample"""
+    ids: Tensor
+    """int64 [S], of the positives: classes, or samples without labels"""
+    count: Tensor
+    """|P_i| of every row [N]"""
+    instances: Tensor | None
+    """int64 [S]"""
+    instance_count: Tensor | None
+    """|A_i| of every row [N]"""
+
+    @property
+    def own(self) -> tuple[int, int]:
+        """Bounds of the own samples."""
+        start = sum(self.round.samples[: self.round.rank])
+        return start, start + self.round.samples[self.round.rank]
+
+    @property
+    def own_counts(self) -> tuple[Tensor, Tensor | None]:
+        """|P_i| and |A_i| of the own rows."""
+        start, stop = (bound * self.views for bound in self.own)
+        other = self.instance_count
+        return self.count[start:stop], None if other is None else other[start:stop]
 
 
 @dataclass(frozen=True)
@@ -64,11 +120,20 @@ class Problem:
     backend: str
     shape: tuple[int, ...]
     """of a loss per anchor: [B, V], [B] or [N]"""
-    gather: Gather | None
+    everybody: Everybody | None
+    """None: the own rows are contrasted with one another, or with candidates"""
 
     @property
     def loss_dtype(self) -> torch.dtype:
         return torch.promote_types(self.x.dtype, torch.float32)
+
+    @property
+    def scale(self) -> Tensor:
+        """1 / temperature, no dimensions, in the dtype of the statistics."""
+        dtype = tiled.stats_dtype(self.x)
+        if isinstance(self.temperature, Tensor):
+            return self.temperature.to(device=self.x.device, dtype=dtype).reciprocal()
+        return torch.full((), 1.0 / self.temperature, dtype=dtype, device=self.x.device)
 
     def statistics(
         self,
@@ -81,11 +146,6 @@ class Problem:
     ) -> RowStatistics:
         """Exactly the statistics asked for; ``epsilon`` asks for the softplus sum, which needs
         ``negatives``."""
-        dtype = tiled.stats_dtype(self.x)
-        if isinstance(self.temperature, Tensor):
-            scale = self.temperature.to(device=self.x.device, dtype=dtype).reciprocal()
-        else:
-            scale = torch.full((), 1.0 / self.temperature, dtype=dtype, device=self.x.device)
         plan = Plan(
             self.backend,
             self.pairing,
@@ -95,9 +155,8 @@ class Problem:
             positives=positives,
             epsilon=epsilon,
             positive_sum=positive_sum,
-            exchange=None if self.gather is None else self.gather.exchange,
         )
-        return row_statistics(self.x, self.candidates, scale, plan)
+        return row_statistics(self.x, self.candidates, self.scale, plan)
 
 
 def _layout(features: Tensor) -> tuple[Tensor, int]:
@@ -184,6 +243,29 @@ def _normalized(rows: Tensor) -> Tensor:
     return F.normalize(wide, dim=-1).to(rows.dtype)
 
 
+def _wants_gradient(features: Tensor, temperature: float | Tensor) -> bool:
+    learns = isinstance(temperature, Tensor) and temperature.requires_grad
+    return torch.is_grad_enabled() and (features.requires_grad or learns)
+
+
+def _everybody(
+    round: Round, features: Tensor, labels: Tensor | None, instances: Tensor | None, need_instances: bool
+) -> Everybody:
+    """Ids of all processes' samples. An instance is the same wherever it stands; without instances every
+    sample is its own."""
+    views = features.shape[1] if features.dim() == 3 else 1
+    if instances is not None and (need_instances or labels is None):
+        samples = round.ids(instances)
+    else:
+        samples = torch.arange(sum(round.samples), device=features.device)
+    ids = samples if labels is None else round.ids(labels)
+    count = _pair(ids, views, None, 1, None)[1]
+    if not need_instances:
+        return Everybody(round, views, ids, count, None, None)
+    instance_count = count if ids is samples else _pair(samples, views, None, 1, None)[1]
+    return Everybody(round, views, ids, count, samples, instance_count)
+
+
 def prepare(
     features: Tensor,
     labels: Tensor | None,
@@ -248,12 +330,7 @@ def prepare(
 
     # Ids per sample: of the positives (classes, or samples without labels) and of the instances.
     device = features.device
-    if own_instances is not None:
-        sample_ids = own_instances
-    elif gather is not None:
-        sample_ids = gather.sample_ids(samples, device)
-    else:
-        sample_ids = torch.arange(samples, device=device)
+    sample_ids = torch.arange(samples, device=device) if own_instances is None else own_instances
     ids = sample_ids if own_labels is None else own_labels
     other_ids = other_sample_ids = None
     if candidates is not None:
@@ -265,6 +342,17 @@ def prepare(
             )
         other_ids = other_sample_ids if other_ids is None else other_ids
 
+    everybody = None
+    if gather is not None:
+        alike = {
+            "labels given": own_labels is not None,
+            "instances given": own_instances is not None,
+            "gradient wanted": _wants_gradient(features, temperature),
+        }
+        round = gather.begin(features, {name: int(value) for name, value in alike.items()})
+        if round is not None:
+            everybody = _everybody(round, features, own_labels, own_instances, need_instances)
+
     # Rows: which are anchors, which are candidates, and which candidate is the anchor itself.
     rows, views = _layout(features)
     x, x_views, self_index, shape = rows, views, None, tuple(features.shape[:-1])
@@ -275,11 +363,6 @@ def prepare(
             others, other_views = rows, views
             other_ids, other_sample_ids = ids, sample_ids
             self_index = torch.arange(samples, device=device) * views
-    if gather is not None:
-        columns = [_rows_of(ids, views), _rows_of(sample_ids, views)][: 2 if need_instances else 1]
-        others, all_columns, self_index = gather.rows(x.detach(), columns)
-        other_ids, other_sample_ids, other_views = all_columns[0], all_columns[-1], 1
-
     positives = None
     if mask is not None:
         mask_views = views if others is None else other_views
@@ -305,5 +388,5 @@ def prepare(
         positives,
         backend,
         shape,
-        gather,
+        everybody,
     )

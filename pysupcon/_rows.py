@@ -8,16 +8,11 @@ born in the backward. ``count`` is |P_i| (of the instance: |A_i|), int64 [M]; st
 from __future__ import annotations
 
 import warnings
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 __all__ = ["cnce_rows", "reduce_rows", "sincere_rows", "supcon_rows"]
-
-
-class AnchorCount(Protocol):
-    def anchors(self, count: Tensor) -> Tensor: ...
 
 
 def _mean(total: Tensor, count: Tensor) -> Tensor:
@@ -47,10 +42,20 @@ def cnce_rows(
 
 
 def reduce_rows(
-    loss: Tensor, valid: Tensor, reduction: str, dtype: torch.dtype, gather: AnchorCount | None = None
+    loss: Tensor,
+    valid: Tensor,
+    reduction: str,
+    dtype: torch.dtype,
+    count: Tensor | None = None,
+    processes: int = 1,
 ) -> Tensor:
-    """``"mean"`` over the anchors that have a loss, ``"sum"``, or ``"none"`` [M]; in ``dtype``."""
-    if valid.device.type == "cpu" and not torch.compiler.is_compiling() and not valid.any():
+    """``"mean"`` over the anchors that have a loss, ``"sum"``, or ``"none"`` [M]; in ``dtype``.
+
+    ``count``: number of anchors of all ``processes`` that have a loss; ``"mean"`` is then such that its mean
+    over the processes is the mean over all their anchors.
+    """
+    count = valid.sum() if count is None else count
+    if count.device.type == "cpu" and not torch.compiler.is_compiling() and not count:
         warnings.warn(
             "no anchor of this batch has a positive: the loss is 0 and teaches nothing", stacklevel=4
         )
@@ -58,6 +63,6 @@ def reduce_rows(
         return loss.to(dtype)
     total = loss.sum()
     if reduction == "mean":
-        count = valid.sum()
-        total = total / (count.clamp(min=1) if gather is None else gather.anchors(count))
+        total = total / count.clamp(min=1)
+        total = total * processes if processes > 1 else total
     return total.to(dtype)

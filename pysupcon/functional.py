@@ -23,7 +23,8 @@ Common arguments
     normalize     L2-normalise rows first.
     backend       "auto": the compiled kernel of the device, or else tiled PyTorch (with one warning); "cpu",
                   "cuda", "tiled", or "reference" (dense, for tests; differentiable twice).
-    gather        None, or an object that contrasts with the rows of other processes (:class:`Gather`).
+    gather        None, or an object that contrasts with the rows of other processes (:class:`Gather`; of
+                  :mod:`pysupcon.distributed`, where what each process returns is written).
 
 The result is float32 (float64 for float64 features); gradients have the dtype of their inputs. A batch in
 which no anchor has a positive gives 0, connected to the graph, and on a CPU a warning. Derivatives of second
@@ -35,15 +36,19 @@ that are not finite. RuntimeError for a backend that is not compiled.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import reference
+from ._autograd import RowStatistics
 from ._checks import check_choice, check_number, check_temperature
 from ._problem import Gather, Problem, prepare
 from ._rows import cnce_rows, reduce_rows, sincere_rows, supcon_rows
+
+if TYPE_CHECKING:
+    from ._gathered import RowLoss
 
 __all__ = [
     "Gather",
@@ -73,8 +78,21 @@ def _dense_instances(problem: Problem) -> Tensor:
     return reference.pair_sets(pairing.labels, pairing.candidate_labels, pairing.self_index)[0]
 
 
-def _finish(problem: Problem, loss: Tensor, valid: Tensor, reduction: str) -> Tensor:
-    result = reduce_rows(loss, valid, reduction, problem.loss_dtype, problem.gather)
+def _streamed(problem: Problem, rows: RowLoss, **asked: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Losses [M], which anchors have one, and, of several processes, how many anchors of all have one."""
+    if problem.everybody is not None:
+        from ._gathered import gathered_losses  # brings torch._dynamo with it: seconds, for those who gather
+
+        return gathered_losses(problem, rows, asked)
+    return *rows(problem.statistics(**asked), problem.count, problem.instance_count), None
+
+
+def _finish(
+    problem: Problem, loss: Tensor, valid: Tensor, reduction: str, anchors: Tensor | None = None
+) -> Tensor:
+    """``anchors``: of all processes, how many have a loss."""
+    processes = 1 if problem.everybody is None else len(problem.everybody.round.samples)
+    result = reduce_rows(loss, valid, reduction, problem.loss_dtype, anchors, processes)
     return result.view(problem.shape) if reduction == "none" else result
 
 
@@ -108,13 +126,16 @@ def supcon(
         reduction=reduction, normalize=normalize, backend=backend, gather=gather, need_instances=False,
     )  # fmt: skip
     if problem.backend == "reference":
-        loss, valid = reference.supcon(*_dense(problem)), problem.count > 0
+        loss, valid, anchors = reference.supcon(*_dense(problem)), problem.count > 0, None
     else:
-        stats = problem.statistics(negatives=True, positives=True, positive_sum=True)
-        loss, valid = supcon_rows(stats.n, stats.p, stats.positive_sum, problem.count)
+
+        def rows(s: RowStatistics, count: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
+            return supcon_rows(s.n, s.p, s.positive_sum, count)
+
+        loss, valid, anchors = _streamed(problem, rows, negatives=True, positives=True, positive_sum=True)
     if base_temperature is not None:
         loss = loss * (temperature / base_temperature)
-    return _finish(problem, loss, valid, reduction)
+    return _finish(problem, loss, valid, reduction, anchors)
 
 
 def sincere(
@@ -147,10 +168,13 @@ def sincere(
     )  # fmt: skip
     if problem.backend == "reference":
         loss, valid = reference.sincere(*_dense(problem), epsilon), problem.count > 0
-    else:
-        stats = problem.statistics(negatives=True, epsilon=float(epsilon))
-        loss, valid = sincere_rows(stats.softplus, problem.count, epsilon)
-    return _finish(problem, loss, valid, reduction)
+        return _finish(problem, loss, valid, reduction)
+
+    def rows(s: RowStatistics, count: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
+        return sincere_rows(s.softplus, count, epsilon)
+
+    loss, valid, anchors = _streamed(problem, rows, negatives=True, epsilon=float(epsilon))
+    return _finish(problem, loss, valid, reduction, anchors)
 
 
 def class_conditional_info_nce(
@@ -185,10 +209,14 @@ def class_conditional_info_nce(
         s, positives, _ = _dense(problem)
         loss = reference.class_conditional_info_nce(s, positives, _dense_instances(problem))
         valid = (problem.instance_count > 0) & (problem.count > 0)
-    else:
-        stats = problem.statistics(positives=True, instance_sum=True)
-        loss, valid = cnce_rows(stats.p, stats.instance_sum, problem.instance_count, problem.count)
-    return _finish(problem, loss, valid, reduction)
+        return _finish(problem, loss, valid, reduction)
+
+    def rows(s: RowStatistics, count: Tensor, instance_count: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert instance_count is not None
+        return cnce_rows(s.p, s.instance_sum, instance_count, count)
+
+    loss, valid, anchors = _streamed(problem, rows, positives=True, instance_sum=True)
+    return _finish(problem, loss, valid, reduction, anchors)
 
 
 def spread(
@@ -228,19 +256,26 @@ def spread(
         sets, valid = _dense(problem), problem.count > 0
         loss = reference.spread(*sets, _dense_instances(problem), alpha, base)
         return _finish(problem, loss, valid, reduction)
-    stats = problem.statistics(
+
+    def rows(s: RowStatistics, count: Tensor, instance_count: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert instance_count is not None
+        if base == "supcon":
+            first, valid = supcon_rows(s.n, s.p, s.positive_sum, count)
+        else:
+            first, valid = sincere_rows(s.softplus, count, 0.0)
+        second, _ = cnce_rows(s.p, s.instance_sum, instance_count, count)
+        return (1 - alpha) * first + alpha * second, valid
+
+    loss, valid, anchors = _streamed(
+        problem,
+        rows,
         negatives=True,
         positives=True,
         epsilon=0.0 if base == "sincere" else None,
         positive_sum=base == "supcon",
         instance_sum=True,
     )
-    if base == "supcon":
-        first, valid = supcon_rows(stats.n, stats.p, stats.positive_sum, problem.count)
-    else:
-        first, valid = sincere_rows(stats.softplus, problem.count, 0.0)
-    second, _ = cnce_rows(stats.p, stats.instance_sum, problem.instance_count, problem.count)
-    return _finish(problem, (1 - alpha) * first + alpha * second, valid, reduction)
+    return _finish(problem, loss, valid, reduction, anchors)
 
 
 def info_nce(
@@ -305,11 +340,17 @@ def pair_statistics(
         candidate_labels=candidate_labels, instances=instances, candidate_instances=candidate_instances,
         reduction="none", normalize=normalize, backend=backend, gather=gather, need_instances=False,
     )  # fmt: skip
-    count = problem.count
+    count = problem.count if problem.everybody is None else problem.everybody.own_counts[0]
     if problem.backend == "reference":
         s, positives, negatives = _dense(problem)
         n, p = reference.log_sum_exp(s, negatives), reference.log_sum_exp(s, positives)
         total = torch.where(positives, s, 0.0).sum(dim=1)
     else:
-        n, p, _, total, _ = problem.statistics(negatives=True, positives=True, positive_sum=True)
+        asked = {"negatives": True, "positives": True, "positive_sum": True}
+        if problem.everybody is None:
+            n, p, _, total, _ = problem.statistics(**asked)
+        else:
+            from ._gathered import gathered_statistics
+
+            n, p, _, total, _ = gathered_statistics(problem, asked)
     return PairStatistics(n, p, total / count.clamp(min=1), count)

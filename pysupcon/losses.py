@@ -65,6 +65,8 @@ class _Loss(nn.Module):
         return self._temperature if self.log_temperature is None else self.log_temperature.exp()
 
     def _common(self) -> dict[str, Any]:
+        if self._gather is None and _among_processes():
+            importlib.import_module("pysupcon.distributed").warn_without_gather(type(self).__name__)
         return {
             "temperature": self.temperature,
             "contrast_mode": self.contrast_mode,
@@ -87,6 +89,12 @@ class _Loss(nn.Module):
             f"reduction={self.reduction!r}, normalize={self.normalize}, gather={self.gather!r}, "
             f"backend={self.backend!r}"
         )
+
+
+def _among_processes() -> bool:
+    if torch.compiler.is_compiling() or not torch.distributed.is_available():
+        return False
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
 def _resolve_gather(gather: GatherArgument) -> functional.Gather | None:

@@ -1,0 +1,257 @@
+"""The differentiable step of every loss when its candidates are the rows of several processes.
+
+The own rows are anchors; the candidates are everybody's rows, which come in blocks: one block that holds
+them all, or one block a process, passed around. What the blocks give an anchor's statistics is merged. In the
+backward every process learns a few scalars of every other anchor, and with them computes the complete
+gradient of its own rows, sum_j (G_ij + G_ji) x_j: no gradient of a row travels. Knows no process group
+(:class:`pysupcon._problem.Gather` does).
+
+What travels of an anchor in the backward: the upstream gradient g of its loss and, of n, p and dL/dn, what
+the loss needs; the O(N) step from statistics to losses is differentiated again, for everybody's anchors, by
+every process. In bytes, for rows of up to 32 bits: SupCon and InfoNCE (g, n, p) 12, cNCE (g, p) 8, SINCERE
+(g, n, dL/dn) 12, spread (g, n, p) 12, with SINCERE as base (g, n, p, dL/dn) 16; twice that for float64 rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._autograd import OPERATORS, RowStatistics, _RefuseSecond, _row_products, _wide
+from ._problem import Block, Everybody, Problem, _rows_of, _sort
+
+__all__ = ["RowLoss", "gathered_losses", "gathered_statistics"]
+
+RowLoss = Callable[[RowStatistics, Tensor, "Tensor | None"], "tuple[Tensor, Tensor]"]
+"""(statistics, |P_i|, |A_i|) -> losses per anchor, and which anchors have one (by the counts alone). Linear
+in the sums (softplus, positive_sum, instance_sum): their values do not travel."""
+
+
+class _Pairing:
+    """Who is whose positive, block by block. Every sort is done once."""
+
+    def __init__(self, ids: Tensor, everybody: Everybody) -> None:
+        self.ids, self.everybody = ids, everybody
+        self._sides: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def _side(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Labels and order of the rows of samples ``start`` to ``stop``."""
+        if (start, stop) not in self._sides:
+            ids, views = self.ids[start:stop], self.everybody.views
+            self._sides[start, stop] = _rows_of(ids, views), _sort(ids, views)[1]
+        return self._sides[start, stop]
+
+    def operands(self, x: Tensor, scale: Tensor, block: Block, backend: str) -> tuple[Any, ...]:
+        """The operators' first eight arguments: the own rows against a block."""
+        start, stop = self.everybody.own
+        own = (x, *self._side(start, stop), scale)
+        if block.rows is None:
+            return (*own, None, None, None, None)
+        count = x.shape[0]
+        if block.start <= start and stop <= block.stop:
+            first = (start - block.start) * self.everybody.views
+            self_index = torch.arange(first, first + count, device=x.device)
+        else:
+            self_index = torch.full((count,), -1, dtype=torch.int64, device=x.device)
+        return (*own, _wide(backend, block.rows), *self._side(block.start, block.stop), self_index)
+
+
+class _Plan:
+    """What to compute. ``loss`` None: the statistics themselves are the result."""
+
+    def __init__(
+        self,
+        backend: str,
+        everybody: Everybody,
+        loss: RowLoss | None,
+        negatives: bool = False,
+        positives: bool = False,
+        epsilon: float | None = None,
+        positive_sum: bool = False,
+        instance_sum: bool = False,
+    ) -> None:
+        self.ops = OPERATORS[backend]
+        self.backend, self.everybody, self.loss = backend, everybody, loss
+        self.negatives, self.positives, self.epsilon = negatives, positives, epsilon
+        self.positive_sum = positive_sum
+        self.pairing = _Pairing(everybody.ids, everybody)
+        self.instances: _Pairing | None = None
+        if instance_sum and everybody.instances is not None:
+            same = everybody.instances is everybody.ids
+            self.instances = self.pairing if same else _Pairing(everybody.instances, everybody)
+
+    def blocks(self, rows: Tensor, kept: Tensor | None) -> Iterator[Block]:
+        """The blocks that hold rows. All are passed on, come what may: the others wait for them."""
+        with closing(self.everybody.round.blocks(rows, kept)) as blocks:
+            for block in blocks:
+                if rows.shape[0] and block.stop > block.start:
+                    yield block
+
+    def statistics(self, rows: Tensor, scale: Tensor, kept: Tensor | None) -> RowStatistics:
+        """Of the own anchors; what was not asked for is -inf (n, p) or 0."""
+        x: Any = _wide(self.backend, rows)
+        n = p = scale.new_full((x.shape[0],), -math.inf)
+        softplus, positive_sum, instance_sum = (torch.zeros_like(n) for _ in range(3))
+        for block in self.blocks(rows, kept):
+            operands = self.pairing.operands(x, scale, block, self.backend)
+            more_n, more_p = self.ops.pair_stats(*operands, self.negatives, self.positives)
+            n, p = torch.logaddexp(n, more_n), torch.logaddexp(p, more_p)  # of -inf and -inf: -inf
+            if self.positive_sum:
+                positive_sum += self.ops.positive_sum(*operands)
+            if self.instances is not None:
+                operands = self.instances.operands(x, scale, block, self.backend)
+                instance_sum += self.ops.positive_sum(*operands)
+        if self.epsilon is not None:
+            for block in self.blocks(rows, kept):
+                operands = self.pairing.operands(x, scale, block, self.backend)
+                softplus += self.ops.positive_softplus(*operands, n, self.epsilon)
+        return RowStatistics(n, p, softplus, positive_sum, instance_sum)
+
+    def upstream(
+        self, n: Tensor, p: Tensor, grads: tuple[Tensor, ...], wire: torch.dtype
+    ) -> tuple[RowStatistics, RowStatistics, Tensor, Tensor]:
+        """dL/dstatistics of the own anchors and of everybody's; everybody's n and p."""
+        everybody = self.everybody
+        sent = {"n": n} if self.negatives else {}
+        sent |= {"p": p} if self.positives else {}
+        if self.loss is None:
+            own = RowStatistics(*grads)
+            sent |= {"grad_n": own.n, "grad_p": own.p, "grad_positive_sum": own.positive_sum}
+        else:
+            own = _differentiate(self.loss, n, p, grads[0], *everybody.own_counts)
+            sent["g"] = grads[0]
+        columns = torch.stack([column.to(wire) for column in sent.values()])
+        received = dict(zip(sent, everybody.round.exchange(columns), strict=True))
+        zeros = columns.new_zeros(everybody.count.shape)
+        empty = torch.full_like(zeros, -math.inf)
+        all_n, all_p = received.get("n", empty), received.get("p", empty)
+        if self.loss is None:
+            others = RowStatistics(*(received.get("grad_" + name, zeros) for name in own._fields))
+        else:
+            counts = everybody.count, everybody.instance_count
+            others = _differentiate(self.loss, all_n, all_p, received["g"], *counts)
+        return own, others, all_n, all_p
+
+    def gradient(
+        self,
+        rows: Tensor,
+        scale: Tensor,
+        kept: Tensor | None,
+        n: Tensor,
+        p: Tensor,
+        grads: tuple[Tensor, ...],
+    ) -> Tensor:
+        """The complete gradient of the own rows [M, D]."""
+        ops, everybody = self.ops, self.everybody
+        x: Any = _wide(self.backend, rows)
+        wire = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        own, others, all_n, all_p = self.upstream(n, p, grads, wire)
+        # Blocks are added up before the sum is rounded to 16 bits.
+        grad_x = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+
+        def of(block: Block, *columns: Tensor) -> list[Tensor | None]:
+            """What belongs to a block's rows; the operators know the own rows' columns already."""
+            start, stop = block.start * everybody.views, block.stop * everybody.views
+            return [None if block.rows is None else column[start:stop] for column in columns]
+
+        grad_n = own.n
+        if self.epsilon is not None:
+            for block in self.blocks(rows, kept):
+                operands = self.pairing.operands(x, scale, block, self.backend)
+                columns = of(block, all_n, others.softplus)
+                part, _, more_n = ops.positive_softplus_backward(
+                    *operands, n, self.epsilon, own.softplus, *columns, False
+                )
+                grad_x += part
+                grad_n = grad_n + more_n
+            # Only now does anybody know its own dL/dn.
+            others = others._replace(n=everybody.round.exchange(grad_n.to(wire).unsqueeze(0))[0])
+        for block in self.blocks(rows, kept):
+            operands = self.pairing.operands(x, scale, block, self.backend)
+            columns = of(block, all_n, all_p, others.n, others.p)
+            grad_x += ops.pair_stats_backward(
+                *operands, n, p, grad_n, own.p, *columns, self.negatives, self.positives, False
+            )[0]
+            if self.positive_sum:
+                columns = of(block, others.positive_sum)
+                grad_x += ops.positive_sum_backward(*operands, own.positive_sum, *columns, False)[0]
+            if self.instances is not None:
+                operands = self.instances.operands(x, scale, block, self.backend)
+                columns = of(block, others.instance_sum)
+                grad_x += ops.positive_sum_backward(*operands, own.instance_sum, *columns, False)[0]
+        return grad_x
+
+
+def _differentiate(
+    loss: RowLoss, n: Tensor, p: Tensor, g: Tensor, count: Tensor, instance_count: Tensor | None
+) -> RowStatistics:
+    """dL/dstatistics of any anchors, from the upstream gradients g of their losses."""
+    zeros = torch.zeros_like(n)
+    with torch.enable_grad():
+        leaves = [value.detach().requires_grad_() for value in (n, p, zeros, zeros.clone(), zeros.clone())]
+        losses, _ = loss(RowStatistics(*leaves), count, instance_count)
+        grads = torch.autograd.grad(losses, leaves, g.to(losses.dtype), allow_unused=True)
+    return RowStatistics(*(zeros if grad is None else grad for grad in grads))
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, scale: Tensor, plan: _Plan) -> Any:
+        kept = plan.everybody.round.keep(rows)
+        statistics = plan.statistics(rows, scale, kept)
+        ctx.plan = plan
+        ctx.save_for_backward(rows, scale, kept, statistics.n, statistics.p)
+        if plan.loss is None:
+            return tuple(statistics)
+        return (plan.loss(statistics, *plan.everybody.own_counts)[0],)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        rows, scale, kept, n, p = ctx.saved_tensors
+        grad_scale: Tensor | None = None
+        result: tuple[Tensor | None, ...]
+        with torch.no_grad():
+            grad_x = ctx.plan.gradient(rows, scale, kept, n, p, grads)
+            if ctx.needs_input_grad[1]:
+                # sum_i x_i . dL/dx_i = sum_ij (G_ij + G_ji) s_ij over everybody's i: every pair twice.
+                grad_scale = _row_products(rows, grad_x, scale.dtype) / (2 * scale)
+            result = grad_x.to(rows.dtype) if ctx.needs_input_grad[0] else None, grad_scale
+        if torch.is_grad_enabled():
+            result = tuple(
+                None if grad is None else _RefuseSecond.apply(grad, rows, *grads) for grad in result
+            )
+        return *result, None
+
+
+def _apply(problem: Problem, loss: RowLoss | None, asked: dict[str, Any]) -> tuple[Tensor, ...]:
+    assert problem.everybody is not None
+    plan = _Plan(problem.backend, problem.everybody, loss, **asked)
+    result: tuple[Tensor, ...] = _Gathered.apply(problem.x, problem.scale, plan)
+    return result
+
+
+@torch.compiler.disable
+def gathered_losses(problem: Problem, loss: RowLoss, asked: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses of the own anchors [M], which of them have one, and how many of everybody's anchors have one.
+
+    ``asked``: as in :meth:`Problem.statistics`. Every process calls it; so with its backward.
+    """
+    everybody = problem.everybody
+    assert everybody is not None
+    (losses,) = _apply(problem, loss, asked)
+    nothing = problem.scale.detach().new_zeros(()).expand(everybody.count.shape)
+    with torch.no_grad():
+        _, all_valid = loss(RowStatistics(*[nothing] * 5), everybody.count, everybody.instance_count)
+    start, stop = (bound * everybody.views for bound in everybody.own)
+    return losses, all_valid[start:stop], all_valid.sum()
+
+
+@torch.compiler.disable
+def gathered_statistics(problem: Problem, asked: dict[str, Any]) -> RowStatistics:
+    """Statistics of the own anchors against everybody's rows: n, p and positive_sum, differentiable once."""
+    return RowStatistics(*_apply(problem, None, asked))
