@@ -32,7 +32,7 @@ def view_transform(strength: Literal["none", "weak", "strong"], family: Family, 
         strength: none, weak or strong; see ``DataConfig.augmentation``.
         family: digits are neither flipped nor coloured, grey images are flipped, colour images also jittered
             in
-            colour (Khosla et al. 2020, appendix; Fu et al. 2022).
+            colour (Khosla et al. 2020, appendix; Chen et al. 2022).
         size: side of the view, pixels.
     """
     if strength == "none":
