@@ -76,3 +76,40 @@ def run(program: Path, *cases: str, order: str = "forward", timeout: float = 600
     """Runs the cases whose names start so (all of them if none is named). order: forward, reverse or a seed."""
     environment = {**os.environ, **SANITIZER_ENVIRONMENT, "CUDA_SHIM_ORDER": order}
     return subprocess.run([str(program), *cases], capture_output=True, text=True, env=environment, timeout=timeout)
+
+
+def build_operators() -> Path:
+    """A library of torch operators ``pysupcon_emulated::*`` for CPU tensors: csrc/cuda_glue.cpp over emulated kernels."""
+    import torch
+    from torch.utils import cpp_extension
+
+    texts = {name: (ROOT / "csrc" / name).read_text() for name in ("library.cpp", "cuda_glue.cpp")}
+    renamed = {"TORCH_LIBRARY(pysupcon,": "TORCH_LIBRARY(pysupcon_emulated,",
+               "TORCH_LIBRARY_IMPL(pysupcon, CUDA,": "TORCH_LIBRARY_IMPL(pysupcon_emulated, CPU,"}  # fmt: skip
+    for (name, text), (old, new) in zip(texts.items(), renamed.items(), strict=True):
+        assert text.count(old) == 1, f"csrc/{name} no longer registers by {old!r}"
+        texts[name] = text.replace(old, new)
+    flags = ["-O1", "-fPIC", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
+    headers = [*KERNELS.glob("*.cuh"), *KERNELS.glob("*.h"), *HERE.glob("*.h")]
+    sources = [*headers, *kernel_sources(), *(ROOT / "csrc" / name for name in texts)]
+    out = CACHE / f"operators-{torch.__version__}-{fingerprint(sources, flags)}"
+    out.mkdir(parents=True, exist_ok=True)
+    library = out / "operators.so"
+    with open(out / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            objects = compile_objects(kernel_sources(), flags, out, KERNELS, jobs=2)
+            partial = out / "operators.partial"
+            glue = []
+            for name, text in texts.items():
+                (out / name).write_text(text)
+                glue.append(str(out / name))
+            command = ["g++", "-std=c++20", "-shared", *flags, f"-I{ROOT / 'csrc'}"]
+            command += [f"-isystem{path}" for path in cpp_extension.include_paths()]
+            command += [f"-L{path}" for path in cpp_extension.library_paths()]
+            command += [*glue, *map(str, objects), "-ltorch", "-ltorch_cpu", "-lc10", "-o", str(partial)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"the glue does not compile for emulation:\n{done.stderr[-4000:]}")
+            partial.rename(library)
+    return library

@@ -1,0 +1,172 @@
+"""csrc/cuda_glue.cpp without a GPU: registered for CPU tensors over emulated kernels, against the pure-PyTorch operators."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from cuda_emulation import build
+from torch import Tensor
+
+from pysupcon import _ops, tiled
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None or platform.system() != "Linux", reason="the emulation needs g++ on Linux"
+)
+
+
+@pytest.fixture(scope="module")
+def emulated() -> Any:
+    torch.ops.load_library(str(build.build_operators()))
+    return torch.ops.pysupcon_emulated
+
+
+def rows(count: int, width: int, dtype: torch.dtype, classes: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.nn.functional.normalize(torch.randn(count, width, generator=generator, dtype=torch.float64)).to(dtype)
+    labels = torch.randint(classes, (count,), generator=generator)
+    return x, labels, torch.argsort(labels, stable=True)
+
+
+def scale_for(dtype: torch.dtype) -> Tensor:
+    return torch.tensor(5.0, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+NONE = (None, None, None, None)
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def close(got: Tensor, want: Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(got.double(), want.double(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("separate", [False, True], ids=["one set", "candidates"])
+def test_operators_agree_with_tiled(emulated: Any, dtype: torch.dtype, separate: bool) -> None:
+    x, labels, order = rows(21, 12, dtype, 3, 0)
+    x = torch.cat([x, x], 1)[:, :12]  # strided rows
+    scale, tolerance = scale_for(dtype), TOLERANCE[dtype]
+    candidates: Any = NONE
+    if separate:
+        c, c_labels, _ = rows(30, 12, dtype, 3, 1)
+        c[:4], c_labels[:4] = x[:4], labels[:4]
+        self_index = torch.full((21,), -1)
+        self_index[:4] = torch.arange(4)
+        candidates = (c, c_labels, torch.argsort(c_labels, stable=True), self_index)
+
+    def truth(t: Any) -> Any:
+        return t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
+
+    here = (x, labels, order, scale, *candidates)
+    there = tuple(truth(t) for t in here)
+
+    n, p = emulated.pair_stats(*here, True, True)
+    want_n, want_p = tiled.pair_stats(*there, True, True)
+    assert n.dtype == p.dtype == scale.dtype
+    close(n, want_n, 1e-5)
+    close(p, want_p, 1e-5)
+
+    u, v = torch.randn(21, dtype=scale.dtype), torch.randn(21, dtype=scale.dtype)
+    own = (None, None, None, None)
+    got = emulated.pair_stats_backward(*here, n, p, u, v, *own, True, True, separate)
+    want = tiled.pair_stats_backward(*there, truth(n), truth(p), truth(u), truth(v), *own, True, True, separate)
+    assert got[0].dtype == dtype and got[1].shape == want[1].shape
+    for g, w in zip(got, want, strict=True):
+        close(g, w, tolerance * 5)
+
+    total = emulated.positive_softplus(*here, n, 0.25)
+    close(total, tiled.positive_softplus(*there, truth(n), 0.25), 3e-5)
+    got = emulated.positive_softplus_backward(*here, n, 0.25, u, None, None, separate)
+    want = tiled.positive_softplus_backward(*there, truth(n), 0.25, truth(u), None, None, separate)
+    for g, w in zip(got, want, strict=True):
+        close(g, w, tolerance * 20)
+
+    close(emulated.positive_sum(*here), tiled.positive_sum(*there), 1e-5)
+    got = emulated.positive_sum_backward(*here, u, None, separate)
+    want = tiled.positive_sum_backward(*there, truth(u), None, separate)
+    for g, w in zip(got, want, strict=True):
+        close(g, w, tolerance * 20)
+
+
+def test_matmul_precision_chooses_the_split(emulated: Any) -> None:
+    x, labels, order = rows(40, 64, torch.float32, 4, 3)
+    scale = torch.tensor(20.0)
+    want, _ = tiled.pair_stats(x.double(), labels, order, scale.double(), *NONE, True, True)
+    errors = {}
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "high", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            n, _ = emulated.pair_stats(x, labels, order, scale, *NONE, True, True)
+            errors[precision] = float((n.double() - want).abs().max())
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert errors["highest"] < 3e-6
+    assert errors["highest"] < errors["high"] < 1e-4
+    assert errors["high"] < errors["medium"] < 0.1
+
+
+def test_empty_batches(emulated: Any) -> None:
+    x, labels, order = rows(0, 8, torch.float32, 3, 0)
+    n, p = emulated.pair_stats(x, labels, order, torch.tensor(1.0), *NONE, True, True)
+    assert n.shape == p.shape == (0,)
+    y, y_labels, y_order = rows(6, 8, torch.float32, 3, 1)
+    one = torch.ones(6)
+    no_candidates = (x, labels, order, None)
+    n, p = emulated.pair_stats(y, y_labels, y_order, torch.tensor(1.0), *no_candidates, True, True)
+    assert bool((n == -torch.inf).all()) and bool((p == -torch.inf).all())
+    empty = torch.empty(0)
+    own = (None, None, None, None)
+    no_anchors = (x, labels, order, torch.tensor(1.0), y, y_labels, y_order, None)
+    _, g = emulated.pair_stats_backward(*no_anchors, empty, empty, empty, empty, *own, True, True, True)
+    assert g.shape == y.shape and bool((g == 0).all())
+    gx, _ = emulated.pair_stats_backward(
+        y, y_labels, y_order, torch.tensor(1.0), *no_candidates, n, p, one, one, *own, True, True, False
+    )
+    assert bool((gx == 0).all())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": torch.zeros(5, dtype=torch.int64)}, r"labels must be int64 of shape \[6\] on cpu, got Long of shape \[5\]"),
+        ({"labels": torch.zeros(6)}, r"labels must be int64 of shape \[6\] on cpu, got Float"),
+        ({"x": torch.zeros(6)}, r"x must be \[M, D\], got shape \[6\]"),
+        ({"x": torch.zeros(6, 4, dtype=torch.int32)}, "x must be float32, float64, bfloat16 or float16, got Int"),
+        ({"scale": torch.ones(1)}, r"scale must be a tensor of no dimensions on cpu, got shape \[1\]"),
+    ],
+)  # fmt: skip
+def test_errors_name_argument_contract_and_value(emulated: Any, change: dict[str, Tensor], message: str) -> None:
+    x, labels, order = rows(6, 4, torch.float32, 2, 0)
+    arguments = {"x": x, "labels": labels, "order": order, "scale": torch.tensor(1.0), **change}
+    with pytest.raises(ValueError, match=message):
+        emulated.pair_stats(*arguments.values(), *NONE, True, True)
+
+
+def test_candidate_statistics_need_candidates(emulated: Any) -> None:
+    x, labels, order = rows(6, 4, torch.float32, 2, 0)
+    one = torch.ones(6)
+    with pytest.raises(ValueError, match="go with candidates"):
+        emulated.positive_sum_backward(x, labels, order, torch.tensor(1.0), *NONE, one, one, False)
+
+
+@pytest.mark.skipif(not _ops.compiled_for("cuda"), reason="this build has no CUDA kernels")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_fakes_answer_for_cuda_tensors_without_a_gpu(dtype: torch.dtype) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x = torch.empty(8, 4, dtype=dtype, device="cuda")
+        labels = torch.empty(8, dtype=torch.int64, device="cuda")
+        stats = _ops.stats_dtype(x)
+        scale = torch.empty((), dtype=stats, device="cuda")
+        n, p = torch.ops.pysupcon.pair_stats(x, labels, labels, scale, *NONE, True, True)
+        assert n.dtype == p.dtype == stats and n.device.type == "cuda" and n.shape == (8,)
+        own = (None, None, None, None)
+        grad_x, _ = torch.ops.pysupcon.pair_stats_backward(
+            x, labels, labels, scale, *NONE, n, p, n, p, *own, True, True, False
+        )
+        assert grad_x.dtype == dtype and grad_x.device.type == "cuda" and grad_x.shape == x.shape
