@@ -1,11 +1,13 @@
 """Builds pysupcon's extension with one ninja file.
 
-Every source gets its own flags: the CPU kernels are compiled once per instruction set, the CUDA kernels by nvcc without
-any torch header (so that any torch build, CPU or CUDA, will do), and only the thin glue sees torch.
+Every source gets its own flags: the CPU kernels are compiled once per instruction set, the CUDA kernels by
+nvcc without any torch header (so that any torch build, CPU or CUDA, will do), and only the thin glue sees
+torch.
 
 Environment
-    PYSUPCON_CUDA=0|1        leave the CUDA kernels out | stop if they cannot be built (default: build them if nvcc is there)
-    PYSUPCON_CUDA_ARCHS      e.g. "80;90a" or "all"; default "80;90"; PTX of the last one is always added
+    PYSUPCON_CUDA=0|1        leave the CUDA kernels out | stop if they cannot be built
+                             (default: build them if nvcc is there)
+    PYSUPCON_CUDA_ARCHS      e.g. "80;90a" or "all"; default "80;90"; PTX of the newest is always added
     CXX, NVCC, MAX_JOBS      compilers and the number of parallel jobs
 """
 
@@ -17,6 +19,8 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -27,26 +31,36 @@ ALL_CUDA_ARCHS = ["80", "86", "89", "90a", "100", "120"]
 DEFAULT_CUDA_ARCHS = ["80", "90"]
 MIN_NVCC = (12, 0)
 
-# CPU instruction sets: name -> flags. "generic" is the compiler's baseline (SSE2 on x86-64, NEON on aarch64).
+# CPU instruction sets: name -> flags. "generic" is the compiler's baseline (SSE2 on x86-64, NEON on
+# aarch64).
 X86_ISAS = {
     "generic": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
+    "avx512": [
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mfma",
+        "-mf16c",
+        "-mprefer-vector-width=512",
+    ],
 }
 
 
-def stop(message: str) -> "NoReturn":  # noqa: F821
+def stop(message: str) -> NoReturn:
     sys.exit(f"\npysupcon: {message}\n")
 
 
-def require_torch():
+def require_torch() -> ModuleType:
     """The torch the extension will run with; the build must see that very one."""
     try:
         import torch
     except ImportError:
         stop(
-            "torch is not installed in the environment that builds the extension. The extension must be compiled against "
-            "the torch it will run with, so an isolated build cannot work. Install torch first, then type\n"
+            "torch is not installed in the environment that builds the extension. The extension must be "
+            "compiled against the torch it will run with, so an isolated build cannot work. Install torch "
+            "first, then type\n"
             f"    pip install 'setuptools>=77' wheel pybind11 ninja && {NO_ISOLATION}"
         )
     return torch
@@ -68,18 +82,32 @@ def find_nvcc() -> tuple[str | None, str]:
     if not list((ROOT / "csrc/cuda").glob("*.cu")):
         return None, "this source tree has no CUDA kernels"
     candidates = [os.environ.get("NVCC"), shutil.which("nvcc")]
-    candidates += [str(Path(home) / "bin/nvcc") for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    homes = (os.environ.get("CUDA_HOME"), "/usr/local/cuda")
+    candidates += [str(Path(home) / "bin/nvcc") for home in homes if home]
     nvcc = next((path for path in candidates if path and Path(path).exists()), None)
     reason = "no nvcc was found at build time (PATH, CUDA_HOME, NVCC)"
     if nvcc:
         text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
         match = re.search(r"release (\d+)\.(\d+)", text)
-        if match and (int(match[1]), int(match[2])) >= MIN_NVCC:
+        if not match or (int(match[1]), int(match[2])) < MIN_NVCC:
+            found = match[0] if match else "of unknown version"
+            reason = f"nvcc {found} is older than {MIN_NVCC[0]}.{MIN_NVCC[1]}"
+        elif find_cudart(nvcc) is None:
+            reason = f"{nvcc} has no libcudart_static.a with it"
+        else:
             return nvcc, f"nvcc {match[1]}.{match[2]}"
-        reason = f"nvcc {match[0] if match else 'of unknown version'} is older than {MIN_NVCC[0]}.{MIN_NVCC[1]}"
     if wish == "1":
         stop(f"PYSUPCON_CUDA=1, but {reason}")
     return None, reason
+
+
+def find_cudart(nvcc: str) -> Path | None:
+    """Folder of the static CUDA runtime that belongs to this nvcc (which may be a wrapper elsewhere)."""
+    words = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    match = re.search(r"TOP=(.*)", words)
+    top = Path(match[1].strip()) if match else Path(nvcc).resolve().parent.parent
+    folders = [top / "lib64", top / "lib", *top.glob("targets/*/lib")]
+    return next((folder.resolve() for folder in folders if (folder / "libcudart_static.a").exists()), None)
 
 
 def cuda_archs(nvcc: str) -> list[str]:
@@ -92,7 +120,7 @@ def cuda_archs(nvcc: str) -> list[str]:
     archs = [a.strip().replace(".", "") for a in re.split(r"[;,\s]+", text) if a.strip()]
     for arch in archs:
         if f"compute_{arch.rstrip('af')}" not in known:
-            stop(f"PYSUPCON_CUDA_ARCHS names {arch!r}, which {nvcc} does not know; it knows: {' '.join(known.split())}")
+            stop(f"PYSUPCON_CUDA_ARCHS names {arch!r}; {nvcc} knows only {' '.join(known.split())}")
     return archs
 
 
@@ -123,7 +151,8 @@ class NinjaFile:
         self.objects.append(str(out))
 
     def link(self, target: Path, flags: list[str]) -> None:
-        self.text += [f"build {target}: link {' '.join(self.objects)}", f"  flags = {' '.join(flags)}", f"default {target}"]
+        self.text += [f"build {target}: link {' '.join(self.objects)}", f"  flags = {' '.join(flags)}"]
+        self.text += [f"default {target}"]
 
     def run(self, ninja: str) -> None:
         self.dir.mkdir(parents=True, exist_ok=True)
@@ -154,7 +183,9 @@ class NinjaBuildExt(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         nvcc, cuda_word = find_nvcc()
         archs = cuda_archs(nvcc) if nvcc else []
-        tag = f"{sys.implementation.cache_tag}-torch{torch.__version__}-" + ("cuda" + "-".join(archs) if nvcc else "cpu")
+        cudart = find_cudart(nvcc) if nvcc else None
+        tag = f"{sys.implementation.cache_tag}-torch{torch.__version__}"
+        tag += "-cuda" + "-".join(archs) if nvcc else "-cpu"
         ninja = NinjaFile(ROOT / "build" / f"ninja-{tag}")
         cxx = os.environ.get("CXX", "g++")
         ninja.rule("cxx", f"{cxx} -MMD -MF $out.d $flags -c $in -o $out", "c++ $out")
@@ -162,10 +193,13 @@ class NinjaBuildExt(build_ext):
 
         base = ["-fPIC", "-O3", "-Wall", "-Wextra", "-fvisibility=hidden"]
         # Contraction to fused multiply-add only; never -ffast-math (masks rely on infinities).
-        kernel = [*base, "-std=c++17", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", f"-I{ROOT / 'csrc'}"]
+        kernel = [*base, "-std=c++17", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+        kernel += [f"-I{ROOT / 'csrc'}"]
         isas = X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {"generic": []}
         for isa, flags in isas.items():
-            ninja.compile("cxx", "csrc/cpu/kernels.cpp", [*kernel, *flags, f"-DPYSUPCON_ISA={isa}"], f".{isa}")
+            ninja.compile(
+                "cxx", "csrc/cpu/kernels.cpp", [*kernel, *flags, f"-DPYSUPCON_ISA={isa}"], f".{isa}"
+            )
         have = [f"-DPYSUPCON_HAVE_{isa.upper()}" for isa in isas]
         for source in ("select", "driver", "class_sums"):
             ninja.compile("cxx", f"csrc/cpu/{source}.cpp", [*kernel, *have])
@@ -192,18 +226,17 @@ class NinjaBuildExt(build_ext):
         link = [f"-L{path}" for path in cpp_extension.library_paths()]
         link += ["-fopenmp", "-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10", "-Wl,--as-needed"]
         if nvcc:
-            lib = Path(nvcc).resolve().parent.parent
-            link += [f"-L{lib / d}" for d in ("lib64", "lib", "targets/x86_64-linux/lib") if (lib / d).is_dir()]
-            link += ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+            link += [f"-L{cudart}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
         ninja.link(target, link)
         ninja.run(find_ninja())
 
     def add_cuda(self, ninja: NinjaFile, nvcc: str, archs: list[str]) -> None:
         """One nvcc call per kernel file; ptxas' report of registers and spills stays beside the object."""
-        ninja.rule("nvcc", f"{nvcc} -MD -MF $out.d $flags -c $in -o $out > $out.ptxas.txt 2>&1 "
-                   "|| (cat $out.ptxas.txt; exit 1)", "nvcc $out")
-        flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v", "--expt-relaxed-constexpr",
-                 f"-I{ROOT / 'csrc'}", *gencode(archs)]
+        report = "$out.ptxas.txt"
+        command = f"{nvcc} -MD -MF $out.d $flags -c $in -o $out > {report} 2>&1 || (cat {report}; exit 1)"
+        ninja.rule("nvcc", command, "nvcc $out")
+        flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"]
+        flags += ["--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}", *gencode(archs)]
         for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
             ninja.compile("nvcc", str(source.relative_to(ROOT)), flags)
 

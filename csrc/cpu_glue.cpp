@@ -27,18 +27,24 @@ constexpr cpu::Threads kThreads{run_parallel};
 
 // ------------------------------------------------------------------------------------------------ arguments
 void check_vector(const Tensor& t, int64_t size, at::ScalarType type, const char* name) {
-  TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == size && t.scalar_type() == type && t.device().is_cpu(), "pysupcon: ", name,
-                    " must be a CPU tensor of ", type, " and shape [", size, "], got ", t.scalar_type(), " of shape ",
-                    t.sizes(), " on ", t.device());
+  TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == size && t.scalar_type() == type && t.device().is_cpu(),
+                    "pysupcon: ", name, " must be a CPU tensor of ", type, " and shape [", size, "], got ",
+                    t.scalar_type(), " of shape ", t.sizes(), " on ", t.device());
 }
 
 cpu::Type type_of(const Tensor& x, const char* name) {
   switch (x.scalar_type()) {
-    case at::kFloat: return cpu::Type::f32;
-    case at::kDouble: return cpu::Type::f64;
-    case at::kBFloat16: return cpu::Type::bf16;
-    case at::kHalf: return cpu::Type::f16;
-    default: TORCH_CHECK_VALUE(false, "pysupcon: ", name, " must be float32, float64, bfloat16 or float16, got ", x.scalar_type());
+    case at::kFloat:
+      return cpu::Type::f32;
+    case at::kDouble:
+      return cpu::Type::f64;
+    case at::kBFloat16:
+      return cpu::Type::bf16;
+    case at::kHalf:
+      return cpu::Type::f16;
+    default:
+      TORCH_CHECK_VALUE(false, "pysupcon: ", name, " must be float32, float64, bfloat16 or float16, got ",
+                        x.scalar_type());
   }
 }
 
@@ -46,7 +52,8 @@ cpu::Type type_of(const Tensor& x, const char* name) {
 struct ClassNumbers {
   std::vector<int32_t> anchors, candidates;
 };
-ClassNumbers number_classes(const Tensor& labels, const Tensor& order, const Tensor* other_labels, const Tensor* other_order) {
+ClassNumbers number_classes(const Tensor& labels, const Tensor& order, const Tensor* other_labels,
+                            const Tensor* other_order) {
   const int64_t m = labels.size(0), n = other_labels ? other_labels->size(0) : 0;
   const int64_t *la = labels.const_data_ptr<int64_t>(), *oa = order.const_data_ptr<int64_t>();
   const int64_t* lb = other_labels ? other_labels->const_data_ptr<int64_t>() : nullptr;
@@ -57,8 +64,9 @@ ClassNumbers number_classes(const Tensor& labels, const Tensor& order, const Ten
   for (int64_t i = 0, j = 0; i < m || j < n;) {
     const bool first = j >= n || (i < m && la[oa[i]] <= lb[ob[j]]);
     const int64_t next = first ? la[oa[i]] : lb[ob[j]];
-    TORCH_CHECK_VALUE(number < 0 || next >= label, "pysupcon: order must be the argsort of labels; it puts label ", next,
-                      " after ", label);
+    TORCH_CHECK_VALUE(number < 0 || next >= label,
+                      "pysupcon: order must be the argsort of labels; it puts label ", next, " after ",
+                      label);
     if (number < 0 || next != label) ++number;
     label = next;
     (first ? c.anchors[i++] : c.candidates[j++]) = number;
@@ -83,7 +91,8 @@ struct Call {
   Call(const Rows& a, const Candidates& b) {
     TORCH_CHECK_VALUE(a.x.dim() == 2, "pysupcon: x must be [M, D], got shape ", a.x.sizes());
     TORCH_CHECK_VALUE(a.x.size(0) < std::numeric_limits<int32_t>::max(), "pysupcon: at most 2^31 - 1 rows");
-    TORCH_CHECK_VALUE(a.scale.dim() == 0, "pysupcon: scale must have no dimensions, got shape ", a.scale.sizes());
+    TORCH_CHECK_VALUE(a.scale.dim() == 0, "pysupcon: scale must have no dimensions, got shape ",
+                      a.scale.sizes());
     check_vector(a.labels, a.x.size(0), at::kLong, "labels");
     check_vector(a.order, a.x.size(0), at::kLong, "order");
     x = a.x.stride(1) == 1 ? a.x : a.x.contiguous();
@@ -99,9 +108,10 @@ struct Call {
       return;
     }
     TORCH_CHECK_VALUE(b.labels && b.order, "pysupcon: candidates need candidate_labels and candidate_order");
-    TORCH_CHECK_VALUE(b.rows->dim() == 2 && b.rows->size(1) == x.size(1) && b.rows->scalar_type() == x.scalar_type(),
-                      "pysupcon: candidates must be [N, D] with x's D = ", x.size(1), " and dtype ", x.scalar_type(), ", got ",
-                      b.rows->scalar_type(), " of shape ", b.rows->sizes());
+    TORCH_CHECK_VALUE(
+        b.rows->dim() == 2 && b.rows->size(1) == x.size(1) && b.rows->scalar_type() == x.scalar_type(),
+        "pysupcon: candidates must be [N, D] with x's D = ", x.size(1), " and dtype ", x.scalar_type(),
+        ", got ", b.rows->scalar_type(), " of shape ", b.rows->sizes());
     check_vector(*b.labels, b.rows->size(0), at::kLong, "candidate_labels");
     check_vector(*b.order, b.rows->size(0), at::kLong, "candidate_order");
     c = b.rows->stride(1) == 1 ? *b.rows : b.rows->contiguous();
@@ -115,7 +125,8 @@ struct Call {
 
  private:
   static cpu::Side side(const Tensor& rows, const Tensor& order, const std::vector<int32_t>& classes) {
-    return {rows.const_data_ptr(), rows.stride(0), rows.size(0), order.const_data_ptr<int64_t>(), classes.data()};
+    return {rows.const_data_ptr(), rows.stride(0), rows.size(0), order.const_data_ptr<int64_t>(),
+            classes.data()};
   }
   void find_selves(const Tensor& self_index) {
     check_vector(self_index, x.size(0), at::kLong, "self_index");
@@ -138,10 +149,13 @@ struct Call {
 Tensor new_stats(int64_t rows) { return at::empty({rows}, at::TensorOptions().dtype(at::kDouble)); }
 
 Tensor as_stats(const Tensor& t, int64_t rows, const char* name) {
-  TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == rows, "pysupcon: ", name, " must be [", rows, "], got shape ", t.sizes());
+  TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == rows, "pysupcon: ", name, " must be [", rows,
+                    "], got shape ", t.sizes());
   return t.to(at::kDouble).contiguous();
 }
-Tensor as_stats(const Maybe& t, int64_t rows, const char* name) { return t ? as_stats(*t, rows, name) : Tensor(); }
+Tensor as_stats(const Maybe& t, int64_t rows, const char* name) {
+  return t ? as_stats(*t, rows, name) : Tensor();
+}
 const double* pointer(const Tensor& t) { return t.defined() ? t.const_data_ptr<double>() : nullptr; }
 
 // Gradients accumulate in float for the 16-bit types and are rounded once, at the end.
@@ -154,14 +168,17 @@ struct GradientTensors {
     x = at::zeros({call.x.size(0), call.x.size(1)}, options);
     c = at::zeros({need_candidates ? call.c.size(0) : 0, call.x.size(1)}, options);
   }
-  cpu::Gradients pointers() const { return {x.mutable_data_ptr(), c.size(0) ? c.mutable_data_ptr() : nullptr}; }
+  cpu::Gradients pointers() const {
+    return {x.mutable_data_ptr(), c.size(0) ? c.mutable_data_ptr() : nullptr};
+  }
 };
 
 void check_forms(const Call& call, bool column_side, bool need_candidates) {
   TORCH_CHECK_VALUE(call.c.defined() || (!column_side && !need_candidates),
                     "pysupcon: need_candidates and candidate statistics go with candidates");
-  TORCH_CHECK_VALUE(!column_side || !need_candidates,
-                    "pysupcon: with the candidates' own statistics the gradient of the candidates is their owner's");
+  TORCH_CHECK_VALUE(
+      !column_side || !need_candidates,
+      "pysupcon: with the candidates' own statistics the gradient of the candidates is their owner's");
 }
 
 // A non-finite row shows in every statistic; say which one it was.
@@ -170,16 +187,20 @@ void check_finite(const Call& call, const Tensor& n) {
   for (const Tensor* rows : {&call.x, &call.c}) {
     if (!rows->defined()) continue;
     const Tensor bad = rows->detach().isfinite().all(1).logical_not().nonzero();
-    TORCH_CHECK_VALUE(bad.numel() == 0, "features must be finite, got NaN or infinity in ", bad.numel(), " of ", rows->size(0),
-                      rows == &call.x ? " rows" : " candidate rows", ", the first of them row ", bad[0].item().toLong());
+    TORCH_CHECK_VALUE(bad.numel() == 0, "features must be finite, got NaN or infinity in ", bad.numel(),
+                      " of ", rows->size(0), rows == &call.x ? " rows" : " candidate rows",
+                      ", the first of them row ", bad[0].item().toLong());
   }
-  TORCH_CHECK_VALUE(false, "features must be small enough for a finite similarity; features . features / temperature overflows");
+  TORCH_CHECK_VALUE(
+      false,
+      "features must be small enough for a finite similarity; features . features / temperature overflows");
 }
 
 // ------------------------------------------------------------------------------------------------ operators
 #define ROWS_ARGS const Tensor &x, const Tensor &labels, const Tensor &order, const Tensor &scale
-#define CANDIDATE_ARGS \
-  const Maybe &candidates, const Maybe &candidate_labels, const Maybe &candidate_order, const Maybe &self_index
+#define CANDIDATE_ARGS                                                                  \
+  const Maybe &candidates, const Maybe &candidate_labels, const Maybe &candidate_order, \
+      const Maybe &self_index
 #define CALL(name) \
   Call name({x, labels, order, scale}, {candidates, candidate_labels, candidate_order, self_index})
 
@@ -194,17 +215,18 @@ std::tuple<Tensor, Tensor> pair_stats(ROWS_ARGS, CANDIDATE_ARGS, bool negatives,
 }
 
 std::tuple<Tensor, Tensor> pair_stats_backward(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& n, const Tensor& p,
-                                               const Tensor& grad_n, const Tensor& grad_p, const Maybe& candidate_n,
-                                               const Maybe& candidate_p, const Maybe& candidate_grad_n,
-                                               const Maybe& candidate_grad_p, bool negatives, bool positives,
-                                               bool need_candidates) {
+                                               const Tensor& grad_n, const Tensor& grad_p,
+                                               const Maybe& candidate_n, const Maybe& candidate_p,
+                                               const Maybe& candidate_grad_n, const Maybe& candidate_grad_p,
+                                               bool negatives, bool positives, bool need_candidates) {
   CALL(call);
   call.problem.negatives = negatives;
   call.problem.positives = positives;
   const bool column_side = candidate_n.has_value();
-  TORCH_CHECK_VALUE(candidate_p.has_value() == column_side && candidate_grad_n.has_value() == column_side &&
-                        candidate_grad_p.has_value() == column_side,
-                    "pysupcon: candidate_n, candidate_p, candidate_grad_n and candidate_grad_p come together");
+  TORCH_CHECK_VALUE(
+      candidate_p.has_value() == column_side && candidate_grad_n.has_value() == column_side &&
+          candidate_grad_p.has_value() == column_side,
+      "pysupcon: candidate_n, candidate_p, candidate_grad_n and candidate_grad_p come together");
   check_forms(call, column_side, need_candidates);
   const int64_t rows = call.x.size(0), cols = call.c.defined() ? call.c.size(0) : 0;
   const Tensor a[4] = {as_stats(n, rows, "n"), as_stats(p, rows, "p"), as_stats(grad_n, rows, "grad_n"),
@@ -213,7 +235,8 @@ std::tuple<Tensor, Tensor> pair_stats_backward(ROWS_ARGS, CANDIDATE_ARGS, const 
                        as_stats(candidate_grad_n, cols, "candidate_grad_n"),
                        as_stats(candidate_grad_p, cols, "candidate_grad_p")};
   const GradientTensors g(call, need_candidates);
-  cpu::pair_stats_backward(call.problem, kThreads, {pointer(a[0]), pointer(a[1]), pointer(a[2]), pointer(a[3])},
+  cpu::pair_stats_backward(call.problem, kThreads,
+                           {pointer(a[0]), pointer(a[1]), pointer(a[2]), pointer(a[3])},
                            {pointer(b[0]), pointer(b[1]), pointer(b[2]), pointer(b[3])}, g.pointers());
   return {g.x.to(g.type), g.c.to(g.type)};
 }
@@ -227,9 +250,11 @@ Tensor positive_softplus(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& n, double epsi
   return total;
 }
 
-std::tuple<Tensor, Tensor, Tensor> positive_softplus_backward(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& n, double epsilon,
-                                                              const Tensor& grad_total, const Maybe& candidate_n,
-                                                              const Maybe& candidate_grad_total, bool need_candidates) {
+std::tuple<Tensor, Tensor, Tensor> positive_softplus_backward(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& n,
+                                                              double epsilon, const Tensor& grad_total,
+                                                              const Maybe& candidate_n,
+                                                              const Maybe& candidate_grad_total,
+                                                              bool need_candidates) {
   CALL(call);
   call.problem.negatives = false;
   const bool column_side = candidate_n.has_value();
@@ -242,8 +267,9 @@ std::tuple<Tensor, Tensor, Tensor> positive_softplus_backward(ROWS_ARGS, CANDIDA
                other_w = as_stats(candidate_grad_total, cols, "candidate_grad_total");
   Tensor grad_n = new_stats(rows);
   const GradientTensors g(call, need_candidates);
-  cpu::positive_softplus_backward(call.problem, kThreads, {pointer(stats), pointer(w)}, {pointer(other), pointer(other_w)},
-                                  epsilon, g.pointers(), grad_n.mutable_data_ptr<double>());
+  cpu::positive_softplus_backward(call.problem, kThreads, {pointer(stats), pointer(w)},
+                                  {pointer(other), pointer(other_w)}, epsilon, g.pointers(),
+                                  grad_n.mutable_data_ptr<double>());
   return {g.x.to(g.type), g.c.to(g.type), grad_n};
 }
 
@@ -259,7 +285,8 @@ std::tuple<Tensor, Tensor> positive_sum_backward(ROWS_ARGS, CANDIDATE_ARGS, cons
   CALL(call);
   check_forms(call, candidate_grad_total.has_value(), need_candidates);
   const Tensor w = as_stats(grad_total, call.x.size(0), "grad_total");
-  const Tensor other = as_stats(candidate_grad_total, call.c.defined() ? call.c.size(0) : 0, "candidate_grad_total");
+  const Tensor other =
+      as_stats(candidate_grad_total, call.c.defined() ? call.c.size(0) : 0, "candidate_grad_total");
   const GradientTensors g(call, need_candidates);
   cpu::positive_sum_backward(call.problem, kThreads, pointer(w), pointer(other), g.pointers());
   return {g.x.to(g.type), g.c.to(g.type)};

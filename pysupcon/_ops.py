@@ -1,33 +1,34 @@
 """The operators ``torch.ops.pysupcon``: contracts, fakes for tracing, and what this build can do.
 
-This module is the only one that knows the compiled extension ``_C``. It knows no autograd; ``tiled`` offers functions
-of the same names and signatures in pure PyTorch.
+This module is the only one that knows the compiled extension ``_C``. It knows no autograd; ``tiled`` offers
+functions of the same names and signatures in pure PyTorch.
 
 Symbols (similarity ``s_ij = scale * x_i . c_j``, ``scale = 1 / temperature``)
     anchors      ``x`` [M, D], any float dtype, rows may be strided; ``labels`` [M] int64, any values;
                  ``order`` [M] int64, the stable argsort of ``labels``; ``scale`` a tensor of no dimensions,
                  :func:`stats_dtype`, on x's device.
-    candidates   ``candidates`` [N, D], ``candidate_labels``, ``candidate_order`` likewise. All three None: the
-                 candidates are the anchors themselves and an anchor is not its own candidate (j != i).
-    self_index   [M] int64, only with candidates: the candidate row that *is* anchor i and is left out, -1 for none.
-                 It must carry the anchor's own label. None: no anchor is among the candidates.
+    candidates   ``candidates`` [N, D], ``candidate_labels``, ``candidate_order`` likewise. All three None:
+                 the candidates are the anchors themselves and an anchor is not its own candidate (j != i).
+    self_index   [M] int64, only with candidates: the candidate row that *is* anchor i and is left out, -1 for
+                 none. It must carry the anchor's own label. None: no anchor is among the candidates.
     P_i, N_i     candidates of the anchor's label without the anchor itself; candidates of another label.
 
 Operators
-    pair_stats          n_i = log sum_{N_i} e^{s_ij},  p_i = log sum_{P_i} e^{s_ij}; both [M] in stats_dtype; -inf where
-                        the set is empty. ``negatives=False`` (``positives=False``) leaves n (p) uncomputed: all -inf.
-    positive_softplus   sum_{j in P_i} softplus(n_i - s_ij + epsilon), [M] in stats_dtype; n [M] is an input. 0 where
-                        P_i is empty or n_i = -inf.
+    pair_stats          n_i = log sum_{N_i} e^{s_ij}, p_i = log sum_{P_i} e^{s_ij}; both [M] in stats_dtype;
+                        -inf where the set is empty. ``negatives=False`` (``positives=False``) leaves n (p)
+                        uncomputed: all -inf.
+    positive_softplus   sum_{j in P_i} softplus(n_i - s_ij + epsilon), [M] in stats_dtype; n [M] is an input.
+                        0 where P_i is empty or n_i = -inf.
     positive_sum        sum_{j in P_i} s_ij, [M] in stats_dtype; O((M + N) D) work through class sums.
 
-Backward operators: ``grad_x`` has x's shape and dtype, ``grad_candidates`` the candidates' (an empty tensor of shape
-[0, D] unless ``need_candidates``). With G_ij = dL/ds_ij from the anchors' upstream gradients:
-    no candidates                     grad_x_i = scale * sum_j (G_ij + G_ji) x_j
-    candidates                        grad_x_i = scale * sum_j G_ij c_j;   grad_candidates_j = scale * sum_i G_ij x_i
-    candidates and candidate_... given  grad_x_i = scale * sum_j (G_ij + G_ji) c_j, where G_ji comes from the candidates'
-                                      own statistics and upstream gradients ([N], in the candidates' order): the
-                                      complete gradient of one process's own rows, when every candidate is an anchor
-                                      of some process (needs self_index). need_candidates must then be False.
+Backward operators: ``grad_x`` has x's shape and dtype, ``grad_candidates`` the candidates' (an empty tensor
+of shape [0, D] unless ``need_candidates``). With G_ij = dL/ds_ij from the anchors' upstream gradients:
+    no candidates       grad_x_i = scale * sum_j (G_ij + G_ji) x_j
+    candidates          grad_x_i = scale * sum_j G_ij c_j; grad_candidates_j = scale * sum_i G_ij x_i
+    candidates and      grad_x_i = scale * sum_j (G_ij + G_ji) c_j, where G_ji comes from the candidates' own
+    candidate_... too   statistics and upstream gradients ([N], in the candidates' order): the complete
+                        gradient of one process's own rows, when every candidate is an anchor of some process
+                        (needs self_index). need_candidates must then be False.
 An anchor whose n (p) is -inf contributes nothing through n (p), whatever its upstream gradient.
 
 All results are bitwise reproducible for the same inputs, device and build, for any number of threads.
@@ -35,6 +36,7 @@ All results are bitwise reproducible for the same inputs, device and build, for 
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -42,7 +44,7 @@ from torch import Tensor
 
 _problem: str | None = None  # why the extension is not usable; None if it is
 try:
-    from pysupcon import _C
+    _C = importlib.import_module("pysupcon._C")
 except ImportError as error:
     _problem = (
         f"the compiled extension pysupcon._C could not be imported ({error}); "
@@ -51,8 +53,8 @@ except ImportError as error:
 else:
     if _C.torch_version != torch.__version__:
         _problem = (
-            f"the compiled extension was built against torch {_C.torch_version}, but this is torch {torch.__version__}; "
-            "build it again with `pip install --no-build-isolation .`"
+            f"the compiled extension was built against torch {_C.torch_version}, but this is torch "
+            f"{torch.__version__}; build it again with `pip install --no-build-isolation .`"
         )
 
 
@@ -72,8 +74,8 @@ def backends() -> dict[str, dict[str, Any]]:
     """What can compute the losses here, and why something cannot.
 
     Returns:
-        One entry per backend ("cpu", "cuda", "tiled", "reference"), each with ``available`` (bool) and ``detail`` (a
-        sentence); "cpu" also names ``isa``, the instruction set in use.
+        One entry per backend ("cpu", "cuda", "tiled", "reference"), each with ``available`` (bool) and
+        ``detail`` (a sentence); "cpu" also names ``isa``, the instruction set in use.
     """
     report: dict[str, dict[str, Any]] = {}
     if _problem is not None:
@@ -84,7 +86,7 @@ def backends() -> dict[str, dict[str, Any]]:
         report["cpu"] = {
             "available": True,
             "isa": _C.cpu_isa(),
-            "detail": f"compiled C++ kernels ({_C.compiler}); instruction sets that run here: {isas}",
+            "detail": f"compiled C++ kernels ({_C.compiler}); instruction sets that run: {isas}",
         }
         if not _C.with_cuda:
             detail = f"not compiled: {_C.cuda}"
@@ -119,7 +121,7 @@ if _problem is None:
         return _stats(x), _stats(x)
 
     @torch.library.register_fake("pysupcon::pair_stats_backward")
-    def _(x: Tensor, labels: Tensor, order: Tensor, scale: Tensor, candidates: Tensor | None, *args: Any) -> Any:
+    def _(x: Tensor, labels: Any, order: Any, scale: Any, candidates: Tensor | None, *args: Any) -> Any:
         return _gradients(x, candidates, args[-1])
 
     @torch.library.register_fake("pysupcon::positive_softplus")
@@ -127,7 +129,7 @@ if _problem is None:
         return _stats(x)
 
     @torch.library.register_fake("pysupcon::positive_softplus_backward")
-    def _(x: Tensor, labels: Tensor, order: Tensor, scale: Tensor, candidates: Tensor | None, *args: Any) -> Any:
+    def _(x: Tensor, labels: Any, order: Any, scale: Any, candidates: Tensor | None, *args: Any) -> Any:
         return (*_gradients(x, candidates, args[-1]), _stats(x))
 
     @torch.library.register_fake("pysupcon::positive_sum")
@@ -135,5 +137,5 @@ if _problem is None:
         return _stats(x)
 
     @torch.library.register_fake("pysupcon::positive_sum_backward")
-    def _(x: Tensor, labels: Tensor, order: Tensor, scale: Tensor, candidates: Tensor | None, *args: Any) -> Any:
+    def _(x: Tensor, labels: Any, order: Any, scale: Any, candidates: Tensor | None, *args: Any) -> Any:
         return _gradients(x, candidates, args[-1])
