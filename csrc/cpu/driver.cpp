@@ -163,13 +163,14 @@ void pair_stats(const Problem& q, const Threads& threads, double* n, double* p) 
   const auto stats = pair_kernels().stats;
   visit_pairs(plan, threads, false,
               [&](const BlockPair& b, void* scratch) { stats(plan, sums, b.i, b.j, b.both, scratch); });
-  for (int64_t i = 0; i < rows; ++i) {
-    const auto finish = [&](double& sum, const Values& max) {
-      sum = sum == 0 ? -kInf : ((plan.fixed ? plan.shift : max.get(i)) + std::log2(sum)) * kLn2;
-    };
-    finish(n[i], max_n);
-    finish(p[i], max_p);
-  }
+  const auto finish = [&](double* stat, const Values& max, bool wanted) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const bool some = wanted && stat[i] != 0;  // a tile of both kinds is summed as both
+      stat[i] = some ? ((plan.fixed ? plan.shift : max.get(i)) + std::log2(stat[i])) * kLn2 : -kInf;
+    }
+  };
+  finish(n, max_n, q.negatives);
+  finish(p, max_p, q.positives);
 }
 
 void pair_stats_backward(const Problem& q, const Threads& threads, const StatsGrad& anchors,
