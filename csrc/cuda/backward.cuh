@@ -149,7 +149,8 @@ __device__ __forceinline__ void store_gradient(const Gradient& out, Staging<C>& 
                                                int split) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const float factor = out.factor();
-  __syncthreads();  // the tiles that stood here have been read
+  gpu::cp_async_wait<0>();  // a block without columns never waited for its rows
+  __syncthreads();          // what stood here has been read
 #pragma unroll
   for (int i = 0; i < SLICES; ++i) {
 #pragma unroll
@@ -202,7 +203,7 @@ __global__ void __launch_bounds__(C::THREADS, 1)
   float grad[C::RESIDENT][C::CH][4] = {};
   for (int tile = visit.first; tile < visit.last; ++tile) {
     gpu::cp_async_wait<0>();
-    __syncthreads();  // everybody's copies have landed, and nobody still reads the buffer that is loaded next
+    __syncthreads();  // all copies have landed, and nobody still reads what load_tile() overwrites
     load_tile(tile + 1);
     float acc[1][C::NT][4] = {};
 #pragma unroll
@@ -261,8 +262,7 @@ __global__ void __launch_bounds__(C::THREADS, 1)
 #pragma unroll 1
     for (int k = 0; k < slices; ++k) {
       gpu::cp_async_wait<0>();
-      __syncthreads();  // everybody's copies have landed, and nobody still reads the buffer that is loaded
-                        // next
+      __syncthreads();  // all copies have landed, and nobody still reads what load_next() overwrites
       load_next();
       multiply_slice<F>(acc, s->rows[buffer], 16 * warp, s->cols[buffer], 0);
       buffer ^= 1;

@@ -11,8 +11,8 @@ struct ForwardConfig {
   using F = F_;
   static constexpr int PARTS = PARTS_;
   static constexpr int BM = 128, BN = PARTS == 1 ? 128 : 64;  // the fragments of several parts need registers
-  static constexpr int CH = PARTS == 1 ? 8 : 4;   // 16-byte chunks per slice of a row
-  static constexpr int WARPS_M = 4, WARPS_N = 2;  // warps tile BM x BN
+  static constexpr int CH = PARTS == 1 ? 8 : 4;               // 16-byte chunks per slice of a row
+  static constexpr int WARPS_M = 4, WARPS_N = 2;              // warps tile BM x BN
   static constexpr int MT = BM / WARPS_M / 16, NT = BN / WARPS_N / 8;
   static constexpr int THREADS = 32 * WARPS_M * WARPS_N;
   static constexpr int STAGES = 2;
@@ -73,8 +73,7 @@ __global__ void __launch_bounds__(C::THREADS, 1) pair_forward(Pairs pairs, typen
 #pragma unroll 1
     for (int k = 0; k < slices; ++k) {
       gpu::cp_async_wait<C::STAGES - 2>();
-      __syncthreads();  // everybody's copies have landed, and nobody still reads the stage that is loaded
-                        // next
+      __syncthreads();  // all copies have landed, and nobody still reads what load_next() overwrites
       load_next();
       multiply_slice<typename C::F>(acc, s->rows[resident ? k : stage], warp_m * 16 * C::MT, s->cols[stage],
                                     warp_n * 8 * C::NT);
@@ -83,6 +82,8 @@ __global__ void __launch_bounds__(C::THREADS, 1) pair_forward(Pairs pairs, typen
     epilogue.add(acc, visit.kind<C::BN>(pairs, row0, row1, tile),
                  tile * C::BN + warp_n * 8 * C::NT + 2 * (lane % 4));
   }
+
+  gpu::cp_async_wait<0>();  // a block without columns never waited for its rows
 
   // 3. One row's parts: four lanes of a quad, then the warps beside each other.
   const int quad_row = warp_m * 16 * C::MT + lane / 4;

@@ -324,6 +324,7 @@ inline void fiber_main() {
   landed(*B.cur);
   B.body();
   Quiet q;
+  if (!B.cur->copies.empty()) fail("a thread returns while its cp.async copies are in flight");
   B.cur->st = DONE;
   ++B.done;
   yield();
