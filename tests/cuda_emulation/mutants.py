@@ -146,7 +146,7 @@ def judge(mutant: Mutant) -> Verdict:
             if not program.exists():
                 flags = ["-O0" if flag == "-O1" else flag for flag in build.FLAGS[kind]]
                 objects = build.compile_objects(sources, flags, Path(folder), kernels, jobs=1)
-                link = ["-Wl,--unresolved-symbols=ignore-all"]  # the units left out are never called
+                link = ["-no-pie", "-Wl,--unresolved-symbols=ignore-all,-z,lazy"]  # the units left out are never called
                 subprocess.run(["g++", *flags, *link, *map(str, objects), "-o", str(program)], check=True)
             if words := noticed(program, cases, order):
                 return Verdict(mutant.name, f"{kind}{'' if order == 'forward' else ' ' + order}: {words}", bool(mutant.invisible))
