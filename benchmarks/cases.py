@@ -1,0 +1,212 @@
+"""What is measured: problems (a loss and the shape of its inputs), their random inputs, and named sweeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+LOSSES = ("supcon", "sincere", "cnce", "spread")
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+VIEWS = 2
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One loss on N unit rows of D: two views of N / 2 samples in ``classes`` classes of equal size."""
+
+    loss: str = "supcon"
+    n: int = 16_384
+    dim: int = 128
+    classes: int = 100
+    dtype: str = "float32"
+    temperature: float = 0.07
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.n < 2 or self.n % VIEWS:
+            raise ValueError(f"n must be even and at least 2 (two views of each sample), got {self.n}")
+        if self.dim < 1 or self.classes < 1:
+            raise ValueError(f"dim and classes must be at least 1, got {self.dim} and {self.classes}")
+
+    @property
+    def flops(self) -> float:
+        """4u = 4 N^2 D: what the two passes over pairs cost where both use the symmetry of s."""
+        return 4.0 * self.n * self.n * self.dim
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of the rows, and so of their gradient."""
+        return self.n * self.dim * DTYPES[self.dtype].itemsize
+
+    def smaller(self, n: int) -> Problem:
+        """The same with at most ``n`` rows, and classes enough that several samples share one."""
+        rows = min(self.n, n)
+        return replace(self, n=rows, classes=max(1, min(self.classes, rows // (2 * VIEWS))))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Inputs(NamedTuple):
+    """Arguments of a loss."""
+
+    features: Tensor
+    """[N, D], unit rows, requires a gradient"""
+    labels: Tensor
+    """[N] int64"""
+    instances: Tensor
+    """[N] int64, the sample of each row"""
+
+
+def make_inputs(problem: Problem, seed: int) -> Inputs:
+    """Fresh random inputs: rows around the centre of their class (cosine about 0.5), in random order."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = problem.n // VIEWS
+    of_sample = (torch.arange(samples) % problem.classes)[torch.randperm(samples, generator=generator)]
+    instances = torch.arange(samples).repeat_interleave(VIEWS)
+    labels = of_sample[instances]
+    features = torch.randn(problem.classes, problem.dim, generator=generator)[labels]
+    features += torch.randn(problem.n, problem.dim, generator=generator)
+    features /= torch.linalg.vector_norm(features, dim=1, keepdim=True)
+    features = features.to(problem.device, DTYPES[problem.dtype]).requires_grad_()
+    return Inputs(features, labels.to(problem.device), instances.to(problem.device))
+
+
+class Point(NamedTuple):
+    """One line of a case: a problem, and how many threads (None: as many as the run has)."""
+
+    problem: Problem
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """A named sweep and the implementations that are worth comparing on it."""
+
+    name: str
+    purpose: str
+    points: tuple[Point, ...]
+    implementations: tuple[str, ...]
+    measures: tuple[str, ...] = ("time",)
+    """of "time", "memory" and "loss at size" """
+
+
+ALL = ("pysupcon", "tiled", "dense", "written", "compiled", "metric-learning", "keops")
+OURS = ("pysupcon", "tiled")
+
+
+def build_cases(device: str, sizes: Sequence[int] | None = None) -> dict[str, Case]:
+    """Every case of a device.
+
+    Args:
+        device: "cpu" or "cuda".
+        sizes: N to use in place of each case's own.
+    """
+    cuda = device == "cuda"
+    base = Problem(device=device, dtype="bfloat16" if cuda else "float32")
+    thousand = replace(base, classes=1000)
+
+    def at(default: Sequence[int], problem: Problem = base) -> tuple[Point, ...]:
+        return tuple(Point(replace(problem, n=n)) for n in (sizes or default))
+
+    def sweep(default: Sequence[int], problems: Sequence[Problem]) -> tuple[Point, ...]:
+        return tuple(point for problem in problems for point in at(default, problem))
+
+    one = (65_536,) if cuda else (16_384,)
+    small = (256, 512, 1024, 2048)
+    medium = (16_384,) if cuda else (4_096,)
+    found = [
+        Case(
+            "small",
+            "small batches against every dense implementation",
+            at(small),
+            ("pysupcon", "dense", "written", "compiled", "metric-learning"),
+        ),
+        Case(
+            "speed",
+            "SupCon against N, every implementation",
+            at((4_096, 16_384, 65_536) if cuda else (4_096, 8_192, 16_384)),
+            ALL,
+        ),
+        Case(
+            "memory",
+            "peak memory against N, every implementation",
+            at((4_096, 16_384, 65_536, 262_144) if cuda else (2_048, 4_096, 8_192, 16_384, 65_536)),
+            ALL,
+            ("memory",),
+        ),
+        Case(
+            "memory65k",
+            "SupCon at a batch whose matrix alone is 16 GiB",
+            at((65_536,)),
+            ("pysupcon",),
+            ("time", "memory"),
+        ),
+        Case(
+            "losses",
+            "every loss, 1000 classes",
+            sweep(one, [replace(thousand, loss=loss) for loss in LOSSES]),
+            ("pysupcon",),
+        ),
+        Case(
+            "dims",
+            "SupCon against the number of dimensions",
+            sweep(medium, [replace(base, dim=dim) for dim in (32, 64, 128, 256, 512, 768)]),
+            ("pysupcon", "compiled"),
+        ),
+        Case(
+            "classes",
+            "SupCon and SINCERE against the number of classes",
+            sweep(
+                medium,
+                [
+                    replace(base, loss=loss, classes=classes)
+                    for loss in ("supcon", "sincere")
+                    for classes in (2, 10, 100, 1000)
+                ],
+            ),
+            ("pysupcon",),
+        ),
+        Case(
+            "dtypes",
+            "SupCon against the dtype of the rows",
+            sweep(medium, [replace(base, dtype=dtype) for dtype in DTYPES]),
+            ("pysupcon", "dense"),
+        ),
+        Case(
+            "temperatures",
+            "SupCon against the temperature",
+            sweep(medium, [replace(base, temperature=t) for t in (0.01, 0.07, 0.5, 5.0)]),
+            ("pysupcon",),
+        ),
+    ]
+    if not cuda:
+        points = tuple(
+            Point(replace(base, n=n, loss=loss), threads)
+            for n in (sizes or (8_192,))
+            for loss in ("supcon", "sincere")
+            for threads in (1, 2)
+        )
+        found.append(Case("threads", "one and two threads: time, and the same bits", points, ("pysupcon",)))
+        found.append(
+            Case(
+                "rate",
+                "4u / time against torch.mm on 2048 x 128 by 128 x 2048 in the same run",
+                at(one),
+                ("pysupcon",),
+            )
+        )
+    return {case.name: case for case in found}

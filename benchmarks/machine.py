@@ -1,0 +1,113 @@
+"""The machine, the versions and the commit that stand beside every number."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pysupcon import _ops
+
+ROOT = Path(__file__).resolve().parents[1]
+_PACKAGES = ("torch", "pytorch-metric-learning", "pykeops", "triton", "numpy")
+
+
+def describe(device: str) -> dict[str, Any]:
+    """Processor or GPU, threads, instruction set, versions, commit, time."""
+    found: dict[str, Any] = {
+        "device": device,
+        "processor": _processor(),
+        "cores": _cores(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": _memory("MemTotal"),
+        "load": round(os.getloadavg()[0], 2),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": _versions(),
+        "backends": _ops.backends(),
+        "commit": _commit(),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        found["gpu"] = properties.name
+        found["gpu_memory_bytes"] = properties.total_memory
+        found["cuda"] = torch.version.cuda
+        found["driver"] = _driver()
+    return found
+
+
+def name(machine: dict[str, Any]) -> str:
+    """One line: what a table is headed with."""
+    if machine["device"] == "cuda":
+        return str(machine["gpu"])
+    isa = machine["backends"]["cpu"].get("isa", "no compiled kernel")
+    return f"{machine['processor']}, {machine['threads']} threads, {isa}"
+
+
+def available_memory(device: str) -> float:
+    """Bytes that a process can have now."""
+    if device == "cuda":
+        return float(torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved())
+    available = _memory("MemAvailable")
+    return float(available) if available is not None else float("inf")
+
+
+def _memory(field: str) -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    facts = dict(tuple(map(str.strip, line.split(":", 1))) for line in lines if ":" in line)
+    model = facts.get("model name", platform.machine())
+    family = facts.get("cpu family")
+    return model if family is None else f"{model} (family {family}, model {facts.get('model', '?')})"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _commit() -> str | None:
+    """Hash, with "+" where code that is measured differs from it; None outside a checkout."""
+    commit = _output("git", "rev-parse", "--short=12", "HEAD")
+    if commit is None:
+        return None
+    changed = _output("git", "status", "--porcelain", "--", "pysupcon", "csrc", "benchmarks/*.py", "setup.py")
+    return commit + ("+" if changed else "")
+
+
+def _driver() -> str | None:
+    return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")

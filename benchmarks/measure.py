@@ -1,0 +1,201 @@
+"""Time and peak memory of a loss, forward and backward."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import Inputs, Problem, make_inputs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from benchmarks.peers import Implementation
+
+PROBE = Path(__file__).with_name("memory_probe.py")
+SLOW = 2.0
+"""seconds; a call that takes longer needs no other call to warm it up"""
+
+
+class Result(NamedTuple):
+    """Of one call."""
+
+    loss: Tensor
+    gradient: Tensor
+
+
+@dataclass
+class Timing:
+    """Seconds of every repetition."""
+
+    forward: list[float] = field(default_factory=list)
+    backward: list[float] = field(default_factory=list)
+
+    @property
+    def both(self) -> list[float]:
+        return [f + b for f, b in zip(self.forward, self.backward, strict=True)]
+
+    def summary(self) -> dict[str, Any]:
+        """Medians, and the quartiles of forward plus backward."""
+        both = sorted(self.both)
+        return {
+            "forward_s": statistics.median(self.forward),
+            "backward_s": statistics.median(self.backward),
+            "both_s": statistics.median(both),
+            "quartiles_s": [both[len(both) // 4], both[(3 * len(both)) // 4]],
+            "repetitions": len(both),
+        }
+
+
+def evaluate(function: Implementation, inputs: Inputs) -> Result:
+    """One call, untimed."""
+    inputs.features.grad = None
+    loss = function(inputs)
+    loss.backward()
+    gradient = inputs.features.grad
+    assert gradient is not None
+    inputs.features.grad = None
+    return Result(loss.detach(), gradient)
+
+
+def _timed(function: Implementation, inputs: Inputs) -> tuple[float, float]:
+    """Seconds of forward and backward; by events on a GPU."""
+    inputs.features.grad = None
+    if inputs.features.is_cuda:
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+        torch.cuda.synchronize()
+        marks[0].record()
+        loss = function(inputs)
+        marks[1].record()
+        loss.backward()
+        marks[2].record()
+        torch.cuda.synchronize()
+        times = marks[0].elapsed_time(marks[1]) / 1e3, marks[1].elapsed_time(marks[2]) / 1e3
+    else:
+        start = time.perf_counter()
+        loss = function(inputs)
+        middle = time.perf_counter()
+        loss.backward()
+        times = middle - start, time.perf_counter() - middle
+    inputs.features.grad = None
+    return times
+
+
+def interleaved(
+    functions: Mapping[str, Implementation],
+    inputs: Sequence[Inputs],
+    *,
+    seconds: float,
+    least: int = 3,
+    most: int = 50,
+) -> dict[str, Timing]:
+    """Times all functions in turns, so that what disturbs the machine disturbs them alike.
+
+    Args:
+        inputs: taken in turns too.
+        seconds: for the repetitions of one function.
+        least, most: repetitions.
+    """
+    timings = {name: Timing() for name in functions}
+    wanted = {}
+    for name, function in functions.items():
+        first = _timed(function, inputs[0])
+        if sum(first) < SLOW:
+            first = _timed(function, inputs[-1])
+        else:
+            timings[name].forward.append(first[0])
+            timings[name].backward.append(first[1])
+        wanted[name] = max(least, min(most, int(seconds / max(sum(first), 1e-9))))
+    for repetition in range(max(wanted.values(), default=0)):
+        for name, function in functions.items():
+            if len(timings[name].forward) < wanted[name]:
+                forward, backward = _timed(function, inputs[repetition % len(inputs)])
+                timings[name].forward.append(forward)
+                timings[name].backward.append(backward)
+    return timings
+
+
+def median_seconds(call: Callable[[], object], repetitions: int = 20) -> float:
+    """Of a call on the CPU, after one for warming up."""
+    call()
+    found = []
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
+
+
+def product_rate(rows: int, inner: int, columns: int) -> float:
+    """Floating-point operations per second of torch.mm on float32 [rows, inner] by [inner, columns]."""
+    a, b = torch.randn(rows, inner), torch.randn(inner, columns)
+    out = torch.empty(rows, columns)
+    return 2.0 * rows * inner * columns / median_seconds(lambda: torch.mm(a, b, out=out))
+
+
+def digest(result: Result) -> str:
+    """Of the bits of loss and gradient."""
+    found = hashlib.sha256()
+    for tensor in result:
+        found.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """So many threads of torch; None: as they are."""
+    before = torch.get_num_threads()
+    try:
+        if count is not None:
+            torch.set_num_threads(count)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def peak_memory(implementation: str, function: Implementation, problem: Problem) -> int:
+    """Bytes that forward and backward add, at their peak, to what is there with the inputs.
+
+    On the CPU: resident set of a fresh process (memory_probe.py). On a GPU: the allocator's.
+
+    Raises:
+        MemoryError: the process was ended for lack of memory.
+    """
+    if problem.device == "cuda":
+        return _allocator_peak(function, make_inputs(problem, seed=0))
+    description = json.dumps(problem.to_dict())
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(
+        [sys.executable, str(PROBE), implementation, description],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise MemoryError(f"{implementation}: {done.stderr.strip() or f'status {done.returncode}'}")
+    return int(json.loads(done.stdout.splitlines()[-1])["extra_bytes"])
+
+
+def _allocator_peak(function: Implementation, inputs: Inputs) -> int:
+    evaluate(function, inputs)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    evaluate(function, inputs)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before

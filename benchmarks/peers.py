@@ -1,0 +1,160 @@
+"""The implementations that are compared: ours, and what people use instead.
+
+Each is a function of :class:`~benchmarks.cases.Inputs` that gives a loss to call backward on. A dense one
+says how many N x N matrices it holds at its peak, so that a run can leave it out, with the number, where it
+would not fit.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import DTYPES, Inputs, Problem
+from benchmarks.oracle import SPREAD_ALPHA
+from pysupcon import _ops, functional
+
+Implementation = Callable[[Inputs], Tensor]
+
+
+def _functional(problem: Problem, backend: str) -> Implementation:
+    tau = problem.temperature
+    if problem.loss == "supcon":
+        return lambda i: functional.supcon(i.features, i.labels, temperature=tau, backend=backend)
+    if problem.loss == "sincere":
+        return lambda i: functional.sincere(i.features, i.labels, temperature=tau, backend=backend)
+    if problem.loss == "cnce":
+        return lambda i: functional.class_conditional_info_nce(
+            i.features, i.labels, instances=i.instances, temperature=tau, backend=backend
+        )
+    return lambda i: functional.spread(
+        i.features, i.labels, instances=i.instances, temperature=tau, alpha=SPREAD_ALPHA, backend=backend
+    )
+
+
+def written_supcon(features: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """SupCon as most code bases carry it: similarities, less their largest, masks of floats, exp and log."""
+    same = (labels.unsqueeze(1) == labels.unsqueeze(0)).to(features.dtype)
+    similarities = torch.matmul(features, features.T) / temperature
+    largest = similarities.max(dim=1, keepdim=True).values
+    shifted = similarities - largest.detach()
+    others = 1 - torch.eye(len(labels), dtype=features.dtype, device=features.device)
+    positives = same * others
+    weights = torch.exp(shifted) * others
+    log_probabilities = shifted - torch.log(weights.sum(1, keepdim=True))
+    per_anchor = (positives * log_probabilities).sum(1) / positives.sum(1)
+    return -per_anchor.mean()
+
+
+def written_sincere(features: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """SINCERE in the dense form: each positive against the sum over the negatives."""
+    similarities = torch.matmul(features, features.T) / temperature
+    same = labels.unsqueeze(1) == labels.unsqueeze(0)
+    negatives = torch.where(same, -torch.inf, similarities).logsumexp(dim=1, keepdim=True)
+    positives = same & ~torch.eye(len(labels), dtype=torch.bool, device=features.device)
+    pairs = torch.logaddexp(similarities, negatives) - similarities
+    per_anchor = torch.where(positives, pairs, 0.0).sum(1) / positives.sum(1)
+    return per_anchor.mean()
+
+
+def _written(problem: Problem) -> Implementation:
+    function = written_supcon if problem.loss == "supcon" else written_sincere
+    return lambda i: function(i.features, i.labels, problem.temperature)
+
+
+def _compiled(problem: Problem) -> Implementation:
+    torch._dynamo.reset()  # every problem is compiled for its own, fixed, shape
+    function = torch.compile(written_supcon if problem.loss == "supcon" else written_sincere, dynamic=False)
+    return lambda i: function(i.features, i.labels, problem.temperature)
+
+
+def _metric_learning(problem: Problem) -> Implementation:
+    from pytorch_metric_learning.losses import SupConLoss
+
+    module = SupConLoss(temperature=problem.temperature)
+    return lambda i: module(i.features, i.labels)
+
+
+def _keops(problem: Problem) -> Implementation:
+    from pykeops.torch import LazyTensor  # type: ignore[import-not-found]
+
+    def loss(i: Inputs) -> Tensor:
+        x = (i.features / problem.temperature**0.5).contiguous()
+        classes = i.labels.to(x.dtype)[:, None]
+        rows = torch.arange(len(x), device=x.device, dtype=x.dtype)[:, None]
+        s = (LazyTensor(x[:, None, :]) * LazyTensor(x[None, :, :])).sum(-1)
+        # Squares of integers: 0 for the same class (row), at least 1 otherwise.
+        other_class = (LazyTensor(classes[:, None, :]) - LazyTensor(classes[None, :, :])).square()
+        self_pair = (LazyTensor(rows[:, None, :]) - LazyTensor(rows[None, :, :])).square()
+        not_self = (self_pair - 0.5).step()
+        total = s.logsumexp(dim=1, weight=not_self).view(-1)
+        positive = not_self * (0.5 - other_class).step()
+        mean = (positive * s).sum(dim=1).view(-1) / positive.sum(dim=1).view(-1)
+        return (total - mean).mean()
+
+    return loss
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One implementation."""
+
+    name: str
+    detail: str
+    losses: tuple[str, ...]
+    build: Callable[[Problem], Implementation]
+    matrices: float = 0.0
+    """N x N matrices at the peak of forward and backward, of float32 (float64 for float64 rows); 0: none"""
+    module: str | None = None
+    """package that must be installed"""
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+    normalizes: bool = False
+    """normalises rows itself: its gradient has no part along a row"""
+
+    def bytes_needed(self, problem: Problem) -> float:
+        """Of the matrices; rows and constants are small beside them."""
+        size = 8 if problem.dtype == "float64" else 4
+        return self.matrices * problem.n * problem.n * size
+
+    def missing(self, problem: Problem, memory: float) -> str | None:
+        """Why it cannot run on this machine or problem, in the words of the table; None if it can.
+
+        Args:
+            memory: bytes that a process can have.
+        """
+        if problem.loss not in self.losses:
+            return f"no {problem.loss}"
+        if problem.dtype not in self.dtypes:
+            return f"no {problem.dtype}"
+        if self.module is not None and importlib.util.find_spec(self.module) is None:
+            return f"{self.module} is not installed"
+        if self.name == "pysupcon" and not _ops.compiled_for(problem.device):
+            return str(_ops.backends()[problem.device]["detail"])
+        if self.bytes_needed(problem) > memory:
+            return f"needs {self.bytes_needed(problem) / 2**30:.0f} GiB"
+        return None
+
+
+_FAMILY = ("supcon", "sincere", "cnce", "spread")
+_WRITTEN = ("supcon", "sincere")
+_SINGLE = ("float64", "float32")
+
+PEERS = {
+    peer.name: peer
+    for peer in (
+        Peer("pysupcon", "the compiled operators", _FAMILY, lambda p: _functional(p, "auto")),
+        Peer("tiled", "pysupcon in pure PyTorch", _FAMILY, lambda p: _functional(p, "tiled")),
+        Peer("dense", "pysupcon's dense reference", _FAMILY, lambda p: _functional(p, "reference"), 6),
+        Peer("written", "the dense loss as users write it", _WRITTEN, _written, 9.1),
+        Peer("compiled", "torch.compile of it", _WRITTEN, _compiled, 1.1),
+        Peer(
+            "metric-learning", "pytorch-metric-learning", ("supcon",), _metric_learning, 11.5,
+            "pytorch_metric_learning", normalizes=True,
+        ),
+        Peer("keops", "KeOps map-reduce", ("supcon",), _keops, module="pykeops", dtypes=_SINGLE),
+    )
+}  # fmt: skip
