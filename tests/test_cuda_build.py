@@ -20,7 +20,8 @@ ARCHS = ["80", "86", "89", "90", "90a", "100", "120"]
 HOT = re.compile(r"pair_forward|backward_resident|backward_streamed")
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for 'sm_(?P<arch>\w+)'.*?"
-    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers",
     re.S,
 )
 
@@ -63,9 +64,11 @@ def compiled() -> list[Kernel]:
 def test_a_spill_is_seen() -> None:
     """The parser, on ptxas' own words."""
     log = (
-        "ptxas info    : Compiling entry function '_ZN8pysupcon4cuda12pair_forwardINS0_13ForwardConfigIN3gpu4Bf16ELi3EEE"
+        "ptxas info    : Compiling entry function "
+        "'_ZN8pysupcon4cuda12pair_forwardINS0_13ForwardConfigIN3gpu4Bf16ELi3EEE"
         "NS0_10StatisticsEEEvNS0_5PairsENT0_4ArgsE' for 'sm_80'\n"
-        "ptxas info    : Function properties for x\n    8 bytes stack frame, 16 bytes spill stores, 4 bytes spill loads\n"
+        "ptxas info    : Function properties for x\n"
+        "    8 bytes stack frame, 16 bytes spill stores, 4 bytes spill loads\n"
         "ptxas info    : Used 255 registers, used 1 barriers\n"
     )
     assert kernels_of(log) == [Kernel("pair_forward<Bf16, 3, Statistics>", "80", 255, 20)]
@@ -75,7 +78,7 @@ def test_a_spill_is_seen() -> None:
 def test_no_kernel_spills(arch: str) -> None:
     kernels = [k for k in compiled() if k.arch == arch]
     if not kernels:
-        pytest.skip(f"this build has no up-to-date kernels for sm_{arch} (PYSUPCON_CUDA_ARCHS={arch}, `make cuda-all`)")
+        pytest.skip(f"no up-to-date kernels for sm_{arch} here (PYSUPCON_CUDA_ARCHS={arch}, `make cuda-all`)")
     assert any(HOT.search(k.name) for k in kernels)
     assert not [k for k in kernels if k.spills]
 
@@ -115,7 +118,8 @@ def test_shared_memory_fits_every_chip(tmp_path: Path) -> None:
         '  printf("%zu %zu\\n", most, sizeof(StreamedShared<BackwardConfig<F, P>>));\n'
         '  if (P == 1) printf("%zu\\n", sizeof(ResidentShared<BackwardConfig<F, P>>));\n'
         "}\n"
-        "int main() { show<gpu::Bf16, 1>(), show<gpu::F16, 1>(), show<gpu::Bf16, 2>(), show<gpu::Bf16, 3>(); }\n"
+        "int main() { show<gpu::Bf16, 1>(), show<gpu::F16, 1>();\n"
+        "  show<gpu::Bf16, 2>(), show<gpu::Bf16, 3>(); }\n"
     )
     (program,) = build.compile_objects([source], ["-O0"], tmp_path, build.KERNELS, jobs=1)
     subprocess.run(["g++", str(program), "-o", str(tmp_path / "sizes")], check=True)
@@ -130,7 +134,9 @@ def test_the_extension_needs_no_cuda_library() -> None:
     libraries = list((ROOT / "pysupcon").glob("_C*.so"))
     if not libraries or shutil.which("readelf") is None:
         pytest.skip("no extension built in place, or no readelf")
-    text = subprocess.run(["readelf", "-d", str(libraries[0])], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        ["readelf", "-d", str(libraries[0])], capture_output=True, text=True, check=True
+    ).stdout
     assert not re.search(r"NEEDED.*lib(cuda|cudart|nvrtc)", text)
 
 
@@ -144,10 +150,11 @@ def main() -> None:
         cells = {k.arch: f"{k.registers}/{k.spills}" for k in kernels if k.name == name}
         print(f"| {name} |" + "".join(f" {cells.get(a, '-')} |" for a in archs))
     others = [k for k in kernels if not HOT.search(k.name)]
-    if others:
-        print(f"| {len({k.name for k in others})} others, at most |" + "".join(
-            f" {max(k.registers for k in others if k.arch == a)}/{max(k.spills for k in others if k.arch == a)} |"
-            for a in archs))  # fmt: skip
+    print(f"| {len({k.name for k in others})} others, at most |", end="")
+    for arch in archs:
+        there = [k for k in others if k.arch == arch]
+        print(f" {max(k.registers for k in there)}/{max(k.spills for k in there)} |", end="")
+    print()
 
 
 if __name__ == "__main__":

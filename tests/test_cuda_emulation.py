@@ -1,6 +1,7 @@
-"""The CUDA kernels' own sources, run on the CPU: against a float64 oracle, under sanitizers, in several block orders.
+"""The CUDA kernels' own sources, run on the CPU: against a float64 oracle, under sanitizers, in any order.
 
-No GPU is involved: what this cannot see (races between blocks, a wrong PTX string, registers, speed) is test_cuda_gpu.py's.
+No GPU is involved: what this cannot see (races between blocks, a wrong PTX string, registers, speed) is
+test_cuda_gpu.py's.
 """
 
 from __future__ import annotations
@@ -16,13 +17,22 @@ pytestmark = pytest.mark.skipif(
 )
 
 # Every kernel in its smallest case; the sanitizers take long.
-ASAN_CASES = ["bf16-candidates", "f16-own", "f32x3-own", "f32x2-own", "f64-candidates", "bf16-long", "f32x3-two-rows"]
+ASAN_CASES = [
+    "bf16-candidates",
+    "f16-own",
+    "f32x3-own",
+    "f32x2-own",
+    "f64-candidates",
+    "bf16-long",
+    "f32x3-two-rows",
+]
 TSAN_CASES = ["bf16-own", "f32x3-two-rows", "f64-own"]
 
 
 def check(kind: str, *cases: str, order: str = "forward") -> None:
     done = build.run(build.build(kind), *cases, order=order)
-    assert done.returncode == 0 and done.stdout.rstrip().endswith("PASS"), done.stdout[-3000:] + done.stderr[-3000:]
+    passed = done.returncode == 0 and done.stdout.rstrip().endswith("PASS")
+    assert passed, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("prefix", ["bf16", "f16", "f32x1", "f32x2", "f32x3", "f64"])
@@ -45,6 +55,11 @@ def test_thread_sanitizer_is_silent() -> None:
 
 def test_emulation_primitives() -> None:
     done = build.run(build.build("plain", "shim_selftest.cpp"))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_host_twins_of_the_wrappers_agree_with_plain_arithmetic() -> None:
+    done = build.run(build.build("plain", "wrappers.cu"))
     assert done.returncode == 0, done.stdout + done.stderr
 
 

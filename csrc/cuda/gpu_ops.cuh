@@ -221,8 +221,8 @@ struct Bf16 {
     memcpy(&r, &v, 4);
     return r;
   }
-  static __device__ __forceinline__ type from(float x) { return __float2bfloat16(x); }
-  static __device__ __forceinline__ float to(type x) { return __bfloat162float(x); }
+  static __host__ __device__ __forceinline__ type from(float x) { return __float2bfloat16(x); }
+  static __host__ __device__ __forceinline__ float to(type x) { return __bfloat162float(x); }
 };
 struct F16 {
   using type = __half;
@@ -235,8 +235,8 @@ struct F16 {
     memcpy(&r, &v, 4);
     return r;
   }
-  static __device__ __forceinline__ type from(float x) { return __float2half(x); }
-  static __device__ __forceinline__ float to(type x) { return __half2float(x); }
+  static __host__ __device__ __forceinline__ type from(float x) { return __float2half(x); }
+  static __host__ __device__ __forceinline__ float to(type x) { return __half2float(x); }
 };
 
 }  // namespace gpu

@@ -1,6 +1,7 @@
-"""Compiles csrc/cuda for the CPU: every .cu goes through g++ behind cuda_host_shim.h, and emulate.cpp drives it.
+"""Compiles csrc/cuda for the CPU: every .cu goes through g++ behind cuda_host_shim.h; emulate.cpp drives it.
 
-A build is kept under build/cuda_emulation by the hash of its sources and flags; workers of one test run share it.
+A build is kept under build/cuda_emulation by the hash of its sources and flags; workers of one test run
+share it.
 """
 
 from __future__ import annotations
@@ -72,20 +73,26 @@ def build(kind: str, driver: str = "emulate.cpp") -> Path:
     return program
 
 
-def run(program: Path, *cases: str, order: str = "forward", timeout: float = 600) -> subprocess.CompletedProcess[str]:
-    """Runs the cases whose names start so (all of them if none is named). order: forward, reverse or a seed."""
+def run(
+    program: Path, *cases: str, order: str = "forward", timeout: float = 600
+) -> subprocess.CompletedProcess[str]:
+    """Runs the cases whose names start so (all if none is named). order: forward, reverse or a seed."""
     environment = {**os.environ, **SANITIZER_ENVIRONMENT, "CUDA_SHIM_ORDER": order}
-    return subprocess.run([str(program), *cases], capture_output=True, text=True, env=environment, timeout=timeout)
+    return subprocess.run(
+        [str(program), *cases], capture_output=True, text=True, env=environment, timeout=timeout
+    )
 
 
 def build_operators() -> Path:
-    """A library of torch operators ``pysupcon_emulated::*`` for CPU tensors: csrc/cuda_glue.cpp over emulated kernels."""
+    """A library of torch operators ``pysupcon_emulated::*``: csrc/cuda_glue.cpp for CPU tensors, emulated."""
     import torch
     from torch.utils import cpp_extension
 
     texts = {name: (ROOT / "csrc" / name).read_text() for name in ("library.cpp", "cuda_glue.cpp")}
-    renamed = {"TORCH_LIBRARY(pysupcon,": "TORCH_LIBRARY(pysupcon_emulated,",
-               "TORCH_LIBRARY_IMPL(pysupcon, CUDA,": "TORCH_LIBRARY_IMPL(pysupcon_emulated, CPU,"}  # fmt: skip
+    renamed = {
+        "TORCH_LIBRARY(pysupcon,": "TORCH_LIBRARY(pysupcon_emulated,",
+        "TORCH_LIBRARY_IMPL(pysupcon, CUDA,": "TORCH_LIBRARY_IMPL(pysupcon_emulated, CPU,",
+    }
     for (name, text), (old, new) in zip(texts.items(), renamed.items(), strict=True):
         assert text.count(old) == 1, f"csrc/{name} no longer registers by {old!r}"
         texts[name] = text.replace(old, new)

@@ -1,3 +1,4 @@
+# ruff: noqa: E501  a mutant is a line of a table
 """Injects one bug at a time into csrc/cuda and reports which build of the emulator notices.
 
 ``python tests/cuda_emulation/mutants.py [NAME...]`` prints the table; the builds are tried in the order plain, reverse
@@ -36,7 +37,7 @@ class Verdict(NamedTuple):
 
 
 T, F, B, S, P, R = "tiles.cuh", "forward.cuh", "backward.cuh", "statistics.cuh", "positive.cuh", "prepare.cuh"
-C, O, L, D = "class_sums.cuh", "operations.cu", "plan.h", "plain.cuh"
+C, OPS, L, D = "class_sums.cuh", "operations.cu", "plan.h", "plain.cuh"
 FORWARD_WAIT = "      gpu::cp_async_wait<C::STAGES - 2>();\n      __syncthreads();"
 RESIDENT_WAIT = "    gpu::cp_async_wait<0>();\n    __syncthreads();"
 MUTANTS = [
@@ -103,7 +104,7 @@ MUTANTS = [
     Mutant("tree: a level skipped", C, "for (int level = 0; lo < hi; ++level)", "for (int level = 0; lo < hi; level += 2)"),
     Mutant("tree: upper end dropped", C, "ends += entry(level, --hi, d)", "--hi"),
     Mutant("own row not taken from the class sum", C, "* (sum[d - d0] - (own >= 0 ? candidates.row(own, d) : A(0)))", "* sum[d - d0]"),
-    Mutant("splits not merged", O, "if (grad_n && splits > 1)", "if (grad_n && splits > 2)"),
+    Mutant("splits not merged", OPS, "if (grad_n && splits > 1)", "if (grad_n && splits > 2)"),
     Mutant("32-bit row offset", T, "const int64_t row = int64_t(part) * x.count + row0 + r;", "const int row = part * x.count + row0 + r;", "needs 2^31 chunks"),
 ]  # fmt: skip
 
@@ -122,7 +123,12 @@ def noticed(program: Path, cases: list[str], order: str = "forward") -> str:
     if done.returncode == 0:
         return ""
     text = done.stdout + done.stderr
-    for pattern in (r"data race", r"AddressSanitizer: [\w-]+", r"runtime error: .{0,30}", r"EXCEPTION: .{0,40}"):
+    for pattern in (
+        r"data race",
+        r"AddressSanitizer: [\w-]+",
+        r"runtime error: .{0,30}",
+        r"EXCEPTION: .{0,40}",
+    ):
         if match := re.search(pattern, text):
             return match[0].replace("EXCEPTION: ", "")
     return "wrong result" if "FAIL" in text else f"exit status {done.returncode}"
@@ -146,10 +152,17 @@ def judge(mutant: Mutant) -> Verdict:
             if not program.exists():
                 flags = ["-O0" if flag == "-O1" else flag for flag in build.FLAGS[kind]]
                 objects = build.compile_objects(sources, flags, Path(folder), kernels, jobs=1)
-                link = ["-no-pie", "-Wl,--unresolved-symbols=ignore-all,-z,lazy"]  # the units left out are never called
+                link = [
+                    "-no-pie",
+                    "-Wl,--unresolved-symbols=ignore-all,-z,lazy",
+                ]  # the units left out are never called
                 subprocess.run(["g++", *flags, *link, *map(str, objects), "-o", str(program)], check=True)
             if words := noticed(program, cases, order):
-                return Verdict(mutant.name, f"{kind}{'' if order == 'forward' else ' ' + order}: {words}", bool(mutant.invisible))
+                return Verdict(
+                    mutant.name,
+                    f"{kind}{'' if order == 'forward' else ' ' + order}: {words}",
+                    bool(mutant.invisible),
+                )
     return Verdict(mutant.name, "", bool(mutant.invisible))
 
 
