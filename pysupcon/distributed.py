@@ -234,5 +234,5 @@ def warn_without_gather(name: str) -> None:
         f"{name} runs in {_processes(None)} processes, and each contrasts its own rows only; "
         f"{name}(..., gather=True) contrasts with the rows of all of them, as one process with the whole "
         "batch would (this is said once)",
-        stacklevel=3,
+        stacklevel=6,  # of who calls the module
     )
