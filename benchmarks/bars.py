@@ -30,15 +30,14 @@ def measured(rows: Iterable[Mapping[str, Any]]) -> list[Bar]:
     return [*_speed(own), *_memory(own), *_rate(own), *_losses(own), *_small(own), *_threads(own)]
 
 
-def text(found: Sequence[Bar]) -> str:
-    """A table."""
-    lines = [["bar", "measured", "wanted", ""]]
+def lines(found: Sequence[Bar]) -> list[list[str]]:
+    """Cells of a table, its head first."""
+    cells = [["bar", "measured", "wanted", ""]]
     for bar in found:
         sign = ">=" if bar.at_least else "<="
-        lines.append(
-            [bar.name, bar.show(bar.value), f"{sign} {bar.show(bar.bar)}", "met" if bar.met else "MISSED"]
-        )
-    return table.align(lines)
+        verdict = "met" if bar.met else "MISSED"
+        cells.append([bar.name, bar.show(bar.value), f"{sign} {bar.show(bar.bar)}", verdict])
+    return cells
 
 
 def _ratio(value: float) -> str:

@@ -72,7 +72,10 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    facts = dict(tuple(map(str.strip, line.split(":", 1))) for line in lines if ":" in line)
+    facts: dict[str, str] = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        facts[key.strip()] = value.strip()
     model = facts.get("model name", platform.machine())
     family = facts.get("cpu family")
     return model if family is None else f"{model} (family {family}, model {facts.get('model', '?')})"

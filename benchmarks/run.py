@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"\n{table.results(rows)}")
     measured = bars.measured(rows)
     if measured:
-        print(f"\n{bars.text(measured)}")
+        print(f"\n{table.align(bars.lines(measured))}")
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
