@@ -158,13 +158,13 @@ Tensor as_stats(const Maybe& t, int64_t rows, const char* name) {
 }
 const double* pointer(const Tensor& t) { return t.defined() ? t.const_data_ptr<double>() : nullptr; }
 
-// Gradients accumulate in float for the 16-bit types and are rounded once, at the end.
+// Gradients of the 16-bit types stay in float: whoever adds their parts rounds them.
 struct GradientTensors {
   Tensor x, c;
-  at::ScalarType type;
 
-  GradientTensors(const Call& call, bool need_candidates) : type(call.x.scalar_type()) {
-    const auto options = at::TensorOptions().dtype(type == at::kDouble ? at::kDouble : at::kFloat);
+  GradientTensors(const Call& call, bool need_candidates) {
+    const auto type = call.x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    const auto options = at::TensorOptions().dtype(type);
     x = at::zeros({call.x.size(0), call.x.size(1)}, options);
     c = at::zeros({need_candidates ? call.c.size(0) : 0, call.x.size(1)}, options);
   }
@@ -238,7 +238,7 @@ std::tuple<Tensor, Tensor> pair_stats_backward(ROWS_ARGS, CANDIDATE_ARGS, const 
   cpu::pair_stats_backward(call.problem, kThreads,
                            {pointer(a[0]), pointer(a[1]), pointer(a[2]), pointer(a[3])},
                            {pointer(b[0]), pointer(b[1]), pointer(b[2]), pointer(b[3])}, g.pointers());
-  return {g.x.to(g.type), g.c.to(g.type)};
+  return {g.x, g.c};
 }
 
 Tensor positive_softplus(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& n, double epsilon) {
@@ -270,7 +270,7 @@ std::tuple<Tensor, Tensor, Tensor> positive_softplus_backward(ROWS_ARGS, CANDIDA
   cpu::positive_softplus_backward(call.problem, kThreads, {pointer(stats), pointer(w)},
                                   {pointer(other), pointer(other_w)}, epsilon, g.pointers(),
                                   grad_n.mutable_data_ptr<double>());
-  return {g.x.to(g.type), g.c.to(g.type), grad_n};
+  return {g.x, g.c, grad_n};
 }
 
 Tensor positive_sum(ROWS_ARGS, CANDIDATE_ARGS) {
@@ -289,7 +289,7 @@ std::tuple<Tensor, Tensor> positive_sum_backward(ROWS_ARGS, CANDIDATE_ARGS, cons
       as_stats(candidate_grad_total, call.c.defined() ? call.c.size(0) : 0, "candidate_grad_total");
   const GradientTensors g(call, need_candidates);
   cpu::positive_sum_backward(call.problem, kThreads, pointer(w), pointer(other), g.pointers());
-  return {g.x.to(g.type), g.c.to(g.type)};
+  return {g.x, g.c};
 }
 
 }  // namespace

@@ -76,22 +76,10 @@ class _RefuseSecond(torch.autograd.Function):
         )
 
 
-def _wide(backend: str, rows: Any) -> Any:
-    """Half-precision rows as float32, except for the kernels that multiply them as they are.
-
-    The parts of a gradient cancel as a loss converges: they must be added before they are rounded.
-    """
-    if rows is None or backend == "cuda":
-        return rows
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
-
-
 class _RowStatisticsFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, candidates: Tensor | None, scale: Tensor, plan: Plan) -> Any:
         ctx.plan = plan
-        inputs = x, candidates
-        x, candidates = _wide(plan.backend, x), _wide(plan.backend, candidates)
         ops = OPERATORS[plan.backend]
         rows = (x, plan.pairing.labels, plan.pairing.order, scale, candidates, *plan.pairing[2:])
         # Different tensors: an output that is returned twice cannot be traced.
@@ -106,17 +94,16 @@ class _RowStatisticsFunction(torch.autograd.Function):
             instance_sum = ops.positive_sum(
                 x, plan.instances.labels, plan.instances.order, scale, candidates, *plan.instances[2:]
             )
-        ctx.save_for_backward(*inputs, scale, n, p)
+        ctx.save_for_backward(x, candidates, scale, n, p)
         return n, p, softplus, positive_sum, instance_sum
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, candidates, scale, n, p = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        backend = ctx.plan.backend
         with torch.no_grad():
-            rows, others = _wide(backend, x), _wide(backend, candidates)
-            result = _gradients(ctx.plan, rows, others, scale, n, p, grads, needs)
+            result = _gradients(ctx.plan, x, candidates, scale, n, p, grads, needs)
+            # The parts cancel as a loss converges: they were added before they are rounded here.
             dtypes = x.dtype, None if candidates is None else candidates.dtype, scale.dtype
             result = tuple(
                 None if grad is None else grad.to(dtype) for grad, dtype in zip(result, dtypes, strict=True)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._autograd import OPERATORS, RowStatistics, _RefuseSecond, _row_products, _wide
+from ._autograd import OPERATORS, RowStatistics, _RefuseSecond, _row_products
 from ._problem import Block, Everybody, Problem, _rows_of, _sort
 
 __all__ = ["RowLoss", "gathered_losses", "gathered_statistics"]
@@ -58,7 +58,7 @@ class _Pairing:
             self_index = torch.arange(first, first + count, device=x.device)
         else:
             self_index = torch.full((count,), -1, dtype=torch.int64, device=x.device)
-        return (*own, _wide(backend, block.rows), *self._side(block.start, block.stop), self_index)
+        return (*own, block.rows, *self._side(block.start, block.stop), self_index)
 
 
 class _Plan:
@@ -94,7 +94,7 @@ class _Plan:
 
     def statistics(self, rows: Tensor, scale: Tensor, kept: Tensor | None) -> RowStatistics:
         """Of the own anchors; what was not asked for is -inf (n, p) or 0."""
-        x: Any = _wide(self.backend, rows)
+        x: Any = rows
         n = p = scale.new_full((x.shape[0],), -math.inf)
         softplus, positive_sum, instance_sum = (torch.zeros_like(n) for _ in range(3))
         for block in self.blocks(rows, kept):
@@ -148,7 +148,7 @@ class _Plan:
     ) -> Tensor:
         """The complete gradient of the own rows [M, D]."""
         ops, everybody = self.ops, self.everybody
-        x: Any = _wide(self.backend, rows)
+        x: Any = rows
         wire = torch.float64 if rows.dtype == torch.float64 else torch.float32
         own, others, all_n, all_p = self.upstream(n, p, grads, wire)
         # Blocks are added up before the sum is rounded to 16 bits.

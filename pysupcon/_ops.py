@@ -21,8 +21,9 @@ Operators
                         0 where P_i is empty or n_i = -inf.
     positive_sum        sum_{j in P_i} s_ij, [M] in stats_dtype; O((M + N) D) work through class sums.
 
-Backward operators: ``grad_x`` has x's shape and dtype, ``grad_candidates`` the candidates' (an empty tensor
-of shape [0, D] unless ``need_candidates``). With G_ij = dL/ds_ij from the anchors' upstream gradients:
+Backward operators: ``grad_x`` has x's shape, ``grad_candidates`` the candidates' (or [0, D] unless
+``need_candidates``), in x's dtype but at least float32: the parts of a gradient cancel as a loss converges,
+and are to be added before they are rounded. With G_ij = dL/ds_ij from the anchors' upstream gradients:
     no candidates       grad_x_i = scale * sum_j (G_ij + G_ji) x_j
     candidates          grad_x_i = scale * sum_j G_ij c_j; grad_candidates_j = scale * sum_i G_ij x_i
     candidates and      grad_x_i = scale * sum_j (G_ij + G_ji) c_j, where G_ji comes from the candidates' own
@@ -114,7 +115,8 @@ if _problem is None:
     def _gradients(x: Tensor, candidates: Tensor | None, need_candidates: bool) -> tuple[Tensor, Tensor]:
         grad_candidates = candidates if candidates is not None and need_candidates else None
         rows = 0 if grad_candidates is None else grad_candidates.shape[0]
-        return x.new_empty(tuple(x.shape)), x.new_empty((rows, x.shape[1]))
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return x.new_empty(tuple(x.shape), dtype=dtype), x.new_empty((rows, x.shape[1]), dtype=dtype)
 
     @torch.library.register_fake("pysupcon::pair_stats")
     def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:

@@ -310,12 +310,12 @@ class _Gradients:
 
     def result(self) -> tuple[Tensor, Tensor]:
         def finish(side: _Side, grad: Tensor, like: Tensor) -> Tensor:
-            out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-            return out.index_copy_(0, side.order, grad.mul_(self.pairs.scale).to(like.dtype))
+            out = torch.empty(like.shape, dtype=grad.dtype, device=like.device)
+            return out.index_copy_(0, side.order, grad.mul_(self.pairs.scale))
 
         grad_x = finish(self.pairs.anchors, self.grad_x, self.x)
         if self.grad_candidates is None or self.candidates is None:
-            return grad_x, self.x.new_empty((0, self.x.shape[1]))
+            return grad_x, grad_x.new_empty((0, self.x.shape[1]))
         return grad_x, finish(self.pairs.candidates, self.grad_candidates, self.candidates)
 
 
@@ -556,7 +556,7 @@ def positive_sum_backward(
             return gradients.result()
 
         # grad_x_i = scale * (g_i (C_i - c_i) + (W_i - g_i c_i)), C the class sums of rows, W of rows times g
-        none = x.new_empty((0, x.shape[1]))
+        none = x.new_empty((0, x.shape[1]), dtype=_compute_dtype(x))
         if candidates is None:
             others, other_labels, other_order, back = x, labels, order, grad_total
         else:
@@ -567,7 +567,7 @@ def positive_sum_backward(
         sums = _class_sums(others, None, other_labels, other_order)
         weighted = None if back is None else _class_sums(others, back, other_labels, other_order)
         dtype = sums[0].dtype
-        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        grad_x = torch.empty(x.shape, dtype=none.dtype, device=x.device)
         for at in _slices(x.shape[0], _ROW_CHUNK):
             g = grad_total[slice(*at)].to(dtype).unsqueeze(1)
             part = _look_up(sums, labels[slice(*at)])
@@ -578,7 +578,7 @@ def positive_sum_backward(
                     back[slice(*at)] if self_index is None else back[self_index[slice(*at)].clamp(min=0)]
                 )
                 part += _look_up(weighted, labels[slice(*at)]) - own * own_back.to(dtype).unsqueeze(1)
-            grad_x[slice(*at)] = (part * scale).to(x.dtype)
+            grad_x[slice(*at)] = part * scale
         if not need_candidates or candidates is None:
             return grad_x, none
 
@@ -594,7 +594,7 @@ def positive_sum_backward(
                 grad_candidates.index_add_(0, self_index.clamp(min=0), own)
             else:
                 grad_candidates.index_put_((self_index.clamp(min=0),), own, accumulate=True)
-        return grad_x, (grad_candidates * scale).to(candidates.dtype)
+        return grad_x, (grad_candidates * scale).to(none.dtype)
 
 
 def positive_count(mask: PositiveMask, self_index: Tensor | None, symmetric: bool) -> Tensor:
