@@ -149,6 +149,7 @@ def test_gradcheck_with_candidates() -> None:
 def row_problem(
     count: int, width: int, dtype: torch.dtype, classes: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    torch.manual_seed(count)
     x = torch.nn.functional.normalize(torch.randn(count, width, device="cuda"), dim=1).to(dtype)
     labels = torch.randint(classes, (count,), device="cuda")
     stats = _ops.stats_dtype(x)

@@ -1,4 +1,4 @@
-// Equations (6) and (7): sums of similarities over a class need no pair, only sums of rows. A class is a
+// Equation (4): sums of similarities over a class need no pair, only sums of rows. A class is a
 // range of label-sorted rows; a tree of sums with fan-out 64 gives the sum of any range in a few hundred
 // additions, in a fixed order, without atomics and without a table of classes.
 #pragma once

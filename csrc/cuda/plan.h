@@ -40,7 +40,7 @@ struct Workspace {
 };
 
 // Small batches have fewer row blocks than the device has multiprocessors: cut the columns until all are
-// busy. The parts take at most 128 KiB (forward: 4 KiB) per wanted block, whatever the batch.
+// busy. The parts take at most 128 KiB (forward: 2 KiB) per wanted block, whatever the batch.
 inline int column_splits(int64_t row_blocks, int64_t tiles, int64_t wanted_blocks) {
   int64_t splits = row_blocks > 0 ? wanted_blocks / row_blocks : 1;
   if (splits > 32) splits = 32;

@@ -1,4 +1,4 @@
-// Equations (3) and (5): SINCERE's softplus over the pairs of one class, and the weights of its gradient.
+// Equation (3): SINCERE's softplus over the pairs of one class; (8), (11): the weights of its gradient.
 #pragma once
 #include "tiles.cuh"
 
@@ -70,7 +70,7 @@ struct SoftplusSum {
   }
 };
 
-// G_ij = -g_i sigmoid(n_i + epsilon - s_ij) within a class, and what n_i itself receives: g_i sum_j
+// (8): G_ij = -g_i sigmoid(n_i + epsilon - s_ij) within a class, and what n_i itself receives: g_i sum_j
 // sigmoid(...).
 struct SoftplusWeights {
   struct Args {

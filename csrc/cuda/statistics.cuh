@@ -1,4 +1,5 @@
-// Equations (1) and (2): the logsumexp over negatives and over positives, and the weights of their gradient.
+// Equations (1), (2), (7): the logsumexp over negatives and over positives; (8), (9): the weights of their
+// gradient.
 #pragma once
 #include "tiles.cuh"
 
@@ -133,7 +134,8 @@ struct Statistics {
   }
 };
 
-// Equation (4): G_ij + G_ji, with row i and column j each an anchor, or not (its coefficients are then null).
+// Equations (8), (9): G_ij + G_ji, with row i and column j each an anchor, or not (its coefficients are then
+// null).
 struct StatisticsWeights {
   struct Args {
     Coefficients rows, cols;
