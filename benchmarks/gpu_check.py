@@ -183,7 +183,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"\n{device}, torch {torch.__version__}, {time.monotonic() - start:.0f} s")
     for outcome in outcomes:
         print(
-            f"{'passed' if outcome.passed else 'FAILED':7s} {outcome.seconds:6.0f} s  {outcome.name}  {outcome.word}"
+            verdict = "passed" if outcome.passed else "FAILED"
+            print(f"{verdict} {outcome.seconds:6.0f} s  {outcome.name}  {outcome.word}")
         )
     return 0 if all(o.passed for o in outcomes) else 1
 

@@ -238,8 +238,8 @@ extern "C" const char* pysupcon_cuda_run(const Problem* problem) {
   const Problem& p = *problem;
   const Workspace w = lay_out(p);
   Stream s{static_cast<cudaStream_t>(p.stream)};
-  if (p.anchors.count > kMaxRows || p.candidates.count > kMaxRows || p.width > (int64_t(1) << 24))
-    return "more than 2^31 - 256 rows or 2^24 columns";
+  if (p.anchors.count > kMaxRows || p.candidates.count > kMaxRows || p.width > (int64_t(1) << 21))
+    return "more than 2^31 - 256 rows or 2^21 columns";
   find_pairs(s, p, w);
   if (p.operation == Operation::positive_sum || p.operation == Operation::positive_sum_backward) {
     if (p.dtype == Dtype::f64) run_sums<double>(s, p, w);
