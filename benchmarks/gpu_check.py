@@ -182,10 +182,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         outcomes.append(Outcome("compute-sanitizer", False, 0.0, "not installed beside nvcc"))
     print(f"\n{device}, torch {torch.__version__}, {time.monotonic() - start:.0f} s")
     for outcome in outcomes:
-        print(
-            verdict = "passed" if outcome.passed else "FAILED"
-            print(f"{verdict} {outcome.seconds:6.0f} s  {outcome.name}  {outcome.word}")
-        )
+        verdict = "passed" if outcome.passed else "FAILED"
+        print(f"{verdict} {outcome.seconds:6.0f} s  {outcome.name}  {outcome.word}")
     return 0 if all(o.passed for o in outcomes) else 1
 
 
