@@ -46,6 +46,7 @@ from ._autograd import RowStatistics
 from ._checks import check_choice, check_number, check_temperature
 from ._problem import Gather, Problem, prepare
 from ._rows import cnce_rows, reduce_rows, sincere_rows, supcon_rows
+from .profiling.ranges import named
 
 if TYPE_CHECKING:
     from ._gathered import RowLoss
@@ -96,6 +97,7 @@ def _finish(
     return result.view(problem.shape) if reduction == "none" else result
 
 
+@named("pysupcon::loss")
 def supcon(
     features: Tensor,
     labels: Tensor | None = None,
@@ -138,6 +140,7 @@ def supcon(
     return _finish(problem, loss, valid, reduction, anchors)
 
 
+@named("pysupcon::loss")
 def sincere(
     features: Tensor,
     labels: Tensor | None = None,
@@ -177,6 +180,7 @@ def sincere(
     return _finish(problem, loss, valid, reduction, anchors)
 
 
+@named("pysupcon::loss")
 def class_conditional_info_nce(
     features: Tensor,
     labels: Tensor | None = None,
@@ -219,6 +223,7 @@ def class_conditional_info_nce(
     return _finish(problem, loss, valid, reduction, anchors)
 
 
+@named("pysupcon::loss")
 def spread(
     features: Tensor,
     labels: Tensor | None = None,
