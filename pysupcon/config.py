@@ -4,11 +4,12 @@ line."""
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 
@@ -34,7 +35,8 @@ class Config:
     """Run the evaluators when the training is done."""
 
     resume_from_checkpoint: str | None = None
-    """latest, or the folder of a checkpoint: go on from there."""
+    """Go on from a checkpoint: latest, its folder, or auto, which is latest if there is one, else the start.
+    Processes that torchrun starts again after one of them died do so of themselves."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -69,6 +71,8 @@ class Config:
                 "model.classifier is true, but loss.cross_entropy_weight is 0: the head would never be "
                 "trained"
             )
+        if self.trainer.best_by == "cross_entropy" and not self.model.classifier:
+            raise ConfigError("trainer.best_by=cross_entropy needs model.classifier, which is false")
         if self.optimizer.warmup_epochs > self.trainer.epochs:
             raise ConfigError(
                 f"optimizer.warmup_epochs must be at most trainer.epochs={self.trainer.epochs}, "
@@ -100,6 +104,9 @@ def parse_args(args: Sequence[str] | None = None) -> tuple[Config, str]:
 def load_config(path: str | Path) -> Config:
     """Read a stored config.
 
+    An evaluation section that this version cannot read (a run may be older, or newer, than the evaluators) is
+    warned of; the rest of it, or the defaults, take its place.
+
     Raises:
         ConfigError: the file is missing or broken, or not a valid config; the message names file and field.
     """
@@ -110,16 +117,38 @@ def load_config(path: str | Path) -> Config:
         raise ConfigError(f"{path} cannot be read as YAML: {_one_line(error)}") from error
     if not isinstance(text, dict):
         raise ConfigError(f"{path} must hold a mapping of config fields, got {type(text).__name__}")
+    evaluation = text.get("evaluation")
+    if isinstance(evaluation, dict):
+        unknown = _drop_unknown(EvaluationConfig, evaluation, "evaluation")
+        if unknown:
+            warnings.warn(f"{path}: {', '.join(unknown)} is unknown and passed over", stacklevel=2)
     parser = _parser()
     try:
         return _instantiate(parser, lambda: parser.parse_object(text))[0]
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        if "evaluation" not in str(error) or not text.pop("evaluation", None):
+            raise ConfigError(f"{path}: {error}") from error
+        config = _instantiate(parser, lambda: parser.parse_object(text))[0]
+        warnings.warn(f"{path}: the defaults are taken for evaluation: {error}", stacklevel=2)
+        return config
 
 
 def to_yaml(config: Config) -> str:
     """The config with all defaults written out, as :func:`load_config` reads it."""
     return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def _drop_unknown(kind: type, values: dict[str, Any], name: str) -> list[str]:
+    """Remove keys that are no fields of a dataclass, in the sections below too; returns their names."""
+    types = get_type_hints(kind)
+    unknown = [key for key in values if key not in types]
+    for key in unknown:
+        del values[key]
+    found = [f"{name}.{key}" for key in unknown]
+    for key, value in values.items():
+        if isinstance(value, dict) and is_dataclass(types[key]):
+            found += _drop_unknown(types[key], value, f"{name}.{key}")
+    return found
 
 
 @lru_cache(maxsize=1)  # reading the docstrings takes a while

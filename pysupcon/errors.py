@@ -8,7 +8,17 @@ class ConfigError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on, or cannot be read: the message names the file or the step."""
+    """A run that cannot go on, or cannot be read: the message names the file or the step.
+
+    Attributes:
+        of_one_process: other processes do not raise it: whichever does must tell.
+    """
+
+    of_one_process = False
+
+
+class Interrupted(RunError):
+    """A training that stopped as it was asked to, its state saved: the message says why and how to go on."""
 
 
 def check(condition: bool, field: str, contract: str, got: object) -> None:

@@ -22,6 +22,9 @@ class LossConfig:
     temperature: float | None = None
     """Similarities are divided by it. None means 0.5 for spread and cnce, 0.07 for the others."""
 
+    learnable_temperature: bool = False
+    """Train the temperature's logarithm, starting from temperature."""
+
     epsilon: float | None = None
     """eps_supinfonce only: margin, after the division by the temperature. None means 0.25."""
 
@@ -134,6 +137,11 @@ class TrainerConfig:
     epochs: int = 10
     """Passes over the training split."""
 
+    chunk_size: int | None = None
+    """Samples, with all their views, that each process puts through the model at once (GradCache): memory
+    grows with it instead of data.batch_size, for one more forward. The gradient stays that of the whole
+    batch, but BatchNorm normalises each chunk by itself. None puts all through at once."""
+
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """None takes what accelerate launch was told."""
 
@@ -142,6 +150,17 @@ class TrainerConfig:
 
     cpu: bool = False
     """Train on the CPU even where there is an accelerator."""
+
+    sync_batch_norm: bool = False
+    """BatchNorm normalises by the statistics of all processes; CUDA only."""
+
+    ema_decay: float | None = None
+    """Average the weights over the steps, exponentially, e.g. 0.999: the share of the average that stays in a
+    step. None keeps no average."""
+
+    final_weights: Literal["last", "best", "ema"] = "last"
+    """Which weights the run ends with, to be evaluated and exported: of the last step, of the checkpoint that
+    best_by chooses, or the average."""
 
     threads: int | None = None
     """CPU threads of each process; None divides the machine's cores among its processes."""
@@ -152,8 +171,19 @@ class TrainerConfig:
     checkpoint_epochs: int = 1
     """Epochs between checkpoints; the last step always gets one."""
 
+    checkpoint_steps: int | None = None
+    """Steps between checkpoints, instead of epochs."""
+
     keep_checkpoints: int = 2
-    """Older checkpoints are deleted."""
+    """Older checkpoints are deleted, but for the best."""
+
+    best_by: Literal["loss", "contrastive", "cross_entropy"] | None = "loss"
+    """At each checkpoint, log the losses on the validation split, and keep the checkpoint of the least one of
+    that name (of the averaged weights, if those are final). None does not validate."""
+
+    time_budget: float | None = None
+    """Minutes after which the training writes a checkpoint and stops, to be resumed; None: no end. SIGTERM
+    and SIGUSR1 do the same."""
 
     def check(self) -> None:
         """Refuse values that cannot run.
@@ -166,7 +196,15 @@ class TrainerConfig:
             check(self.clip_norm > 0, "trainer.clip_norm", "be greater than 0", self.clip_norm)
         if self.threads is not None:
             check(self.threads >= 1, "trainer.threads", "be at least 1", self.threads)
-        check(
-            self.checkpoint_epochs >= 1, "trainer.checkpoint_epochs", "be at least 1", self.checkpoint_epochs
-        )
+        for name in ("chunk_size", "checkpoint_epochs", "checkpoint_steps"):
+            value = getattr(self, name)
+            check(value is None or value >= 1, f"trainer.{name}", "be at least 1", value)
+        if self.ema_decay is not None:
+            check(0 < self.ema_decay < 1, "trainer.ema_decay", "lie in (0, 1)", self.ema_decay)
+        if self.final_weights == "ema":
+            check(self.ema_decay is not None, "trainer.ema_decay", "be given for final_weights=ema", None)
+        if self.final_weights == "best":
+            check(self.best_by is not None, "trainer.best_by", "be given for final_weights=best", None)
+        if self.time_budget is not None:
+            check(self.time_budget > 0, "trainer.time_budget", "be greater than 0", self.time_budget)
         check(self.keep_checkpoints >= 1, "trainer.keep_checkpoints", "be at least 1", self.keep_checkpoints)

@@ -6,11 +6,13 @@ import json
 import os
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pysupcon.errors import RunError
 from pysupcon.trainer.run import read_log
 
 
@@ -18,7 +20,8 @@ class StepLog:
     """Appends lines to ``log.jsonl``; every line is on its way to the file when :meth:`write` returns.
 
     The loop writes: step and epoch (done), loss and its parts (means over processes), gradient_norm (before
-    clipping), valid_anchors (of all processes: anchors that have a positive), chance (the contrastive loss if
+    clipping), temperature (if it is learnable: before the step), val_loss and its parts (at checkpoints),
+    valid_anchors (of all processes: anchors that have a positive), chance (the contrastive loss if
     all rows were one point), learning_rate (of this step), images_per_second (views, of all processes),
     peak_memory_mib (of the main process).
 
@@ -31,16 +34,29 @@ class StepLog:
     def __init__(self, path: Path, resumed_step: int = 0) -> None:
         if path.exists():
             _drop_after(path, resumed_step)
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append one line."""
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        """Append one line.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        try:
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise RunError(f"{self._path} could not be written: {error.strerror or error}") from error
+
+    def sync(self) -> None:
+        """Have all lines on the disk."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with suppress(OSError):  # what could not be written was said by write
+            self._file.close()
 
 
 def _drop_after(path: Path, step: int) -> None:

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import os
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate import PartialState
+from accelerate.utils import set_seed
 from torch import Tensor
-from torch.nn.functional import one_hot
 from tqdm import tqdm
 
 from pysupcon.config import Config, to_yaml
 from pysupcon.data.bundle import Data, load_data
-from pysupcon.errors import ConfigError, RunError
-from pysupcon.trainer import checkpoint
+from pysupcon.errors import Interrupted, RunError
+from pysupcon.trainer import checkpoint, state
+from pysupcon.trainer.files import replace_file
+from pysupcon.trainer.folders import agree_on_folder, restarted
 from pysupcon.trainer.log import StepLog, peak_memory
-from pysupcon.trainer.objective import Objective, batch_statistics
+from pysupcon.trainer.objective import Objective
 from pysupcon.trainer.optim import build_optimizer, build_scheduler
+from pysupcon.trainer.progress import waiting
 from pysupcon.trainer.run import CONFIG_FILE, LOG_FILE, WEIGHTS_FILE, build_model
-
-MAX_SKIPPED = 25
-"""fp16 steps in a row that the gradient scaler may skip: from 2^16 its scale has then fallen out of use."""
+from pysupcon.trainer.setup import build_accelerator, set_threads, start_trackers
+from pysupcon.trainer.step import Step
+from pysupcon.trainer.stop import StopRequests
+from pysupcon.trainer.validation import Validation
 
 
 def train(config: Config, name: str = "run") -> Path:
@@ -40,244 +41,173 @@ def train(config: Config, name: str = "run") -> Path:
 
     Raises:
         ConfigError: the config cannot run; nothing has been written.
-        RunError: the loss or the gradient is not finite, or a checkpoint is damaged; what was written stays.
+        RunError: the loss or the gradient is not finite, a checkpoint is damaged, or the disk is full; what
+            was written stays.
+        Interrupted: a signal came or the time budget is over; a checkpoint is written.
     """
     config.resolve()
-    state = PartialState(cpu=config.trainer.cpu)
-    _set_threads(config, state)
-    if config.data.download:
-        with state.main_process_first():
+    stop = StopRequests(config.trainer.time_budget)
+    processes = PartialState(cpu=config.trainer.cpu)
+    set_threads(config, processes)
+    with waiting(f"reading {config.data.dataset}", shown=processes.is_main_process):
+        if config.data.download:
+            with processes.main_process_first():
+                data = load_data(config.data)
+        else:
             data = load_data(config.data)
-    else:
-        data = load_data(config.data)
-    run_dir = _agree_on_folder(config, name, state)
+    if restarted() and config.resume_from_checkpoint is None:
+        config.resume_from_checkpoint = "auto"
+    run_dir = agree_on_folder(config, name, processes)
     config.output_dir = str(run_dir)
-    return _Trainer(config, data, run_dir).fit()
+    trainer = Trainer(config, data, run_dir)
+    with stop:
+        return trainer.fit(stop)
 
 
-class _Trainer:
-    """State of one run: the prepared objects and the step."""
+class Trainer:
+    """State of one run: the prepared objects, and ``done``, the number of steps done."""
 
     def __init__(self, config: Config, data: Data, run_dir: Path) -> None:
         self.config, self.data, self.run_dir = config, data, run_dir
-        self.accelerator = _accelerator(config, run_dir)
+        self.accelerator = build_accelerator(config, run_dir)
         self.device = self.accelerator.device
+        main = self.accelerator.is_main_process
         ranks = {"rank": self.accelerator.process_index, "world_size": self.accelerator.num_processes}
         self.steps_per_epoch = data.batches(seed=config.seed, steps=0, **ranks).steps_per_epoch
         self.steps = config.trainer.epochs * self.steps_per_epoch
-
-        self.done, resumed = 0, None
-        if config.resume_from_checkpoint is not None:
-            resumed = checkpoint.find_checkpoint(run_dir, config.resume_from_checkpoint)
-            self.done = checkpoint.verify_checkpoint(resumed)
-            checkpoint.check_same_run(resumed, config)
+        self.done = 0
+        saved = state.find(self.accelerator, config, run_dir)
 
         set_seed(config.seed)
-        model = build_model(config, data).to(memory_format=torch.channels_last)
-        optimizer = build_optimizer(config.optimizer, model)
+        with waiting(f"building {config.model.backbone}", shown=main):
+            model = build_model(config, data).to(self.device).to(memory_format=torch.channels_last)
+        if config.trainer.sync_batch_norm:
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        self.ema: Any = None
+        if config.trainer.ema_decay is not None:
+            from timm.utils import ModelEmaV3
+
+            self.ema = ModelEmaV3(model, decay=config.trainer.ema_decay)
+        self.objective = Objective(config.loss, config.data.views).to(self.device)
+        optimizer = build_optimizer(config.optimizer, model, self.objective)
         scheduler = build_scheduler(
             config.optimizer, optimizer, steps=self.steps, steps_per_epoch=self.steps_per_epoch
         )
         self.model, self.optimizer, self.scheduler = self.accelerator.prepare(model, optimizer, scheduler)
-        self.objective = Objective(config.loss, config.data.views)
+        self.step = Step(
+            self.accelerator, config, data, self.model, self.objective, self.optimizer, self.scheduler
+        )
+        self.validate: Validation | None = None
+        if config.trainer.best_by is not None:
+            self.validate = Validation(self.accelerator, config, data, self.objective)
+        set_seed(config.seed, device_specific=True)  # dropout differs between processes
+        if saved is not None:
+            state.restore(self, saved)
         batches = data.batches(seed=config.seed, steps=self.steps, start=self.done, **ranks)
         self.loader = data.loader(batches, pin_memory=self.device.type == "cuda")
-        set_seed(config.seed, device_specific=True)  # dropout differs between processes
-        if resumed is not None:
-            checkpoint.load_checkpoint(self.accelerator, resumed)
-        self.skipped = 0
 
-    def fit(self) -> Path:
+    def fit(self, stop: StopRequests) -> Path:
+        """Train to the end, or until ``stop`` has a reason."""
         main = self.accelerator.is_main_process
+        log: StepLog | None = None
         if main:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            (self.run_dir / CONFIG_FILE).write_text(to_yaml(self.config), encoding="utf-8")
-        _start_trackers(self.accelerator, self.config)
+            try:
+                self.run_dir.mkdir(parents=True, exist_ok=True)
+                replace_file(self.run_dir / CONFIG_FILE, to_yaml(self.config).encode())
+                log = StepLog(self.run_dir / LOG_FILE, self.done)
+            except OSError as error:
+                raise RunError(f"{self.run_dir} cannot be written to: {error}") from error
+        start_trackers(self.accelerator, self.config)
         self.accelerator.wait_for_everyone()
-        log = StepLog(self.run_dir / LOG_FILE, self.done) if main else None
         try:
-            self._loop(log)
+            self._loop(log, stop)
+        except BaseException:
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+            raise
         finally:
             if log is not None:
                 log.close()
         if main:
-            checkpoint.save_weights(self.accelerator.unwrap_model(self.model), self.run_dir / WEIGHTS_FILE)
+            checkpoint.save_weights(self._final_weights(), self.run_dir / WEIGHTS_FILE)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return self.run_dir
 
-    def _loop(self, log: StepLog | None) -> None:
+    def weights(self) -> dict[str, Tensor]:
+        """Of the model as it is now."""
+        state_dict: dict[str, Tensor] = self.accelerator.unwrap_model(self.model).state_dict()
+        return state_dict
+
+    def _loop(self, log: StepLog | None, stop: StopRequests) -> None:
         trainer = self.config.trainer
-        every = trainer.checkpoint_epochs * self.steps_per_epoch
+        every = trainer.checkpoint_steps or trainer.checkpoint_epochs * self.steps_per_epoch
         self.model.train()
         bar = tqdm(total=self.steps, initial=self.done, desc="train", unit="step", disable=log is None)
         last = time.perf_counter()
         with bar:
             for views, labels in self.loader:
                 learning_rate = self.scheduler.get_last_lr()[0]
-                values = self._step(views, labels)
+                learnable = (
+                    {"temperature": self.objective.temperature}
+                    if self.config.loss.learnable_temperature
+                    else {}
+                )
+                values, asked = self.step(views, labels, self.done + 1, stop.reason is not None)
+                self.done += 1
+                if self.ema is not None:
+                    self.ema.update(self.accelerator.unwrap_model(self.model), self.done)
                 now = time.perf_counter()
-                images = views[:, :, 0, 0, 0].numel() * self.accelerator.num_processes
+                speed = views.shape[0] * views.shape[1] * self.accelerator.num_processes / (now - last)
+                due = self.done % every == 0 or self.done == self.steps
+                metrics = self._validation() if due and not asked else {}
                 line = {
                     "step": self.done,
                     "epoch": self.done / self.steps_per_epoch,
                     **values,
+                    **learnable,
+                    **{f"val_{name}": value for name, value in metrics.items()},
                     "learning_rate": learning_rate,
-                    "images_per_second": images / (now - last),
+                    "images_per_second": speed,
                     "peak_memory_mib": peak_memory(self.device),
                 }
-                last = now
                 if log is not None:
                     log.write(line)
                 if self.accelerator.trackers:
                     self.accelerator.log({key: line[key] for key in line if key != "step"}, step=self.done)
                 bar.update()
-                bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
-                if self.done % every == 0 or self.done == self.steps:
-                    keep = trainer.keep_checkpoints
-                    checkpoint.save_checkpoint(self.accelerator, self.run_dir, self.done, self.config, keep)
+                bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:,.0f} images/s", refresh=False)
+                if due or asked:
+                    if log is not None:
+                        log.sync()
+                    path = state.save(self, metrics)
+                    if asked:
+                        self._interrupt(stop, path)
+                last = time.perf_counter()
 
-    def _step(self, views: Tensor, labels: Tensor) -> dict[str, float]:
-        """One step of the optimiser; what it gives is the mean over processes."""
-        views = views.to(self.device, non_blocking=True)
-        labels = labels.to(self.device, non_blocking=True)
-        images = self.data.normalize(views).flatten(0, 1).contiguous(memory_format=torch.channels_last)
-        outputs = self.model(images)
-        try:
-            parts = self.objective(outputs, labels)
-        except ValueError as error:
-            if bool(outputs.projection.isfinite().all()):
-                raise
-            raise RunError(f"step {self.done + 1}: the features are not finite ({error})") from error
-        self.accelerator.backward(parts["loss"])
-        self.accelerator.unscale_gradients()
-        parameters = list(self.model.parameters())
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        values = self._values({**parts, "gradient_norm": norm}, labels)
-        self._refuse_non_finite(values)
-        if self.config.trainer.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.trainer.clip_norm, norm)
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad()
-        self.done += 1
-        return values
+    def _validation(self) -> dict[str, float]:
+        if self.validate is None:
+            return {}
+        averaged = self.config.trainer.final_weights == "ema"
+        return self.validate(self.ema.module if averaged else self.model)
 
-    def _values(self, tensors: dict[str, Tensor], labels: Tensor) -> dict[str, float]:
-        """All numbers of a step, in one transfer from the device."""
-        counts = one_hot(labels, len(self.data.class_names)).sum(0)  # bincount would wait for the device
-        if self.config.loss.gather is not False:
-            counts = self.accelerator.reduce(counts, "sum")
-        statistics = batch_statistics(self.config.loss, labels, counts, self.config.data.views)
-        scalars = [value.detach().to(torch.float64) for value in tensors.values()]
-        together = self.accelerator.reduce(torch.stack([*scalars, *statistics]), "mean").tolist()
-        values = dict(zip([*tensors, "valid_anchors", "chance"], together, strict=True))
-        values["valid_anchors"] *= self.accelerator.num_processes
-        return values
-
-    def _refuse_non_finite(self, values: dict[str, float]) -> None:
-        wrong = [name for name, value in values.items() if not abs(value) < float("inf")]
-        if wrong == ["gradient_norm"] and self.accelerator.scaler is not None:
-            self.skipped += 1  # the scaler lowers its scale and leaves this step out
-            if self.skipped < MAX_SKIPPED:
-                return
-        elif not wrong:
-            self.skipped = 0
-            return
-        model = self.accelerator.unwrap_model(self.model)
-        parameters = [
-            name
-            for name, parameter in model.named_parameters()
-            if parameter.grad is not None and not bool(parameter.grad.isfinite().all())
-        ]
-        found = ", ".join(f"{name} = {values[name]}" for name in wrong)
-        where = f"; gradients that are not finite: {', '.join(parameters[:4])}" if parameters else ""
-        more = f" and {len(parameters) - 4} more" if len(parameters) > 4 else ""
-        raise RunError(f"step {self.done + 1}: {found}{where}{more}")
-
-
-def _accelerator(config: Config, run_dir: Path) -> Accelerator:
-    trainer = config.trainer
-    try:
-        return Accelerator(
-            cpu=trainer.cpu,
-            mixed_precision=trainer.mixed_precision,
-            log_with=list(trainer.trackers) or None,
-            project_dir=str(run_dir),
-            step_scheduler_with_optimizer=False,
+    def _interrupt(self, stop: StopRequests, path: Path) -> None:
+        reason = stop.reason or "a signal to another process"
+        raise Interrupted(
+            f"stopped by {reason} after step {self.done} of {self.steps}; "
+            f"checkpoint {path} is whole; go on with --resume_from_checkpoint latest "
+            f"--output_dir {self.run_dir}"
         )
-    except ValueError as error:
-        raise ConfigError(
-            f"trainer.mixed_precision or trainer.trackers does not fit here: {error}"
-        ) from error
 
-
-def _start_trackers(accelerator: Accelerator, config: Config) -> None:
-    if not config.trainer.trackers:
-        return
-    flat: dict[str, Any] = {}
-    for part, value in asdict(config).items():
-        fields = value if isinstance(value, dict) else {"": value}
-        flat |= {f"{part}.{key}".rstrip("."): _plain(field) for key, field in fields.items()}
-    accelerator.init_trackers("pysupcon", config=flat)
-    started = {tracker.name for tracker in accelerator.trackers}
-    missing = [name for name in config.trainer.trackers if name not in started]
-    if missing and accelerator.is_main_process:
-        raise ConfigError(f"trainer.trackers: {', '.join(missing)} is not installed")
-
-
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, int | float | str) else str(value)
-
-
-def _set_threads(config: Config, state: PartialState) -> None:
-    """accelerate launch gives a process one thread; on a CPU that leaves the other cores idle."""
-    threads = config.trainer.threads
-    if threads is None and state.device.type == "cpu":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
-        threads = max(cores // local, 1)
-    if threads is not None:
-        torch.set_num_threads(threads)
-
-
-def _agree_on_folder(config: Config, name: str, state: PartialState) -> Path:
-    """The main process chooses, so that all name the same; an error of its is everybody's."""
-    choice: list[str | None] = [None, None]
-    if state.is_main_process:
-        try:
-            choice[0] = str(_choose_folder(config, name))
-        except ConfigError as error:
-            choice[1] = str(error)
-    choice = broadcast_object_list(choice)
-    if choice[0] is None:
-        raise ConfigError(choice[1])
-    return Path(choice[0])
-
-
-def _choose_folder(config: Config, name: str) -> Path:
-    resumes = config.resume_from_checkpoint == "latest"
-    if config.output_dir is not None:
-        folder = Path(config.output_dir)
-        if _holds_run(folder) and config.resume_from_checkpoint is None:
-            raise ConfigError(
-                f"output_dir {folder} already holds a run; continue it with --resume_from_checkpoint latest, "
-                "or choose another folder"
-            )
-        return folder
-    if config.resume_from_checkpoint is not None and not resumes:
-        own = Path(config.resume_from_checkpoint).resolve().parent
-        if own.name == checkpoint.FOLDER and _holds_run(own.parent):
-            return own.parent
-    number, folder = 1, Path("runs") / name
-    while _holds_run(folder):
-        number += 1
-        following = Path("runs") / f"{name}-{number}"
-        if resumes and not _holds_run(following):
-            return folder
-        folder = following
-    return folder
-
-
-def _holds_run(folder: Path) -> bool:
-    return any((folder / file).exists() for file in (CONFIG_FILE, LOG_FILE, checkpoint.FOLDER))
+    def _final_weights(self) -> dict[str, Tensor]:
+        """As trainer.final_weights says; on the main process."""
+        final = self.config.trainer.final_weights
+        if final == "ema":
+            averaged: dict[str, Tensor] = self.ema.module.state_dict()
+            return averaged
+        if final == "best":
+            best = checkpoint.best_checkpoint(self.run_dir, self.config.trainer.best_by, self.done)
+            if best is None:
+                raise RunError(f"{self.run_dir} holds no checkpoint with a finite validation loss")
+            return checkpoint.read_checkpoint(best).weights
+        return self.weights()

@@ -14,7 +14,10 @@ from pysupcon.models.model import Outputs
 from pysupcon.trainer.config import LossConfig
 
 
-def build_loss(config: LossConfig) -> nn.Module:
+Contrastive = SupConLoss | SINCERELoss | ClassConditionalInfoNCELoss | SpreadLoss | InfoNCELoss
+
+
+def build_loss(config: LossConfig) -> Contrastive:
     """The contrastive loss of a resolved config.
 
     Raises:
@@ -26,6 +29,7 @@ def build_loss(config: LossConfig) -> nn.Module:
         "contrast_mode": config.contrast_mode,
         "gather": config.gather,
         "backend": config.backend,
+        "learnable_temperature": config.learnable_temperature,
     }
     try:
         if config.name == "supcon":
@@ -44,14 +48,21 @@ def build_loss(config: LossConfig) -> nn.Module:
         raise ConfigError(f"loss.gather: {error}") from error
 
 
-class Objective:
+class Objective(nn.Module):
     """``loss.weight * contrastive + loss.cross_entropy_weight * cross_entropy``."""
 
     def __init__(self, config: LossConfig, views: int) -> None:
+        super().__init__()
         self.config, self.views = config, views
         self.contrastive = build_loss(config)
 
-    def __call__(self, outputs: Outputs, labels: Tensor) -> dict[str, Tensor]:
+    @property
+    def temperature(self) -> float:
+        """As it is now."""
+        with torch.no_grad():
+            return float(self.contrastive.temperature)
+
+    def forward(self, outputs: Outputs, labels: Tensor) -> dict[str, Tensor]:
         """Loss and its parts.
 
         Args:

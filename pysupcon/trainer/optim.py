@@ -15,12 +15,15 @@ from pysupcon.trainer.config import OptimizerConfig
 TIMM_NAME = {"sgd": "momentum", "adamw": "adamw", "lars": "lars"}  # timm's "sgd" is Nesterov's
 
 
-def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
-    """timm's optimiser of that name; biases and normalisation parameters are not decayed."""
+def build_optimizer(
+    config: OptimizerConfig, model: nn.Module, objective: nn.Module | None = None
+) -> Optimizer:
+    """timm's optimiser of that name; biases, normalisation parameters and those of ``objective`` are not
+    decayed."""
     from timm.optim import create_optimizer_v2
 
     momentum: dict[str, Any] = {} if config.momentum is None else {"momentum": config.momentum}
-    return create_optimizer_v2(
+    optimizer: Optimizer = create_optimizer_v2(
         model,
         opt=TIMM_NAME[config.name],
         lr=config.learning_rate,
@@ -28,6 +31,10 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
         filter_bias_and_bn=True,
         **momentum,
     )
+    own = list(objective.parameters()) if objective is not None else []
+    if own:
+        optimizer.add_param_group({"params": own, "weight_decay": 0.0})
+    return optimizer
 
 
 def learning_rate_factor(step: int, *, config: OptimizerConfig, steps: int, steps_per_epoch: int) -> float:

@@ -1,0 +1,149 @@
+"""One step of the optimiser: forward, backward (whole, or chunk by chunk), update, numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.functional import one_hot
+
+from pysupcon.config import Config
+from pysupcon.data.bundle import Data
+from pysupcon.errors import RunError
+from pysupcon.gradcache import GradCache
+from pysupcon.models.model import Outputs
+from pysupcon.trainer.objective import Objective, batch_statistics
+
+MAX_SKIPPED = 25
+"""fp16 steps in a row that the gradient scaler may skip: from 2^16 its scale has then fallen out of use."""
+
+
+class Step:
+    """``values, stop = step(views, labels, number, stop)``.
+
+    Args:
+        accelerator: that prepared the rest.
+        config: resolved.
+        data: normalises the views.
+        model, optimizer, scheduler: prepared.
+        objective: on the model's device; its parameters' gradients are averaged over the processes here.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        config: Config,
+        data: Data,
+        model: nn.Module,
+        objective: Objective,
+        optimizer: Any,
+        scheduler: Any,
+    ) -> None:
+        self.accelerator, self.config, self.data = accelerator, config, data
+        self.model, self.objective, self.optimizer, self.scheduler = model, objective, optimizer, scheduler
+        chunk_size = config.trainer.chunk_size
+        self.cache: GradCache | None = None
+        if chunk_size is not None:
+            self.cache = GradCache(model, chunk_size, forward=self._forward, scaler=accelerator.scaler)
+        self.parameters = [*model.parameters(), *objective.parameters()]
+        self.skipped = 0
+
+    def __call__(
+        self, views: Tensor, labels: Tensor, number: int, stop: bool
+    ) -> tuple[dict[str, float], bool]:
+        """One step.
+
+        Args:
+            views: uint8 [b, V, C, S, S] of this process.
+            labels: int64 [b].
+            number: of the step, for messages.
+            stop: whether this process wants the training to stop.
+
+        Returns:
+            Means over the processes, and whether any process wants to stop.
+
+        Raises:
+            RunError: loss or gradient is not finite.
+        """
+        device = self.accelerator.device
+        views, labels = views.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        parts = self._backward(views, labels, number)
+        for parameter in self.objective.parameters():  # not DistributedDataParallel's
+            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = self.accelerator.reduce(grad, "mean")
+        self.accelerator.unscale_gradients()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        values = self._values({**parts, "gradient_norm": norm}, labels, stop)
+        stop = values.pop("stop") > 0
+        self._refuse_non_finite(values, number)
+        if self.config.trainer.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.trainer.clip_norm, norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        return values, stop
+
+    def _forward(self, model: nn.Module, views: Tensor) -> Outputs:
+        images = self.data.normalize(views).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        outputs: Outputs = model(images)
+        return outputs
+
+    def _backward(self, views: Tensor, labels: Tensor, number: int) -> dict[str, Tensor]:
+        parts: dict[str, Tensor] = {}
+
+        def loss(outputs: Outputs) -> Tensor:
+            try:
+                parts.update(self.objective(outputs, labels))
+            except ValueError as error:
+                if bool(outputs.projection.isfinite().all()):
+                    raise
+                raise self._error(f"step {number}: the features are not finite ({error})") from error
+            return parts["loss"]
+
+        if self.cache is None:
+            self.accelerator.backward(loss(self._forward(self.model, views)))
+        else:
+            self.cache(views, loss)
+        return {name: value.detach() for name, value in parts.items()}
+
+    def _values(self, tensors: dict[str, Tensor], labels: Tensor, stop: bool) -> dict[str, float]:
+        """All numbers of a step, in one transfer from the device."""
+        counts = one_hot(labels, len(self.data.class_names)).sum(0)  # bincount would wait for the device
+        if self.config.loss.gather is not False:
+            counts = self.accelerator.reduce(counts, "sum")
+        statistics = batch_statistics(self.config.loss, labels, counts, self.config.data.views)
+        scalars = [value.detach().to(torch.float64) for value in tensors.values()]
+        wish = statistics.new_tensor(float(stop))
+        together = self.accelerator.reduce(torch.stack([*scalars, *statistics, wish]), "mean").tolist()
+        values = dict(zip([*tensors, "valid_anchors", "chance", "stop"], together, strict=True))
+        values["valid_anchors"] *= self.accelerator.num_processes
+        return values
+
+    def _refuse_non_finite(self, values: dict[str, float], number: int) -> None:
+        wrong = [name for name, value in values.items() if not abs(value) < float("inf")]
+        if wrong == ["gradient_norm"] and self.accelerator.scaler is not None:
+            self.skipped += 1  # the scaler lowers its scale and leaves this step out
+            if self.skipped < MAX_SKIPPED:
+                return
+        elif not wrong:
+            self.skipped = 0
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        parameters = [
+            name
+            for name, parameter in (*model.named_parameters(), *self.objective.named_parameters())
+            if parameter.grad is not None and not bool(parameter.grad.isfinite().all())
+        ]
+        found = ", ".join(f"{name} = {values[name]}" for name in wrong)
+        where = f"; gradients that are not finite: {', '.join(parameters[:4])}" if parameters else ""
+        more = f" and {len(parameters) - 4} more" if len(parameters) > 4 else ""
+        raise RunError(f"step {number}: {found}{where}{more}")
+
+    def _error(self, text: str) -> RunError:
+        """Of this process, which the others may not share: to be told by whichever it is."""
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        error = RunError(text + (f" in process {rank}" if processes > 1 else ""))
+        error.of_one_process = True
+        return error

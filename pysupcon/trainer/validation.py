@@ -1,0 +1,75 @@
+"""The training's own loss on the validation split."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from pysupcon.config import Config
+from pysupcon.data.bundle import Data
+from pysupcon.errors import RunError
+from pysupcon.models.model import Outputs
+from pysupcon.trainer.objective import Objective
+
+
+class Validation:
+    """Means of the losses over the validation split, every process its share of each batch.
+
+    The views are the same each time, made as in training; the model is in eval mode, its buffers those of the
+    main process. No random state moves.
+    """
+
+    def __init__(self, accelerator: Accelerator, config: Config, data: Data, objective: Objective) -> None:
+        self.accelerator, self.config, self.data, self.objective = accelerator, config, data, objective
+        batches = data.validation_batches(
+            seed=config.seed, rank=accelerator.process_index, world_size=accelerator.num_processes
+        )
+        self.loader: DataLoader[tuple[Tensor, Tensor]] = data.loader(batches, split="val")
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """Losses of a model, "loss" and its parts.
+
+        Raises:
+            RunError: a feature is not finite.
+        """
+        model = self.accelerator.unwrap_model(model)
+        if self.accelerator.num_processes > 1:
+            for buffer in model.buffers():
+                buffer.copy_(broadcast(buffer.contiguous()))
+        training = model.training
+        model.eval()
+        main = self.accelerator.is_main_process
+        bar = tqdm(self.loader, desc="validate", unit="batch", leave=False, delay=2, disable=not main)
+        totals: dict[str, Tensor] = {}
+        try:
+            for views, labels in bar:
+                for name, value in self._losses(model, views, labels).items():
+                    totals[name] = totals.get(name, torch.zeros_like(value)) + value / len(self.loader)
+        finally:
+            model.train(training)
+        together = self.accelerator.reduce(torch.stack(list(totals.values())), "mean").tolist()
+        return dict(zip(totals, together, strict=True))
+
+    def _losses(self, model: nn.Module, views: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        device = self.accelerator.device
+        parts: list[Outputs] = []
+        for chunk in views.split(self.config.trainer.chunk_size or len(views)):
+            images = self.data.normalize(chunk.to(device)).flatten(0, 1)
+            with self.accelerator.autocast():
+                parts.append(model(images.contiguous(memory_format=torch.channels_last)))
+        logits = [part.logits for part in parts if part.logits is not None]
+        outputs = Outputs(
+            torch.cat([part.embedding for part in parts]).float(),
+            torch.cat([part.projection for part in parts]).float(),
+            torch.cat(logits).float() if logits else None,
+        )
+        try:
+            losses = self.objective(outputs, labels.to(device))
+        except ValueError as error:
+            raise RunError(f"validation: {error}") from error
+        return {name: value.to(torch.float64) for name, value in losses.items()}
