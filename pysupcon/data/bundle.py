@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -121,16 +122,38 @@ class Data:
         """The batch sampler of ``data.sampler`` over the training split."""
         kind = BalancedBatches if self.config.sampler == "balanced" else ShuffledBatches
         return kind(
-            self._train_labels(), self.config.batch_size,
+            self._labels("train"), self.config.batch_size,
             seed=seed, steps=steps, start=start, rank=rank, world_size=world_size,
         )  # fmt: skip
 
-    def loader(self, batches: ShuffledBatches, *, pin_memory: bool = False) -> DataLoader[Any]:
+    def validation_batches(self, *, seed: int, rank: int = 0, world_size: int = 1) -> ShuffledBatches:
+        """One pass over the validation split, the same each time: as few batches of at most
+        ``data.batch_size`` as hold all samples, of equal size (a remainder is left out).
+
+        Raises:
+            ConfigError: the split has fewer samples than there are processes.
+        """
+        labels = self._labels("val")
+        size = len(labels) // math.ceil(len(labels) / self.config.batch_size) if len(labels) else 0
+        size -= size % world_size
+        if size < 1:
+            raise ConfigError(
+                f"trainer.best_by needs a validation sample for each of the {world_size} processes, but "
+                f"data.val_fraction={self.config.val_fraction} gives {len(labels)}: pass "
+                "--trainer.best_by null"
+            )
+        return ShuffledBatches(
+            labels, size, seed=seed, steps=len(labels) // size, rank=rank, world_size=world_size
+        )
+
+    def loader(
+        self, batches: ShuffledBatches, *, split: str = "train", pin_memory: bool = False
+    ) -> DataLoader[Any]:
         """Batches of (views uint8 [b, V, C, S, S], labels int64 [b]), b this process's share of a global
         batch."""
         transform = view_transform(self.config.augmentation, self._family, self.image_size)
         dataset = ViewDataset(
-            self.splits["train"], self._train_labels(), transform, self.config.views, batches.seed
+            self.splits[split], self._labels(split), transform, self.config.views, batches.seed
         )
         workers = self.config.workers
         return DataLoader(
@@ -143,9 +166,9 @@ class Data:
             generator=torch.Generator(),
         )
 
-    def _train_labels(self) -> Tensor:
-        train = self.splits["train"]
-        return train.coarse if self.config.labels == "coarse" else train.fine
+    def _labels(self, split: str) -> Tensor:
+        samples = self.splits[split]
+        return samples.coarse if self.config.labels == "coarse" else samples.fine
 
 
 def _one_thread(_: int) -> None:
