@@ -13,7 +13,6 @@ from pysupcon.losses import ClassConditionalInfoNCELoss, InfoNCELoss, SINCERELos
 from pysupcon.models.model import Outputs
 from pysupcon.trainer.config import LossConfig
 
-
 Contrastive = SupConLoss | SINCERELoss | ClassConditionalInfoNCELoss | SpreadLoss | InfoNCELoss
 
 
