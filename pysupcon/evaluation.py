@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from pysupcon.charts import OUTCOME_FILES, draw_outcomes
 from pysupcon.errors import ConfigError, RunError
 from pysupcon.evaluators import (
     EvaluationConfig,
@@ -41,7 +42,7 @@ OUTCOMES_FILE = "outcomes.safetensors"
 EMBEDDING_FILE = "embedding.png"
 LOSS_FILE = "loss.png"
 #: metrics.json comes last: wherever it is, the other files of its evaluation are.
-FILES = (EMBEDDING_FILE, LOSS_FILE, OUTCOMES_FILE, REPORT_FILE, METRICS_FILE)
+FILES = (EMBEDDING_FILE, LOSS_FILE, *OUTCOME_FILES, OUTCOMES_FILE, REPORT_FILE, METRICS_FILE)
 SPLITS = ("train", "val", "test")
 _MIN_SAMPLES = 2
 
@@ -88,9 +89,10 @@ def extract_features(
 def evaluate_run(run: Run | str | Path, config: EvaluationConfig | None = None) -> Report:
     """Judges the trained encoder of a run and writes RUN_DIR/evaluation.
 
-    The files are metrics.json, report.md, embedding.png, loss.png, and outcomes.safetensors: for every
-    accuracy whether each test sample was classified rightly, [N] bool, and the samples' ``labels/fine`` and
-    ``labels/coarse``, [N] int64, in the order of the test split. All are written whole before the first of an
+    The files are metrics.json, report.md, pictures, and outcomes.safetensors: what the evaluators found of
+    each test sample (for every accuracy whether it was classified rightly, [N] bool, and as what, [N] int64;
+    for the separation its cosines), and the samples' ``labels/fine`` and ``labels/coarse``, [N] int64, in the
+    order of the test split. All are written whole before the first of an
     earlier evaluation is replaced; one that fails leaves the earlier one as it was.
 
     Args:
@@ -124,7 +126,7 @@ def evaluate_run(run: Run | str | Path, config: EvaluationConfig | None = None) 
 
     folder = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", dir=run.dir))
     try:
-        pictures, warnings = _draw(folder, run, splits, config)
+        pictures, warnings = _draw(folder, run, splits, config, outcomes)
         _lap(seconds, "pictures", start)
         report = Report(
             title=f"Evaluation of {run.dir.resolve().name}",
@@ -222,15 +224,16 @@ def _alarms(metrics: dict[str, Metric]) -> list[str]:
 
 
 def _draw(
-    folder: Path, run: Run, splits: FeatureSplits, config: EvaluationConfig
+    folder: Path, run: Run, splits: FeatureSplits, config: EvaluationConfig, outcomes: dict[str, Tensor]
 ) -> tuple[list[Picture], list[str]]:
-    """Pictures of the test features and of the loss, and why one is missing."""
+    """Pictures of the test features, of the outcomes and of the loss, and why one is missing."""
     from pysupcon.pictures import draw_embedding, draw_loss
 
     points, rows = project(splits.test.features, config.projection)
     rows = rows.to(splits.test.fine.device)
     method = {"tsne": "t-SNE", "pca": "PCA"}[config.projection.method]
     test = run.splits()["test"]
+    names = {"fine": dict(enumerate(test.fine_names)), "coarse": dict(enumerate(test.coarse_names))}
     draw_embedding(
         folder / EMBEDDING_FILE,
         points.numpy(),
@@ -238,12 +241,13 @@ def _draw(
         splits.test.coarse[rows].cpu().numpy(),
         title=f"Test features of {run.dir.resolve().name}, {method}",
         axes=(f"{method} 1", f"{method} 2"),
-        fine_names=dict(enumerate(test.fine_names)),
-        coarse_names=dict(enumerate(test.coarse_names)),
+        fine_names=names["fine"],
+        coarse_names=names["coarse"],
     )
     shown = "all" if len(points) == len(splits.test) else f"{len(points)} of the"
     caption = f"Frozen features of {shown} {len(splits.test)} test images in two dimensions ({method})."
     pictures = [Picture(EMBEDDING_FILE, caption)]
+    pictures += draw_outcomes(folder, {name: values.numpy() for name, values in outcomes.items()}, names)
     try:
         steps, losses, chance = loss_curves(run.log())
     except RunError as error:
@@ -311,7 +315,8 @@ def _version(package: str) -> str:
 def _save_outcomes(path: Path, outcomes: dict[str, Tensor]) -> None:
     from safetensors.torch import save
 
-    path.write_bytes(save({name: value.contiguous() for name, value in sorted(outcomes.items())}))
+    # Clones: two entries may share memory, which the format refuses.
+    path.write_bytes(save({name: value.clone() for name, value in sorted(outcomes.items())}))
 
 
 def _publish(folder: Path, target: Path) -> None:
@@ -353,7 +358,7 @@ def _parse(arguments: Sequence[str]) -> tuple[Run, EvaluationConfig]:
     run = open_run(parser.parse_args(arguments).run_dir)
     parser.set_defaults(asdict(run.config.evaluation))
     try:
-        parsed = parser.instantiate_classes(parser.parse_args(arguments))
+        parsed = parser.instantiate(parser.parse_args(arguments))
         return run, EvaluationConfig(**{name: value for name, value in parsed.items() if name != "run_dir"})
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
 SCHEMA = 1
+_PART = re.compile(r"(^|/)(class|group)=")
 
 
 @dataclass(frozen=True)
@@ -182,9 +184,16 @@ class Report:
         return "\n".join(lines)
 
     def table(self) -> str:
-        """The metrics as aligned text for a terminal, without a newline at its end."""
+        """The metrics as aligned text for a terminal, without a newline at its end.
+
+        Those of single classes and groups (a part of the name like ``class=3``) are counted, not shown.
+        """
         header = ("", "value", f"{100 * self.confidence:g} % interval", "unit")
-        groups = self._groups()
+        groups = [
+            (group, [member for member in members if not _PART.search(member[0])])
+            for group, members in self._groups()
+        ]
+        hidden = len(self.metrics) - sum(len(members) for _, members in groups)
         rows = [(f"  {name}", *columns) for _, members in groups for name, columns in members]
         widths = [max(len(row[column]) for row in [header, *rows]) for column in range(4)]
 
@@ -201,6 +210,8 @@ class Report:
         lines = [self.title, "", line(header)]
         for group, members in groups:
             lines += [group, *(line((f"  {name}", *columns)) for name, columns in members)]
+        if hidden:
+            lines.append(f"({hidden} more of single classes and groups: in the report)")
         lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
 

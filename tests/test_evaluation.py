@@ -24,6 +24,7 @@ from pysupcon.report import Report
 from pysupcon.trainer.run import build_model, load_data, load_run
 
 FILES = {"metrics.json", "report.md", "embedding.png", "loss.png", "outcomes.safetensors"}
+CONFUSIONS = {"confusion_fine.png", "confusion_coarse.png"}
 QUICK = EvaluationConfig(
     evaluators=["knn", "geometry"],
     knn=KNNConfig(k=[1, 5]),
@@ -109,7 +110,8 @@ def test_the_whole_evaluation(run_dir, capsys):
     assert main(["evaluate", str(run_dir), "--progress", "false"]) == 0
     printed = capsys.readouterr()
     folder = run_dir / "evaluation"
-    assert set(contents(folder)) == FILES
+    pictures = {f"{kind}_{level}.png" for kind in ("separation", "curves") for level in ("fine", "coarse")}
+    assert set(contents(folder)) == FILES | CONFUSIONS | pictures
     assert not [path for path in run_dir.iterdir() if path.name.startswith(".")]
 
     report = Report.from_json((folder / "metrics.json").read_text())
@@ -135,8 +137,8 @@ def test_the_whole_evaluation(run_dir, capsys):
 
     outcomes = load_file(folder / "outcomes.safetensors")
     for name, correct in outcomes.items():
+        assert correct.shape == (359,), name
         if name.endswith("/correct"):
-            assert correct.shape == (359,)
             accuracy = values[f"{name.removesuffix('/correct')}/accuracy"]
             assert correct.double().mean().item() == accuracy
     test = load_run(run_dir).splits()["test"]
@@ -167,7 +169,7 @@ def test_evaluating_twice_gives_the_same_numbers_and_drops_what_is_stale(run_dir
     assert (run_dir / "evaluation" / "outcomes.safetensors").read_bytes() == outcomes
     # No log, no curve: said, and the old curve is not left beside the new numbers. A user's own file is.
     assert second.warnings == [f"no loss curve: {run_dir / 'log.jsonl'} is missing"]
-    assert set(contents(run_dir / "evaluation")) == FILES - {"loss.png"} | {"note.txt"}
+    assert set(contents(run_dir / "evaluation")) == (FILES | CONFUSIONS | {"note.txt"}) - {"loss.png"}
 
 
 def test_features_are_those_before_the_head_without_augmentation(run_dir):
@@ -312,7 +314,7 @@ def test_the_dispatcher_explains_itself(capsys):
     assert main(["--help"]) == 0
     assert "evaluate" in capsys.readouterr().out
     assert main([]) == 2
-    assert "COMMAND must be one of evaluate; got nothing" in capsys.readouterr().err
+    assert "COMMAND must be one of evaluate, " in capsys.readouterr().err
     assert main(["train"]) == 2
     assert "got 'train'" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:

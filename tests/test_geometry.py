@@ -19,7 +19,8 @@ from pysupcon.evaluators import (
     Separation,
 )
 from pysupcon.evaluators.geometry import effective_rank
-from pysupcon.evaluators.separation import roc_auc, target_and_noise
+from pysupcon.evaluators.separation import target_and_noise
+from pysupcon.evaluators.statistics import roc_auc
 
 
 def geometry(features, coarse, fine, **arguments) -> dict[str, float]:

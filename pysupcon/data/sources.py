@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from pysupcon.data import labels as groups
-from pysupcon.data.config import DataConfig
+from pysupcon.data.config import COLOURED, DEFAULT_SPURIOUS_RATE, DEFAULT_TEST_FRACTION, DataConfig
+from pysupcon.data.groups import GroupDataset, read_group_table
+from pysupcon.data.splits import stratified_split
+from pysupcon.data.spurious import COLOUR_NAMES, coloured, correlated_attribute
 from pysupcon.errors import ConfigError
 
 Family = Literal["digits", "grey", "colour"]
@@ -63,7 +66,8 @@ class Samples:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set as it is published: all samples, or an official division into training and test samples."""
+    """A data set as it is published: all samples, or an official division into training and test samples, and
+    validation samples if it has them."""
 
     train: Samples
     test: Samples | None
@@ -74,6 +78,7 @@ class Source:
     image_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    val: Samples | None = None
 
 
 def read_source(config: DataConfig) -> Source:
@@ -88,6 +93,10 @@ def read_source(config: DataConfig) -> Source:
         return _mnist5k()
     if config.dataset == "digits":
         return _digits()
+    if config.dataset in ("waterbirds", "celeba", "isic"):
+        return _group_files(config, config.dataset)
+    if config.dataset in COLOURED:
+        return _coloured(config, _mnist5k() if config.dataset == "coloured_mnist5k" else _digits())
     if config.dataset in ("mnist", "fashion_mnist"):
         return _idx(config)
     return _cifar(config)
@@ -270,3 +279,53 @@ def _labelled_files(
     paths: list[Path], fine: Tensor, names: list[str], coarse: dict[str, list[str]]
 ) -> Samples:
     return Samples(FileImages(paths), groups.coarsen(fine, names, coarse), fine)
+
+
+# --- groups: a class and a spurious attribute ---------------------------------------------------------------
+
+
+def _group_files(config: DataConfig, dataset: GroupDataset) -> Source:
+    assert config.root is not None
+    assert config.image_size is not None
+    table = read_group_table(dataset, config.root)
+    if table.split is not None and config.test_fraction is not None:
+        raise ConfigError(
+            f"data.test_fraction has no effect: the table of {dataset} divides its images; leave it out"
+        )
+    everything = Samples(FileImages(table.paths), table.classes, table.groups)
+    parts: list[Samples | None] = [everything, None, None]
+    if table.split is not None:
+        parts = []
+        for number, name in enumerate(("train", "validation", "test")):
+            rows = (table.split == number).nonzero().flatten()
+            if len(rows) == 0:
+                raise ConfigError(f"data.root {config.root!r}: the table of {dataset} has no {name} image")
+            parts.append(everything.select(rows))
+    train, val, test = parts
+    assert train is not None
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+    return Source(
+        train, test, table.group_names, table.class_names, "colour", 3, config.image_size, mean, std, val
+    )
+
+
+def _coloured(config: DataConfig, base: Source) -> Source:
+    """Digits below five and from five on, in two colours. Which images are validated and tested is what the
+    plain digits' config says; they have either colour equally often."""
+    test_fraction = config.test_fraction or DEFAULT_TEST_FRACTION
+    rate = DEFAULT_SPURIOUS_RATE if config.spurious_rate is None else config.spurious_rate
+    rest, test = stratified_split(base.train.fine, test_fraction, config.split_seed)
+    train, val = stratified_split(base.train.fine[rest], config.val_fraction, config.split_seed + 1)
+    assert isinstance(base.train.images, Tensor)
+    parts = []
+    for number, (rows, share) in enumerate(((rest[train], rate), (rest[val], 0.5), (test, 0.5))):
+        classes = base.train.coarse[rows]
+        colour = correlated_attribute(classes, len(COLOUR_NAMES), share, config.split_seed + number)
+        images = coloured(base.train.images[rows], colour)
+        parts.append(Samples(images, classes, classes * len(COLOUR_NAMES) + colour))
+    names = [f"{name}, {colour}" for name in base.coarse_names for colour in COLOUR_NAMES]
+    # Half of the images have each channel almost full, half of them a tenth of it.
+    mean, std = tuple(0.55 * m for m in base.mean) * 2 + (0.1 * base.mean[0],), base.std * 2 + (base.std[0],)
+    return Source(
+        parts[0], parts[2], names, base.coarse_names, "digits", 3, base.image_size, mean, std, parts[1]
+    )

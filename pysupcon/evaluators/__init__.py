@@ -15,10 +15,17 @@ from .base import Evaluator, FeatureSet, FeatureSplits, Level, Result
 from .bootstrap import BootstrapConfig, with_intervals
 from .coarse_to_fine import CoarseToFine, CoarseToFineConfig
 from .geometry import Geometry, GeometryConfig
+from .group_dro import GroupDRO, HeadConfig
+from .invariance import permutation_change
 from .knn import KNN, KNNConfig
 from .linear_probe import LinearProbe, LinearProbeConfig, ProbeConfig
+from .pairs import Pairs, PairsConfig, kl_bound, loss_floors, pair_table
 from .projection import ProjectionConfig, project
 from .separation import Separation, SeparationConfig
+from .statistics import Resampled, resampled
+from .subgroups import SubgroupConfig, Subgroups, infer_groups, recovery
+from .transfer import Transfer, TransferConfig
+from .worst_group import WorstGroup, WorstGroupConfig
 
 __all__ = [
     "KNN",
@@ -31,24 +38,42 @@ __all__ = [
     "FeatureSplits",
     "Geometry",
     "GeometryConfig",
+    "GroupDRO",
+    "HeadConfig",
     "KNNConfig",
     "Level",
     "LinearProbe",
     "LinearProbeConfig",
+    "Pairs",
+    "PairsConfig",
     "ProbeConfig",
     "ProjectionConfig",
+    "Resampled",
     "Result",
     "Separation",
     "SeparationConfig",
+    "SubgroupConfig",
+    "Subgroups",
+    "Transfer",
+    "TransferConfig",
+    "WorstGroup",
+    "WorstGroupConfig",
     "available",
     "build_evaluators",
+    "infer_groups",
+    "kl_bound",
+    "loss_floors",
+    "pair_table",
+    "permutation_change",
     "project",
+    "recovery",
+    "resampled",
     "unit_of",
     "with_intervals",
 ]
 
 _CLASSES: Mapping[str, type[Evaluator]] = {
-    cls.name: cls for cls in (CoarseToFine, LinearProbe, KNN, Geometry, Separation)
+    cls.name: cls for cls in (CoarseToFine, LinearProbe, KNN, Geometry, Separation, Pairs, WorstGroup)
 }
 
 
@@ -56,8 +81,11 @@ _CLASSES: Mapping[str, type[Evaluator]] = {
 class EvaluationConfig:
     """Which evaluators judge the frozen features, and with what arguments."""
 
-    evaluators: list[str] = field(default_factory=lambda: ["coarse_to_fine", "knn", "geometry", "separation"])
-    """Names, run in this order; any of coarse_to_fine, linear_probe, knn, geometry, separation."""
+    evaluators: list[str] = field(
+        default_factory=lambda: ["coarse_to_fine", "knn", "geometry", "separation", "pairs"]
+    )
+    """Names, run in this order; any of coarse_to_fine, linear_probe, knn, geometry, separation, pairs,
+    worst_group."""
 
     coarse_to_fine: CoarseToFineConfig = field(default_factory=CoarseToFineConfig)
     """Arguments of the coarse-to-fine transfer."""
@@ -74,8 +102,14 @@ class EvaluationConfig:
     separation: SeparationConfig = field(default_factory=SeparationConfig)
     """Arguments of the nearest same-class and other-class cosines."""
 
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    """Arguments of the losses' view of all pairs: KL bound, repelling positives, floors."""
+
+    worst_group: WorstGroupConfig = field(default_factory=WorstGroupConfig)
+    """Arguments of the worst-group robustness."""
+
     bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
-    """The interval of every accuracy."""
+    """The intervals of all figures that have one outcome per test sample."""
 
     projection: ProjectionConfig = field(default_factory=ProjectionConfig)
     """The two-dimensional picture."""

@@ -12,9 +12,10 @@ from torch import Tensor
 Level = Literal["coarse", "fine"]
 LEVELS: tuple[Level, ...] = ("fine", "coarse")
 
-#: One result: its name, parts separated by "/", and a number; or, for a name that ends in "/correct", the
-#: bool tensor [N_test] behind an accuracy, one outcome per test sample, from which two models can be compared
-#: in pairs.
+#: One result: its name, parts separated by "/", and a number; or an outcome: a tensor [N_test] on the CPU,
+#: one entry per test sample in its order, from which figures are resampled and two models compared in pairs.
+#: NaN in an outcome: the sample has none. The last part of its name says which, e.g. "correct" (bool),
+#: "predicted" (int64 label).
 Result = tuple[str, "float | Tensor"]
 
 
@@ -122,7 +123,11 @@ def class_index(labels: Tensor, classes: Tensor) -> Tensor:
     return torch.where(classes[index] == labels, index, -1)
 
 
-def accuracy_results(prefix: str, correct: Tensor) -> Iterator[Result]:
-    """``prefix/accuracy``, and the outcomes behind it as ``prefix/correct``, [N] bool on the CPU."""
+def accuracy_results(prefix: str, predicted: Tensor, truth: Tensor) -> Iterator[Result]:
+    """``prefix/accuracy``, and the outcomes behind it: ``prefix/correct``, [N] bool, and
+    ``prefix/predicted``, [N] int64."""
+    predicted, truth = predicted.detach().cpu(), truth.cpu()
+    correct = predicted == truth
     yield f"{prefix}/accuracy", correct.double().mean().item()
-    yield f"{prefix}/correct", correct.detach().cpu()
+    yield f"{prefix}/correct", correct
+    yield f"{prefix}/predicted", predicted

@@ -9,22 +9,23 @@ import torch
 from torch import Tensor
 
 from .base import Result
+from .statistics import STATISTICS, Resampled, resampled
 
 _CHUNK_ELEMENTS = 1 << 22
 
 
 @dataclass
 class BootstrapConfig:
-    """Percentile interval of an accuracy."""
+    """Percentile interval of every figure that has one outcome per test sample behind it."""
 
     resamples: int = 1000
     """Resamples of the test set, each with replacement and of its size."""
 
     confidence: float = 0.95
-    """Share of the resampled accuracies that the interval holds, in (0, 1)."""
+    """Share of the resampled figures that the interval holds, in (0, 1)."""
 
     seed: int = 0
-    """The same seed draws the same resamples for every accuracy over as many samples, which are thus
+    """The same seed draws the same resamples for every figure over as many samples, which are thus
     paired."""
 
     def __post_init__(self) -> None:
@@ -34,22 +35,31 @@ class BootstrapConfig:
             raise ValueError(f"bootstrap.confidence must be in (0, 1), got {self.confidence}")
 
 
-def resampled_means(values: Tensor, config: BootstrapConfig) -> Tensor:
-    """Means of ``values`` [N] (any real dtype) over each resample, [resamples] float64 on the CPU.
+def resampled_values(figure: Resampled, config: BootstrapConfig) -> Tensor:
+    """The figure of each resample of its samples, [resamples] float64 on the CPU.
 
     The difference of two such results of equal N and seed is the bootstrap distribution of the *paired*
     difference.
     """
-    if values.ndim != 1 or len(values) == 0:
-        raise ValueError(f"values must be of shape [N] with N >= 1, got shape {list(values.shape)}")
-    values = values.detach().to("cpu", torch.float64)
+    n = len(figure.outcomes[0])
+    if any(outcome.shape != (n,) for outcome in figure.outcomes) or n == 0:
+        shapes = [list(outcome.shape) for outcome in figure.outcomes]
+        raise ValueError(f"values must be of shape [N] with N >= 1, got shape {', '.join(map(str, shapes))}")
+    outcomes = [outcome.detach().cpu() for outcome in figure.outcomes]
     generator = torch.Generator().manual_seed(config.seed)
-    n, rows = len(values), max(1, _CHUNK_ELEMENTS // len(values))
-    means = []
+    rows, values = max(1, _CHUNK_ELEMENTS // n), []
     for start in range(0, config.resamples, rows):
         count = min(rows, config.resamples - start)
-        means.append(values[torch.randint(n, (count, n), generator=generator)].mean(dim=1))
-    return torch.cat(means)
+        drawn = torch.randint(n, (count, n), generator=generator)
+        values.append(figure.statistic.compute(*(outcome[drawn] for outcome in outcomes)))
+    return torch.cat(values)
+
+
+def resampled_means(values: Tensor, config: BootstrapConfig) -> Tensor:
+    """Means of ``values`` [N] (any real dtype) over each resample; see :func:`resampled_values`."""
+    if values.ndim != 1:
+        raise ValueError(f"values must be of shape [N] with N >= 1, got shape {list(values.shape)}")
+    return resampled_values(Resampled(STATISTICS["accuracy"], [values]), config)
 
 
 def percentile_interval(means: Tensor, confidence: float) -> tuple[float, float]:
@@ -60,11 +70,19 @@ def percentile_interval(means: Tensor, confidence: float) -> tuple[float, float]
 
 
 def with_intervals(results: Iterable[Result], config: BootstrapConfig) -> Iterator[Result]:
-    """Passes ``results`` on; adds ``X/accuracy/low`` and ``X/accuracy/high`` after every ``X/correct``."""
+    """Passes ``results`` on; then adds ``F/low`` and ``F/high`` for every figure F that follows from outcomes
+    (see :mod:`pysupcon.evaluators.statistics`)."""
+    names: list[str] = []
+    outcomes: dict[str, Tensor] = {}
     for name, value in results:
         yield name, value
-        prefix, _, last = name.rpartition("/")
-        if last == "correct" and isinstance(value, Tensor):
-            low, high = percentile_interval(resampled_means(value, config), config.confidence)
-            yield f"{prefix}/accuracy/low", low
-            yield f"{prefix}/accuracy/high", high
+        if isinstance(value, Tensor):
+            outcomes[name] = value
+        else:
+            names.append(name)
+    for name in names:
+        figure = resampled(name, outcomes)
+        if figure is not None:
+            low, high = percentile_interval(resampled_values(figure, config), config.confidence)
+            yield f"{name}/low", low
+            yield f"{name}/high", high

@@ -61,7 +61,7 @@ class CoarseToFine:
                 probes[level] = fit_probe(train, splits.val, level, config, progress=progress)
             probe, truth = probes[level], test.labels(level).cpu()
             prefix = f"coarse_to_fine/{level}"
-            yield from accuracy_results(prefix, probe.predict(test.features) == truth)
+            yield from accuracy_results(prefix, probe.predict(test.features), truth)
             values, counts = train.labels(level).cpu().unique(return_counts=True)
             yield f"{prefix}/chance", (truth == values[counts.argmax()]).double().mean().item()
             yield f"{prefix}/val_accuracy", probe.val_accuracy
@@ -72,7 +72,7 @@ class CoarseToFine:
         counts = self._part_counts(train.coarse.cpu(), train.fine.cpu(), coarse, probe.classes)
         prefix = "coarse_to_fine/fine_within_coarse"
         predicted = predict_within(probe, test.features, counts > 0)
-        yield from accuracy_results(prefix, predicted == fine)
+        yield from accuracy_results(prefix, predicted, fine)
         yield f"{prefix}/chance", (probe.classes[counts.argmax(dim=1)] == fine).double().mean().item()
 
     @staticmethod

@@ -109,5 +109,4 @@ class KNN:
             neighbour_classes = class_index(labels, classes)[indices]
             for k in sorted(set(config.k)):
                 predicted = vote(cosines[:, :k], neighbour_classes[:, :k], len(classes), config.temperature)
-                correct = classes[predicted] == truth
-                yield from accuracy_results(f"knn/k={k}/{level}", correct)
+                yield from accuracy_results(f"knn/k={k}/{level}", classes[predicted], truth)

@@ -142,7 +142,7 @@ def _fit_logistic(
 ) -> _Fit:
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+    from threadpoolctl import threadpool_limits
 
     # fp32 halves the time of the fit; L-BFGS stops at a gradient of 1e-4, far above its rounding.
     features, targets = x.float().numpy(), y.numpy()
@@ -248,8 +248,8 @@ class LinearProbe:
     def __call__(self, splits: FeatureSplits, *, progress: bool = False) -> Iterator[Result]:
         config, prefix = self.config, f"linear_probe/{self.config.level}"
         probe = fit_probe(splits.train, splits.val, config.level, config, progress=progress)
-        correct = probe.predict(splits.test.features) == splits.test.labels(config.level).cpu()
-        yield from accuracy_results(prefix, correct)
+        truth = splits.test.labels(config.level)
+        yield from accuracy_results(prefix, probe.predict(splits.test.features), truth)
         yield f"{prefix}/val_accuracy", probe.val_accuracy
         yield f"{prefix}/chosen", probe.chosen
         yield f"{prefix}/converged", float(probe.converged)

@@ -45,7 +45,7 @@ def project(features: Tensor, config: ProjectionConfig) -> tuple[Tensor, Tensor]
     chosen = F.normalize(features.detach().cpu()[rows].double(), dim=1)
     if config.method == "tsne" and len(rows) > 3:
         from sklearn.manifold import TSNE
-        from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+        from threadpoolctl import threadpool_limits
 
         # The perplexity must be below the number of points; three times it is t-SNE's own advice.
         perplexity = min(30.0, (len(rows) - 1) / 3)

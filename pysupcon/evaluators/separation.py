@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .base import LEVELS, FeatureSet, FeatureSplits, Level, Result
 from .knn import similarity_chunks
+from .statistics import figure_results
 
 
 @dataclass
@@ -19,6 +20,9 @@ class SeparationConfig:
 
     chunk_bytes: int = 1 << 26
     """Memory for one block of similarities (test rows x all training rows), in bytes."""
+
+    per_class: bool = True
+    """Also the two areas under curves of every class."""
 
     def __post_init__(self) -> None:
         if self.chunk_bytes < 1:
@@ -46,21 +50,15 @@ def target_and_noise(
     return target, noise
 
 
-def roc_auc(positive: Tensor, negative: Tensor) -> float:
-    """Probability that a draw from ``positive`` [P] exceeds one from ``negative`` [Q]; a tie counts half."""
-    ordered = negative.sort().values
-    below = torch.searchsorted(ordered, positive, right=False)
-    up_to = torch.searchsorted(ordered, positive, right=True)
-    return ((below + up_to).double().mean() / (2 * len(negative))).item()
-
-
 class Separation:
     """Yields, under ``separation/{fine,coarse}/``, over the test samples:
 
     - ``target_median``, ``noise_median``: of the largest cosine to a training sample of the same and of
       another class;
     - ``margin``: the difference of the two medians, |target - noise|;
-    - ``roc_auc``: of telling target cosines from noise cosines, all classes together.
+    - ``roc_auc``, ``average_precision``: of telling target cosines from noise cosines, all classes together;
+    - ``class=C/roc_auc``, ``class=C/average_precision``: the same of the test samples of class C;
+    - the outcomes ``target``, ``noise`` and ``class``.
 
     Samples without a target or without a noise sample are left out; a level without any of the others yields
     nothing.
@@ -72,6 +70,7 @@ class Separation:
         "noise_median": "cosine",
         "margin": "cosine",
         "roc_auc": "fraction",
+        "average_precision": "fraction",
     }
 
     def __init__(self, config: SeparationConfig | None = None) -> None:
@@ -79,15 +78,21 @@ class Separation:
 
     def __call__(self, splits: FeatureSplits, *, progress: bool = False) -> Iterator[Result]:
         for level in LEVELS:
-            target, noise = target_and_noise(
+            pair = target_and_noise(
                 splits.train, splits.test, level, chunk_bytes=self.config.chunk_bytes, progress=progress
             )
-            target, noise = target[target.isfinite()], noise[noise.isfinite()]
-            if len(target) == 0 or len(noise) == 0:
+            target, noise = (values.cpu() for values in pair)
+            known, labels = target.isfinite() & noise.isfinite(), splits.test.labels(level).cpu()
+            if not known.any():
                 continue
-            # quantile, unlike median, takes the middle of an even number of values.
-            medians = [values.double().quantile(0.5).item() for values in (target, noise)]
-            yield f"separation/{level}/target_median", medians[0]
-            yield f"separation/{level}/noise_median", medians[1]
-            yield f"separation/{level}/margin", abs(medians[0] - medians[1])
-            yield f"separation/{level}/roc_auc", roc_auc(target, noise)
+            outcomes = {
+                "target": torch.where(known, target, torch.nan),
+                "noise": torch.where(known, noise, torch.nan),
+                "class": labels,
+            }
+            prefix = f"separation/{level}"
+            figures = ["target_median", "noise_median", "margin", "roc_auc", "average_precision"]
+            if self.config.per_class:
+                for label in labels[known].unique().tolist():
+                    figures += [f"class={label}/roc_auc", f"class={label}/average_precision"]
+            yield from figure_results(prefix, figures, outcomes)

@@ -1,0 +1,227 @@
+"""Images with a class and a spurious attribute, from their usual local layouts: an image folder and a table.
+
+The coarse label is the class, which is trained on; the fine label is the group, class and attribute together,
+which the evaluators of robustness know.
+
+waterbirds  ROOT/metadata.csv (img_filename, y, place, split); images under ROOT (Sagawa et al. 2020). Class:
+            land- or waterbird; attribute: land or water behind it.
+celeba      ROOT/list_attr_celeba.{csv,txt} and list_eval_partition.{csv,txt}; images in ROOT/img_align_celeba
+            (Liu et al. 2015, as published, as torchvision keeps it or as Kaggle distributes it). Class:
+            Blond_Hair; attribute: Male.
+isic        ROOT/metadata.csv (isic_id or image_name; benign_malignant, or target 0/1; patch 0/1; split, if
+            any); images under ROOT, ROOT/images or ROOT/train. Class: benign or malignant; attribute: whether
+            a coloured patch is in the image (Rieger et al. 2020).
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pysupcon.errors import ConfigError
+
+GroupDataset = Literal["waterbirds", "celeba", "isic"]
+GROUP_DATASETS: tuple[GroupDataset, ...] = ("waterbirds", "celeba", "isic")
+_SPLITS = {"0": 0, "1": 1, "2": 2, "train": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}
+_BINARY = {"0": 0, "1": 1, "-1": 0, "false": 0, "true": 1, "no": 0, "yes": 1}
+_DIAGNOSES = _BINARY | {"benign": 0, "malignant": 1}
+_EXTENSIONS = (".jpg", ".jpeg", ".png")
+
+
+@dataclass(frozen=True)
+class GroupTable:
+    """What the table says of every image.
+
+    Attributes:
+        paths: of the N image files.
+        classes, attributes: [N] int64.
+        split: [N] int64, 0 train, 1 validation, 2 test; None where the table does not divide.
+        class_names, attribute_names: of the labels.
+    """
+
+    paths: list[Path]
+    classes: Tensor
+    attributes: Tensor
+    split: Tensor | None
+    class_names: list[str]
+    attribute_names: list[str]
+
+    @property
+    def groups(self) -> Tensor:
+        """[N] int64: class * number of attributes + attribute."""
+        return self.classes * len(self.attribute_names) + self.attributes
+
+    @property
+    def group_names(self) -> list[str]:
+        """Name of every group, in the order of their numbers."""
+        return [f"{name}, {attribute}" for name in self.class_names for attribute in self.attribute_names]
+
+
+def read_group_table(dataset: GroupDataset, root: str | Path) -> GroupTable:
+    """Reads the table of a data set and checks that its images are there.
+
+    Raises:
+        ConfigError: a file, column or image is missing, or a value is none that the column may hold; names
+            file, row and column.
+    """
+    readers: dict[str, Callable[[Path], GroupTable]] = {
+        "waterbirds": _waterbirds,
+        "celeba": _celeba,
+        "isic": _isic,
+    }
+    table = readers[dataset](Path(root).expanduser())
+    if not table.paths:
+        raise ConfigError(f"data.root {str(root)!r}: the table of {dataset} holds no image")
+    missing = [path for path in table.paths if not path.is_file()]
+    if missing:
+        raise ConfigError(
+            f"data.root {str(root)!r} lacks {len(missing)} of the {len(table.paths)} images that its table "
+            f"names, the first of them {missing[0]}"
+        )
+    return table
+
+
+class _Rows:
+    """Rows of a table, and where they came from."""
+
+    def __init__(self, path: Path, columns: Sequence[str], rows: list[list[str]], first_line: int) -> None:
+        self.path, self.columns, self.rows, self.first_line = path, list(columns), rows, first_line
+
+    def column(self, *names: str) -> list[str]:
+        """The column with the first of ``names`` that the table has."""
+        for name in names:
+            if name in self.columns:
+                index = self.columns.index(name)
+                return [row[index].strip() for row in self.rows]
+        raise ConfigError(
+            f"data.root: {self.path} must have a column {' or '.join(names)}, "
+            f"it has {', '.join(self.columns)}"
+        )
+
+    def labels(self, values: dict[str, int], *names: str) -> Tensor:
+        """That column as labels, [N] int64."""
+        found = []
+        for number, text in enumerate(self.column(*names)):
+            if text.lower() not in values:
+                raise ConfigError(
+                    f"data.root: {self.path}, line {self.first_line + number}, column "
+                    f"{next(name for name in names if name in self.columns)} must be one of "
+                    f"{', '.join(values)}, got {text!r}"
+                )
+            found.append(values[text.lower()])
+        return torch.tensor(found, dtype=torch.int64)
+
+
+def _read_csv(path: Path) -> _Rows:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            lines = list(csv.reader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"data.root: {path} cannot be read: {error}") from error
+    if not lines:
+        raise ConfigError(f"data.root: {path} is empty")
+    return _checked(path, [name.strip() for name in lines[0]], lines[1:], 2)
+
+
+def _checked(path: Path, columns: list[str], rows: list[list[str]], first_line: int) -> _Rows:
+    for number, row in enumerate(rows):
+        if len(row) != len(columns):
+            raise ConfigError(
+                f"data.root: {path}, line {first_line + number}, must have {len(columns)} fields, "
+                f"got {len(row)}"
+            )
+    return _Rows(path, columns, rows, first_line)
+
+
+def _find(root: Path, *names: str) -> Path:
+    for name in names:
+        if (root / name).is_file():
+            return root / name
+    raise ConfigError(f"data.root {str(root)!r} holds no {' or '.join(names)}")
+
+
+def _waterbirds(root: Path) -> GroupTable:
+    rows = _read_csv(_find(root, "metadata.csv"))
+    return GroupTable(
+        [root / name for name in rows.column("img_filename")],
+        rows.labels({"0": 0, "1": 1}, "y"),
+        rows.labels({"0": 0, "1": 1}, "place"),
+        rows.labels(_SPLITS, "split"),
+        ["landbird", "waterbird"],
+        ["on land", "on water"],
+    )
+
+
+def _read_celeba(path: Path, columns: list[str] | None) -> _Rows:
+    """A CSV file, or the published text form: for attributes a count, a line of names, then rows."""
+    if path.suffix == ".csv":
+        return _read_csv(path)
+    try:
+        lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"data.root: {path} cannot be read: {error}") from error
+    if columns is not None:
+        return _checked(path, columns, lines, 1)
+    if len(lines) < 2 or len(lines[0]) != 1 or lines[0][0] != str(len(lines) - 2):
+        raise ConfigError(
+            f"data.root: {path} must begin with the number of its rows, {len(lines) - 2}, and then name its "
+            f"attributes; it begins with {' '.join(lines[0][:4]) if lines else 'nothing'!r}"
+        )
+    return _checked(path, ["image_id", *lines[1]], lines[2:], 3)
+
+
+def _celeba(root: Path) -> GroupTable:
+    rows = _read_celeba(_find(root, "list_attr_celeba.csv", "list_attr_celeba.txt"), None)
+    parts = _read_celeba(
+        _find(root, "list_eval_partition.csv", "list_eval_partition.txt"), ["image_id", "partition"]
+    )
+    names = rows.column("image_id")
+    split_of = dict(zip(parts.column("image_id"), parts.labels(_SPLITS, "partition").tolist(), strict=True))
+    without = [name for name in names if name not in split_of]
+    if without:
+        raise ConfigError(f"data.root: {parts.path} does not say to which split {without[0]} belongs")
+    folder = root / "img_align_celeba"
+    # Some archives unpack into a folder of the same name within.
+    folder = folder / "img_align_celeba" if (folder / "img_align_celeba").is_dir() else folder
+    return GroupTable(
+        [folder / name for name in names],
+        rows.labels({"-1": 0, "0": 0, "1": 1}, "Blond_Hair"),
+        rows.labels({"-1": 0, "0": 0, "1": 1}, "Male"),
+        torch.tensor([split_of[name] for name in names], dtype=torch.int64),
+        ["not blond", "blond"],
+        ["female", "male"],
+    )
+
+
+def _isic(root: Path) -> GroupTable:
+    rows = _read_csv(_find(root, "metadata.csv", "train.csv"))
+    files = _image_files([root, root / "images", root / "train"])
+    paths = []
+    for name in rows.column("isic_id", "image_name", "image", "name"):
+        stem = name if Path(name).suffix.lower() not in _EXTENSIONS else Path(name).stem
+        paths.append(files.get(stem, root / "images" / f"{stem}.jpg"))
+    return GroupTable(
+        paths,
+        rows.labels(_DIAGNOSES, "benign_malignant", "target"),
+        rows.labels(_BINARY, "patch", "patches", "has_patch"),
+        rows.labels(_SPLITS, "split") if "split" in rows.columns else None,
+        ["benign", "malignant"],
+        ["no patch", "patch"],
+    )
+
+
+def _image_files(folders: Iterable[Path]) -> dict[str, Path]:
+    """Image files directly in ``folders``, by their name without its ending."""
+    return {
+        path.stem: path
+        for folder in folders
+        if folder.is_dir()
+        for path in sorted(folder.iterdir())
+        if path.suffix.lower() in _EXTENSIONS
+    }

@@ -1,0 +1,184 @@
+"""Worst-group robustness on frozen features (Sohoni et al. 2020, arXiv 2011.12945; Thanos, arXiv 2204.07596).
+
+Classes are the coarse labels; the true groups are the pairs of a class and a fine label, which a training on
+classes does not see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .base import FeatureSet, FeatureSplits, Result, class_index
+from .group_dro import Head, HeadConfig, Labelled, fit_head
+from .statistics import figure_results
+from .subgroups import SubgroupConfig, Subgroups, infer_groups, recovery
+
+Method = Literal["erm", "dro_inferred", "dro_true"]
+METHODS: tuple[Method, ...] = ("erm", "dro_inferred", "dro_true")
+
+
+@dataclass
+class WorstGroupConfig:
+    """Linear heads on frozen features that are to be right in every group, not only on average."""
+
+    methods: list[Method] = field(default_factory=lambda: ["erm", "dro_inferred", "dro_true"])
+    """erm: the mean loss; dro_inferred: GroupDRO over groups inferred from the features; dro_true: GroupDRO
+    over the true groups, which is the bound of what inference can reach."""
+
+    selection: Literal["known", "true"] = "known"
+    """Whose worst validation group chooses decay and epoch. known: of the groups that a method may know: the
+    classes for erm, the inferred groups for dro_inferred, the true ones for dro_true. true: of the true
+    groups for all, the protocol where a small validation set is annotated."""
+
+    auroc: bool = False
+    """For two classes: also the area under the ROC curve, of all test samples and of the worst group (its
+    samples against those of the other class)."""
+
+    subgroups: SubgroupConfig = field(default_factory=SubgroupConfig)
+    """How groups are inferred."""
+
+    head: HeadConfig = field(default_factory=HeadConfig)
+    """How the heads are trained."""
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.methods if name not in METHODS]
+        if not self.methods or unknown or len(set(self.methods)) != len(self.methods):
+            raise ValueError(
+                f"worst_group.methods must be one or more of {list(METHODS)}, each once, got {self.methods}"
+            )
+        if self.selection not in ("known", "true"):
+            raise ValueError(f'worst_group.selection must be "known" or "true", got {self.selection!r}')
+
+
+class TrueGroups(NamedTuple):
+    """Pairs of a class and a fine label that occur in any split, numbered in ascending order."""
+
+    pairs: Tensor
+    """[G, 2] int64: class, fine label"""
+
+    def of(self, split: FeatureSet) -> Tensor:
+        """The group of every sample of ``split``, [N] int64 on the CPU."""
+        rows = torch.stack([split.coarse, split.fine], dim=1).cpu()
+        found = torch.cat([self.pairs, rows]).unique(dim=0, return_inverse=True)[1]
+        return found[len(self.pairs) :]
+
+
+def true_groups(splits: FeatureSplits) -> TrueGroups:
+    """The true groups of all three splits."""
+    rows = [torch.stack([split.coarse, split.fine], dim=1).cpu() for _, split in splits.items()]
+    return TrueGroups(torch.cat(rows).unique(dim=0))
+
+
+def _compact(groups: Tensor) -> Tensor:
+    """Numbered without gaps."""
+    return groups.unique(return_inverse=True)[1]
+
+
+class WorstGroup:
+    """Yields, under ``worst_group/``, for every method M asked for:
+
+    - ``M/accuracy``, ``M/worst_group_accuracy``, ``M/group=G/accuracy``: over the test samples, all of them
+      and by true group;
+    - ``M/val_worst_group``, ``M/weight_decay``, ``M/epoch``: how the head was chosen;
+    - ``M/auroc``, ``M/worst_group_auroc``: if asked for, with two classes;
+    - the outcomes ``correct``, ``predicted`` and ``group``.
+
+    And ``group=G/{class,fine,train,val,test}``: the class and fine label of true group G, and its samples.
+    With dro_inferred also ``subgroups/{count,silhouette,f1,purity}``: the inferred groups of the training
+    split, and how well they recover the true ones.
+    """
+
+    name: ClassVar[str] = "worst_group"
+    units: ClassVar[Mapping[str, str]] = {
+        "accuracy": "fraction",
+        "worst_group_accuracy": "fraction",
+        "val_worst_group": "fraction",
+        "weight_decay": "weight decay",
+        "epoch": "epoch",
+        "auroc": "fraction",
+        "worst_group_auroc": "fraction",
+        "class": "label",
+        "fine": "label",
+        "train": "samples",
+        "val": "samples",
+        "test": "samples",
+        "count": "groups",
+        "silhouette": "silhouette",
+        "f1": "fraction",
+        "purity": "fraction",
+    }
+
+    def __init__(self, config: WorstGroupConfig | None = None) -> None:
+        self.config = config or WorstGroupConfig()
+
+    def __call__(self, splits: FeatureSplits, *, progress: bool = False) -> Iterator[Result]:
+        config = self.config
+        truth = true_groups(splits)
+        groups = {name: truth.of(split) for name, split in splits.items()}
+        for g, (label, fine) in enumerate(truth.pairs.tolist()):
+            yield f"worst_group/group={g}/class", float(label)
+            yield f"worst_group/group={g}/fine", float(fine)
+            for name in groups:
+                yield f"worst_group/group={g}/{name}", float((groups[name] == g).sum())
+
+        inferred: Subgroups | None = None
+        if "dro_inferred" in config.methods:
+            inferred = infer_groups(splits.train.features, splits.train.coarse, config.subgroups)
+            yield "worst_group/subgroups/count", float(len(inferred))
+            yield "worst_group/subgroups/silhouette", sum(inferred.silhouettes) / len(inferred.silhouettes)
+            found = recovery(inferred.groups, groups["train"])
+            yield "worst_group/subgroups/f1", found.f1
+            yield "worst_group/subgroups/purity", found.purity
+
+        classes = splits.train.coarse.cpu().unique()
+        for method in config.methods:
+            head = self._fit(method, splits, groups, classes, inferred, progress)
+            yield from self._judge(method, head, splits.test, groups["test"], classes)
+
+    def _fit(
+        self,
+        method: Method,
+        splits: FeatureSplits,
+        groups: dict[str, Tensor],
+        classes: Tensor,
+        inferred: Subgroups | None,
+        progress: bool,
+    ) -> Head:
+        train, val = splits.train, splits.val
+        known = {"train": groups["train"], "val": groups["val"]}
+        if method == "erm":
+            known = {"train": train.coarse.cpu(), "val": val.coarse.cpu()}
+        elif method == "dro_inferred":
+            assert inferred is not None
+            known = {"train": inferred.groups, "val": inferred.assign(val.features, val.coarse)}
+        chosen_by = groups["val"] if self.config.selection == "true" else known["val"]
+        return fit_head(
+            Labelled(train.features, class_index(train.coarse.cpu(), classes), _compact(known["train"])),
+            Labelled(val.features, class_index(val.coarse.cpu(), classes), chosen_by),
+            len(classes),
+            self.config.head,
+            robust=method != "erm",
+            progress=progress,
+        )
+
+    def _judge(
+        self, method: Method, head: Head, test: FeatureSet, group: Tensor, classes: Tensor
+    ) -> Iterator[Result]:
+        prefix = f"worst_group/{method}"
+        scores, coarse = head.scores(test.features), test.coarse.cpu()
+        predicted = classes[scores.argmax(dim=1)]
+        outcomes = {"correct": predicted == coarse, "predicted": predicted, "group": group}
+        figures = ["accuracy", "worst_group_accuracy"]
+        figures += [f"group={g}/accuracy" for g in group.unique().tolist()]
+        if self.config.auroc and len(classes) == 2:
+            outcomes |= {"score": scores[:, 1] - scores[:, 0], "positive": coarse == classes[1]}
+            figures += ["auroc", "worst_group_auroc"]
+        yield from figure_results(prefix, figures, outcomes)
+        yield f"{prefix}/val_worst_group", head.val_worst_group
+        yield f"{prefix}/weight_decay", head.weight_decay
+        yield f"{prefix}/epoch", float(head.epoch)
