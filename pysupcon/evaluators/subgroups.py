@@ -28,7 +28,8 @@ class SubgroupConfig:
     """Of the reduced features, at most; a class of fewer samples has fewer. No effect with none."""
 
     cluster: Literal["kmeans", "gmm"] = "gmm"
-    """k-means, or a mixture of Gaussians with full covariances."""
+    """k-means, or a mixture of Gaussians (with full covariances, or diagonal ones where a cluster would have
+    fewer than two samples a dimension)."""
 
     k_min: int = 2
     """Fewest clusters tried in a class."""
@@ -179,15 +180,17 @@ def _reducer(config: SubgroupConfig, samples: int, width: int) -> Any:
     )
 
 
-def _clusterer(config: SubgroupConfig, k: int) -> Any:
+def _clusterer(config: SubgroupConfig, k: int, points: Any) -> Any:
     if config.cluster == "kmeans":
         from sklearn.cluster import KMeans
 
         return KMeans(k, n_init=4, random_state=config.seed)
     from sklearn.mixture import GaussianMixture
 
-    # Collapsed classes have nearly singular covariances: unit-length features need a small floor.
-    return GaussianMixture(k, reg_covar=1e-6, random_state=config.seed)
+    samples, width = points.shape
+    # A full covariance needs more samples than dimensions, or it fits the very samples and no other.
+    covariance = "full" if samples >= 2 * k * width else "diag"
+    return GaussianMixture(k, covariance_type=covariance, random_state=config.seed)
 
 
 def _fit_class(rows: Tensor, first: int, config: SubgroupConfig) -> tuple[_ClassClusters, Tensor]:
@@ -205,7 +208,7 @@ def _fit_class(rows: Tensor, first: int, config: SubgroupConfig) -> tuple[_Class
         shown = torch.randperm(len(rows), generator=generator)[: config.silhouette_samples].numpy()
         best: tuple[float, int, Any] | None = None
         for k in range(config.k_min, k_max + 1):
-            clusterer = _quietly_fitted(_clusterer(config, k), points)
+            clusterer = _quietly_fitted(_clusterer(config, k, points), points)
             found = clusterer.predict(points)[shown]
             if len(set(found.tolist())) < 2:
                 continue
@@ -217,7 +220,7 @@ def _fit_class(rows: Tensor, first: int, config: SubgroupConfig) -> tuple[_Class
         score, k, clusterer = best
         more = min(k * config.overcluster, distinct)
         if more > k:
-            k, clusterer = more, _quietly_fitted(_clusterer(config, more), points)
+            k, clusterer = more, _quietly_fitted(_clusterer(config, more, points), points)
         groups = first + torch.as_tensor(clusterer.predict(points)).long()
     return _ClassClusters(reducer, clusterer, first, k, score), groups
 
