@@ -46,18 +46,18 @@ class _Pairing:
             self._sides[start, stop] = _rows_of(ids, views), _sort(ids, views)[1]
         return self._sides[start, stop]
 
-    def operands(self, x: Tensor, scale: Tensor, block: Block, backend: str) -> tuple[Any, ...]:
+    def operands(self, rows: Tensor, scale: Tensor, block: Block) -> tuple[Any, ...]:
         """The operators' first eight arguments: the own rows against a block."""
         start, stop = self.everybody.own
-        own = (x, *self._side(start, stop), scale)
+        own = (rows, *self._side(start, stop), scale)
         if block.rows is None:
             return (*own, None, None, None, None)
-        count = x.shape[0]
+        count = rows.shape[0]
         if block.start <= start and stop <= block.stop:
             first = (start - block.start) * self.everybody.views
-            self_index = torch.arange(first, first + count, device=x.device)
+            self_index = torch.arange(first, first + count, device=rows.device)
         else:
-            self_index = torch.full((count,), -1, dtype=torch.int64, device=x.device)
+            self_index = torch.full((count,), -1, dtype=torch.int64, device=rows.device)
         return (*own, block.rows, *self._side(block.start, block.stop), self_index)
 
 
@@ -76,7 +76,7 @@ class _Plan:
         instance_sum: bool = False,
     ) -> None:
         self.ops = OPERATORS[backend]
-        self.backend, self.everybody, self.loss = backend, everybody, loss
+        self.everybody, self.loss = everybody, loss
         self.negatives, self.positives, self.epsilon = negatives, positives, epsilon
         self.positive_sum = positive_sum
         self.pairing = _Pairing(everybody.ids, everybody)
@@ -94,21 +94,20 @@ class _Plan:
 
     def statistics(self, rows: Tensor, scale: Tensor, kept: Tensor | None) -> RowStatistics:
         """Of the own anchors; what was not asked for is -inf (n, p) or 0."""
-        x: Any = rows
-        n = p = scale.new_full((x.shape[0],), -math.inf)
+        n = p = scale.new_full((rows.shape[0],), -math.inf)
         softplus, positive_sum, instance_sum = (torch.zeros_like(n) for _ in range(3))
         for block in self.blocks(rows, kept):
-            operands = self.pairing.operands(x, scale, block, self.backend)
+            operands = self.pairing.operands(rows, scale, block)
             more_n, more_p = self.ops.pair_stats(*operands, self.negatives, self.positives)
             n, p = torch.logaddexp(n, more_n), torch.logaddexp(p, more_p)  # of -inf and -inf: -inf
             if self.positive_sum:
                 positive_sum += self.ops.positive_sum(*operands)
             if self.instances is not None:
-                operands = self.instances.operands(x, scale, block, self.backend)
+                operands = self.instances.operands(rows, scale, block)
                 instance_sum += self.ops.positive_sum(*operands)
         if self.epsilon is not None:
             for block in self.blocks(rows, kept):
-                operands = self.pairing.operands(x, scale, block, self.backend)
+                operands = self.pairing.operands(rows, scale, block)
                 softplus += self.ops.positive_softplus(*operands, n, self.epsilon)
         return RowStatistics(n, p, softplus, positive_sum, instance_sum)
 
@@ -148,11 +147,12 @@ class _Plan:
     ) -> Tensor:
         """The complete gradient of the own rows [M, D]."""
         ops, everybody = self.ops, self.everybody
-        x: Any = rows
         wire = torch.float64 if rows.dtype == torch.float64 else torch.float32
         own, others, all_n, all_p = self.upstream(n, p, grads, wire)
         # Blocks are added up before the sum is rounded to 16 bits.
-        grad_x = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        grad_x = torch.zeros(
+            rows.shape, dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device
+        )
 
         def of(block: Block, *columns: Tensor) -> list[Tensor | None]:
             """What belongs to a block's rows; the operators know the own rows' columns already."""
@@ -162,7 +162,7 @@ class _Plan:
         grad_n = own.n
         if self.epsilon is not None:
             for block in self.blocks(rows, kept):
-                operands = self.pairing.operands(x, scale, block, self.backend)
+                operands = self.pairing.operands(rows, scale, block)
                 columns = of(block, all_n, others.softplus)
                 part, _, more_n = ops.positive_softplus_backward(
                     *operands, n, self.epsilon, own.softplus, *columns, False
@@ -172,7 +172,7 @@ class _Plan:
             # Only now does anybody know its own dL/dn.
             others = others._replace(n=everybody.round.exchange(grad_n.to(wire).unsqueeze(0))[0])
         for block in self.blocks(rows, kept):
-            operands = self.pairing.operands(x, scale, block, self.backend)
+            operands = self.pairing.operands(rows, scale, block)
             columns = of(block, all_n, all_p, others.n, others.p)
             grad_x += ops.pair_stats_backward(
                 *operands, n, p, grad_n, own.p, *columns, self.negatives, self.positives, False
@@ -181,7 +181,7 @@ class _Plan:
                 columns = of(block, others.positive_sum)
                 grad_x += ops.positive_sum_backward(*operands, own.positive_sum, *columns, False)[0]
             if self.instances is not None:
-                operands = self.instances.operands(x, scale, block, self.backend)
+                operands = self.instances.operands(rows, scale, block)
                 columns = of(block, others.instance_sum)
                 grad_x += ops.positive_sum_backward(*operands, own.instance_sum, *columns, False)[0]
         return grad_x
