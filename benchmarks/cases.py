@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+
+from pysupcon.profiling.workload import VIEWS, Inputs, unit_rows
 
 LOSSES = ("supcon", "sincere", "cnce", "spread")
 DTYPES = {
@@ -16,7 +17,6 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-VIEWS = 2
 
 
 @dataclass(frozen=True)
@@ -60,29 +60,16 @@ class Problem:
         return asdict(self)
 
 
-class Inputs(NamedTuple):
-    """Arguments of a loss."""
-
-    features: Tensor
-    """[N, D], unit rows, requires a gradient"""
-    labels: Tensor
-    """[N] int64"""
-    instances: Tensor
-    """[N] int64, the sample of each row"""
-
-
 def make_inputs(problem: Problem, seed: int) -> Inputs:
-    """Fresh random inputs: rows around the centre of their class (cosine about 0.5), in random order."""
-    generator = torch.Generator().manual_seed(seed)
-    samples = problem.n // VIEWS
-    of_sample = (torch.arange(samples) % problem.classes)[torch.randperm(samples, generator=generator)]
-    instances = torch.arange(samples).repeat_interleave(VIEWS)
-    labels = of_sample[instances]
-    features = torch.randn(problem.classes, problem.dim, generator=generator)[labels]
-    features += torch.randn(problem.n, problem.dim, generator=generator)
-    features /= torch.linalg.vector_norm(features, dim=1, keepdim=True)
-    features = features.to(problem.device, DTYPES[problem.dtype]).requires_grad_()
-    return Inputs(features, labels.to(problem.device), instances.to(problem.device))
+    """Fresh random inputs."""
+    return unit_rows(
+        problem.n,
+        problem.dim,
+        problem.classes,
+        dtype=DTYPES[problem.dtype],
+        device=problem.device,
+        seed=seed,
+    )
 
 
 class Point(NamedTuple):

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Inputs, Problem, make_inputs
+from benchmarks.cases import Problem, make_inputs
+from pysupcon.profiling.memory import peak_bytes
+from pysupcon.profiling.workload import Inputs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -175,7 +177,10 @@ def peak_memory(implementation: str, function: Implementation, problem: Problem)
         MemoryError: the process was ended for lack of memory.
     """
     if problem.device == "cuda":
-        return _allocator_peak(function, make_inputs(problem, seed=0))
+        inputs = make_inputs(problem, seed=0)
+        evaluate(function, inputs)
+        torch.cuda.empty_cache()
+        return peak_bytes(inputs.features.device, lambda: evaluate(function, inputs))
     description = json.dumps(problem.to_dict())
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(
@@ -188,14 +193,3 @@ def peak_memory(implementation: str, function: Implementation, problem: Problem)
     if done.returncode:
         raise MemoryError(f"{implementation}: {done.stderr.strip() or f'status {done.returncode}'}")
     return int(json.loads(done.stdout.splitlines()[-1])["extra_bytes"])
-
-
-def _allocator_peak(function: Implementation, inputs: Inputs) -> int:
-    evaluate(function, inputs)
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    evaluate(function, inputs)
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before

@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Inputs, Problem
+from benchmarks.cases import Problem
 from pysupcon import reference
+from pysupcon.profiling.workload import Inputs
 
-SPREAD_ALPHA = 0.5
+SPREAD_ALPHA = 0.5  # the default of functional.spread
 
 
 class Truth(NamedTuple):

@@ -14,26 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.cases import DTYPES, Inputs, Problem
-from benchmarks.oracle import SPREAD_ALPHA
-from pysupcon import _ops, functional
+from benchmarks.cases import DTYPES, Problem
+from pysupcon import _ops
+from pysupcon.profiling.workload import Inputs, loss_function
 
 Implementation = Callable[[Inputs], Tensor]
 
 
 def _functional(problem: Problem, backend: str) -> Implementation:
-    tau = problem.temperature
-    if problem.loss == "supcon":
-        return lambda i: functional.supcon(i.features, i.labels, temperature=tau, backend=backend)
-    if problem.loss == "sincere":
-        return lambda i: functional.sincere(i.features, i.labels, temperature=tau, backend=backend)
-    if problem.loss == "cnce":
-        return lambda i: functional.class_conditional_info_nce(
-            i.features, i.labels, instances=i.instances, temperature=tau, backend=backend
-        )
-    return lambda i: functional.spread(
-        i.features, i.labels, instances=i.instances, temperature=tau, alpha=SPREAD_ALPHA, backend=backend
-    )
+    return loss_function(problem.loss, problem.temperature, backend)
 
 
 def written_supcon(features: Tensor, labels: Tensor, temperature: float) -> Tensor:

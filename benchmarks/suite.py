@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import machine, measure
-from benchmarks.cases import Case, Inputs, Point, Problem, make_inputs
+from benchmarks.cases import Case, Point, Problem, make_inputs
 from benchmarks.oracle import Errors, Truth, errors, tangent, truth
 from benchmarks.peers import PEERS, Implementation
+from pysupcon.profiling.workload import Inputs
 
 VALIDATED_ROWS = 2048
 INPUT_SETS = 4

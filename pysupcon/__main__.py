@@ -11,6 +11,7 @@ COMMANDS = {
     "compare": ("pysupcon.compare", "compare evaluated runs: paired differences, seeds, tables, pictures"),
     "transfer": ("pysupcon.transfer", "judge a finished run's encoder on another data set"),
     "circle": ("pysupcon.circle", "show how spread follows alpha and temperature on the circle"),
+    "profile": ("pysupcon.profiling.command", "predict and measure what a large batch costs"),
 }
 
 

@@ -46,6 +46,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ._problem import Block
+from .profiling.ranges import named, region
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -148,14 +149,16 @@ class _RingRound(_Round):
                 )
                 if block.numel() and not last
             ]
-            requests = dist.batch_isend_irecv(operations) if operations else []
+            with region("pysupcon::gather"):
+                requests = dist.batch_isend_irecv(operations) if operations else []
             if not stopped:
                 try:
                     yield Block(self.bounds[owner], self.bounds[owner + 1], None if step == 0 else held)
                 except GeneratorExit:  # an error here; the others still wait for what comes through here
                     stopped = True
-            for request in requests:
-                request.wait()
+            with region("pysupcon::gather"):
+                for request in requests:
+                    request.wait()
             held = incoming
 
     def _global(self, rank: int) -> int:
@@ -171,6 +174,7 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.view(-1).view(torch.uint8)
 
 
+@named("pysupcon::gather")
 def _gather(own: Tensor, counts: tuple[int, ...], group: ProcessGroup | None) -> Tensor:
     """Own rows [counts[rank], ...] -> everybody's [sum of counts, ...], one process after the other."""
     most = max(counts)

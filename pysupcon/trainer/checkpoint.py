@@ -39,7 +39,7 @@ FREE = ("data.root", "data.download", "data.workers", "loss.backend", "loss.gath
 TOLD = ("trainer", "loss", "data")
 SILENT = (
     "trainer.threads", "trainer.trackers", "trainer.time_budget", "trainer.checkpoint_epochs",
-    "trainer.checkpoint_steps", "trainer.keep_checkpoints",
+    "trainer.checkpoint_steps", "trainer.keep_checkpoints", "trainer.profile_steps",
 )  # fmt: skip
 
 

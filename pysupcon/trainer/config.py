@@ -162,6 +162,10 @@ class TrainerConfig:
     """Which weights the run ends with, to be evaluated and exported: of the last step, of the checkpoint that
     best_by chooses, or the average."""
 
+    profile_steps: list[int] = field(default_factory=list)
+    """Steps, counted from 1, that torch.profiler records on the main process: a Chrome trace, the operators
+    and a picture of the memory in RUN/profile/step-N."""
+
     threads: int | None = None
     """CPU threads of each process; None divides the machine's cores among its processes."""
 
@@ -199,6 +203,8 @@ class TrainerConfig:
         for name in ("chunk_size", "checkpoint_epochs", "checkpoint_steps"):
             value = getattr(self, name)
             check(value is None or value >= 1, f"trainer.{name}", "be at least 1", value)
+        steps = self.profile_steps
+        check(all(step >= 1 for step in steps), "trainer.profile_steps", "be at least 1 each", steps)
         if self.ema_decay is not None:
             check(0 < self.ema_decay < 1, "trainer.ema_decay", "lie in (0, 1)", self.ema_decay)
         if self.final_weights == "ema":

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from pysupcon.config import Config, to_yaml
 from pysupcon.data.bundle import Data, load_data
-from pysupcon.errors import Interrupted, RunError
+from pysupcon.errors import Interrupted, RunError, check
+from pysupcon.profiling.recorder import StepRecorder
 from pysupcon.trainer import checkpoint, state
 from pysupcon.trainer.files import replace_file
 from pysupcon.trainer.folders import agree_on_folder, restarted
@@ -75,6 +76,8 @@ class Trainer:
         ranks = {"rank": self.accelerator.process_index, "world_size": self.accelerator.num_processes}
         self.steps_per_epoch = data.batches(seed=config.seed, steps=0, **ranks).steps_per_epoch
         self.steps = config.trainer.epochs * self.steps_per_epoch
+        steps = config.trainer.profile_steps
+        check(max(steps, default=0) <= self.steps, "trainer.profile_steps", f"end by {self.steps}", steps)
         self.done = 0
         saved = state.find(self.accelerator, config, run_dir)
 
@@ -142,6 +145,8 @@ class Trainer:
     def _loop(self, log: StepLog | None, stop: StopRequests) -> None:
         trainer = self.config.trainer
         every = trainer.checkpoint_steps or trainer.checkpoint_epochs * self.steps_per_epoch
+        recorded = trainer.profile_steps if self.accelerator.is_main_process else ()
+        recorder = StepRecorder(recorded, self.run_dir / "profile", self.device)
         self.model.train()
         bar = tqdm(total=self.steps, initial=self.done, desc="train", unit="step", disable=log is None)
         last = time.perf_counter()
@@ -153,7 +158,8 @@ class Trainer:
                     if self.config.loss.learnable_temperature
                     else {}
                 )
-                values, asked = self.step(views, labels, self.done + 1, stop.reason is not None)
+                with recorder.step(self.done + 1):
+                    values, asked = self.step(views, labels, self.done + 1, stop.reason is not None)
                 self.done += 1
                 if self.ema is not None:
                     self.ema.update(self.accelerator.unwrap_model(self.model), self.done)

@@ -14,6 +14,7 @@ from pysupcon.data.bundle import Data
 from pysupcon.errors import RunError
 from pysupcon.gradcache import GradCache
 from pysupcon.models.model import Outputs
+from pysupcon.profiling.ranges import region
 from pysupcon.trainer.objective import Objective, batch_statistics
 
 MAX_SKIPPED = 25
@@ -80,14 +81,16 @@ class Step:
         self._refuse_non_finite(values, number)
         if self.config.trainer.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.trainer.clip_norm, norm)
-        self.optimizer.step()
+        with region("optimizer"):
+            self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
         return values, stop
 
     def _forward(self, model: nn.Module, views: Tensor) -> Outputs:
         images = self.data.normalize(views).flatten(0, 1).contiguous(memory_format=torch.channels_last)
-        outputs: Outputs = model(images)
+        with region("encoder"):
+            outputs: Outputs = model(images)
         return outputs
 
     def _backward(self, views: Tensor, labels: Tensor, number: int) -> dict[str, Tensor]:

@@ -1,0 +1,181 @@
+"""Work to be measured: random inputs, a loss, a training step around it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pysupcon import functional
+from pysupcon.profiling.ranges import region
+
+VIEWS = 2
+LOSSES = ("supcon", "sincere", "cnce", "spread", "infonce")
+
+
+class Inputs(NamedTuple):
+    """Arguments of a loss."""
+
+    features: Tensor
+    """[N, D], unit rows, requires a gradient"""
+    labels: Tensor
+    """[N] int64"""
+    instances: Tensor
+    """[N] int64, the sample of each row"""
+
+
+def unit_rows(
+    n: int, dim: int, classes: int, *, dtype: torch.dtype, device: torch.device | str, seed: int
+) -> Inputs:
+    """Two views of n / 2 samples in classes of equal size, in random order: rows around the centre of their
+    class (cosine about 0.5)."""
+    generator = torch.Generator().manual_seed(seed)
+    samples = n // VIEWS
+    of_sample = (torch.arange(samples) % classes)[torch.randperm(samples, generator=generator)]
+    instances = torch.arange(samples).repeat_interleave(VIEWS)
+    labels = of_sample[instances]
+    features = torch.randn(classes, dim, generator=generator)[labels]
+    features += torch.randn(n, dim, generator=generator)
+    features /= torch.linalg.vector_norm(features, dim=1, keepdim=True)
+    features = features.to(device, dtype).requires_grad_()
+    return Inputs(features, labels.to(device), instances.to(device))
+
+
+def loss_function(name: str, temperature: float, backend: str = "auto") -> Callable[[Inputs], Tensor]:
+    """One of LOSSES as a function of its inputs."""
+
+    def loss(i: Inputs) -> Tensor:
+        common: dict[str, Any] = {"temperature": temperature, "backend": backend}
+        if name == "supcon":
+            return functional.supcon(i.features, i.labels, **common)
+        if name == "sincere":
+            return functional.sincere(i.features, i.labels, **common)
+        if name == "cnce":
+            return functional.class_conditional_info_nce(
+                i.features, i.labels, instances=i.instances, **common
+            )
+        if name == "spread":
+            return functional.spread(i.features, i.labels, instances=i.instances, **common)
+        return functional.info_nce(i.features, instances=i.instances, **common)
+
+    return loss
+
+
+class Seconds(NamedTuple):
+    """Medians."""
+
+    forward: float
+    backward: float
+    both: float
+
+
+@dataclass
+class LossWork:
+    """Forward and backward of a loss on N rows."""
+
+    loss: Callable[[Inputs], Tensor]
+    inputs: Inputs
+
+    @property
+    def device(self) -> torch.device:
+        return self.inputs.features.device
+
+    def __call__(self) -> None:
+        self.inputs.features.grad = None
+        self.loss(self.inputs).backward()
+        self.inputs.features.grad = None
+
+    def seconds(self, budget: float) -> Seconds:
+        """Medians of as many repetitions as fit into ``budget`` seconds, of at least one."""
+        forward: list[float] = []
+        backward: list[float] = []
+        spent = 0.0
+        while not forward or (spent < budget and len(forward) < 20):
+            self.inputs.features.grad = None
+            start = _now(self.device)
+            loss = self.loss(self.inputs)
+            middle = _now(self.device)
+            loss.backward()
+            end = _now(self.device)
+            forward.append(middle - start)
+            backward.append(end - middle)
+            spent += end - start
+        self.inputs.features.grad = None
+        both = [f + b for f, b in zip(forward, backward, strict=True)]
+        return Seconds(statistics.median(forward), statistics.median(backward), statistics.median(both))
+
+
+class StepWork:
+    """A training step: encoder, loss, backward and optimiser (SGD with momentum) on N images.
+
+    Args:
+        model: images [N, 3, S, S] -> unit rows [N, D].
+        chunk: images per pass through the encoder (gradient caching); None: all at once.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[Inputs], Tensor],
+        images: Tensor,
+        inputs: Inputs,
+        chunk: int | None,
+    ) -> None:
+        self.model, self.loss, self.images, self.inputs, self.chunk = model, loss, images, inputs, chunk
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+        self.cache: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] | None = None
+        if chunk is not None:
+            from pysupcon.gradcache import GradCache
+
+            self.cache = GradCache(model, chunk, forward=_encode)
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad()
+        if self.cache is not None:
+            self.cache(self.images, self._of_embeddings)
+        else:
+            self._of_embeddings(_encode(self.model, self.images)).backward()
+        with region("optimizer"):
+            self.optimizer.step()
+
+    def seconds(self) -> float:
+        """Of one step."""
+        start = _now(self.images.device)
+        self()
+        return _now(self.images.device) - start
+
+    def _of_embeddings(self, embeddings: Tensor) -> Tensor:
+        return self.loss(self.inputs._replace(features=embeddings))
+
+
+def _encode(model: nn.Module, images: Tensor) -> Tensor:
+    with region("encoder"):
+        rows: Tensor = model(images)
+        return rows
+
+
+class Encoder(nn.Module):
+    """A timm model, a linear head to ``dim`` dimensions, rows of unit length."""
+
+    def __init__(self, name: str, dim: int, image_size: int) -> None:
+        super().__init__()
+        from pysupcon.models.backbones import build_backbone
+        from pysupcon.models.config import ModelConfig
+
+        self.backbone, width = build_backbone(ModelConfig(backbone=name), channels=3, image_size=image_size)
+        self.head = nn.Linear(width, dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.normalize(self.head(self.backbone(images)).float(), dim=1)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
