@@ -38,17 +38,18 @@ Dtype dtype_of(const Tensor& x, const char* name) {
   }
 }
 
-// torch.set_float32_matmul_precision: how many bf16 numbers stand for one fp32 number.
+// How many bf16 numbers stand for one fp32 number: 3, unless torch.set_float32_matmul_precision ("high": 2,
+// "medium": 1) or torch.backends.cuda.matmul.fp32_precision ("tf32": 2) allows less.
 int parts_of_float32() {
-  switch (at::globalContext().float32MatmulPrecision()) {
-    case at::Float32MatmulPrecision::HIGHEST:
-      return 3;
-    case at::Float32MatmulPrecision::HIGH:
-      return 2;
-    case at::Float32MatmulPrecision::MEDIUM:
-      return 1;
+  const at::Context& context = at::globalContext();
+  const auto precision = context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
+  if (precision == at::Float32Precision::BF16) return 1;
+  if (precision != at::Float32Precision::TF32) return 3;
+  try {
+    return context.float32MatmulPrecision() == at::Float32MatmulPrecision::MEDIUM ? 1 : 2;
+  } catch (const c10::Error&) {  // torch refuses the older question where the newer setting was used
+    return 2;
   }
-  return 3;
 }
 
 struct Rows {
@@ -111,9 +112,8 @@ class Call {
   }
   // grad_x and grad_candidates; the candidates' only where needed and where there are any rows of them.
   std::tuple<Tensor, Tensor> new_gradients(bool need_candidates) {
-    const auto type = tensors_.x.scalar_type();
-    Tensor x = new_tensor({problem.anchors.count, problem.width}, type);
-    Tensor c = new_tensor({need_candidates ? problem.candidates.count : 0, problem.width}, type);
+    Tensor x = new_tensor({problem.anchors.count, problem.width}, stats_);
+    Tensor c = new_tensor({need_candidates ? problem.candidates.count : 0, problem.width}, stats_);
     problem.grad_x = x.mutable_data_ptr();
     problem.grad_candidates = c.size(0) ? c.mutable_data_ptr() : nullptr;
     return {x, c};

@@ -79,7 +79,7 @@ def test_operators_agree_with_tiled(emulated: Any, dtype: torch.dtype, separate:
     want = tiled.pair_stats_backward(
         *there, truth(n), truth(p), truth(u), truth(v), *own, True, True, separate
     )
-    assert got[0].dtype == dtype
+    assert got[0].dtype == scale.dtype  # rounded to the rows' dtype later, when all parts are added
     assert got[1].shape == want[1].shape
     for g, w in zip(got, want, strict=True):
         close(g, w, tolerance * 5)
@@ -114,6 +114,24 @@ def test_matmul_precision_chooses_the_split(emulated: Any) -> None:
     assert errors["highest"] < 3e-6
     assert errors["highest"] < errors["high"] < 1e-4
     assert errors["high"] < errors["medium"] < 0.1
+
+
+def test_newer_precision_setting_is_understood(emulated: Any) -> None:
+    """torch.get_float32_matmul_precision() raises once this one is set; the operators must not."""
+    x, labels, order = rows(40, 64, torch.float32, 4, 3)
+    scale = torch.tensor(20.0)
+    exact, _ = emulated.pair_stats(x, labels, order, scale, *NONE, True, True)
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        split, _ = emulated.pair_stats(x, labels, order, scale, *NONE, True, True)
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        again, _ = emulated.pair_stats(x, labels, order, scale, *NONE, True, True)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert not torch.equal(split, exact)
+    torch.testing.assert_close(split, exact, rtol=1e-4, atol=1e-4)
+    assert torch.equal(again, exact)
 
 
 def test_empty_batches(emulated: Any) -> None:
@@ -182,6 +200,6 @@ def test_fakes_answer_for_cuda_tensors_without_a_gpu(dtype: torch.dtype) -> None
         grad_x, _ = torch.ops.pysupcon.pair_stats_backward(
             x, labels, labels, scale, *NONE, n, p, n, p, *own, True, True, False
         )
-        assert grad_x.dtype == dtype
+        assert grad_x.dtype == torch.promote_types(dtype, torch.float32)
         assert grad_x.device.type == "cuda"
         assert grad_x.shape == x.shape

@@ -2,17 +2,15 @@
 // computed again, become weights in registers, and the weights times the tile's rows are added to the
 // gradient: attention whose keys and values are the same rows. Nothing is scattered, nothing is atomic.
 #pragma once
-#include "launch.h"
 #include "tiles.cuh"
 
 namespace pysupcon::cuda {
 
 // Where a gradient goes, and in which unit it was accumulated.
 struct Gradient {
-  void* data;            // [rows, width] of dtype, in the caller's order
+  float* data;           // [rows, width], in the caller's order
   const int64_t* order;  // of the rows
   int rows, width;
-  Dtype dtype;
   const float* scale;
   const float* largest;  // see gradient_exponent
   float* parts;          // [splits][rows][width] or null
@@ -22,13 +20,7 @@ struct Gradient {
     if (parts)
       parts[(int64_t(split) * rows + row) * width + d] = sum;
     else
-      store(row, d, sum * unit);
-  }
-  __device__ __forceinline__ void store(int row, int d, float g) const {
-    const int64_t at = order[row] * width + d;
-    if (dtype == Dtype::f32) static_cast<float*>(data)[at] = g;
-    if (dtype == Dtype::bf16) static_cast<__nv_bfloat16*>(data)[at] = gpu::Bf16::from(g);
-    if (dtype == Dtype::f16) static_cast<__half*>(data)[at] = gpu::F16::from(g);
+      data[order[row] * width + d] = sum * unit;
   }
 };
 
@@ -293,7 +285,7 @@ static __global__ void merge_gradient(Gradient out, int splits) {
   if (i < size) {
     float sum = 0.f;
     for (int k = 0; k < splits; ++k) sum += out.parts[k * size + i];
-    out.store(int(i / out.width), int(i % out.width), sum * out.factor());
+    out.data[out.order[i / out.width] * out.width + i % out.width] = sum * out.factor();
   }
 }
 

@@ -126,24 +126,11 @@ __global__ void positive_sum(typename Accumulator<T>::type* total, WeightedRows<
   }
 }
 
-template <class T>
-__device__ __forceinline__ void store_row(T* out, double x) {
-  *out = T(x);
-}
-template <>
-__device__ __forceinline__ void store_row(__nv_bfloat16* out, double x) {
-  *out = __float2bfloat16(float(x));
-}
-template <>
-__device__ __forceinline__ void store_row(__half* out, double x) {
-  *out = __float2half(float(x));
-}
-
 // grad_i = scale (g_i (C - c_self) + (Cg - g_self c_self)): C sums the columns of row i's class (left out
 // where row_weights is null), Cg the same columns, each times its own upstream gradient (left out where
 // weighted has none).
 template <class T>
-__global__ void positive_sum_gradient(T* grad, const int64_t* row_order, int rows,
+__global__ void positive_sum_gradient(typename Accumulator<T>::type* grad, const int64_t* row_order, int rows,
                                       const typename Accumulator<T>::type* row_weights, WeightedRows<T> plain,
                                       WeightedRows<T> weighted, const int2* range, const int* self,
                                       bool one_set, const typename Accumulator<T>::type* scale) {
@@ -162,7 +149,7 @@ __global__ void positive_sum_gradient(T* grad, const int64_t* row_order, int row
         if (row_weights) g += row_weights[row_order[i]] * (sum - x);
         if (weighted.weights) g += sum_weighted - (own >= 0 ? weighted.weight(own) * x : A(0));
         if (r.y - r.x <= (own >= 0)) g = 0;
-        store_row(grad + row_order[i] * plain.width + d, *scale * g);
+        grad[row_order[i] * plain.width + d] = *scale * g;
       }
     }
   }

@@ -44,8 +44,8 @@ struct Problem {
   const void *n, *p, *grad_n, *grad_p;                                          // stat [anchors]
   const void *candidate_n, *candidate_p, *candidate_grad_n, *candidate_grad_p;  // stat [candidates] or null
   void *out_n, *out_p;                                                          // stat [anchors]
-  void *grad_x, *grad_candidates,
-      *out_grad_n;  // dtype [anchors, width], dtype [candidates, width] or null, stat
+  void *grad_x, *grad_candidates;  // stat [anchors, width], stat [candidates, width] or null
+  void* out_grad_n;                // stat [anchors] or null
 
   void* workspace;  // workspace_bytes(problem) bytes, 256-byte aligned, any contents
   void* stream;     // cudaStream_t

@@ -119,7 +119,7 @@ void run_sums(Stream& s, const Problem& p, const Workspace& w) {
   const WeightedRows<T> weighted{p.candidates, p.one_set ? upstream : as<A>(p.candidate_grad_n),
                                  w.candidate_weighted, width};
   if (weighted.weights) build(weighted);
-  s.grid(blocks, threads, positive_sum_gradient<T>, as<T>(p.grad_x), p.anchors.order, m, upstream, candidates,
+  s.grid(blocks, threads, positive_sum_gradient<T>, as<A>(p.grad_x), p.anchors.order, m, upstream, candidates,
          weighted, pairs_of(w.anchor_range), static_cast<const int*>(w.anchor_self), p.one_set, scale);
   if (p.grad_candidates) {
     const WeightedRows<T> anchors{p.anchors, upstream, w.anchor_weighted, width};
@@ -129,7 +129,7 @@ void run_sums(Stream& s, const Problem& p, const Workspace& w) {
       s.each(m, invert_self, w.candidate_anchor, static_cast<const int*>(w.anchor_self), m);
     }
     s.grid(dim3(unsigned(divide_up(n, kSumRows))), threads, positive_sum_gradient<T>,
-           as<T>(p.grad_candidates), p.candidates.order, n, static_cast<const A*>(nullptr), anchors, anchors,
+           as<A>(p.grad_candidates), p.candidates.order, n, static_cast<const A*>(nullptr), anchors, anchors,
            pairs_of(w.candidate_range), static_cast<const int*>(w.candidate_anchor), false, scale);
   }
 }
@@ -191,8 +191,13 @@ void run_backward(Stream& s, const Problem& p, const Workspace& w, const Pairs& 
   const auto run = [&](const Pairs& x, const Coefficients& rows, const Coefficients& cols, const Rows& owner,
                        void* grad, void* grad_n, int splits) {
     if (s.error != cudaSuccess || owner.count == 0) return;
-    const Gradient out{grad,    owner.order,        int(owner.count), int(p.width),
-                       p.dtype, as<float>(p.scale), w.largest,        splits > 1 ? w.parts : nullptr};
+    const Gradient out{as<float>(grad),
+                       owner.order,
+                       int(owner.count),
+                       int(p.width),
+                       as<float>(p.scale),
+                       w.largest,
+                       splits > 1 ? w.parts : nullptr};
     if (!softplus) {
       s.error = backward<F, PARTS, StatisticsWeights>(x, {rows, cols}, out, splits, s.stream);
       return;
