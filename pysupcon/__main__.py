@@ -8,6 +8,7 @@ from importlib import import_module
 
 COMMANDS = {
     "evaluate": ("pysupcon.evaluation", "run the evaluators on a finished run and write its report"),
+    "export": ("pysupcon.export", "write a finished run's backbone in timm's layout, with a model card"),
     "compare": ("pysupcon.compare", "compare evaluated runs: paired differences, seeds, tables, pictures"),
     "transfer": ("pysupcon.transfer", "judge a finished run's encoder on another data set"),
     "circle": ("pysupcon.circle", "show how spread follows alpha and temperature on the circle"),
