@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pysupcon.pictures import _colours, _figure
+from pysupcon.pictures import _MARKERS, _colours, _figure
 from pysupcon.report import Picture
 
 if TYPE_CHECKING:
@@ -229,9 +229,7 @@ def scatter_circle(plot: Axes, points: NDArray[Any], labels: NDArray[Any], *, ti
     angle = np.linspace(0, 2 * np.pi, 200)
     plot.plot(np.cos(angle), np.sin(angle), color="lightgrey", linewidth=1, zorder=0)
     classes = np.unique(labels)
-    for colour, marker, label in zip(
-        _colours(len(classes)), "o^sDvP*X<>" * len(classes), classes, strict=False
-    ):
+    for colour, marker, label in zip(_colours(len(classes)), _MARKERS * len(classes), classes, strict=False):
         chosen = points[labels == label]
         plot.scatter(chosen[:, 0], chosen[:, 1], s=26, color=colour, marker=marker, alpha=0.75, linewidths=0)
     plot.set_title(title, fontsize=9)
@@ -286,11 +284,10 @@ def draw_outcomes(
         labels = {}
         for g in np.unique(group):
             at = int(np.flatnonzero(group == g)[0])
-            pair = [
-                names[level].get(int(outcomes[f"labels/{level}"][at]), outcomes[f"labels/{level}"][at])
-                for level in ("coarse", "fine")
-            ]
-            labels[int(g)] = f"{pair[0]}\n{pair[1]}"
+            label = {level: int(outcomes[f"labels/{level}"][at]) for level in _LEVELS}
+            coarse, fine = (str(names[level].get(label[level], label[level])) for level in ("coarse", "fine"))
+            # A group's name often begins with its class's.
+            labels[int(g)] = fine.replace(", ", "\n") if fine.startswith(coarse) else f"{coarse}\n{fine}"
         draw_groups(folder / "groups.png", methods, group, title="Accuracy by true group", names=labels)
         pictures.append(Picture("groups.png", "Test accuracy by true group and by how the head was trained."))
     return pictures

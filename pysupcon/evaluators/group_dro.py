@@ -167,6 +167,7 @@ def fit_head(
     val_data = ((val.features.to("cpu", torch.float64) - mean) / std).float()
     counts = torch.bincount(train.groups)
     best: Head | None = None
+    name = "GroupDRO" if robust else "ERM"
     for decay in sorted(set(config.weight_decays), reverse=True):
         generator = torch.Generator().manual_seed(config.seed)
         head = nn.utils.skip_init(nn.Linear, x.shape[1], classes)  # leaves the global random state alone
@@ -176,7 +177,7 @@ def fit_head(
         optimizer = torch.optim.SGD(head.parameters(), config.learning_rate, momentum=0.9, weight_decay=decay)
         steps = config.epochs * -(-len(data) // config.batch_size)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for epoch in _bar(range(config.epochs), progress):
+        for epoch in _bar(range(config.epochs), progress, f"{name}, decay {decay:g}"):
             for rows in group_batches(
                 train.groups, config.batch_size, robust and config.uniform_groups, generator
             ):

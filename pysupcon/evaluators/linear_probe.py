@@ -209,11 +209,11 @@ def _optimizer(
     return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs * steps)
 
 
-def _bar(items: list[float] | range, progress: bool) -> Iterator[float]:
+def _bar(items: list[float] | range, progress: bool, description: str = "linear probe") -> Iterator[float]:
     if progress:
         from tqdm import tqdm
 
-        yield from tqdm(items, desc="linear probe", leave=False, delay=2)
+        yield from tqdm(items, desc=description, leave=False, delay=2)
     else:
         yield from items
 
