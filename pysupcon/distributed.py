@@ -32,7 +32,9 @@ message of 64 in which they agree on their sizes. Gradients of rows never travel
 padded to the largest, except around a ring.
 
 Every process must call the loss, and its backward, equally often. Under ``torch.compile`` this is a graph
-break.
+break. The message about sizes is read by the host: on a GPU that means waiting for it, unless the process
+group can also talk through the memory of the CPU (``init_process_group()`` without a backend, or
+``"cpu:gloo,cuda:nccl"``).
 """
 
 from __future__ import annotations

@@ -44,6 +44,7 @@ def sizes_of(batches: str, world: int) -> list[int]:
         "ragged": [2 + 3 * rank for rank in range(world)],
         "empty": [0] + [5 + rank for rank in range(1, world)],
         "lonely": [1] + [5] * (world - 1),
+        "large": [290 + 20 * rank for rank in range(world)],  # several tiles a process
     }[batches]
 
 

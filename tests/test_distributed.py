@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -43,6 +44,10 @@ def _embedding_cases(world: int) -> list[tuple[Any, ...]]:
                 ("embeddings", name, mode, "ragged", "three views", "float64", "sum", "tiled"),
                 ("embeddings", name, mode, "ragged", "views", "float32", "mean", "auto"),
             ]
+    for name in ("supcon", "spread_sincere"):
+        cases += [
+            ("embeddings", name, mode, "large", "views", "float32", "mean", "auto") for mode in worker.MODES
+        ]
     for dtype in ("bfloat16", "float16"):
         for mode in worker.MODES:
             cases += [
@@ -350,9 +355,15 @@ def test_under_a_launcher(launcher: str, tmp_path: Path) -> None:
         pytest.importorskip("accelerate")
     script = Path(worker.__file__)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[1])}
-    done = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, "-m", *LAUNCHERS[launcher], str(script), launcher],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "equal among 2 processes" in done.stdout
+        cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    ) as started:  # fmt: skip
+        try:
+            output, errors = started.communicate(timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(started.pid, signal.SIGKILL)  # the launcher would leave its processes behind
+            raise
+    assert started.returncode == 0, errors
+    assert "equal among 2 processes" in output
