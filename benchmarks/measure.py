@@ -130,7 +130,7 @@ def interleaved(
     return timings
 
 
-def median_seconds(call: Callable[[], object], repetitions: int = 20) -> float:
+def median_seconds(call: Callable[[], object], repetitions: int) -> float:
     """Of a call on the CPU, after one for warming up."""
     call()
     found = []
@@ -141,11 +141,11 @@ def median_seconds(call: Callable[[], object], repetitions: int = 20) -> float:
     return statistics.median(found)
 
 
-def product_rate(rows: int, inner: int, columns: int) -> float:
+def product_rate(rows: int, inner: int, columns: int, repetitions: int = 5) -> float:
     """Floating-point operations per second of torch.mm on float32 [rows, inner] by [inner, columns]."""
     a, b = torch.randn(rows, inner), torch.randn(inner, columns)
     out = torch.empty(rows, columns)
-    return 2.0 * rows * inner * columns / median_seconds(lambda: torch.mm(a, b, out=out))
+    return 2.0 * rows * inner * columns / median_seconds(lambda: torch.mm(a, b, out=out), repetitions)
 
 
 def digest(result: Result) -> str:

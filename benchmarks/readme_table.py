@@ -36,7 +36,7 @@ def render(results: Mapping[str, Any], source: str) -> str:
         source: name of the file, for the heading.
     """
     rows = results["rows"]
-    problem = next((row for row in rows if row["case"] in ("speed", "memory")), None)
+    problem = next((row for row in rows if row["case"] in ("small", "speed", "memory")), None)
     parts = [f"{table.heading(results['machine'])} (`{source}`)."]
     if problem is not None:
         what = f"SupCon, D={problem['dim']}, {problem['classes']} classes, {problem['dtype']}"

@@ -166,21 +166,16 @@ def _compare_at_size(
 
 def _rate(problem: Problem, function: Implementation, row: Row, inputs: Sequence[Inputs]) -> None:
     """Floating-point operations a second of the loss, and of torch.mm, in turns."""
-    thin, square = [], []
+    products: list[float] = []
     own = measure.Timing()
     for _ in range(5):
-        thin.append(measure.product_rate(2048, problem.dim, 2048))
-        square.append(measure.product_rate(2048, 2048, 2048))
+        products.append(measure.product_rate(2048, problem.dim, 2048))
         found = measure.interleaved({"own": function}, inputs, seconds=0, least=1)["own"]
         own.forward += found.forward
         own.backward += found.backward
-    rate = problem.flops / own.summary()["both_s"]
-    row |= {
-        "rate_flops": rate,
-        "mm_flops": sorted(thin)[2],
-        "square_mm_flops": sorted(square)[2],
-        "rate_ratio": rate / sorted(thin)[2],
-    }
+    rate, thin = problem.flops / own.summary()["both_s"], sorted(products)[2]
+    square = measure.product_rate(2048, 2048, 2048, repetitions=3)
+    row |= {"rate_flops": rate, "mm_flops": thin, "square_mm_flops": square, "rate_ratio": rate / thin}
 
 
 def _remember(name: str, function: Implementation, problem: Problem, row: Row) -> None:
