@@ -28,7 +28,7 @@ DistributedDataParallel
     Parameters that DDP owns must be used inside its forward, not in the loss.
 Mixed precision
     surround the call with ``torch.autocast`` as one would surround the forward; give a ``GradScaler`` as
-    ``scaler``.
+    ``scaler`` (of Accelerate: ``accelerator.scaler``, and no ``accelerator.backward``).
 Parameters of the loss
     (a learnable temperature) get their gradient in the same call.
 """
@@ -40,13 +40,16 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 __all__ = ["GradCache"]
+
+_Autocast = dict[str, torch.dtype]
+"""Device types on which autocast is on, and its dtype."""
 
 _REPEATED = 0.02
 """Relative difference of the two passes that other kernels may cause; other dropout causes far more."""
@@ -109,13 +112,39 @@ class GradCache:
         samples = _samples(inputs)
         slices = [slice(at, min(at + self.chunk_size, samples)) for at in range(0, samples, self.chunk_size)]
         slices = slices or [slice(0, 0)]  # other processes wait for this one's part
-        # Among processes all must go the same way, and others may have more chunks.
-        if len(slices) == 1 and not hasattr(self.model, "no_sync"):
-            return self._at_once(inputs, loss, chunk_loss, slices[0])
         devices = _devices(self.model, inputs)
         ambient = _ambient_autocast(devices)
+        # Among processes all must go the same way, and others may have more chunks.
+        if len(slices) == 1 and not hasattr(self.model, "no_sync"):
+            return self._at_once(inputs, loss, chunk_loss, slices[0], ambient)
 
-        # 1. Embed without a graph, and remember what each chunk started from.
+        # Embed without a graph, then the loss of the whole batch, down to the embeddings.
+        chunks, leaves, outputs = self._embed(inputs, slices, devices, ambient)
+        value = _scalar("loss", loss(_rebuilt(outputs, iter(leaves))))
+        if value.requires_grad:
+            self._backward([value], [None], ambient)
+        elif chunk_loss is None:
+            raise ValueError("loss must depend on the model's outputs, got a tensor without a graph")
+        total = value.detach()
+        grads = [leaf.grad for leaf in leaves]
+        first = [leaf.detach() for leaf in leaves] if self._compare else None
+        del value, leaves, outputs
+
+        # Each chunk again, with a graph, from what it started from.
+        random_after, buffers_after = _Random(devices), _Buffers(self.model, None, running=True)
+        for chunk in chunks:
+            no_sync = nullcontext if chunk is chunks[-1] else getattr(self.model, "no_sync", nullcontext)
+            with no_sync():
+                total = total + self._push_through(inputs, chunk, grads, first, chunk_loss, ambient)
+        random_after.restore()
+        buffers_after.restore()
+        self._compare = False
+        return total
+
+    def _embed(
+        self, inputs: Any, slices: list[slice], devices: list[torch.device], ambient: _Autocast
+    ) -> tuple[list[_Chunk], list[Tensor], Any]:
+        """All chunks without a graph: the joined outputs as leaves, the last outputs for their structure."""
         starts: list[tuple[_Random, _Buffers]] = []
         parts: list[list[Tensor]] = []
         outputs: Any = None
@@ -125,63 +154,44 @@ class GradCache:
                 with _autocast(ambient):
                     outputs = self._run(inputs, rows)
                 parts.append(list(_leaves(outputs)))
-        leaves = [
-            _joined(pieces).requires_grad_(pieces[0].is_floating_point())
-            for pieces in zip(*parts, strict=True)
-        ]
-        counts = [[len(piece) for piece in pieces] for pieces in parts]
-        del parts
+        leaves = [_joined(pieces) for pieces in zip(*parts, strict=True)]
+        chunks, offsets = [], [0] * len(leaves)
+        for rows, start, pieces in zip(slices, starts, parts, strict=True):
+            stops = [at + len(piece) for at, piece in zip(offsets, pieces, strict=True)]
+            here = [slice(at, stop) for at, stop in zip(offsets, stops, strict=True)]
+            chunks.append(_Chunk(rows, here, *start))
+            offsets = stops
+        return chunks, leaves, outputs
 
-        # 2. The loss of the whole batch, down to the embeddings.
-        value = _scalar("loss", loss(_rebuilt(outputs, iter(leaves))))
-        if value.requires_grad:
-            self._backward([value], [None], ambient)
-        elif chunk_loss is None:
-            raise ValueError("loss must depend on the model's outputs, got a tensor without a graph")
-        total = value.detach()
-        grads = [leaf.grad for leaf in leaves]
-        embedded = [leaf.detach() for leaf in leaves] if self._compare else None
-        del value, leaves, outputs
-
-        # 3. Each chunk again, with a graph, from what it started from.
-        random_after, buffers_after = _Random(devices), _Buffers(self.model, None, running=True)
-        offsets = [0] * len(grads)
-        for number, rows in enumerate(slices):
-            random, buffers = starts[number]
-            random.restore()
-            buffers.restore()
-            last = number == len(slices) - 1
-            no_sync = getattr(self.model, "no_sync", nullcontext)
-            with nullcontext() if last else no_sync():
-                with _autocast(ambient):
-                    outputs = self._run(inputs, rows)
-                    extra = None if chunk_loss is None else _scalar("chunk_loss", chunk_loss(outputs, rows))
-                here = [slice(at, at + count) for at, count in zip(offsets, counts[number], strict=True)]
-                offsets = [part.stop for part in here]
-                pieces = list(_leaves(outputs))
-                if embedded is not None:
-                    self._check(
-                        [
-                            (piece, leaf[part])
-                            for piece, leaf, part in zip(pieces, embedded, here, strict=True)
-                        ]
-                    )
-                roots: list[Tensor] = []
-                upstream: list[Tensor | None] = []
-                for piece, grad, part in zip(pieces, grads, here, strict=True):
-                    if grad is not None and piece.requires_grad:
-                        roots.append(piece)
-                        upstream.append(grad[part])
-                if extra is not None:
-                    total = total + extra.detach()
-                    if extra.requires_grad:
-                        roots.append(extra)
-                        upstream.append(None)
-                self._backward(roots, upstream, ambient)
-        random_after.restore()
-        buffers_after.restore()
-        self._compare = False
-        return total
+    def _push_through(
+        self,
+        inputs: Any,
+        chunk: _Chunk,
+        grads: list[Tensor | None],
+        first: list[Tensor] | None,
+        chunk_loss: Callable[[Any, slice], Tensor] | None,
+        ambient: _Autocast,
+    ) -> Tensor | float:
+        """One chunk's forward with a graph and its backward; its own loss."""
+        chunk.random.restore()
+        chunk.buffers.restore()
+        with _autocast(ambient):
+            outputs = self._run(inputs, chunk.samples)
+            extra = None if chunk_loss is None else _scalar("chunk_loss", chunk_loss(outputs, chunk.samples))
+        roots: list[Tensor] = []
+        upstream: list[Tensor | None] = []
+        for number, (piece, part) in enumerate(zip(_leaves(outputs), chunk.outputs, strict=True)):
+            grad = grads[number]
+            if first is not None and piece.is_floating_point():
+                self._check(piece.detach(), first[number][part])
+            if grad is not None and piece.requires_grad:
+                roots.append(piece)
+                upstream.append(grad[part])
+        if extra is not None and extra.requires_grad:
+            roots.append(extra)
+            upstream.append(None)
+        self._backward(roots, upstream, ambient)
+        return 0.0 if extra is None else extra.detach()
 
     def _run(self, inputs: Any, rows: slice) -> Any:
         chunk = _rebuilt(inputs, (leaf[rows] for leaf in _leaves(inputs)))
@@ -192,41 +202,46 @@ class GradCache:
         inputs: Any,
         loss: Callable[[Any], Tensor],
         chunk_loss: Callable[[Any, slice], Tensor] | None,
-        rows: slice,
+        samples: slice,
+        ambient: _Autocast,
     ) -> Tensor:
-        ambient = _ambient_autocast(_devices(self.model, inputs))
-        outputs = self._run(inputs, rows)
+        outputs = self._run(inputs, samples)
         value = _scalar("loss", loss(outputs))
         if chunk_loss is not None:
-            value = value + _scalar("chunk_loss", chunk_loss(outputs, rows))
+            value = value + _scalar("chunk_loss", chunk_loss(outputs, samples))
         self._backward([value], [None], ambient)
         return value.detach()
 
-    def _backward(
-        self, roots: list[Tensor], upstream: list[Tensor | None], ambient: dict[str, torch.dtype]
-    ) -> None:
+    def _backward(self, roots: list[Tensor], upstream: list[Tensor | None], ambient: _Autocast) -> None:
         """From losses (upstream None), which are scaled here, and outputs, whose gradients are already."""
         if self.scaler is not None:
-            roots = [
-                self.scaler.scale(root) if grad is None else root
-                for root, grad in zip(roots, upstream, strict=True)
-            ]
+            scaled = zip(roots, upstream, strict=True)
+            roots = [self.scaler.scale(root) if grad is None else root for root, grad in scaled]
         with _autocast(ambient, enabled=False):
             torch.autograd.backward(roots, upstream)
 
-    def _check(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        for again, first in pairs:
-            if not first.is_floating_point():
-                continue
-            difference = (again.detach() - first).float().norm() / first.float().norm().clamp(min=1e-30)
-            if self._compare and difference.item() > _REPEATED:
-                self._compare = False
-                warnings.warn(
-                    "the model's second pass over a chunk did not repeat its first (relative difference "
-                    f"{difference.item():.2g}): it draws random numbers that are not torch's, or keeps state "
-                    "outside its buffers, so the gradients are not those of the loss",
-                    stacklevel=3,
-                )
+    def _check(self, again: Tensor, first: Tensor) -> None:
+        if not self._compare:
+            return
+        difference = ((again - first).float().norm() / first.float().norm().clamp(min=1e-30)).item()
+        if difference > _REPEATED:
+            self._compare = False
+            warnings.warn(
+                "the model's second pass over a chunk did not repeat its first (relative difference "
+                f"{difference:.2g}): it draws random numbers that are not torch's, or keeps state outside "
+                "its buffers, so the gradients are not those of the loss",
+                stacklevel=4,
+            )
+
+
+class _Chunk(NamedTuple):
+    """A part of the batch, and the state from which it was embedded."""
+
+    samples: slice
+    outputs: list[slice]
+    """of each output tensor"""
+    random: _Random
+    buffers: _Buffers
 
 
 class _Random:
@@ -281,13 +296,13 @@ def _devices(model: nn.Module, inputs: Any) -> list[torch.device]:
     return sorted(found, key=str)
 
 
-def _ambient_autocast(devices: list[torch.device]) -> dict[str, torch.dtype]:
-    """Device types on which the caller's autocast is on, and its dtype."""
+def _ambient_autocast(devices: list[torch.device]) -> _Autocast:
+    """The caller's."""
     kinds = sorted({"cpu", *(device.type for device in devices)})
     return {kind: torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
 
 
-def _autocast(ambient: dict[str, torch.dtype], *, enabled: bool = True) -> AbstractContextManager[Any]:
+def _autocast(ambient: _Autocast, *, enabled: bool = True) -> AbstractContextManager[Any]:
     """The caller's autocast, without its cache: a pass with a graph must not meet weights cast without."""
     stack = ExitStack()
     for kind, dtype in ambient.items():
@@ -318,7 +333,8 @@ def _joined(pieces: tuple[Tensor, ...]) -> Tensor:
             "the model must return tensors whose first dimension counts rows, got one of no dimensions; "
             "a loss that is computed chunk by chunk goes into chunk_loss"
         )
-    return torch.cat(pieces) if len(pieces) > 1 else pieces[0].detach()
+    joined = torch.cat(pieces) if len(pieces) > 1 else pieces[0].detach()
+    return joined.requires_grad_(joined.is_floating_point())
 
 
 def _leaves(tree: Any) -> Iterator[Tensor]:
