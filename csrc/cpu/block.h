@@ -193,14 +193,24 @@ PYSUPCON_INLINE void clear(Tile<T>& tile) {
     for (int c = 0; c < kVecs; ++c) tile[r][c] = Vec<T>{};
 }
 
-// tile = t of rows i0.. of `a` against columns j0.. of `b`
+// tile = t of rows i0.. of `a` against columns j0.. of `b`. Each chunk of columns is summed by itself: a dot
+// product of 128 terms loses half as many digits in four parts as in one.
 template <class T>
 PYSUPCON_INLINE void similarities(Tile<T>& tile, const Block<T>& a, const Block<T>& b, int i0, int j0) {
   constexpr int C = kCols<T>;
-  clear<T>(tile);
   const T* panel = b.panels + int64_t(j0) * b.chunks * C;
-  for (int c = 0; c < a.chunks; ++c)
+  clear<T>(tile);
+  multiply<T, C, 1>(tile, a.rows + int64_t(i0) * C, panel, C);
+  for (int c = 1; c < a.chunks; ++c) {
+    Tile<T> sum;
+    memcpy(&sum, &tile, sizeof sum);
+    clear<T>(tile);
     multiply<T, C, 1>(tile, a.rows + (int64_t(c) * a.padded + i0) * C, panel + int64_t(c) * C * C, C);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) tile[r][v] += sum[r][v];
+  }
 }
 
 // Adds a tile of a gradient: rows i0.. of block b, columns of chunk c.
