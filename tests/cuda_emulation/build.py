@@ -10,7 +10,9 @@ import fcntl
 import hashlib
 import os
 import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -21,7 +23,7 @@ CACHE = ROOT / "build" / "cuda_emulation"
 # Uninitialised variables hold a pattern; -O0 for the sanitizers, whose compile time is most of their cost.
 COMMON = ["-std=c++17", "-ftrivial-auto-var-init=pattern", "-Wno-unknown-pragmas", "-DCUDA_SHIM_OWN_TYPES"]
 FLAGS = {
-    "plain": ["-O1"],
+    "plain": ["-O1", "-fPIC"],  # also linked into the library of build_operators
     "asan": ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "tsan": ["-O0", "-g1", "-fsanitize=thread"],
 }
@@ -55,20 +57,41 @@ def compile_objects(sources: list[Path], flags: list[str], out: Path, kernels: P
         return list(pool.map(one, sources))
 
 
-def build(kind: str, driver: str = "emulate.cpp") -> Path:
-    """The emulator of this kind ("plain", "asan", "tsan"), compiled unless it is there already."""
-    sources = [*kernel_sources(), HERE / driver] if driver == "emulate.cpp" else [HERE / driver]
-    flags = FLAGS[kind]
-    headers = [*KERNELS.glob("*.cuh"), *KERNELS.glob("*.h"), *HERE.glob("*.h")]
-    out = CACHE / f"{Path(driver).stem}-{kind}-{fingerprint([*sources, *headers], flags)}"
+@contextmanager
+def folder_for(name: str, sources: list[Path], flags: list[str]) -> Iterator[Path]:
+    """The folder of this product, held by one worker at a time."""
+    out = CACHE / f"{name}-{fingerprint(sources, flags)}"
     out.mkdir(parents=True, exist_ok=True)
-    program = out / "program"
     with open(out / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        yield out
+
+
+def headers() -> list[Path]:
+    return [*KERNELS.glob("*.cuh"), *KERNELS.glob("*.h"), *HERE.glob("*.h")]
+
+
+def kernel_objects(kind: str) -> list[Path]:
+    """The kernels, compiled for the CPU."""
+    flags = FLAGS[kind]
+    with folder_for(f"kernels-{kind}", [*kernel_sources(), *headers()], flags) as out:
+        if not (out / "done").exists():
+            compile_objects(kernel_sources(), flags, out, KERNELS, jobs=2)
+            (out / "done").touch()
+    return [out / (source.name + ".o") for source in kernel_sources()]
+
+
+def build(kind: str, driver: str = "emulate.cpp") -> Path:
+    """The program of this driver and kind ("plain", "asan", "tsan"), compiled unless it is there already."""
+    sources = [*kernel_sources(), HERE / driver] if driver == "emulate.cpp" else [HERE / driver]
+    flags = FLAGS[kind]
+    kernels = kernel_objects(kind) if driver == "emulate.cpp" else []
+    with folder_for(f"{Path(driver).stem}-{kind}", [*sources, *headers()], flags) as out:
+        program = out / "program"
         if not program.exists():
-            objects = compile_objects(sources, flags, out, KERNELS, jobs=2)
+            objects = compile_objects([HERE / driver], flags, out, KERNELS, jobs=1)
             partial = out / "program.partial"
-            subprocess.run(["g++", *flags, *map(str, objects), "-o", str(partial)], check=True)
+            subprocess.run(["g++", *flags, *map(str, [*objects, *kernels]), "-o", str(partial)], check=True)
             partial.rename(program)
     return program
 
@@ -96,22 +119,21 @@ def build_operators() -> Path:
     for (name, text), (old, new) in zip(texts.items(), renamed.items(), strict=True):
         assert text.count(old) == 1, f"csrc/{name} no longer registers by {old!r}"
         texts[name] = text.replace(old, new)
-    flags = ["-O1", "-fPIC", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
-    headers = [*KERNELS.glob("*.cuh"), *KERNELS.glob("*.h"), *HERE.glob("*.h")]
-    sources = [*headers, *kernel_sources(), *(ROOT / "csrc" / name for name in texts)]
-    out = CACHE / f"operators-{torch.__version__}-{fingerprint(sources, flags)}"
-    out.mkdir(parents=True, exist_ok=True)
-    library = out / "operators.so"
-    with open(out / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    flags = [
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
+        f"-DTORCH={torch.__version__}",
+    ]
+    sources = [*headers(), *kernel_sources(), *(ROOT / "csrc" / name for name in texts)]
+    objects = kernel_objects("plain")
+    with folder_for("operators", sources, flags) as out:
+        library = out / "operators.so"
         if not library.exists():
-            objects = compile_objects(kernel_sources(), flags, out, KERNELS, jobs=2)
             partial = out / "operators.partial"
             glue = []
             for name, text in texts.items():
                 (out / name).write_text(text)
                 glue.append(str(out / name))
-            command = ["g++", "-std=c++20", "-shared", *flags, f"-I{ROOT / 'csrc'}"]
+            command = ["g++", "-std=c++20", "-shared", "-O1", "-fPIC", flags[0], f"-I{ROOT / 'csrc'}"]
             command += [f"-isystem{path}" for path in cpp_extension.include_paths()]
             command += [f"-L{path}" for path in cpp_extension.library_paths()]
             command += [*glue, *map(str, objects), "-ltorch", "-ltorch_cpu", "-lc10", "-o", str(partial)]

@@ -8,11 +8,14 @@ no emulation reaches; they are listed so that nobody believes them covered.
 
 from __future__ import annotations
 
+import atexit
+import functools
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -114,6 +117,33 @@ CASES = ["bf16", "f32x3", "f64"]
 SANITIZER_CASES = ["bf16-candidates", "bf16-long", "f32x3-own", "f64-own"]
 
 
+# Which units a file's bug can reach; all of them, and the driver, where it is not named.
+REACHED = {F: ("forward",), B: ("backward", "operations"), R: ("operations",), C: ("operations",),
+           OPS: ("operations",), D: ("operations",)}  # fmt: skip
+
+
+def flags_of(kind: str) -> list[str]:
+    return ["-O0" if flag == "-O1" else flag for flag in build.FLAGS[kind]]
+
+
+_baseline_lock = threading.Lock()
+
+
+@functools.cache
+def _baseline(kind: str) -> dict[str, Path]:
+    folder = Path(tempfile.mkdtemp(prefix="pysupcon-mutants-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    sources = [*(build.KERNELS / f"{unit}.cu" for unit in UNITS), build.HERE / "emulate.cpp"]
+    objects = build.compile_objects(sources, flags_of(kind), folder, build.KERNELS, jobs=2)
+    return {source.stem: target for source, target in zip(sources, objects, strict=True)}
+
+
+def baseline(kind: str) -> dict[str, Path]:
+    """The objects without any bug: what a bug cannot reach is not compiled again."""
+    with _baseline_lock:
+        return _baseline(kind)
+
+
 def noticed(program: Path, cases: list[str], order: str = "forward") -> str:
     """What the emulator said against the program; empty if nothing."""
     try:
@@ -144,14 +174,19 @@ def judge(mutant: Mutant) -> Verdict:
             if mutant.old not in text:
                 raise LookupError(f"mutant {mutant.name!r}: {mutant.file} no longer contains {mutant.old!r}")
             path.write_text(text.replace(mutant.old, mutant.new, 1))
-        sources = [kernels / f"{unit}.cu" for unit in UNITS] + [build.HERE / "emulate.cpp"]
+        reached = REACHED.get(mutant.file, ("",))
+        sources = [kernels / f"{unit}.cu" for unit in UNITS if unit.startswith(reached)]
+        if reached == ("",):
+            sources.append(build.HERE / "emulate.cpp")
         attempts = [("plain", CASES, "forward"), ("plain", CASES, "reverse"),
                     ("asan", SANITIZER_CASES, "forward"), ("tsan", SANITIZER_CASES, "forward")]  # fmt: skip
         for kind, cases, order in attempts:
             program = Path(folder) / kind
             if not program.exists():
-                flags = ["-O0" if flag == "-O1" else flag for flag in build.FLAGS[kind]]
-                objects = build.compile_objects(sources, flags, Path(folder), kernels, jobs=1)
+                flags = flags_of(kind)
+                compiled = build.compile_objects(sources, flags, Path(folder), kernels, jobs=1)
+                mine = {source.stem: target for source, target in zip(sources, compiled, strict=True)}
+                objects = list({**baseline(kind), **mine}.values())
                 link = [
                     "-no-pie",
                     "-Wl,--unresolved-symbols=ignore-all,-z,lazy",
