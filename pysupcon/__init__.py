@@ -2,7 +2,8 @@
 
 ``SupConLoss``, ``SINCERELoss``, ``ClassConditionalInfoNCELoss``, ``SpreadLoss`` and ``InfoNCELoss`` are
 modules, :mod:`pysupcon.functional` holds the same as functions, :mod:`pysupcon.compat` the loss classes of
-other libraries with their own signatures. ``backends()`` says which kernels this build has, and why others
+other libraries with their own signatures. :class:`GradCache` runs a large batch through an encoder in chunks.
+``backends()`` says which kernels this build has, and why others
 are missing.
 """
 
@@ -10,10 +11,12 @@ from __future__ import annotations
 
 from . import functional
 from ._ops import backends
+from .gradcache import GradCache
 from .losses import ClassConditionalInfoNCELoss, InfoNCELoss, SINCERELoss, SpreadLoss, SupConLoss
 
 __all__ = [
     "ClassConditionalInfoNCELoss",
+    "GradCache",
     "InfoNCELoss",
     "SINCERELoss",
     "SpreadLoss",
