@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from pysupcon.config import Config, parse_args
-from pysupcon.errors import ConfigError, RunError
+from pysupcon.errors import ConfigError, Interrupted, RunError
+from pysupcon.trainer import checkpoint
+from pysupcon.trainer.checkpoint import read_checkpoint
 from pysupcon.trainer.loop import train
 from pysupcon.trainer.run import load_run
 
@@ -54,6 +57,12 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+def assert_same_weights(one: Path, other: Path) -> None:
+    first, second = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def without_times(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key not in TIMES} for line in log]
 
@@ -77,14 +86,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished: Path, interrupted: 
     given = "latest" if which == "latest" else str(interrupted / "checkpoints/step_00000020")
     torch.manual_seed(987)  # nothing may depend on the state the process happens to be in
     train(config(interrupted, "--resume_from_checkpoint", given))
-    whole, resumed = load_file(finished / "model.safetensors"), load_file(interrupted / "model.safetensors")
-    for name, value in whole.items():
-        assert torch.equal(value, resumed[name]), name
+    assert_same_weights(interrupted, finished)
     assert without_times(load_run(interrupted).log()) == without_times(load_run(finished).log())
 
 
 def test_a_truncated_checkpoint_is_named(interrupted: Path) -> None:
-    for name in ("model.safetensors", "optimizer.bin", "random_states_0.pkl"):
+    for name in ("model.safetensors", "training.pt", "random.pt"):
         file = interrupted / "checkpoints/step_00000020" / name
         whole = file.read_bytes()
         file.write_bytes(whole[:-7])
@@ -100,22 +107,101 @@ def test_a_truncated_checkpoint_is_named(interrupted: Path) -> None:
 def test_an_earlier_checkpoint_is_offered(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
-    (folder / "checkpoints/step_00000030/optimizer.bin").unlink()
+    torn = folder / "checkpoints/step_00000030"
+    (torn / "training.pt").unlink()
     offer = (
-        r"optimizer.bin is missing; an earlier checkpoint is there: --resume_from_checkpoint .*step_00000020"
+        r"training.pt is missing; an earlier checkpoint is there: --resume_from_checkpoint .*step_00000020"
     )
     with pytest.raises(RunError, match=offer):
-        train(config(folder, "--resume_from_checkpoint", "latest"))
+        train(config(folder, "--resume_from_checkpoint", str(torn)))
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "random_states_0.pkl"])
-def test_damage_of_the_same_size_is_named(interrupted: Path, name: str) -> None:
-    file = interrupted / "checkpoints/step_00000020" / name
-    file.write_bytes(b"\xff" * file.stat().st_size)
-    before = contents(interrupted)
-    with pytest.raises(RunError, match=r"step_00000020.* cannot be read"):
+@pytest.mark.parametrize("damage", ["a bit", "tampered manifest", "truncated", "missing"])
+def test_the_checkpoint_before_a_damaged_one_is_used(
+    finished: Path, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The damaged one is named; the run goes on from the one before it, to the same end."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    torn = folder / "checkpoints/step_00000030"
+    file = torn / ("manifest.json" if damage == "tampered manifest" else "training.pt")
+    content = file.read_bytes()
+    if damage == "a bit":
+        file.write_bytes(content[:1000] + bytes([content[1000] ^ 1]) + content[1001:])
+        message = f"refused: checkpoint file {file} is damaged: its content is not what was written"
+    elif damage == "tampered manifest":
+        file.write_bytes(content.replace(b'"step": 30', b'"step": 29'))
+        message = f"refused: {file} is damaged: its content does not have its checksum"
+    elif damage == "truncated":
+        file.write_bytes(content[:-7])
+        message = (
+            f"refused: checkpoint file {file} is truncated or damaged: {len(content)} bytes were written"
+        )
+    else:
+        file.unlink()
+        message = f"refused: checkpoint file {file} is missing"
+    train(config(folder, "--resume_from_checkpoint", "latest"))
+    said = capsys.readouterr().err
+    assert message in said
+    assert f"going on from {folder}/checkpoints/step_00000020, after step 20" in said
+    assert_same_weights(folder, finished)
+    assert read_checkpoint(torn).step == 30
+
+
+def test_foreign_code_is_not_run(interrupted: Path) -> None:
+    """Not even by a checkpoint whose checksums are right."""
+    folder = interrupted / "checkpoints/step_00000020"
+    proof = interrupted / "code ran"
+
+    class Foreign:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (proof,)
+
+    torch.save({"optimizer": Foreign()}, folder / "training.pt")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    content = (folder / "training.pt").read_bytes()
+    manifest["files"]["training.pt"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest["sha256"] = checkpoint._digest(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(RunError, match=r"step_00000020 cannot be read: .*[Ww]eights.only"):
         train(config(interrupted, "--resume_from_checkpoint", "latest"))
-    assert contents(interrupted) == before
+    assert not proof.exists()
+
+
+def test_an_earlier_course_is_left(finished: Path, tmp_path: Path) -> None:
+    """Going on from an earlier checkpoint drops what came after it as soon as it has a successor."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    first = str(folder / "checkpoints/step_00000020")
+    short = (
+        "--trainer.checkpoint_steps",
+        "5",
+        "--trainer.keep_checkpoints",
+        "1",
+        "--trainer.best_by",
+        "null",
+    )
+    with pytest.raises(Interrupted):
+        train(config(folder, "--resume_from_checkpoint", first, "--trainer.time_budget", "1e-9", *short))
+    assert [path.name for path in checkpoint.checkpoints(folder)] == ["step_00000021"]
+    assert len(load_run(folder).log()) == 21
+
+
+def test_the_best_is_kept(tmp_path: Path) -> None:
+    """The last and the one of the least validation loss, which may also give the final weights."""
+    folder = tmp_path / "run"
+    with_best = ("--trainer.keep_checkpoints", "1", "--trainer.checkpoint_steps", "4")
+    bad_end = ("--optimizer.name", "sgd", "--optimizer.learning_rate", "30", "--optimizer.warmup_epochs", "3")
+    train(config(folder, *with_best, *bad_end, "--trainer.final_weights", "best"))
+    losses = {line["step"]: line["val_loss"] for line in load_run(folder).log() if "val_loss" in line}
+    assert sorted(losses) == [4, 8, 12, 16, 20, 24, 28, 30]
+    best = min(losses, key=lambda step: losses[step])
+    assert best < 30, "the end was to be worse"
+    kept = checkpoint.checkpoints(folder)
+    assert [checkpoint.step_of(path) for path in kept] == [best, 30]
+    assert checkpoint.read_manifest(kept[0])["metrics"]["loss"] == losses[best]
+    final = load_file(folder / "model.safetensors")
+    assert all(torch.equal(final[name], value) for name, value in read_checkpoint(kept[0]).weights.items())
 
 
 def test_a_damaged_manifest_is_named(interrupted: Path) -> None:

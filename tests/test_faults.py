@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from nursery import Nursery, start_nursery, when_logged  # noqa: F401
 
 from pysupcon.config import Config, parse_args
 from pysupcon.errors import Interrupted, RunError
@@ -26,11 +23,9 @@ from pysupcon.train import TRY_AGAIN
 from pysupcon.trainer import files
 from pysupcon.trainer.checkpoint import checkpoints, read_checkpoint, read_manifest
 from pysupcon.trainer.loop import train
-from pysupcon.trainer.run import load_run, read_log
+from pysupcon.trainer.run import read_log
 
 VIT = "{img_size: 8, patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2, proj_drop_rate: 0.2}"
-REPOSITORY = Path(__file__).parent.parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
 TIMES = ("images_per_second", "peak_memory_mib")
 
 
@@ -49,48 +44,12 @@ def config(folder: Path, *more: str) -> Config:
     return parse_args(arguments(folder, *more))[0]
 
 
-class Nursery:
-    """See tests/nursery.py."""
-
-    def __init__(self, folder: Path) -> None:
-        self.stderr = folder / "stderr.txt"
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("nursery.py"))],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=ENVIRONMENT,
-        )  # fmt: skip
-        assert self._read() == 0
-
-    def run(self, args: list[str], *, die_at: int | None = None, kill_after: float | None = None) -> int:
-        assert self.process.stdin is not None
-        line = {"args": args, "stderr": str(self.stderr), "die_at": die_at, "kill_after": kill_after}
-        self.process.stdin.write(json.dumps(line) + "\n")
-        self.process.stdin.flush()
-        return self._read()
-
-    def _read(self) -> int:
-        assert self.process.stdout is not None
-        return int(self.process.stdout.readline())
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=30)
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
-    yield nursery
-    nursery.close()
-
-
 @pytest.fixture(scope="module")
 def undisturbed(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     """A run, and its seconds."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     start = time.monotonic()
-    assert nursery.run(arguments(folder)) == 0, nursery.stderr.read_text()
+    assert nursery.run(arguments(folder)) == 0, nursery.said()
     return folder, time.monotonic() - start
 
 
@@ -142,9 +101,136 @@ def test_killed_at_any_moment(
             shutil.rmtree(folder)
             finished += 1
         else:
-            assert status == -signal.SIGKILL, nursery.stderr.read_text()
+            assert status == -signal.SIGKILL, nursery.said()
             died.append("in a save" if within_a_save else "at a random moment")
-    assert nursery.run(arguments(folder)) == 0, nursery.stderr.read_text()
+    assert nursery.run(arguments(folder)) == 0, nursery.said()
     same(folder, whole)
     assert died.count("in a save") == kills // 2
     print(f"{len(died)} kills, {finished + 1} runs finished, all equal to the undisturbed one")
+
+
+# --- asked to stop
+
+
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)],
+    ids=["SIGTERM", "SIGUSR1"],
+)
+def test_a_signal_stops_and_saves(
+    tmp_path: Path, undisturbed: tuple[Path, float], number: signal.Signals
+) -> None:
+    handlers = [signal.getsignal(known) for known in (signal.SIGTERM, signal.SIGUSR1)]
+    folder = tmp_path / "run"
+    sender = when_logged(folder, 4, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(
+        Interrupted, match=rf"stopped by {number.name} after step \d+ of 20; checkpoint"
+    ) as told:
+        train(config(folder))
+    sender.join()
+    assert [signal.getsignal(known) for known in (signal.SIGTERM, signal.SIGUSR1)] == handlers
+    last = checkpoints(folder)[-1]
+    assert f"checkpoint {last} is whole; go on with --resume_from_checkpoint latest" in str(told.value)
+    assert len(read_log(folder / "log.jsonl")) == read_checkpoint(last).step >= 4
+    assert not (folder / "model.safetensors").exists()
+    train(config(folder))
+    same(folder, undisturbed[0])
+
+
+def test_a_time_budget(tmp_path: Path, nursery: Nursery, undisturbed: tuple[Path, float]) -> None:
+    """As the command sees it: status 75, and 0 where torchrun would start it again."""
+    folder = tmp_path / "run"
+    budget = ("--trainer.time_budget", "1e-6")
+    assert nursery.run(arguments(folder, *budget)) == TRY_AGAIN
+    ended = "stopped by the end of its 1e-06 minutes (trainer.time_budget) after step 1 of 20; checkpoint"
+    assert ended in nursery.said()
+    for step in (2, 3):
+        assert nursery.run(arguments(folder, *budget)) == TRY_AGAIN
+        assert read_manifest(checkpoints(folder)[-1])["step"] == step
+    assert nursery.run(arguments(folder), environment={"TORCHELASTIC_MAX_RESTARTS": "3"}) == 0
+    same_but_validation(folder, undisturbed[0])
+    other = arguments(tmp_path / "other", *budget)
+    assert nursery.run(other, environment={"TORCHELASTIC_MAX_RESTARTS": "3"}) == 0
+    assert ended in nursery.said()
+
+
+def same_but_validation(one: Path, other: Path) -> None:
+    """The third step was stopped after, before it could validate."""
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    first, second = (without_times(read_log(folder / "log.jsonl")) for folder in (one, other))
+    assert [{k: v for k, v in line.items() if k[:3] != "val"} for line in first] == [
+        {k: v for k, v in line.items() if k[:3] != "val"} for line in second
+    ]
+
+
+# --- no space left
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, undisturbed: tuple[Path, float]) -> Iterator[Path]:
+    """A file system of its own with room for one checkpoint, not two."""
+    sizes = [path.stat().st_size for path in checkpoints(undisturbed[0])[-1].iterdir()]
+    blocks = sum(-(-size // 4096) for size in sizes)
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = shutil.which("mount")
+    if mount is None or os.geteuid() != 0:
+        pytest.skip("a small file system needs root and mount")
+    made = subprocess.run(
+        # one and a half
+        [mount, "-t", "tmpfs", "-o", f"size={6 * blocks}k", "tmpfs", str(place)],
+        capture_output=True,
+        text=True,
+    )
+    if made.returncode != 0:
+        pytest.skip(f"a small file system cannot be mounted here: {made.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk(small_disk: Path, undisturbed: tuple[Path, float], tmp_path: Path) -> None:
+    folder = small_disk / "run"
+    with pytest.raises(
+        RunError,
+        match=r"checkpoint .*step_00000006 could not be written: No space left on device; the one before it, "
+        r".*step_00000003, is whole",
+    ):
+        train(config(folder, "--trainer.keep_checkpoints", "1"))
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_00000003"]
+    assert read_checkpoint(checkpoints(folder)[-1]).step == 3
+    elsewhere = tmp_path / "run"
+    shutil.copytree(folder, elsewhere)
+    train(config(elsewhere))
+    same(elsewhere, undisturbed[0])
+
+
+@pytest.mark.parametrize("file", range(1, 7), ids=lambda n: f"file{n}")
+def test_a_full_disk_at_any_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: int) -> None:
+    """Each file of a checkpoint, and its manifest, may be the one that does not fit."""
+    from pysupcon.trainer import checkpoint
+
+    saved = checkpoint.Checkpoint(
+        1, {"a": torch.ones(3)}, {"optimizer": {}}, [{}], ema={"a": torch.ones(3)}, metrics={"loss": 1.0}
+    )
+    arguments_ = config(tmp_path)
+    checkpoint.save_checkpoint(tmp_path, saved, arguments_, keep=1)
+    written = 0
+
+    def write(path: Path, content: bytes) -> str:
+        nonlocal written
+        written += 1
+        if written == file:
+            path.write_bytes(content[: len(content) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return files.write_file(path, content)
+
+    monkeypatch.setattr(checkpoint, "write_file", write)
+    saved.step = 2
+    with pytest.raises(
+        RunError, match=r"step_00000002 could not be written: No space.*step_00000001, is whole"
+    ):
+        checkpoint.save_checkpoint(tmp_path, saved, arguments_, keep=1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
+    assert_equal(read_checkpoint(checkpoints(tmp_path)[-1]).weights, saved.weights)
+    checkpoint.save_checkpoint(tmp_path, saved, arguments_, keep=1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]

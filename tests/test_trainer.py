@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +16,10 @@ from pysupcon.config import Config, parse_args
 from pysupcon.errors import ConfigError, RunError
 from pysupcon.models.model import ContrastiveModel, Outputs
 from pysupcon.trainer import LossConfig, OptimizerConfig, loop
+from pysupcon.trainer.folders import choose_folder
 from pysupcon.trainer.objective import Objective, batch_statistics
 from pysupcon.trainer.optim import build_optimizer, build_scheduler
 from pysupcon.trainer.run import load_run
-
-REPOSITORY = Path(__file__).parent.parent
 
 
 def tiny(output_dir: Path | None, *args: str) -> Config:
@@ -100,31 +96,6 @@ def test_every_loss_and_option_trains(tmp_path: Path, args: str) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.mark.parametrize(("gather", "rows"), [("false", 128), ("true", 256)])
-def test_two_processes(tmp_path: Path, gather: str, rows: int) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    script = [str(REPOSITORY / "pysupcon" / "train.py"), "--output_dir", str(tmp_path / "run")]
-    config = (
-        "--data.dataset digits --data.batch_size 128 --model.width 8 --trainer.epochs 1 --trainer.cpu true"
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *script, *config.split(), "--evaluate", "false", "--loss.gather", gather],
-        capture_output=True, text=True, timeout=180, env=environment, cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("0/10 [00:00<?") == 1, "only the main process shows progress"
-    run = load_run(tmp_path / "run")
-    log = run.log()
-    assert [line["step"] for line in log] == list(range(1, 11))
-    assert log[-1]["valid_anchors"] == 256  # of both processes together
-    assert log[-1]["chance"] == pytest.approx(math.log(rows - 1))  # each contrasts its own rows, or all
-    states = {path.name for path in (tmp_path / "run/checkpoints/step_00000010").iterdir()}
-    assert {"random_states_0.pkl", "random_states_1.pkl"} <= states
-    assert "random_states_2.pkl" not in states
-    assert run.model.training is False
-
-
 def test_non_finite_features_stop_the_run(tmp_path: Path) -> None:
     config = tiny(tmp_path, "--optimizer.name", "sgd", "--optimizer.learning_rate", "1e38")
     with pytest.raises(RunError, match=r"step \d+: .*not finite|step \d+: .* = (nan|inf)"):
@@ -166,11 +137,11 @@ def test_a_folder_that_holds_a_run_is_left_alone(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/name/checkpoints").mkdir(parents=True)
     config = tiny(None)
-    assert loop._choose_folder(config, "name") == Path("runs/name-2")
+    assert choose_folder(config, "name") == Path("runs/name-2")
     config.resume_from_checkpoint = "latest"
-    assert loop._choose_folder(config, "name") == Path("runs/name")
+    assert choose_folder(config, "name") == Path("runs/name")
     config.resume_from_checkpoint = "runs/name/checkpoints/step_00000001"
-    assert loop._choose_folder(config, "name") == tmp_path / "runs/name"
+    assert choose_folder(config, "name") == tmp_path / "runs/name"
 
 
 def test_unknown_tracker(tmp_path: Path) -> None:
