@@ -62,13 +62,18 @@ def _mark_too_large(
     scale: float,
     colour: str,
 ) -> None:
-    """A cross where it would need more memory than there is, joined to what was measured by a dotted line."""
+    """A cross where it needs more memory than was free, joined to what was measured by a dotted line."""
     absent = sorted({row["n"]: row["needs_bytes"] / scale for row in rows if row.get("needs_bytes")}.items())
     if absent:
         axes.plot(*zip(*points[-1:], *absent, strict=True), linestyle=":", color=colour)
         axes.plot(*zip(*absent, strict=True), linestyle="", marker="x", markersize=10, color=colour)
         axes.annotate(
-            "out of memory", absent[-1], xytext=(-6, 6), textcoords="offset points", ha="right", fontsize=7
+            f"needs {absent[-1][1]:.0f} GiB",
+            absent[-1],
+            xytext=(-6, 6),
+            textcoords="offset points",
+            ha="right",
+            fontsize=7,
         )
 
 

@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"only these of {', '.join(PEERS)} (default: each case's own)",
     )  # fmt: skip
     found.add_argument(
-        "--seconds", type=float, default=8.0, help="for the repetitions of one implementation at one point"
+        "--seconds", type=float, default=2.0, help="for the repetitions of one implementation at one point"
     )
     found.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     found.add_argument("--plot", type=Path, metavar="DIR", help="draw time and memory against N there")

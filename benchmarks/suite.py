@@ -85,7 +85,7 @@ def run_point(case: Case, point: Point, names: Sequence[str], seconds: float) ->
     """One row for each implementation."""
     problem = point.problem
     rows = {name: _row(case, point, name) for name in names}
-    memory = 0.8 * machine.available_memory(problem.device)
+    memory = 0.75 * machine.available_memory(problem.device)
     for name, row in rows.items():
         reason = PEERS[name].missing(problem, memory)
         if reason is not None:
