@@ -412,7 +412,7 @@ def main(rank: int, world: int, folder: str, cases: list[tuple[Any, ...]]) -> No
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=90),
+        timeout=timedelta(seconds=300),
     )
     results: dict[Any, Any] = {"world": dist.get_world_size()}
     for case in cases:
