@@ -26,6 +26,7 @@ from pysupcon.evaluators import BootstrapConfig, resampled, unit_of
 from pysupcon.evaluators.bootstrap import percentile_interval, resampled_values
 from pysupcon.report import _markdown_table
 
+EVALUATION = "evaluation"
 TABLE_FILE = "compare.md"
 JSON_FILE = "compare.json"
 #: Fields of the config that do not make another configuration.
@@ -57,12 +58,14 @@ class EvaluatedRun:
         config: of the run, as plain values.
         outcomes: by name, [N_test] each.
         figures: names of all metrics.
+        part: the folder within it that they come from.
     """
 
     dir: Path
     config: dict[str, Any]
     outcomes: dict[str, Tensor]
     figures: list[str]
+    part: str = EVALUATION
 
     @property
     def name(self) -> str:
@@ -70,8 +73,8 @@ class EvaluatedRun:
         return self.dir.resolve().name
 
 
-def read_run(folder: str | Path) -> EvaluatedRun:
-    """Reads RUN/config.yaml and RUN/evaluation.
+def read_run(folder: str | Path, part: str = EVALUATION) -> EvaluatedRun:
+    """Reads RUN/config.yaml and RUN/PART: its evaluation, or its transfer to another data set.
 
     Raises:
         RunError: a file is missing or damaged; names it, and what to do.
@@ -82,11 +85,13 @@ def read_run(folder: str | Path) -> EvaluatedRun:
     folder = Path(folder)
     if not folder.is_dir():
         raise RunError(f"{folder} must be the folder of a run, but there is no such folder")
-    outcomes = folder / "evaluation" / "outcomes.safetensors"
-    metrics = folder / "evaluation" / "metrics.json"
+    outcomes = folder / part / "outcomes.safetensors"
+    metrics = folder / part / "metrics.json"
+    command, _, dataset = part.partition("/")
+    made_by = f"evaluate {folder}" if part == EVALUATION else f"{command} {folder} --data.dataset {dataset}"
     for path in (outcomes, metrics):
         if not path.is_file():
-            raise RunError(f"{path} is missing: run `python -m pysupcon evaluate {folder}` first")
+            raise RunError(f"{path} is missing: run `python -m pysupcon {made_by}` first")
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -104,7 +109,7 @@ def read_run(folder: str | Path) -> EvaluatedRun:
     for label in ("labels/fine", "labels/coarse"):
         if label not in tensors:
             raise RunError(f"{outcomes} holds no {label}: evaluate {folder} again")
-    return EvaluatedRun(folder, config, tensors, figures)
+    return EvaluatedRun(folder, config, tensors, figures, part)
 
 
 def check_same_test_set(runs: Sequence[EvaluatedRun]) -> None:
@@ -116,7 +121,8 @@ def check_same_test_set(runs: Sequence[EvaluatedRun]) -> None:
     first = runs[0]
     for run in runs[1:]:
         mine, other = first.config.get("data", {}), run.config.get("data", {})
-        for name in _TEST_FIELDS:
+        # Of a transfer, the run's own data say how the encoder was trained, not what it is tested on.
+        for name in _TEST_FIELDS if run.part == EVALUATION else ():
             if mine.get(name) != other.get(name):
                 raise RunError(
                     f"the runs must be tested on the same samples, but data.{name} is {mine.get(name)!r} in "
@@ -432,18 +438,19 @@ def main(arguments: Sequence[str]) -> int:
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folder of an evaluated run")
     add("--baseline", metavar="RUN", help="what the others are compared with; default: the first run")
+    add("--of", default=EVALUATION, metavar="PART", help="%(default)s, or transfer/NAME, of every run")
     add("--output", default="comparison", help="folder of the results (default: %(default)s)")
     add("--figures", nargs="+", metavar="REGEX", help="which; default: all but those of single classes")
     add("--resamples", type=int, default=1000, help="of the test set (default: %(default)s)")
     add("--confidence", type=float, default=0.95, help="of the intervals (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the resamples (default: %(default)s)")
-    parsed = parser.parse_args(arguments)
+    parsed = parser.parse_intermixed_args(arguments)
     try:
         bootstrap = BootstrapConfig(parsed.resamples, parsed.confidence, parsed.seed)
         for pattern in parsed.figures or ():
             re.compile(pattern)
-        runs = [read_run(folder) for folder in parsed.runs]
-        baseline = read_run(parsed.baseline) if parsed.baseline else None
+        runs = [read_run(folder, parsed.of) for folder in parsed.runs]
+        baseline = read_run(parsed.baseline, parsed.of) if parsed.baseline else None
         if baseline is not None:
             baseline = next((run for run in runs if run.dir.resolve() == baseline.dir.resolve()), baseline)
         comparison = compare(runs, baseline, figures=parsed.figures, bootstrap=bootstrap, progress=True)

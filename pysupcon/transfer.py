@@ -33,6 +33,7 @@ from pysupcon.evaluators import (
     FeatureSplits,
     Transfer,
     TransferConfig,
+    unit_of,
     with_intervals,
 )
 from pysupcon.report import Picture, Report, metrics_of
@@ -146,10 +147,9 @@ def transfer_run(run: Run | str | Path, arguments: TransferArguments) -> Report:
         title=title,
         names=dict(enumerate(data.fine_names)),
     )
-    units = Transfer.units
     report = Report(
         title=title,
-        metrics=metrics_of(results, lambda name: units.get(name.rpartition("/")[2], "")),
+        metrics=metrics_of(results, unit_of),
         metadata={
             "run": run.dir.resolve().name,
             "dataset": dataset,

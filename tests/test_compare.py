@@ -132,9 +132,9 @@ def test_the_command_writes_table_json_and_pictures(tmp_path, capsys):
     arguments = [
         "compare",
         str(c),
-        str(b),
         "--baseline",
         str(a),
+        str(b),
         "--output",
         str(output),
         "--resamples",
@@ -163,6 +163,30 @@ def test_seeds_of_one_config_alone_are_averaged(tmp_path):
     found = compare(runs)
     assert found.differences[FIGURES[0]] == {}
     assert "one configuration only" in to_markdown(found)
+
+
+def test_transfers_are_compared_whatever_the_encoders_were_trained_on(tmp_path, capsys):
+    runs = []
+    for name, errors, dataset in (("a", 40, "digits"), ("b", 20, "mnist5k")):
+        run = write_run(tmp_path / name, errors=errors, dataset=dataset)
+        folder = run / "transfer" / "other"
+        folder.mkdir(parents=True)
+        labels = torch.arange(N) % 3
+        outcomes = {
+            "transfer/correct": torch.arange(N) >= errors,
+            "labels/fine": labels,
+            "labels/coarse": labels + 0,
+        }
+        save_file(outcomes, folder / "outcomes.safetensors")
+        (folder / "metrics.json").write_text(json.dumps({"metrics": {"transfer/accuracy": {"value": 0.0}}}))
+        runs.append(str(run))
+    output = ["--output", str(tmp_path / "out")]
+    assert main(["compare", *runs, "--of", "transfer/other", *output]) == 0
+    assert "transfer/accuracy (%) | 90.00 | **+5.00 [" in capsys.readouterr().out
+    assert main(["compare", *runs, *output]) == 1
+    assert "data.dataset is 'digits' in" in capsys.readouterr().err
+    assert main(["compare", *runs, "--of", "transfer/cars", *output]) == 1
+    assert f"run `python -m pysupcon transfer {runs[0]} --data.dataset cars` first" in capsys.readouterr().err
 
 
 def other_length(folder: Path) -> str:

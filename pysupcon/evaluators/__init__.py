@@ -76,6 +76,9 @@ _CLASSES: Mapping[str, type[Evaluator]] = {
     cls.name: cls for cls in (CoarseToFine, LinearProbe, KNN, Geometry, Separation, Pairs, WorstGroup)
 }
 
+# Transfer judges features of other data than the run's; it has its own command.
+_UNITS = {cls.name: cls.units for cls in (*_CLASSES.values(), Transfer)}
+
 
 @dataclass
 class EvaluationConfig:
@@ -146,6 +149,6 @@ def build_evaluators(config: EvaluationConfig) -> list[Evaluator]:
 def unit_of(name: str) -> str:
     """Unit of the result called ``name``, by the longest end of it that its evaluator lists; "" if none."""
     evaluator, *parts = name.split("/")
-    units = _CLASSES[evaluator].units if evaluator in _CLASSES else {}
+    units = _UNITS.get(evaluator, {})
     ends = ("/".join(parts[start:]) for start in range(len(parts)))
     return next((units[end] for end in ends if end in units), "")
