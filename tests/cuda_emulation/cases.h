@@ -45,7 +45,8 @@ inline std::vector<Case> all_cases() {
     add("long", 70, 0, 300, 5).multiprocessors = 2;    // streamed slices, two shares of the gradient
     Case& c = add("candidates", 66, 140, 20, 4);       // two sets, some anchors among the candidates
     c.form = Form::candidates, c.multiprocessors = 3;  // splits on both sides
-    add("own-rows", 40, 131, 9, 3).form = Form::own_rows;
+    Case& own = add("own-rows", 40, 131, 9, 3);        // every anchor is a candidate too; exactly two splits
+    own.form = Form::own_rows, own.multiprocessors = 2;
     add("within", 130, 0, 33, 4).negatives = false;  // cNCE: same-class columns only
   }
   const Format f = formats[0], x3 = formats[4];
