@@ -90,7 +90,8 @@ def run_point(case: Case, point: Point, names: Sequence[str], seconds: float) ->
         reason = PEERS[name].missing(problem, memory)
         if reason is not None:
             row["skipped"] = reason
-            row["needs_bytes"] = PEERS[name].bytes_needed(problem)
+            if reason.startswith("needs"):
+                row["needs_bytes"] = PEERS[name].bytes_needed(problem)
     _validate(problem, rows)
     running = {name: PEERS[name].build(problem) for name, row in rows.items() if _runs(row)}
     if "time" in case.measures:

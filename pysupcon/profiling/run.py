@@ -17,7 +17,7 @@ from pysupcon.profiling.workload import Encoder, LossWork, StepWork, loss_functi
 
 LOSS_ROWS = {"cpu": 4096, "cuda": 32_768}
 """Rows of the larger of the two small runs of a loss"""
-STEP_ROWS = {"cpu": 64, "cuda": 512}
+STEP_ROWS = {"cpu": 256, "cuda": 1024}
 """Images of the larger of the two small runs of a step without chunks"""
 DENSE_ROWS = 1024
 RECORDED_CHUNKS = 8
@@ -102,6 +102,7 @@ def profile_step(asked: Asked, loss: Profile) -> Profile:
     torch.manual_seed(0)
     assert asked.encoder is not None
     encoder = Encoder(asked.encoder, asked.dim, asked.image_size).to(asked.device)
+    optimizer = torch.optim.SGD(encoder.parameters(), lr=1e-3, momentum=0.9)
     if asked.chunk is None:
         large = _even(min(STEP_ROWS.get(asked.device.type, 64), asked.n // 2))
         small = _even(large // 2)
@@ -111,14 +112,16 @@ def profile_step(asked: Asked, loss: Profile) -> Profile:
             raise ConfigError(
                 f"--chunk must be even and at most an eighth of --n={asked.n}, got {asked.chunk}"
             )
-    _step_work(asked, encoder, small)()
-    runs = [_step_work(asked, encoder, n) for n in (small, large)]
-    for work in runs:
-        work()  # the optimiser's state
+    _step_work(asked, encoder, optimizer, small)()  # libraries, and the optimiser's state
+    runs = [_step_work(asked, encoder, optimizer, n) for n in (small, large)]
     times = [work.seconds() for work in runs]
     peaks = [float(peak_bytes(asked.device, work)) for work in runs]
     time = Line.through((small, times[0]), (large, times[1]))
+    # In chunks the encoder's memory is that of a chunk: only the loss and its rows grow with N.
+    a_row = loss.largest.bytes_a_row
     memory = Line.through((small, peaks[0]), (large, peaks[1]))
+    if asked.chunk is not None:
+        memory = Line(max(peaks[1] - a_row * large, 0.0), a_row)
     image_bytes = 12 * asked.image_size**2 + 16
     pairs = Line(0.0, (loss.measured or loss.predicted).both / loss.flops)
 
@@ -135,14 +138,17 @@ def profile_step(asked: Asked, loss: Profile) -> Profile:
     del runs
     if asked.measure:
         _refuse_too_large(memory.at(asked.n) + asked.n * image_bytes, available, "the step")
-        work = _step_work(asked, encoder, asked.n)
+        work = _step_work(asked, encoder, optimizer, asked.n)
         taken: list[float] = []
         peak = peak_bytes(asked.device, lambda: taken.append(work.seconds()))
         profile.measured = Cost(None, None, taken[0], float(peak))
-        memory = Line.through((small, peaks[0]), (asked.n, float(peak)))
+        if asked.chunk is None:
+            memory = Line.through((small, peaks[0]), (asked.n, float(peak)))
+        else:
+            memory = Line(max(peak - a_row * asked.n, 0.0), a_row)
         rows = asked.n if asked.chunk is None else min(asked.n, RECORDED_CHUNKS * asked.chunk)
         if rows < asked.n:
-            work = _step_work(asked, encoder, rows)
+            work = _step_work(asked, encoder, optimizer, rows)
         profile.table = _record(asked, work, asked.output / "step")
         profile.recorded_rows = rows
     profile.largest.rows = largest_rows(available, memory, image_bytes)
@@ -165,11 +171,11 @@ def _loss_work(asked: Asked, n: int, backend: str | None = None) -> LossWork:
     return LossWork(loss_function(asked.loss, asked.temperature, backend or asked.backend), inputs)
 
 
-def _step_work(asked: Asked, encoder: Encoder, n: int) -> StepWork:
+def _step_work(asked: Asked, encoder: Encoder, optimizer: torch.optim.Optimizer, n: int) -> StepWork:
     inputs = unit_rows(n, asked.dim, asked.classes, dtype=asked.dtype, device=asked.device, seed=0)
     images = torch.randn(n, 3, asked.image_size, asked.image_size, device=asked.device)
     loss = loss_function(asked.loss, asked.temperature, asked.backend)
-    return StepWork(encoder, loss, images, inputs, asked.chunk)
+    return StepWork(encoder, optimizer, loss, images, inputs, asked.chunk)
 
 
 def _dense_bytes_a_pair(asked: Asked) -> float:

@@ -112,7 +112,7 @@ class LossWork:
 
 
 class StepWork:
-    """A training step: encoder, loss, backward and optimiser (SGD with momentum) on N images.
+    """A training step on N images: encoder, loss, backward and optimiser. Leaves no gradient behind.
 
     Args:
         model: images [N, 3, S, S] -> unit rows [N, D].
@@ -122,13 +122,14 @@ class StepWork:
     def __init__(
         self,
         model: nn.Module,
+        optimizer: torch.optim.Optimizer,
         loss: Callable[[Inputs], Tensor],
         images: Tensor,
         inputs: Inputs,
         chunk: int | None,
     ) -> None:
         self.model, self.loss, self.images, self.inputs, self.chunk = model, loss, images, inputs, chunk
-        self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+        self.optimizer = optimizer
         self.cache: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor] | None = None
         if chunk is not None:
             from pysupcon.gradcache import GradCache
@@ -136,13 +137,13 @@ class StepWork:
             self.cache = GradCache(model, chunk, forward=_encode)
 
     def __call__(self) -> None:
-        self.optimizer.zero_grad()
         if self.cache is not None:
             self.cache(self.images, self._of_embeddings)
         else:
             self._of_embeddings(_encode(self.model, self.images)).backward()
         with region("optimizer"):
             self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def seconds(self) -> float:
         """Of one step."""
