@@ -68,7 +68,8 @@ def folder_for(name: str, sources: list[Path], flags: list[str]) -> Iterator[Pat
 
 
 def headers() -> list[Path]:
-    return [*KERNELS.glob("*.cuh"), *KERNELS.glob("*.h"), *HERE.glob("*.h")]
+    """What the kernels include; a driver's own headers are its own matter."""
+    return [*KERNELS.glob("*.cuh"), *KERNELS.glob("*.h"), HERE / "cuda_host_shim.h"]
 
 
 def kernel_objects(kind: str) -> list[Path]:
@@ -83,7 +84,7 @@ def kernel_objects(kind: str) -> list[Path]:
 
 def build(kind: str, driver: str = "emulate.cpp") -> Path:
     """The program of this driver and kind ("plain", "asan", "tsan"), compiled unless it is there already."""
-    sources = [*kernel_sources(), HERE / driver] if driver == "emulate.cpp" else [HERE / driver]
+    sources = [*kernel_sources(), *HERE.glob("*.h"), HERE / driver]
     flags = FLAGS[kind]
     kernels = kernel_objects(kind) if driver == "emulate.cpp" else []
     with folder_for(f"{Path(driver).stem}-{kind}", [*sources, *headers()], flags) as out:
