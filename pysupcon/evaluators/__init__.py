@@ -77,7 +77,7 @@ _CLASSES: Mapping[str, type[Evaluator]] = {
 }
 
 # Transfer judges features of other data than the run's; it has its own command.
-_UNITS = {cls.name: cls.units for cls in (*_CLASSES.values(), Transfer)}
+_UNITS = {name: cls.units for name, cls in _CLASSES.items()} | {Transfer.name: Transfer.units}
 
 
 @dataclass
