@@ -3,7 +3,7 @@
     python benchmarks/readme_table.py            # write them
     python benchmarks/readme_table.py --check    # exit status 1 if README.md says anything else
 
-The results are those of run.py: every benchmarks/results/*.json, or the files named.
+The results are those of run.py in benchmarks/results/*.json, or in the files named.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         stored = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in _paths(options.results)]
         readme = options.readme.read_text(encoding="utf-8")
-        sections = [render(results, path.name) for path, results in stored if "rows" in results]
+        sections = [render(results, path.name) for path, results in stored if "schema" in results]
         if not sections:
             raise ValueError("no results of run.py")
         new = between_markers(readme, "\n\n".join(sections))

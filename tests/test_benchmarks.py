@@ -278,7 +278,8 @@ def test_readme_table(results: tuple[Path, dict[str, Any]], tmp_path: Path) -> N
 
 
 def test_the_readme_shows_the_stored_results() -> None:
-    if not list(readme_table.RESULTS.glob("*.json")):
+    stored = [json.loads(path.read_text(encoding="utf-8")) for path in readme_table.RESULTS.glob("*.json")]
+    if not any("schema" in results for results in stored):
         pytest.skip("no results are stored in benchmarks/results")
     assert readme_table.main(["--check"]) == 0
 
