@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pysupcon
+from benchmarks import machine
 from pysupcon.gradcache import GradCache
 
 GIB = 2**30
@@ -124,6 +125,12 @@ def show(row: dict[str, Any]) -> None:
     )
 
 
+def save(path: Path, rows: list[dict[str, Any]], limit: float) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = {"limit_bytes": int(limit), "rows": rows, "machine": machine.describe("cpu")}
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -146,6 +153,8 @@ def main() -> None:
     def run(batch: int, size: int | None) -> dict[str, Any]:
         rows.append(in_fresh_process(batch, size, limit, arguments.threads))
         show(rows[-1])
+        if arguments.json is not None:  # after every row: a step may take long
+            save(arguments.json, rows, limit)
         return rows[-1]
 
     run(arguments.batch, chunk)
@@ -156,12 +165,6 @@ def main() -> None:
             raise SystemExit("not even one image fits: raise --limit-gib")
     if batch < arguments.batch:
         run(batch, chunk)
-    if arguments.json is not None:
-        from benchmarks import machine
-
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {"limit_bytes": int(limit), "rows": rows, "machine": machine.describe("cpu")}
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
