@@ -55,6 +55,17 @@ RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
         ("--trainer.epochs 0", "trainer.epochs must be at least 1, got 0"),
         ("--trainer.clip_norm 0", "trainer.clip_norm must be greater than 0"),
         ("--trainer.mixed_precision int8", "trainer.mixed_precision must be"),
+        ("--trainer.chunk_size 0", "trainer.chunk_size must be at least 1, got 0"),
+        ("--trainer.checkpoint_steps 0", "trainer.checkpoint_steps must be at least 1, got 0"),
+        ("--trainer.time_budget 0", "trainer.time_budget must be greater than 0, got 0"),
+        ("--trainer.ema_decay 1", r"trainer.ema_decay must lie in \(0, 1\), got 1"),
+        ("--trainer.final_weights ema", "trainer.ema_decay must be given for final_weights=ema"),
+        (
+            "--trainer.final_weights best --trainer.best_by null",
+            "trainer.best_by must be given for final_weights=best",
+        ),
+        ("--trainer.best_by cross_entropy", "trainer.best_by=cross_entropy needs model.classifier"),
+        ("--trainer.best_by accuracy", "trainer.best_by must be"),
         ("--optimizer.momentum 0.9", "optimizer.momentum must be left out for adamw, got 0.9"),
         ("--optimizer.warmup_epochs 11", "optimizer.warmup_epochs must be at most trainer.epochs=10, got 11"),
         ("--evaluation.evaluators [nothing]", "evaluation.*nothing"),
@@ -148,3 +159,31 @@ def test_there_are_recipes() -> None:
     assert {"mnist_coarse_spread", "digits_smoke", "cifar10_supcon", "cifar10_sincere"} <= {
         p.stem for p in RECIPES
     }
+
+
+def stored(tmp_path: Path, evaluation: str) -> Path:
+    """The config of a run, with something else in its evaluation section."""
+    config = parse_args(["--loss.temperature", "0.3"])[0]
+    text = to_yaml(config)
+    path = tmp_path / "config.yaml"
+    path.write_text(text[: text.index("evaluation:")] + evaluation)
+    return path
+
+
+def test_evaluators_that_this_version_does_not_know_leave_a_run_readable(tmp_path: Path) -> None:
+    path = stored(tmp_path, "evaluation:\n  batch_size: 33\n  vanished: {a: 1}\n  knn: {neighbours_of: 3}\n")
+    with pytest.warns(
+        UserWarning, match=r"config.yaml: evaluation.vanished, evaluation.knn.neighbours_of is unk"
+    ):
+        config = load_config(path)
+    assert (config.loss.temperature, config.evaluation.batch_size) == (0.3, 33)
+    path = stored(tmp_path, "evaluation:\n  batch_size: 33\n  evaluators: [oracle]\n")
+    with pytest.warns(UserWarning, match=r"config.yaml: the defaults are taken for evaluation: .*oracle"):
+        config = load_config(path)
+    assert config.evaluation == Config().evaluation
+    assert config.loss.temperature == 0.3
+    path.write_text(path.read_text().replace("temperature: 0.3", "temperature: 0.3\n  tau: 1"))
+    with pytest.raises(ConfigError, match="tau"):
+        load_config(path)
+    with pytest.raises(ConfigError, match=r"evaluation.*vanished"):
+        parse_args(["--evaluation.vanished", "1"])

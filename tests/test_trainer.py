@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from pysupcon.config import Config, parse_args
 from pysupcon.errors import ConfigError, RunError
 from pysupcon.models.model import ContrastiveModel, Outputs
-from pysupcon.trainer import LossConfig, OptimizerConfig, loop
+from pysupcon.trainer import LossConfig, OptimizerConfig, loop, progress
+from pysupcon.trainer.checkpoint import checkpoints, read_checkpoint
 from pysupcon.trainer.folders import choose_folder
 from pysupcon.trainer.objective import Objective, batch_statistics
 from pysupcon.trainer.optim import build_optimizer, build_scheduler
@@ -71,9 +73,9 @@ def test_a_short_run_learns(tmp_path: Path) -> None:
         "--loss.name supcon --optimizer.name sgd --optimizer.learning_rate 0.1",
         "--loss.name sincere --optimizer.name lars --optimizer.learning_rate 1 --trainer.clip_norm 1",
         "--loss.name eps_supinfonce --data.labels fine --data.sampler shuffled --model.projection mlp",
-        "--loss.name cnce --trainer.mixed_precision bf16",
+        "--loss.name cnce --trainer.mixed_precision bf16 --trainer.chunk_size 30",
         "--loss.name infonce --loss.contrast_mode one",
-        "--loss.name supcon --data.views 1 --trainer.trackers [tensorboard]",
+        "--loss.name supcon --data.views 1 --trainer.chunk_size 50 --loss.learnable_temperature true",
     ],
 )
 def test_every_loss_and_option_trains(tmp_path: Path, args: str) -> None:
@@ -91,8 +93,6 @@ def test_every_loss_and_option_trains(tmp_path: Path, args: str) -> None:
     assert start.keys() == trained.keys()
     losses = [line["loss"] for line in log]
     assert sum(losses[-3:]) < sum(losses[:3])
-    if config.trainer.trackers:
-        assert list(tmp_path.rglob("events.out.tfevents*"))
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -142,6 +142,82 @@ def test_a_folder_that_holds_a_run_is_left_alone(tmp_path: Path, monkeypatch: py
     assert choose_folder(config, "name") == Path("runs/name")
     config.resume_from_checkpoint = "runs/name/checkpoints/step_00000001"
     assert choose_folder(config, "name") == tmp_path / "runs/name"
+
+
+def test_the_average_of_the_weights(tmp_path: Path) -> None:
+    """EMA of the definition, over the weights after each step; it is what the run ends with and validates."""
+    args = "--trainer.ema_decay 0.6 --trainer.final_weights ema --trainer.checkpoint_steps 1"
+    config = tiny(tmp_path, *args.split(), "--trainer.keep_checkpoints", "100")
+    loop.train(config)
+    steps = [read_checkpoint(path) for path in checkpoints(tmp_path)]
+    assert len(steps) == 10
+    name = next(name for name in steps[0].weights if name.endswith("weight"))
+    average = steps[0].weights[name]
+    for saved in steps[1:]:
+        average = 0.6 * average + 0.4 * saved.weights[name]
+    final = load_run(tmp_path).model.state_dict()[name]
+    assert torch.allclose(final, average, atol=1e-6)
+    assert not torch.allclose(final, steps[-1].weights[name], atol=1e-4)
+    raw = tiny(tmp_path / "raw", *args.split()[:2])
+    loop.train(raw)
+    last = [load_run(folder).log()[-1] for folder in (tmp_path, tmp_path / "raw")]
+    assert last[0]["loss"] == last[1]["loss"]
+    assert last[0]["val_loss"] != last[1]["val_loss"]
+
+
+def test_the_validation_loss_is_that_of_the_validation_split(tmp_path: Path) -> None:
+    config = tiny(tmp_path, "--model.classifier", "true", "--loss.cross_entropy_weight", "1")
+    loop.train(config)
+    last, run = load_run(tmp_path).log()[-1], load_run(tmp_path)
+    batches = list(run.data.loader(run.data.validation_batches(seed=0), split="val"))
+    assert [len(labels) for _, labels in batches] == [71, 71]  # of 143, in batches of 128 at most
+    losses = []
+    with torch.no_grad():
+        for views, labels in batches:
+            outputs = run.model(run.data.normalize(views).flatten(0, 1))
+            losses.append(Objective(config.loss, 2)(outputs, labels))
+    for part in ("loss", "contrastive", "cross_entropy"):
+        assert last[f"val_{part}"] == pytest.approx(sum(float(each[part]) for each in losses) / 2, rel=1e-5)
+
+
+def test_batch_norm_is_not_synchronised_on_a_cpu(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"trainer.sync_batch_norm needs CUDA devices.* runs on cpu"):
+        loop.train(tiny(tmp_path, "--trainer.sync_batch_norm", "true"))
+
+
+@pytest.mark.parametrize(("chunk_size", "warned"), [("127", True), ("128", False)])
+def test_batch_norm_in_chunks_is_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], chunk_size: str, warned: bool
+) -> None:
+    loop.train(tiny(tmp_path, "--trainer.chunk_size", chunk_size, "--trainer.best_by", "null"))
+    warning = "trainer.chunk_size 127: BatchNorm normalises each chunk by itself"
+    assert (warning in capsys.readouterr().err) == warned
+
+
+def test_trackers_get_the_log(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    loop.train(tiny(tmp_path, "--trainer.trackers", "[tensorboard]"))
+    (file,) = [path for path in tmp_path.rglob("events.out.tfevents*") if path.parent.name == "pysupcon"]
+    events = EventAccumulator(str(file))
+    events.Reload()
+    log = load_run(tmp_path).log()
+    tracked = {event.step: event.value for event in events.Scalars("loss")}
+    assert tracked == {line["step"]: pytest.approx(line["loss"], rel=1e-6) for line in log}
+    assert [event.value for event in events.Scalars("val_loss")] == [pytest.approx(log[-1]["val_loss"])]
+
+
+def test_a_word_on_what_takes_long(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "DELAY", 0.02)
+    for shown in (True, False):
+        with progress.waiting("counting sheep", shown=shown):
+            time.sleep(0.2)
+    monkeypatch.setattr(progress, "DELAY", 60.0)
+    with progress.waiting("blinking"):
+        pass
+    assert capsys.readouterr().err == "counting sheep ...\n"
 
 
 def test_unknown_tracker(tmp_path: Path) -> None:

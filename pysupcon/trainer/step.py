@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pysupcon.config import Config
 from pysupcon.data.bundle import Data
@@ -16,6 +17,7 @@ from pysupcon.gradcache import GradCache
 from pysupcon.models.model import Outputs
 from pysupcon.profiling.ranges import region
 from pysupcon.trainer.objective import Objective, batch_statistics
+from pysupcon.trainer.progress import say
 
 MAX_SKIPPED = 25
 """fp16 steps in a row that the gradient scaler may skip: from 2^16 its scale has then fallen out of use."""
@@ -48,6 +50,13 @@ class Step:
         self.cache: GradCache | None = None
         if chunk_size is not None:
             self.cache = GradCache(model, chunk_size, forward=self._forward, scaler=accelerator.scaler)
+            share = config.data.batch_size // accelerator.num_processes
+            normed = any(isinstance(module, _BatchNorm) for module in model.modules())
+            if normed and chunk_size < share and accelerator.is_main_process:
+                say(
+                    f"trainer.chunk_size {chunk_size}: BatchNorm normalises each chunk by itself, so the step is "
+                    f"not quite that of {share} samples at once"
+                )
         self.parameters = [*model.parameters(), *objective.parameters()]
         self.skipped = 0
 
