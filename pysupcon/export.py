@@ -91,7 +91,9 @@ def hub_config(run: Run) -> dict[str, Any]:
         }
     name, _, tag = model.backbone.partition(".")
     arguments = {"in_chans": data.channels, **model.timm_args}
-    first = run.model.backbone.pretrained_cfg  # names of the layers that other channels or classes replace
+    first: Any = (
+        run.model.backbone.pretrained_cfg
+    )  # names of the layers that other channels or classes replace
     config["pretrained_cfg"] |= {key: first[key] for key in ("first_conv", "classifier") if key in first}
     return {"architecture": name, **({"tag": tag} if tag else {}), **config, "model_args": arguments}
 
@@ -156,7 +158,7 @@ def _usage(run: Run) -> list[str]:
             "```",
         ]
     what = "its stem was replaced for small images" if run.config.model.small_stem else "it is pysupcon's own"
-    fields = {"backbone": run.config.model.backbone, "width": run.config.model.width}
+    fields: dict[str, Any] = {"backbone": run.config.model.backbone, "width": run.config.model.width}
     if run.config.model.small_stem:
         fields = {"backbone": run.config.model.backbone, "small_stem": True}
         if run.config.model.timm_args:
