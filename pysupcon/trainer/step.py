@@ -54,7 +54,7 @@ class Step:
             normed = any(isinstance(module, _BatchNorm) for module in model.modules())
             if normed and chunk_size < share and accelerator.is_main_process:
                 say(
-                    f"trainer.chunk_size {chunk_size}: BatchNorm normalises each chunk by itself, so the step "
+                    f"trainer.chunk_size {chunk_size}: BatchNorm normalises each chunk by itself: the step "
                     f"is not quite that of {share} samples at once"
                 )
         self.parameters = [*model.parameters(), *objective.parameters()]
