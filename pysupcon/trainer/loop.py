@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import set_seed
 from torch import Tensor
 from tqdm import tqdm
@@ -24,7 +23,7 @@ from pysupcon.trainer.objective import Objective
 from pysupcon.trainer.optim import build_optimizer, build_scheduler
 from pysupcon.trainer.progress import waiting
 from pysupcon.trainer.run import CONFIG_FILE, LOG_FILE, WEIGHTS_FILE, build_model
-from pysupcon.trainer.setup import build_accelerator, set_threads, start_trackers
+from pysupcon.trainer.setup import build_accelerator, join_processes, set_threads, start_trackers
 from pysupcon.trainer.step import Step
 from pysupcon.trainer.stop import StopRequests
 from pysupcon.trainer.validation import Validation
@@ -48,7 +47,7 @@ def train(config: Config, name: str = "run") -> Path:
     """
     config.resolve()
     stop = StopRequests(config.trainer.time_budget)
-    processes = PartialState(cpu=config.trainer.cpu)
+    processes = join_processes(config.trainer.cpu)
     set_threads(config, processes)
     with waiting(f"reading {config.data.dataset}", shown=processes.is_main_process):
         if config.data.download:

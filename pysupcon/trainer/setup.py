@@ -8,10 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 
 from pysupcon.config import Config
 from pysupcon.errors import ConfigError
+
+
+def join_processes(cpu: bool) -> PartialState:
+    """Accelerate's view of the processes. After a restart by torchrun addresses of the dead ones may still
+    stand in its store: the new ones meet under a name of their own."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt != "0" and not dist.is_initialized():
+        store, rank, processes = next(dist.rendezvous("env://"))
+        backend = "nccl" if torch.cuda.is_available() and not cpu else "gloo"
+        dist.init_process_group(
+            backend, store=dist.PrefixStore(f"restart_{attempt}", store), rank=rank, world_size=processes
+        )
+    return PartialState(cpu=cpu)
 
 
 def build_accelerator(config: Config, run_dir: Path) -> Accelerator:
