@@ -40,10 +40,10 @@ lint: setup
 
 # One thread per worker: the tests that need more set their own number.
 unit: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow"
 
 test-all: setup cuda-all
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m slow
 
 # Every CUDA architecture that the compiler at hand knows; nothing to do where there is no nvcc.
 cuda-all: setup
