@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -94,11 +95,24 @@ def find_nvcc() -> tuple[str | None, str]:
             reason = f"nvcc {found} is older than {MIN_NVCC[0]}.{MIN_NVCC[1]}"
         elif find_cudart(nvcc) is None:
             reason = f"{nvcc} has no libcudart_static.a with it"
+        elif words := compile_error(nvcc):
+            reason = f"{nvcc} does not compile an empty kernel with the host compiler at hand: {words}"
         else:
             return nvcc, f"nvcc {match[1]}.{match[2]}"
     if wish == "1":
         stop(f"PYSUPCON_CUDA=1, but {reason}")
     return None, reason
+
+
+def compile_error(nvcc: str) -> str:
+    """What nvcc says of an empty kernel (a host compiler it does not support, say); "" if it compiles."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "empty.cu"
+        source.write_text("__global__ void empty() {}\n")
+        command = [nvcc, "-std=c++17", "-c", str(source), "-o", str(source.with_suffix(".o"))]
+        done = subprocess.run(command, capture_output=True, text=True)
+    words = (done.stderr or done.stdout).strip().splitlines()
+    return "" if done.returncode == 0 else " ".join(words[-1:] or ["no word of its own"]).replace('"', "'")
 
 
 def find_cudart(nvcc: str) -> Path | None:
