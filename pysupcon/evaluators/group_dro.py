@@ -1,9 +1,4 @@
-"""Group distributionally robust optimisation (Sagawa et al. 2020, arXiv 1911.08731), and a linear head so
-trained.
-
-The objective is sum_g q_g loss_g over the groups of a batch, with weights that follow the worst group:
-q_g <- q_g exp(eta (loss_g + C / sqrt(n_g))), normalised.
-"""
+"""Linear heads on frozen features, trained by ERM or GroupDRO (Sagawa et al. 2020, arXiv 1911.08731)."""
 
 from __future__ import annotations
 
@@ -15,59 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pysupcon.group_dro import GroupDRO
+
 from .linear_probe import _bar, _standardization
 from .statistics import worst_group
-
-
-class GroupDRO:
-    """The robust loss of batches; remembers the groups' weights from one to the next.
-
-    Args:
-        counts: [G] int64, training samples of each group, n_g.
-        eta: step of the weights.
-        adjustment: C, which makes small groups count for more, since they generalise less.
-
-    Attributes:
-        weights: [G] fp64, q_g, sums to 1.
-    """
-
-    def __init__(self, counts: Tensor, *, eta: float = 0.01, adjustment: float = 0.0) -> None:
-        if counts.ndim != 1 or len(counts) == 0 or bool((counts < 1).any()):
-            raise ValueError(
-                f"counts must be of shape [G] with every group at least 1, got {counts.tolist()}"
-            )
-        if not eta >= 0 or not adjustment >= 0:
-            raise ValueError(f"eta and adjustment must be >= 0, got {eta} and {adjustment}")
-        self.eta = eta
-        self.offset = adjustment / counts.double().sqrt()
-        self.weights = torch.full((len(counts),), 1 / len(counts), dtype=torch.float64, device=counts.device)
-
-    def __call__(self, losses: Tensor, groups: Tensor) -> Tensor:
-        """Updates the weights by the batch, and gives its robust loss, a scalar.
-
-        Args:
-            losses: [B], one per sample, differentiable.
-            groups: [B] int64 in [0, G).
-
-        A group without a sample in the batch keeps its weight but for the normalisation, and has no loss
-        here.
-        """
-        if losses.shape != groups.shape or losses.ndim != 1:
-            raise ValueError(
-                f"groups must be of shape [B]=[{len(losses)}] (one group per loss), got {list(groups.shape)}"
-            )
-        size = len(self.weights)
-        counts = torch.bincount(groups, minlength=size)
-        present = counts > 0
-        means = losses.new_zeros(size).index_add(0, groups, losses) / counts.clamp(min=1)
-        with torch.no_grad():
-            risk = means.double() + self.offset
-            risk = torch.where(present, risk, 0.0)
-            # The shift by the largest changes nothing after normalising, and keeps exp in range.
-            step = (self.eta * risk).masked_fill(~present, 0.0)
-            weights = self.weights * (step - step.max()).exp()
-            self.weights = weights / weights.sum()
-        return (self.weights.to(losses.dtype) * means).sum()
 
 
 @dataclass
