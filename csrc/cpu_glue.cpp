@@ -3,7 +3,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -158,27 +157,25 @@ Tensor as_stats(const Maybe& t, int64_t rows, const char* name) {
 }
 const double* pointer(const Tensor& t) { return t.defined() ? t.const_data_ptr<double>() : nullptr; }
 
-// Gradients of the 16-bit types stay in float: whoever adds their parts rounds them.
-struct GradientTensors {
-  Tensor x, c;
-
-  GradientTensors(const Call& call, bool need_candidates) {
-    const auto type = call.x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-    const auto options = at::TensorOptions().dtype(type);
-    x = at::zeros({call.x.size(0), call.x.size(1)}, options);
-    c = at::zeros({need_candidates ? call.c.size(0) : 0, call.x.size(1)}, options);
-  }
-  cpu::Gradients pointers() const {
-    return {x.mutable_data_ptr(), c.size(0) ? c.mutable_data_ptr() : nullptr};
-  }
-};
-
-void check_forms(const Call& call, bool column_side, bool need_candidates) {
-  TORCH_CHECK_VALUE(call.c.defined() || (!column_side && !need_candidates),
-                    "pysupcon: need_candidates and candidate statistics go with candidates");
+// Where gradients are added to. Those of the 16-bit types are float: their owner rounds the sum.
+void* gradient(const Call& call, const Tensor& g, const Tensor& rows, const char* name) {
+  const auto type = call.x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   TORCH_CHECK_VALUE(
-      !column_side || !need_candidates,
+      g.sizes() == rows.sizes() && g.scalar_type() == type && g.is_contiguous() && g.device().is_cpu(),
+      "pysupcon: ", name, " must be a contiguous CPU tensor of ", type, " and shape ", rows.sizes(), ", got ",
+      g.scalar_type(), " of shape ", g.sizes(), " and strides ", g.strides(), " on ", g.device());
+  return g.mutable_data_ptr();
+}
+
+cpu::Gradients gradients(const Call& call, bool column_side, const Tensor& grad_x,
+                         const Maybe& grad_candidates) {
+  TORCH_CHECK_VALUE(call.c.defined() || (!column_side && !grad_candidates),
+                    "pysupcon: grad_candidates and candidate statistics go with candidates");
+  TORCH_CHECK_VALUE(
+      !column_side || !grad_candidates,
       "pysupcon: with the candidates' own statistics the gradient of the candidates is their owner's");
+  return {gradient(call, grad_x, call.x, "grad_x"),
+          grad_candidates ? gradient(call, *grad_candidates, call.c, "grad_candidates") : nullptr};
 }
 
 // A non-finite row shows in every statistic; say which one it was.
@@ -214,11 +211,10 @@ std::tuple<Tensor, Tensor> pair_stats(ROWS_ARGS, CANDIDATE_ARGS, bool negatives,
   return {n, p};
 }
 
-std::tuple<Tensor, Tensor> pair_stats_backward(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& n, const Tensor& p,
-                                               const Tensor& grad_n, const Tensor& grad_p,
-                                               const Maybe& candidate_n, const Maybe& candidate_p,
-                                               const Maybe& candidate_grad_n, const Maybe& candidate_grad_p,
-                                               bool negatives, bool positives, bool need_candidates) {
+void pair_stats_backward(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& n, const Tensor& p, const Tensor& grad_n,
+                         const Tensor& grad_p, const Maybe& candidate_n, const Maybe& candidate_p,
+                         const Maybe& candidate_grad_n, const Maybe& candidate_grad_p, bool negatives,
+                         bool positives, const Tensor& grad_x, const Maybe& grad_candidates) {
   CALL(call);
   call.problem.negatives = negatives;
   call.problem.positives = positives;
@@ -227,18 +223,16 @@ std::tuple<Tensor, Tensor> pair_stats_backward(ROWS_ARGS, CANDIDATE_ARGS, const 
       candidate_p.has_value() == column_side && candidate_grad_n.has_value() == column_side &&
           candidate_grad_p.has_value() == column_side,
       "pysupcon: candidate_n, candidate_p, candidate_grad_n and candidate_grad_p come together");
-  check_forms(call, column_side, need_candidates);
+  const cpu::Gradients g = gradients(call, column_side, grad_x, grad_candidates);
   const int64_t rows = call.x.size(0), cols = call.c.defined() ? call.c.size(0) : 0;
   const Tensor a[4] = {as_stats(n, rows, "n"), as_stats(p, rows, "p"), as_stats(grad_n, rows, "grad_n"),
                        as_stats(grad_p, rows, "grad_p")};
   const Tensor b[4] = {as_stats(candidate_n, cols, "candidate_n"), as_stats(candidate_p, cols, "candidate_p"),
                        as_stats(candidate_grad_n, cols, "candidate_grad_n"),
                        as_stats(candidate_grad_p, cols, "candidate_grad_p")};
-  const GradientTensors g(call, need_candidates);
   cpu::pair_stats_backward(call.problem, kThreads,
                            {pointer(a[0]), pointer(a[1]), pointer(a[2]), pointer(a[3])},
-                           {pointer(b[0]), pointer(b[1]), pointer(b[2]), pointer(b[3])}, g.pointers());
-  return {g.x, g.c};
+                           {pointer(b[0]), pointer(b[1]), pointer(b[2]), pointer(b[3])}, g);
 }
 
 Tensor positive_softplus(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& n, double epsilon) {
@@ -250,27 +244,25 @@ Tensor positive_softplus(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& n, double epsi
   return total;
 }
 
-std::tuple<Tensor, Tensor, Tensor> positive_softplus_backward(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& n,
-                                                              double epsilon, const Tensor& grad_total,
-                                                              const Maybe& candidate_n,
-                                                              const Maybe& candidate_grad_total,
-                                                              bool need_candidates) {
+Tensor positive_softplus_backward(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& n, double epsilon,
+                                  const Tensor& grad_total, const Maybe& candidate_n,
+                                  const Maybe& candidate_grad_total, const Tensor& grad_x,
+                                  const Maybe& grad_candidates) {
   CALL(call);
   call.problem.negatives = false;
   const bool column_side = candidate_n.has_value();
   TORCH_CHECK_VALUE(candidate_grad_total.has_value() == column_side,
                     "pysupcon: candidate_n and candidate_grad_total come together");
-  check_forms(call, column_side, need_candidates);
+  const cpu::Gradients g = gradients(call, column_side, grad_x, grad_candidates);
   const int64_t rows = call.x.size(0), cols = call.c.defined() ? call.c.size(0) : 0;
   const Tensor stats = as_stats(n, rows, "n"), w = as_stats(grad_total, rows, "grad_total");
   const Tensor other = as_stats(candidate_n, cols, "candidate_n"),
                other_w = as_stats(candidate_grad_total, cols, "candidate_grad_total");
   Tensor grad_n = new_stats(rows);
-  const GradientTensors g(call, need_candidates);
   cpu::positive_softplus_backward(call.problem, kThreads, {pointer(stats), pointer(w)},
-                                  {pointer(other), pointer(other_w)}, epsilon, g.pointers(),
+                                  {pointer(other), pointer(other_w)}, epsilon, g,
                                   grad_n.mutable_data_ptr<double>());
-  return {g.x, g.c, grad_n};
+  return grad_n;
 }
 
 Tensor positive_sum(ROWS_ARGS, CANDIDATE_ARGS) {
@@ -280,16 +272,15 @@ Tensor positive_sum(ROWS_ARGS, CANDIDATE_ARGS) {
   return total;
 }
 
-std::tuple<Tensor, Tensor> positive_sum_backward(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& grad_total,
-                                                 const Maybe& candidate_grad_total, bool need_candidates) {
+void positive_sum_backward(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& grad_total,
+                           const Maybe& candidate_grad_total, const Tensor& grad_x,
+                           const Maybe& grad_candidates) {
   CALL(call);
-  check_forms(call, candidate_grad_total.has_value(), need_candidates);
+  const cpu::Gradients g = gradients(call, candidate_grad_total.has_value(), grad_x, grad_candidates);
   const Tensor w = as_stats(grad_total, call.x.size(0), "grad_total");
   const Tensor other =
       as_stats(candidate_grad_total, call.c.defined() ? call.c.size(0) : 0, "candidate_grad_total");
-  const GradientTensors g(call, need_candidates);
-  cpu::positive_sum_backward(call.problem, kThreads, pointer(w), pointer(other), g.pointers());
-  return {g.x, g.c};
+  cpu::positive_sum_backward(call.problem, kThreads, pointer(w), pointer(other), g);
 }
 
 }  // namespace

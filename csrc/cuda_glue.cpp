@@ -110,20 +110,16 @@ class Call {
     keep = t->to(stats_).contiguous();
     return keep.const_data_ptr();
   }
-  // grad_x and grad_candidates; the candidates' only where needed and where there are any rows of them.
-  std::tuple<Tensor, Tensor> new_gradients(bool need_candidates) {
-    Tensor x = new_tensor({problem.anchors.count, problem.width}, stats_);
-    Tensor c = new_tensor({need_candidates ? problem.candidates.count : 0, problem.width}, stats_);
-    problem.grad_x = x.mutable_data_ptr();
-    problem.grad_candidates = c.size(0) ? c.mutable_data_ptr() : nullptr;
-    return {x, c};
-  }
-  void check_forms(bool column_side, bool need_candidates) const {
-    TORCH_CHECK_VALUE(!problem.one_set || (!column_side && !need_candidates),
-                      "pysupcon: need_candidates and candidate statistics go with candidates");
+  // Where gradients are added to.
+  void gradients(bool column_side, const Tensor& grad_x, const Maybe& grad_candidates) {
+    TORCH_CHECK_VALUE(!problem.one_set || (!column_side && !grad_candidates),
+                      "pysupcon: grad_candidates and candidate statistics go with candidates");
     TORCH_CHECK_VALUE(
-        !column_side || !need_candidates,
+        !column_side || !grad_candidates,
         "pysupcon: with the candidates' own statistics the gradient of the candidates is their owner's");
+    problem.grad_x = gradient(grad_x, problem.anchors.count, "grad_x");
+    if (grad_candidates && problem.candidates.count)
+      problem.grad_candidates = gradient(*grad_candidates, problem.candidates.count, "grad_candidates");
   }
   void run() {
     if (problem.anchors.count == 0 && !problem.grad_candidates) return;
@@ -143,6 +139,14 @@ class Call {
   };
   Tensor new_tensor(at::IntArrayRef size, at::ScalarType type) const {
     return at::empty(size, at::TensorOptions().dtype(type).device(device_));
+  }
+  void* gradient(const Tensor& g, int64_t rows, const char* name) const {
+    TORCH_CHECK_VALUE(g.dim() == 2 && g.size(0) == rows && g.size(1) == problem.width &&
+                          g.scalar_type() == stats_ && g.is_contiguous() && g.device() == device_,
+                      "pysupcon: ", name, " must be a contiguous tensor of ", stats_, " and shape [", rows,
+                      ", ", problem.width, "] on ", device_, ", got ", g.scalar_type(), " of shape ",
+                      g.sizes(), " and strides ", g.strides(), " on ", g.device());
+    return g.mutable_data_ptr();
   }
   Tensor indices(const Tensor& t, int64_t rows, const char* name) const {
     TORCH_CHECK_VALUE(
@@ -187,18 +191,17 @@ std::tuple<Tensor, Tensor> pair_stats(ROWS_ARGS, CANDIDATE_ARGS, bool negatives,
   return {n, p};
 }
 
-std::tuple<Tensor, Tensor> pair_stats_backward(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& n, const Tensor& p,
-                                               const Tensor& grad_n, const Tensor& grad_p,
-                                               const Maybe& candidate_n, const Maybe& candidate_p,
-                                               const Maybe& candidate_grad_n, const Maybe& candidate_grad_p,
-                                               bool negatives, bool positives, bool need_candidates) {
+void pair_stats_backward(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& n, const Tensor& p, const Tensor& grad_n,
+                         const Tensor& grad_p, const Maybe& candidate_n, const Maybe& candidate_p,
+                         const Maybe& candidate_grad_n, const Maybe& candidate_grad_p, bool negatives,
+                         bool positives, const Tensor& grad_x, const Maybe& grad_candidates) {
   CALL(Operation::pair_stats_backward);
   const bool column_side = candidate_n.has_value();
   TORCH_CHECK_VALUE(
       candidate_p.has_value() == column_side && candidate_grad_n.has_value() == column_side &&
           candidate_grad_p.has_value() == column_side,
       "pysupcon: candidate_n, candidate_p, candidate_grad_n and candidate_grad_p come together");
-  call.check_forms(column_side, need_candidates);
+  call.gradients(column_side, grad_x, grad_candidates);
   Problem& problem = call.problem;
   Tensor keep[8];
   problem.negatives = negatives;
@@ -211,9 +214,7 @@ std::tuple<Tensor, Tensor> pair_stats_backward(ROWS_ARGS, CANDIDATE_ARGS, const 
   problem.candidate_p = call.stat(candidate_p, true, "candidate_p", keep[5]);
   problem.candidate_grad_n = call.stat(candidate_grad_n, true, "candidate_grad_n", keep[6]);
   problem.candidate_grad_p = call.stat(candidate_grad_p, true, "candidate_grad_p", keep[7]);
-  const auto gradients = call.new_gradients(need_candidates);
   call.run();
-  return gradients;
 }
 
 Tensor positive_softplus(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& n, double epsilon) {
@@ -227,16 +228,15 @@ Tensor positive_softplus(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& n, double epsi
   return total;
 }
 
-std::tuple<Tensor, Tensor, Tensor> positive_softplus_backward(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& n,
-                                                              double epsilon, const Tensor& grad_total,
-                                                              const Maybe& candidate_n,
-                                                              const Maybe& candidate_grad_total,
-                                                              bool need_candidates) {
+Tensor positive_softplus_backward(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& n, double epsilon,
+                                  const Tensor& grad_total, const Maybe& candidate_n,
+                                  const Maybe& candidate_grad_total, const Tensor& grad_x,
+                                  const Maybe& grad_candidates) {
   CALL(Operation::positive_softplus_backward);
   const bool column_side = candidate_n.has_value();
   TORCH_CHECK_VALUE(candidate_grad_total.has_value() == column_side,
                     "pysupcon: candidate_n and candidate_grad_total come together");
-  call.check_forms(column_side, need_candidates);
+  call.gradients(column_side, grad_x, grad_candidates);
   Problem& problem = call.problem;
   const Tensor grad_n = call.new_stats();
   Tensor keep[4];
@@ -246,9 +246,8 @@ std::tuple<Tensor, Tensor, Tensor> positive_softplus_backward(ROWS_ARGS, CANDIDA
   problem.candidate_n = call.stat(candidate_n, true, "candidate_n", keep[2]);
   problem.candidate_grad_n = call.stat(candidate_grad_total, true, "candidate_grad_total", keep[3]);
   problem.out_grad_n = grad_n.mutable_data_ptr();
-  const auto [grad_x, grad_candidates] = call.new_gradients(need_candidates);
   call.run();
-  return {grad_x, grad_candidates, grad_n};
+  return grad_n;
 }
 
 Tensor positive_sum(ROWS_ARGS, CANDIDATE_ARGS) {
@@ -259,16 +258,15 @@ Tensor positive_sum(ROWS_ARGS, CANDIDATE_ARGS) {
   return total;
 }
 
-std::tuple<Tensor, Tensor> positive_sum_backward(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& grad_total,
-                                                 const Maybe& candidate_grad_total, bool need_candidates) {
+void positive_sum_backward(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& grad_total,
+                           const Maybe& candidate_grad_total, const Tensor& grad_x,
+                           const Maybe& grad_candidates) {
   CALL(Operation::positive_sum_backward);
-  call.check_forms(candidate_grad_total.has_value(), need_candidates);
+  call.gradients(candidate_grad_total.has_value(), grad_x, grad_candidates);
   Tensor keep[2];
   call.problem.grad_n = call.stat(grad_total, false, "grad_total", keep[0]);
   call.problem.candidate_grad_n = call.stat(candidate_grad_total, true, "candidate_grad_total", keep[1]);
-  const auto gradients = call.new_gradients(need_candidates);
   call.run();
-  return gradients;
 }
 
 }  // namespace

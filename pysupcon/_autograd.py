@@ -128,43 +128,31 @@ def _gradients(
     ops = OPERATORS[plan.backend]
     grad_n, grad_p, grad_softplus, grad_positive_sum, grad_instance_sum = grads
     rows = (x, plan.pairing.labels, plan.pairing.order, scale, candidates, *plan.pairing[2:])
-    need_candidates = needs[1]
-    parts: list[tuple[Tensor, Tensor]] = []
+    grad_x = _ops.zero_gradients(x)
+    grad_candidates = _ops.zero_gradients(candidates) if candidates is not None and needs[1] else None
+    into = grad_x, grad_candidates
     if plan.epsilon is not None:
-        grad_x, grad_candidates, more_n = ops.positive_softplus_backward(
-            *rows, n, plan.epsilon, grad_softplus, None, None, need_candidates, **plan.mask_arguments,
-        )  # fmt: skip
-        parts.append((grad_x, grad_candidates))
-        grad_n = grad_n + more_n
+        grad_n = grad_n + ops.positive_softplus_backward(
+            *rows, n, plan.epsilon, grad_softplus, None, None, *into, **plan.mask_arguments
+        )
     if plan.negatives or plan.positives:
-        parts.append(
-            ops.pair_stats_backward(
-                *rows, n, p, grad_n, grad_p, None, None, None, None, plan.negatives, plan.positives,
-                need_candidates, **plan.mask_arguments,
-            )
+        ops.pair_stats_backward(
+            *rows, n, p, grad_n, grad_p, None, None, None, None, plan.negatives, plan.positives, *into,
+            **plan.mask_arguments,
         )  # fmt: skip
     if plan.positive_sum:
-        parts.append(
-            ops.positive_sum_backward(*rows, grad_positive_sum, None, need_candidates, **plan.mask_arguments)
-        )
+        ops.positive_sum_backward(*rows, grad_positive_sum, None, *into, **plan.mask_arguments)
     if plan.instances is not None:
-        parts.append(
-            ops.positive_sum_backward(
-                x, plan.instances.labels, plan.instances.order, scale, candidates, *plan.instances[2:],
-                grad_instance_sum, None, need_candidates,
-            )
+        ops.positive_sum_backward(
+            x, plan.instances.labels, plan.instances.order, scale, candidates, *plan.instances[2:],
+            grad_instance_sum, None, *into,
         )  # fmt: skip
-    grad_x, grad_candidates = parts[0]
-    for more_x, more_candidates in parts[1:]:
-        grad_x.add_(more_x)
-        if need_candidates:
-            grad_candidates.add_(more_candidates)
     grad_scale = None
     if needs[2]:
         # sum_i x_i . dL/dx_i = sum_ij (G_ij + G_ji) s_ij: every pair twice where the anchors are candidates.
         twice = 2 if candidates is None else 1
         grad_scale = _row_products(x, grad_x, scale.dtype) / (twice * scale)
-    return (grad_x if needs[0] else None), (grad_candidates if need_candidates else None), grad_scale
+    return (grad_x if needs[0] else None), grad_candidates, grad_scale
 
 
 def _row_products(x: Tensor, y: Tensor, dtype: torch.dtype, chunk: int = 65536) -> Tensor:

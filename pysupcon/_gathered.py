@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ._autograd import OPERATORS, RowStatistics, _RefuseSecond, _row_products
+from ._ops import zero_gradients
 from ._problem import Block, Everybody, Problem, _rows_of, _sort
 
 __all__ = ["RowLoss", "gathered_losses", "gathered_statistics"]
@@ -150,9 +151,7 @@ class _Plan:
         wire = torch.float64 if rows.dtype == torch.float64 else torch.float32
         own, others, all_n, all_p = self.upstream(n, p, grads, wire)
         # Blocks are added up before the sum is rounded to 16 bits.
-        grad_x = torch.zeros(
-            rows.shape, dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device
-        )
+        grad_x = zero_gradients(rows)
 
         def of(block: Block, *columns: Tensor) -> list[Tensor | None]:
             """What belongs to a block's rows; the operators know the own rows' columns already."""
@@ -164,26 +163,24 @@ class _Plan:
             for block in self.blocks(rows, kept):
                 operands = self.pairing.operands(rows, scale, block)
                 columns = of(block, all_n, others.softplus)
-                part, _, more_n = ops.positive_softplus_backward(
-                    *operands, n, self.epsilon, own.softplus, *columns, False
+                grad_n = grad_n + ops.positive_softplus_backward(
+                    *operands, n, self.epsilon, own.softplus, *columns, grad_x, None
                 )
-                grad_x += part
-                grad_n = grad_n + more_n
             # Only now does anybody know its own dL/dn.
             others = others._replace(n=everybody.round.exchange(grad_n.to(wire).unsqueeze(0))[0])
         for block in self.blocks(rows, kept):
             operands = self.pairing.operands(rows, scale, block)
             columns = of(block, all_n, all_p, others.n, others.p)
-            grad_x += ops.pair_stats_backward(
-                *operands, n, p, grad_n, own.p, *columns, self.negatives, self.positives, False
-            )[0]
+            ops.pair_stats_backward(
+                *operands, n, p, grad_n, own.p, *columns, self.negatives, self.positives, grad_x, None
+            )
             if self.positive_sum:
                 columns = of(block, others.positive_sum)
-                grad_x += ops.positive_sum_backward(*operands, own.positive_sum, *columns, False)[0]
+                ops.positive_sum_backward(*operands, own.positive_sum, *columns, grad_x, None)
             if self.instances is not None:
                 operands = self.instances.operands(rows, scale, block)
                 columns = of(block, others.instance_sum)
-                grad_x += ops.positive_sum_backward(*operands, own.instance_sum, *columns, False)[0]
+                ops.positive_sum_backward(*operands, own.instance_sum, *columns, grad_x, None)
         return grad_x
 
 

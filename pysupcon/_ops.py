@@ -21,15 +21,17 @@ Operators
                         0 where P_i is empty or n_i = -inf.
     positive_sum        sum_{j in P_i} s_ij, [M] in stats_dtype; O((M + N) D) work through class sums.
 
-Backward operators: ``grad_x`` has x's shape, ``grad_candidates`` the candidates' (or [0, D] unless
-``need_candidates``), in x's dtype but at least float32: the parts of a gradient cancel as a loss converges,
-and are to be added before they are rounded. With G_ij = dL/ds_ij from the anchors' upstream gradients:
-    no candidates       grad_x_i = scale * sum_j (G_ij + G_ji) x_j
-    candidates          grad_x_i = scale * sum_j G_ij c_j; grad_candidates_j = scale * sum_i G_ij x_i
-    candidates and      grad_x_i = scale * sum_j (G_ij + G_ji) c_j, where G_ji comes from the candidates' own
+Backward operators add to ``grad_x`` (x's shape) and, unless it is None, to ``grad_candidates`` (the
+candidates' shape), contiguous, in x's dtype but at least float32, as :func:`zero_gradients` makes them. The
+parts of a gradient cancel as a loss converges: they share one buffer, which its owner rounds once.
+``positive_softplus_backward`` returns dL/dn, [M] in stats_dtype. With G_ij = dL/ds_ij from the anchors'
+upstream gradients:
+    no candidates       grad_x_i += scale * sum_j (G_ij + G_ji) x_j
+    candidates          grad_x_i += scale * sum_j G_ij c_j; grad_candidates_j += scale * sum_i G_ij x_i
+    candidates and      grad_x_i += scale * sum_j (G_ij + G_ji) c_j, where G_ji comes from the candidates' own
     candidate_... too   statistics and upstream gradients ([N], in the candidates' order): the complete
                         gradient of one process's own rows, when every candidate is an anchor of some process
-                        (needs self_index). need_candidates must then be False.
+                        (needs self_index). grad_candidates must then be None.
 An anchor whose n (p) is -inf contributes nothing through n (p), whatever its upstream gradient.
 
 All results are bitwise reproducible for the same inputs, device and build, for any number of threads.
@@ -62,6 +64,11 @@ else:
 def stats_dtype(x: Tensor) -> torch.dtype:
     """Dtype of the per-row statistics: float64 on the CPU and for float64 rows, float32 otherwise."""
     return torch.float64 if x.device.type == "cpu" or x.dtype == torch.float64 else torch.float32
+
+
+def zero_gradients(rows: Tensor) -> Tensor:
+    """What the backward operators add the gradient of ``rows`` to."""
+    return torch.zeros(rows.shape, dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
 
 
 def compiled_for(device_type: str) -> bool:
@@ -112,32 +119,26 @@ if _problem is None:
     def _stats(x: Tensor) -> Tensor:
         return x.new_empty((x.shape[0],), dtype=stats_dtype(x))
 
-    def _gradients(x: Tensor, candidates: Tensor | None, need_candidates: bool) -> tuple[Tensor, Tensor]:
-        grad_candidates = candidates if candidates is not None and need_candidates else None
-        rows = 0 if grad_candidates is None else grad_candidates.shape[0]
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        return x.new_empty(tuple(x.shape), dtype=dtype), x.new_empty((rows, x.shape[1]), dtype=dtype)
-
     @torch.library.register_fake("pysupcon::pair_stats")
     def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         return _stats(x), _stats(x)
 
     @torch.library.register_fake("pysupcon::pair_stats_backward")
-    def _(x: Tensor, labels: Any, order: Any, scale: Any, candidates: Tensor | None, *args: Any) -> Any:
-        return _gradients(x, candidates, args[-1])
+    def _(*args: Any) -> None:
+        return None
 
     @torch.library.register_fake("pysupcon::positive_softplus")
     def _(x: Tensor, *args: Any) -> Tensor:
         return _stats(x)
 
     @torch.library.register_fake("pysupcon::positive_softplus_backward")
-    def _(x: Tensor, labels: Any, order: Any, scale: Any, candidates: Tensor | None, *args: Any) -> Any:
-        return (*_gradients(x, candidates, args[-1]), _stats(x))
+    def _(x: Tensor, *args: Any) -> Tensor:
+        return _stats(x)
 
     @torch.library.register_fake("pysupcon::positive_sum")
     def _(x: Tensor, *args: Any) -> Tensor:
         return _stats(x)
 
     @torch.library.register_fake("pysupcon::positive_sum_backward")
-    def _(x: Tensor, labels: Any, order: Any, scale: Any, candidates: Tensor | None, *args: Any) -> Any:
-        return _gradients(x, candidates, args[-1])
+    def _(*args: Any) -> None:
+        return None

@@ -291,12 +291,10 @@ def _row_stats(side: _Side, n: Tensor, p: Tensor, grad_n: Tensor, grad_p: Tensor
 class _Gradients:
     """Accumulates dL/dx and dL/dcandidates from tiles of G in label order."""
 
-    def __init__(self, pairs: _Pairs, x: Tensor, candidates: Tensor | None, need_candidates: bool) -> None:
+    def __init__(self, pairs: _Pairs, need_candidates: bool) -> None:
         self.pairs = pairs
-        self.x, self.candidates = x, candidates
         self.grad_x = torch.zeros_like(pairs.anchors.rows)
-        needed = need_candidates and candidates is not None
-        self.grad_candidates = torch.zeros_like(pairs.candidates.rows) if needed else None
+        self.grad_candidates = torch.zeros_like(pairs.candidates.rows) if need_candidates else None
 
     def add(self, tile: _Tile, weights: Tensor) -> None:
         """``weights`` [i, j]: in the symmetric case G_ij + G_ji already."""
@@ -308,15 +306,13 @@ class _Gradients:
         elif self.grad_candidates is not None:
             self.grad_candidates[j].addmm_(weights.T, self.pairs.anchors.rows[i])
 
-    def result(self) -> tuple[Tensor, Tensor]:
-        def finish(side: _Side, grad: Tensor, like: Tensor) -> Tensor:
-            out = torch.empty(like.shape, dtype=grad.dtype, device=like.device)
-            return out.index_copy_(0, side.order, grad.mul_(self.pairs.scale))
-
-        grad_x = finish(self.pairs.anchors, self.grad_x, self.x)
-        if self.grad_candidates is None or self.candidates is None:
-            return grad_x, grad_x.new_empty((0, self.x.shape[1]))
-        return grad_x, finish(self.pairs.candidates, self.grad_candidates, self.candidates)
+    def add_to(self, grad_x: Tensor, grad_candidates: Tensor | None) -> None:
+        """In the caller's order, once."""
+        # No index comes twice: the order of the additions does not matter.
+        grad_x.index_add_(0, self.pairs.anchors.order, self.grad_x.mul_(self.pairs.scale))
+        if self.grad_candidates is not None and grad_candidates is not None:
+            part = self.grad_candidates.mul_(self.pairs.scale)
+            grad_candidates.index_add_(0, self.pairs.candidates.order, part)
 
 
 def pair_stats_backward(
@@ -338,9 +334,10 @@ def pair_stats_backward(
     candidate_grad_p: Tensor | None,
     negatives: bool,
     positives: bool,
-    need_candidates: bool,
+    grad_x: Tensor,
+    grad_candidates: Tensor | None,
     mask: PositiveMask | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> None:
     with _no_autocast(x), torch.no_grad():
         pairs = _Pairs(
             x, labels, order, scale, candidates, candidate_labels, candidate_order, self_index, mask
@@ -352,7 +349,7 @@ def pair_stats_backward(
             assert candidate_grad_n is not None
             assert candidate_grad_p is not None
             back = _row_stats(pairs.candidates, candidate_n, candidate_p, candidate_grad_n, candidate_grad_p)
-        gradients = _Gradients(pairs, x, candidates, need_candidates)
+        gradients = _Gradients(pairs, grad_candidates is not None)
         for tile in pairs.tiles(only_positives=not negatives, only_negatives=not positives):
             weights = _weights(tile.similarity, tile.same, *own.at(tile.i, 1))
             if back is not None:
@@ -360,7 +357,7 @@ def pair_stats_backward(
             if tile.left_out is not None:
                 weights.masked_fill_(tile.left_out, 0.0)
             gradients.add(tile, weights)
-        return gradients.result()
+        gradients.add_to(grad_x, grad_candidates)
 
 
 def positive_softplus(
@@ -409,9 +406,10 @@ def positive_softplus_backward(
     grad_total: Tensor,
     candidate_n: Tensor | None,
     candidate_grad_total: Tensor | None,
-    need_candidates: bool,
+    grad_x: Tensor,
+    grad_candidates: Tensor | None,
     mask: PositiveMask | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Tensor:
     with _no_autocast(x), torch.no_grad():
         pairs = _Pairs(
             x, labels, order, scale, candidates, candidate_labels, candidate_order, self_index, mask
@@ -424,7 +422,7 @@ def positive_softplus_backward(
             back_limit = pairs.candidates.sort(candidate_n, dtype) + epsilon
             back_grad = pairs.candidates.sort(candidate_grad_total, dtype)
         grad_n = torch.zeros(x.shape[0], dtype=stats_dtype(x), device=x.device)
-        gradients = _Gradients(pairs, x, candidates, need_candidates)
+        gradients = _Gradients(pairs, grad_candidates is not None)
         for tile in pairs.tiles(only_positives=True):
             # dl_i/dn_i = sum_j sigma_ij and dl_i/ds_ij = -sigma_ij, sigma_ij = sigmoid(n_i - s_ij + epsilon)
             i, j = slice(*tile.i), slice(*tile.j)
@@ -438,8 +436,8 @@ def positive_softplus_backward(
                     grad_n[j] += back.sum(0)
                 weights = weights + back
             gradients.add(tile, -weights)
-        grad_x, grad_candidates = gradients.result()
-        return grad_x, grad_candidates, torch.empty_like(grad_n).index_copy_(0, order, grad_n)
+        gradients.add_to(grad_x, grad_candidates)
+        return torch.empty_like(grad_n).index_copy_(0, order, grad_n)
 
 
 def _class_sums(rows: Tensor, weights: Tensor | None, labels: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
@@ -533,15 +531,16 @@ def positive_sum_backward(
     self_index: Tensor | None,
     grad_total: Tensor,
     candidate_grad_total: Tensor | None,
-    need_candidates: bool,
+    grad_x: Tensor,
+    grad_candidates: Tensor | None,
     mask: PositiveMask | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> None:
     with _no_autocast(x), torch.no_grad():
         if mask is not None:
             pairs = _Pairs(
                 x, labels, order, scale, candidates, candidate_labels, candidate_order, self_index, mask
             )
-            gradients = _Gradients(pairs, x, candidates, need_candidates)
+            gradients = _Gradients(pairs, grad_candidates is not None)
             grad = pairs.anchors.sort(grad_total, pairs.scale.dtype)
             for tile in pairs.tiles(only_positives=True):
                 weights = _zero_unless(
@@ -553,10 +552,10 @@ def positive_sum_backward(
                         _and_not(tile.same_back, tile.left_out),
                     )
                 gradients.add(tile, weights)
-            return gradients.result()
+            gradients.add_to(grad_x, grad_candidates)
+            return
 
-        # grad_x_i = scale * (g_i (C_i - c_i) + (W_i - g_i c_i)), C the class sums of rows, W of rows times g
-        none = x.new_empty((0, x.shape[1]), dtype=_compute_dtype(x))
+        # grad_x_i += scale * (g_i (C_i - c_i) + (W_i - g_i c_i)), C the class sums of rows, W of rows times g
         if candidates is None:
             others, other_labels, other_order, back = x, labels, order, grad_total
         else:
@@ -567,7 +566,6 @@ def positive_sum_backward(
         sums = _class_sums(others, None, other_labels, other_order)
         weighted = None if back is None else _class_sums(others, back, other_labels, other_order)
         dtype = sums[0].dtype
-        grad_x = torch.empty(x.shape, dtype=none.dtype, device=x.device)
         for at in _slices(x.shape[0], _ROW_CHUNK):
             g = grad_total[slice(*at)].to(dtype).unsqueeze(1)
             part = _look_up(sums, labels[slice(*at)])
@@ -578,23 +576,23 @@ def positive_sum_backward(
                     back[slice(*at)] if self_index is None else back[self_index[slice(*at)].clamp(min=0)]
                 )
                 part += _look_up(weighted, labels[slice(*at)]) - own * own_back.to(dtype).unsqueeze(1)
-            grad_x[slice(*at)] = part * scale
-        if not need_candidates or candidates is None:
-            return grad_x, none
+            grad_x[slice(*at)] += part * scale
+        if grad_candidates is None or candidates is None:
+            return
 
         from_anchors = _class_sums(x, grad_total, labels, order)
         assert candidate_labels is not None
-        grad_candidates = torch.empty(candidates.shape, dtype=dtype, device=x.device)
+        total = torch.empty(candidates.shape, dtype=dtype, device=x.device)
         for at in _slices(candidates.shape[0], _ROW_CHUNK):
-            grad_candidates[slice(*at)] = _look_up(from_anchors, candidate_labels[slice(*at)])
+            total[slice(*at)] = _look_up(from_anchors, candidate_labels[slice(*at)])
         if self_index is not None and candidates.shape[0]:
             weight = torch.where(self_index >= 0, grad_total, 0.0).to(dtype)
             own = x.to(dtype) * weight.neg().unsqueeze(1)
             if x.device.type == "cpu":
-                grad_candidates.index_add_(0, self_index.clamp(min=0), own)
+                total.index_add_(0, self_index.clamp(min=0), own)
             else:
-                grad_candidates.index_put_((self_index.clamp(min=0),), own, accumulate=True)
-        return grad_x, (grad_candidates * scale).to(none.dtype)
+                total.index_put_((self_index.clamp(min=0),), own, accumulate=True)
+        grad_candidates += total * scale
 
 
 def positive_count(mask: PositiveMask, self_index: Tensor | None, symmetric: bool) -> Tensor:

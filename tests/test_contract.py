@@ -3,6 +3,7 @@ backends."""
 
 from __future__ import annotations
 
+import copy
 import resource
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from cases import LOSSES, NEEDS_INSTANCES
+from gradients import added
 from tolerances import assert_loss_close, largest_similarity
 
 import pysupcon
@@ -86,14 +88,16 @@ def _all_operators(dtype: torch.dtype, kind: str) -> dict[str, tuple[Any, ...]]:
     other: tuple[Any, ...] = (None, None, None, None)
     if kind == "own rows":
         other = tuple(torch.randn(9, **wide) for _ in range(4))
-    need = kind in ("candidates", "self index")
+    into = [torch.full_like(_ops.zero_gradients(x), 2.0) for x in (rows[0], rows[4]) if x is not None]
+    if kind in ("self", "own rows"):
+        into = [into[0], None]
     return {
         "pair_stats": (*rows, True, True),
-        "pair_stats_backward": (*rows, n, p, u, v, *other, True, True, need),
+        "pair_stats_backward": (*rows, n, p, u, v, *other, True, True, *into),
         "positive_softplus": (*rows, n, 0.25),
-        "positive_softplus_backward": (*rows, n, 0.25, g, other[0], other[2], need),
+        "positive_softplus_backward": (*rows, n, 0.25, g, other[0], other[2], *into),
         "positive_sum": rows,
-        "positive_sum_backward": (*rows, g, other[2], need),
+        "positive_sum_backward": (*rows, g, other[2], *into),
     }
 
 
@@ -113,9 +117,49 @@ def test_operators_keep_the_dispatcher_contract(name: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_compiled_and_tiled_operators_agree(name: str, kind: str) -> None:
+    """Gradients among what they say: both add to the same buffers' copies."""
     arguments = _all_operators(torch.float64, kind)[name]
-    got, want = getattr(_ops, name)(*arguments), getattr(tiled, name)(*arguments)
+    theirs = copy.deepcopy(arguments)
+    got, want = getattr(_ops, name)(*arguments), getattr(tiled, name)(*theirs)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    for mine, other in zip(arguments, theirs, strict=True):
+        if isinstance(mine, torch.Tensor):
+            torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [name for name in OPERATORS if name.endswith("_backward")])
+def test_backward_operators_add(name: str, kind: str, backend: str) -> None:
+    """Twice on the same buffers gives twice the gradient; nothing else is written to."""
+    operator = getattr(tiled if backend == "tiled" else _ops, name)
+    arguments = _all_operators(torch.float64, kind)[name]
+    before = copy.deepcopy(arguments)
+    operator(*arguments)
+    once = copy.deepcopy(arguments)
+    operator(*arguments)
+    for mine, start in zip(arguments[:-2], before, strict=False):
+        if isinstance(mine, torch.Tensor):
+            assert torch.equal(mine, start)
+    for mine, first, start in zip(arguments[-2:], once[-2:], before[-2:], strict=True):
+        if mine is not None:
+            assert not torch.equal(first, start)
+            torch.testing.assert_close(mine - first, first - start, rtol=1e-10, atol=1e-10)
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda g: g[:5], r"grad_x must be a contiguous CPU tensor of Float and shape \[7, 5\], got Float of "
+                          r"shape \[5, 5\]"),
+        (lambda g: g.double(), r"grad_x must be .* of Float and shape \[7, 5\], got Double"),
+        (lambda g: g.new_zeros(5, 7).T, r"got Float of shape \[7, 5\] and strides \[1, 7\]"),
+    ],
+)  # fmt: skip
+def test_gradient_buffers_are_checked(change: Any, message: str) -> None:
+    *rest, grad_x, _ = _all_operators(torch.float32, "self")["positive_sum_backward"]
+    with pytest.raises(ValueError, match=message):
+        _ops.positive_sum_backward(*rest, change(grad_x), None)
 
 
 @pytest.mark.parametrize("name", ["pair_stats", "positive_softplus", "positive_sum"])
@@ -129,14 +173,14 @@ def test_own_rows_form_is_the_gradient_of_everybody(name: str, backend: str) -> 
     n, p = ops.pair_stats(*whole, True, True)
     u, v = torch.randn(8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
     arguments = {
-        "pair_stats": ((n, p, u, v), (n, p, u, v), (True, True, False)),
-        "positive_softplus": ((n, 0.25, u), (n, u), (False,)),
-        "positive_sum": ((u,), (u,), (False,)),
+        "pair_stats": ((n, p, u, v), (n, p, u, v), (True, True)),
+        "positive_softplus": ((n, 0.25, u), (n, u), ()),
+        "positive_sum": ((u,), (u,), ()),
     }[name]
     own, everybody, flags = arguments
     backward = getattr(ops, f"{name}_backward")
     nobody = (None,) * len(everybody)
-    want = backward(*whole, *own, *nobody, *flags)[0]
+    want = added(backward, *whole, *own, *nobody, *flags)[0]
     for half in (torch.arange(0, 4), torch.arange(4, 8)):
         mine = [value[half] if isinstance(value, torch.Tensor) else value for value in own]
         rows = (
@@ -149,7 +193,7 @@ def test_own_rows_form_is_the_gradient_of_everybody(name: str, backend: str) -> 
             order,
             half,
         )
-        torch.testing.assert_close(backward(*rows, *mine, *everybody, *flags)[0], want[half])
+        torch.testing.assert_close(added(backward, *rows, *mine, *everybody, *flags)[0], want[half])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_emulation import build
+from gradients import added
 from torch import Tensor
 
 from pysupcon import _ops, tiled
@@ -75,27 +76,25 @@ def test_operators_agree_with_tiled(emulated: Any, dtype: torch.dtype, separate:
 
     u, v = torch.randn(21, dtype=scale.dtype), torch.randn(21, dtype=scale.dtype)
     own = (None, None, None, None)
-    got = emulated.pair_stats_backward(*here, n, p, u, v, *own, True, True, separate)
-    want = tiled.pair_stats_backward(
-        *there, truth(n), truth(p), truth(u), truth(v), *own, True, True, separate
-    )
-    assert got[0].dtype == scale.dtype  # rounded to the rows' dtype later, when all parts are added
-    assert got[1].shape == want[1].shape
-    for g, w in zip(got, want, strict=True):
-        close(g, w, tolerance * 5)
+
+    def same_gradients(name: str, arguments: Any, slack: float) -> None:
+        got = added(getattr(emulated, name), *here, *arguments, candidates=separate)
+        want = added(
+            getattr(tiled, name), *there, *(truth(value) for value in arguments), candidates=separate
+        )
+        for g, w in zip(got, want, strict=True):
+            assert (g is None) == (w is None)
+            if g is not None:
+                close(g, w, tolerance * slack)
+
+    same_gradients("pair_stats_backward", (n, p, u, v, *own, True, True), 5)
 
     total = emulated.positive_softplus(*here, n, 0.25)
     close(total, tiled.positive_softplus(*there, truth(n), 0.25), 3e-5)
-    got = emulated.positive_softplus_backward(*here, n, 0.25, u, None, None, separate)
-    want = tiled.positive_softplus_backward(*there, truth(n), 0.25, truth(u), None, None, separate)
-    for g, w in zip(got, want, strict=True):
-        close(g, w, tolerance * 20)
+    same_gradients("positive_softplus_backward", (n, 0.25, u, None, None), 20)
 
     close(emulated.positive_sum(*here), tiled.positive_sum(*there), 1e-5)
-    got = emulated.positive_sum_backward(*here, u, None, separate)
-    want = tiled.positive_sum_backward(*there, truth(u), None, separate)
-    for g, w in zip(got, want, strict=True):
-        close(g, w, tolerance * 20)
+    same_gradients("positive_sum_backward", (u, None), 20)
 
 
 def test_matmul_precision_chooses_the_split(emulated: Any) -> None:
@@ -147,11 +146,12 @@ def test_empty_batches(emulated: Any) -> None:
     empty = torch.empty(0)
     own = (None, None, None, None)
     no_anchors = (x, labels, order, torch.tensor(1.0), y, y_labels, y_order, None)
-    _, g = emulated.pair_stats_backward(*no_anchors, empty, empty, empty, empty, *own, True, True, True)
-    assert g.shape == y.shape
+    operator = emulated.pair_stats_backward
+    gx, g, _ = added(operator, *no_anchors, empty, empty, empty, empty, *own, True, True, candidates=True)
+    assert gx.shape == (0, 8)
     assert bool((g == 0).all())
-    gx, _ = emulated.pair_stats_backward(
-        y, y_labels, y_order, torch.tensor(1.0), *no_candidates, n, p, one, one, *own, True, True, False
+    gx, _, _ = added(
+        operator, y, y_labels, y_order, torch.tensor(1.0), *no_candidates, n, p, one, one, *own, True, True
     )
     assert bool((gx == 0).all())
 
@@ -179,7 +179,26 @@ def test_candidate_statistics_need_candidates(emulated: Any) -> None:
     x, labels, order = rows(6, 4, torch.float32, 2, 0)
     one = torch.ones(6)
     with pytest.raises(ValueError, match="go with candidates"):
-        emulated.positive_sum_backward(x, labels, order, torch.tensor(1.0), *NONE, one, one, False)
+        emulated.positive_sum_backward(x, labels, order, torch.tensor(1.0), *NONE, one, one, x.clone(), None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda g: g[:5],
+            r"grad_x must be a contiguous tensor of Float and shape \[6, 4\] on cpu, got Float of",
+        ),
+        (lambda g: g.double(), r"grad_x must be .* of Float and shape \[6, 4\] on cpu, got Double"),
+        (lambda g: g.new_zeros(4, 6).T, r"got Float of shape \[6, 4\] and strides \[1, 6\]"),
+    ],
+)
+def test_gradient_buffers_are_checked(emulated: Any, change: Any, message: str) -> None:
+    x, labels, order = rows(6, 4, torch.float32, 2, 0)
+    with pytest.raises(ValueError, match=message):
+        emulated.positive_sum_backward(
+            x, labels, order, torch.tensor(1.0), *NONE, torch.ones(6), None, change(x.clone()), None
+        )
 
 
 @pytest.mark.skipif(not _ops.compiled_for("cuda"), reason="this build has no CUDA kernels")
@@ -197,9 +216,14 @@ def test_fakes_answer_for_cuda_tensors_without_a_gpu(dtype: torch.dtype) -> None
         assert n.device.type == "cuda"
         assert n.shape == (8,)
         own = (None, None, None, None)
-        grad_x, _ = torch.ops.pysupcon.pair_stats_backward(
-            x, labels, labels, scale, *NONE, n, p, n, p, *own, True, True, False
+        grad_x, _, _ = added(
+            torch.ops.pysupcon.pair_stats_backward,
+            *(x, labels, labels, scale, *NONE, n, p, n, p, *own, True, True),
         )
         assert grad_x.dtype == torch.promote_types(dtype, torch.float32)
         assert grad_x.device.type == "cuda"
-        assert grad_x.shape == x.shape
+        grad_n = torch.ops.pysupcon.positive_softplus_backward(
+            x, labels, labels, scale, *NONE, n, 0.0, n, None, None, grad_x, None
+        )
+        assert grad_n.dtype == stats
+        assert grad_n.device.type == "cuda"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_emulation import build
+from gradients import added
 from torch import Tensor
 
 import pysupcon
@@ -163,13 +164,14 @@ def test_own_rows_gradient_is_complete(dtype: torch.dtype) -> None:
     n, p = _ops.pair_stats(x, labels, order, scale, *NONE, True, True)
     u, v = torch.randn_like(n), torch.randn_like(p)
     own = (None, None, None, None)
-    whole, _ = _ops.pair_stats_backward(x, labels, order, scale, *NONE, n, p, u, v, *own, True, True, False)
+    backward = _ops.pair_stats_backward
+    whole = added(backward, x, labels, order, scale, *NONE, n, p, u, v, *own, True, True)[0]
     half = 150
     mine = labels[:half]
     candidates = (x, labels, order, torch.arange(half, device="cuda"))
-    part, _ = _ops.pair_stats_backward(
-        x[:half], mine, torch.argsort(mine, stable=True), scale, *candidates,
-        n[:half], p[:half], u[:half], v[:half], n, p, u, v, True, True, False,
+    part, _, _ = added(
+        backward, x[:half], mine, torch.argsort(mine, stable=True), scale, *candidates,
+        n[:half], p[:half], u[:half], v[:half], n, p, u, v, True, True,
     )  # fmt: skip
     error = torch.linalg.vector_norm(part.double() - whole[:half].double())
     assert error <= (1e-5 if dtype == torch.float32 else 8e-3) * torch.linalg.vector_norm(
@@ -199,10 +201,8 @@ def test_a_cuda_graph_can_hold_it() -> None:
     def run() -> tuple[Tensor, Tensor]:
         n, p = _ops.pair_stats(x, labels, order, scale, *NONE, True, True)
         one = torch.ones_like(n)
-        grad, _ = _ops.pair_stats_backward(
-            x, labels, order, scale, *NONE, n, p, one, one, *own, True, True, False
-        )
-        return n, grad
+        backward = _ops.pair_stats_backward
+        return n, added(backward, x, labels, order, scale, *NONE, n, p, one, one, *own, True, True)[0]
 
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -250,7 +250,8 @@ def test_extra_memory() -> None:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    grad, _ = _ops.pair_stats_backward(x, labels, order, scale, *NONE, n, p, n, p, *own, True, True, False)
+    backward = _ops.pair_stats_backward
+    grad = added(backward, x, labels, order, scale, *NONE, n, p, n, p, *own, True, True)[0]
     extra = torch.cuda.max_memory_allocated() - before - grad.nbytes - x.nbytes
     assert extra <= 32 * count + (1 << 21)
 
@@ -268,9 +269,8 @@ def test_offsets_beyond_32_bits() -> None:
     _, p = _ops.pair_stats(x, labels, order, scale, *NONE, False, True)
     own = (None, None, None, None)
     one = torch.ones_like(p)
-    grad, _ = _ops.pair_stats_backward(
-        x, labels, order, scale, *NONE, p - torch.inf, p, one, one, *own, False, True, False
-    )
+    arguments = (x, labels, order, scale, *NONE, p - torch.inf, p, one, one, *own, False, True)
+    grad = added(_ops.pair_stats_backward, *arguments)[0]
     for i in (0, (1 << 23) + 1, count - 20_001, count - 6):
         j = i ^ 1
         similarity = 2.0 * (x[i].double() @ x[j].double())

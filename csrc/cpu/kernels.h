@@ -42,7 +42,7 @@ struct StatsGrad {
 struct SoftplusGrad {
   const double *n = nullptr, *w = nullptr;
 };
-// Where gradients go, by row: float for every type but f64 (double). null: not wanted. Zeroed by the caller.
+// Where gradients are added to, by row: float for every type but f64 (double). null: not wanted.
 struct Gradients {
   void* anchors = nullptr;     // [anchors.count, dim] contiguous
   void* candidates = nullptr;  // [candidates.count, dim] contiguous; self: null

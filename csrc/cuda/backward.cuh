@@ -8,7 +8,7 @@ namespace pysupcon::cuda {
 
 // Where a gradient goes, and in which unit it was accumulated.
 struct Gradient {
-  float* data;           // [rows, width], in the caller's order
+  float* data;           // [rows, width], in the caller's order; added to
   const int64_t* order;  // of the rows
   int rows, width;
   const float* scale;
@@ -20,7 +20,7 @@ struct Gradient {
     if (parts)
       parts[(int64_t(split) * rows + row) * width + d] = sum;
     else
-      data[order[row] * width + d] = sum * unit;
+      data[order[row] * width + d] += sum * unit;
   }
 };
 
@@ -285,7 +285,7 @@ static __global__ void merge_gradient(Gradient out, int splits) {
   if (i < size) {
     float sum = 0.f;
     for (int k = 0; k < splits; ++k) sum += out.parts[k * size + i];
-    out.data[out.order[i / out.width] * out.width + i % out.width] = sum * out.factor();
+    out.data[out.order[i / out.width] * out.width + i % out.width] += sum * out.factor();
   }
 }
 

@@ -126,7 +126,7 @@ __global__ void positive_sum(typename Accumulator<T>::type* total, WeightedRows<
   }
 }
 
-// grad_i = scale (g_i (C - c_self) + (Cg - g_self c_self)): C sums the columns of row i's class (left out
+// grad_i += scale (g_i (C - c_self) + (Cg - g_self c_self)): C sums the columns of row i's class (left out
 // where row_weights is null), Cg the same columns, each times its own upstream gradient (left out where
 // weighted has none).
 template <class T>
@@ -149,7 +149,7 @@ __global__ void positive_sum_gradient(typename Accumulator<T>::type* grad, const
         if (row_weights) g += row_weights[row_order[i]] * (sum - x);
         if (weighted.weights) g += sum_weighted - (own >= 0 ? weighted.weight(own) * x : A(0));
         if (r.y - r.x <= (own >= 0)) g = 0;
-        grad[row_order[i] * plain.width + d] = *scale * g;
+        grad[row_order[i] * plain.width + d] += *scale * g;
       }
     }
   }

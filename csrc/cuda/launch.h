@@ -44,7 +44,7 @@ struct Problem {
   const void *n, *p, *grad_n, *grad_p;                                          // stat [anchors]
   const void *candidate_n, *candidate_p, *candidate_grad_n, *candidate_grad_p;  // stat [candidates] or null
   void *out_n, *out_p;                                                          // stat [anchors]
-  void *grad_x, *grad_candidates;  // stat [anchors, width], stat [candidates, width] or null
+  void *grad_x, *grad_candidates;  // added to: stat [anchors, width], stat [candidates, width] or null
   void* out_grad_n;                // stat [anchors] or null
 
   void* workspace;  // workspace_bytes(problem) bytes, 256-byte aligned, any contents

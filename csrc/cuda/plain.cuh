@@ -150,7 +150,7 @@ static __global__ void plain_backward(PlainPairs pairs, PlainAnchors rows, Plain
     const int64_t at = pairs.rows.order[row];
     for (int k = 0; k < 4; ++k)
       if (d0 + kPlain * k + x < pairs.width)
-        grad[at * pairs.width + d0 + kPlain * k + x] = *pairs.scale * sum[k];
+        grad[at * pairs.width + d0 + kPlain * k + x] += *pairs.scale * sum[k];
     if (grad_n && x == 0 && blockIdx.y == 0) grad_n[at] = rows.grad_n[at] * sigmoids;
   }
 }
