@@ -62,9 +62,14 @@ class DataConfig:
     """Samples in one global batch: over all processes, before the views. A loss sees batch_size * views
     rows."""
 
-    sampler: Literal["shuffled", "balanced"] = "balanced"
-    """shuffled: every sample once an epoch; balanced: every batch holds the trained classes in equal
-    numbers."""
+    sampler: Literal["shuffled", "balanced", "groups"] = "balanced"
+    """shuffled: every sample once an epoch; balanced: every batch holds the trained classes in equal numbers;
+    groups: the groups of data.groups, whatever their sizes."""
+
+    groups: str | None = None
+    """Groups of the samples, for sampler=groups and loss.group_dro: annotated, the data's own, pairs of a
+    class and a fine label; or a file that `python -m pysupcon infer-groups` wrote for this data and these
+    splits."""
 
     val_fraction: float = 0.1
     """Share of the training images set apart for validation, stratified by fine class."""
@@ -92,6 +97,8 @@ class DataConfig:
         check(0 < self.val_fraction < 0.5, "data.val_fraction", "lie in (0, 0.5)", self.val_fraction)
         if self.image_size is not None:
             check(self.image_size >= 4, "data.image_size", "be at least 4", self.image_size)
+        if self.sampler == "groups":
+            check(self.groups is not None, "data.groups", "be given for data.sampler=groups", None)
         self._check_source()
 
     def resolve(self) -> None:

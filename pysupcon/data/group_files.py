@@ -1,0 +1,159 @@
+"""Groups of the training samples, for GroupDRO and for batches that hold every group equally often: the true
+ones, or those that ``python -m pysupcon infer-groups`` found, in a file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pysupcon.data.sources import FileImages, Samples
+from pysupcon.errors import ConfigError
+
+ANNOTATED = "annotated"
+FORMAT = "1"
+_SPLITS = ("train", "val")
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Groups of two splits, numbered through the classes; every group has a training sample.
+
+    Attributes:
+        train: [N] int64 in [0, G).
+        val: [M] int64 in [0, G), or -1 where the training split has no such group.
+        parent: [G] int64, the class of each group.
+        made_from: what they were inferred from; empty for true ones.
+    """
+
+    train: Tensor
+    val: Tensor
+    parent: Tensor
+    made_from: Mapping[str, Any]
+
+    @property
+    def counts(self) -> Tensor:
+        """[G] int64, training samples of each group."""
+        return torch.bincount(self.train, minlength=len(self.parent))
+
+
+def group_numbers(labels: Mapping[str, Tensor], fine: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The true groups of splits: pairs of a class and a fine label, numbered in ascending order.
+
+    Args:
+        labels, fine: class and fine label of every sample, int64 [N], by the name of the split.
+
+    Returns:
+        int64 [N], by the name of the split.
+    """
+    rows = [torch.stack([labels[name], fine[name]], dim=1) for name in labels]
+    numbers = torch.cat(rows).unique(dim=0, return_inverse=True)[1].split([len(part) for part in rows])
+    return dict(zip(labels, numbers, strict=True))
+
+
+def true_groups(labels: Mapping[str, Tensor], numbers: Mapping[str, Tensor]) -> Groups:
+    """The true groups as a training takes them: those of the training split alone, renumbered without gaps.
+
+    Args:
+        labels, numbers: class and true group of every sample of "train" and "val".
+    """
+    found, train = numbers["train"].unique(return_inverse=True)
+    place = torch.searchsorted(found, numbers["val"]).clamp(max=len(found) - 1)
+    val = torch.where(found[place] == numbers["val"], place, -1)
+    parent = torch.empty(len(found), dtype=torch.int64)
+    parent[train] = labels["train"]
+    return Groups(train, val, parent, {})
+
+
+def fingerprint(samples: Samples, labels: Tensor) -> str:
+    """SHA-256 of the images (of the last two parts of their paths, for image files) and their classes."""
+    digest = hashlib.sha256(labels.numpy().tobytes())
+    if isinstance(samples.images, FileImages):
+        for path in samples.images.paths:
+            digest.update("/".join(path.parts[-2:]).encode() + b"\n")
+    else:
+        digest.update(samples.images.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_groups(
+    path: Path, groups: Groups, samples: Mapping[str, Samples], labels: Mapping[str, Tensor]
+) -> None:
+    """Write a groups file (safetensors).
+
+    Args:
+        path: of the file; its folder is made.
+        groups: with ``made_from`` of JSON values; its "data" is told where the file fits no longer.
+        samples, labels: of "train" and "val"; their fingerprint goes along.
+    """
+    from safetensors.torch import save
+
+    metadata = {
+        "format": FORMAT,
+        "made_from": json.dumps(dict(groups.made_from), sort_keys=True),
+        **{name: fingerprint(samples[name], labels[name]) for name in _SPLITS},
+    }
+    tensors = {"train": groups.train, "val": groups.val, "parent": groups.parent}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
+
+
+def read_groups(path: Path, samples: Mapping[str, Samples], labels: Mapping[str, Tensor]) -> Groups:
+    """Read a groups file and check that it was made for these samples.
+
+    Args:
+        path: of the file.
+        samples, labels: of "train" and "val", as the training has them.
+
+    Raises:
+        ConfigError: there is no such file, it is damaged, or it belongs to other samples; names data.groups.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise ConfigError(
+            f"data.groups must be {ANNOTATED} or a file that `python -m pysupcon infer-groups` wrote, "
+            f"but there is no file {path}"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+        if metadata.get("format") != FORMAT:
+            raise ConfigError(
+                f"data.groups {path} has the format {metadata.get('format')}, this version reads {FORMAT}"
+            )
+        groups = Groups(**{name: tensors[name].long() for name in ("train", "val", "parent")},
+                        made_from=json.loads(metadata["made_from"]))  # fmt: skip
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise ConfigError(f"data.groups {path} is damaged or no groups file: {error!r}") from error
+    for name in _SPLITS:
+        given, found = getattr(groups, name), labels[name]
+        if len(given) != len(found):
+            raise ConfigError(
+                f"data.groups {path} holds groups of {len(given)} {name} samples, the {name} split has "
+                f"{len(found)}: it was made from {_told(groups)}"
+            )
+        if metadata.get(name) != fingerprint(samples[name], found):
+            raise ConfigError(
+                f"data.groups {path} belongs to other {name} samples than this config's: it was made from "
+                f"{_told(groups)}; infer the groups again from a run on this data"
+            )
+    numbers = groups.train
+    if int(numbers.min()) < 0 or int(numbers.max()) >= len(groups.parent) or bool((groups.counts < 1).any()):
+        raise ConfigError(
+            f"data.groups {path} must number the {len(groups.parent)} groups of the training samples without "
+            f"gaps, got {numbers.unique().tolist()}"
+        )
+    return groups
+
+
+def _told(groups: Groups) -> str:
+    data = groups.made_from.get("data", {})
+    return ", ".join(f"data.{name}={value}" for name, value in data.items() if value is not None) or "a run"
