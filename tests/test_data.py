@@ -21,7 +21,6 @@ from torchvision.utils import save_image
 
 from pysupcon.data import DataConfig
 from pysupcon.data import labels as groups
-from pysupcon.data.augment import view_transform
 from pysupcon.data.bundle import Data, load_data
 from pysupcon.data.samplers import BalancedBatches, Draw, ShuffledBatches
 from pysupcon.data.splits import stratified_split
@@ -254,74 +253,6 @@ def test_plain_dataset(digits: Data) -> None:
     assert abs(float(images.std()) - 1) < 0.05
     assert [train[i][2] for i in range(50)] == train.fine[:50].tolist()
     assert [train[i][1] for i in range(50)] == (train.fine[:50] >= 5).long().tolist()
-
-
-# --- views
-
-
-def test_views_are_a_function_of_the_draw(digits: Data) -> None:
-    dataset = digits.loader(digits.batches(seed=0, steps=1)).dataset
-    torch.manual_seed(1)
-    before = torch.get_rng_state()
-    views = dataset[(7, 100)][0]
-    assert torch.equal(before, torch.get_rng_state())
-    torch.manual_seed(2)
-    assert torch.equal(views, dataset[(7, 100)][0])
-    assert views.dtype == torch.uint8
-    assert not torch.equal(views[0], views[1])
-    assert not torch.equal(views, dataset[(7, 101)][0])
-
-
-def test_views_of_a_batch_are_independent() -> None:
-    """The same image twice in a batch, as two draws, is augmented differently."""
-    data = load_data(DataConfig(dataset="digits", batch_size=64))
-    dataset = data.loader(data.batches(seed=3, steps=1)).dataset
-    shown = {tuple(view.flatten().tolist()) for draw in range(50) for view in dataset[(0, draw)][0]}
-    assert len(shown) > 90  # of 100
-
-
-def test_loader_processes_change_nothing() -> None:
-    config = DataConfig(dataset="digits", batch_size=32)
-    data = load_data(config)
-    alone = list(data.loader(data.batches(seed=0, steps=3)))
-    config.workers = 2
-    shared = list(data.loader(data.batches(seed=0, steps=3)))
-    assert len(alone) == len(shared) == 3
-    for mine, theirs in zip(alone, shared, strict=True):
-        assert torch.equal(mine[0], theirs[0])
-        assert torch.equal(mine[1], theirs[1])
-
-
-@pytest.mark.parametrize("strength", ["weak", "strong"])
-def test_digits_are_never_flipped(strength: str) -> None:
-    image = torch.zeros(1, 28, 28, dtype=torch.uint8)
-    image[..., 6:22, 4:14] = 255  # left of the middle
-    views = view_transform(strength, "digits", 28)  # type: ignore[arg-type]
-    torch.manual_seed(0)
-    shown = torch.stack([views(image) for _ in range(100)]).double()
-    left, right = shown[..., :14].sum((1, 2, 3)), shown[..., 14:].sum((1, 2, 3))
-    flipped = (left < right).double().mean()
-    assert flipped < 0.25  # strong crops may move it, flips would make it half
-    grey = view_transform(strength, "grey", 28)  # type: ignore[arg-type]
-    other = torch.stack([grey(image) for _ in range(100)]).double()
-    assert 0.3 < (other[..., :14].sum((1, 2, 3)) < other[..., 14:].sum((1, 2, 3))).double().mean() < 0.7
-
-
-def test_no_augmentation_gives_the_image(digits: Data) -> None:
-    image = digits.splits["train"].images[0]
-    assert torch.equal(view_transform("none", "digits", 8)(image), image)
-    assert view_transform("none", "colour", 16)(torch.zeros(3, 20, 33, dtype=torch.uint8)).shape == (
-        3,
-        16,
-        16,
-    )
-
-
-def test_colour_views_vary_in_colour() -> None:
-    image = torch.full((3, 32, 32), 100, dtype=torch.uint8)
-    strong, weak = view_transform("strong", "colour", 32), view_transform("weak", "colour", 32)
-    assert len({float(strong(image).double().mean()) for _ in range(20)}) > 5
-    assert weak(image)[:, 8:24, 8:24].unique().tolist() == [100]
 
 
 # --- batches

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pysupcon.data.augment import Normalize, Transform, plain_transform, view_transform
+from pysupcon.data.augment import Augmentation, Fit, Normalize
 from pysupcon.data.config import DEFAULT_TEST_FRACTION, DataConfig
+from pysupcon.data.draws import uniforms
 from pysupcon.data.samplers import BalancedBatches, Draw, ShuffledBatches
 from pysupcon.data.sources import Samples, read_source
 from pysupcon.data.splits import stratified_split
@@ -35,7 +36,7 @@ class PlainDataset(Dataset[tuple[Tensor, int, int]]):
         coarse_names: list[str],
         fine_names: list[str],
     ) -> None:
-        self.samples, self.transform, self.normalize = samples, plain_transform(size), normalize
+        self.samples, self.fit, self.normalize = samples, Fit(size), normalize
         self.coarse, self.fine = samples.coarse, samples.fine
         self.coarse_names, self.fine_names = coarse_names, fine_names
 
@@ -43,40 +44,54 @@ class PlainDataset(Dataset[tuple[Tensor, int, int]]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        image = self.normalize(self.transform(self.samples.images[index]))
-        return image, int(self.coarse[index]), int(self.fine[index])
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int, int]]:
+        """The items of a batch at once, which is what a DataLoader asks for."""
+        images = self.normalize(torch.cat([self.fit(part) for part in _batches_of(self.samples, indices)]))
+        rows = torch.tensor(indices)
+        labels = (self.coarse[rows].tolist(), self.fine[rows].tolist())
+        return list(zip(images, *labels, strict=True))
 
 
 class ViewDataset(Dataset[tuple[Tensor, int]]):
     """Independently augmented views of the training samples.
 
     Item ``dataset[sample, draw]``: (views uint8 [V, C, S, S]; label). The views are a function of (seed,
-    draw, sample) alone, whichever process makes them; the caller's random state is left as it was."""
+    draw, sample) alone, whichever process makes them and whatever else is in the batch; no random state
+    moves."""
 
-    def __init__(self, samples: Samples, labels: Tensor, transform: Transform, views: int, seed: int) -> None:
-        self.samples, self.labels, self.transform, self.views, self.seed = (
-            samples,
-            labels,
-            transform,
-            views,
-            seed,
-        )
+    def __init__(
+        self, samples: Samples, labels: Tensor, augmentation: Augmentation, views: int, seed: int
+    ) -> None:
+        self.samples, self.labels, self.augmentation = samples, labels, augmentation
+        self.views, self.seed = views, seed
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, key: Draw) -> tuple[Tensor, int]:
-        sample, draw = key
-        generator = torch.default_generator
-        state = generator.get_state()
-        # the generator keeps 32 bits of a seed: odd factors spread neighbouring draws over all of them
-        generator.manual_seed((self.seed * 0x85EBCA6B + draw * 0x9E3779B1) % 2**32)
-        try:
-            image = self.samples.images[sample]
-            views = torch.stack([self.transform(image) for _ in range(self.views)])
-        finally:
-            generator.set_state(state)
-        return views, int(self.labels[sample])
+        views, labels = self.__getitems__([key])
+        return views[0], int(labels[0])
+
+    def __getitems__(self, keys: list[Draw]) -> tuple[Tensor, Tensor]:
+        """A batch at once, which is what a DataLoader asks for: views uint8 [b, V, C, S, S] and labels int64
+        [b]."""
+        samples = [sample for sample, _ in keys]
+        numbers = uniforms(self.seed, [draw for _, draw in keys], self.views * self.augmentation.count)
+        numbers = numbers.view(len(keys), self.views, self.augmentation.count)
+        parts = _batches_of(self.samples, samples)
+        sizes = [len(part) for part in parts]
+        views = [self.augmentation(*each) for each in zip(parts, numbers.split(sizes), strict=True)]
+        return views[0] if len(views) == 1 else torch.cat(views), self.labels[torch.tensor(samples)]
+
+
+def _batches_of(samples: Samples, indices: list[int]) -> list[Tensor]:
+    """Images as batches uint8 [n, C, H, W], together those of ``indices`` in order: files, which differ in
+    size, one by one, others all at once."""
+    if isinstance(samples.images, Tensor):
+        return [samples.images[torch.tensor(indices)]]
+    return [samples.images[index].unsqueeze(0) for index in indices]
 
 
 class Data:
@@ -154,14 +169,15 @@ class Data:
     ) -> DataLoader[Any]:
         """Batches of (views uint8 [b, V, C, S, S], labels int64 [b]), b this process's share of a global
         batch."""
-        transform = view_transform(self.config.augmentation, self._family, self.image_size)
+        augmentation = Augmentation(self.config.augmentation, self._family, self.image_size)
         dataset = ViewDataset(
-            self.splits[split], self._labels(split), transform, self.config.views, batches.seed
+            self.splits[split], self._labels(split), augmentation, self.config.views, batches.seed
         )
         workers = self.config.workers
         return DataLoader(
             dataset,
             batch_sampler=batches,
+            collate_fn=_already_a_batch,
             num_workers=workers,
             pin_memory=pin_memory,
             worker_init_fn=_one_thread if workers else None,
@@ -172,6 +188,10 @@ class Data:
     def _labels(self, split: str) -> Tensor:
         samples = self.splits[split]
         return samples.coarse if self.config.labels == "coarse" else samples.fine
+
+
+def _already_a_batch(batch: Any) -> Any:
+    return batch
 
 
 def _one_thread(_: int) -> None:

@@ -1,0 +1,323 @@
+"""Views: whole batches equal torchvision sample by sample, and are a function of the draw."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from pysupcon.data import DataConfig
+from pysupcon.data.augment import Augmentation, Fit
+from pysupcon.data.bundle import Data, PlainDataset, load_data
+from pysupcon.data.colour import ColorJitter, RandomGrayscale, grey
+from pysupcon.data.draws import uniforms
+from pysupcon.data.geometry import RandomAffine, RandomCrop, RandomHorizontalFlip, RandomResizedCrop
+
+BILINEAR = v2.InterpolationMode.BILINEAR
+
+
+@pytest.fixture(scope="module")
+def digits() -> Data:
+    return load_data(DataConfig(dataset="digits", batch_size=64))
+
+
+def pictures(count: int, channels: int, height: int, width: int) -> Tensor:
+    """Smooth enough that a bilinear weight matters, with saturated pixels."""
+    generator = torch.Generator().manual_seed(0)
+    small = torch.rand(count, channels, 5, 5, generator=generator) * 400 - 70
+    return (
+        torch.nn.functional.interpolate(small, (height, width), mode="bicubic").clamp(0, 255).to(torch.uint8)
+    )
+
+
+def numbers_for(step: object, count: int) -> Tensor:
+    return uniforms(1, range(count), step.count)  # type: ignore[attr-defined]
+
+
+def furthest(mine: Tensor, theirs: Tensor) -> int:
+    assert mine.dtype == theirs.dtype == torch.uint8
+    assert mine.shape == theirs.shape
+    return int((mine.int() - theirs.int()).abs().max())
+
+
+# --- the same pixels as torchvision, with the same parameters
+
+
+@pytest.mark.parametrize(("height", "width"), [(28, 28), (9, 14)])  # usual; odd, even and not square
+@pytest.mark.parametrize("step", [RandomAffine(10, translate=0.1), RandomAffine(15, shear=10)])
+def test_affine(step: RandomAffine, height: int, width: int) -> None:
+    images = pictures(60, 3, height, width)
+    numbers = numbers_for(step, 60)
+    angles, shears, shifts = (each.tolist() for each in step.parameters(numbers, height, width))
+    theirs = [
+        F.affine(image, angle, [int(s) for s in shift], 1.0, [shear, 0.0], BILINEAR, fill=0)
+        for image, angle, shear, shift in zip(images, angles, shears, shifts, strict=True)
+    ]
+    mine = step(images, numbers)
+    assert furthest(mine, torch.stack(theirs)) <= 1
+    assert (mine != torch.stack(theirs)).double().mean() < 1e-3  # ties of rounding only
+    assert furthest(mine, images) > 100
+
+
+def test_crop_and_flip() -> None:
+    images = pictures(60, 3, 12, 12)
+    crop, flip = RandomCrop(3), RandomHorizontalFlip()
+    numbers = numbers_for(crop, 60)
+    top, left = (each.tolist() for each in crop.parameters(numbers))
+    padded = F.pad(images, [3, 3, 3, 3])
+    theirs = [F.crop(p, t, w, 12, 12) for p, t, w in zip(padded, top, left, strict=True)]
+    assert torch.equal(crop(images, numbers), torch.stack(theirs))
+    assert set(top) == set(left) == set(range(7))
+    numbers = numbers_for(flip, 60)
+    mirrored = torch.stack(
+        [F.horizontal_flip(i) if n < 0.5 else i for i, n in zip(images, numbers, strict=True)]
+    )
+    assert torch.equal(flip(images, numbers), mirrored)
+    assert 15 < int((numbers < 0.5).sum()) < 45
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size"),
+    [
+        (28, 28, 28),  # usual
+        (10, 15, 32),  # made larger, not square
+        (40, 30, 16),  # made smaller: torchvision itself
+        (3, 30, 30),  # no try fits: the window in the middle
+    ],
+)
+def test_resized_crop(height: int, width: int, size: int) -> None:
+    images = pictures(60, 3, height, width)
+    step = RandomResizedCrop(size, (0.2, 1.0))
+    numbers = numbers_for(step, 60)
+    windows = torch.stack(step.parameters(numbers, height, width), 1)
+    theirs = [
+        F.resized_crop(image, *window, [size, size], antialias=True)
+        for image, window in zip(images, windows.tolist(), strict=True)
+    ]
+    mine = step(images, numbers)
+    assert furthest(mine, torch.stack(theirs)) <= 1  # torchvision computes with 16-bit weights
+    top, left, tall, wide = windows.unbind(1)
+    assert (top >= 0).all()
+    assert (left >= 0).all()
+    assert (top + tall <= height).all()
+    assert (left + wide <= width).all()
+    if height == 3:
+        assert windows.unique(dim=0).tolist() == [[0, 13, 3, 4]]
+
+
+CHANGES = [F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue]
+
+
+@pytest.mark.parametrize("only", range(4))
+def test_each_change_of_colour(only: int) -> None:
+    images = pictures(40, 3, 16, 16)
+    widths = [0.4 * (only == k) for k in range(3)] + [0.1 * (only == 3)]
+    step = ColorJitter(*widths)
+    numbers = numbers_for(step, 40)
+    strengths = step.parameters(numbers)[2][:, only].tolist()
+    theirs = torch.stack([CHANGES[only](i, s) for i, s in zip(images, strengths, strict=True)])
+    # the changes of no width are the identity, up to one rounding in the hue
+    assert furthest(step(images, numbers), theirs) <= (1 if only < 3 else 2)
+    assert (step(images, numbers) != theirs).double().mean() < 0.02
+    assert furthest(theirs, images) > 20
+
+
+def test_colour_jitter_in_its_order() -> None:
+    images = pictures(100, 3, 16, 16)
+    step = ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8)
+    numbers = numbers_for(step, 100)
+    changed, orders, strengths = step.parameters(numbers)
+    theirs = images.clone()
+    for row in changed.nonzero().flatten().tolist():
+        for change in orders[row].tolist():
+            theirs[row] = CHANGES[change](theirs[row], float(strengths[row, change]))
+    mine = step(images, numbers)
+    assert furthest(mine, theirs) <= 4  # a difference of rounding goes through the later changes
+    assert (mine != theirs).double().mean() < 0.02
+    assert 65 < int(changed.sum()) < 95
+    assert len(orders.unique(dim=0)) > 18  # of 24
+    assert torch.equal(mine[~changed], images[~changed])
+
+
+def test_greyscale() -> None:
+    images = pictures(60, 3, 16, 16)
+    step = RandomGrayscale(0.2)
+    numbers = numbers_for(step, 60)
+    mine = step(images, numbers)
+    chosen = numbers[:, 0] < 0.2
+    assert furthest(mine[chosen], F.rgb_to_grayscale(images[chosen], 3)) <= 1
+    assert torch.equal(mine[~chosen], images[~chosen])
+    assert torch.equal(mine[chosen, 0], grey(images[chosen].float())[:, 0].to(torch.uint8))
+    assert 4 < int(chosen.sum()) < 22
+
+
+# --- the same distribution of parameters as torchvision
+
+
+def test_parameters_are_distributed_as_torchvisions() -> None:
+    torch.manual_seed(0)
+    count = 2000
+    image = torch.zeros(3, 20, 20, dtype=torch.uint8)
+    theirs = v2.RandomResizedCrop(20, scale=(0.2, 1.0))
+    found = [theirs.make_params([image]) for _ in range(count)]
+    crop = RandomResizedCrop(20, (0.2, 1.0))
+    mine = dict(
+        zip(
+            ("top", "left", "height", "width"), crop.parameters(numbers_for(crop, count), 20, 20), strict=True
+        )
+    )
+    samples = {name: (mine[name], [each[name] for each in found]) for name in mine}
+    affine = RandomAffine(15, translate=0.2, shear=10)
+    other = v2.RandomAffine(15, translate=(0.2, 0.2), shear=10)
+    drawn = [other.make_params([image]) for _ in range(count)]
+    angle, shear, shift = affine.parameters(numbers_for(affine, count), 20, 20)
+    samples["angle"] = (angle, [each["angle"] for each in drawn])
+    samples["shear"] = (shear, [each["shear"][0] for each in drawn])
+    samples["shift"] = (shift[:, 1], [each["translate"][1] for each in drawn])
+    jitter = ColorJitter(0.4, 0.4, 0.4, 0.1)
+    third = v2.ColorJitter(0.4, 0.4, 0.4, 0.1)
+    colours = [third.make_params([image]) for _ in range(count)]
+    strengths = jitter.parameters(numbers_for(jitter, count))[2]
+    for k, name in enumerate(("brightness", "contrast", "saturation", "hue")):
+        samples[name] = (strengths[:, k], [each[f"{name}_factor"] for each in colours])
+    for name, (ours, given) in samples.items():
+        a, b = np.sort(np.asarray(ours, dtype=float)), np.sort(np.asarray(given, dtype=float))
+        values = np.concatenate([a, b])
+        gap = np.abs(np.searchsorted(a, values, "right") - np.searchsorted(b, values, "right")).max() / count
+        assert gap < 0.055, name  # Kolmogorov and Smirnov's distance; 0.055 is passed once in 200
+
+
+# --- random numbers
+
+
+def test_numbers_belong_to_their_draw() -> None:
+    alone = torch.cat([uniforms(3, [draw], 7) for draw in (5, 6, 90, 7)])
+    assert torch.equal(uniforms(3, [5, 6, 90, 7], 7), alone)  # far apart: one by one
+    assert torch.equal(uniforms(3, [5, 6, 20, 7], 7)[[0, 1, 3]], alone[[0, 1, 3]])  # all that lies between
+    assert not torch.equal(uniforms(4, [5], 7), alone[:1])
+    assert torch.equal(uniforms(3 + 2**64, [5], 7), alone[:1])
+    assert uniforms(3, [], 7).shape == (0, 7)
+    assert uniforms(3, [1, 2], 0).shape == (2, 0)
+    assert torch.equal(uniforms(3, [2**40], 7), uniforms(3, [2**40, 2**40 + 1], 7)[:1])
+    many = uniforms(0, range(4000), 5)
+    assert many.dtype == torch.float64
+    assert 0 <= float(many.min()) < 0.001
+    assert 0.999 < float(many.max()) < 1
+    assert torch.allclose(many.mean(0), torch.full((5,), 0.5, dtype=torch.float64), atol=0.02)
+    correlations = torch.corrcoef(torch.cat([many[:-1].T, many[1:].T])) - torch.eye(10)
+    assert correlations.abs().max() < 0.06  # neither within a draw nor from one to the next
+
+
+def test_numbers_never_change() -> None:
+    """A run is resumed with the views it would have had; later versions must draw the same."""
+    assert uniforms(0, [0], 2)[0].tolist() == [0.011546754286331562, 0.24154919656271812]
+    assert uniforms(7, [123456789], 2)[0].tolist() == [0.882302869278809, 0.08636463132337013]
+
+
+# --- views
+
+
+@pytest.mark.parametrize("strength", ["none", "weak", "strong"])
+@pytest.mark.parametrize("family", ["digits", "grey", "colour"])
+def test_a_view_does_not_depend_on_its_batch(strength: str, family: str) -> None:
+    images = pictures(150, 3 if family == "colour" else 1, 20, 20)
+    augmentation = Augmentation(strength, family, 20)  # type: ignore[arg-type]
+    numbers = uniforms(0, range(150), 2 * augmentation.count).view(150, 2, augmentation.count)
+    together = augmentation(images, numbers)
+    assert together.shape == (150, 2, images.shape[1], 20, 20)
+    for row in (0, 63, 64, 149):
+        one = slice(row, row + 1)
+        assert torch.equal(augmentation(images[one], numbers[one])[0], together[row])
+    if strength == "none":
+        assert torch.equal(together, images.unsqueeze(1).expand_as(together))
+    else:
+        assert not torch.equal(together[:, 0], together[:, 1])
+
+
+def test_views_are_a_function_of_the_draw(digits: Data) -> None:
+    dataset = digits.loader(digits.batches(seed=0, steps=1)).dataset
+    before = torch.get_rng_state()
+    views = dataset[(7, 100)][0]
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(2)
+    assert torch.equal(views, dataset[(7, 100)][0])
+    assert views.dtype == torch.uint8
+    assert not torch.equal(views[0], views[1])
+    assert not torch.equal(views, dataset[(7, 101)][0])
+    batch, labels = dataset.__getitems__([(3, 99), (7, 100), (7, 101)])  # type: ignore[attr-defined]
+    assert torch.equal(batch[1], views)
+    assert labels.tolist() == [dataset[(3, 0)][1], dataset[(7, 0)][1], dataset[(7, 0)][1]]
+
+
+def test_views_of_a_batch_are_independent(digits: Data) -> None:
+    """The same image twice in a batch, as two draws, is augmented differently."""
+    dataset = digits.loader(digits.batches(seed=3, steps=1)).dataset
+    shown = {tuple(view.flatten().tolist()) for draw in range(50) for view in dataset[(0, draw)][0]}
+    assert len(shown) > 90  # of 100
+
+
+@pytest.mark.parametrize("augmentation", ["none", "strong"])
+def test_loader_processes_change_nothing(augmentation: str) -> None:
+    config = DataConfig(dataset="digits", batch_size=32, augmentation=augmentation)  # type: ignore[arg-type]
+    data = load_data(config)
+    alone = list(data.loader(data.batches(seed=0, steps=3)))
+    config.workers = 2
+    shared = list(data.loader(data.batches(seed=0, steps=3)))
+    assert len(alone) == len(shared) == 3
+    for mine, theirs in zip(alone, shared, strict=True):
+        assert torch.equal(mine[0], theirs[0])
+        assert torch.equal(mine[1], theirs[1])
+
+
+def test_views_without_augmentation_are_not_copied(digits: Data) -> None:
+    data = load_data(DataConfig(dataset="digits", batch_size=16, augmentation="none", views=3))
+    views, _ = next(iter(data.loader(data.batches(seed=0, steps=1))))
+    assert views.shape == (16, 3, 1, 8, 8)
+    assert views.stride(1) == 0
+
+
+def test_a_plain_batch_is_its_items(digits: Data) -> None:
+    whole = digits.plain("test")
+    assert isinstance(whole, PlainDataset)
+    batch = whole.__getitems__([4, 0, 9])
+    for row, (image, coarse, fine) in zip((4, 0, 9), batch, strict=True):
+        alone = whole[row]
+        assert torch.equal(image, alone[0])
+        assert (coarse, fine) == alone[1:] == (int(whole.coarse[row]), int(whole.fine[row]))
+
+
+def views_of(strength: str, family: str, image: Tensor, count: int) -> Tensor:
+    augmentation = Augmentation(strength, family, image.shape[-1])  # type: ignore[arg-type]
+    numbers = uniforms(0, range(count), augmentation.count).unsqueeze(1)
+    return augmentation(image.expand(count, -1, -1, -1), numbers)[:, 0]
+
+
+@pytest.mark.parametrize("strength", ["weak", "strong"])
+def test_digits_are_never_flipped(strength: str) -> None:
+    image = torch.zeros(1, 28, 28, dtype=torch.uint8)
+    image[..., 6:22, 4:14] = 255  # left of the middle
+    shown = views_of(strength, "digits", image, 100).double()
+    left, right = shown[..., :14].sum((1, 2, 3)), shown[..., 14:].sum((1, 2, 3))
+    flipped = (left < right).double().mean()
+    assert flipped < 0.25  # strong crops may move it, flips would make it half
+    other = views_of(strength, "grey", image, 100).double()
+    assert 0.3 < (other[..., :14].sum((1, 2, 3)) < other[..., 14:].sum((1, 2, 3))).double().mean() < 0.7
+
+
+def test_no_augmentation_gives_the_image() -> None:
+    wide = torch.randint(0, 256, (2, 3, 20, 33), dtype=torch.uint8)
+    nothing = torch.empty(2, 1, 0, dtype=torch.float64)
+    assert torch.equal(Augmentation("none", "colour", 16)(wide, nothing)[:, 0], Fit(16)(wide))
+    assert Fit(16)(wide).shape == (2, 3, 16, 16)
+    assert Fit(20)(wide[..., :20]).data_ptr() == wide.data_ptr()
+
+
+def test_colour_views_vary_in_colour() -> None:
+    image = torch.full((3, 32, 32), 100, dtype=torch.uint8)
+    strong = views_of("strong", "colour", image, 20)
+    assert len(set(strong.double().mean((1, 2, 3)).tolist())) > 5
+    weak = views_of("weak", "colour", image, 20)
+    assert weak[:, :, 8:24, 8:24].unique().tolist() == [100]
