@@ -53,26 +53,10 @@ class Config:
         """
         for part in (self.data, self.model, self.loss, self.optimizer, self.trainer):
             part.check()
-        loss, views = self.loss, self.data.views
-        if loss.name in NEEDS_VIEWS and views < 2:
-            raise ConfigError(
-                f"data.views must be at least 2 for loss.name={loss.name}, whose positives or weights are "
-                f"the other views of a sample, got {views}"
-            )
-        if loss.contrast_mode == "one" and views < 2:
-            raise ConfigError(f"loss.contrast_mode=one needs data.views of at least 2, got {views}")
-        if loss.cross_entropy_weight > 0 and not self.model.classifier:
-            raise ConfigError(
-                f"loss.cross_entropy_weight is {loss.cross_entropy_weight}, but model.classifier is false: "
-                "there are no logits; pass --model.classifier true"
-            )
-        if self.model.classifier and loss.cross_entropy_weight == 0:
-            raise ConfigError(
-                "model.classifier is true, but loss.cross_entropy_weight is 0: the head would never be "
-                "trained"
-            )
-        if self.trainer.best_by == "cross_entropy" and not self.model.classifier:
-            raise ConfigError("trainer.best_by=cross_entropy needs model.classifier, which is false")
+        if not self.model.concatenated:  # nothing is trained
+            self._check_views()
+            self._check_parts_of_the_loss()
+            self._check_best_by()
         if self.optimizer.warmup_epochs > self.trainer.epochs:
             raise ConfigError(
                 f"optimizer.warmup_epochs must be at most trainer.epochs={self.trainer.epochs}, "
@@ -81,9 +65,73 @@ class Config:
         for filled in (self.data, self.model, self.loss, self.optimizer):
             filled.resolve()
 
+    def _check_views(self) -> None:
+        loss, views = self.loss, self.data.views
+        if loss.name in NEEDS_VIEWS and views < 2:
+            raise ConfigError(
+                f"data.views must be at least 2 for loss.name={loss.name}, whose positives or weights are "
+                f"the other views of a sample, got {views}"
+            )
+        if loss.contrast_mode == "one" and views < 2:
+            raise ConfigError(f"loss.contrast_mode=one needs data.views of at least 2, got {views}")
+        if loss.infonce_weight > 0 and views < 2:
+            raise ConfigError(f"loss.infonce_weight needs data.views of at least 2, got {views}")
+        if loss.pairing == "cross" and views != 2:
+            raise ConfigError(f"loss.pairing=cross needs data.views of 2, got {views}")
+
+    def _check_parts_of_the_loss(self) -> None:
+        """No head without a weight, no weight without a head."""
+        loss, model = self.loss, self.model
+        if loss.cross_entropy_weight > 0 and not model.classifier:
+            raise ConfigError(
+                f"loss.cross_entropy_weight is {loss.cross_entropy_weight}, but model.classifier is false: "
+                "there are no logits; pass --model.classifier true"
+            )
+        if model.classifier and loss.cross_entropy_weight == 0:
+            raise ConfigError(
+                "model.classifier is true, but loss.cross_entropy_weight is 0: the head would never be "
+                "trained"
+            )
+        if loss.reconstruction_weight > 0 and model.decoder == "none":
+            raise ConfigError(
+                f"loss.reconstruction_weight is {loss.reconstruction_weight}, but model.decoder is none: "
+                "there is no reconstruction; pass --model.decoder plain or labelled"
+            )
+        if model.decoder != "none" and loss.reconstruction_weight == 0:
+            raise ConfigError(
+                f"model.decoder is {model.decoder}, but loss.reconstruction_weight is 0: the decoder would "
+                "never be trained"
+            )
+        if loss.name != "none":
+            return
+        if not model.classifier and model.decoder == "none":
+            raise ConfigError(
+                "loss.name=none leaves nothing to train on: pass --model.classifier true "
+                "--loss.cross_entropy_weight 1, or --model.decoder plain --loss.reconstruction_weight 1"
+            )
+        if model.encoders == "two":
+            raise ConfigError(
+                "model.encoders=two needs a contrastive loss for the first backbone, got loss.name=none"
+            )
+        for name, wrong in (("projection", model.projection != "none"), ("normalize", not model.normalize)):
+            if wrong:
+                raise ConfigError(
+                    f"model.{name} has no effect with loss.name=none, for which no row is contrasted: leave "
+                    "it out"
+                )
+
+    def _check_best_by(self) -> None:
+        best_by = self.trainer.best_by
+        if best_by == "cross_entropy" and not self.model.classifier:
+            raise ConfigError("trainer.best_by=cross_entropy needs model.classifier, which is false")
+        if best_by == "reconstruction" and self.model.decoder == "none":
+            raise ConfigError("trainer.best_by=reconstruction needs model.decoder, which is none")
+        if best_by == "contrastive" and self.loss.name == "none":
+            raise ConfigError("trainer.best_by=contrastive needs a contrastive loss, but loss.name is none")
+
 
 def parse_args(args: Sequence[str] | None = None) -> tuple[Config, str]:
-    """Read the command line: ``--config FILE.yaml`` and ``--FIELD VALUE`` overrides.
+    """Read the command line: ``--config FILE.yaml`` (see :func:`compose`) and ``--FIELD VALUE`` overrides.
 
     Args:
         args: the arguments; None takes ``sys.argv``. ``--help`` and ``--print_config`` print and exit.
@@ -96,9 +144,57 @@ def parse_args(args: Sequence[str] | None = None) -> tuple[Config, str]:
     """
     parser = _parser()
     config, parsed = _instantiate(parser, lambda: parser.parse_args(args))
+    if config.model.concatenated:
+        raise ConfigError("model.concatenated describes backbones that are frozen: it cannot be trained")
     files = parsed.get("config") or []
     name = Path(str(files[-1])).stem if files else f"{config.loss.name}-{config.data.dataset}"
     return config, name
+
+
+def compose(path: str | Path) -> dict[str, Any]:
+    """The fields of a config file, on top of those of the files that its ``config`` names.
+
+    ``config: FILE``, or ``config: [FILE, FILE]``, relative to the file itself, may stand anywhere in it. The
+    named files come first, in order, then the file's own fields; sections are merged, whatever else is said
+    twice is what is said last. The named files may name files in turn.
+
+    Raises:
+        ConfigError: a file is missing, broken, no mapping, or names itself; the message names it.
+    """
+    return _compose(Path(path), ())
+
+
+def _compose(path: Path, within: tuple[Path, ...]) -> dict[str, Any]:
+    from jsonargparse import get_loader
+
+    place = path.resolve()
+    if place in within:
+        raise ConfigError(f"{path}: config must not lead back to the file itself")
+    try:
+        own = get_loader("yaml")(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        asked = f" (named by {within[-1]})" if within else ""
+        raise ConfigError(f"{path}{asked} cannot be read as YAML: {_one_line(error)}") from error
+    own = {} if own is None else own
+    if not isinstance(own, dict):
+        raise ConfigError(f"{path} must hold a mapping of config fields, got {type(own).__name__}")
+    named = own.pop("config", [])
+    named = [named] if isinstance(named, str) else named
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise ConfigError(f"{path}: config must be a file or a list of files, got {named!r}")
+    fields: dict[str, Any] = {}
+    for name in named:
+        _merge(fields, _compose(path.parent / name, (*within, place)))
+    _merge(fields, own)
+    return fields
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> None:
+    for key, value in above.items():
+        if isinstance(value, dict) and isinstance(below.get(key), dict):
+            _merge(below[key], value)
+        else:
+            below[key] = value
 
 
 def load_config(path: str | Path) -> Config:
@@ -161,7 +257,18 @@ def _parser() -> Any:
         description="Train a representation with a contrastive loss. Fields come from --config FILE.yaml; "
         "arguments after it override the file, e.g. --loss.temperature 0.1.",
     )  # fmt: skip
-    parser.add_argument("--config", action="config", help="A YAML file with any of the fields below.")
+
+    class ComposedFile(jsonargparse.ActionConfigFile):
+        """What jsonargparse offers for a ``config`` in a file takes one file, and replaces whole sections."""
+
+        def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+            self.apply_config(parser, cfg, self.dest, yaml.safe_dump(compose(values), sort_keys=False))
+            cfg[self.dest][-1] = values
+
+    parser.add_argument(
+        "--config", action=ComposedFile,
+        help="A YAML file with any of the fields below, and config: the files it extends, relative to it.",
+    )  # fmt: skip
     parser.add_class_arguments(Config)
     return parser
 
@@ -174,6 +281,8 @@ def _instantiate(parser: Any, parse: Any) -> tuple[Config, Any]:
         config = Config(
             **{name: value for name, value in parser.instantiate(parsed).items() if name != "config"}
         )
+    except ConfigError:
+        raise
     except (argparse.ArgumentError, TypeError, KeyError, yaml.YAMLError) as error:
         raise ConfigError(_one_line(error)) from error
     except ValueError as error:  # of a component that checks itself

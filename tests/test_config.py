@@ -11,6 +11,7 @@ from pysupcon.config import Config, load_config, parse_args, to_yaml
 from pysupcon.errors import ConfigError
 from pysupcon.train import main
 
+ENTROPY = "--loss.name none --model.classifier true --loss.cross_entropy_weight 1"
 RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
 
@@ -29,6 +30,45 @@ RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
         ("--loss.contrast_mode one --data.views 1", "loss.contrast_mode=one needs data.views of at least 2"),
         ("--loss.cross_entropy_weight 1", "loss.cross_entropy_weight is 1.0, but model.classifier is false"),
         ("--model.classifier true", "model.classifier is true, but loss.cross_entropy_weight is 0"),
+        ("--loss.reconstruction_weight 1", "loss.reconstruction_weight is 1.0, but model.decoder is none"),
+        ("--model.decoder plain", "model.decoder is plain, but loss.reconstruction_weight is 0"),
+        ("--loss.reconstruction_weight -1", "loss.reconstruction_weight must be at least 0, got -1"),
+        ("--loss.name none", "loss.name=none leaves nothing to train on: pass --model.classifier true"),
+        (f"{ENTROPY} --loss.temperature 1", "loss.temperature has no effect with loss.name=none: leave it"),
+        (f"{ENTROPY} --loss.weight 2", "loss.weight has no effect with loss.name=none"),
+        (f"{ENTROPY} --loss.pairing cross", "loss.pairing has no effect with loss.name=none"),
+        (f"{ENTROPY} --loss.alpha 0.5", "loss.alpha has no effect with loss.name=none, only with spread"),
+        (f"{ENTROPY} --model.projection mlp", "model.projection has no effect with loss.name=none"),
+        (f"{ENTROPY} --model.normalize false", "model.normalize has no effect with loss.name=none"),
+        (f"{ENTROPY} --trainer.best_by contrastive", "best_by=contrastive needs a contrastive loss"),
+        ("--trainer.best_by reconstruction", "trainer.best_by=reconstruction needs model.decoder"),
+        ("--loss.name infonce --loss.infonce_weight 1", "loss.infonce_weight is for InfoNCE beside another"),
+        ("--loss.infonce_weight 1 --data.views 1", "loss.infonce_weight needs data.views of at least 2"),
+        ("--loss.pairing cross --data.views 3", "loss.pairing=cross needs data.views of 2, got 3"),
+        ("--loss.pairing cross --loss.gather ring", "loss.gather must be left out for loss.pairing=cross"),
+        (
+            "--loss.pairing cross --loss.contrast_mode one",
+            "loss.contrast_mode must be left out for loss.pair",
+        ),
+        ("--model.encoders two", "model.encoders=two needs model.decoder, which trains the second backbone"),
+        (
+            "--model.encoders two --model.decoder plain --loss.reconstruction_weight 1 --loss.name none",
+            "model.encoders=two needs a contrastive loss for the first backbone",
+        ),
+        ("--model.lipschitz 2", "model.lipschitz has no effect with model.spectral_norm=false"),
+        ("--model.spectral_norm true --model.lipschitz 0", "model.lipschitz must be greater than 0, got 0"),
+        (
+            '--model.concatenated [{"model":{}},{"model":{}}]',
+            "model.concatenated describes backbones that are",
+        ),
+        (
+            '--model.concatenated [{"model":{"depth":1}}]',
+            r"model.concatenated\[0\] must describe a trained model",
+        ),
+        (
+            '--model.concatenated [{"model":{}}] --model.classifier true',
+            "model.classifier has no effect with model.concatenated",
+        ),
         (
             "--model.width 8 --model.backbone resnet18",
             "model.width must be left out for the timm model resnet18",
@@ -111,6 +151,14 @@ def test_resolved_config_is_written_and_read_back(tmp_path: Path) -> None:
     resolved = (config.loss.temperature, config.loss.alpha, config.loss.base, config.optimizer.momentum)
     assert resolved == (0.5, 0.5, "supcon", 0.9)
     assert (config.model.width, config.model.projection_dim, config.data.test_fraction) == (32, 128, 0.2)
+    assert config.model.lipschitz is None
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_what_is_trained_without_a_contrastive_loss_has_no_temperature(tmp_path: Path) -> None:
+    config, _ = parse_args([*ENTROPY.split(), "--model.spectral_norm", "true"])
+    assert (config.loss.temperature, config.loss.alpha, config.model.lipschitz) == (None, None, 1.0)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "config.yaml") == config
 

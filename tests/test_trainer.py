@@ -76,6 +76,13 @@ def test_a_short_run_learns(tmp_path: Path) -> None:
         "--loss.name cnce --trainer.mixed_precision bf16 --trainer.chunk_size 30",
         "--loss.name infonce --loss.contrast_mode one",
         "--loss.name supcon --data.views 1 --trainer.chunk_size 50 --loss.learnable_temperature true",
+        "--loss.name none --model.classifier true --loss.cross_entropy_weight 1 --model.decoder labelled "
+        "--loss.reconstruction_weight 1 --trainer.chunk_size 100",
+        "--loss.name none --model.decoder plain --loss.reconstruction_weight 1",
+        "--loss.name spread --loss.pairing cross --loss.infonce_weight 0.5 --model.spectral_norm true "
+        "--trainer.ema_decay 0.5 --trainer.chunk_size 60 --trainer.mixed_precision bf16",
+        "--loss.name spread --model.encoders two --model.decoder plain --loss.reconstruction_weight 1 "
+        "--model.classifier true --loss.cross_entropy_weight 1 --trainer.best_by reconstruction",
     ],
 )
 def test_every_loss_and_option_trains(tmp_path: Path, args: str) -> None:
@@ -87,7 +94,15 @@ def test_every_loss_and_option_trains(tmp_path: Path, args: str) -> None:
     log = load_run(tmp_path).log()
     assert len(log) == 10
     rows = 128 * config.data.views
-    assert log[0]["valid_anchors"] == (128 if config.loss.contrast_mode == "one" else rows)
+    one = config.loss.contrast_mode == "one" or config.loss.pairing == "cross"
+    expected = None if config.loss.name == "none" else 128 if one else rows
+    assert log[0].get("valid_anchors") == expected
+    parts = {"contrastive": config.loss.name != "none", "chance": config.loss.name != "none"}
+    parts |= {"infonce": config.loss.infonce_weight > 0, "cross_entropy": config.model.classifier}
+    parts |= {"reconstruction": config.model.decoder != "none"}
+    parts |= {"second_cross_entropy": config.model.encoders == "two"}
+    assert {name: name in log[0] for name in parts} == parts
+    assert {name: f"val_{name}" in log[-1] for name in parts if name != "chance"}.items() <= parts.items()
     start = ContrastiveModel(config.model, channels=1, image_size=8, classes=2).state_dict()
     trained = load_run(tmp_path).model.state_dict()
     assert start.keys() == trained.keys()
@@ -240,9 +255,10 @@ LOSSES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("arguments", LOSSES, ids=lambda a: "-".join(map(str, a.values())))
-@pytest.mark.parametrize("mode", ["all", "one"])
+@pytest.mark.parametrize("mode", ["all", "one", "cross"])
 def test_chance_is_the_loss_of_a_collapsed_representation(arguments: dict[str, Any], mode: Any) -> None:
-    config = LossConfig(**arguments, contrast_mode=mode)
+    pairs = {"pairing": mode} if mode == "cross" else {"contrast_mode": mode}
+    config = LossConfig(**arguments, **pairs)
     config.resolve()
     labels = torch.tensor([0, 0, 0, 1, 1, 2])
     point = nn.functional.normalize(torch.ones(12, 4), dim=1)

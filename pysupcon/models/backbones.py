@@ -7,7 +7,9 @@ import difflib
 from torch import Tensor, nn
 
 from pysupcon.errors import ConfigError
-from pysupcon.models.config import DEFAULT_WIDTH, ModelConfig
+from pysupcon.models.concatenation import Concatenation
+from pysupcon.models.config import DEFAULT_LIPSCHITZ, DEFAULT_WIDTH, ModelConfig
+from pysupcon.models.spectral import constrain
 
 
 class SmallCNN(nn.Module):
@@ -42,11 +44,32 @@ def _conv(incoming: int, outgoing: int) -> nn.Module:
 
 
 def build_backbone(config: ModelConfig, channels: int, image_size: int) -> tuple[nn.Module, int]:
-    """The backbone of ``config`` and the number of dimensions of its embedding.
+    """What makes the embedding of ``config``, and the number of its dimensions.
+
+    With ``encoders="two"``, or parts to concatenate, it is a
+    :class:`~pysupcon.models.concatenation.Concatenation`.
 
     Raises:
         ConfigError: timm does not know the model or its arguments, or it has no stem to replace.
     """
+    if config.concatenated:
+        built = [build_backbone(part, channels, image_size) for part in config.parts()]
+    elif config.encoders == "two":
+        built = [_one_backbone(config, channels, image_size) for _ in range(2)]
+    else:
+        return _one_backbone(config, channels, image_size)
+    parts, widths = zip(*built, strict=True)
+    return Concatenation(parts, widths), sum(widths)
+
+
+def _one_backbone(config: ModelConfig, channels: int, image_size: int) -> tuple[nn.Module, int]:
+    backbone, width = _plain_backbone(config, channels, image_size)
+    if config.spectral_norm:
+        constrain(backbone, config.lipschitz or DEFAULT_LIPSCHITZ)
+    return backbone, width
+
+
+def _plain_backbone(config: ModelConfig, channels: int, image_size: int) -> tuple[nn.Module, int]:
     if config.backbone == "small_cnn":
         small = SmallCNN(channels, image_size, config.width or DEFAULT_WIDTH)
         return small, small.num_features

@@ -1,19 +1,20 @@
-"""Arguments of the model: backbone, projection head, classification head."""
+"""Arguments of the model: backbones, projection head, classification head, decoder."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from pysupcon.errors import ConfigError, check
 
 DEFAULT_WIDTH = 32
 DEFAULT_PROJECTION = 128
+DEFAULT_LIPSCHITZ = 1.0
 
 
 @dataclass
 class ModelConfig:
-    """Backbone and heads."""
+    """Backbone, heads and decoder."""
 
     backbone: str = "small_cnn"
     """small_cnn (8x8 to 32x32 images, trains on a CPU) or the name of any timm model, e.g. resnet18."""
@@ -41,12 +42,36 @@ class ModelConfig:
     classifier: bool = False
     """Linear classification head on the embedding; its weight in the loss is loss.cross_entropy_weight."""
 
+    decoder: Literal["none", "plain", "labelled"] = "none"
+    """Makes the image from the embedding again, through resize convolutions; the weight of its squared error
+    in the loss is loss.reconstruction_weight. labelled: it is also told the trained label. The side of the
+    images must be 4, 5, 6 or 7 times a power of two."""
+
+    encoders: Literal["one", "two"] = "one"
+    """two: backbones of one kind trained together, the first by the contrastive loss, the second by
+    reconstruction, each with a classification head if model.classifier. The embedding is both, of unit length
+    each, one after the other."""
+
+    spectral_norm: bool = False
+    """Divide the weight of every convolution and linear layer of the backbone by its largest singular value
+    (one power iteration a step), times lipschitz."""
+
+    lipschitz: float | None = None
+    """Largest singular value of a layer's weight; needs spectral_norm. None means 1."""
+
+    concatenated: list[dict[str, Any]] = field(default_factory=list)
+    """Written by `python -m pysupcon concatenate`: how each of the frozen backbones that stand side by side
+    was trained (model, loss, optimizer, epochs). Such a run is evaluated, not trained."""
+
     def check(self) -> None:
         """Refuse values that cannot run.
 
         Raises:
             ConfigError: names the field.
         """
+        if self.concatenated:
+            self._check_concatenated()
+            return
         small = self.backbone == "small_cnn"
         if small:
             check(not self.small_stem, "model.small_stem", "be false for small_cnn", self.small_stem)
@@ -60,10 +85,54 @@ class ModelConfig:
                     "model.projection_dim has no effect with model.projection=none: leave it out"
                 )
             check(self.projection_dim >= 1, "model.projection_dim", "be at least 1", self.projection_dim)
+        if self.lipschitz is not None:
+            if not self.spectral_norm:
+                raise ConfigError(
+                    "model.lipschitz has no effect with model.spectral_norm=false: leave it out"
+                )
+            check(self.lipschitz > 0, "model.lipschitz", "be greater than 0", self.lipschitz)
+        if self.encoders == "two" and self.decoder == "none":
+            raise ConfigError(
+                "model.encoders=two needs model.decoder, which trains the second backbone; got none"
+            )
 
     def resolve(self) -> None:
         """Write the values that None stands for."""
+        if self.concatenated:
+            return
         if self.backbone == "small_cnn" and self.width is None:
             self.width = DEFAULT_WIDTH
         if self.projection != "none" and self.projection_dim is None:
             self.projection_dim = DEFAULT_PROJECTION
+        if self.spectral_norm and self.lipschitz is None:
+            self.lipschitz = DEFAULT_LIPSCHITZ
+
+    def parts(self) -> list[ModelConfig]:
+        """Of the backbones in ``concatenated``. Their weights are plain: what bounded them in training is in
+        their values.
+
+        Raises:
+            ConfigError: an entry is no such description.
+        """
+        found = []
+        for number, entry in enumerate(self.concatenated):
+            try:
+                part = ModelConfig(**{**entry["model"], "spectral_norm": False, "lipschitz": None})
+                part.check()
+            except (KeyError, TypeError, ConfigError) as error:
+                raise ConfigError(
+                    f"model.concatenated[{number}] must describe a trained model: {error!r}"
+                ) from error
+            part.resolve()
+            found.append(part)
+        return found
+
+    def _check_concatenated(self) -> None:
+        plain = ModelConfig()
+        for entry in fields(self):
+            if entry.name != "concatenated" and getattr(self, entry.name) != getattr(plain, entry.name):
+                raise ConfigError(
+                    f"model.{entry.name} has no effect with model.concatenated, which describes the "
+                    "backbones: leave it out"
+                )
+        self.parts()

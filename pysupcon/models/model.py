@@ -1,14 +1,15 @@
-"""The trained model: backbone, projection head, classification head."""
+"""The trained model: backbones, projection head, classification heads, decoder."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pysupcon.models.backbones import build_backbone
+from pysupcon.models.concatenation import Concatenation, join, unit_rows
 from pysupcon.models.config import DEFAULT_PROJECTION, ModelConfig
+from pysupcon.models.decoder import build_decoder
 
 
 class Outputs(NamedTuple):
@@ -18,38 +19,80 @@ class Outputs(NamedTuple):
         embedding: features of the backbone, [B, E]; what the evaluators judge.
         projection: what the contrastive loss sees, [B, D]; of unit length unless ``normalize`` is false.
         logits: of the classification head, [B, classes]; None without one.
+        reconstruction: mean squared error of each image as the decoder makes it from its embedding, over its
+            channels and pixels, [B]; None without a decoder.
+        second_logits: of the second backbone's classification head, [B, classes]; None without one.
     """
 
     embedding: Tensor
     projection: Tensor
     logits: Tensor | None
+    reconstruction: Tensor | None = None
+    second_logits: Tensor | None = None
 
 
 class ContrastiveModel(nn.Module):
-    """``model(images) -> Outputs``; ``model.backbone(images)`` alone gives the embedding.
+    """``model(images, labels) -> Outputs``; ``model.backbone(images)`` alone gives the embedding.
+
+    With ``encoders="two"`` projection and ``classifier`` stand on the first backbone, decoder and
+    ``second_classifier`` on the second; the embedding is both (Chen et al. 2022, "Perfectly Balanced").
 
     Args:
-        config: backbone and heads.
+        config: backbones, heads and decoder.
         channels: of the images.
         image_size: side of the images, pixels.
-        classes: of the labels that are trained on; used by the classification head only.
+        classes: of the labels that are trained on; used by classification heads and a labelled decoder only.
     """
 
     def __init__(self, config: ModelConfig, *, channels: int, image_size: int, classes: int) -> None:
         super().__init__()
         self.backbone, self.embedding_dim = build_backbone(config, channels, image_size)
-        self.projection = _projection(config, self.embedding_dim)
-        self.classifier = nn.Linear(self.embedding_dim, classes) if config.classifier else None
+        self.two = config.encoders == "two"
+        widths = [self.embedding_dim]
+        if self.two:
+            assert isinstance(self.backbone, Concatenation)
+            widths = self.backbone.widths
+        self.projection = _projection(config, widths[0])
+        self.classifier = nn.Linear(widths[0], classes) if config.classifier else None
+        second = config.classifier and self.two
+        self.second_classifier = nn.Linear(widths[1], classes) if second else None
+        self.decoder = build_decoder(config, widths[-1], channels, image_size, classes)
         self.normalize = config.normalize
 
-    def forward(self, images: Tensor) -> Outputs:
-        embedding = self.backbone(images)
-        projection = self.projection(embedding)
-        if self.normalize:
-            # fp32: under autocast a 16-bit norm would leave rows up to 1e-3 away from unit length
-            projection = F.normalize(projection.float(), dim=1)
-        logits = self.classifier(embedding) if self.classifier is not None else None
-        return Outputs(embedding, projection, logits)
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Outputs:
+        """
+        Args:
+            images: [B, C, S, S].
+            labels: int64 [B]; a labelled decoder needs them, nothing else uses them.
+        """
+        features = self.backbone.each(images) if self.two else [self.backbone(images)]  # type: ignore[operator]
+        first, last = features[0], features[-1]
+        projection = self.projection(first)
+        return Outputs(
+            join(features) if self.two else first,
+            unit_rows(projection) if self.normalize else projection,
+            self.classifier(first) if self.classifier is not None else None,
+            self._reconstruction(last, images, labels) if self.decoder is not None else None,
+            self.second_classifier(last) if self.second_classifier is not None else None,
+        )
+
+    def reconstruct(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The images as the decoder makes them from their embeddings, [B, C, S, S].
+
+        Raises:
+            ValueError: there is no decoder, or it needs labels.
+        """
+        if self.decoder is None:
+            raise ValueError("reconstruct needs a model with a decoder (model.decoder)")
+        features = self.backbone.each(images)[-1] if self.two else self.backbone(images)  # type: ignore[operator]
+        made: Tensor = self.decoder(features, labels)
+        return made
+
+    def _reconstruction(self, features: Tensor, images: Tensor, labels: Tensor | None) -> Tensor:
+        assert self.decoder is not None
+        made = self.decoder(features, labels).to(images.dtype)  # the error in the images' precision
+        error: Tensor = (made - images).square().mean(dim=(1, 2, 3))
+        return error
 
 
 def _projection(config: ModelConfig, width: int) -> nn.Module:

@@ -7,17 +7,22 @@ from typing import Literal
 
 from pysupcon.errors import ConfigError, check
 
-LossName = Literal["supcon", "sincere", "eps_supinfonce", "cnce", "spread", "infonce"]
+LossName = Literal["supcon", "sincere", "eps_supinfonce", "cnce", "spread", "infonce", "none"]
 NEEDS_VIEWS = ("cnce", "spread", "infonce")
+CONTRASTIVE = (
+    "temperature", "learnable_temperature", "contrast_mode", "pairing", "gather", "backend", "weight",
+    "infonce_weight",
+)  # fmt: skip
+"""Fields without effect where there is no contrastive loss"""
 
 
 @dataclass
 class LossConfig:
-    """Contrastive loss, and cross-entropy beside it."""
+    """Contrastive loss; InfoNCE, cross-entropy and reconstruction beside it."""
 
     name: LossName = "supcon"
     """supcon, sincere, eps_supinfonce, cnce (class-conditional InfoNCE), spread (supcon or sincere mixed with
-    cnce), or infonce (no labels)."""
+    cnce), infonce (no labels), or none: cross-entropy or reconstruction alone."""
 
     temperature: float | None = None
     """Similarities are divided by it. None means 0.5 for spread and cnce, 0.07 for the others."""
@@ -37,6 +42,10 @@ class LossConfig:
     contrast_mode: Literal["all", "one"] = "all"
     """Anchors: the rows of all views, or of the first view alone."""
 
+    pairing: Literal["all", "cross"] = "all"
+    """all: a row is contrasted with all other rows; cross: rows of the second view, the anchors, with rows of
+    the first (needs two views), as in the paper of the spread loss."""
+
     gather: bool | Literal["ring"] = False
     """Several processes: contrast with the rows of all processes (true), passed around without any process
     holding all of them (ring), or with the process's own rows only (false)."""
@@ -47,8 +56,16 @@ class LossConfig:
     weight: float = 1.0
     """Weight of the contrastive loss in the sum."""
 
+    infonce_weight: float = 0.0
+    """Weight of InfoNCE beside a loss that takes labels; of the same temperature and pairs."""
+
     cross_entropy_weight: float = 0.0
-    """Weight of the classification head's cross-entropy in the sum; needs model.classifier."""
+    """Weight of the classification head's cross-entropy in the sum (of both heads', with two encoders); needs
+    model.classifier."""
+
+    reconstruction_weight: float = 0.0
+    """Weight of the reconstruction in the sum: the mean squared error of the views, normalised as the encoder
+    sees them; needs model.decoder."""
 
     def check(self) -> None:
         """Refuse values that cannot run.
@@ -64,18 +81,35 @@ class LossConfig:
         if self.alpha is not None:
             check(0 <= self.alpha <= 1, "loss.alpha", "lie in [0, 1]", self.alpha)
         check(self.weight > 0, "loss.weight", "be greater than 0", self.weight)
-        weight = self.cross_entropy_weight
-        check(weight >= 0, "loss.cross_entropy_weight", "be at least 0", weight)
+        for name in ("infonce_weight", "cross_entropy_weight", "reconstruction_weight"):
+            check(getattr(self, name) >= 0, f"loss.{name}", "be at least 0", getattr(self, name))
+        if self.name == "infonce" and self.infonce_weight > 0:
+            raise ConfigError(
+                "loss.infonce_weight is for InfoNCE beside another loss; with loss.name=infonce use "
+                "loss.weight"
+            )
+        if self.name == "none":
+            self._refuse_contrastive()
+        if self.pairing == "cross":
+            for name, wrong in (("contrast_mode", self.contrast_mode == "one"), ("gather", self.gather)):
+                value = getattr(self, name)
+                check(not wrong, f"loss.{name}", "be left out for loss.pairing=cross", value)
 
     def resolve(self) -> None:
         """Write the values that None stands for."""
-        if self.temperature is None:
+        if self.temperature is None and self.name != "none":
             self.temperature = 0.5 if self.name in ("spread", "cnce") else 0.07
         if self.name == "eps_supinfonce" and self.epsilon is None:
             self.epsilon = 0.25
         if self.name == "spread":
             self.alpha = 0.5 if self.alpha is None else self.alpha
             self.base = self.base or "supcon"
+
+    def _refuse_contrastive(self) -> None:
+        plain = LossConfig()
+        for name in CONTRASTIVE:
+            if getattr(self, name) != getattr(plain, name):
+                raise ConfigError(f"loss.{name} has no effect with loss.name=none: leave it out")
 
     def _only(self, name: str, value: object, loss: str) -> None:
         if value is not None and self.name != loss:
@@ -181,7 +215,7 @@ class TrainerConfig:
     keep_checkpoints: int = 2
     """Older checkpoints are deleted, but for the best."""
 
-    best_by: Literal["loss", "contrastive", "cross_entropy"] | None = "loss"
+    best_by: Literal["loss", "contrastive", "cross_entropy", "reconstruction"] | None = "loss"
     """At each checkpoint, log the losses on the validation split, and keep the checkpoint of the least one of
     that name (of the averaged weights, if those are final). None does not validate."""
 

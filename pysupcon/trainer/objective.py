@@ -1,4 +1,8 @@
-"""What is minimised: a contrastive loss, and cross-entropy beside it."""
+"""What is minimised: a contrastive loss; InfoNCE, cross-entropy and reconstruction beside it.
+
+With all of them it is Thanos, L_spread, cross-entropy and a class-conditional autoencoder (Chen et al. 2022,
+"Perfectly Balanced", arXiv 2204.07596); with some of them, its baselines.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +15,19 @@ from torch import Tensor, nn
 from pysupcon.errors import ConfigError
 from pysupcon.losses import ClassConditionalInfoNCELoss, InfoNCELoss, SINCERELoss, SpreadLoss, SupConLoss
 from pysupcon.models.model import Outputs
-from pysupcon.trainer.config import LossConfig
+from pysupcon.trainer.config import LossConfig, LossName
 
 Contrastive = SupConLoss | SINCERELoss | ClassConditionalInfoNCELoss | SpreadLoss | InfoNCELoss
 
 
-def build_loss(config: LossConfig) -> Contrastive:
-    """The contrastive loss of a resolved config.
+def build_loss(config: LossConfig, name: LossName | None = None) -> Contrastive:
+    """The contrastive loss of a resolved config, or the one of another ``name`` with the same temperature.
 
     Raises:
         ConfigError: this version has no such ``loss.gather``.
     """
-    assert config.temperature is not None, "LossConfig.resolve() first"
+    name = name or config.name
+    assert config.temperature is not None, "LossConfig.resolve() first; there is no loss of the name none"
     common: dict[str, Any] = {
         "temperature": config.temperature,
         "contrast_mode": config.contrast_mode,
@@ -31,15 +36,15 @@ def build_loss(config: LossConfig) -> Contrastive:
         "learnable_temperature": config.learnable_temperature,
     }
     try:
-        if config.name == "supcon":
+        if name == "supcon":
             return SupConLoss(**common)
-        if config.name == "sincere":
+        if name == "sincere":
             return SINCERELoss(**common)
-        if config.name == "eps_supinfonce":
+        if name == "eps_supinfonce":
             return SINCERELoss(epsilon=config.epsilon or 0.0, **common)
-        if config.name == "cnce":
+        if name == "cnce":
             return ClassConditionalInfoNCELoss(**common)
-        if config.name == "infonce":
+        if name == "infonce":
             return InfoNCELoss(**common)
         assert config.alpha is not None
         return SpreadLoss(alpha=config.alpha, base=config.base or "supcon", **common)
@@ -48,16 +53,27 @@ def build_loss(config: LossConfig) -> Contrastive:
 
 
 class Objective(nn.Module):
-    """``loss.weight * contrastive + loss.cross_entropy_weight * cross_entropy``."""
+    """The sum of the parts, each with its weight: ``loss.weight * contrastive``, ``loss.infonce_weight *
+    infonce``, ``loss.cross_entropy_weight * cross_entropy`` (of both heads, with two encoders) and
+    ``loss.reconstruction_weight * reconstruction``."""
 
     def __init__(self, config: LossConfig, views: int) -> None:
         super().__init__()
         self.config, self.views = config, views
-        self.contrastive = build_loss(config)
+        self.contrastive = build_loss(config) if config.name != "none" else None
+        self.infonce = build_loss(config, "infonce") if config.infonce_weight > 0 else None
+        if self.infonce is not None and self.contrastive is not None:  # one temperature, learned by both
+            self.infonce.log_temperature = self.contrastive.log_temperature
 
     @property
     def temperature(self) -> float:
-        """As it is now."""
+        """As it is now.
+
+        Raises:
+            ValueError: there is no contrastive loss.
+        """
+        if self.contrastive is None:
+            raise ValueError("loss.name is none: there is no temperature")
         with torch.no_grad():
             return float(self.contrastive.temperature)
 
@@ -69,24 +85,40 @@ class Objective(nn.Module):
             labels: int64 [B].
 
         Returns:
-            "loss", "contrastive", and with a classification head "cross_entropy"; tensors of no dimensions.
+            "loss", and what there is of "contrastive", "infonce", "cross_entropy", "second_cross_entropy" and
+            "reconstruction", without their weights; tensors of no dimensions.
         """
+        config = self.config
         features = outputs.projection.unflatten(0, (-1, self.views))
-        given = None if self.config.name == "infonce" else labels
-        parts = {"contrastive": self.contrastive(features, given)}
-        loss = self.config.weight * parts["contrastive"]
-        if outputs.logits is not None:
-            targets = labels.repeat_interleave(self.views)
-            parts["cross_entropy"] = F.cross_entropy(outputs.logits.float(), targets)
-            loss = loss + self.config.cross_entropy_weight * parts["cross_entropy"]
-        return {"loss": loss, **parts}
+        parts: dict[str, tuple[float, Tensor]] = {}
+        if self.contrastive is not None:
+            given = None if config.name == "infonce" else labels
+            parts["contrastive"] = config.weight, self._contrast(self.contrastive, features, given)
+        if self.infonce is not None:
+            parts["infonce"] = config.infonce_weight, self._contrast(self.infonce, features, None)
+        targets = labels.repeat_interleave(self.views)
+        heads = {"cross_entropy": outputs.logits, "second_cross_entropy": outputs.second_logits}
+        for name, logits in heads.items():
+            if logits is not None:
+                parts[name] = config.cross_entropy_weight, F.cross_entropy(logits.float(), targets)
+        if outputs.reconstruction is not None:
+            parts["reconstruction"] = config.reconstruction_weight, outputs.reconstruction.mean()
+        loss = torch.stack([weight * part for weight, part in parts.values()]).sum()
+        return {"loss": loss, **{name: part for name, (_, part) in parts.items()}}
+
+    def _contrast(self, loss: Contrastive, features: Tensor, labels: Tensor | None) -> Tensor:
+        """``features`` are [B, V, D]."""
+        if self.config.pairing == "all":
+            return loss(features, labels)
+        # A candidate is of the instance of the anchor at its position.
+        return loss(features[:, 1], labels, candidates=features[:, 0], candidate_labels=labels)
 
 
 def batch_statistics(config: LossConfig, labels: Tensor, class_counts: Tensor, views: int) -> Tensor:
     """How many anchors have a positive, and the contrastive loss if all rows were the same point.
 
     Args:
-        config: resolved.
+        config: resolved; of a contrastive loss.
         labels: of this process's samples, int64 [B].
         class_counts: samples of each class among all that the loss contrasts with, int64 [classes].
         views: rows of a sample.
@@ -95,12 +127,14 @@ def batch_statistics(config: LossConfig, labels: Tensor, class_counts: Tensor, v
         [valid anchors of this process; their mean loss at equal similarities, the "chance level": log(N - 1)
         for SupCon and N rows], float64 on the device of ``labels``.
     """
+    cross = config.pairing == "cross"
+    candidates = 1 if cross else views  # of a sample
     if config.name == "infonce":
-        rows = torch.full_like(labels, views, dtype=torch.float64)
+        rows = torch.full_like(labels, candidates, dtype=torch.float64)
     else:
-        rows = (class_counts[labels] * views).to(torch.float64)
-    positives = rows - 1
-    negatives = class_counts.sum() * views - rows
+        rows = (class_counts[labels] * candidates).to(torch.float64)
+    positives = rows if cross else rows - 1
+    negatives = class_counts.sum() * candidates - rows
     epsilon = config.epsilon or 0.0
     supcon, cnce = (positives + negatives).log(), positives.log()
     sincere = (negatives * torch.exp(labels.new_tensor(epsilon, dtype=torch.float64))).log1p() - epsilon
@@ -115,6 +149,6 @@ def batch_statistics(config: LossConfig, labels: Tensor, class_counts: Tensor, v
     else:
         level = sincere
     valid = positives > 0
-    anchors = views if config.contrast_mode == "all" else 1
+    anchors = 1 if cross or config.contrast_mode == "one" else views
     mean = torch.where(valid, level, 0.0).sum() / valid.sum().clamp(min=1)
     return torch.stack([valid.sum() * float(anchors), mean])

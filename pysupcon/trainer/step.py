@@ -15,6 +15,7 @@ from pysupcon.data.bundle import Data
 from pysupcon.errors import RunError
 from pysupcon.gradcache import GradCache
 from pysupcon.models.model import Outputs
+from pysupcon.models.spectral import power_iteration
 from pysupcon.profiling.ranges import region
 from pysupcon.trainer.objective import Objective, batch_statistics
 from pysupcon.trainer.progress import say
@@ -79,6 +80,8 @@ class Step:
         """
         device = self.accelerator.device
         views, labels = views.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        if self.config.model.spectral_norm:
+            power_iteration(self.model)
         parts = self._backward(views, labels, number)
         for parameter in self.objective.parameters():  # not DistributedDataParallel's
             grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -96,10 +99,11 @@ class Step:
         self.optimizer.zero_grad()
         return values, stop
 
-    def _forward(self, model: nn.Module, views: Tensor) -> Outputs:
+    def _forward(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Outputs:
+        views, labels = batch
         images = self.data.normalize(views).flatten(0, 1).contiguous(memory_format=torch.channels_last)
         with region("encoder"):
-            outputs: Outputs = model(images)
+            outputs: Outputs = model(images, labels.repeat_interleave(views.shape[1]))
         return outputs
 
     def _backward(self, views: Tensor, labels: Tensor, number: int) -> dict[str, Tensor]:
@@ -115,23 +119,29 @@ class Step:
             return parts["loss"]
 
         if self.cache is None:
-            self.accelerator.backward(loss(self._forward(self.model, views)))
+            self.accelerator.backward(loss(self._forward(self.model, (views, labels))))
         else:
-            self.cache(views, loss)
+            self.cache((views, labels), loss)
         return {name: value.detach() for name, value in parts.items()}
 
     def _values(self, tensors: dict[str, Tensor], labels: Tensor, stop: bool) -> dict[str, float]:
         """All numbers of a step, in one transfer from the device."""
+        contrastive = self.config.loss.name != "none"
+        names = ["valid_anchors", "chance"] if contrastive else []
+        statistics = [*self._batch_statistics(labels)] if contrastive else []
+        scalars = [value.detach().to(torch.float64) for value in tensors.values()]
+        wish = scalars[0].new_tensor(float(stop))
+        together = self.accelerator.reduce(torch.stack([*scalars, *statistics, wish]), "mean").tolist()
+        values = dict(zip([*tensors, *names, "stop"], together, strict=True))
+        if contrastive:
+            values["valid_anchors"] *= self.accelerator.num_processes
+        return values
+
+    def _batch_statistics(self, labels: Tensor) -> Tensor:
         counts = one_hot(labels, len(self.data.class_names)).sum(0)  # bincount would wait for the device
         if self.config.loss.gather is not False:
             counts = self.accelerator.reduce(counts, "sum")
-        statistics = batch_statistics(self.config.loss, labels, counts, self.config.data.views)
-        scalars = [value.detach().to(torch.float64) for value in tensors.values()]
-        wish = statistics.new_tensor(float(stop))
-        together = self.accelerator.reduce(torch.stack([*scalars, *statistics, wish]), "mean").tolist()
-        values = dict(zip([*tensors, "valid_anchors", "chance", "stop"], together, strict=True))
-        values["valid_anchors"] *= self.accelerator.num_processes
-        return values
+        return batch_statistics(self.config.loss, labels, counts, self.config.data.views)
 
     def _refuse_non_finite(self, values: dict[str, float], number: int) -> None:
         wrong = [name for name, value in values.items() if not abs(value) < float("inf")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
@@ -56,20 +58,18 @@ class Validation:
         return dict(zip(totals, together, strict=True))
 
     def _losses(self, model: nn.Module, views: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        device = self.accelerator.device
+        views, labels = views.to(self.accelerator.device), labels.to(self.accelerator.device)
         parts: list[Outputs] = []
-        for chunk in views.split(self.config.trainer.chunk_size or len(views)):
-            images = self.data.normalize(chunk.to(device)).flatten(0, 1)
+        size = self.config.trainer.chunk_size or len(views)
+        for chunk, chunk_labels in zip(views.split(size), labels.split(size), strict=True):
+            images = self.data.normalize(chunk).flatten(0, 1).contiguous(memory_format=torch.channels_last)
             with self.accelerator.autocast():
-                parts.append(model(images.contiguous(memory_format=torch.channels_last)))
-        logits = [part.logits for part in parts if part.logits is not None]
-        outputs = Outputs(
-            torch.cat([part.embedding for part in parts]).float(),
-            torch.cat([part.projection for part in parts]).float(),
-            torch.cat(logits).float() if logits else None,
-        )
+                parts.append(model(images, chunk_labels.repeat_interleave(chunk.shape[1])))
+        joined: list[Any] = [
+            None if pieces[0] is None else torch.cat(pieces).float() for pieces in zip(*parts, strict=True)
+        ]
         try:
-            losses = self.objective(outputs, labels.to(device))
+            losses = self.objective(Outputs(*joined), labels)
         except ValueError as error:
             raise RunError(f"validation: {error}") from error
         return {name: value.to(torch.float64) for name, value in losses.items()}

@@ -1,0 +1,47 @@
+"""Several backbones side by side, their features concatenated (Chen et al. 2022, "Perfectly Balanced")."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Concatenation(nn.Module):
+    """The features of each backbone, of unit length each, one after another.
+
+    Unit length, so that each has the same say in a cosine or a distance, whatever the scale it was trained
+    to: the cosine of two images is the mean of their cosines in each backbone.
+
+    Args:
+        parts: backbones.
+        widths: dimensions of their features.
+
+    Shape:
+        images [B, C, S, S] -> [B, sum(widths)].
+    """
+
+    def __init__(self, parts: Sequence[nn.Module], widths: Sequence[int]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.widths = list(widths)
+
+    def each(self, images: Tensor) -> list[Tensor]:
+        """Features of each backbone as they come, [B, width]."""
+        return [part(images) for part in self.parts]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return join(self.each(images))
+
+
+def join(features: Sequence[Tensor]) -> Tensor:
+    """Features [B, width] each -> [B, all widths], each part of unit length."""
+    return torch.cat([unit_rows(part) for part in features], dim=1)
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """Rows of unit length; at least fp32, for under autocast a 16-bit norm would leave rows up to 1e-3 away
+    from it."""
+    return F.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=1)

@@ -1,0 +1,146 @@
+"""The decoder of a class-conditional autoencoder: from an embedding back to the image.
+
+With reconstruction and cross-entropy beside a contrastive loss, a representation keeps what tells the images
+of a class apart, and which subclass lies where in the class is no longer arbitrary (Chen et al. 2022,
+"Perfectly Balanced", arXiv 2204.07596, section 4.2).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pysupcon.errors import ConfigError
+from pysupcon.models.config import DEFAULT_WIDTH, ModelConfig
+
+LABEL_DIMENSIONS = 16
+"""of the embedding of a label that a labelled decoder is given"""
+SMALLEST, LARGEST = 4, 7
+"""side of the map that a decoder starts from, pixels"""
+
+
+class ResizeBlock(nn.Module):
+    """A basic block of a ResNet, upside down: nearest-neighbour resizing, then two 3x3 convolutions.
+
+    Resizing and a convolution cannot leave the checkerboards of a transposed convolution. GroupNorm ties no
+    images together: a batch in chunks, or over several processes, is decoded as it is at once.
+
+    Shape:
+        [B, incoming, H, W] -> [B, outgoing, scale * H, scale * W].
+    """
+
+    def __init__(self, incoming: int, outgoing: int, scale: int = 1) -> None:
+        super().__init__()
+        self.scale = scale
+        self.conv1 = nn.Conv2d(incoming, outgoing, 3, padding=1, bias=False)
+        self.norm1 = _norm(outgoing)
+        self.conv2 = nn.Conv2d(outgoing, outgoing, 3, padding=1, bias=False)
+        self.norm2 = _norm(outgoing)
+        self.shortcut: nn.Module = nn.Identity()
+        if incoming != outgoing:
+            self.shortcut = nn.Sequential(nn.Conv2d(incoming, outgoing, 1, bias=False), _norm(outgoing))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.norm1(self.conv1(self._resized(x))))
+        out = self.norm2(self.conv2(out))
+        # a 1x1 convolution commutes with the resizing: before it, it costs a quarter
+        return F.relu(out + self._resized(self.shortcut(x)))
+
+    def _resized(self, x: Tensor) -> Tensor:
+        return x if self.scale == 1 else F.interpolate(x, scale_factor=float(self.scale), mode="nearest")
+
+
+class Decoder(nn.Module):
+    """From an embedding to an image, through blocks that double the side.
+
+    Args:
+        embedding_dim: E.
+        channels, image_size: of the image. The side must be 4 to 7 times a power of two.
+        width: channels of the first map, halved with each doubling.
+        narrowest: channels that are not halved further.
+        blocks: per side; with more than one also before the first doubling.
+        classes: number of labels that the decoder is told; None makes one that is told none.
+
+    Shape:
+        embedding [B, E], labels int64 [B] (if ``classes``) -> images [B, channels, S, S].
+
+    Raises:
+        ConfigError: of the side.
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        channels: int,
+        image_size: int,
+        *,
+        width: int,
+        narrowest: int,
+        blocks: int = 1,
+        classes: int | None = None,
+    ) -> None:
+        super().__init__()
+        start, doublings = start_side(image_size)
+        self.label: nn.Embedding | None = None
+        if classes is not None:
+            self.label = nn.Embedding(classes, LABEL_DIMENSIONS)
+            embedding_dim += LABEL_DIMENSIONS
+        self.start = (width, start, start)
+        self.widen = nn.Linear(embedding_dim, math.prod(self.start))
+        layers: list[nn.Module] = [ResizeBlock(width, width) for _ in range(blocks if blocks > 1 else 0)]
+        for _ in range(doublings):
+            outgoing = max(width // 2, min(width, narrowest))
+            layers.append(ResizeBlock(width, outgoing, scale=2))
+            layers += [ResizeBlock(outgoing, outgoing) for _ in range(blocks - 1)]
+            width = outgoing
+        self.blocks = nn.Sequential(*layers)
+        self.image = nn.Conv2d(width, channels, 3, padding=1)
+
+    def forward(self, embedding: Tensor, labels: Tensor | None = None) -> Tensor:
+        if self.label is not None:
+            if labels is None:
+                raise ValueError("labels must be given to a labelled decoder (one per image), got None")
+            embedding = torch.cat([embedding, self.label(labels).to(embedding.dtype)], dim=1)
+        maps: Tensor = F.relu(self.widen(embedding)).unflatten(1, self.start)
+        images: Tensor = self.image(self.blocks(maps))
+        return images
+
+
+def start_side(image_size: int) -> tuple[int, int]:
+    """Side of the first map and number of doublings: 28 is 7 * 2 * 2.
+
+    Raises:
+        ConfigError: the side is not 4 to 7 times a power of two.
+    """
+    side, doublings = image_size, 0
+    while side > LARGEST and side % 2 == 0:
+        side, doublings = side // 2, doublings + 1
+    if not SMALLEST <= side <= LARGEST:
+        raise ConfigError(
+            f"model.decoder makes images whose side is 4, 5, 6 or 7 times a power of two (8, 28, 32, 64, "
+            f"224, ...), got {image_size}: set data.image_size"
+        )
+    return side, doublings
+
+
+def build_decoder(
+    config: ModelConfig, embedding_dim: int, channels: int, image_size: int, classes: int
+) -> Decoder | None:
+    """The decoder of ``config``, as wide as its backbone: a ResNet-18 upside down beside a timm model, half
+    of small_cnn's work beside that. None if ``config`` has none."""
+    if config.decoder == "none":
+        return None
+    told = classes if config.decoder == "labelled" else None
+    if config.backbone == "small_cnn":
+        width = config.width or DEFAULT_WIDTH
+        size = {"width": 2 * width, "narrowest": 8, "blocks": 1}
+    else:
+        size = {"width": min(embedding_dim, 512), "narrowest": 64, "blocks": 2}
+    return Decoder(embedding_dim, channels, image_size, **size, classes=told)
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(math.gcd(channels, max(channels // 16, 1)), channels)

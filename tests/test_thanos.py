@@ -1,0 +1,338 @@
+"""Thanos and its baselines: cross pairing, decoder, two encoders, bounded layers, and what is minimised."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pysupcon.errors import ConfigError
+from pysupcon.gradcache import GradCache
+from pysupcon.models import ModelConfig
+from pysupcon.models.decoder import Decoder, start_side
+from pysupcon.models.model import ContrastiveModel, Outputs
+from pysupcon.models.spectral import SpectralNorm, plain_weights, power_iteration
+from pysupcon.trainer import LossConfig
+from pysupcon.trainer.objective import Objective
+
+VIT: dict[str, Any] = {
+    "backbone": "vit_tiny_patch16_224",
+    "timm_args": {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2},
+}
+LABELS = torch.tensor([0, 0, 0, 1, 1, 2])
+
+
+def build(channels: int = 1, size: int = 8, **arguments: Any) -> ContrastiveModel:
+    config = ModelConfig(**arguments)
+    config.check()
+    torch.manual_seed(0)
+    return ContrastiveModel(config, channels=channels, image_size=size, classes=3)
+
+
+def objective(**arguments: Any) -> Objective:
+    config = LossConfig(**arguments)
+    config.check()
+    config.resolve()
+    return Objective(config, 2)
+
+
+# --- the loss
+
+
+def dense_cross(z: Tensor, labels: Tensor, tau: float, per_anchor: Callable[..., Tensor]) -> Tensor:
+    """Mean over anchors, rows of view 1, of a loss over candidates, rows of view 0; z is [B, 2, D]."""
+    losses = []
+    for i in range(len(z)):
+        s = torch.stack([z[i, 1] @ z[j, 0] / tau for j in range(len(z))])
+        losses.append(per_anchor(s, labels == labels[i], i))
+    return torch.stack(losses).mean()
+
+
+def supcon(s: Tensor, same: Tensor, _: int) -> Tensor:
+    return -(s[same] - s.logsumexp(0)).mean()
+
+
+def sincere(s: Tensor, same: Tensor, _: int) -> Tensor:
+    return -torch.stack([p - torch.cat([p[None], s[~same]]).logsumexp(0) for p in s[same]]).mean()
+
+
+def cnce(s: Tensor, same: Tensor, own: int) -> Tensor:
+    return s[same].logsumexp(0) - s[own]
+
+
+def infonce(s: Tensor, _: Tensor, own: int) -> Tensor:
+    return s.logsumexp(0) - s[own]
+
+
+def mixed(base: Callable[..., Tensor], alpha: float) -> Callable[..., Tensor]:
+    return lambda *given: (1 - alpha) * base(*given) + alpha * cnce(*given)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "definition"),
+    [
+        ({"name": "supcon"}, supcon),
+        ({"name": "sincere"}, sincere),
+        ({"name": "cnce"}, cnce),
+        ({"name": "infonce"}, infonce),
+        ({"name": "spread", "alpha": 0.3}, mixed(supcon, 0.3)),
+        ({"name": "spread", "alpha": 0.3, "base": "sincere"}, mixed(sincere, 0.3)),
+        ({"name": "spread", "alpha": 0.0, "base": "sincere"}, sincere),
+        ({"name": "spread", "alpha": 1.0, "base": "sincere"}, cnce),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_cross_pairing_is_its_equation(arguments: dict[str, Any], definition: Callable[..., Tensor]) -> None:
+    """Anchors of view 1, candidates of view 0, the own view among the positives; value and gradient."""
+    z = nn.functional.normalize(torch.randn(6, 2, 5, dtype=torch.float64), dim=2).requires_grad_()
+    loss = objective(**arguments, pairing="cross", temperature=0.4)
+    rows = z.flatten(0, 1)
+    value = loss(Outputs(rows, rows, None), LABELS)["contrastive"]
+    expected = dense_cross(z, LABELS, 0.4, definition)
+    assert torch.allclose(value, expected, rtol=1e-12)
+    grads = [torch.autograd.grad(each, z)[0] for each in (value, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+@pytest.mark.parametrize("base", ["supcon", "sincere"])
+def test_the_ends_of_alpha(alpha: float, base: str) -> None:
+    """The pure losses, also where a class has one sample: no 0 * inf."""
+    rows = nn.functional.normalize(torch.randn(12, 5, dtype=torch.float64), dim=1).requires_grad_()
+    outputs = Outputs(rows, rows, None)
+    pure = {"name": "cnce"} if alpha else {"name": base}
+    values = [
+        objective(**each, temperature=0.5)(outputs, LABELS)["loss"]
+        for each in ({"name": "spread", "alpha": alpha, "base": base}, pure)
+    ]
+    torch.testing.assert_close(*values, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(value, rows)[0] for value in values), rtol=1e-9, atol=1e-12
+    )
+
+
+def test_infonce_beside_supcon() -> None:
+    """Each with its weight, one temperature that both learn."""
+    rows = nn.functional.normalize(torch.randn(12, 5), dim=1)
+    outputs = Outputs(rows, rows, None)
+    both = objective(weight=0.5, infonce_weight=0.25, temperature=0.3, learnable_temperature=True)
+    parts = both(outputs, LABELS)
+    alone = [objective(name=name, temperature=0.3)(outputs, LABELS)["loss"] for name in ("supcon", "infonce")]
+    parts["loss"].backward()
+    parts = {name: part.detach() for name, part in parts.items()}
+    assert float(parts["contrastive"]) == pytest.approx(float(alone[0]), rel=1e-5)
+    assert float(parts["infonce"]) == pytest.approx(float(alone[1]), rel=1e-5)
+    assert float(parts["loss"]) == pytest.approx(0.5 * float(alone[0]) + 0.25 * float(alone[1]), rel=1e-5)
+    (parameter,) = both.parameters()
+    together = parameter.grad
+    parameter.grad = None
+    (0.5 * both(outputs, LABELS)["contrastive"]).backward()
+    assert together is not None
+    assert parameter.grad is not None
+    assert abs(together - parameter.grad) > 1e-3
+    other = objective(infonce_weight=1.0, learnable_temperature=True)
+    other.load_state_dict(both.state_dict())
+    assert other.temperature == pytest.approx(0.3)
+
+
+def test_what_is_minimised_without_a_contrastive_loss() -> None:
+    rows, logits, error = torch.randn(4, 3), torch.randn(4, 3), torch.rand(4)
+    loss = objective(name="none", cross_entropy_weight=0.5, reconstruction_weight=2.0)
+    parts = loss(Outputs(rows, rows, logits, error, logits.flip(1)), torch.tensor([0, 1]))
+    assert list(parts) == ["loss", "cross_entropy", "second_cross_entropy", "reconstruction"]
+    targets = torch.tensor([0, 0, 1, 1])
+    entropies = [nn.functional.cross_entropy(each, targets) for each in (logits, logits.flip(1))]
+    assert torch.allclose(parts["loss"], 0.5 * sum(entropies) + 2 * error.mean())
+    with pytest.raises(ValueError, match=r"loss.name is none: there is no temperature"):
+        _ = loss.temperature
+
+
+# --- the decoder
+
+
+@pytest.mark.parametrize(
+    ("side", "start", "doublings"),
+    [(8, 4, 1), (28, 7, 2), (32, 4, 3), (64, 4, 4), (96, 6, 4), (224, 7, 5), (5, 5, 0)],
+)
+def test_sides_of_the_decoder(side: int, start: int, doublings: int) -> None:
+    assert start_side(side) == (start, doublings)
+
+
+@pytest.mark.parametrize("side", [3, 30, 9, 100, 2])
+def test_refused_sides(side: int) -> None:
+    message = rf"side is 4, 5, 6 or 7 times a power of two .*, got {side}: set data.image_size"
+    with pytest.raises(ConfigError, match=message):
+        start_side(side)
+
+
+@pytest.mark.parametrize(("channels", "size"), [(1, 8), (1, 28), (3, 32), (3, 64)])
+def test_reconstruction(channels: int, size: int) -> None:
+    """The squared error of what the decoder makes of the embedding; every weight learns from it."""
+    model = build(channels, size, width=4, decoder="labelled")
+    images, labels = torch.randn(3, channels, size, size), torch.tensor([0, 1, 2])
+    outputs = model(images, labels)
+    made = model.reconstruct(images, labels)
+    assert made.shape == images.shape
+    assert torch.allclose(outputs.reconstruction, ((made - images) ** 2).flatten(1).mean(1), rtol=1e-5)
+    outputs.reconstruction.sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_a_labelled_decoder_sees_the_label() -> None:
+    images = torch.randn(3, 1, 8, 8)
+    one, other = torch.tensor([0, 1, 2]), torch.tensor([0, 2, 2])
+    model = build(width=4, decoder="labelled").eval()
+    same = model.reconstruct(images, one) == model.reconstruct(images, other)
+    assert same.flatten(1).all(1).tolist() == [True, False, True]
+    with pytest.raises(ValueError, match="labels must be given to a labelled decoder"):
+        model(images)
+    plain = build(width=4, decoder="plain").eval()
+    assert torch.equal(plain.reconstruct(images, one), plain.reconstruct(images))
+    with pytest.raises(ValueError, match="reconstruct needs a model with a decoder"):
+        build(width=4).reconstruct(images)
+
+
+def test_the_decoder_is_as_wide_as_its_backbone() -> None:
+    small, big = build(width=4, decoder="plain"), build(3, 32, backbone="resnet18", decoder="plain")
+    assert sum(p.numel() for p in small.decoder.parameters()) < 5e4
+    widths = [layer.out_channels for layer in big.decoder.modules() if isinstance(layer, nn.Conv2d)]
+    assert (max(widths), widths[-1]) == (512, 3)
+    kinds = {type(layer) for layer in big.decoder.modules()}
+    assert nn.ConvTranspose2d not in kinds
+    assert nn.BatchNorm2d not in kinds
+
+
+def test_the_decoder_learns() -> None:
+    """A few images are learned by heart."""
+    torch.manual_seed(0)
+    decoder = Decoder(6, 1, 8, width=16, narrowest=8)
+    images, codes = torch.randn(4, 1, 8, 8), torch.randn(4, 6)
+    optimizer = torch.optim.AdamW(decoder.parameters(), 1e-2)
+    for _ in range(150):
+        optimizer.zero_grad()
+        error = (decoder(codes) - images).square().mean()
+        error.backward()
+        optimizer.step()
+    assert error < 0.1 * images.square().mean()
+
+
+# --- two encoders
+
+
+def test_two_encoders() -> None:
+    """Each loss trains its own backbone; the embedding is both, of unit length each."""
+    model = build(width=4, encoders="two", decoder="plain", classifier=True, projection="linear")
+    images = torch.randn(5, 1, 8, 8)
+    model.eval()
+    outputs = model(images)
+    assert torch.equal(outputs.embedding, model.backbone(images))
+    assert outputs.embedding.shape == (5, model.embedding_dim) == (5, 32)
+    first, second = model.backbone.parts
+    halves = [nn.functional.normalize(part(images), dim=1) for part in (first, second)]
+    assert torch.allclose(outputs.embedding, torch.cat(halves, 1))
+    assert torch.allclose(outputs.logits, model.classifier(first(images)))
+    assert torch.allclose(outputs.second_logits, model.second_classifier(second(images)))
+    for value, own, other in (
+        (outputs.projection[:, 0].sum() + outputs.logits.sum(), first, second),
+        (outputs.reconstruction.sum() + outputs.second_logits.sum(), second, first),
+    ):
+        model.zero_grad()
+        value.backward(retain_graph=True)
+        assert all(p.grad is not None for p in own.parameters())
+        assert all(p.grad is None for p in other.parameters())
+
+
+# --- bounded layers
+
+
+def singular_values(model: nn.Module) -> list[float]:
+    layers = [layer for layer in model.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    return [float(torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2)) for layer in layers]
+
+
+@pytest.mark.parametrize("arguments", [{"width": 4}, VIT], ids=["small_cnn", "vit"])
+def test_layers_are_bounded(arguments: dict[str, Any]) -> None:
+    """To their largest singular value, that of the heads left alone; weights may move on."""
+    model = build(**arguments, spectral_norm=True, lipschitz=0.5, classifier=True)
+    assert not isinstance(getattr(model.classifier, "parametrizations", None), nn.ModuleDict)
+    with torch.no_grad():
+        for parameter in model.backbone.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    for _ in range(300):
+        power_iteration(model)
+    assert singular_values(model.backbone) == pytest.approx(
+        [0.5] * len(singular_values(model.backbone)), 1e-3
+    )
+    model.train()
+    before = singular_values(model.backbone)
+    model(torch.randn(3, 1, 8, 8))
+    assert singular_values(model.backbone) == before, "a forward moves nothing"
+
+
+def test_the_gradient_of_a_bounded_weight() -> None:
+    norm = SpectralNorm(torch.randn(3, 4), bound=2.0).double()
+    weight = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(norm, weight)
+    norm.iterate(weight, 500)
+    assert torch.allclose(norm(weight), 2 * weight / torch.linalg.matrix_norm(weight, 2))
+    again = copy.deepcopy(norm)
+    again.u.mul_(0.7)  # as an average over steps would leave it
+    assert torch.allclose(again(weight), norm(weight))
+
+
+def test_a_bounded_model_is_copied_and_saved() -> None:
+    model = build(width=4, spectral_norm=True).eval()
+    images = torch.randn(4, 1, 8, 8)
+    expected = model(images).embedding
+    other = build(width=4, spectral_norm=True).eval()
+    for parameter in other.parameters():
+        nn.init.uniform_(parameter)
+    other.load_state_dict(model.state_dict())
+    plain = build(width=4).eval()
+    plain.load_state_dict(plain_weights(model))
+    for each in (copy.deepcopy(model), other, plain):
+        torch.testing.assert_close(each(images).embedding, expected, rtol=1e-6, atol=1e-7)
+    assert "parametrizations" in "".join(model.state_dict())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"decoder": "labelled", "classifier": True},
+        {"decoder": "plain", "encoders": "two", "classifier": True, "projection": "mlp", "projection_dim": 4},
+        {"spectral_norm": True, "classifier": True},
+    ],
+    ids=["labelled", "two", "bounded"],
+)
+def test_the_gradient_in_chunks(arguments: dict[str, Any]) -> None:
+    """GradCache's equals that of the whole batch."""
+    model = build(**VIT, **arguments).train()
+    weights = {"name": "spread", "pairing": "cross", "cross_entropy_weight": 0.7}
+    weights |= {"reconstruction_weight": 0.3} if "decoder" in arguments else {}
+    loss = objective(**weights)
+    views = torch.randn(6, 2, 1, 8, 8)
+
+    def forward(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Outputs:
+        outputs: Outputs = model(batch[0].flatten(0, 1), batch[1].repeat_interleave(2))
+        return outputs
+
+    power_iteration(model)  # once a step: in it every forward sees the same weights
+    vectors = [part.u.clone() for part in model.modules() if isinstance(part, SpectralNorm)]
+    assert bool(vectors) == ("spectral_norm" in arguments)
+    losses, grads = [], []
+    for chunk_size in (6, 4):
+        model.zero_grad()
+        cache = GradCache(model, chunk_size, forward=forward)
+        losses.append(float(cache((views, LABELS), lambda outputs: loss(outputs, LABELS)["loss"])))
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    after = [part.u for part in model.modules() if isinstance(part, SpectralNorm)]
+    assert all(torch.equal(one, other) for one, other in zip(vectors, after, strict=True))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert grads[0].keys() == grads[1].keys() == dict(model.named_parameters()).keys()
+    scale = max(float(grad.abs().max()) for grad in grads[0].values())
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grad, grads[1][name], rtol=1e-4, atol=2e-6 * scale)
