@@ -12,6 +12,7 @@ COMMANDS = {
     "compare": ("pysupcon.compare", "compare evaluated runs: paired differences, seeds, tables, pictures"),
     "transfer": ("pysupcon.transfer", "judge a finished run's encoder on another data set"),
     "circle": ("pysupcon.circle", "show how spread follows alpha and temperature on the circle"),
+    "infer-groups": ("pysupcon.infer_groups", "infer subgroups of the classes from runs, to train with"),
     "profile": ("pysupcon.profiling.command", "predict and measure what a large batch costs"),
 }
 

@@ -24,6 +24,7 @@ from pysupcon.evaluators import (
     EvaluationConfig,
     FeatureSet,
     FeatureSplits,
+    LinearHead,
     available,
     build_evaluators,
     project,
@@ -202,7 +203,16 @@ def _run_features(run: Run, config: EvaluationConfig, device: torch.device) -> F
             )
         except ValueError as error:
             raise RunError(f"the {name} split of {run.dir}: {error}") from error
-    return FeatureSplits(**features)
+    return FeatureSplits(**features, head=_trained_head(run))
+
+
+def _trained_head(run: Run) -> LinearHead | None:
+    """The classification head of a run that was trained on coarse labels, if it reads the embedding."""
+    head = run.model.classifier
+    if head is None or run.config.data.labels != "coarse" or run.model.embedding_dim != head.in_features:
+        return None
+    weight, bias = (parameter.detach().to("cpu", torch.float64) for parameter in (head.weight, head.bias))
+    return LinearHead(weight, bias)
 
 
 def _alarms(metrics: dict[str, Metric]) -> list[str]:

@@ -98,7 +98,7 @@ def transfer_features(run: Run, arguments: TransferArguments) -> tuple[FeatureSp
     def encode(images: Tensor) -> Tensor:
         return backbone(images.expand(-1, channels, -1, -1))  # grey images for an encoder of colours
 
-    features = {}
+    features: dict[str, Any] = {}
     for name in SPLITS:
         # Normalised as the encoder's own training images were, not by the new data's statistics.
         dataset = PlainDataset(

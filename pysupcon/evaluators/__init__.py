@@ -11,13 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pysupcon.group_dro import GroupDRO
-
-from .base import Evaluator, FeatureSet, FeatureSplits, Level, Result
+from .base import Evaluator, FeatureSet, FeatureSplits, Level, LinearHead, Result
 from .bootstrap import BootstrapConfig, with_intervals
 from .coarse_to_fine import CoarseToFine, CoarseToFineConfig
 from .geometry import Geometry, GeometryConfig
-from .group_dro import HeadConfig
+from .group_dro import GroupDRO, HeadConfig
 from .invariance import permutation_change
 from .knn import KNN, KNNConfig
 from .linear_probe import LinearProbe, LinearProbeConfig, ProbeConfig
@@ -44,6 +42,7 @@ __all__ = [
     "HeadConfig",
     "KNNConfig",
     "Level",
+    "LinearHead",
     "LinearProbe",
     "LinearProbeConfig",
     "Pairs",

@@ -77,12 +77,29 @@ class FeatureSet:
 
 
 @dataclass(frozen=True)
+class LinearHead:
+    """A linear classifier of raw features: ``weight`` [C, D] and ``bias`` [C], fp64 on the CPU."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def scores(self, features: Tensor) -> Tensor:
+        """[N, C] fp64 logits of ``features`` [N, D]."""
+        return torch.addmm(self.bias, features.to("cpu", torch.float64), self.weight.T)
+
+
+@dataclass(frozen=True)
 class FeatureSplits:
-    """The three splits of one data set: fitted on ``train``, chosen on ``val``, judged on ``test``."""
+    """The three splits of one data set: fitted on ``train``, chosen on ``val``, judged on ``test``.
+
+    ``head`` is the classifier that was trained with the encoder, if one was: a row of its weight for each
+    coarse label, from 0 on.
+    """
 
     train: FeatureSet
     val: FeatureSet
     test: FeatureSet
+    head: LinearHead | None = None
 
     def __post_init__(self) -> None:
         widths = {name: split.features.shape[1] for name, split in self.items()}
@@ -91,6 +108,12 @@ class FeatureSplits:
         devices = {name: str(split.features.device) for name, split in self.items()}
         if len(set(devices.values())) != 1:
             raise ValueError(f"the features of all splits must be on one device, got {devices}")
+        width = self.train.features.shape[1]
+        if self.head is not None and self.head.weight.shape[1] != width:
+            raise ValueError(
+                f"the weight of head must be of shape [C, D] with D={width} as the features have, got "
+                f"{list(self.head.weight.shape)}"
+            )
 
     def items(self) -> Iterator[tuple[str, FeatureSet]]:
         """("train", ...), ("val", ...), ("test", ...)."""

@@ -1,4 +1,5 @@
-"""Worst-group robustness on frozen features (Sohoni et al. 2020, arXiv 2011.12945; Thanos, arXiv 2204.07596).
+"""Worst-group robustness of the trained head, and of heads on frozen features (Sohoni et al. 2020, arXiv
+2011.12945; Thanos, arXiv 2204.07596).
 
 Classes are the coarse labels; the true groups are the pairs of a class and a fine label, which a training on
 classes does not see.
@@ -13,22 +14,25 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .base import FeatureSet, FeatureSplits, Result, class_index
+from .base import FeatureSet, FeatureSplits, LinearHead, Result, class_index
 from .group_dro import Head, HeadConfig, Labelled, fit_head
 from .statistics import figure_results
 from .subgroups import SubgroupConfig, Subgroups, infer_groups, recovery
 
-Method = Literal["erm", "dro_inferred", "dro_true"]
-METHODS: tuple[Method, ...] = ("erm", "dro_inferred", "dro_true")
+Method = Literal["trained", "erm", "dro_inferred", "dro_true"]
+METHODS: tuple[Method, ...] = ("trained", "erm", "dro_inferred", "dro_true")
 
 
 @dataclass
 class WorstGroupConfig:
-    """Linear heads on frozen features that are to be right in every group, not only on average."""
+    """Linear heads that are to be right in every group, not only on average: the one that the encoder was
+    trained with, and others on its frozen features."""
 
-    methods: list[Method] = field(default_factory=lambda: ["erm", "dro_inferred", "dro_true"])
-    """erm: the mean loss; dro_inferred: GroupDRO over groups inferred from the features; dro_true: GroupDRO
-    over the true groups, which is the bound of what inference can reach."""
+    methods: list[Method] = field(default_factory=lambda: ["trained", "erm", "dro_inferred", "dro_true"])
+    """trained: the classification head that was trained together with the encoder, left out where there is
+    none. The others are fitted to frozen features: erm by the mean loss; dro_inferred by GroupDRO over groups
+    inferred from the features; dro_true by GroupDRO over the true groups, which is the bound of what
+    inference can reach."""
 
     selection: Literal["known", "true"] = "known"
     """Whose worst validation group chooses decay and epoch. known: of the groups that a method may know: the
@@ -84,7 +88,7 @@ class WorstGroup:
 
     - ``M/accuracy``, ``M/worst_group_accuracy``, ``M/group=G/accuracy``: over the test samples, all of them
       and by true group;
-    - ``M/val_worst_group``, ``M/weight_decay``, ``M/epoch``: how the head was chosen;
+    - ``M/val_worst_group``, ``M/weight_decay``, ``M/epoch``: how the head was chosen (not for trained);
     - ``M/auroc``, ``M/worst_group_auroc``: if asked for, with two classes;
     - the outcomes ``correct``, ``predicted`` and ``group``.
 
@@ -137,8 +141,17 @@ class WorstGroup:
 
         classes = splits.train.coarse.cpu().unique()
         for method in config.methods:
-            head = self._fit(method, splits, groups, classes, inferred, progress)
-            yield from self._judge(method, head, splits.test, groups["test"], classes)
+            if method == "trained":
+                if splits.head is None:
+                    continue
+                head = LinearHead(splits.head.weight[classes], splits.head.bias[classes])
+                yield from self._judge(method, head, splits.test, groups["test"], classes)
+                continue
+            fitted = self._fit(method, splits, groups, classes, inferred, progress)
+            yield from self._judge(method, fitted, splits.test, groups["test"], classes)
+            yield f"worst_group/{method}/val_worst_group", fitted.val_worst_group
+            yield f"worst_group/{method}/weight_decay", fitted.weight_decay
+            yield f"worst_group/{method}/epoch", float(fitted.epoch)
 
     def _fit(
         self,
@@ -167,7 +180,7 @@ class WorstGroup:
         )
 
     def _judge(
-        self, method: Method, head: Head, test: FeatureSet, group: Tensor, classes: Tensor
+        self, method: Method, head: LinearHead, test: FeatureSet, group: Tensor, classes: Tensor
     ) -> Iterator[Result]:
         prefix = f"worst_group/{method}"
         scores, coarse = head.scores(test.features), test.coarse.cpu()
@@ -179,6 +192,3 @@ class WorstGroup:
             outcomes |= {"score": scores[:, 1] - scores[:, 0], "positive": coarse == classes[1]}
             figures += ["auroc", "worst_group_auroc"]
         yield from figure_results(prefix, figures, outcomes)
-        yield f"{prefix}/val_worst_group", head.val_worst_group
-        yield f"{prefix}/weight_decay", head.weight_decay
-        yield f"{prefix}/epoch", float(head.epoch)
