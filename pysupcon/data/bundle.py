@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from pysupcon.data.augment import Augmentation, Fit, Normalize
 from pysupcon.data.config import DEFAULT_TEST_FRACTION, DataConfig
 from pysupcon.data.draws import uniforms
+from pysupcon.data.group_files import ANNOTATED, Groups, group_numbers, read_groups, true_groups
 from pysupcon.data.samplers import BalancedBatches, Draw, ShuffledBatches
 from pysupcon.data.sources import Samples, read_source
 from pysupcon.data.splits import stratified_split
@@ -86,6 +89,23 @@ class ViewDataset(Dataset[tuple[Tensor, int]]):
         return views[0] if len(views) == 1 else torch.cat(views), self.labels[torch.tensor(samples)]
 
 
+class GroupedViews(Dataset[tuple[Tensor, int, int]]):
+    """Views of training samples with the sample's group: item (views, label, group); batches likewise."""
+
+    def __init__(self, dataset: ViewDataset, groups: Tensor) -> None:
+        self.dataset, self.groups = dataset, groups
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: Draw) -> tuple[Tensor, int, int]:
+        return (*self.dataset[key], int(self.groups[key[0]]))
+
+    def __getitems__(self, keys: list[Draw]) -> tuple[Tensor, Tensor, Tensor]:
+        samples = torch.tensor([sample for sample, _ in keys])
+        return (*self.dataset.__getitems__(keys), self.groups[samples])
+
+
 def _batches_of(samples: Samples, indices: list[int]) -> list[Tensor]:
     """Images as batches uint8 [n, C, H, W], together those of ``indices`` in order: files, which differ in
     size, one by one, others all at once."""
@@ -128,6 +148,27 @@ class Data:
         """Names of the classes that are trained on."""
         return self.coarse_names if self.config.labels == "coarse" else self.fine_names
 
+    @cached_property
+    def true_groups(self) -> dict[str, Tensor]:
+        """The true group of every sample, int64 [N] by split: pairs of a class and a fine label, numbered in
+        ascending order over all splits."""
+        labels = {name: self._labels(name) for name in self.splits}
+        return group_numbers(labels, {name: samples.fine for name, samples in self.splits.items()})
+
+    @cached_property
+    def groups(self) -> Groups | None:
+        """The groups of ``data.groups``; read when first asked for, since only a training needs them.
+
+        Raises:
+            ConfigError: the file is missing, damaged or of other samples.
+        """
+        if self.config.groups is None:
+            return None
+        labels = {name: self._labels(name) for name in self.splits}
+        if self.config.groups == ANNOTATED:
+            return true_groups(labels, self.true_groups)
+        return read_groups(Path(self.config.groups).expanduser(), self.splits, labels)
+
     def plain(self, split: str) -> PlainDataset:
         """A split without augmentation."""
         return PlainDataset(
@@ -138,9 +179,13 @@ class Data:
         self, *, seed: int, steps: int, start: int = 0, rank: int = 0, world_size: int = 1
     ) -> ShuffledBatches:
         """The batch sampler of ``data.sampler`` over the training split."""
-        kind = BalancedBatches if self.config.sampler == "balanced" else ShuffledBatches
+        kind = ShuffledBatches if self.config.sampler == "shuffled" else BalancedBatches
+        labels = self._labels("train")
+        if self.config.sampler == "groups":
+            assert self.groups is not None, "DataConfig.check() first"
+            labels = self.groups.train
         return kind(
-            self._labels("train"), self.config.batch_size,
+            labels, self.config.batch_size,
             seed=seed, steps=steps, start=start, rank=rank, world_size=world_size,
         )  # fmt: skip
 
@@ -168,14 +213,15 @@ class Data:
         self, batches: ShuffledBatches, *, split: str = "train", pin_memory: bool = False
     ) -> DataLoader[Any]:
         """Batches of (views uint8 [b, V, C, S, S], labels int64 [b]), b this process's share of a global
-        batch."""
+        batch; of the training split also of groups int64 [b], if ``data.groups`` gives them."""
         augmentation = Augmentation(self.config.augmentation, self._family, self.image_size)
         dataset = ViewDataset(
             self.splits[split], self._labels(split), augmentation, self.config.views, batches.seed
         )
         workers = self.config.workers
+        groups = self.groups if split == "train" else None
         return DataLoader(
-            dataset,
+            dataset if groups is None else GroupedViews(dataset, groups.train),
             batch_sampler=batches,
             collate_fn=_already_a_batch,
             num_workers=workers,
