@@ -11,6 +11,7 @@ COMMANDS = {
     "export": ("pysupcon.export", "write a finished run's backbone in timm's layout, with a model card"),
     "compare": ("pysupcon.compare", "compare evaluated runs: paired differences, seeds, tables, pictures"),
     "transfer": ("pysupcon.transfer", "judge a finished run's encoder on another data set"),
+    "concatenate": ("pysupcon.concatenate", "put the frozen encoders of two runs side by side, as one run"),
     "circle": ("pysupcon.circle", "show how spread follows alpha and temperature on the circle"),
     "infer-groups": ("pysupcon.infer_groups", "infer subgroups of the classes from runs, to train with"),
     "profile": ("pysupcon.profiling.command", "predict and measure what a large batch costs"),

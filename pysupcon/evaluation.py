@@ -45,6 +45,9 @@ LOSS_FILE = "loss.png"
 #: metrics.json comes last: wherever it is, the other files of its evaluation are.
 FILES = (EMBEDDING_FILE, LOSS_FILE, *OUTCOME_FILES, OUTCOMES_FILE, REPORT_FILE, METRICS_FILE)
 SPLITS = ("train", "val", "test")
+PARTS_OF_THE_LOSS = (
+    "contrastive", "infonce", "cross_entropy", "second_cross_entropy", "reconstruction",
+)  # fmt: skip
 _MIN_SAMPLES = 2
 
 
@@ -276,16 +279,16 @@ def loss_curves(
     A loss that has one part only is shown as that part. ``chance`` is the level of the contrastive part.
 
     Raises:
-        RunError: no line holds a step and a contrastive loss.
+        RunError: no line holds a step and a loss.
     """
-    lines = [line for line in log if "step" in line and "contrastive" in line]
+    lines = [line for line in log if "step" in line and "loss" in line]
     if not lines:
-        raise RunError("the log holds no line with a step and a contrastive loss")
+        raise RunError("the log holds no line with a step and a loss")
 
     def column(key: str) -> list[float]:
         return [float(line.get(key, "nan")) for line in lines]
 
-    parts = [name for name in ("contrastive", "cross_entropy") if any(name in line for line in lines)]
+    parts = [name for name in PARTS_OF_THE_LOSS if any(name in line for line in lines)]
     names = parts if len(parts) == 1 else ["loss", *parts]
     chance = {"contrastive": column("chance")} if any("chance" in line for line in lines) else {}
     return [int(line["step"]) for line in lines], {name: column(name) for name in names}, chance

@@ -11,17 +11,20 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pysupcon.concatenate import training_of
 from pysupcon.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
+    from pysupcon.models import ModelConfig
     from pysupcon.trainer.run import Run
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 METRICS = Path("evaluation") / "metrics.json"
+FINAL = {"last": "of the last step", "best": "of the least validation loss", "ema": "averaged"}
 
 
 def export_run(run_dir: str | Path, output: str | Path) -> Path:
@@ -37,13 +40,14 @@ def export_run(run_dir: str | Path, output: str | Path) -> Path:
     Raises:
         RunError: the run is not finished or damaged, its metrics are damaged, or ``output`` holds something.
     """
+    from pysupcon.models.spectral import plain_weights
     from pysupcon.trainer.checkpoint import pack_weights
     from pysupcon.trainer.run import load_run
 
     run, output = load_run(run_dir), Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RunError(f"--output {output} must be a new or an empty folder; it holds something")
-    weights = {name: value.contiguous() for name, value in run.model.backbone.state_dict().items()}
+    weights = {name: value.contiguous() for name, value in plain_weights(run.model.backbone).items()}
     metrics = _metrics(run)
     aside = output.with_name(f".writing_{output.name}")
     try:
@@ -63,8 +67,28 @@ def export_run(run_dir: str | Path, output: str | Path) -> Path:
 
 
 def timm_builds(run: Run) -> bool:
-    """Whether timm.create_model builds this backbone: not the small CNN, nor one whose stem was replaced."""
-    return run.config.model.backbone != "small_cnn" and not run.config.model.small_stem
+    """Whether timm.create_model builds this backbone: not the small CNN, nor one whose stem was replaced, nor
+    several side by side."""
+    model = run.config.model
+    return not (model.backbone == "small_cnn" or model.small_stem or _several(run))
+
+
+def _several(run: Run) -> bool:
+    return _two(run.config.model) or bool(run.config.model.concatenated)
+
+
+def _built_by(model: ModelConfig) -> dict[str, Any]:
+    """The fields that say how the backbone is built, its weights being plain."""
+    if model.concatenated:
+        return {"concatenated": [{"model": _built_by(part)} for part in model.parts()]}
+    plain = type(model)()
+    named = ("width", "small_stem", "timm_args", "encoders")
+    found = {name: getattr(model, name) for name in named if getattr(model, name) != getattr(plain, name)}
+    return {"backbone": model.backbone, **found, **({"decoder": model.decoder} if _two(model) else {})}
+
+
+def _two(model: ModelConfig) -> bool:
+    return model.encoders == "two"
 
 
 def hub_config(run: Run) -> dict[str, Any]:
@@ -86,9 +110,7 @@ def hub_config(run: Run) -> dict[str, Any]:
         },
     }
     if not timm_builds(run):
-        return config | {
-            "pysupcon": {"backbone": model.backbone, "width": model.width, "small_stem": model.small_stem}
-        }
+        return config | {"pysupcon": _built_by(model)}
     name, _, tag = model.backbone.partition(".")
     arguments = {"in_chans": data.channels, **model.timm_args}
     first: Any = (
@@ -104,19 +126,19 @@ def model_card(run: Run, metrics: dict[str, Any] | None, name: str) -> str:
     head = ["---", "tags:", "- image-feature-extraction", "- contrastive-learning", "- pysupcon"]
     head += ["- timm", "library_name: timm"] if timm_builds(run) else []
     head += ["pipeline_tag: image-feature-extraction", "---", ""]
-    loss = config.loss
     training = {
         "data": f"{config.data.dataset}, {config.data.labels} labels ({', '.join(data.class_names[:12])}"
         + (", ...)" if len(data.class_names) > 12 else ")"),
-        "loss": f"{loss.name}, temperature {loss.temperature:g}"
-        + (" (learned from there)" if loss.learnable_temperature else "")
-        + (f", cross-entropy weight {loss.cross_entropy_weight:g}" if loss.cross_entropy_weight else ""),
+        "loss": _by_part(run, lambda part: _loss(part["loss"])),
         "batch": f"{config.data.batch_size} samples, {config.data.views} views each",
-        "optimiser": f"{config.optimizer.name}, learning rate {config.optimizer.learning_rate:g}, "
-        f"{config.trainer.epochs} epochs",
-        "weights": {"last": "of the last step", "best": "of the least validation loss", "ema": "averaged"}[
-            config.trainer.final_weights
-        ],
+        "optimiser": _by_part(
+            run,
+            lambda part: (
+                f"{part['optimizer']['name']}, learning rate "
+                f"{part['optimizer']['learning_rate']:g}, {part['epochs']} epochs"
+            ),
+        ),
+        "weights": _by_part(run, lambda part: FINAL[part["final_weights"]]),
         "images": f"{data.channels} x {data.image_size} x {data.image_size}, scaled to [0, 1], minus "
         f"{_numbers(data.normalize.mean)}, divided by {_numbers(data.normalize.std)}",
         "embedding": f"{run.model.embedding_dim} dimensions",
@@ -125,7 +147,7 @@ def model_card(run: Run, metrics: dict[str, Any] | None, name: str) -> str:
         *head,
         f"# {name}",
         "",
-        f"A {config.model.backbone} whose representation was trained with the {loss.name} loss by pysupcon.",
+        f"{_what(run)}, trained by pysupcon.",
         "",
         "## Use",
         "",
@@ -147,6 +169,31 @@ def model_card(run: Run, metrics: dict[str, Any] | None, name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _what(run: Run) -> str:
+    model = run.config.model
+    if model.concatenated:
+        return "Frozen, side by side: " + " and ".join(f"a {part.backbone}" for part in model.parts())
+    return f"Two {model.backbone} side by side" if _two(model) else f"A {model.backbone}"
+
+
+def _by_part(run: Run, words: Callable[[dict[str, Any]], str]) -> str:
+    """How the run was trained, or each of those that it was put together from."""
+    config = run.config
+    if config.model.concatenated:
+        return "; ".join(f"{words(part)} (part {i})" for i, part in enumerate(config.model.concatenated, 1))
+    return words(training_of(config))
+
+
+def _loss(loss: dict[str, Any]) -> str:
+    learned = " (learned from there)" if loss["learnable_temperature"] else ""
+    parts = (
+        [] if loss["name"] == "none" else [f"{loss['name']}, temperature {loss['temperature']:g}{learned}"]
+    )
+    named = {"infonce": "InfoNCE", "cross_entropy": "cross-entropy", "reconstruction": "reconstruction"}
+    weights = {words: loss[f"{name}_weight"] for name, words in named.items()}
+    return ", ".join([*parts, *(f"{words} weight {weight:g}" for words, weight in weights.items() if weight)])
+
+
 def _usage(run: Run) -> list[str]:
     if timm_builds(run):
         return [
@@ -158,12 +205,9 @@ def _usage(run: Run) -> list[str]:
             "```",
         ]
     what = "its stem was replaced for small images" if run.config.model.small_stem else "it is pysupcon's own"
-    fields: dict[str, Any] = {"backbone": run.config.model.backbone, "width": run.config.model.width}
-    if run.config.model.small_stem:
-        fields = {"backbone": run.config.model.backbone, "small_stem": True}
-        if run.config.model.timm_args:
-            fields["timm_args"] = run.config.model.timm_args
-    arguments = ", ".join(f"{key}={value!r}" for key, value in fields.items())
+    if _several(run):
+        what = "it is two side by side"
+    arguments = ", ".join(f"{key}={value!r}" for key, value in _built_by(run.config.model).items())
     return [
         f"timm.create_model cannot build this backbone: {what}. With pysupcon installed:",
         "",

@@ -336,5 +336,7 @@ def test_loss_curves():
     )
     steps, losses, chance = loss_curves([{"step": 4, "loss": 1.0, "contrastive": 1.0}])
     assert (steps, losses, chance) == ([4], {"contrastive": [1.0]}, {})
-    with pytest.raises(RunError, match="no line with a step and a contrastive loss"):
+    steps, losses, chance = loss_curves([{"step": 4, "loss": 0.5, "reconstruction": 1.0}])
+    assert (steps, losses, chance) == ([4], {"reconstruction": [1.0]}, {})
+    with pytest.raises(RunError, match="no line with a step and a loss"):
         loss_curves([{"step": 1}])

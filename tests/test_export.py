@@ -21,6 +21,7 @@ from pysupcon.trainer.checkpoint import save_weights
 from pysupcon.trainer.run import build_model, load_run
 
 VIT = "{img_size: 8, patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2}"
+TWO = "--model.width 4 --model.encoders two --model.decoder plain --loss.reconstruction_weight 1"
 METRICS: dict[str, Any] = {
     "knn/fine/accuracy": {"value": 0.987654, "low": 0.97, "high": 0.99, "unit": "fraction"},
     "knn/fine/class=3/accuracy": {"value": 0.5, "unit": "fraction"},
@@ -76,8 +77,10 @@ def test_timm_loads_it(tmp_path: Path, model: tuple[str, ...]) -> None:
         ("small_cnn", "--model.width", "4"),
         ("resnet10t",),
         ("resnet18", "--model.small_stem", "true", "--model.timm_args", "{block_args: {}}"),
+        ("small_cnn", "--model.width", "4", "--model.spectral_norm", "true"),
+        ("small_cnn", *TWO.split()),
     ],
-    ids=lambda model: model[0],
+    ids=["small_cnn", "resnet10t", "resnet18", "bounded", "two"],
 )
 def test_the_card_runs_as_written(
     tmp_path: Path, model: tuple[str, ...], monkeypatch: pytest.MonkeyPatch

@@ -21,9 +21,9 @@ class StepLog:
 
     The loop writes: step and epoch (done), loss and its parts (means over processes), gradient_norm (before
     clipping), temperature (if it is learnable: before the step), val_loss and its parts (at checkpoints),
-    valid_anchors (of all processes: anchors that have a positive), chance (the contrastive loss if
-    all rows were one point), learning_rate (of this step), images_per_second (views, of all processes),
-    peak_memory_mib (of the main process).
+    valid_anchors (of all processes: anchors that have a positive) and chance (the contrastive loss if all
+    rows were one point) where there is a contrastive loss, learning_rate (of this step), images_per_second
+    (views, of all processes), peak_memory_mib (of the main process).
 
     Args:
         path: of the file; created if missing.
