@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from pysupcon.data.draws import uniforms
 from pysupcon.data.group_files import ANNOTATED, Groups, group_numbers, read_groups, true_groups
 from pysupcon.data.samplers import BalancedBatches, Draw, ShuffledBatches
 from pysupcon.data.sources import Samples, read_source
-from pysupcon.data.splits import stratified_split
+from pysupcon.data.splits import at_most, stratified_split, stratified_subset
 from pysupcon.errors import ConfigError
 
 
@@ -83,9 +85,11 @@ class ViewDataset(Dataset[tuple[Tensor, int]]):
         samples = [sample for sample, _ in keys]
         numbers = uniforms(self.seed, [draw for _, draw in keys], self.views * self.augmentation.count)
         numbers = numbers.view(len(keys), self.views, self.augmentation.count)
-        parts = _batches_of(self.samples, samples)
-        sizes = [len(part) for part in parts]
-        views = [self.augmentation(*each) for each in zip(parts, numbers.split(sizes), strict=True)]
+        views: list[Tensor] = []
+        done = 0
+        for images in _batches_of(self.samples, samples):
+            views.append(self.augmentation(images, numbers[done : done + len(images)]))
+            done += len(images)
         return views[0] if len(views) == 1 else torch.cat(views), self.labels[torch.tensor(samples)]
 
 
@@ -106,12 +110,15 @@ class GroupedViews(Dataset[tuple[Tensor, int, int]]):
         return (*self.dataset.__getitems__(keys), self.groups[samples])
 
 
-def _batches_of(samples: Samples, indices: list[int]) -> list[Tensor]:
-    """Images as batches uint8 [n, C, H, W], together those of ``indices`` in order: files, which differ in
-    size, one by one, others all at once."""
+def _batches_of(samples: Samples, indices: list[int]) -> Iterator[Tensor]:
+    """Images as batches uint8 [n, C, H, W], together those of ``indices`` in order: all at once, but files
+    only as far as the next has the same size."""
     if isinstance(samples.images, Tensor):
-        return [samples.images[torch.tensor(indices)]]
-    return [samples.images[index].unsqueeze(0) for index in indices]
+        yield samples.images[torch.tensor(indices)]
+        return
+    files = samples.images
+    for _, same in groupby((files[index] for index in indices), key=lambda image: image.shape):
+        yield torch.stack(list(same))
 
 
 class Data:
@@ -135,6 +142,10 @@ class Data:
         if val is None:
             rest, held = stratified_split(train.fine, config.val_fraction, config.split_seed + 1)
             val, train = train.select(held), train.select(rest)
+        if source.kept is not None:  # after validation, which is as balanced as the test samples then
+            train = train.select(at_most(train.fine, dict(enumerate(source.kept)), config.split_seed + 2))
+        if config.train_size is not None:
+            train = train.select(_subset(train.fine, config.train_size, config.split_seed + 3))
         self.config = config
         self.splits = {"train": train, "val": val, "test": test}
         self.coarse_names, self.fine_names = source.coarse_names, source.fine_names
@@ -234,6 +245,16 @@ class Data:
     def _labels(self, split: str) -> Tensor:
         samples = self.splits[split]
         return samples.coarse if self.config.labels == "coarse" else samples.fine
+
+
+def _subset(labels: Tensor, count: int, seed: int) -> Tensor:
+    try:
+        return stratified_subset(labels, count, seed)
+    except ValueError as error:
+        raise ConfigError(
+            f"data.train_size must lie between the {len(labels.unique())} fine classes and the "
+            f"{len(labels)} training samples, got {count}"
+        ) from error
 
 
 def _already_a_batch(batch: Any) -> Any:

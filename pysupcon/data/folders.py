@@ -1,0 +1,162 @@
+"""Data sets that are folders of image files: any, Tiny ImageNet and ImageNet-100."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pysupcon.data.config import DataConfig
+from pysupcon.data.imagenet_classes import IMAGENET100, TINY_IMAGENET
+from pysupcon.data.samples import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    FileImages,
+    Samples,
+    Source,
+    alone,
+    labelled_files,
+    missing,
+)
+from pysupcon.errors import ConfigError
+
+
+def image_folder(config: DataConfig) -> Source:
+    """ROOT/CLASS/*.png, or ROOT/train/CLASS and ROOT/test/CLASS."""
+    assert config.root is not None
+    assert config.image_size is not None
+    root = Path(config.root).expanduser()
+    divided = (root / "train").is_dir() and (root / "test").is_dir()
+    if divided and config.test_fraction is not None:
+        raise ConfigError(
+            f"data.test_fraction has no effect: data.root {root} has a test folder; leave it out"
+        )
+    train_root = root / "train" if divided else root
+    names, paths, fine = _scan(train_root)
+    coarse = _coarse_groups(config, names)
+    train = labelled_files(paths, fine, names, coarse)
+    test = None
+    if divided:
+        test_names, test_paths, test_fine = _scan(root / "test")
+        if test_names != names:
+            raise ConfigError(f"data.root: {root / 'test'} has the classes {test_names}, train has {names}")
+        test = labelled_files(test_paths, test_fine, names, coarse)
+    return _source(train, test, names, list(coarse), config.image_size)
+
+
+def _source(train: Samples, test: Samples | None, fine: list[str], coarse: list[str], size: int) -> Source:
+    return Source(train, test, fine, coarse, "colour", 3, size, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def _scan(root: Path) -> tuple[list[str], list[Path], Tensor]:
+    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+
+    try:
+        names, indices = find_classes(root)
+        found = make_dataset(root, indices, extensions=IMG_EXTENSIONS)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"data.root {str(root)!r} is no image folder (FOLDER/CLASS/*.png): {error}"
+        ) from error
+    return names, [Path(path) for path, _ in found], torch.tensor([label for _, label in found])
+
+
+def _coarse_groups(config: DataConfig, names: list[str]) -> dict[str, list[str]]:
+    if config.coarse_map is None:
+        return alone(names)
+    given = set(config.coarse_map)
+    if given != set(names):
+        lacking, unknown = sorted(set(names) - given), sorted(given - set(names))
+        raise ConfigError(
+            f"data.coarse_map must map every class of data.root and no other: missing {lacking}, "
+            f"unknown {unknown}"
+        )
+    coarse: dict[str, list[str]] = {}
+    for name in names:
+        coarse.setdefault(config.coarse_map[name], []).append(name)
+    return coarse
+
+
+def imagenet100(config: DataConfig) -> Source:
+    """ROOT/train/WNID and ROOT/val/WNID, whole ImageNet or the hundred classes alone; val is tested on."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+    assert config.root is not None
+    assert config.image_size is not None
+    root = Path(config.root).expanduser()
+    indices = {wnid: index for index, wnid in enumerate(IMAGENET100)}
+    parts = []
+    for folder in ("train", "val"):
+        try:
+            found = make_dataset(root / folder, indices, extensions=IMG_EXTENSIONS)
+        except FileNotFoundError as error:
+            wanted = f"images of all {len(indices)} classes in {root / folder}/WNID ({error})"
+            raise missing(config, wanted) from error
+        labels = torch.tensor([label for _, label in found])
+        parts.append(Samples(FileImages([Path(path) for path, _ in found]), labels, labels))
+    return _source(parts[0], parts[1], IMAGENET100, IMAGENET100, config.image_size)
+
+
+def tiny_imagenet(config: DataConfig) -> Source:
+    """Tiny ImageNet as published: ROOT or ROOT/tiny-imagenet-200 with wnids.txt, words.txt,
+    train/WNID/images/*.JPEG, val/images/*.JPEG and val/val_annotations.txt.
+
+    The published validation images are tested on: the test images have no labels. Fine labels number the
+    sorted wnids, as torchvision does."""
+    assert config.root is not None
+    places = [Path(config.root).expanduser(), Path(config.root).expanduser() / "tiny-imagenet-200"]
+    root = next((place for place in places if (place / "wnids.txt").is_file()), None)
+    if root is None:
+        raise missing(config, "wnids.txt in " + " or ".join(map(str, places)))
+    wnids = sorted(_lines(root / "wnids.txt"))
+    known = {wnid for members in TINY_IMAGENET.values() for wnid in members}
+    if set(wnids) != known or len(wnids) != len(known):
+        raise ConfigError(
+            f"data.root: {root / 'wnids.txt'} must list the {len(known)} classes of Tiny ImageNet, got "
+            f"{len(wnids)}, {len(known - set(wnids))} of them missing"
+        )
+    label_of = {wnid: label for label, wnid in enumerate(wnids)}
+    paths: list[Path] = []
+    labels: list[int] = []
+    for wnid in wnids:
+        found = sorted((root / "train" / wnid / "images").glob("*.JPEG"))
+        if not found:
+            raise missing(config, f"*.JPEG in {root / 'train' / wnid / 'images'}")
+        paths += found
+        labels += [label_of[wnid]] * len(found)
+    train = labelled_files(paths, torch.tensor(labels), wnids, TINY_IMAGENET)
+    held, held_labels = _annotations(root / "val", label_of)
+    test = labelled_files(held, torch.tensor(held_labels), wnids, TINY_IMAGENET)
+    words = dict(line.split("\t", 1) for line in _lines(root / "words.txt") if "\t" in line)
+    names = [words.get(wnid, wnid).split(",")[0] for wnid in wnids]
+    return _source(train, test, names, list(TINY_IMAGENET), config.image_size or 64)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"data.root: {path} cannot be read: {error}") from error
+
+
+def _annotations(folder: Path, label_of: dict[str, int]) -> tuple[list[Path], list[int]]:
+    """Images of ``val`` and their labels: lines of file name, wnid and box, between tabs."""
+    table = folder / "val_annotations.txt"
+    paths, labels = [], []
+    for number, line in enumerate(_lines(table), start=1):
+        name, wnid = [*line.split("\t"), "", ""][:2]
+        if wnid not in label_of:
+            raise ConfigError(
+                f"data.root: {table}, line {number}, must begin with a file name and one of the wnids, "
+                f"got {line!r}"
+            )
+        paths.append(folder / "images" / name)
+        labels.append(label_of[wnid])
+    lacking = [path for path in paths if not path.is_file()]
+    if lacking or not paths:
+        raise ConfigError(
+            f"data.root: {table} names {len(paths)} images, {len(lacking)} of which are not there"
+            + (f", the first of them {lacking[0]}" if lacking else "")
+        )
+    return paths, labels

@@ -1,0 +1,149 @@
+"""Data sets that torchvision reads: CIFAR and its variants, and six that encoders are transferred to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision import datasets
+
+from pysupcon.data import labels as groups
+from pysupcon.data.config import DOWNLOADABLE, DataConfig
+from pysupcon.data.samples import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    FileImages,
+    Samples,
+    Source,
+    alone,
+    labelled,
+    missing,
+)
+from pysupcon.errors import ConfigError
+
+#: CIFAR100-U (Chen et al. 2022): training samples that each class of a superclass keeps, by ascending label.
+UNBALANCED = (500, 250, 100, 50, 50)
+
+
+def cifar(config: DataConfig) -> Source:
+    """CIFAR-10 and CIFAR-100; CIFAR-2, cats and dogs alone; CIFAR100-U, unbalanced within a superclass."""
+    assert config.root is not None
+    ten = config.dataset in ("cifar10", "cifar2")
+    kind = datasets.CIFAR10 if ten else datasets.CIFAR100
+    coarse = groups.CIFAR10 if ten else groups.CIFAR100
+    parts = []
+    names: list[str] = []
+    for train in (True, False):
+        try:  # torchvision compares checksums before it unpickles
+            part = kind(str(Path(config.root).expanduser()), train=train, download=config.download)
+        except RuntimeError as error:
+            if config.download:
+                raise
+            raise missing(config, f"{kind.base_folder} with torchvision's checksums") from error
+        names = list(part.classes)
+        images = torch.from_numpy(part.data).permute(0, 3, 1, 2)
+        fine = torch.tensor(part.targets, dtype=torch.int64)
+        if config.dataset == "cifar2":
+            pets = [names.index(name) for name in groups.CIFAR2]
+            rows = torch.isin(fine, torch.tensor(pets))
+            names, coarse = groups.CIFAR2, alone(groups.CIFAR2)
+            images, fine = images[rows], (fine[rows] == pets[1]).long()
+        parts.append(labelled(images, fine, names, coarse))
+    mean = (0.4914, 0.4822, 0.4465) if ten else (0.5071, 0.4866, 0.4409)
+    std = (0.2470, 0.2435, 0.2616) if ten else (0.2673, 0.2564, 0.2762)
+    kept = _unbalanced(names, coarse) if config.dataset == "cifar100_u" else None
+    return Source(parts[0], parts[1], names, list(coarse), "colour", 3, 32, mean, std, kept=kept)
+
+
+def _unbalanced(names: list[str], coarse: dict[str, list[str]]) -> list[int]:
+    kept = [0] * len(names)
+    for members in coarse.values():
+        for label, count in zip(sorted(names.index(name) for name in members), UNBALANCED, strict=True):
+            kept[label] = count
+    return kept
+
+
+# --- transfer -----------------------------------------------------------------------------------------------
+
+#: What a data set's official training and test samples are, as arguments of its class, and where it looks.
+_SETS: dict[str, tuple[Any, tuple[str, ...], str]] = {
+    "aircraft": (datasets.FGVCAircraft, ("trainval",), "fgvc-aircraft-2013b/data"),
+    "cars": (
+        datasets.StanfordCars,
+        ("train",),
+        "stanford_cars with cars_train, cars_test, devkit and cars_test_annos_withlabels.mat",
+    ),
+    "dtd": (datasets.DTD, ("train", "val"), "dtd/dtd with images and labels"),
+    "flowers102": (
+        datasets.Flowers102,
+        ("train", "val"),
+        "flowers-102 with jpg, and imagelabels.mat and setid.mat with torchvision's checksums",
+    ),
+    "food101": (datasets.Food101, ("train",), "food-101 with images and meta"),
+    "pets": (datasets.OxfordIIITPet, ("trainval",), "oxford-iiit-pet with images and annotations"),
+}
+
+
+def transfer_set(config: DataConfig) -> Source:
+    """FGVC Aircraft, Stanford Cars, DTD (its first partition), Oxford Flowers, Food-101 or Oxford-IIIT Pet.
+
+    Official training and validation samples together are the training samples. The coarse class is an
+    aircraft's manufacturer and a pet's species; the others have no coarser classes."""
+    assert config.image_size is not None
+    kind, training, folder = _SETS[config.dataset]
+    train, fine, coarse = _read(config, kind, training, folder)
+    test, *test_names = _read(config, kind, ("test",), folder)
+    if test_names != [fine, coarse]:
+        raise ConfigError(f"data.root {config.root!r}: the test split of {config.dataset} has other classes")
+    return Source(
+        train, test, fine, coarse, "colour", 3, config.image_size, IMAGENET_MEAN, IMAGENET_STD
+    )  # fmt: skip
+
+
+def _read(
+    config: DataConfig, kind: Any, splits: tuple[str, ...], folder: str
+) -> tuple[Samples, list[str], list[str]]:
+    assert config.root is not None
+    root = Path(config.root).expanduser()
+    download = {"download": True} if config.download and config.dataset in DOWNLOADABLE else {}
+    paths: list[Path] = []
+    fine: list[int] = []
+    coarse: list[int] = []
+    names = coarse_names = [""]
+    try:
+        for split in splits:
+            if config.dataset == "pets":  # takes no loader
+                part = kind(root, split=split, **download)
+                paths += part._images
+                labels, coarser = part._labels, part._bin_labels
+                coarse_names = list(part.bin_classes)
+            else:  # the loader leaves the path as it is, so that nothing is decoded here
+                part = kind(root, split=split, loader=Path, **download)
+                found = [part[row] for row in range(len(part))]
+                paths += [path for path, _ in found]
+                labels = coarser = [int(label) for _, label in found]
+                coarse_names = list(part.classes)
+            names = list(part.classes)
+            if config.dataset == "aircraft":
+                makers = kind(root, split=split, annotation_level="manufacturer", loader=Path)
+                coarser = [makers[row][1] for row in range(len(makers))]
+                coarse_names = list(makers.classes)
+            fine += labels
+            coarse += coarser
+    except (RuntimeError, OSError, ValueError, KeyError) as error:
+        if download:
+            raise
+        raise missing(config, f"{folder} in {root} ({error})") from error
+    lacking = [path for path in paths if not path.is_file()]
+    if lacking or not paths:
+        raise ConfigError(
+            f"data.root {config.root!r} lacks {len(lacking)} of the {len(paths)} images of {config.dataset}"
+            + (f", the first of them {lacking[0]}" if lacking else "")
+        )
+    return Samples(FileImages(paths), torch.tensor(coarse), _tensor(fine)), names, coarse_names
+
+
+def _tensor(labels: list[int]) -> Tensor:
+    return torch.tensor(labels, dtype=torch.int64)

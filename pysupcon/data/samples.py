@@ -1,0 +1,107 @@
+"""What every reader of a data set gives: images, labels and what is known about them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from pysupcon.data.config import DOWNLOADABLE, DataConfig
+from pysupcon.data.labels import coarsen
+from pysupcon.errors import ConfigError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+Family = Literal["digits", "grey", "colour"]
+
+
+class FileImages(Sequence[Tensor]):
+    """Image files, read one by one: ``images[i]`` is a uint8 RGB tensor [3, H, W] of the file's own size."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = list(paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]  # no slices
+        from torchvision.datasets.folder import default_loader
+        from torchvision.transforms.v2.functional import pil_to_tensor
+
+        return pil_to_tensor(default_loader(str(self.paths[index])))
+
+
+Images = Tensor | FileImages
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images with both labels. ``images`` is uint8 [N, C, H, W], or files; ``coarse`` and ``fine`` are int64
+    [N]."""
+
+    images: Images
+    coarse: Tensor
+    fine: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def select(self, indices: Tensor) -> Samples:
+        """The samples at ``indices`` (int64 [M])."""
+        if isinstance(self.images, FileImages):
+            images: Images = FileImages([self.images.paths[int(i)] for i in indices])
+        else:
+            images = self.images[indices]
+        return Samples(images, self.coarse[indices], self.fine[indices])
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set as it is published: all samples, or an official division into training and test samples, and
+    validation samples if it has them.
+
+    ``kept`` unbalances the training samples once the validation samples are taken from them: of fine class k
+    kept[k] samples stay, or all of them if there are fewer.
+    """
+
+    train: Samples
+    test: Samples | None
+    fine_names: list[str]
+    coarse_names: list[str]
+    family: Family
+    channels: int
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    val: Samples | None = None
+    kept: list[int] | None = None
+
+
+def labelled(images: Tensor, fine: Tensor, names: list[str], coarse: dict[str, list[str]]) -> Samples:
+    """Images uint8 [N, C, H, W] with fine labels [N], and the coarse ones that ``coarse`` says."""
+    return Samples(images.contiguous(), coarsen(fine, names, coarse), fine)
+
+
+def labelled_files(
+    paths: Sequence[Path], fine: Tensor, names: list[str], coarse: dict[str, list[str]]
+) -> Samples:
+    """The same of image files."""
+    return Samples(FileImages(paths), coarsen(fine, names, coarse), fine)
+
+
+def alone(names: list[str]) -> dict[str, list[str]]:
+    """Coarse classes of one fine class each, where there are no coarser ones."""
+    return {name: [name] for name in names}
+
+
+def missing(config: DataConfig, looked_for: str) -> ConfigError:
+    """The error for files that are not there."""
+    remedy = "correct data.root"
+    if config.dataset in DOWNLOADABLE:
+        remedy += ", or fetch the data with --data.download true"
+    return ConfigError(
+        f"data.root {config.root!r} does not hold {config.dataset}: looked for {looked_for}; {remedy}"
+    )
