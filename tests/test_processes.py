@@ -28,7 +28,9 @@ def arguments(folder: Path, *more: str) -> list[str]:
         "--data.dataset digits --data.augmentation weak --data.batch_size 128 --trainer.epochs 2 "
         "--trainer.threads 1 --evaluate false --trainer.cpu true --model.backbone vit_tiny_patch16_224 "
         "--loss.name spread --loss.base sincere --loss.gather true --loss.learnable_temperature true "
-        "--model.classifier true --loss.cross_entropy_weight 0.5 --optimizer.name sgd "
+        "--model.classifier true --loss.cross_entropy_weight 0.5 --loss.infonce_weight 0.25 "
+        "--model.encoders two --model.decoder labelled --loss.reconstruction_weight 0.5 "
+        "--model.spectral_norm true --optimizer.name sgd "
         "--optimizer.learning_rate 0.05 --optimizer.warmup_epochs 0.5 --trainer.clip_norm 1 "
         "--resume_from_checkpoint auto"
     )
@@ -47,7 +49,8 @@ def agree(folder: Path, other: Path) -> None:
     first, second = (read_log(run / "log.jsonl") for run in (folder, other))
     for name in ("step", "epoch", "learning_rate", "valid_anchors"):
         assert [line[name] for line in first] == [line[name] for line in second], name
-    for name in ("loss", "contrastive", "cross_entropy", "chance", "temperature", "gradient_norm"):
+    parts = ("contrastive", "infonce", "cross_entropy", "second_cross_entropy", "reconstruction")
+    for name in ("loss", *parts, "chance", "temperature", "gradient_norm"):
         assert column(first, name) == pytest.approx(column(second, name), rel=2e-4), name
     temperatures = column(first, "temperature")
     assert abs(temperatures[-1] - temperatures[0]) > 1e-4, "the temperature was to learn"

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from pysupcon.errors import ConfigError
+from pysupcon.config import parse_args
+from pysupcon.errors import ConfigError, Interrupted
 from pysupcon.gradcache import GradCache
 from pysupcon.models import ModelConfig
 from pysupcon.models.decoder import Decoder, start_side
 from pysupcon.models.model import ContrastiveModel, Outputs
 from pysupcon.models.spectral import SpectralNorm, plain_weights, power_iteration
-from pysupcon.trainer import LossConfig
+from pysupcon.trainer import LossConfig, loop
 from pysupcon.trainer.objective import Objective
+from pysupcon.trainer.run import load_run
 
 VIT: dict[str, Any] = {
     "backbone": "vit_tiny_patch16_224",
@@ -336,3 +339,32 @@ def test_the_gradient_in_chunks(arguments: dict[str, Any]) -> None:
     scale = max(float(grad.abs().max()) for grad in grads[0].values())
     for name, grad in grads[0].items():
         torch.testing.assert_close(grad, grads[1][name], rtol=1e-4, atol=2e-6 * scale)
+
+
+# --- the whole
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    """Bit for bit, with all of it: two bounded encoders, decoder with labels, averaged weights, chunks."""
+    fixed = (
+        "--data.dataset digits --data.augmentation weak --data.batch_size 256 --model.width 4 "
+        "--trainer.epochs 1 --trainer.threads 1 --trainer.cpu true --evaluate false --trainer.chunk_size 100 "
+        "--loss.name spread --loss.pairing cross --loss.infonce_weight 0.5 --loss.reconstruction_weight 1 "
+        "--model.encoders two --model.decoder labelled --model.spectral_norm true --model.classifier true "
+        "--loss.cross_entropy_weight 1 --trainer.ema_decay 0.5 --trainer.final_weights ema"
+    )
+
+    def train(name: str, *more: str) -> Path:
+        return loop.train(parse_args([*fixed.split(), "--output_dir", str(tmp_path / name), *more])[0])
+
+    train("whole")
+    with pytest.raises(Interrupted):
+        train("stopped", "--trainer.time_budget", "1e-9")
+    train("stopped", "--resume_from_checkpoint", "latest")
+    runs = [load_run(tmp_path / name) for name in ("whole", "stopped")]
+    weights = [run.model.state_dict() for run in runs]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    times = ("images_per_second", "peak_memory_mib")
+    logs = [[{k: v for k, v in line.items() if k not in times} for line in run.log()] for run in runs]
+    assert len(logs[0]) == 5
+    assert logs[0] == logs[1]
