@@ -17,7 +17,7 @@ from pysupcon.data.config import DataConfig
 from pysupcon.errors import ConfigError
 from pysupcon.evaluators import EvaluationConfig
 from pysupcon.models.config import ModelConfig
-from pysupcon.trainer.config import NEEDS_VIEWS, LossConfig, OptimizerConfig, TrainerConfig
+from pysupcon.trainer.config import GROUP_ACCURACIES, NEEDS_VIEWS, LossConfig, OptimizerConfig, TrainerConfig
 
 
 @dataclass
@@ -56,6 +56,7 @@ class Config:
         if not self.model.concatenated:  # nothing is trained
             self._check_views()
             self._check_parts_of_the_loss()
+            self._check_groups()
             self._check_best_by()
         if self.optimizer.warmup_epochs > self.trainer.epochs:
             raise ConfigError(
@@ -120,8 +121,25 @@ class Config:
                     "it out"
                 )
 
+    def _check_groups(self) -> None:
+        data, best_by = self.data, self.trainer.best_by
+        if self.loss.group_dro is not None:
+            if data.groups is None:
+                raise ConfigError("loss.group_dro needs data.groups, got None: pass annotated or a file")
+            if self.model.encoders == "two":
+                raise ConfigError("loss.group_dro is for one head, but model.encoders is two: leave one out")
+        elif data.groups is not None and data.sampler != "groups" and best_by != "worst_known_group":
+            raise ConfigError(
+                f"data.groups={data.groups} has no effect without loss.group_dro, data.sampler=groups or "
+                "trainer.best_by=worst_known_group: leave it out"
+            )
+        if best_by == "worst_known_group" and data.groups is None:
+            raise ConfigError("trainer.best_by=worst_known_group needs data.groups, got None")
+
     def _check_best_by(self) -> None:
         best_by = self.trainer.best_by
+        if best_by in GROUP_ACCURACIES and not self.model.classifier:
+            raise ConfigError(f"trainer.best_by={best_by} needs model.classifier, which is false")
         if best_by == "cross_entropy" and not self.model.classifier:
             raise ConfigError("trainer.best_by=cross_entropy needs model.classifier, which is false")
         if best_by == "reconstruction" and self.model.decoder == "none":

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pysupcon.config import Config, load_config, to_yaml
 from pysupcon.errors import ConfigError, RunError
+from pysupcon.trainer.config import GROUP_ACCURACIES
 from pysupcon.trainer.files import publish_folder, replace_file, write_file
 from pysupcon.trainer.run import CONFIG_FILE
 
@@ -68,7 +69,7 @@ class Checkpoint:
 def save_checkpoint(
     run_dir: Path, checkpoint: Checkpoint, config: Config, *, keep: int, best_by: str | None = None
 ) -> Path:
-    """Write a checkpoint, then delete all but the last ``keep`` and the one of the least ``best_by``.
+    """Write a checkpoint, then delete all but the last ``keep`` and the best by ``best_by``.
 
     Later checkpoints than this, of a course of the training that was left, go too.
 
@@ -108,16 +109,19 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def best_checkpoint(run_dir: Path, best_by: str | None, up_to: int) -> Path | None:
-    """The checkpoint of the least validation loss of that name, among those of ``up_to`` steps at most; of
-    equal ones the first."""
+    """The checkpoint of the least validation loss of that name, or of the greatest accuracy, among those of
+    ``up_to`` steps at most; of equal ones the first."""
     best, least = None, math.inf
     for path in checkpoints(run_dir):
         if best_by is None or step_of(path) > up_to:
             continue
         try:
-            value = read_manifest(path)["metrics"].get(best_by, math.inf)
+            value = read_manifest(path)["metrics"].get(best_by)
         except RunError:
             continue
+        if value is None:
+            continue
+        value = -value if best_by in GROUP_ACCURACIES else value
         if value < least:
             best, least = path, value
     return best

@@ -14,6 +14,29 @@ CONTRASTIVE = (
     "infonce_weight",
 )  # fmt: skip
 """Fields without effect where there is no contrastive loss"""
+GROUP_ACCURACIES = ("worst_group", "worst_known_group")
+"""What best_by may ask for of which more is better"""
+
+
+@dataclass
+class GroupDROConfig:
+    """Cross-entropy of the groups, the worst weighted most (Sagawa et al. 2020)."""
+
+    eta: float = 0.01
+    """Step of the groups' weights: q_g <- q_g exp(eta (loss_g + C / sqrt(n_g))), normalised."""
+
+    adjustment: float = 0.0
+    """C of that step, n_g the training samples of a group: small groups, which generalise less, count for
+    more."""
+
+    def check(self) -> None:
+        """Refuse values that cannot run.
+
+        Raises:
+            ConfigError: names the field.
+        """
+        check(self.eta > 0, "loss.group_dro.eta", "be greater than 0", self.eta)
+        check(self.adjustment >= 0, "loss.group_dro.adjustment", "be at least 0", self.adjustment)
 
 
 @dataclass
@@ -63,6 +86,10 @@ class LossConfig:
     """Weight of the classification head's cross-entropy in the sum (of both heads', with two encoders); needs
     model.classifier."""
 
+    group_dro: GroupDROConfig | None = None
+    """GroupDRO: the cross-entropies of the groups of data.groups, weighted, in place of the mean over the
+    samples; {} takes its defaults. Validation keeps the mean. None: no groups."""
+
     reconstruction_weight: float = 0.0
     """Weight of the reconstruction in the sum: the mean squared error of the views, normalised as the encoder
     sees them; needs model.decoder."""
@@ -88,6 +115,10 @@ class LossConfig:
                 "loss.infonce_weight is for InfoNCE beside another loss; with loss.name=infonce use "
                 "loss.weight"
             )
+        if self.group_dro is not None:
+            self.group_dro.check()
+            weight = self.cross_entropy_weight
+            check(weight > 0, "loss.cross_entropy_weight", "be greater than 0 for loss.group_dro", weight)
         if self.name == "none":
             self._refuse_contrastive()
         if self.pairing == "cross":
@@ -215,9 +246,13 @@ class TrainerConfig:
     keep_checkpoints: int = 2
     """Older checkpoints are deleted, but for the best."""
 
-    best_by: Literal["loss", "contrastive", "cross_entropy", "reconstruction"] | None = "loss"
+    best_by: Literal[
+        "loss", "contrastive", "cross_entropy", "reconstruction", "worst_group", "worst_known_group"
+    ] | None = "loss"  # fmt: skip
     """At each checkpoint, log the losses on the validation split, and keep the checkpoint of the least one of
-    that name (of the averaged weights, if those are final). None does not validate."""
+    that name (of the averaged weights, if those are final). worst_group: of the greatest accuracy of the
+    classification head in the worst of the data's own groups; worst_known_group: of the groups of
+    data.groups. None does not validate."""
 
     time_budget: float | None = None
     """Minutes after which the training writes a checkpoint and stops, to be resumed; None: no end. SIGTERM

@@ -18,6 +18,7 @@ from pysupcon.profiling.recorder import StepRecorder
 from pysupcon.trainer import checkpoint, state
 from pysupcon.trainer.files import replace_file
 from pysupcon.trainer.folders import agree_on_folder, restarted
+from pysupcon.trainer.group_dro import build_group_dro
 from pysupcon.trainer.log import StepLog, peak_memory
 from pysupcon.trainer.objective import Objective
 from pysupcon.trainer.optim import build_optimizer, build_scheduler
@@ -90,7 +91,8 @@ class Trainer:
             from timm.utils import ModelEmaV3
 
             self.ema = ModelEmaV3(model, decay=config.trainer.ema_decay)
-        self.objective = Objective(config.loss, config.data.views).to(self.device)
+        group_dro = build_group_dro(config, data, self.accelerator)
+        self.objective = Objective(config.loss, config.data.views, group_dro).to(self.device)
         optimizer = build_optimizer(config.optimizer, model, self.objective)
         scheduler = build_scheduler(
             config.optimizer, optimizer, steps=self.steps, steps_per_epoch=self.steps_per_epoch
@@ -150,7 +152,7 @@ class Trainer:
         bar = tqdm(total=self.steps, initial=self.done, desc="train", unit="step", disable=log is None)
         last = time.perf_counter()
         with bar:
-            for views, labels in self.loader:
+            for views, labels, *groups in self.loader:
                 learning_rate = self.scheduler.get_last_lr()[0]
                 learnable = (
                     {"temperature": self.objective.temperature}
@@ -158,7 +160,7 @@ class Trainer:
                     else {}
                 )
                 with recorder.step(self.done + 1):
-                    values, asked = self.step(views, labels, self.done + 1, stop.reason is not None)
+                    values, asked = self.step(views, labels, self.done + 1, stop.reason is not None, *groups)
                 self.done += 1
                 if self.ema is not None:
                     self.ema.update(self.accelerator.unwrap_model(self.model), self.done)

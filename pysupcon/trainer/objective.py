@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pysupcon.errors import ConfigError
+from pysupcon.evaluators import GroupDRO
 from pysupcon.losses import ClassConditionalInfoNCELoss, InfoNCELoss, SINCERELoss, SpreadLoss, SupConLoss
 from pysupcon.models.model import Outputs
 from pysupcon.trainer.config import LossConfig, LossName
@@ -55,11 +56,15 @@ def build_loss(config: LossConfig, name: LossName | None = None) -> Contrastive:
 class Objective(nn.Module):
     """The sum of the parts, each with its weight: ``loss.weight * contrastive``, ``loss.infonce_weight *
     infonce``, ``loss.cross_entropy_weight * cross_entropy`` (of both heads, with two encoders) and
-    ``loss.reconstruction_weight * reconstruction``."""
+    ``loss.reconstruction_weight * reconstruction``.
 
-    def __init__(self, config: LossConfig, views: int) -> None:
+    With ``group_dro`` the robust cross-entropy of the groups takes the place of the mean one where groups are
+    given: in training.
+    """
+
+    def __init__(self, config: LossConfig, views: int, group_dro: GroupDRO | None = None) -> None:
         super().__init__()
-        self.config, self.views = config, views
+        self.config, self.views, self.group_dro = config, views, group_dro
         self.contrastive = build_loss(config) if config.name != "none" else None
         self.infonce = build_loss(config, "infonce") if config.infonce_weight > 0 else None
         if self.infonce is not None and self.contrastive is not None:  # one temperature, learned by both
@@ -77,16 +82,18 @@ class Objective(nn.Module):
         with torch.no_grad():
             return float(self.contrastive.temperature)
 
-    def forward(self, outputs: Outputs, labels: Tensor) -> dict[str, Tensor]:
+    def forward(self, outputs: Outputs, labels: Tensor, groups: Tensor | None = None) -> dict[str, Tensor]:
         """Loss and its parts.
 
         Args:
             outputs: of B * V images, the views of a sample one after another.
             labels: int64 [B].
+            groups: int64 [B], for GroupDRO, whose weights take a step.
 
         Returns:
-            "loss", and what there is of "contrastive", "infonce", "cross_entropy", "second_cross_entropy" and
-            "reconstruction", without their weights; tensors of no dimensions.
+            "loss", and what there is of "contrastive", "infonce", "cross_entropy", "second_cross_entropy",
+            "group_dro" and "reconstruction", without their weights; with groups also the loss and weight of
+            each; tensors of no dimensions.
         """
         config = self.config
         features = outputs.projection.unflatten(0, (-1, self.views))
@@ -101,10 +108,17 @@ class Objective(nn.Module):
         for name, logits in heads.items():
             if logits is not None:
                 parts[name] = config.cross_entropy_weight, F.cross_entropy(logits.float(), targets)
+        figures: dict[str, Tensor] = {}
+        if self.group_dro is not None and groups is not None and outputs.logits is not None:
+            losses = F.cross_entropy(outputs.logits.float(), targets, reduction="none")
+            robust = self.group_dro(losses, groups.repeat_interleave(self.views))
+            parts["cross_entropy"] = 0.0, losses.detach().mean()
+            parts["group_dro"] = config.cross_entropy_weight, robust
+            figures = self.group_dro.figures()
         if outputs.reconstruction is not None:
             parts["reconstruction"] = config.reconstruction_weight, outputs.reconstruction.mean()
         loss = torch.stack([weight * part for weight, part in parts.values()]).sum()
-        return {"loss": loss, **{name: part for name, (_, part) in parts.items()}}
+        return {"loss": loss, **{name: part for name, (_, part) in parts.items()}, **figures}
 
     def _contrast(self, loss: Contrastive, features: Tensor, labels: Tensor | None) -> Tensor:
         """``features`` are [B, V, D]."""

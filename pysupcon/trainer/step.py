@@ -62,7 +62,7 @@ class Step:
         self.skipped = 0
 
     def __call__(
-        self, views: Tensor, labels: Tensor, number: int, stop: bool
+        self, views: Tensor, labels: Tensor, number: int, stop: bool, groups: Tensor | None = None
     ) -> tuple[dict[str, float], bool]:
         """One step.
 
@@ -71,6 +71,7 @@ class Step:
             labels: int64 [b].
             number: of the step, for messages.
             stop: whether this process wants the training to stop.
+            groups: int64 [b], for GroupDRO.
 
         Returns:
             Means over the processes, and whether any process wants to stop.
@@ -82,7 +83,8 @@ class Step:
         views, labels = views.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         if self.config.model.spectral_norm:
             power_iteration(self.model)
-        parts = self._backward(views, labels, number)
+        groups = None if groups is None else groups.to(device, non_blocking=True)
+        parts = self._backward(views, labels, number, groups)
         for parameter in self.objective.parameters():  # not DistributedDataParallel's
             grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = self.accelerator.reduce(grad, "mean")
@@ -106,12 +108,14 @@ class Step:
             outputs: Outputs = model(images, labels.repeat_interleave(views.shape[1]))
         return outputs
 
-    def _backward(self, views: Tensor, labels: Tensor, number: int) -> dict[str, Tensor]:
+    def _backward(
+        self, views: Tensor, labels: Tensor, number: int, groups: Tensor | None
+    ) -> dict[str, Tensor]:
         parts: dict[str, Tensor] = {}
 
         def loss(outputs: Outputs) -> Tensor:
             try:
-                parts.update(self.objective(outputs, labels))
+                parts.update(self.objective(outputs, labels, groups))
             except ValueError as error:
                 if bool(outputs.projection.isfinite().all()):
                     raise

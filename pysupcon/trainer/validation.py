@@ -1,4 +1,4 @@
-"""The training's own loss on the validation split."""
+"""The training's own loss on the validation split, and accuracy by group."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from pysupcon.config import Config
 from pysupcon.data.bundle import Data
 from pysupcon.errors import RunError
 from pysupcon.models.model import Outputs
+from pysupcon.trainer.config import GROUP_ACCURACIES
+from pysupcon.trainer.group_dro import GroupAccuracy
 from pysupcon.trainer.objective import Objective
 
 
@@ -31,10 +33,12 @@ class Validation:
             seed=config.seed, rank=accelerator.process_index, world_size=accelerator.num_processes
         )
         self.loader: DataLoader[tuple[Tensor, Tensor]] = data.loader(batches, split="val")
+        by_group = config.trainer.best_by in GROUP_ACCURACIES
+        self.group_accuracy = GroupAccuracy(accelerator, config, data) if by_group else None
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """Losses of a model, "loss" and its parts.
+        """Losses of a model, "loss" and its parts; where ``trainer.best_by`` asks for them, also accuracies.
 
         Raises:
             RunError: a feature is not finite.
@@ -48,14 +52,17 @@ class Validation:
         main = self.accelerator.is_main_process
         bar = tqdm(self.loader, desc="validate", unit="batch", leave=False, delay=2, disable=not main)
         totals: dict[str, Tensor] = {}
+        accuracies: dict[str, float] = {}
         try:
             for views, labels in bar:
                 for name, value in self._losses(model, views, labels).items():
                     totals[name] = totals.get(name, torch.zeros_like(value)) + value / len(self.loader)
+            if self.group_accuracy is not None:
+                accuracies = self.group_accuracy(model)
         finally:
             model.train(training)
         together = self.accelerator.reduce(torch.stack(list(totals.values())), "mean").tolist()
-        return dict(zip(totals, together, strict=True))
+        return dict(zip(totals, together, strict=True)) | accuracies
 
     def _losses(self, model: nn.Module, views: Tensor, labels: Tensor) -> dict[str, Tensor]:
         views, labels = views.to(self.accelerator.device), labels.to(self.accelerator.device)
