@@ -23,7 +23,7 @@ from pysupcon.data import DataConfig
 from pysupcon.data import labels as groups
 from pysupcon.data.bundle import Data, load_data
 from pysupcon.data.samplers import BalancedBatches, Draw, ShuffledBatches
-from pysupcon.data.splits import stratified_split
+from pysupcon.data.splits import at_most, stratified_split, stratified_subset
 from pysupcon.errors import ConfigError
 
 
@@ -125,10 +125,13 @@ def test_missing_image_folder(tmp_path: Path) -> None:
         load_data(DataConfig(dataset="image_folder", root=str(tmp_path), image_size=8, labels="fine"))
 
 
-@pytest.mark.parametrize("classes", [10, 100])
-def test_cifar_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classes: int) -> None:
+def write_cifar(
+    root: Path, monkeypatch: pytest.MonkeyPatch, classes: int, *, count: int = 300, test_count: int = 300
+) -> np.ndarray:
+    """The pickles of CIFAR-10 or CIFAR-100, labels in turn, and torchvision's checksums of them; the test
+    images come back."""
     kind = datasets.CIFAR10 if classes == 10 else datasets.CIFAR100
-    folder = tmp_path / kind.base_folder
+    folder = root / kind.base_folder
     folder.mkdir()
     random = np.random.default_rng(0)
     names = [name for members in getattr(groups, f"CIFAR{classes}").values() for name in members]
@@ -139,15 +142,20 @@ def test_cifar_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classes: i
         (folder / name).write_bytes(raw)
         return hashlib.md5(raw).hexdigest()
 
-    pixels = random.integers(0, 256, (300, 3072), dtype=np.uint8)
-    labels = [i % classes for i in range(300)]
-    for attribute in ("train_list", "test_list"):
+    for attribute, number in (("train_list", count), ("test_list", test_count)):
+        pixels = random.integers(0, 256, (number, 3072), dtype=np.uint8)
+        labels = [i % classes for i in range(number)]
         listed = [[name, write(name, {"data": pixels, key: labels})] for name, _ in getattr(kind, attribute)]
         monkeypatch.setattr(kind, attribute, listed)
     meta = dict(kind.meta)
     meta["md5"] = write(meta["filename"], {meta["key"]: sorted(names)})
     monkeypatch.setattr(kind, "meta", meta)
+    return pixels
 
+
+@pytest.mark.parametrize("classes", [10, 100])
+def test_cifar_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classes: int) -> None:
+    pixels = write_cifar(tmp_path, monkeypatch, classes)
     name = f"cifar{classes}"
     data = load_data(DataConfig(dataset=name, root=str(tmp_path), batch_size=16))  # type: ignore[arg-type]
     test = data.splits["test"]
@@ -157,7 +165,8 @@ def test_cifar_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classes: i
     for i in range(classes):
         assert data.fine_names[int(test.fine[i])] in table[data.coarse_names[int(test.coarse[i])]]
 
-    (folder / kind.test_list[0][0]).write_bytes(b"cut")
+    kind = datasets.CIFAR10 if classes == 10 else datasets.CIFAR100
+    (tmp_path / kind.base_folder / kind.test_list[0][0]).write_bytes(b"cut")
     with pytest.raises(ConfigError, match=rf"data.root .* does not hold {name}"):
         load_data(data.config)
 
@@ -183,6 +192,10 @@ def test_image_folder(tmp_path: Path) -> None:
     assert (image.shape, coarse, fine) == ((3, 8, 8), 0, 0)
     views, labels = next(iter(data.loader(data.batches(seed=0, steps=1))))
     assert (views.shape, labels.shape) == ((6, 2, 3, 8, 8), (6,))
+    dataset = data.loader(data.batches(seed=0, steps=1)).dataset
+    draws = [(3, 0), (3, 1), (8, 2), (15, 3), (3, 0)]  # files of four sizes
+    together = dataset.__getitems__(draws)[0]  # type: ignore[attr-defined]
+    assert all(torch.equal(dataset[draw][0], view) for draw, view in zip(draws, together, strict=True))
 
     config.coarse_map = {"cat": "animal", "bird": "animal"}
     with pytest.raises(ConfigError, match=r"data.coarse_map .* missing \['car', 'dog'\], unknown \['bird'\]"):
@@ -242,6 +255,66 @@ def test_stratified_split(counts: list[int], fraction: float, seed: int) -> None
         taken = int((labels[second] == label).sum())
         assert 1 <= taken <= count - 1
         assert abs(taken - fraction * count) <= 1
+
+
+@given(
+    counts=st.lists(st.integers(1, 30), min_size=1, max_size=8),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 2**40),
+)
+@settings(max_examples=100, deadline=None)
+def test_stratified_subset(counts: list[int], share: float, seed: int) -> None:
+    labels = torch.tensor([label for label, count in enumerate(counts) for _ in range(count)])
+    count = len(counts) + round(share * (len(labels) - len(counts)))
+    kept = stratified_subset(labels, count, seed)
+    assert len(kept) == count
+    assert (kept.diff() > 0).all()
+    assert torch.equal(kept, stratified_subset(labels, count, seed))
+    for label, number in enumerate(counts):
+        taken = int((labels[kept] == label).sum())
+        assert 1 <= taken <= number
+        if min(counts) * count >= len(labels):  # no class is too small for its share
+            assert abs(taken - count * number / len(labels)) < 1
+    for wrong in (len(counts) - 1, len(labels) + 1):
+        with pytest.raises(ValueError, match=rf"count must be in .*, got {wrong}"):
+            stratified_subset(labels, wrong, seed)
+
+
+def test_at_most() -> None:
+    labels = torch.tensor([0, 1, 1, 0, 2, 1, 1, 2])
+    kept = at_most(labels, {0: 5, 1: 2, 2: 1}, 3)
+    assert labels[kept].bincount().tolist() == [2, 2, 1]
+    fewer = at_most(labels, {0: 1, 1: 1, 2: 0}, 3)
+    assert set(fewer.tolist()) < set(kept.tolist())
+    drawn = {tuple(at_most(labels, {0: 2, 1: 2, 2: 2}, seed).tolist()) for seed in range(40)}
+    assert len(drawn) == 6  # every two of the four of class 1
+
+
+def test_a_small_training_split_leaves_the_others_alone(digits: Data) -> None:
+    config = DataConfig(dataset="digits", batch_size=64, train_size=200)
+    config.check()
+    small = load_data(config)
+    for split in ("val", "test"):
+        assert torch.equal(small.splits[split].images, digits.splits[split].images)  # type: ignore[arg-type]
+    counts = small.splits["train"].fine.bincount()
+    assert counts.sum() == 200
+    assert counts.min() >= 19
+    images = {tuple(image.flatten().tolist()) for image in digits.splits["train"].images}
+    assert all(tuple(image.flatten().tolist()) in images for image in small.splits["train"].images)
+    again, other = (
+        load_data(DataConfig(dataset="digits", batch_size=64, train_size=200, split_seed=seed))
+        for seed in (0, 1)
+    )
+    assert torch.equal(again.splits["train"].images, small.splits["train"].images)  # type: ignore[arg-type]
+    assert not torch.equal(other.splits["train"].images, small.splits["train"].images)  # type: ignore[arg-type]
+    config.train_size = 5
+    with pytest.raises(
+        ConfigError, match=r"data.train_size must lie between the 10 .* and the 1295 .*, got 5"
+    ):
+        load_data(config)
+    config.train_size = 0
+    with pytest.raises(ConfigError, match=r"data.train_size must be at least 2, got 0"):
+        config.check()
 
 
 def test_plain_dataset(digits: Data) -> None:
