@@ -1,7 +1,7 @@
 """``python -m pysupcon transfer RUN --data.dataset NAME ...``: a finished run's encoder on another data set.
 
-The encoder stays frozen; a linear head is chosen on validation samples and trained once more on training and
-validation samples together. The results go to RUN/transfer/NAME.
+The encoder stays frozen; a linear head for the fine labels is chosen on validation samples and trained once
+more on training and validation samples together. The results go to RUN/transfer/NAME.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class TransferArguments:
     """Another data set for a frozen encoder."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    """The data set. Its images are resized to the size that the encoder was trained on."""
+    """The data set. Its images are resized to the size that the encoder was trained on; the head learns its
+    fine labels."""
 
     probe: TransferConfig = field(default_factory=TransferConfig)
     """The linear head."""
@@ -84,6 +85,7 @@ def transfer_features(run: Run, arguments: TransferArguments) -> tuple[FeatureSp
             f"data.image_size must be that of the run, {size}, or left out, got {config.image_size}"
         )
     config.image_size = size
+    config.labels = "fine"
     config.check()
     config.resolve()
     data = Data(config)
@@ -115,7 +117,7 @@ def transfer_features(run: Run, arguments: TransferArguments) -> tuple[FeatureSp
             )
         except ValueError as error:
             raise RunError(f"the {name} split of {config.dataset}: {error}") from error
-    return FeatureSplits(**features), data
+    return FeatureSplits(features["train"], features["val"], features["test"]), data
 
 
 def transfer_run(run: Run | str | Path, arguments: TransferArguments) -> Report:

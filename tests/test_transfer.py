@@ -11,6 +11,7 @@ import torch
 from feature_cases import numbers, splits
 from safetensors.torch import load_file, save_file
 from test_groups import waterbirds
+from test_published import dtd
 
 from pysupcon import circle
 from pysupcon.__main__ import main
@@ -49,6 +50,32 @@ def test_validation_samples_of_a_class_that_training_lacks_are_learnt():
     with_both, without = (dict(Transfer(TransferConfig(refit=refit))(lacking)) for refit in (True, False))
     assert with_both["transfer/accuracy"] > 0.95
     assert without["transfer/accuracy"] < 0.85
+
+
+def test_the_last_training_ends_with_its_last_epoch():
+    data = splits(distance=0.3)
+    config = TransferConfig(
+        solver="sgd", epochs=6, learning_rates=[3.0], standardize=False, batch_size=16, seed=2
+    )
+    found = fit_transfer(data, config)
+    both = concatenated(data.train, data.val)
+    generator = torch.Generator().manual_seed(2)
+    head = torch.nn.Linear(both.features.shape[1], 6)
+    torch.nn.init.normal_(head.weight, std=0.01, generator=generator)
+    torch.nn.init.zeros_(head.bias)
+    optimizer = torch.optim.SGD(head.parameters(), 3.0, momentum=0.9)
+    accuracies = []
+    for epoch in range(6):
+        for group in optimizer.param_groups:  # x 0.2 at 60, 75 and 90 % of six epochs
+            group["lr"] = 3.0 * 0.2 ** sum(epoch >= start for start in (4, 5, 6))
+        for rows in torch.randperm(len(both), generator=generator).split(16):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(head(both.features[rows].float()), both.fine[rows]).backward()
+            optimizer.step()
+        predicted = head(data.val.features.float()).argmax(1)
+        accuracies.append((predicted == data.val.fine).double().mean().item())
+    torch.testing.assert_close(found.weight, head.weight.detach().double(), rtol=1e-4, atol=1e-4)
+    assert max(accuracies) > accuracies[-1]  # another epoch is better on what was validated
 
 
 def test_transfer_names_its_figures_and_sweeps_learning_rates():
@@ -107,6 +134,22 @@ def test_grey_images_for_an_encoder_of_colours_and_its_own_normalisation(tmp_pat
     image = data.splits["test"].images[:1].expand(-1, 3, -1, -1)
     expected = run.model.backbone(run.data.normalize(image))[0].detach()
     torch.testing.assert_close(found.test.features[0], expected)
+
+
+def test_the_command_on_a_published_set(tmp_path, capsys, monkeypatch):
+    run = write_run(tmp_path / "run", "coloured_digits")
+    dtd(tmp_path / "files", monkeypatch)
+    arguments = ["--data.dataset", "dtd", "--data.root", str(tmp_path / "files"), "--probe.solver", "sgd"]
+    rates = ["--probe.learning_rates", "[0.1, 0.01]", "--probe.epochs", "20"]
+    assert main(["transfer", str(run), *arguments, *rates, "--progress", "false"]) == 0
+    content = json.loads((run / "transfer" / "dtd" / "metrics.json").read_text())
+    assert content["metrics"]["transfer/accuracy"]["value"] == 1.0  # three greys
+    assert content["metadata"]["samples"] == {"train": 9, "val": 3, "test": 6}
+    assert content["metadata"]["arguments"]["data"]["image_size"] == 8
+    capsys.readouterr()
+    missing = [*arguments[:3], str(tmp_path / "run"), *arguments[4:]]
+    assert main(["transfer", str(run), *missing, "--progress", "false"]) == 1
+    assert "does not hold dtd: looked for dtd/dtd with images and labels in" in capsys.readouterr().err
 
 
 def test_data_that_cannot_be_transferred_to_are_refused(tmp_path, capsys):
