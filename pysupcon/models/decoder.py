@@ -23,7 +23,8 @@ SMALLEST, LARGEST = 4, 7
 
 
 class ResizeBlock(nn.Module):
-    """A basic block of a ResNet, upside down: nearest-neighbour resizing, then two 3x3 convolutions.
+    """A basic block of a ResNet, upside down: the second of its two 3x3 convolutions comes after a
+    nearest-neighbour resizing, where the first of a ResNet's has a stride.
 
     Resizing and a convolution cannot leave the checkerboards of a transposed convolution. GroupNorm ties no
     images together: a batch in chunks, or over several processes, is decoded as it is at once.
@@ -35,17 +36,17 @@ class ResizeBlock(nn.Module):
     def __init__(self, incoming: int, outgoing: int, scale: int = 1) -> None:
         super().__init__()
         self.scale = scale
-        self.conv1 = nn.Conv2d(incoming, outgoing, 3, padding=1, bias=False)
-        self.norm1 = _norm(outgoing)
-        self.conv2 = nn.Conv2d(outgoing, outgoing, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(incoming, incoming, 3, padding=1, bias=False)
+        self.norm1 = _norm(incoming)
+        self.conv2 = nn.Conv2d(incoming, outgoing, 3, padding=1, bias=False)
         self.norm2 = _norm(outgoing)
         self.shortcut: nn.Module = nn.Identity()
         if incoming != outgoing:
             self.shortcut = nn.Sequential(nn.Conv2d(incoming, outgoing, 1, bias=False), _norm(outgoing))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.norm1(self.conv1(self._resized(x))))
-        out = self.norm2(self.conv2(out))
+        out = F.relu(self.norm1(self.conv1(x)))
+        out = self.norm2(self.conv2(self._resized(out)))
         # a 1x1 convolution commutes with the resizing: before it, it costs a quarter
         return F.relu(out + self._resized(self.shortcut(x)))
 
