@@ -261,6 +261,8 @@ def _draw(
     caption = f"Frozen features of {shown} {len(splits.test)} test images in two dimensions ({method})."
     pictures = [Picture(EMBEDDING_FILE, caption)]
     pictures += draw_outcomes(folder, {name: values.numpy() for name, values in outcomes.items()}, names)
+    if run.config.model.concatenated:  # of frozen parts: it was never trained itself
+        return pictures, []
     try:
         steps, losses, chance = loss_curves(run.log())
     except RunError as error:

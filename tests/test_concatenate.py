@@ -66,12 +66,15 @@ def test_the_embedding_is_that_of_both(runs: tuple[Path, Path], both: Path) -> N
     assert load_config(both / "second.yaml") == load_config(runs[1] / "config.yaml")
 
 
-def test_what_opens_it(runs: tuple[Path, Path], both: Path, tmp_path: Path) -> None:
+def test_what_opens_it(
+    runs: tuple[Path, Path], both: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folders = [tmp_path / "both", tmp_path / "spread"]
     for source, folder in zip((both, runs[0]), folders, strict=True):
         shutil.copytree(source, folder)
         assert main(["evaluate", str(folder), *QUICK]) == 0
     metrics = json.loads((folders[0] / "evaluation/metrics.json").read_text())["metrics"]
+    assert "warning" not in capsys.readouterr().out
     assert 0.55 < metrics["linear_probe/coarse/accuracy"]["value"] <= 1
     output = tmp_path / "comparison"
     compared = ["compare", *map(str, folders), "--resamples", "20", "--output", str(output)]

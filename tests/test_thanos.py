@@ -223,6 +223,32 @@ def test_the_decoder_learns() -> None:
     assert error < 0.1 * images.square().mean()
 
 
+@pytest.mark.parametrize("decoder", ["none", "plain", "labelled"])
+def test_only_the_decoder_sees_which_point_of_a_class_is_whose(decoder: str) -> None:
+    """Points permuted within their class have the same L_spread, but the error of a decoder that learned
+    which was whose grows."""
+    model = build(width=8, decoder=decoder)
+    images, permuted = torch.randn(6, 1, 8, 8), torch.tensor([1, 2, 0, 4, 3, 5])
+    rows = model(images, LABELS).projection.detach().repeat_interleave(2, dim=0)  # two views, equal
+    loss = objective(name="spread")
+    values = [
+        float(loss(Outputs(each, each, None), LABELS)["loss"])
+        for each in (rows, rows.unflatten(0, (6, 2))[permuted].flatten(0, 1))
+    ]
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+    if model.decoder is not None:
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        for _ in range(60):
+            optimizer.zero_grad()
+            model(images, LABELS).reconstruction.mean().backward()
+            optimizer.step()
+        with torch.no_grad():
+            points = model.backbone(images)
+            made = [model.decoder(each, LABELS) for each in (points, points[permuted])]
+        errors = [float((each - images).square().mean()) for each in made]
+        assert errors[1] > 1.5 * errors[0]
+
+
 # --- two encoders
 
 

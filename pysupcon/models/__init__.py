@@ -1,4 +1,4 @@
-"""Models: a backbone with an optional projection head and an optional linear classification head."""
+"""Models: one backbone or two, and as wanted a projection head, classification heads, a decoder."""
 
 from pysupcon.models.config import ModelConfig
 
