@@ -70,7 +70,8 @@ def do(job: Job, runs: Path, arguments: list[str]) -> str:
     if job.method.parts:
         evaluation = None
         if not (folder / "config.yaml").is_file():
-            concatenate_runs(*(folder.parent / name for name in job.needs), folder)
+            first, second = (folder.with_name(name) for name in job.needs)
+            concatenate_runs(first, second, folder)
     else:
         config, _ = parse_args([*arguments, "--resume_from_checkpoint", "auto"])
         evaluation = config.evaluation
