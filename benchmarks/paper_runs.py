@@ -135,8 +135,8 @@ TABLES = {
     for table in (
         _transfer("mnist5k_coarse", "none", mechanisms=True),
         Table("mnist5k_fine", "mnist5k_fine", "none", MARGIN_METHODS),
-        _transfer("fashion_mnist_coarse", "none"),
         _transfer("mnist5k_coarse", "strong"),
+        _transfer("fashion_mnist_coarse", "none"),
         _transfer("fashion_mnist_coarse", "strong"),
         Table("mnist5k_alpha", "mnist5k_coarse", "none", ALPHA_METHODS, baseline="supcon_cnce_0", seeds=(0,)),
     )

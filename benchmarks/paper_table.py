@@ -16,6 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import paper_plot
 from benchmarks.machine import name as machine_name
 from benchmarks.paper_runs import TABLES
 from benchmarks.table import markdown
@@ -119,8 +120,18 @@ def section(stored: Sequence[Mapping[str, Any]]) -> str:
         "Mean over the seeds ± their standard deviation, per cent. In brackets the "
         f"{100 * stored[0]['confidence']:g} % interval of the difference over the test images (paired "
         "bootstrap); bold: it does not hold 0. Minutes: of one processor, training and evaluation.",
+        *_pictures(stored),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _pictures(stored: Sequence[Mapping[str, Any]]) -> list[str]:
+    shown = []
+    if any(paper_plot.transfer_rows(results) for results in stored):
+        shown.append(f"![Differences to SupCon](benchmarks/results/{paper_plot.DIFFERENCES_FILE})")
+    if any(results["table"] == paper_plot.ALPHA_TABLE for results in stored):
+        shown.append(f"![Accuracy and spread against alpha](benchmarks/results/{paper_plot.ALPHA_FILE})")
+    return shown
 
 
 def between_markers(readme: str, text: str) -> str:
@@ -158,7 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--print", action="store_true", help="change nothing; print the section")
     options = parser.parse_args(arguments)
     try:
-        text = section(read(options.results))
+        stored = read(options.results)
+        text = section(stored)
         if options.print:
             print(text)
             return 0
@@ -174,6 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         return int(new != readme)
     options.readme.write_text(new, encoding="utf-8")
+    paper_plot.draw(stored, options.results)
     return 0
 
 

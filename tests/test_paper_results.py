@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import paper_results, paper_runs, paper_table
+from benchmarks import paper_plot, paper_results, paper_runs, paper_table
 from benchmarks.paper_runs import Job, Method, Table
 from pysupcon.config import parse_args
 
@@ -127,6 +127,9 @@ def test_readme_shows_the_results(
     row = next(line for line in text.splitlines() if line.startswith("| SupCon |"))
     probe = results["runs"]["supcon_seed0"]["probe"]["value"]
     assert row.split("|")[3].strip() == f"{100 * probe:.1f}"
+    picture = tmp_path / paper_plot.DIFFERENCES_FILE
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert f"(benchmarks/results/{picture.name})" in text
     with_machine({**results, "seeds": [0, 1]}, tmp_path)
     assert paper_table.main([*where, "--check"]) == 1
 
@@ -170,6 +173,16 @@ def test_average_lift(results: dict[str, Any]) -> None:
     assert "without augmentation +15.0 points over 2 data sets" in sentence
     assert "with strong augmentation -1.0 points over 1 data set." in sentence
     assert paper_table.average_lift([]) == ""
+
+
+def test_the_sweep_is_drawn(results: dict[str, Any], tmp_path: Path) -> None:
+    sweep = copy.deepcopy(results)
+    sweep["table"] = paper_plot.ALPHA_TABLE
+    for row, alpha in zip(sweep["rows"], (0, 0.5, 1), strict=True):
+        row["method"] = f"alpha {alpha}"
+    assert paper_plot.transfer_rows(sweep) == []
+    assert paper_plot.draw([sweep], tmp_path) == [tmp_path / paper_plot.ALPHA_FILE]
+    assert (tmp_path / paper_plot.ALPHA_FILE).read_bytes().startswith(b"\x89PNG")
 
 
 def test_every_job_is_a_training_that_resolves() -> None:
