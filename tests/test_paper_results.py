@@ -47,6 +47,7 @@ def trained_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paper_runs, "CONFIGS", folder)
+        patch.setattr("pysupcon.evaluation._draw", lambda *_: ([], []))  # takes longer than all the rest
         for method in METHODS:
             job = Job(TABLE, method, 0)
             assert not paper_results.finished(job, folder)
