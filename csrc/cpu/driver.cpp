@@ -21,12 +21,12 @@ constexpr double kInf = std::numeric_limits<double>::infinity();
 class Values {
  public:
   Values(const Problem& q, int64_t count, double fill)
-      : wide_(q.type == Type::f64), memory_(new char[count * (wide_ ? 8 : 4)]) {
+      : wide_(q.type == Type::f64), memory_(count ? new char[count * (wide_ ? 8 : 4)] : nullptr) {
     for (int64_t i = 0; i < count; ++i) set(i, fill);
   }
   void set(int64_t i, double v) { wide_ ? void(wide()[i] = v) : void(narrow()[i] = static_cast<float>(v)); }
   double get(int64_t i) const { return wide_ ? wide()[i] : narrow()[i]; }
-  void* data() const { return memory_.get(); }
+  void* data() const { return memory_.get(); }  // null where there are none
 
  private:
   double* wide() const { return reinterpret_cast<double*>(memory_.get()); }
