@@ -50,7 +50,7 @@ METHODS = (
     Method("thanos", "Thanos, two backbones trained together"),
     Method("thanos_frozen", "Thanos, two frozen backbones", parts=("supcon_cnce", "ce_autoencoder")),
 )
-_MECHANISMS = ("supcon_cnce_spectral", "thanos_one", "thanos")
+_MECHANISMS = ("supcon_cnce_spectral", "supcon_autoencoder", "thanos_one", "thanos")
 """What else breaks the invariance under permutations within a class: compared once, where augmentation does
 not."""
 MARGIN_METHODS = (Method("supcon", "SupCon"), Method("sincere", "SINCERE"))
