@@ -30,6 +30,8 @@ import torch
 
 from benchmarks import machine
 from pysupcon.compare import read_run
+from pysupcon.evaluation import FOLDER as EVALUATION
+from pysupcon.evaluation import METRICS_FILE
 from pysupcon.evaluators import BootstrapConfig, resampled
 from pysupcon.evaluators.bootstrap import percentile_interval, resampled_values
 
@@ -145,7 +147,7 @@ def collect(seeds: Sequence[int], runs: Path) -> dict[str, Any]:
         entry: dict[str, Any] = {"title": title, "seeds": {}}
         found = [read_run(_folder(name, seed, runs)) for seed in seeds]
         for seed, run in zip(seeds, found, strict=True):
-            entry["seeds"][str(seed)] = _one(run, _folder(name, seed, runs))
+            entry["seeds"][str(seed)] = _one(run.dir)
         for figure in FIGURES:
             samples = []
             for run in found:
@@ -182,12 +184,15 @@ def collect(seeds: Sequence[int], runs: Path) -> dict[str, Any]:
     }
 
 
-def _one(run: Any, folder: Path) -> dict[str, Any]:
+def _one(folder: Path) -> dict[str, Any]:
     """Figures of one classifier: by true group too, and which epoch was kept."""
     from pysupcon.trainer.run import read_log
 
     prefix = "worst_group/trained/"
-    figures = {name.removeprefix(prefix): value for name, value in run.figures.items() if prefix in name}
+    metrics = json.loads((folder / EVALUATION / METRICS_FILE).read_text())["metrics"]
+    figures = {
+        name.removeprefix(prefix): metric["value"] for name, metric in metrics.items() if prefix in name
+    }
     checked = [line for line in read_log(folder / "log.jsonl") if "val_worst_group" in line]
     best = max(checked, key=lambda line: line["val_worst_group"])  # the first of equal ones
     kept = {
