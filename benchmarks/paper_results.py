@@ -20,15 +20,19 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.paper_runs import ROOT, SEEDS, TABLES, Job, Table, jobs, title
+
+if TYPE_CHECKING:
+    from pysupcon.compare import Comparison
 
 RESULTS = ROOT / "benchmarks" / "results"
 RUNS = ROOT / "runs" / "paper"
@@ -139,26 +143,29 @@ def _quiet() -> None:
 
 
 def collect(table: Table, runs: Path) -> dict[str, Any] | None:
-    """The results of the runs of a table that are there; None if the baseline or anything else is missing.
+    """The results of the runs of a table that are there; None without the baseline and another method.
 
-    A method counts with the seeds that it shares with the baseline.
+    Of the seeds those count for which every method is finished; where there is none, the baseline's, and the
+    methods that have all of them.
     """
     from pysupcon.compare import compare, read_run
 
     there = [job for job in jobs([table], table.seeds) if finished(job, runs)]
-    base = {job.seed for job in there if job.name == f"{table.baseline}_seed{job.seed}"}
-    there = [job for job in there if job.seed in base]
-    by_method: dict[str, list[Job]] = {}
-    for job in there:
-        by_method.setdefault(job.method.title, []).append(job)
-    whole = [group for group in by_method.values() if {job.seed for job in group} == base]
-    if len(whole) < 2:
+    by_seed = {seed: [job for job in there if job.seed == seed] for seed in table.seeds}
+    seeds = [seed for seed, done in by_seed.items() if len(done) == len(table.methods)]
+    seeds = seeds or [job.seed for job in there if job.name == f"{table.baseline}_seed{job.seed}"]
+    there = [job for job in there if job.seed in seeds]
+    counts = Counter(job.method for job in there)
+    there = [job for job in there if counts[job.method] == len(seeds)]
+    if len({job.method for job in there}) < 2:
         return None
-    there = [job for group in whole for job in group]
     read = {job.name: read_run(runs / table.name / job.name) for job in there}
-    baseline = read[f"{table.baseline}_seed{min(base)}"]
     patterns = [f"^{FIGURES[name]}$" for name in COMPARED]
-    found = compare(list(read.values()), baseline, figures=patterns)
+
+    def against(method: str) -> Comparison:
+        return compare(list(read.values()), read[f"{method}_seed{seeds[0]}"], figures=patterns)
+
+    found = against(table.baseline)
     rows = []
     for group in found.configurations:
         members = [run.name for run in group.runs]
@@ -170,14 +177,23 @@ def collect(table: Table, runs: Path) -> dict[str, Any] | None:
                 if not row["baseline"]:
                     row[f"{name}_difference"] = asdict(found.differences[FIGURES[name]][group.name])
         rows.append(row)
+    others = [name for name in table.also_against if f"{name}_seed{seeds[0]}" in read]
     return {
         "table": table.name,
         "regime": table.regime,
-        "seeds": sorted(base),
+        "seeds": seeds,
         "confidence": found.confidence,
         "rows": rows,
+        "orders": [order for name in others for order in _orders(table, against(name))],
         "runs": {job.name: _figures(runs / table.name / job.name) for job in there},
     }
+
+
+def _orders(table: Table, found: Comparison) -> Iterator[dict[str, Any]]:
+    """Of every method its fine accuracy by the linear probe, less that of another baseline."""
+    names = {group.name: title(table, group.runs[0].name) for group in found.configurations}
+    for group, difference in found.differences[FIGURES["probe"]].items():
+        yield {"method": names[group], "less": names[found.baseline], **asdict(difference)}
 
 
 def _figures(folder: Path) -> dict[str, Any]:

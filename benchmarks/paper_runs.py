@@ -70,6 +70,7 @@ class Table:
         regime: of :data:`REGIMES`.
         methods: its rows.
         baseline: name of the method that the others are compared with.
+        also_against: names of further ones, whose differences show the order.
         seeds: of the trainings.
     """
 
@@ -78,6 +79,7 @@ class Table:
     regime: str
     methods: tuple[Method, ...]
     baseline: str = "supcon"
+    also_against: tuple[str, ...] = ()
     seeds: tuple[int, ...] = SEEDS
 
 
@@ -127,7 +129,8 @@ def _slug(method: Method) -> str:
 
 def _transfer(data: str, regime: str, mechanisms: bool = False) -> Table:
     methods = tuple(method for method in METHODS if mechanisms or method.name not in _MECHANISMS)
-    return Table(f"{data.removesuffix('_coarse')}_{regime}", data, regime, methods)
+    name = f"{data.removesuffix('_coarse')}_{regime}"
+    return Table(name, data, regime, methods, also_against=("supcon_cnce", "supcon_cnce_spectral"))
 
 
 TABLES = {

@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import paper_plot
+from benchmarks import paper_goals, paper_plot
 from benchmarks.machine import name as machine_name
 from benchmarks.paper_runs import TABLES
 from benchmarks.table import markdown
@@ -61,23 +61,6 @@ def render(results: Mapping[str, Any]) -> str:
     return "\n\n".join([f"**{HEADINGS[name]}** ({_seeds(results['seeds'])}).", markdown(lines)])
 
 
-def average_lift(stored: Sequence[Mapping[str, Any]]) -> str:
-    """Thanos less SupCon on the fine labels, over the tables that have both."""
-    parts = []
-    for regime, words in (("none", "without augmentation"), ("strong", "with strong augmentation")):
-        found = []
-        for results in stored:
-            row = next((row for row in results["rows"] if "two frozen" in row["method"]), None)
-            if results["regime"] == regime and row is not None:
-                found.append(100 * row["probe_difference"]["value"])
-        if found:
-            sets = f"{len(found)} data set{'s' if len(found) > 1 else ''}"
-            parts.append(f"{words} {sum(found) / len(found):+.1f} points over {sets}")
-    if not parts:
-        return ""
-    return f"Thanos (frozen) less SupCon, fine labels, linear probe, on average: {'; '.join(parts)}."
-
-
 def _over_seeds(values: Sequence[float], factor: float) -> str:
     mean = sum(values) / len(values)
     digits = 1 if factor == 100 else 3
@@ -116,7 +99,7 @@ def section(stored: Sequence[Mapping[str, Any]]) -> str:
     parts = [
         f"{machine_name({**machine, 'threads': 1})}; torch {machine['versions']['torch']}.",
         *(render(results) for results in stored),
-        average_lift(stored),
+        paper_goals.table(stored),
         "Mean over the seeds ± their standard deviation, per cent. In brackets the "
         f"{100 * stored[0]['confidence']:g} % interval of the difference over the test images (paired "
         "bootstrap); bold: it does not hold 0. Minutes: of one processor, training and evaluation.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import paper_plot, paper_results, paper_runs, paper_table
+from benchmarks import paper_goals, paper_plot, paper_results, paper_runs, paper_table
 from benchmarks.paper_runs import Job, Method, Table
 from pysupcon.config import parse_args
 
@@ -163,17 +164,47 @@ def test_seeds_and_sure_differences(results: dict[str, Any]) -> None:
     assert "**" not in next(x for x in paper_table.render(changed).splitlines() if x.startswith("| cross"))
 
 
-def test_average_lift(results: dict[str, Any]) -> None:
-    several = []
-    for regime, value in (("none", 0.2), ("none", 0.1), ("strong", -0.01)):
-        one = copy.deepcopy(results)
-        one["regime"] = regime
-        one["rows"][2]["probe_difference"]["value"] = value
-        several.append(one)
-    sentence = paper_table.average_lift(several)
-    assert "without augmentation +15.0 points over 2 data sets" in sentence
-    assert "with strong augmentation -1.0 points over 1 data set." in sentence
-    assert paper_table.average_lift([]) == ""
+def test_goals_are_met_or_missed(results: dict[str, Any]) -> None:
+    one = copy.deepcopy(results)
+    one["rows"][0]["method"], one["rows"][2]["method"] = "SupCon + cNCE", paper_goals.THANOS
+    one["rows"][0]["probe_difference"] = {"value": 0.05, "low": 0.01, "high": 0.09}
+    one["rows"][2]["probe_difference"] = {"value": 0.12, "low": 0.10, "high": 0.14}
+    order = {"method": paper_goals.THANOS, "less": "SupCon + cNCE", "value": 0.02, "low": -0.01, "high": 0.05}
+    one["orders"] = [order]
+    strong = copy.deepcopy(one)
+    strong["regime"] = "strong"
+    strong["rows"][2]["probe_difference"] = {"value": -0.02, "low": -0.04, "high": -0.01}
+    margin = copy.deepcopy(results)
+    margin["rows"][0]["method"] = "SINCERE"
+    margin["rows"][0]["margin_difference"] = {"value": 0.3, "low": 0.2, "high": 0.4}
+    found = paper_goals.goals([one, strong, margin])
+    assert [(goal.measured, goal.met) for goal in found] == [
+        ("+12.0 points", True),
+        ("+5.0 [+1.0, +9.0] points", True),
+        ("+2.0 [-1.0, +5.0] points", False),
+        ("-2.0 [-4.0, -1.0] points", False),
+        ("+0.300 [+0.200, +0.400]", True),
+    ]
+    assert paper_goals.table([one]).count("MISSED") == 1
+    one["rows"][2]["probe_difference"]["value"] = 0.11
+    assert not paper_goals.goals([one])[0].met
+    assert paper_goals.table([]) == ""
+
+
+def test_seeds_that_not_every_method_has_do_not_count(runs: Path, tmp_path: Path) -> None:
+    table = dataclasses.replace(TABLE, seeds=(0, 1), also_against=("ce",))
+    (tmp_path / TABLE.name).mkdir()
+    for run in (runs / TABLE.name).iterdir():
+        (tmp_path / TABLE.name / run.name).symlink_to(run)
+    (tmp_path / TABLE.name / "supcon_seed1").symlink_to(runs / TABLE.name / "supcon_seed0")
+    found = paper_results.collect(table, tmp_path)
+    assert found is not None
+    assert found["seeds"] == [0]
+    assert len(found["rows"]) == 3
+    values = {row["method"]: row["probe"]["mean"] for row in found["rows"]}
+    assert {order["less"] for order in found["orders"]} == {"cross-entropy"}
+    for order in found["orders"]:
+        assert order["value"] == pytest.approx(values[order["method"]] - values["cross-entropy"])
 
 
 def test_the_sweep_is_drawn(results: dict[str, Any], tmp_path: Path) -> None:
