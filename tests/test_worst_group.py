@@ -16,6 +16,7 @@ from pysupcon.evaluators import (
     FeatureSplits,
     GroupDRO,
     HeadConfig,
+    LinearHead,
     SubgroupConfig,
     WorstGroup,
     WorstGroupConfig,
@@ -298,6 +299,41 @@ def test_erm_does_not_look_at_the_groups_and_selection_does(shortcut):
     true = numbers(WorstGroup(WorstGroupConfig(methods=["erm"], head=config, selection="true"))(shortcut))
     assert known == pytest.approx(by_class.val_worst_group)
     assert true["worst_group/erm/val_worst_group"] == pytest.approx(a.val_worst_group)
+
+
+def test_the_trained_head_is_judged_where_there_is_one(shortcut):
+    weight = torch.tensor([[0.0, 9.0, 0.0], [-1.0, 0.0, 0.0], [1.0, 0.5, 0.0]], dtype=torch.float64)
+    config = WorstGroupConfig(methods=["trained"], auroc=True)
+
+    def judged_with(head, labels=lambda part: part.coarse + 1):  # labels 1 and 2: row 0 is of no class here
+        splits = (FeatureSet(s.features, labels(s), s.fine) for _, s in shortcut.items())
+        return dict(WorstGroup(config)(FeatureSplits(*splits, head=head)))
+
+    found = judged_with(LinearHead(weight, torch.zeros(3, dtype=torch.float64)))
+    scores = shortcut.test.features.double() @ weight[1:].T
+    predicted = scores.argmax(dim=1)
+    assert torch.equal(found["worst_group/trained/predicted"], predicted + 1)
+    right = predicted == shortcut.test.coarse
+    by_group = [right[shortcut.test.fine == g].double().mean().item() for g in range(4)]
+    assert found["worst_group/trained/worst_group_accuracy"] == min(by_group) < max(by_group)
+    assert torch.equal(found["worst_group/trained/score"], scores[:, 1] - scores[:, 0])
+    assert not any("weight_decay" in name or "val_worst" in name for name in found)
+    assert not any("/trained/" in name for name in judged_with(None))
+    with pytest.raises(
+        ValueError, match=r"weight of head must be of shape \[C, D\] with D=3 .* got \[3, 2\]"
+    ):
+        judged_with(LinearHead(weight[:, :2], torch.zeros(3)))
+
+
+def test_the_robust_loss_keeps_its_precision_under_autocast():
+    losses, groups = torch.rand(64) * 1e-3 + 1, torch.arange(64) % 3
+    plain, cast = (GroupDRO(torch.tensor([9, 9, 9]), eta=0.5) for _ in range(2))
+    expected = plain(losses, groups)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = cast(losses, groups)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+    assert torch.equal(cast.weights, plain.weights)
 
 
 def test_true_groups_are_numbered_over_all_splits():

@@ -79,8 +79,9 @@ class GroupDRO(nn.Module):
                 f"groups must be of shape [B]=[{len(losses)}] (one group per loss), got {list(groups.shape)}"
             )
         size = len(self.weights)
-        members = F.one_hot(groups, size)  # not index_add, whose order of sums varies on some devices
-        sums, counts = losses @ members.to(losses.dtype), members.sum(dim=0).double()
+        # Not index_add, whose order of sums varies on some devices; nor a product, which autocast shortens.
+        members = F.one_hot(groups, size)
+        sums, counts = (losses[:, None] * members).sum(dim=0), members.sum(dim=0).double()
         processes: Tensor | float = 1.0
         totals = sums.detach().double()
         if self._add_up is not None:

@@ -20,7 +20,9 @@ class StepLog:
     """Appends lines to ``log.jsonl``; every line is on its way to the file when :meth:`write` returns.
 
     The loop writes: step and epoch (done), loss and its parts (means over processes), gradient_norm (before
-    clipping), temperature (if it is learnable: before the step), val_loss and its parts (at checkpoints),
+    clipping), temperature (if it is learnable: before the step), group=G/loss (of the last batch that held
+    group G) and group=G/weight (GroupDRO), val_loss and its parts (at checkpoints), val_accuracy and
+    val_worst_group (if trainer.best_by asks for groups),
     valid_anchors (of all processes: anchors that have a positive) and chance (the contrastive loss if all
     rows were one point) where there is a contrastive loss, learning_rate (of this step), images_per_second
     (views, of all processes), peak_memory_mib (of the main process).
