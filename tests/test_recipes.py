@@ -89,6 +89,14 @@ def _named(path: Path) -> list[str]:
     return [found] if isinstance(found, str) else found
 
 
+@pytest.mark.parametrize("file", ["README.md", "Makefile"])
+def test_configs_that_are_named_exist(file: str) -> None:
+    text = (CONFIGS.parent / file).read_text(encoding="utf-8")
+    named = set(re.findall(r"configs/[a-z0-9_/]+\.yaml", text))
+    assert named
+    assert named <= {f"configs/{identity(path)}" for path in RECIPES}
+
+
 def test_names_of_runs_differ() -> None:
     stems = [path.stem for path in RECIPES]
     assert len(stems) == len(set(stems))
