@@ -38,6 +38,8 @@ class Plan(NamedTuple):
     mask: tiled.PositiveMask | None = None
     negatives: bool = True
     positives: bool = True
+    denominator: bool = False
+    """One sum over positives and negatives, in place of n and p: half of what a row keeps."""
     epsilon: float | None = None
     positive_sum: bool = False
 
@@ -59,6 +61,8 @@ class RowStatistics(NamedTuple):
     """sum over positives of s"""
     instance_sum: Tensor
     """sum of s over the other rows of the anchor's instance"""
+    denominator: Tensor | None = None
+    """log sum over all candidates of e^s; -inf where there is none"""
 
 
 class _RefuseSecond(torch.autograd.Function):
@@ -83,7 +87,7 @@ class _RowStatisticsFunction(torch.autograd.Function):
         ops = OPERATORS[plan.backend]
         rows = (x, plan.pairing.labels, plan.pairing.order, scale, candidates, *plan.pairing[2:])
         # Different tensors: an output that is returned twice cannot be traced.
-        n, p, softplus, positive_sum, instance_sum = (scale.new_empty(0) for _ in RowStatistics._fields)
+        n, p, softplus, positive_sum, instance_sum, both = (scale.new_empty(0) for _ in RowStatistics._fields)
         if plan.negatives or plan.positives:
             n, p = ops.pair_stats(*rows, plan.negatives, plan.positives, **plan.mask_arguments)
         if plan.epsilon is not None:
@@ -94,8 +98,11 @@ class _RowStatisticsFunction(torch.autograd.Function):
             instance_sum = ops.positive_sum(
                 x, plan.instances.labels, plan.instances.order, scale, candidates, *plan.instances[2:]
             )
-        ctx.save_for_backward(x, candidates, scale, n, p)
-        return n, p, softplus, positive_sum, instance_sum
+        if plan.denominator:
+            both = torch.logaddexp(n, p)
+            n, p = scale.new_empty(0), scale.new_empty(0)
+        ctx.save_for_backward(x, candidates, scale, *((both, both) if plan.denominator else (n, p)))
+        return n, p, softplus, positive_sum, instance_sum, both
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -126,7 +133,9 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """dL/dx, dL/dcandidates, dL/dscale from the upstream gradients of :class:`RowStatistics`."""
     ops = OPERATORS[plan.backend]
-    grad_n, grad_p, grad_softplus, grad_positive_sum, grad_instance_sum = grads
+    grad_n, grad_p, grad_softplus, grad_positive_sum, grad_instance_sum, grad_both = grads
+    if plan.denominator:  # G_ij = grad_both_i e^(s_ij - both_i), whatever j is
+        grad_n = grad_p = grad_both
     rows = (x, plan.pairing.labels, plan.pairing.order, scale, candidates, *plan.pairing[2:])
     grad_x = _ops.zero_gradients(x)
     grad_candidates = _ops.zero_gradients(candidates) if candidates is not None and needs[1] else None
@@ -166,4 +175,5 @@ def _row_products(x: Tensor, y: Tensor, dtype: torch.dtype, chunk: int = 65536) 
 def row_statistics(x: Tensor, candidates: Tensor | None, scale: Tensor, plan: Plan) -> RowStatistics:
     """Statistics of every anchor, differentiable once with respect to ``x`` [M, D], ``candidates`` [N, D] or
     None and ``scale`` (1 / temperature, no dimensions, in the backend's statistics dtype)."""
-    return RowStatistics(*_RowStatisticsFunction.apply(x, candidates, scale, plan))
+    statistics = RowStatistics(*_RowStatisticsFunction.apply(x, candidates, scale, plan))
+    return statistics if plan.denominator else statistics._replace(denominator=None)

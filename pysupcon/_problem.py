@@ -140,12 +140,13 @@ class Problem:
         *,
         negatives: bool = False,
         positives: bool = False,
+        denominator: bool = False,
         epsilon: float | None = None,
         positive_sum: bool = False,
         instance_sum: bool = False,
     ) -> RowStatistics:
         """Exactly the statistics asked for; ``epsilon`` asks for the softplus sum, which needs
-        ``negatives``."""
+        ``negatives``; ``denominator`` takes the place of n and p, and needs both."""
         plan = Plan(
             self.backend,
             self.pairing,
@@ -153,6 +154,7 @@ class Problem:
             mask=self.mask,
             negatives=negatives,
             positives=positives,
+            denominator=denominator,
             epsilon=epsilon,
             positive_sum=positive_sum,
         )

@@ -8,9 +8,12 @@ born in the backward. ``count`` is |P_i| (of the instance: |A_i|), int64 [M]; st
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from ._autograd import RowStatistics
 
 __all__ = ["cnce_rows", "reduce_rows", "sincere_rows", "supcon_rows"]
 
@@ -19,11 +22,30 @@ def _mean(total: Tensor, count: Tensor) -> Tensor:
     return total / count.clamp(min=1)
 
 
-def supcon_rows(n: Tensor, p: Tensor, positive_sum: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """logaddexp(n_i, p_i) - mean_{P_i} s, and which anchors have a positive."""
+class _SupConRows(torch.autograd.Function):
+    """By hand what autograd would do with five nodes and as many vectors: small batches are all overhead, and
+    large ones keep two vectors."""
+
+    @staticmethod
+    def forward(ctx: Any, denominator: Tensor, positive_sum: Tensor, count: Tensor, valid: Tensor) -> Tensor:
+        ctx.save_for_backward(count, valid)
+        loss = torch.addcdiv(denominator, positive_sum, count.to(denominator.dtype), value=-1)
+        return loss.masked_fill_(~valid, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        count, valid = ctx.saved_tensors
+        grad = grad.masked_fill(~valid, 0.0)
+        return grad, grad.neg().div_(count.clamp(min=1)), None, None
+
+
+def supcon_rows(statistics: RowStatistics, count: Tensor) -> tuple[Tensor, Tensor]:
+    """log sum_{P_i, N_i} e^s - mean_{P_i} s, and which anchors have a positive."""
     valid = count > 0
-    denominator = torch.logaddexp(n, torch.where(valid, p, 0.0))
-    return torch.where(valid, denominator - _mean(positive_sum, count), 0.0), valid
+    denominator = statistics.denominator
+    if denominator is None:
+        denominator = torch.logaddexp(statistics.n, torch.where(valid, statistics.p, 0.0))
+    return _SupConRows.apply(denominator, statistics.positive_sum, count, valid), valid
 
 
 def sincere_rows(softplus: Tensor, count: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:

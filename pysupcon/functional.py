@@ -132,9 +132,13 @@ def supcon(
     else:
 
         def rows(s: RowStatistics, count: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
-            return supcon_rows(s.n, s.p, s.positive_sum, count)
+            return supcon_rows(s, count)
 
-        loss, valid, anchors = _streamed(problem, rows, negatives=True, positives=True, positive_sum=True)
+        # What several processes give an anchor is merged as n and p.
+        asked = {"denominator": True} if problem.everybody is None else {}
+        loss, valid, anchors = _streamed(
+            problem, rows, negatives=True, positives=True, positive_sum=True, **asked
+        )
     if base_temperature is not None:
         loss = loss * (temperature / base_temperature)
     return _finish(problem, loss, valid, reduction, anchors)
@@ -265,7 +269,7 @@ def spread(
     def rows(s: RowStatistics, count: Tensor, instance_count: Tensor | None) -> tuple[Tensor, Tensor]:
         assert instance_count is not None
         if base == "supcon":
-            first, valid = supcon_rows(s.n, s.p, s.positive_sum, count)
+            first, valid = supcon_rows(s, count)
         else:
             first, valid = sincere_rows(s.softplus, count, 0.0)
         second, _ = cnce_rows(s.p, s.instance_sum, instance_count, count)
@@ -353,9 +357,10 @@ def pair_statistics(
     else:
         asked = {"negatives": True, "positives": True, "positive_sum": True}
         if problem.everybody is None:
-            n, p, _, total, _ = problem.statistics(**asked)
+            statistics = problem.statistics(**asked)
         else:
             from ._gathered import gathered_statistics
 
-            n, p, _, total, _ = gathered_statistics(problem, asked)
+            statistics = gathered_statistics(problem, asked)
+        n, p, total = statistics.n, statistics.p, statistics.positive_sum
     return PairStatistics(n, p, total / count.clamp(min=1), count)
