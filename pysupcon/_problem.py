@@ -183,8 +183,8 @@ def _sort(ids: Tensor, views: int) -> tuple[Tensor, Tensor]:
 
 def _matches(sorted_ids: Tensor, ids: Tensor, views: int) -> Tensor:
     """How many rows bear each id."""
-    right = torch.searchsorted(sorted_ids, ids, right=True)
-    return (right - torch.searchsorted(sorted_ids, ids)) * views
+    rows = torch.searchsorted(sorted_ids, ids, right=True).sub_(torch.searchsorted(sorted_ids, ids))
+    return rows if views == 1 else rows.mul_(views)
 
 
 def _pair(
@@ -198,7 +198,7 @@ def _pair(
     sorted_ids, order = _sort(ids, views)
     labels = _rows_of(ids, views)
     if candidate_ids is None:
-        count = _rows_of(_matches(sorted_ids, ids, views) - 1, views)
+        count = _rows_of(_matches(sorted_ids, ids, views).sub_(1), views)
         return Pairing(labels, order, None, None, None), count
     sorted_candidates, candidate_order = _sort(candidate_ids, candidate_views)
     count = _rows_of(_matches(sorted_candidates, ids, candidate_views), views)
@@ -330,10 +330,13 @@ def prepare(
         dtype = torch.promote_types(candidates.dtype, features.dtype)
         features, candidates = features.to(dtype), candidates.to(dtype)
 
-    # Ids per sample: of the positives (classes, or samples without labels) and of the instances.
+    # Ids per sample: of the instances, and of the positives (classes, or samples without labels).
     device = features.device
-    sample_ids = torch.arange(samples, device=device) if own_instances is None else own_instances
-    ids = sample_ids if own_labels is None else own_labels
+    ids, sample_ids = own_labels, own_instances
+    if sample_ids is None and (need_instances or ids is None):
+        sample_ids = torch.arange(samples, device=device)
+    ids = sample_ids if ids is None else ids
+    assert ids is not None
     other_ids = other_sample_ids = None
     if candidates is not None:
         if own_labels is not None or candidate_labels is not None:
@@ -376,6 +379,7 @@ def prepare(
         if ids is sample_ids and positives is None:
             instance_pairing, instance_count = pairing, count
         else:
+            assert sample_ids is not None
             instance_pairing, instance_count = _pair(
                 sample_ids, x_views, other_sample_ids, other_views, self_index
             )

@@ -77,14 +77,17 @@ def reduce_rows(
     over the processes is the mean over all their anchors.
     """
     count = valid.sum() if count is None else count
-    if count.device.type == "cpu" and not torch.compiler.is_compiling() and not count:
-        warnings.warn(
-            "no anchor of this batch has a positive: the loss is 0 and teaches nothing", stacklevel=4
-        )
+    divisor: Tensor | int = count.clamp(min=1)
+    if count.device.type == "cpu" and not torch.compiler.is_compiling():
+        divisor = int(divisor)
+        if not count:
+            warnings.warn(
+                "no anchor of this batch has a positive: the loss is 0 and teaches nothing", stacklevel=4
+            )
     if reduction == "none":
         return loss.to(dtype)
     total = loss.sum()
     if reduction == "mean":
-        total = total / count.clamp(min=1)
+        total = total / divisor
         total = total * processes if processes > 1 else total
     return total.to(dtype)
