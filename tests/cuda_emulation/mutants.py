@@ -107,6 +107,10 @@ MUTANTS = [
     Mutant("tree: a level skipped", C, "for (int level = 0; lo < hi; ++level)", "for (int level = 0; lo < hi; level += 2)"),
     Mutant("tree: upper end dropped", C, "ends += entry(level, --hi, d)", "--hi"),
     Mutant("own row not taken from the class sum", C, "* (sum[d - d0] - (own >= 0 ? candidates.row(own, d) : A(0)))", "* sum[d - d0]"),
+    Mutant("gradient written, not added", B, "width + d] += sum * unit", "width + d] = sum * unit"),
+    Mutant("merged gradient written, not added", B, "% out.width] += sum", "% out.width] = sum"),
+    Mutant("plain gradient written, not added", D, "* k + x] += *pairs.scale", "* k + x] = *pairs.scale"),
+    Mutant("gradient of the class sums written, not added", C, "plain.width + d] += *scale", "plain.width + d] = *scale"),
     Mutant("splits not merged", OPS, "if (grad_n && splits > 1)", "if (grad_n && splits > 2)"),
     Mutant("32-bit row offset", T, "const int64_t row = int64_t(part) * x.count + row0 + r;", "const int row = part * x.count + row0 + r;", "needs 2^31 chunks"),
 ]  # fmt: skip
