@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pysupcon.data.sources import FileImages, Samples
+from pysupcon.data.samples import FileImages, Samples
 from pysupcon.errors import ConfigError
 
 ANNOTATED = "annotated"
