@@ -259,7 +259,7 @@ def test_a_broken_groups_file_is_refused(stored: tuple[Path, Data], tmp_path: Pa
 
 
 def test_the_fingerprint_is_of_images_and_classes_or_of_the_ends_of_paths() -> None:
-    from pysupcon.data.sources import FileImages, Samples
+    from pysupcon.data.samples import FileImages, Samples
 
     data = digits()
     samples, labels = data.splits["val"], data.splits["val"].coarse
@@ -547,3 +547,33 @@ def test_infer_groups_refuses_what_does_not_fit(
 def test_what_cannot_run_is_refused(arguments: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         tiny(tmp_path, arguments)
+
+
+# The stored comparison
+
+
+def test_the_stored_comparison_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """benchmarks/results/worst_group.json: summaries are those of the seeds, and the table prints them."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent)
+    from benchmarks import worst_group
+
+    results = json.loads(worst_group.RESULTS.read_text())
+    classifiers = results["classifiers"]
+    assert set(classifiers) == set(worst_group.CLASSIFIERS)
+    means = {}
+    for name, entry in classifiers.items():
+        assert list(entry["seeds"]) == ["0", "1", "2"]
+        for figures in entry["seeds"].values():
+            by_group = [figures[f"group={g}/accuracy"] for g in range(4)]
+            assert figures["worst_group_accuracy"] == min(by_group)
+            assert figures["accuracy"] == pytest.approx(sum(by_group) / 4)  # groups of one size
+        summary = entry["worst_group_accuracy"]
+        means[name] = sum(f["worst_group_accuracy"] for f in entry["seeds"].values()) / 3
+        assert summary["mean"] == pytest.approx(means[name])
+        assert summary["low"] <= summary["mean"] <= summary["high"]
+    shown = worst_group.table(results)
+    for name, entry in classifiers.items():
+        change = entry["worst_group_accuracy"]["above_erm"]
+        assert change["value"] == pytest.approx(means[name] - means["erm"])
+        assert f"| {entry['title']} | {100 * entry['accuracy']['mean']:.1f} ± " in shown
+        assert (f"| {100 * change['value']:+.1f} [" in shown) == (name != "erm")
