@@ -108,3 +108,31 @@ def test_what_was_not_asked_for_is_minus_infinity(problem: Any) -> None:
     rows = problem[0]
     _same("pair_stats", *rows, True, False)
     _same("pair_stats", *rows, False, True)
+
+
+@pytest.mark.parametrize("count", [4100, pytest.param(16_450, marks=pytest.mark.slow)])
+def test_sets_of_blocks(count: int) -> None:
+    """Blocks of 64 rows, which meet in sets of two and of four; the last one is ragged."""
+    generator = torch.Generator().manual_seed(count)
+    x = torch.nn.functional.normalize(
+        torch.randn(count, 300, generator=generator, dtype=torch.float64), dim=1
+    )
+    labels = torch.randint(0, 40, (count,), generator=generator)
+    rows = (x, labels, _order(labels), torch.tensor(10.0, dtype=torch.float64), None, None, None, None)
+    n, p = _same("pair_stats", *rows, True, True)
+    u, v = torch.randn(2, count, generator=generator, dtype=torch.float64)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            arguments = (*rows, n, p, u, v, None, None, None, None, True, True)
+            found.append(added(_ops.pair_stats_backward, *arguments)[0])
+            assert all(
+                torch.equal(a, b) for a, b in zip(_ops.pair_stats(*rows, True, True), (n, p), strict=True)
+            )
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    want = added(tiled.pair_stats_backward, *arguments)[0]
+    torch.testing.assert_close(found[0], want, rtol=1e-9, atol=1e-9)

@@ -124,13 +124,18 @@ PYSUPCON_INLINE void transpose_square(const T* from, int from_stride, T* to, int
 constexpr int kRowsAhead = 6;
 
 template <class T>
-void load_block(Block<T>& b, const Plan& plan, const Side& side, int64_t index, LaneInt<T> padding) {
-  constexpr int C = kCols<T>;
-  const Problem& q = plan.problem;
+PYSUPCON_INLINE void place_block(Block<T>& b, const Plan& plan, const Side& side, int64_t index) {
   b.side = &side;
   b.first = index * plan.block;
   const int64_t left = side.count - b.first;
   b.count = static_cast<int>(left < plan.block ? left : plan.block);
+}
+
+template <class T>
+void load_block(Block<T>& b, const Plan& plan, LaneInt<T> padding) {
+  constexpr int C = kCols<T>;
+  const Problem& q = plan.problem;
+  const Side& side = *b.side;
   const int64_t bytes = q.type == Type::f64 ? 8 : q.type == Type::f32 ? 4 : 2;
   for (int i = 0; i < b.padded; ++i) {
     const bool real = i < b.count;

@@ -85,9 +85,12 @@ bool choose_reference(Plan& plan, const Threads& threads) {
 template <class Visit>
 void visit_pairs(const Plan& plan, const Threads& threads, bool both, const Visit& visit) {
   each_round(plan, both, [&](const Round& round) {
-    parallel(threads, static_cast<int64_t>(round.size()), [&](int64_t first, int64_t last) {
+    parallel(threads, round.groups(), [&](int64_t first, int64_t last) {
       void* scratch = thread_scratch(plan.scratch);
-      for (int64_t k = first; k < last; ++k) visit(round[k], scratch);
+      *static_cast<Held*>(scratch) = {};
+      for (int64_t group = first; group < last; ++group)
+        for (const BlockPair* pair = round.begin(group); pair != round.end(group); ++pair)
+          visit(*pair, scratch);
     });
   });
 }

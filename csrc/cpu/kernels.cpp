@@ -11,13 +11,15 @@ namespace {
 template <class T>
 struct Scratch {
   Arena arena;
+  Held* held;
   Block<T> a, b;
   T* w;
 };
 
 template <class T>
 Scratch<T> lay_out(const Plan& plan, void* memory) {
-  Scratch<T> s{{static_cast<char*>(memory)}, {}, {}, nullptr};
+  Scratch<T> s{{static_cast<char*>(memory)}, nullptr, {}, {}, nullptr};
+  s.held = s.arena.template take<Held>(1);
   s.a = take_block<T>(s.arena, plan, false);
   s.b = take_block<T>(s.arena, plan, true);
   s.w = s.arena.template take<T>(kMaxBlock * kTileStride);
@@ -36,14 +38,19 @@ size_t scratch_bytes(const Plan& plan) {
   return plan.problem.type == Type::f64 ? bytes<double>(plan) : bytes<float>(plan);
 }
 
-// Loads blocks i and j and calls body(scratch, pair).
+// Loads blocks i and j, if they are not held, and calls body(scratch, pair).
 template <class T, class Body>
 PYSUPCON_INLINE void with_blocks(const Plan& plan, int64_t i, int64_t j, void* memory, const Body& body) {
   const Problem& q = plan.problem;
   Scratch<T> s = lay_out<T>(plan, memory);
-  load_block<T>(s.a, plan, q.anchors, i, kRowPadding);
-  load_block<T>(s.b, plan, q.candidates, j, kColPadding);
-  make_panels<T>(s.b, q.scale * kLog2e);
+  place_block<T>(s.a, plan, q.anchors, i);
+  place_block<T>(s.b, plan, q.candidates, j);
+  if (s.held->i != i) load_block<T>(s.a, plan, kRowPadding);
+  if (s.held->j != j) {
+    load_block<T>(s.b, plan, kColPadding);
+    make_panels<T>(s.b, q.scale * kLog2e);
+  }
+  *s.held = {i, j};
   body(s, TilePair<T>{plan, s.a, s.b, q.self && i == j});
 }
 

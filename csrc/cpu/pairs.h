@@ -43,6 +43,11 @@ struct Softplus {
   const void *reference, *factor;  // factor null: this side gives nothing
 };
 
+// What a thread's scratch begins with: the blocks that it still holds, which are not loaded again.
+struct Held {
+  int64_t i = -1, j = -1;
+};
+
 // Positions of one class on both sides.
 struct ClassRun {
   int64_t first_anchor, last_anchor, first_candidate, last_candidate;
@@ -50,7 +55,8 @@ struct ClassRun {
 
 struct PairKernels {
   size_t (*scratch_bytes)(const Plan&);
-  // both: block `j` is visited only through this pair, so its rows get their share, too.
+  // both: block `j` is visited only through this pair, so its rows get their share, too. scratch:
+  // scratch_bytes, beginning with Held, which whoever starts on another problem empties.
   void (*stats)(const Plan&, const StatsSums&, int64_t i, int64_t j, bool both, void* scratch);
   void (*stats_backward)(const Plan&, const Weights& rows, const Weights& cols, const Gradients&, int64_t i,
                          int64_t j, bool both, void* scratch);

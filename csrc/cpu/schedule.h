@@ -1,6 +1,6 @@
-// Which pairs of blocks are visited, in rounds of disjoint pairs: within a round no two threads write the
-// same rows, and between rounds there is a barrier, so the order in which a row's sums grow does not depend
-// on the number of threads.
+// Which pairs of blocks are visited, in rounds of disjoint groups of pairs: a group is one thread's, within a
+// round no two groups touch the same rows, and between rounds there is a barrier, so the order in which a
+// row's sums grow does not depend on the number of threads.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -15,7 +15,26 @@ struct BlockPair {
   int64_t i, j;
   bool both;  // the rows of block j get their share through this pair, too
 };
-using Round = std::vector<BlockPair>;
+
+class Round {
+ public:
+  int64_t groups() const { return static_cast<int64_t>(ends_.size()); }
+  const BlockPair* begin(int64_t group) const { return pairs_.data() + (group ? ends_[group - 1] : 0); }
+  const BlockPair* end(int64_t group) const { return pairs_.data() + ends_[group]; }
+
+  void add(const BlockPair& pair) { pairs_.push_back(pair); }
+  void close_group() {
+    if (pairs_.size() > (ends_.empty() ? 0 : ends_.back())) ends_.push_back(pairs_.size());
+  }
+  void clear() {
+    pairs_.clear();
+    ends_.clear();
+  }
+
+ private:
+  std::vector<BlockPair> pairs_;
+  std::vector<size_t> ends_;
+};
 
 inline int64_t block_count(const Side& side, int block) { return (side.count + block - 1) / block; }
 
@@ -31,6 +50,11 @@ inline bool classes_meet(const Plan& plan, int64_t i, int64_t j) {
   return a0 <= b1 && b0 <= a1;
 }
 
+// Blocks that stand together for their neighbours: all pairs of two such sets are one group, in an order in
+// which each pair has a block in common with the one before. A block is then loaded for one pair in two or
+// less, and there are still sets enough for many threads.
+inline int64_t blocks_in_set(int64_t blocks) { return blocks >= 256 ? 4 : blocks >= 64 ? 2 : 1; }
+
 // Calls run(round) for each round. Self: every unordered pair once, and each block with itself. Otherwise:
 // every block of anchors with every block of candidates.
 template <class Run>
@@ -41,10 +65,11 @@ void each_round(const Plan& plan, bool both, const Run& run) {
   const bool sparse = !q.negatives;
   Round round;
   const auto add = [&](int64_t i, int64_t j, bool b) {
-    if (!sparse || classes_meet(plan, i, j)) round.push_back({i, j, b});
+    if (!sparse || classes_meet(plan, i, j)) round.add({i, j, b});
+    round.close_group();
   };
   const auto flush = [&] {
-    const bool any = !round.empty();
+    const bool any = round.groups() > 0;
     if (any) run(round);
     round.clear();
     return any;
@@ -59,9 +84,9 @@ void each_round(const Plan& plan, bool both, const Run& run) {
     }
     return;
   }
-  for (int64_t i = 0; i < rows; ++i) add(i, i, false);
-  flush();
   if (sparse) {  // pairs at distance d in two rounds; once a distance has none, no larger one has
+    for (int64_t i = 0; i < rows; ++i) add(i, i, false);
+    flush();
     for (int64_t d = 1; d < rows; ++d) {
       bool any = false;
       for (int64_t odd = 0; odd < 2; ++odd) {
@@ -73,13 +98,27 @@ void each_round(const Plan& plan, bool both, const Run& run) {
     }
     return;
   }
-  // Round-robin tournament (circle method): n - 1 rounds of n / 2 pairs.
-  const int64_t n = rows + rows % 2;
+  const int64_t each = blocks_in_set(rows), sets = (rows + each - 1) / each;
+  const auto meet = [&](int64_t a, int64_t b) {  // a <= b
+    bool forward = true;
+    for (int64_t i = a * each; i < std::min((a + 1) * each, rows); ++i, forward = !forward) {
+      const int64_t first = a == b ? i : b * each, last = std::min((b + 1) * each, rows) - 1;
+      for (int64_t k = 0; k <= last - first; ++k) {
+        const int64_t j = forward ? first + k : last - k;
+        round.add({i, j, i != j});
+      }
+    }
+    round.close_group();
+  };
+  for (int64_t a = 0; a < sets; ++a) meet(a, a);
+  flush();
+  // Round-robin tournament (circle method): n - 1 rounds of n / 2 pairs of sets.
+  const int64_t n = sets + sets % 2;
   for (int64_t r = 0; r < n - 1; ++r) {
     const auto player = [&](int64_t seat) { return seat == 0 ? n - 1 : (r + seat - 1) % (n - 1); };
     for (int64_t s = 0; s < n / 2; ++s) {
       const int64_t i = player(s), j = player(n - 1 - s);
-      if (i < rows && j < rows) add(std::min(i, j), std::max(i, j), true);
+      if (i < sets && j < sets) meet(std::min(i, j), std::max(i, j));
     }
     flush();
   }
