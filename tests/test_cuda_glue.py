@@ -88,6 +88,8 @@ def test_operators_agree_with_tiled(emulated: Any, dtype: torch.dtype, separate:
                 close(g, w, tolerance * slack)
 
     same_gradients("pair_stats_backward", (n, p, u, v, *own, True, True), 5)
+    both = torch.logaddexp(n, p)  # SupCon's: one sum stands for both, in one place
+    same_gradients("pair_stats_backward", (both, both, u, u, *own, True, True), 5)
 
     total = emulated.positive_softplus(*here, n, 0.25)
     close(total, tiled.positive_softplus(*there, truth(n), 0.25), 3e-5)

@@ -180,7 +180,7 @@ void run_backward(Stream& s, const Problem& p, const Workspace& w, const Pairs& 
   largest(p.grad_n, p.grad_p, m);
   if (w.candidate_n) largest(p.candidate_grad_n, p.candidate_grad_p, n);
   pack(s, p.anchors, w.anchor_n, p.n, p.grad_n, epsilon, w.largest);
-  if (w.anchor_p) pack(s, p.anchors, w.anchor_p, p.p, p.grad_p, 0.f, w.largest);
+  if (w.anchor_p && w.anchor_p != w.anchor_n) pack(s, p.anchors, w.anchor_p, p.p, p.grad_p, 0.f, w.largest);
   if (w.candidate_n)
     pack(s, p.candidates, w.candidate_n, p.candidate_n, p.candidate_grad_n, epsilon, w.largest);
   if (w.candidate_p) pack(s, p.candidates, w.candidate_p, p.candidate_p, p.candidate_grad_p, 0.f, w.largest);

@@ -115,7 +115,8 @@ inline Workspace lay_out(const Problem& p) {
       const bool both = p.operation == Operation::pair_stats_backward;
       w.largest = arena.take<float>(4);
       w.anchor_n = arena.take<float>(anchors_padded);
-      if (both) w.anchor_p = arena.take<float>(anchors_padded);
+      const bool alike = p.p == p.n && p.grad_p == p.grad_n;  // one sum over both kinds
+      if (both) w.anchor_p = alike ? w.anchor_n : arena.take<float>(anchors_padded);
       if (p.candidate_grad_n) {
         w.candidate_n = arena.take<float>(candidates_padded);
         if (both) w.candidate_p = arena.take<float>(candidates_padded);
