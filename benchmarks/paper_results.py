@@ -190,10 +190,12 @@ def collect(table: Table, runs: Path) -> dict[str, Any] | None:
 
 
 def _orders(table: Table, found: Comparison) -> Iterator[dict[str, Any]]:
-    """Of every method its fine accuracy by the linear probe, less that of another baseline."""
+    """Of every method its fine accuracy by the linear probe, or else its margin, less that of another
+    baseline."""
     names = {group.name: title(table, group.runs[0].name) for group in found.configurations}
-    for group, difference in found.differences[FIGURES["probe"]].items():
-        yield {"method": names[group], "less": names[found.baseline], **asdict(difference)}
+    figure = next(name for name in ("probe", "margin") if FIGURES[name] in found.values)
+    for group, difference in found.differences[FIGURES[figure]].items():
+        yield {"method": names[group], "less": names[found.baseline], "figure": figure, **asdict(difference)}
 
 
 def _figures(folder: Path) -> dict[str, Any]:
