@@ -1,0 +1,227 @@
+"""Tiles of the pairs of rows, in label order, and sums of rows per label: what the operators of
+:mod:`pysupcon.tiled` are made of.
+
+Rows are sorted by label first, so that on a CPU whole tiles are known to hold only positives, only negatives,
+or nothing of interest. Without separate candidates only tiles on and above the diagonal are visited, each
+serving both of its sides. Tiles are float32 (float64 for float64 input); what is kept per row is
+:func:`stats_dtype`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Slice = tuple[int, int]
+_CPU_TILE = 512  # 1 MiB of float32: a tile and its temporaries stay near the cores
+_DEVICE_TILE = 4096  # enough work per launch
+ROW_CHUNK = 16384
+
+
+class PositiveMask(NamedTuple):
+    """Positives pair by pair: candidate row j is a positive of row i where ``mask[rows[i], columns[j]]``.
+
+    ``mask`` is bool [S, T] (need not be symmetric), ``rows`` int64 [M], ``columns`` int64 [N]: views of one
+    sample share an entry, so the mask is never expanded to rows x candidates. Labels are not looked at.
+    """
+
+    mask: Tensor
+    rows: Tensor
+    columns: Tensor
+
+
+def stats_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of everything kept per row: float64 on a CPU and for float64 input, float32 otherwise."""
+    return torch.float64 if x.device.type == "cpu" or x.dtype == torch.float64 else torch.float32
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[object]:
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def slices(count: int, size: int) -> list[Slice]:
+    return [(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+class Side:
+    """Rows of one side in label order, in the compute dtype."""
+
+    def __init__(self, rows: Tensor, labels: Tensor, order: Tensor) -> None:
+        self.order = order
+        self.labels = labels.index_select(0, order)
+        self.rows = rows.index_select(0, order).to(compute_dtype(rows))
+        self.tiles = slices(rows.shape[0], _CPU_TILE if rows.device.type == "cpu" else _DEVICE_TILE)
+        self.bounds: list[tuple[int, int]] | None = None
+        # Reading labels on the host would make a GPU wait and cannot be traced.
+        if rows.device.type == "cpu" and not torch.compiler.is_compiling():
+            self.bounds = [(int(self.labels[a]), int(self.labels[b - 1])) for a, b in self.tiles]
+
+    def sort(self, column: Tensor, dtype: torch.dtype) -> Tensor:
+        return column.index_select(0, self.order).to(dtype)
+
+
+class Tile(NamedTuple):
+    """Pairs of anchors ``i`` (rows) and candidates ``j`` (columns); ``same`` is a bool where all agree."""
+
+    i: Slice
+    j: Slice
+    similarity: Tensor
+    same: Tensor | bool  # j is in the positives of i
+    same_back: Tensor | bool  # i is in the positives of j
+    left_out: Tensor | None  # j is i itself
+    diagonal: bool  # both sides are the same rows
+
+
+class Pairs:
+    """All tiles of a problem, in a fixed order."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        order: Tensor,
+        scale: Tensor,
+        candidates: Tensor | None,
+        candidate_labels: Tensor | None,
+        candidate_order: Tensor | None,
+        self_index: Tensor | None,
+        mask: PositiveMask | None,
+    ) -> None:
+        self.anchors = Side(x, labels, order)
+        self.symmetric = candidates is None
+        if candidates is None:
+            self.candidates = self.anchors
+        else:
+            assert candidate_labels is not None
+            assert candidate_order is not None
+            self.candidates = Side(candidates, candidate_labels, candidate_order)
+        self.scale = scale.to(self.anchors.rows.dtype)
+        self.self_index = None if self_index is None else self_index.index_select(0, order)
+        self.mask = mask
+
+    def _relation(self, number_i: int, number_j: int) -> Tensor | bool:
+        a, b = self.anchors, self.candidates
+        if a.bounds is not None and b.bounds is not None:
+            (first_i, last_i), (first_j, last_j) = a.bounds[number_i], b.bounds[number_j]
+            if last_i < first_j or last_j < first_i:
+                return False
+            if first_i == last_i == first_j == last_j:
+                return True
+        i, j = a.tiles[number_i], b.tiles[number_j]
+        return a.labels[slice(*i), None] == b.labels[None, slice(*j)]
+
+    def _left_out(self, i: Slice, j: Slice) -> Tensor | None:
+        if self.symmetric:
+            if i != j:
+                return None
+            return torch.eye(i[1] - i[0], dtype=torch.bool, device=self.scale.device)
+        if self.self_index is None:
+            return None
+        return self.self_index[slice(*i), None] == self.candidates.order[None, slice(*j)]
+
+    def tiles(self, *, only_positives: bool = False, only_negatives: bool = False) -> Iterator[Tile]:
+        """``only_positives`` (``only_negatives``): leave out tiles known to hold none."""
+        a, b = self.anchors, self.candidates
+        for number_i, i in enumerate(a.tiles):
+            scaled = a.rows[slice(*i)] * self.scale
+            for number_j, j in enumerate(b.tiles):
+                if self.symmetric and number_j < number_i:
+                    continue
+                diagonal = self.symmetric and i == j
+                if self.mask is None:
+                    same = same_back = self._relation(number_i, number_j)
+                    if (only_positives and same is False) or (only_negatives and same is True):
+                        continue
+                    # An anchor and itself share a label.
+                    left_out = None if same is False else self._left_out(i, j)
+                else:
+                    rows = self.mask.rows.index_select(0, a.order[slice(*i)])
+                    columns = self.mask.columns.index_select(0, b.order[slice(*j)])
+                    same = self.mask.mask[rows[:, None], columns[None, :]]
+                    same_back = self.mask.mask[columns[None, :], rows[:, None]] if self.symmetric else same
+                    left_out = self._left_out(i, j)
+                similarity = scaled @ b.rows[slice(*j)].T
+                yield Tile(i, j, similarity, same, same_back, left_out, diagonal)
+
+
+def and_not(keep: Tensor | bool, left_out: Tensor | None) -> Tensor | bool:
+    if keep is False or left_out is None:
+        return keep
+    return ~left_out if keep is True else keep & ~left_out
+
+
+def negated(keep: Tensor | bool) -> Tensor | bool:
+    return not keep if isinstance(keep, bool) else ~keep
+
+
+def zero_unless(values: Tensor, keep: Tensor | bool) -> Tensor:
+    """Select after every multiplication: what is left out may be infinite."""
+    return values if keep is True else torch.where(torch.as_tensor(keep, device=values.device), values, 0.0)
+
+
+def positive_count(mask: PositiveMask, self_index: Tensor | None, symmetric: bool) -> Tensor:
+    """|P_i| under a mask, int64 [M]. ``symmetric``: the candidates are the anchors."""
+    # The columns of one sample share an entry: count each sample once, by how many rows it has.
+    rows_of = torch.zeros(mask.mask.shape[1], dtype=torch.float64, device=mask.mask.device)
+    rows_of.index_add_(0, mask.columns, torch.ones_like(mask.columns, dtype=torch.float64))
+    per_sample = torch.cat(
+        [mask.mask[a:b].to(torch.float64) @ rows_of for a, b in slices(mask.mask.shape[0], 256)]
+        or [rows_of.new_zeros(0)]
+    )
+    count = per_sample.index_select(0, mask.rows).to(torch.int64)
+    if symmetric:
+        return count - mask.mask[mask.rows, mask.columns].to(torch.int64)
+    if self_index is None:
+        return count
+    own = mask.mask[mask.rows, mask.columns[self_index.clamp(min=0)]]
+    return count - (own & (self_index >= 0)).to(torch.int64)
+
+
+def class_sums(rows: Tensor, weights: Tensor | None, labels: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of (weighted) rows per label: entry k of the table belongs to the label whose run starts at k.
+
+    Returns the table [N, D] and the sorted labels [N] through which :func:`look_up` finds an entry.
+    """
+    sorted_labels = labels.index_select(0, order)
+    dtype = torch.float64 if rows.device.type in ("cpu", "cuda") else compute_dtype(rows)
+    first = torch.searchsorted(sorted_labels, sorted_labels)
+    table = torch.zeros(rows.shape, dtype=dtype, device=rows.device)
+    for start, stop in slices(rows.shape[0], ROW_CHUNK):
+        at = order[start:stop]
+        part = rows.index_select(0, at).to(dtype)
+        if weights is not None:
+            part *= weights.index_select(0, at).to(dtype).unsqueeze(1)
+        if rows.device.type == "cpu":
+            table.index_add_(0, first[start:stop], part)
+        else:  # sorted, hence reproducible, where index_add_ would use atomics
+            table.index_put_((first[start:stop],), part, accumulate=True)
+    return table, sorted_labels
+
+
+def look_up(sums: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
+    table, sorted_labels = sums
+    if not table.shape[0]:
+        return table.new_zeros((labels.shape[0], table.shape[1]))
+    at = torch.searchsorted(sorted_labels, labels).clamp_(max=table.shape[0] - 1)
+    found = sorted_labels.index_select(0, at) == labels
+    return table.index_select(0, at).mul_(found.unsqueeze(1))
+
+
+def own_candidate(
+    x: Tensor, candidates: Tensor | None, self_index: Tensor | None, at: Slice, dtype: torch.dtype
+) -> Tensor | None:
+    """The candidate row that is anchor i, zero where there is none."""
+    if candidates is None:
+        return x[slice(*at)].to(dtype)
+    if self_index is None or not candidates.shape[0]:
+        return None
+    index = self_index[slice(*at)]
+    return candidates.index_select(0, index.clamp(min=0)).to(dtype).mul_((index >= 0).unsqueeze(1))
