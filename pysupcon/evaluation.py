@@ -57,6 +57,7 @@ def extract_features(
     *,
     batch_size: int,
     device: torch.device,
+    workers: int = 0,
     progress: bool = False,
     description: str = "features",
 ) -> FeatureSet:
@@ -68,13 +69,14 @@ def extract_features(
         batch_size: images a call of ``encode`` takes.
         device: where ``encode`` wants its images; the features stay there, fp32 (fp64 if ``encode`` gives
             that).
+        workers: processes that read the images; 0 reads them here.
         progress: show a bar.
         description: of the bar.
 
     Raises:
         ValueError: ``encode`` gave something else than finite features [B, D].
     """
-    batches: Iterable[Any] = DataLoader(dataset, batch_size=batch_size)
+    batches: Iterable[Any] = DataLoader(dataset, batch_size=batch_size, num_workers=workers)
     if progress:
         from tqdm import tqdm
 
@@ -201,6 +203,7 @@ def _run_features(run: Run, config: EvaluationConfig, device: torch.device) -> F
                 datasets[name],
                 batch_size=config.batch_size,
                 device=device,
+                workers=run.config.data.workers,
                 progress=config.progress,
                 description=f"{name} features",
             )

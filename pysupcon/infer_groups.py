@@ -179,6 +179,7 @@ def _embeddings(run: Run, arguments: InferenceArguments) -> dict[str, Tensor]:
                 datasets[name],
                 batch_size=arguments.batch_size,
                 device=device,
+                workers=run.config.data.workers,
                 progress=arguments.progress,
                 description=f"{name} features of {run.dir.name}",
             )

@@ -112,6 +112,7 @@ def transfer_features(run: Run, arguments: TransferArguments) -> tuple[FeatureSp
                 dataset,
                 batch_size=arguments.batch_size,
                 device=device,
+                workers=config.workers,
                 progress=arguments.progress,
                 description=f"{name} features",
             )

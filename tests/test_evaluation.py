@@ -89,13 +89,14 @@ class Images(Dataset):
         return torch.full((1, 2, 2), float(index)), index % 2, index % 5
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 11, 100])
-def test_features_keep_the_order_of_the_data(batch_size):
+@pytest.mark.parametrize(("batch_size", "workers"), [(1, 0), (4, 0), (11, 0), (100, 0), (3, 2)])
+def test_features_keep_the_order_of_the_data(batch_size, workers):
     found = extract_features(
         lambda images: images.flatten(1)[:, :3].half(),
         Images(11),
         batch_size=batch_size,
         device=torch.device("cpu"),
+        workers=workers,
     )
     assert found.features.dtype == torch.float32
     assert torch.equal(found.features, torch.arange(11.0)[:, None].expand(11, 3))
