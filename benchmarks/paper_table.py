@@ -17,7 +17,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import paper_goals, paper_plot
-from benchmarks.machine import name as machine_name
 from benchmarks.paper_runs import TABLES
 from benchmarks.table import markdown
 
@@ -97,12 +96,13 @@ def section(stored: Sequence[Mapping[str, Any]]) -> str:
     stored = sorted(stored, key=lambda results: order.index(results["table"]))
     machine = stored[0]["machine"]
     parts = [
-        f"{machine_name({**machine, 'threads': 1})}; torch {machine['versions']['torch']}.",
+        f"{machine['processor']}, one thread a training; torch {machine['versions']['torch']}.",
         *(render(results) for results in stored),
         paper_goals.table(stored),
         "Mean over the seeds ± their standard deviation, per cent. In brackets the "
         f"{100 * stored[0]['confidence']:g} % interval of the difference over the test images (paired "
-        "bootstrap); bold: it does not hold 0. Minutes: of one processor, training and evaluation.",
+        "bootstrap); bold: it does not hold 0. Minutes: of one processor, training and "
+        "evaluation; frozen encoders were trained in the rows that they come from.",
         *_pictures(stored),
     ]
     return "\n\n".join(part for part in parts if part)

@@ -136,6 +136,13 @@ def test_readme_shows_the_results(
     assert paper_table.main([*where, "--check"]) == 1
 
 
+def test_this_readme_shows_the_stored_results() -> None:
+    assert paper_table.main(["--check"]) == 0
+    readme = paper_table.ROOT / "README.md"
+    for name in re.findall(r"\(benchmarks/results/(paper_\w+\.png)\)", readme.read_text(encoding="utf-8")):
+        assert (paper_table.RESULTS / name).is_file()
+
+
 def test_readme_needs_its_markers(
     results: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
