@@ -51,10 +51,15 @@ def kernels_of(log: str) -> list[Kernel]:
 
 
 def logs() -> list[Path]:
-    """Reports beside the objects that are newer than every kernel source."""
-    sources = [p.stat().st_mtime for p in (ROOT / "csrc" / "cuda").iterdir() if p.suffix in (".cu", ".cuh")]
-    found = (ROOT / "build").glob("ninja-*/*csrc_cuda_*.ptxas.txt")
-    return sorted(path for path in found if path.stat().st_mtime >= max(sources))
+    """Reports beside the objects that are newer than their source and every header of kernels."""
+    folder = ROOT / "csrc" / "cuda"
+    headers = max(path.stat().st_mtime for path in folder.glob("*.cuh"))
+    found = []
+    for source in folder.glob("*.cu"):
+        newest = max(headers, source.stat().st_mtime)
+        reports = (ROOT / "build").glob(f"ninja-*/*csrc_cuda_{source.name}*.ptxas.txt")
+        found += [path for path in reports if path.stat().st_mtime >= newest]
+    return sorted(found)
 
 
 def compiled() -> list[Kernel]:
