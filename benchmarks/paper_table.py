@@ -1,4 +1,5 @@
-"""Renders README's results of the papers from what paper_results.py stored, between two markers.
+"""Renders README's results of the papers from what paper_results.py and worst_group.py stored, between two
+markers.
 
 python benchmarks/paper_table.py            # write them, and the pictures
 python benchmarks/paper_table.py --check    # exit status 1 if README.md says anything else
@@ -16,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import paper_goals, paper_plot
+from benchmarks import paper_goals, paper_plot, worst_group
 from benchmarks.paper_runs import TABLES
 from benchmarks.table import markdown
 
@@ -142,6 +143,15 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return stored
 
 
+def robustness(folder: Path) -> list[str]:
+    """The tables of worst_group.py, if it stored any in a folder."""
+    path = folder / "worst_group.json"
+    if not path.is_file():
+        return []
+    results = json.loads(path.read_text(encoding="utf-8"))
+    return [f"**Worst group, digits whose colour is spurious** (`{path.name}`).", worst_group.table(results)]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -153,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         stored = read(options.results)
-        text = section(stored)
+        text = "\n\n".join([section(stored), *robustness(options.results)])
         if options.print:
             print(text)
             return 0
