@@ -172,7 +172,7 @@ def test_peak_memory_of_fresh_processes() -> None:
 
 
 def test_a_row_costs_at_most_64_bytes_beside_its_gradient() -> None:
-    """Bytes a row by the growth from 32k to 64k rows: labels and order, one sum, its gradient, the weights."""
+    """By the growth from 32k to 64k rows: labels, order, one sum, its gradients, the weights."""
     problem = cases.Problem(n=65_536, dim=2, classes=1000)
     half = problem.smaller(problem.n // 2)
     ours = peers.PEERS["pysupcon"]
