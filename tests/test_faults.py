@@ -134,7 +134,7 @@ def test_a_signal_stops_and_saves(
     assert len(read_log(folder / "log.jsonl")) == read_checkpoint(last).step >= 4
     assert not (folder / "model.safetensors").exists()
     train(config(folder))
-    same(folder, undisturbed[0])
+    same_but_validation(folder, undisturbed[0])
 
 
 def test_a_time_budget(tmp_path: Path, nursery: Nursery, undisturbed: tuple[Path, float]) -> None:
@@ -155,7 +155,7 @@ def test_a_time_budget(tmp_path: Path, nursery: Nursery, undisturbed: tuple[Path
 
 
 def same_but_validation(one: Path, other: Path) -> None:
-    """The third step was stopped after, before it could validate."""
+    """A step that training is stopped after does not validate."""
     assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
     first, second = (without_times(read_log(folder / "log.jsonl")) for folder in (one, other))
     assert [{k: v for k, v in line.items() if k[:3] != "val"} for line in first] == [
