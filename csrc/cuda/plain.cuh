@@ -143,7 +143,7 @@ static __global__ void plain_backward(PlainPairs pairs, PlainAnchors rows, Plain
         const int d = d0 + kPlain * k + x;
         if (d < pairs.width) sum[k] += s.w[y][c] * plain_row(pairs.cols, col0 + c)[d];
       }
-    __syncthreads();  // the weights have been read
+    // the next similarity has barriers of its own before the weights are overwritten
   }
   for (int o = 1; o < kPlain; o *= 2) sigmoids += __shfl_xor_sync(~0u, sigmoids, o);
   if (row < pairs.rows.count) {

@@ -65,6 +65,7 @@ inline std::vector<Case> all_cases() {
   extra("negatives-only", x3, 90, 0, 16, 3).positives = false;
   Case& e = extra("no-candidates", x3, 5, 0, 8, 2);  // an empty queue
   e.form = Form::candidates;
+  extra("no-candidates", f, 5, 0, 8, 2).form = Form::candidates;  // rows are loaded that nothing waits for
   Case& big = extra("unnormalised", x3, 80, 0, 40, 4);
   big.row_norm = 30, big.temperature = 10;
   extra("resident", f, 70, 0, 250, 3);                  // rows of four slices stay on chip in the forward

@@ -60,7 +60,6 @@ MUTANTS = [
     Mutant("staging: no barrier before it overwrites the tiles", B, "  __syncthreads();          // what stood", "  // what stood"),
     Mutant("staging: copies still in flight", B, "  gpu::cp_async_wait<0>();  // a block", "  // a block"),
     Mutant("staging: no __syncwarp before reading", B, "    __syncwarp();\n#pragma unroll 1", "#pragma unroll 1"),
-    Mutant("plain: no barrier after the weights", D, "    __syncthreads();  // the weights have been read", ""),
     Mutant("plain: no barrier before the slice is overwritten", D, "    __syncthreads();  // the last slice has been read", ""),
     Mutant("class sums: no barrier before the sum is overwritten", C, "      __syncthreads();  // the last sum has been read\n", ""),
     # edges
