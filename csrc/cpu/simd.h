@@ -108,7 +108,8 @@ PYSUPCON_INLINE Vec<float> exp2_normal(Vec<float> x) {
   p = p * f + 0.240221197266f;
   p = p * f + 0.693146967059f;
   p = p * f + 1.00000007165f;
-  return (V)((IVec<float>)p + ((IVec<float>)shifted << 23));
+  using U = unsigned __attribute__((vector_size(sizeof(V))));  // far below, the sum wraps around
+  return (V)((U)p + ((U)shifted << 23));
 }
 PYSUPCON_INLINE Vec<double> exp2_normal(Vec<double> x) {
   using V = Vec<double>;
@@ -127,7 +128,8 @@ PYSUPCON_INLINE Vec<double> exp2_normal(Vec<double> x) {
   p = p * f + 0.24022650695910156203;
   p = p * f + 0.69314718055994533046;
   p = p * f + 0.9999999999999999971;
-  return (V)((IVec<double>)p + ((IVec<double>)shifted << 52));
+  using U = unsigned long long __attribute__((vector_size(sizeof(V))));
+  return (V)((U)p + ((U)shifted << 52));
 }
 // The same, and 0 for x below the smallest exponent.
 template <class V>

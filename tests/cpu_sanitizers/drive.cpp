@@ -1,0 +1,91 @@
+// Calls every entry point of csrc/cpu on exactly allocated memory, for the address and undefined-behaviour
+// sanitizers: shapes around a block and a tile, every type, every form, both references.
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+using namespace pysupcon::cpu;
+
+namespace {
+
+void run_here(int64_t count, void* context, void (*body)(void*, int64_t, int64_t)) {
+  body(context, 0, (count + 1) / 2);
+  if (count > 1) body(context, (count + 1) / 2, count);
+}
+constexpr Threads kThreads{run_here};
+
+struct Rows {
+  std::vector<char> data;
+  std::vector<int64_t> order;
+  std::vector<int32_t> cls;
+  int64_t count, dim;
+
+  Rows(Type type, int64_t n, int64_t d, int classes, double size, unsigned seed) : count(n), dim(d) {
+    std::mt19937 random(seed);
+    std::normal_distribution<double> normal(0, size);
+    data.resize(size_t(n * d) * (type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2));
+    for (int64_t i = 0; i < n * d; ++i) {
+      const float v = static_cast<float>(normal(random));
+      uint32_t bits;
+      memcpy(&bits, &v, 4);
+      if (type == Type::f64) reinterpret_cast<double*>(data.data())[i] = v;
+      if (type == Type::f32) reinterpret_cast<float*>(data.data())[i] = v;
+      if (type == Type::f16) reinterpret_cast<_Float16*>(data.data())[i] = static_cast<_Float16>(v);
+      if (type == Type::bf16) reinterpret_cast<uint16_t*>(data.data())[i] = static_cast<uint16_t>(bits >> 16);
+    }
+    order.resize(n);
+    std::iota(order.rbegin(), order.rend(), 0);
+    for (int64_t i = 0; i < n; ++i) cls.push_back(static_cast<int32_t>(i * classes / n));
+  }
+  Side side() const { return {data.data(), dim, count, order.data(), cls.data()}; }
+};
+
+void run(Type type, int64_t m, int64_t n, int64_t dim, int classes, double size, bool candidates) {
+  const Rows a(type, m, dim, classes, size, 1), b(type, n, dim, classes, size, 2);
+  Problem q;
+  q.type = type, q.dim = dim, q.scale = 2, q.self = !candidates;
+  q.anchors = a.side(), q.candidates = candidates ? b.side() : a.side();
+  std::vector<double> stat_n(m), stat_p(m), ones(m, 1. / m), out(m);
+  const int64_t columns = candidates ? n : m;
+  const std::vector<double> theirs(columns, 1), their_ones(columns, 1);
+  const size_t bytes = type == Type::f64 ? 8 : 4;
+  std::vector<char> gx(m * dim * bytes), gc(n * dim * bytes);
+  for (int form = 0; form < (candidates ? 2 : 1); ++form)
+    for (const auto& [negatives, positives] : {std::pair(true, true), {true, false}, {false, true}}) {
+      q.negatives = negatives, q.positives = positives;
+      pair_stats(q, kThreads, stat_n.data(), stat_p.data());
+      const bool owners = form == 1;
+      const Gradients g{gx.data(), candidates && !owners ? gc.data() : nullptr};
+      const StatsGrad mine{stat_n.data(), stat_p.data(), ones.data(), ones.data()};
+      StatsGrad other;
+      if (owners) other = {theirs.data(), theirs.data(), their_ones.data(), their_ones.data()};
+      pair_stats_backward(q, kThreads, mine, other, g);
+      q.negatives = false, q.positives = true;
+      positive_softplus(q, kThreads, stat_n.data(), 0.25, out.data());
+      SoftplusGrad theirs_w;
+      if (owners) theirs_w = {theirs.data(), their_ones.data()};
+      positive_softplus_backward(q, kThreads, {stat_n.data(), ones.data()}, theirs_w, 0.25, g, out.data());
+      positive_sum(q, kThreads, out.data());
+      positive_sum_backward(q, kThreads, ones.data(), owners ? their_ones.data() : nullptr, g);
+    }
+}
+
+}  // namespace
+
+int main() {
+  int cases = 0;
+  for (const Type type : {Type::f32, Type::f64, Type::bf16, Type::f16})
+    for (const int64_t rows : {1, 2, 63, 64, 65, 300})
+      for (const int64_t dim : {1, 16, 33})
+        for (const double size : {0.1, 30.}) {  // one reference for all, running maxima
+          run(type, rows, 0, dim, 1 + static_cast<int>(rows / 7), size, false);
+          run(type, rows, rows / 2 + 1, dim, 3, size, true);
+          cases += 2;
+        }
+  std::printf("%d cases\n", cases);
+}
