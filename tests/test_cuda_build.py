@@ -50,13 +50,23 @@ def kernels_of(log: str) -> list[Kernel]:
     ]
 
 
+def included(source: Path) -> set[Path]:
+    """A source and what it includes of its own folder."""
+    found, waiting = set(), [source]
+    while waiting:
+        path = waiting.pop()
+        if path not in found and path.is_file():
+            found.add(path)
+            names = re.findall(r'#include "(?:cuda/)?([^"/]+)"', path.read_text())
+            waiting += [source.parent / name for name in names]
+    return found
+
+
 def logs() -> list[Path]:
-    """Reports beside the objects that are newer than their source and every header of kernels."""
-    folder = ROOT / "csrc" / "cuda"
-    headers = max(path.stat().st_mtime for path in folder.glob("*.cuh"))
+    """Reports beside the objects that are newer than their source and what it includes."""
     found = []
-    for source in folder.glob("*.cu"):
-        newest = max(headers, source.stat().st_mtime)
+    for source in (ROOT / "csrc" / "cuda").glob("*.cu"):
+        newest = max(path.stat().st_mtime for path in included(source))
         reports = (ROOT / "build").glob(f"ninja-*/*csrc_cuda_{source.name}*.ptxas.txt")
         found += [path for path in reports if path.stat().st_mtime >= newest]
     return sorted(found)
