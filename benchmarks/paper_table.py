@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import paper_goals, paper_plot, worst_group
 from benchmarks.paper_runs import TABLES
-from benchmarks.table import markdown
+from benchmarks.table import between_markers, markdown
 
 BEGIN = "<!-- papers:begin -->"
 END = "<!-- papers:end -->"
@@ -118,18 +118,6 @@ def _pictures(stored: Sequence[Mapping[str, Any]]) -> list[str]:
     return shown
 
 
-def between_markers(readme: str, text: str) -> str:
-    """``readme`` with ``text`` between the markers.
-
-    Raises:
-        ValueError: it has not exactly one marker of each kind, in order.
-    """
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
-        raise ValueError(f"README must hold {BEGIN} and after it {END}, once each")
-    before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
-
-
 def read(folder: Path) -> list[dict[str, Any]]:
     """What paper_results.py stored in a folder.
 
@@ -168,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(text)
             return 0
         readme = options.readme.read_text(encoding="utf-8")
-        new = between_markers(readme, text)
+        new = between_markers(readme, BEGIN, END, text)
     except (OSError, ValueError, KeyError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2

@@ -98,18 +98,6 @@ def _losses(rows: Rows) -> str:
     return table.markdown(lines)
 
 
-def between_markers(readme: str, section: str) -> str:
-    """``readme`` with ``section`` between the markers.
-
-    Raises:
-        ValueError: it has not exactly one marker of each kind, in order.
-    """
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
-        raise ValueError(f"README must hold {BEGIN} and after it {END}, once each")
-    before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n{section}\n{END}{rest.split(END)[1]}"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -124,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sections = [render(results, path.name) for path, results in stored if "schema" in results]
         if not sections:
             raise ValueError("no results of run.py")
-        new = between_markers(readme, "\n\n".join(sections))
+        new = table.between_markers(readme, BEGIN, END, "\n\n".join(sections))
     except (OSError, ValueError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2

@@ -46,6 +46,18 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([rows[0], "|" + " --- |" * len(lines[0]), *rows[1:]])
 
 
+def between_markers(readme: str, begin: str, end: str, section: str) -> str:
+    """``readme`` with ``section`` between two markers.
+
+    Raises:
+        ValueError: it has not exactly one marker of each kind, in order.
+    """
+    if readme.count(begin) != 1 or readme.count(end) != 1 or readme.index(begin) > readme.index(end):
+        raise ValueError(f"README must hold {begin} and after it {end}, once each")
+    before, rest = readme.split(begin)
+    return f"{before}{begin}\n{section}\n{end}{rest.split(end)[1]}"
+
+
 def _note(row: Mapping[str, Any]) -> str:
     if "failed" in row:
         return f"FAILED: {row['failed']}"
