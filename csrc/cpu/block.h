@@ -121,6 +121,27 @@ PYSUPCON_INLINE void transpose_square(const T* from, int from_stride, T* to, int
 #endif
 }
 
+// Rows lie anywhere: the hardware cannot guess the next one.
+PYSUPCON_INLINE void fetch_row(const Problem& q, const Side& side, int64_t position) {
+  const int64_t bytes = q.type == Type::f64 ? 8 : q.type == Type::f32 ? 4 : 2;
+  const char* row = static_cast<const char*>(side.rows) + side.order[position] * side.stride * bytes;
+  for (int64_t at = 0; at < q.dim * bytes; at += 64) __builtin_prefetch(row + at);
+}
+
+// Rows of the blocks that come next; fetched one by one while the tiles of this pair are worked on.
+struct Upcoming {
+  const Problem& problem;
+  const Side& side;
+  int64_t at, last;
+  PYSUPCON_INLINE void fetch() {
+    if (at < last) fetch_row(problem, side, at++);
+  }
+};
+PYSUPCON_INLINE Upcoming upcoming(const Plan& plan, const Side& side, int64_t index, int64_t held) {
+  const int64_t first = index < 0 || index == held ? side.count : index * plan.block;
+  return {plan.problem, side, first, first + plan.block < side.count ? first + plan.block : side.count};
+}
+
 constexpr int kRowsAhead = 6;
 
 template <class T>
@@ -136,18 +157,19 @@ void load_block(Block<T>& b, const Plan& plan, LaneInt<T> padding) {
   constexpr int C = kCols<T>;
   const Problem& q = plan.problem;
   const Side& side = *b.side;
-  const int64_t bytes = q.type == Type::f64 ? 8 : q.type == Type::f32 ? 4 : 2;
+  const bool plain = q.type == (sizeof(T) == 8 ? Type::f64 : Type::f32) && q.dim % C == 0;
   for (int i = 0; i < b.padded; ++i) {
     const bool real = i < b.count;
-    if (i + kRowsAhead < b.count) {  // rows lie anywhere: the hardware cannot guess the next one
-      const char* next =
-          static_cast<const char*>(side.rows) + side.order[b.first + i + kRowsAhead] * side.stride * bytes;
-      for (int64_t at = 0; at < q.dim * bytes; at += 64) __builtin_prefetch(next + at);
-    }
+    if (i + kRowsAhead < b.count) fetch_row(q, side, b.first + i + kRowsAhead);
     b.cls[i] = real ? side.cls[b.first + i] : padding;
     const int64_t row = real ? side.order[b.first + i] : 0;
     for (int c = 0; c < b.chunks; ++c) {
       T* to = b.rows + (int64_t(c) * b.padded + i) * C;
+      if (plain && real) {
+        const T* from = static_cast<const T*>(side.rows) + row * side.stride + int64_t(c) * C;
+        for (int v = 0; v < kVecs; ++v) store(to + v * kLanes<T>, load(from + v * kLanes<T>));
+        continue;
+      }
       const int64_t rest = q.dim - int64_t(c) * C;
       const int n = !real ? 0 : rest < C ? static_cast<int>(rest) : C;
       if (n > 0) copy_row(to, q, side, row, int64_t(c) * C, n);

@@ -75,7 +75,7 @@ bool choose_reference(Plan& plan, const Threads& threads) {
   const Problem& q = plan.problem;
   const double rows = largest_norm(q, q.anchors, threads);
   const double cols = q.self ? rows : largest_norm(q, q.candidates, threads);
-  plan.shift = q.scale * kLog2e * rows * cols * (1 + 1e-4);
+  plan.shift = std::ceil(q.scale * kLog2e * rows * cols * (1 + 1e-4));
   // 2^(t - shift) lies in [2^(-2 shift), 1]: far enough from the smallest normal number (2^-126, 2^-1022) to
   // sum.
   plan.fixed = 2 * plan.shift <= (q.type == Type::f64 ? 900 : 100);
@@ -83,14 +83,19 @@ bool choose_reference(Plan& plan, const Threads& threads) {
 }
 
 template <class Visit>
-void visit_pairs(const Plan& plan, const Threads& threads, bool both, const Visit& visit) {
-  each_round(plan, both, [&](const Round& round) {
+void visit_pairs(const Plan& plan, const Threads& threads, const Visit& visit) {
+  each_round(plan, [&](const Round& round) {
     parallel(threads, round.groups(), [&](int64_t first, int64_t last) {
       void* scratch = thread_scratch(plan.scratch);
-      *static_cast<Held*>(scratch) = {};
-      for (int64_t group = first; group < last; ++group)
-        for (const BlockPair* pair = round.begin(group); pair != round.end(group); ++pair)
-          visit(*pair, scratch);
+      Held& held = *static_cast<Held*>(scratch);
+      held = {};
+      const BlockPair* end = round.end(last - 1);
+      for (const BlockPair* pair = round.begin(first); pair != end; ++pair) {
+        const bool more = pair + 1 != end;
+        held.next_i = more ? pair[1].i : -1;
+        held.next_j = more ? pair[1].j : -1;
+        visit(*pair, scratch);
+      }
     });
   });
 }
@@ -164,8 +169,8 @@ void pair_stats(const Problem& q, const Threads& threads, double* n, double* p) 
   std::fill(p, p + rows, 0.0);
   const StatsSums sums{n, p, max_n.data(), max_p.data()};
   const auto stats = pair_kernels().stats;
-  visit_pairs(plan, threads, false,
-              [&](const BlockPair& b, void* scratch) { stats(plan, sums, b.i, b.j, b.both, scratch); });
+  visit_pairs(plan, threads,
+              [&](const BlockPair& b, void* scratch) { stats(plan, sums, b.i, b.j, scratch); });
   const auto finish = [&](double* stat, const Values& max, bool wanted) {
     for (int64_t i = 0; i < rows; ++i) {
       const bool some = wanted && stat[i] != 0;  // a tile of both kinds is summed as both
@@ -183,9 +188,8 @@ void pair_stats_backward(const Problem& q, const Threads& threads, const StatsGr
   const SideWeights rows(plan, q.anchors, anchors), cols(plan, q.candidates, q.self ? anchors : candidates);
   const Weights r = rows.get(), c = cols.get();
   const auto backward = pair_kernels().stats_backward;
-  visit_pairs(plan, threads, gradients.candidates != nullptr, [&](const BlockPair& b, void* scratch) {
-    backward(plan, r, c, gradients, b.i, b.j, b.both, scratch);
-  });
+  visit_pairs(plan, threads,
+              [&](const BlockPair& b, void* scratch) { backward(plan, r, c, gradients, b.i, b.j, scratch); });
 }
 
 void positive_softplus(const Problem& q, const Threads& threads, const double* n, double epsilon,
@@ -195,9 +199,8 @@ void positive_softplus(const Problem& q, const Threads& threads, const double* n
   const Softplus v = values.get();
   std::fill(total, total + q.anchors.count, 0.0);
   const auto softplus = pair_kernels().softplus;
-  visit_pairs(plan, threads, false, [&](const BlockPair& b, void* scratch) {
-    softplus(plan, v, total, b.i, b.j, b.both, scratch);
-  });
+  visit_pairs(plan, threads,
+              [&](const BlockPair& b, void* scratch) { softplus(plan, v, total, b.i, b.j, scratch); });
 }
 
 void positive_softplus_backward(const Problem& q, const Threads& threads, const SoftplusGrad& anchors,
@@ -210,8 +213,8 @@ void positive_softplus_backward(const Problem& q, const Threads& threads, const 
   const Softplus r = rows.get(), c = cols.get();
   std::fill(grad_n, grad_n + q.anchors.count, 0.0);
   const auto backward = pair_kernels().softplus_backward;
-  visit_pairs(plan, threads, gradients.candidates != nullptr, [&](const BlockPair& b, void* scratch) {
-    backward(plan, r, c, gradients, grad_n, b.i, b.j, b.both, scratch);
+  visit_pairs(plan, threads, [&](const BlockPair& b, void* scratch) {
+    backward(plan, r, c, gradients, grad_n, b.i, b.j, scratch);
   });
   for (int64_t i = 0; i < q.anchors.count; ++i) grad_n[i] *= anchors.w[i];
 }

@@ -50,8 +50,11 @@ PYSUPCON_INLINE void with_blocks(const Plan& plan, int64_t i, int64_t j, void* m
     load_block<T>(s.b, plan, kColPadding);
     make_panels<T>(s.b, q.scale * kLog2e);
   }
-  *s.held = {i, j};
-  body(s, TilePair<T>{plan, s.a, s.b, q.self && i == j});
+  s.held->i = i;
+  s.held->j = j;
+  Upcoming rows = upcoming(plan, q.anchors, s.held->next_i, i);
+  Upcoming cols = upcoming(plan, q.candidates, s.held->next_j, j);
+  body(s, TilePair<T>{plan, s.a, s.b, q.self && i == j, rows, cols});
 }
 
 template <class Body>
@@ -62,49 +65,46 @@ PYSUPCON_INLINE void dispatch(const Plan& plan, const Body& body) {
     body(float{});
 }
 
-void stats(const Plan& plan, const StatsSums& sums, int64_t i, int64_t j, bool both, void* memory) {
+void stats(const Plan& plan, const StatsSums& sums, int64_t i, int64_t j, void* memory) {
   dispatch(plan, [&](auto type) {
     using T = decltype(type);
     with_blocks<T>(plan, i, j, memory, [&](Scratch<T>& s, const TilePair<T>& pair) {
-      plan.fixed ? fixed_stats<T>(plan, sums, pair, both, s.arena)
-                 : running_stats<T>(plan, sums, pair, both, s.arena);
+      plan.fixed ? fixed_stats<T>(plan, sums, pair, s.arena) : running_stats<T>(plan, sums, pair, s.arena);
     });
   });
 }
 
 void stats_backward(const Plan& plan, const Weights& rows, const Weights& cols, const Gradients& gradients,
-                    int64_t i, int64_t j, bool both, void* memory) {
+                    int64_t i, int64_t j, void* memory) {
   dispatch(plan, [&](auto type) {
     using T = decltype(type);
     with_blocks<T>(plan, i, j, memory, [&](Scratch<T>& s, const TilePair<T>& pair) {
       clear_weights<T>(plan, s.w);
       plan.fixed ? stats_weights<T, true>(plan, rows, cols, pair, s.w, s.arena)
                  : stats_weights<T, false>(plan, rows, cols, pair, s.w, s.arena);
-      add_products<T>(pair, s.w, gradients, both);
+      add_products<T>(pair, s.w, gradients);
     });
   });
 }
 
-void softplus(const Plan& plan, const Softplus& values, double* total, int64_t i, int64_t j, bool both,
-              void* memory) {
+void softplus(const Plan& plan, const Softplus& values, double* total, int64_t i, int64_t j, void* memory) {
   dispatch(plan, [&](auto type) {
     using T = decltype(type);
     const Softplus cols = plan.problem.self ? values : Softplus{nullptr, nullptr};
     with_blocks<T>(plan, i, j, memory, [&](Scratch<T>& s, const TilePair<T>& pair) {
-      positive_pass<T, false>(values, cols, total, pair, s.w, both, s.arena);
+      positive_pass<T, false>(values, cols, total, pair, s.w, s.arena);
     });
   });
 }
 
 void softplus_backward(const Plan& plan, const Softplus& rows, const Softplus& cols,
-                       const Gradients& gradients, double* sigma_sum, int64_t i, int64_t j, bool both,
-                       void* memory) {
+                       const Gradients& gradients, double* sigma_sum, int64_t i, int64_t j, void* memory) {
   dispatch(plan, [&](auto type) {
     using T = decltype(type);
     with_blocks<T>(plan, i, j, memory, [&](Scratch<T>& s, const TilePair<T>& pair) {
       clear_weights<T>(plan, s.w);
-      positive_pass<T, true>(rows, cols, sigma_sum, pair, s.w, both, s.arena);
-      add_products<T>(pair, s.w, gradients, both);
+      positive_pass<T, true>(rows, cols, sigma_sum, pair, s.w, s.arena);
+      add_products<T>(pair, s.w, gradients);
     });
   });
 }

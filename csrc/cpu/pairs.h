@@ -19,7 +19,7 @@ struct Plan {
   Problem problem;
   int block = 0;       // rows in a block, of either side
   bool fixed = false;  // one reference for all pairs is safe: see shift
-  double shift = 0;    // >= every t_ij; fixed means 2^(t_ij - shift) neither overflows nor underflows
+  double shift = 0;    // whole, >= every t_ij; fixed means 2^(t_ij - shift) neither overflows nor underflows
   size_t scratch = 0;  // bytes per thread
 };
 
@@ -43,9 +43,10 @@ struct Softplus {
   const void *reference, *factor;  // factor null: this side gives nothing
 };
 
-// What a thread's scratch begins with: the blocks that it still holds, which are not loaded again.
+// What a thread's scratch begins with: the blocks that it still holds, which are not loaded again, and those
+// of the next pair, whose rows are fetched into the cache meanwhile. -1: none.
 struct Held {
-  int64_t i = -1, j = -1;
+  int64_t i = -1, j = -1, next_i = -1, next_j = -1;
 };
 
 // Positions of one class on both sides.
@@ -55,15 +56,14 @@ struct ClassRun {
 
 struct PairKernels {
   size_t (*scratch_bytes)(const Plan&);
-  // both: block `j` is visited only through this pair, so its rows get their share, too. scratch:
-  // scratch_bytes, beginning with Held, which whoever starts on another problem empties.
-  void (*stats)(const Plan&, const StatsSums&, int64_t i, int64_t j, bool both, void* scratch);
+  // A pair of blocks (i, j); self: i <= j, for the rows of both. scratch: scratch_bytes, beginning with Held,
+  // which whoever starts on another problem empties.
+  void (*stats)(const Plan&, const StatsSums&, int64_t i, int64_t j, void* scratch);
   void (*stats_backward)(const Plan&, const Weights& rows, const Weights& cols, const Gradients&, int64_t i,
-                         int64_t j, bool both, void* scratch);
-  void (*softplus)(const Plan&, const Softplus&, double* total, int64_t i, int64_t j, bool both,
-                   void* scratch);
+                         int64_t j, void* scratch);
+  void (*softplus)(const Plan&, const Softplus&, double* total, int64_t i, int64_t j, void* scratch);
   void (*softplus_backward)(const Plan&, const Softplus& rows, const Softplus& cols, const Gradients&,
-                            double* sigma_sum, int64_t i, int64_t j, bool both, void* scratch);
+                            double* sigma_sum, int64_t i, int64_t j, void* scratch);
   // O(N D) work, in double. scratch: class_scratch_bytes.
   double (*largest_square)(const Problem&, const Side&, int64_t first_row,
                            int64_t last_row);  // of a row; NaN if one is

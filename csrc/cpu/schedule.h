@@ -13,7 +13,6 @@ namespace pysupcon::cpu {
 
 struct BlockPair {
   int64_t i, j;
-  bool both;  // the rows of block j get their share through this pair, too
 };
 
 class Round {
@@ -58,14 +57,14 @@ inline int64_t blocks_in_set(int64_t blocks) { return blocks >= 256 ? 4 : blocks
 // Calls run(round) for each round. Self: every unordered pair once, and each block with itself. Otherwise:
 // every block of anchors with every block of candidates.
 template <class Run>
-void each_round(const Plan& plan, bool both, const Run& run) {
+void each_round(const Plan& plan, const Run& run) {
   const Problem& q = plan.problem;
   const int64_t rows = block_count(q.anchors, plan.block), cols = block_count(q.candidates, plan.block);
   if (!rows || !cols) return;
   const bool sparse = !q.negatives;
   Round round;
-  const auto add = [&](int64_t i, int64_t j, bool b) {
-    if (!sparse || classes_meet(plan, i, j)) round.add({i, j, b});
+  const auto add = [&](int64_t i, int64_t j) {
+    if (!sparse || classes_meet(plan, i, j)) round.add({i, j});
     round.close_group();
   };
   const auto flush = [&] {
@@ -79,19 +78,19 @@ void each_round(const Plan& plan, bool both, const Run& run) {
     const int64_t n = std::max(rows, cols);
     for (int64_t r = 0; r < n; ++r) {
       for (int64_t i = 0; i < rows; ++i)
-        if (const int64_t j = (i + r) % n; j < cols) add(i, j, both);
+        if (const int64_t j = (i + r) % n; j < cols) add(i, j);
       flush();
     }
     return;
   }
   if (sparse) {  // pairs at distance d in two rounds; once a distance has none, no larger one has
-    for (int64_t i = 0; i < rows; ++i) add(i, i, false);
+    for (int64_t i = 0; i < rows; ++i) add(i, i);
     flush();
     for (int64_t d = 1; d < rows; ++d) {
       bool any = false;
       for (int64_t odd = 0; odd < 2; ++odd) {
         for (int64_t i = 0; i + d < rows; ++i)
-          if (i / d % 2 == odd) add(i, i + d, true);
+          if (i / d % 2 == odd) add(i, i + d);
         any |= flush();
       }
       if (!any) break;
@@ -105,7 +104,7 @@ void each_round(const Plan& plan, bool both, const Run& run) {
       const int64_t first = a == b ? i : b * each, last = std::min((b + 1) * each, rows) - 1;
       for (int64_t k = 0; k <= last - first; ++k) {
         const int64_t j = forward ? first + k : last - k;
-        round.add({i, j, i != j});
+        round.add({i, j});
       }
     }
     round.close_group();

@@ -94,14 +94,18 @@ PYSUPCON_INLINE T max_lanes(Vec<T> v) {
   return best;
 }
 
-// 2^x to about one unit in the last place for x between the smallest and the largest exponent of a normal
-// number. x = n + f with |f| <= 1/2 by adding and subtracting a number whose unit in the last place is 1; 2^f
-// by a minimax polynomial (relative error 7.5e-8 in float, 3e-18 in double), 2^n by the exponent bits.
-PYSUPCON_INLINE Vec<float> exp2_normal(Vec<float> x) {
+// Adding it rounds to a whole number: its unit in the last place is 1.
+template <class T>
+constexpr T kMagic = sizeof(T) == 4 ? T(12582912.0) : T(6755399441055744.0);  // 1.5 * 2^23, 1.5 * 2^52
+
+// 2^(t - shift) to about one unit in the last place, for t - shift between the smallest and the largest
+// exponent of a normal number; magic = kMagic - shift, shift a whole number. t = n + f with n = round(t), |f|
+// <= 1/2, exactly; 2^f by a minimax polynomial (relative error 7.5e-8 in float, 3e-18 in double), 2^(n -
+// shift) by the exponent bits.
+PYSUPCON_INLINE Vec<float> exp2_normal(Vec<float> t, Vec<float> magic = splat<float>(kMagic<float>)) {
   using V = Vec<float>;
-  const V magic = splat<float>(12582912.f);  // 1.5 * 2^23
-  const V shifted = x + magic;
-  const V f = x - (shifted - magic);
+  const V shifted = t + magic;
+  const V f = t - (shifted - magic);
   V p = splat<float>(0.00132764677993f);
   p = p * f + 0.00967554124829f;
   p = p * f + 0.0555071328665f;
@@ -111,11 +115,10 @@ PYSUPCON_INLINE Vec<float> exp2_normal(Vec<float> x) {
   using U = unsigned __attribute__((vector_size(sizeof(V))));  // far below, the sum wraps around
   return (V)((U)p + ((U)shifted << 23));
 }
-PYSUPCON_INLINE Vec<double> exp2_normal(Vec<double> x) {
+PYSUPCON_INLINE Vec<double> exp2_normal(Vec<double> t, Vec<double> magic = splat<double>(kMagic<double>)) {
   using V = Vec<double>;
-  const V magic = splat<double>(6755399441055744.0);  // 1.5 * 2^52
-  const V shifted = x + magic;
-  const V f = x - (shifted - magic);
+  const V shifted = t + magic;
+  const V f = t - (shifted - magic);
   V p = splat<double>(4.4352807031925459592e-10);
   p = p * f + 7.0741055798305341942e-9;
   p = p * f + 1.0178198035371477308e-7;

@@ -27,12 +27,12 @@ struct PositivePass {
   Vec<T>* row_sum;  // [a.padded] by lane
   T* col_sum;       // [b.padded]
   T* w;             // backward: [a.padded x kTileStride]
-  bool both;
 
   template <Kind kKind>
   PYSUPCON_INLINE void operator()(Tile<T>& tile, int i0, int j0) const {
     constexpr int L = kLanes<T>;
     if constexpr (kKind == Kind::negative) return;
+    if constexpr (!kBackward) pair.fetch();
     for (int c = 0; c < kVecs; ++c) {
       const int j = j0 + c * L;
       Vec<T> sum = load(col_sum + j);
@@ -48,7 +48,7 @@ struct PositivePass {
           store(w + i * kTileStride + j, gi * row.factor[i] + gj * load(col.factor + j));
         } else {
           row_sum[i] += select<T>(mask, softplus2<T>(di), Vec<T>{});
-          if (both) sum += select<T>(mask, softplus2<T>(dj), Vec<T>{});
+          if (pair.plan.problem.self) sum += select<T>(mask, softplus2<T>(dj), Vec<T>{});
         }
       }
       store(col_sum + j, sum);
@@ -58,7 +58,7 @@ struct PositivePass {
 
 template <class T, bool kBackward>
 void positive_pass(const Softplus& rows, const Softplus& cols, double* out, const TilePair<T>& pair, T* w,
-                   bool both, Arena arena) {
+                   Arena arena) {
   using Visit = PositivePass<T, kBackward>;
   const Block<T>&a = pair.a, &b = pair.b;
   auto values = [&](const Softplus& from, const Block<T>& block) {
@@ -68,13 +68,13 @@ void positive_pass(const Softplus& rows, const Softplus& cols, double* out, cons
     return v;
   };
   const auto row = values(rows, a), col = values(cols, b);
-  Visit visit{pair, row, col, arena.take<Vec<T>>(a.padded), arena.take<T>(b.padded), w, both};
+  Visit visit{pair, row, col, arena.take<Vec<T>>(a.padded), arena.take<T>(b.padded), w};
   memset(static_cast<void*>(visit.row_sum), 0, sizeof(Vec<T>) * a.padded);
   memset(visit.col_sum, 0, sizeof(T) * b.padded);
   pair.each(visit);
   if (!out) return;
   for (int i = 0; i < a.count; ++i) out[a.side->order[a.first + i]] += sum_lanes<T>(visit.row_sum[i]);
-  if (!both || !pair.plan.problem.self) return;
+  if (!pair.plan.problem.self) return;
   for (int j = 0; j < b.count; ++j) out[b.side->order[b.first + j]] += visit.col_sum[j];
 }
 

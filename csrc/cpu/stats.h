@@ -10,21 +10,21 @@ namespace pysupcon::cpu::PYSUPCON_ISA {
 template <class T>
 struct FixedStats {
   const TilePair<T>& pair;
-  Vec<T> shift;
+  Vec<T> magic;          // kMagic - shift
   Vec<T>*row_n, *row_p;  // [a.padded] sums by lane
   T *col_n, *col_p;      // [b.padded]
-  bool both;
 
   template <Kind kKind>
   PYSUPCON_INLINE void operator()(Tile<T>& tile, int i0, int j0) const {
     constexpr int L = kLanes<T>;
+    pair.fetch();
     Vec<T> n[kVecs] = {}, p[kVecs] = {};
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       Vec<T> rn{}, rp{};
 #pragma GCC unroll 4
       for (int c = 0; c < kVecs; ++c) {
-        const Vec<T> e = exp2_normal(tile[r][c] - shift);
+        const Vec<T> e = exp2_normal(tile[r][c], magic);
         if constexpr (kKind == Kind::negative) {
           rn += e;
           n[c] += e;
@@ -43,7 +43,7 @@ struct FixedStats {
       if constexpr (kKind != Kind::positive) row_n[i0 + r] += rn;
       if constexpr (kKind != Kind::negative) row_p[i0 + r] += rp;
     }
-    if (!both) return;
+    if (!pair.plan.problem.self) return;
 #pragma GCC unroll 4
     for (int c = 0; c < kVecs; ++c) {
       if constexpr (kKind != Kind::positive) store(col_n + j0 + c * L, load(col_n + j0 + c * L) + n[c]);
@@ -53,15 +53,14 @@ struct FixedStats {
 };
 
 template <class T>
-void fixed_stats(const Plan& plan, const StatsSums& sums, const TilePair<T>& pair, bool both, Arena arena) {
+void fixed_stats(const Plan& plan, const StatsSums& sums, const TilePair<T>& pair, Arena arena) {
   const Block<T>&a = pair.a, &b = pair.b;
   FixedStats<T> visit{pair,
-                      splat<T>(static_cast<T>(plan.shift)),
+                      splat<T>(static_cast<T>(kMagic<T> - plan.shift)),
                       arena.take<Vec<T>>(a.padded),
                       arena.take<Vec<T>>(a.padded),
                       arena.take<T>(b.padded),
-                      arena.take<T>(b.padded),
-                      both};
+                      arena.take<T>(b.padded)};
   memset(static_cast<void*>(visit.row_n), 0, sizeof(Vec<T>) * a.padded);
   memset(static_cast<void*>(visit.row_p), 0, sizeof(Vec<T>) * a.padded);
   memset(visit.col_n, 0, sizeof(T) * b.padded);
@@ -72,7 +71,7 @@ void fixed_stats(const Plan& plan, const StatsSums& sums, const TilePair<T>& pai
     sums.n[row] += sum_lanes<T>(visit.row_n[i]);
     sums.p[row] += sum_lanes<T>(visit.row_p[i]);
   }
-  if (!both) return;
+  if (!pair.plan.problem.self) return;
   for (int j = 0; j < b.count; ++j) {
     const int64_t row = b.side->order[b.first + j];
     sums.n[row] += visit.col_n[j];
@@ -85,9 +84,11 @@ void fixed_stats(const Plan& plan, const StatsSums& sums, const TilePair<T>& pai
 // its own maxima first.
 template <class T>
 struct KeepTile {
+  const TilePair<T>& pair;
   T* kept;  // [a.padded x kTileStride]
   template <Kind>
   PYSUPCON_INLINE void operator()(Tile<T>& tile, int i0, int j0) const {
+    pair.fetch();
     for (int r = 0; r < kRows; ++r)
       for (int c = 0; c < kVecs; ++c) store(kept + (i0 + r) * kTileStride + j0 + c * kLanes<T>, tile[r][c]);
   }
@@ -106,7 +107,7 @@ PYSUPCON_INLINE void merge(double& total, T& top, double sum, T max) {
 }
 
 template <class T>
-void running_stats(const Plan&, const StatsSums& sums, const TilePair<T>& pair, bool both, Arena arena) {
+void running_stats(const Plan&, const StatsSums& sums, const TilePair<T>& pair, Arena arena) {
   constexpr int L = kLanes<T>;
   const Block<T>&a = pair.a, &b = pair.b;
   const Vec<T> none = splat<T>(static_cast<T>(-__builtin_inf()));
@@ -114,7 +115,7 @@ void running_stats(const Plan&, const StatsSums& sums, const TilePair<T>& pair, 
   // A skipped tile holds pairs that do not count: no reference can be above their -infinity.
   for (int i = 0; i < a.padded; ++i)
     for (int j = 0; j < b.padded; j += L) store(kept + i * kTileStride + j, none);
-  pair.each(KeepTile<T>{kept});
+  pair.each(KeepTile<T>{pair, kept});
 
   T *top_n = static_cast<T*>(sums.max_n), *top_p = static_cast<T*>(sums.max_p);
   const Problem& q = pair.plan.problem;
@@ -139,7 +140,7 @@ void running_stats(const Plan&, const StatsSums& sums, const TilePair<T>& pair, 
     if (q.negatives) merge<T>(sums.n[row], top_n[row], sum_lanes<T>(en), n);
     if (q.positives) merge<T>(sums.p[row], top_p[row], sum_lanes<T>(ep), p);
   }
-  if (!both) return;
+  if (!pair.plan.problem.self) return;
   for (int j = 0; j < b.count; j += L) {
     Vec<T> mn = none, mp = none, en{}, ep{};
     for (int i = 0; i < a.count; ++i) {
@@ -169,14 +170,14 @@ void running_stats(const Plan&, const StatsSums& sums, const TilePair<T>& pair, 
 template <class T, bool kFixed>
 struct StatsWeights {
   const TilePair<T>& pair;
-  Vec<T> shift;
+  Vec<T> magic;  // kMagic - shift
   struct Values {
     T *ref_n, *f_n, *ref_p, *f_p;
   } row, col;
   T* w;
 
   PYSUPCON_INLINE Vec<T> weight(Vec<T> t, T ref_i, T f_i, const T* ref_j, const T* f_j) const {
-    if constexpr (kFixed) return exp2_normal(t - shift) * (f_i + load(f_j));
+    if constexpr (kFixed) return exp2_normal(t, magic) * (f_i + load(f_j));
     return exp2(t - ref_i) * f_i + exp2(t - load(ref_j)) * load(f_j);
   }
 
@@ -221,7 +222,7 @@ void stats_weights(const Plan& plan, const Weights& rows, const Weights& cols, c
     return v;
   };
   const auto row = values(rows, pair.a), col = values(cols, pair.b);
-  pair.each(Visit{pair, splat<T>(static_cast<T>(plan.shift)), row, col, w});
+  pair.each(Visit{pair, splat<T>(static_cast<T>(kMagic<T> - plan.shift)), row, col, w});
 }
 
 }  // namespace pysupcon::cpu::PYSUPCON_ISA

@@ -13,11 +13,19 @@ template <class T>
 struct TilePair {
   const Plan& plan;
   const Block<T>&a, &b;
-  bool diagonal;  // self and a is b: pair (i, i) is no pair
+  bool diagonal;          // self and a is b: a pair is visited for both its rows once, as (i, j) with i < j
+  Upcoming &rows, &cols;  // of the next pair of blocks
 
-  // Column in block b that is row i of block a itself; any other number if it is not there.
+  // Fetches a row of each. Called while the last thing is done to this pair: what is fetched earlier is
+  // evicted.
+  PYSUPCON_INLINE void fetch() const {
+    rows.fetch();
+    cols.fetch();
+  }
+
+  // Column in block b that is row i of block a itself, where both are not the same set of rows; any other
+  // number if it is not there.
   PYSUPCON_INLINE int64_t own_column(int i) const {
-    if (plan.problem.self) return diagonal ? i : -1;
     const int32_t* self = plan.problem.self_position;
     return self && i < a.count ? self[a.first + i] - b.first : -1;
   }
@@ -25,7 +33,8 @@ struct TilePair {
   PYSUPCON_INLINE Kind kind(int i0, int j0) const {
     const Problem& q = plan.problem;
     const int i1 = i0 + kRows - 1, j1 = j0 + kCols<T> - 1;
-    const bool whole = i1 < a.count && j1 < b.count;
+    if (diagonal && j1 < i0) return Kind::skip;
+    const bool whole = i1 < a.count && j1 < b.count && !(diagonal && j0 <= i1);
     const auto i_low = a.cls[i0], i_high = a.cls[i1 < a.count ? i1 : a.count - 1];
     const auto j_low = b.cls[j0], j_high = b.cls[j1 < b.count ? j1 : b.count - 1];
     if (i_high < j_low || j_high < i_low)
@@ -49,9 +58,11 @@ struct TilePair {
     IVec<T> column{};
     for (int l = 0; l < kLanes<T>; ++l) column[l] = j + l;
     const IVec<T> same = cols == row;
-    const IVec<T> real = (cols != splat_int<T>(kColPadding)) & (row != splat_int<T>(kRowPadding));
+    IVec<T> counts = (cols != splat_int<T>(kColPadding)) & (row != splat_int<T>(kRowPadding));
+    if (diagonal) counts &= column > splat_int<T>(i);
     const int64_t own = own_column(i);
-    return {~same & real, same & (column != splat_int<T>(own >= 0 && own < kMaxBlock ? own : -1))};
+    const IVec<T> other = column != splat_int<T>(own >= 0 && own < kMaxBlock ? own : -1);
+    return {~same & counts, same & counts & other};
   }
 
   // visit(tile, kind, i0, j0) with kind a compile-time constant, for every tile in which a pair counts.
@@ -72,12 +83,15 @@ struct TilePair {
       }
   }
 
-  // Rows of `other` whose pairs with rows i0.. of `own` can count: all, or where negatives do not count,
-  // those of the same classes.
+  // Rows of `other` whose pairs with rows i0.. of `own` can count: all, on a diagonal those of the tiles that
+  // were visited, and where negatives do not count, those of the same classes.
   PYSUPCON_INLINE Range counting(const Block<T>& own, const Block<T>& other, int i0) const {
-    if (plan.problem.negatives) return {0, other.count};
-    const int i1 = i0 + kRows - 1 < own.count ? i0 + kRows - 1 : own.count - 1;
+    const int tile = i0 / kCols<T> * kCols<T>;
     Range r{0, other.count};
+    if (diagonal && &own == &a) r.first = tile;
+    if (diagonal && &own == &b && tile + kCols<T> < other.count) r.last = tile + kCols<T>;
+    if (plan.problem.negatives) return r;
+    const int i1 = i0 + kRows - 1 < own.count ? i0 + kRows - 1 : own.count - 1;
     while (r.first < r.last && other.cls[r.first] < own.cls[i0]) ++r.first;
     while (r.first < r.last && other.cls[r.last - 1] > own.cls[i1]) --r.last;
     return r;
@@ -86,19 +100,24 @@ struct TilePair {
 
 // Adds weights (as a block, [a.padded x kTileStride]) times rows to the gradients of both blocks.
 template <class T>
-PYSUPCON_INLINE void add_products(const TilePair<T>& pair, const T* w, const Gradients& g, bool both) {
+PYSUPCON_INLINE void add_products(const TilePair<T>& pair, const T* w, const Gradients& g) {
   const Block<T>&a = pair.a, &b = pair.b;
   const int64_t dim = pair.plan.problem.dim;
   T* to_rows = static_cast<T*>(g.anchors);
   T* to_cols = static_cast<T*>(pair.plan.problem.self ? g.anchors : g.candidates);
-  if (to_rows) add_product<T, false>(to_rows, w, a, b, dim, [&](int i0) { return pair.counting(a, b, i0); });
-  if (both && to_cols)
-    add_product<T, true>(to_cols, w, b, a, dim, [&](int j0) { return pair.counting(b, a, j0); });
+  const auto rows_of = [&](const Block<T>& own, const Block<T>& other) {
+    return [&](int i0) {
+      pair.fetch();
+      return pair.counting(own, other, i0);
+    };
+  };
+  if (to_rows) add_product<T, false>(to_rows, w, a, b, dim, rows_of(a, b));
+  if (to_cols) add_product<T, true>(to_cols, w, b, a, dim, rows_of(b, a));
 }
 
 template <class T>
 PYSUPCON_INLINE void clear_weights(const Plan& plan, T* w) {
-  if (plan.problem.negatives && plan.problem.positives) return;  // every tile is written
+  if (plan.problem.negatives && plan.problem.positives) return;  // every tile that counts is written
   memset(w, 0, sizeof(T) * kMaxBlock * kTileStride);
 }
 
