@@ -3,10 +3,13 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/sort.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -201,6 +204,53 @@ void check_finite(const Call& call, const Tensor& n) {
 #define CALL(name) \
   Call name({x, labels, order, scale}, {candidates, candidate_labels, candidate_order, self_index})
 
+// Samples by ascending id, equal ones as they came, and how many samples bear the id of each.
+struct Sorted {
+  Tensor samples;              // int64
+  std::vector<int64_t> alike;  // by sample
+};
+Sorted sort_samples(const Tensor& ids) {
+  const int64_t count = ids.size(0), *id = ids.const_data_ptr<int64_t>();
+  Sorted s{at::empty({count}, ids.options()), std::vector<int64_t>(count)};
+  if (!count) return s;
+  const auto [low, high] = std::minmax_element(id, id + count);
+  const uint64_t range = static_cast<uint64_t>(*high) - static_cast<uint64_t>(*low);
+  if (range < static_cast<uint64_t>(4 * count) + 1024) {  // classes are mostly numbered: count them
+    const int64_t first = *low;
+    std::vector<int64_t> start(range + 2);
+    for (int64_t i = 0; i < count; ++i) ++start[id[i] - first + 1];
+    for (int64_t i = 0; i < count; ++i) s.alike[i] = start[id[i] - first + 1];
+    std::partial_sum(start.begin(), start.end(), start.begin());
+    int64_t* sample = s.samples.mutable_data_ptr<int64_t>();
+    for (int64_t i = 0; i < count; ++i) sample[start[id[i] - first]++] = i;
+    return s;
+  }
+  s.samples = std::get<1>(at::sort(ids, /*stable=*/true, /*dim=*/0, /*descending=*/false));
+  const int64_t* sample = s.samples.const_data_ptr<int64_t>();
+  for (int64_t begin = 0, end = 0; begin < count; begin = end) {
+    while (end < count && id[sample[end]] == id[sample[begin]]) ++end;
+    for (int64_t i = begin; i < end; ++i) s.alike[sample[i]] = end - begin;
+  }
+  return s;
+}
+
+std::tuple<Tensor, Tensor> order_by_class(const Tensor& given, int64_t views) {
+  check_vector(given, given.numel(), at::kLong, "ids");
+  TORCH_CHECK_VALUE(views >= 1, "pysupcon: views must be at least 1, got ", views);
+  const Tensor ids = given.contiguous();
+  const Sorted sorted = sort_samples(ids);
+  const int64_t count = ids.size(0), *sample = sorted.samples.const_data_ptr<int64_t>();
+  Tensor order = views == 1 ? sorted.samples : at::empty({count * views}, ids.options());
+  Tensor others = at::empty({count * views}, ids.options());
+  int64_t *row = order.mutable_data_ptr<int64_t>(), *of_row = others.mutable_data_ptr<int64_t>();
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t v = 0; v < views; ++v) {
+      if (views > 1) *row++ = sample[i] * views + v;
+      *of_row++ = sorted.alike[i] * views - 1;
+    }
+  return {order, others};
+}
+
 std::tuple<Tensor, Tensor> pair_stats(ROWS_ARGS, CANDIDATE_ARGS, bool negatives, bool positives) {
   CALL(call);
   call.problem.negatives = negatives;
@@ -287,6 +337,7 @@ void positive_sum_backward(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& grad_total,
 }  // namespace pysupcon
 
 TORCH_LIBRARY_IMPL(pysupcon, CPU, m) {
+  m.impl("order_by_class", pysupcon::order_by_class);
   m.impl("pair_stats", pysupcon::pair_stats);
   m.impl("pair_stats_backward", pysupcon::pair_stats_backward);
   m.impl("positive_softplus", pysupcon::positive_softplus);

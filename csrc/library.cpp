@@ -7,6 +7,8 @@
 #define GRADIENTS "Tensor(a!) grad_x, Tensor(b!)? grad_candidates"
 
 TORCH_LIBRARY(pysupcon, m) {
+  m.def("order_by_class(Tensor ids, int views) -> (Tensor order, Tensor count)");
+
   m.def("pair_stats(" ROWS ", " CANDIDATES ", bool negatives, bool positives) -> (Tensor n, Tensor p)");
   m.def("pair_stats_backward(" ROWS ", " CANDIDATES
         ", Tensor n, Tensor p, Tensor grad_n, Tensor grad_p"

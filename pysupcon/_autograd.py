@@ -39,9 +39,14 @@ class Plan(NamedTuple):
     negatives: bool = True
     positives: bool = True
     denominator: bool = False
-    """One sum over positives and negatives, in place of n and p: half of what a row keeps."""
+    """One sum over positives and negatives, in place of n and p."""
     epsilon: float | None = None
     positive_sum: bool = False
+
+    @property
+    def apart(self) -> bool:
+        """Whether the pairs' labels do not matter (those of a mask do: it says who is what)."""
+        return self.denominator and self.mask is None
 
     @property
     def mask_arguments(self) -> dict[str, tiled.PositiveMask]:
@@ -49,7 +54,7 @@ class Plan(NamedTuple):
 
 
 class RowStatistics(NamedTuple):
-    """Per anchor, [M] each, in the backend's statistics dtype; [0] where the plan does not ask for it."""
+    """Per anchor, [M] each, in the backend's statistics dtype; anything where the plan does not ask."""
 
     n: Tensor
     """log sum over negatives of e^s; -inf where there is none"""
@@ -80,16 +85,34 @@ class _RefuseSecond(torch.autograd.Function):
         )
 
 
+def _apart(x: Tensor, pairing: Pairing) -> Pairing:
+    """Every row in a class of its own: positives and negatives of an anchor, all but itself, are then its
+    negatives, in the order in which they lie in memory. No pair asks for its labels, a row has one sum."""
+    anchors = torch.arange(x.shape[0], device=x.device)
+    if pairing.candidate_labels is None:
+        return Pairing(anchors, anchors, None, None, None)
+    candidates = torch.arange(pairing.candidate_labels.shape[0], device=x.device)
+    own = pairing.self_index
+    if own is None:
+        return Pairing(torch.full_like(anchors, -1), anchors, candidates, candidates, None)
+    return Pairing(own, torch.argsort(own, stable=True), candidates, candidates, own)
+
+
 class _RowStatisticsFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, candidates: Tensor | None, scale: Tensor, plan: Plan) -> Any:
         ctx.plan = plan
+        ctx.set_materialize_grads(False)
         ops = OPERATORS[plan.backend]
         rows = (x, plan.pairing.labels, plan.pairing.order, scale, candidates, *plan.pairing[2:])
-        # Different tensors: an output that is returned twice cannot be traced.
-        n, p, softplus, positive_sum, instance_sum, both = (scale.new_empty(0) for _ in RowStatistics._fields)
-        if plan.negatives or plan.positives:
+        n = p = softplus = positive_sum = instance_sum = both = None
+        if plan.apart:
+            apart = _apart(x, plan.pairing)
+            both, _ = ops.pair_stats(x, *apart[:2], scale, candidates, *apart[2:], True, False)
+        elif plan.negatives or plan.positives:
             n, p = ops.pair_stats(*rows, plan.negatives, plan.positives, **plan.mask_arguments)
+            if plan.denominator:
+                both, n, p = torch.logaddexp(n, p), None, None
         if plan.epsilon is not None:
             softplus = ops.positive_softplus(*rows, n, plan.epsilon, **plan.mask_arguments)
         if plan.positive_sum:
@@ -98,14 +121,11 @@ class _RowStatisticsFunction(torch.autograd.Function):
             instance_sum = ops.positive_sum(
                 x, plan.instances.labels, plan.instances.order, scale, candidates, *plan.instances[2:]
             )
-        if plan.denominator:
-            both = torch.logaddexp(n, p)
-            n, p = scale.new_empty(0), scale.new_empty(0)
         ctx.save_for_backward(x, candidates, scale, *((both, both) if plan.denominator else (n, p)))
         return n, p, softplus, positive_sum, instance_sum, both
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
         x, candidates, scale, n, p = ctx.saved_tensors
         needs = ctx.needs_input_grad
         with torch.no_grad():
@@ -128,10 +148,11 @@ def _gradients(
     scale: Tensor,
     n: Tensor,
     p: Tensor,
-    grads: tuple[Tensor, ...],
+    grads: tuple[Tensor | None, ...],
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """dL/dx, dL/dcandidates, dL/dscale from the upstream gradients of :class:`RowStatistics`."""
+    """dL/dx, dL/dcandidates, dL/dscale from the upstream gradients of :class:`RowStatistics`, None where the
+    loss does not depend on a statistic."""
     ops = OPERATORS[plan.backend]
     grad_n, grad_p, grad_softplus, grad_positive_sum, grad_instance_sum, grad_both = grads
     if plan.denominator:  # G_ij = grad_both_i e^(s_ij - both_i), whatever j is
@@ -140,18 +161,25 @@ def _gradients(
     grad_x = _ops.zero_gradients(x)
     grad_candidates = _ops.zero_gradients(candidates) if candidates is not None and needs[1] else None
     into = grad_x, grad_candidates
-    if plan.epsilon is not None:
-        grad_n = grad_n + ops.positive_softplus_backward(
+    if grad_softplus is not None:
+        through_n = ops.positive_softplus_backward(
             *rows, n, plan.epsilon, grad_softplus, None, None, *into, **plan.mask_arguments
         )
-    if plan.negatives or plan.positives:
+        grad_n = through_n if grad_n is None else grad_n + through_n
+    if grad_n is not None or grad_p is not None:
+        grad_n = torch.zeros_like(n) if grad_n is None else grad_n
+        grad_p = torch.zeros_like(p) if grad_p is None else grad_p
+        pairs, kinds = rows, (plan.negatives, plan.positives)
+        if plan.apart:
+            apart = _apart(x, plan.pairing)
+            pairs, kinds = (x, *apart[:2], scale, candidates, *apart[2:]), (True, False)
         ops.pair_stats_backward(
-            *rows, n, p, grad_n, grad_p, None, None, None, None, plan.negatives, plan.positives, *into,
-            **plan.mask_arguments,
-        )  # fmt: skip
-    if plan.positive_sum:
+            *pairs, n, p, grad_n, grad_p, None, None, None, None, *kinds, *into, **plan.mask_arguments
+        )
+    if grad_positive_sum is not None:
         ops.positive_sum_backward(*rows, grad_positive_sum, None, *into, **plan.mask_arguments)
-    if plan.instances is not None:
+    if grad_instance_sum is not None:
+        assert plan.instances is not None
         ops.positive_sum_backward(
             x, plan.instances.labels, plan.instances.order, scale, candidates, *plan.instances[2:],
             grad_instance_sum, None, *into,
@@ -175,5 +203,6 @@ def _row_products(x: Tensor, y: Tensor, dtype: torch.dtype, chunk: int = 65536) 
 def row_statistics(x: Tensor, candidates: Tensor | None, scale: Tensor, plan: Plan) -> RowStatistics:
     """Statistics of every anchor, differentiable once with respect to ``x`` [M, D], ``candidates`` [N, D] or
     None and ``scale`` (1 / temperature, no dimensions, in the backend's statistics dtype)."""
-    statistics = RowStatistics(*_RowStatisticsFunction.apply(x, candidates, scale, plan))
-    return statistics if plan.denominator else statistics._replace(denominator=None)
+    result: tuple[Tensor | None, ...] = _RowStatisticsFunction.apply(x, candidates, scale, plan)
+    n, p, softplus, positive_sum, instance_sum = (scale if value is None else value for value in result[:5])
+    return RowStatistics(n, p, softplus, positive_sum, instance_sum, result[5])

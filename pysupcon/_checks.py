@@ -83,15 +83,19 @@ def check_features(name: str, value: Any, like: Tensor | None = None) -> None:
 
 def check_ids(name: str, value: Any, features: Tensor) -> Tensor:
     """One integer per sample; returned as int64."""
-    count, axis = features.shape[0], "B" if features.dim() == 3 else "N"
-    contract = f"{name} must be int64 of shape [{axis}]=[{count}] (one per sample)"
+    count = features.shape[0]
+
+    def contract() -> str:
+        axis = "B" if features.dim() == 3 else "N"
+        return f"{name} must be int64 of shape [{axis}]=[{count}] (one per sample)"
+
     if not isinstance(value, Tensor):
-        raise TypeError(f"{contract}, got {describe(value)}")
+        raise TypeError(f"{contract()}, got {describe(value)}")
     if value.dtype not in _INTEGERS or value.shape != (count,):
-        raise ValueError(f"{contract}, got {describe(value)}")
+        raise ValueError(f"{contract()}, got {describe(value)}")
     if value.device != features.device:
-        raise ValueError(f"{contract} on {features.device}, got it on {value.device}")
-    return value.to(torch.int64).contiguous()
+        raise ValueError(f"{contract()} on {features.device}, got it on {value.device}")
+    return value if value.dtype == torch.int64 and value.is_contiguous() else value.long().contiguous()
 
 
 def check_mask(value: Any, features: Tensor, candidates: Tensor) -> None:

@@ -71,6 +71,27 @@ def zero_gradients(rows: Tensor) -> Tensor:
     return torch.zeros(rows.shape, dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
 
 
+def order_by_class(ids: Tensor, views: int) -> tuple[Tensor, Tensor]:
+    """Order of the rows by class, and how many other rows of its class a row has.
+
+    Args:
+        ids: [B] int64, a class per sample, any values.
+        views: rows per sample; row b * views + v is view v of sample b.
+
+    Returns:
+        ``order`` [B * views] int64, the stable argsort of the rows' ids, and |P_i| [B * views] int64.
+    """
+    if ids.device.type == "cpu" and _problem is None:  # one call: small batches are all overhead
+        order, count = torch.ops.pysupcon.order_by_class(ids, views)
+        return order, count
+    sorted_ids, order = torch.sort(ids, stable=True)
+    count = torch.searchsorted(sorted_ids, ids, right=True).sub_(torch.searchsorted(sorted_ids, ids))
+    if views > 1:
+        order = (order.unsqueeze(1) * views + torch.arange(views, device=ids.device)).reshape(-1)
+        count = count.repeat_interleave(views, output_size=ids.shape[0] * views).mul_(views)
+    return order, count.sub_(1)
+
+
 def compiled_for(device_type: str) -> bool:
     """Whether the compiled operators can take tensors of this device type ("cpu", "cuda", ...)."""
     if _problem is not None:
@@ -118,6 +139,11 @@ if _problem is None:
 
     def _stats(x: Tensor) -> Tensor:
         return x.new_empty((x.shape[0],), dtype=stats_dtype(x))
+
+    @torch.library.register_fake("pysupcon::order_by_class")
+    def _(ids: Tensor, views: int) -> tuple[Tensor, Tensor]:
+        rows = ids.shape[0] * views
+        return ids.new_empty((rows,)), ids.new_empty((rows,))
 
     @torch.library.register_fake("pysupcon::pair_stats")
     def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import tiled
+from . import _ops, tiled
 from ._autograd import Pairing, Plan, RowStatistics, row_statistics
 from ._checks import (
     check_choice,
@@ -164,7 +164,7 @@ class Problem:
 def _layout(features: Tensor) -> tuple[Tensor, int]:
     """Rows [B * V, D] (a view wherever strides allow) and V."""
     views = features.shape[1] if features.dim() == 3 else 1
-    rows = features.reshape(-1, features.shape[-1])
+    rows = features if features.dim() == 2 else features.reshape(-1, features.shape[-1])
     return (rows if rows.stride(1) == 1 else rows.contiguous()), views
 
 
@@ -195,11 +195,11 @@ def _pair(
     self_index: Tensor | None,
 ) -> tuple[Pairing, Tensor]:
     """Positives are the rows of the same id. Ids are per sample; returns the pairing and |P_i| per row."""
-    sorted_ids, order = _sort(ids, views)
     labels = _rows_of(ids, views)
     if candidate_ids is None:
-        count = _rows_of(_matches(sorted_ids, ids, views).sub_(1), views)
+        order, count = _ops.order_by_class(ids, views)
         return Pairing(labels, order, None, None, None), count
+    order = _sort(ids, views)[1]
     sorted_candidates, candidate_order = _sort(candidate_ids, candidate_views)
     count = _rows_of(_matches(sorted_candidates, ids, candidate_views), views)
     if self_index is not None:

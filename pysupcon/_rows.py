@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ._autograd import RowStatistics
 
-__all__ = ["cnce_rows", "reduce_rows", "sincere_rows", "supcon_rows"]
+__all__ = ["cnce_rows", "reduce_rows", "sincere_rows", "supcon_reduced", "supcon_rows"]
 
 
 def _mean(total: Tensor, count: Tensor) -> Tensor:
@@ -23,29 +23,39 @@ def _mean(total: Tensor, count: Tensor) -> Tensor:
 
 
 class _SupConRows(torch.autograd.Function):
-    """By hand what autograd would do with five nodes and as many vectors: small batches are all overhead, and
-    large ones keep two vectors."""
+    """log sum - mean of every anchor that has a positive, or, with a ``divisor``, their sum divided by it. By
+    hand what autograd would do with eight nodes: small batches are all overhead."""
 
     @staticmethod
-    def forward(ctx: Any, denominator: Tensor, positive_sum: Tensor, count: Tensor, valid: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, denominator: Tensor, positive_sum: Tensor, count: Tensor, valid: Tensor, divisor: Any
+    ) -> Tensor:
         ctx.save_for_backward(count, valid)
-        loss = torch.addcdiv(denominator, positive_sum, count.to(denominator.dtype), value=-1)
-        return loss.masked_fill_(~valid, 0.0)
+        ctx.divisor = divisor
+        loss = torch.where(valid, denominator - positive_sum / count, 0.0)
+        return loss if divisor is None else loss.sum().div_(divisor)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         count, valid = ctx.saved_tensors
-        grad = grad.masked_fill(~valid, 0.0)
-        return grad, grad.neg().div_(count.clamp(min=1)), None, None
+        grad = torch.where(valid, grad if ctx.divisor is None else grad / ctx.divisor, 0.0)
+        return grad, grad / -count.clamp(min=1), None, None, None
 
 
 def supcon_rows(statistics: RowStatistics, count: Tensor) -> tuple[Tensor, Tensor]:
     """log sum_{P_i, N_i} e^s - mean_{P_i} s, and which anchors have a positive."""
     valid = count > 0
-    denominator = statistics.denominator
-    if denominator is None:
-        denominator = torch.logaddexp(statistics.n, torch.where(valid, statistics.p, 0.0))
-    return _SupConRows.apply(denominator, statistics.positive_sum, count, valid), valid
+    denominator = torch.logaddexp(statistics.n, torch.where(valid, statistics.p, 0.0))
+    return _SupConRows.apply(denominator, statistics.positive_sum, count, valid, None), valid
+
+
+def supcon_reduced(statistics: RowStatistics, count: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
+    """What :func:`reduce_rows` makes of :func:`supcon_rows`, in one step; from the one sum of a row."""
+    valid = count > 0
+    assert statistics.denominator is not None
+    divisor = _divisor(valid.sum(), reduction)
+    loss = _SupConRows.apply(statistics.denominator, statistics.positive_sum, count, valid, divisor)
+    return loss.to(dtype)
 
 
 def sincere_rows(softplus: Tensor, count: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -63,6 +73,21 @@ def cnce_rows(
     return torch.where(valid, p - _mean(instance_sum, instance_count), 0.0), valid
 
 
+def _divisor(anchors: Tensor, reduction: str) -> Tensor | int | None:
+    """Of the sum over the anchors that have a loss; None: they stay apart. Warns where there is no anchor, if
+    that can be known without waiting for a device."""
+    divisor: Tensor | int
+    if anchors.device.type == "cpu" and not torch.compiler.is_compiling():
+        divisor = int(anchors)
+        if not divisor:
+            words = "no anchor of this batch has a positive: the loss is 0 and teaches nothing"
+            warnings.warn(words, stacklevel=6)  # the caller of the loss
+            divisor = 1
+    else:
+        divisor = anchors.clamp(min=1)
+    return {"mean": divisor, "sum": 1, "none": None}[reduction]
+
+
 def reduce_rows(
     loss: Tensor,
     valid: Tensor,
@@ -76,18 +101,10 @@ def reduce_rows(
     ``count``: number of anchors of all ``processes`` that have a loss; ``"mean"`` is then such that its mean
     over the processes is the mean over all their anchors.
     """
-    count = valid.sum() if count is None else count
-    divisor: Tensor | int = count.clamp(min=1)
-    if count.device.type == "cpu" and not torch.compiler.is_compiling():
-        divisor = int(divisor)
-        if not count:
-            warnings.warn(
-                "no anchor of this batch has a positive: the loss is 0 and teaches nothing", stacklevel=4
-            )
-    if reduction == "none":
+    divisor = _divisor(valid.sum() if count is None else count, reduction)
+    if divisor is None:
         return loss.to(dtype)
-    total = loss.sum()
-    if reduction == "mean":
-        total = total / divisor
-        total = total * processes if processes > 1 else total
+    total = loss.sum() / divisor
+    if reduction == "mean" and processes > 1:
+        total = total * processes
     return total.to(dtype)

@@ -45,7 +45,7 @@ from . import reference
 from ._autograd import RowStatistics
 from ._checks import check_choice, check_number, check_temperature
 from ._problem import Gather, Problem, prepare
-from ._rows import cnce_rows, reduce_rows, sincere_rows, supcon_rows
+from ._rows import cnce_rows, reduce_rows, sincere_rows, supcon_reduced, supcon_rows
 from .profiling.ranges import named
 
 if TYPE_CHECKING:
@@ -127,20 +127,23 @@ def supcon(
         candidate_labels=candidate_labels, instances=instances, candidate_instances=candidate_instances,
         reduction=reduction, normalize=normalize, backend=backend, gather=gather, need_instances=False,
     )  # fmt: skip
+    loss = _supcon(problem, reduction)
+    return loss if base_temperature is None else loss * (temperature / base_temperature)
+
+
+def _supcon(problem: Problem, reduction: str) -> Tensor:
     if problem.backend == "reference":
-        loss, valid, anchors = reference.supcon(*_dense(problem)), problem.count > 0, None
-    else:
+        return _finish(problem, reference.supcon(*_dense(problem)), problem.count > 0, reduction)
+    if problem.everybody is None:
+        s = problem.statistics(negatives=True, positives=True, denominator=True, positive_sum=True)
+        loss = supcon_reduced(s, problem.count, reduction, problem.loss_dtype)
+        return loss.view(problem.shape) if reduction == "none" else loss
 
-        def rows(s: RowStatistics, count: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
-            return supcon_rows(s, count)
+    def rows(s: RowStatistics, count: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
+        return supcon_rows(s, count)
 
-        # What several processes give an anchor is merged as n and p.
-        asked = {"denominator": True} if problem.everybody is None else {}
-        loss, valid, anchors = _streamed(
-            problem, rows, negatives=True, positives=True, positive_sum=True, **asked
-        )
-    if base_temperature is not None:
-        loss = loss * (temperature / base_temperature)
+    # What several processes give an anchor is merged as n and p.
+    loss, valid, anchors = _streamed(problem, rows, negatives=True, positives=True, positive_sum=True)
     return _finish(problem, loss, valid, reduction, anchors)
 
 

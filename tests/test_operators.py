@@ -136,3 +136,29 @@ def test_sets_of_blocks(count: int) -> None:
     assert torch.equal(found[0], found[2])
     want = added(tiled.pair_stats_backward, *arguments)[0]
     torch.testing.assert_close(found[0], want, rtol=1e-9, atol=1e-9)
+
+
+@given(
+    ids=st.one_of(
+        st.lists(st.integers(-5, 5), max_size=60),
+        st.lists(st.integers(-(2**63), 2**63 - 1), max_size=60),
+        st.lists(st.sampled_from([-(2**63), 0, 2**63 - 1]), max_size=9),
+    ),
+    views=st.integers(1, 3),
+)
+def test_order_by_class(ids: list[int], views: int) -> None:
+    rows = [value for value in ids for _ in range(views)]
+    order, count = _ops.order_by_class(torch.tensor(ids, dtype=torch.int64), views)
+    assert order.tolist() == sorted(range(len(rows)), key=rows.__getitem__)  # stable
+    assert count.tolist() == [rows.count(value) - 1 for value in rows]
+
+
+@pytest.mark.parametrize("classes", [3, 2**62])
+def test_order_by_class_with_and_without_the_extension(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.randint(-classes, classes, (500,), generator=torch.Generator().manual_seed(0))
+    compiled = [_ops.order_by_class(ids, views) for views in (1, 2)]
+    monkeypatch.setattr(_ops, "_problem", "no extension")
+    for views, (order, count) in zip((1, 2), compiled, strict=True):
+        plain_order, plain_count = _ops.order_by_class(ids, views)
+        torch.testing.assert_close(order, plain_order, rtol=0, atol=0)
+        torch.testing.assert_close(count, plain_count, rtol=0, atol=0)

@@ -103,28 +103,24 @@ void visit_pairs(const Plan& plan, const Threads& threads, const Visit& visit) {
 // ------------------------------------------------------------------------------------------------ weights
 // One side's factors for the vector code; see Weights.
 struct SideWeights {
-  Values ref_n, f_n, ref_p, f_p;
-  bool some;
+  Values ref_n, f_n, ref_p, f_p;  // empty where a side gives nothing
 
   SideWeights(const Plan& plan, const Side& side, const StatsGrad& g)
-      : ref_n(plan.problem, plan.fixed || !g.n ? 0 : side.count, 0),
-        f_n(plan.problem, g.n ? side.count : 0, 0),
-        ref_p(plan.problem, plan.fixed || !g.n ? 0 : side.count, 0),
-        f_p(plan.problem, g.n ? side.count : 0, 0),
-        some(g.n != nullptr) {
-    if (!some) return;
+      : SideWeights(plan, side.count, g.n && plan.problem.negatives, g.p && plan.problem.positives) {
     for (int64_t at = 0; at < side.count; ++at) {
       const int64_t row = side.order[at];
-      fill(plan, at, g.n[row], g.u[row], ref_n, f_n);
-      fill(plan, at, g.p[row], g.v[row], ref_p, f_p);
+      if (f_n.data()) fill(plan, at, g.n[row], g.u[row], ref_n, f_n);
+      if (f_p.data()) fill(plan, at, g.p[row], g.v[row], ref_p, f_p);
     }
   }
-  Weights get() const {
-    if (!some) return {nullptr, nullptr, nullptr, nullptr};
-    return {ref_n.data(), f_n.data(), ref_p.data(), f_p.data()};
-  }
+  Weights get() const { return {ref_n.data(), f_n.data(), ref_p.data(), f_p.data()}; }
 
  private:
+  SideWeights(const Plan& plan, int64_t count, bool n, bool p)
+      : ref_n(plan.problem, n && !plan.fixed ? count : 0, 0),
+        f_n(plan.problem, n ? count : 0, 0),
+        ref_p(plan.problem, p && !plan.fixed ? count : 0, 0),
+        f_p(plan.problem, p ? count : 0, 0) {}
   // 2^(t - ref) factor = scale u e^(s - stat): what the reference loses to rounding, the factor makes good.
   static void fill(const Plan& plan, int64_t at, double stat, double u, Values& ref, Values& factor) {
     const bool empty = stat == -kInf;

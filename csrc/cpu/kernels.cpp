@@ -79,7 +79,6 @@ void stats_backward(const Plan& plan, const Weights& rows, const Weights& cols, 
   dispatch(plan, [&](auto type) {
     using T = decltype(type);
     with_blocks<T>(plan, i, j, memory, [&](Scratch<T>& s, const TilePair<T>& pair) {
-      clear_weights<T>(plan, s.w);
       plan.fixed ? stats_weights<T, true>(plan, rows, cols, pair, s.w, s.arena)
                  : stats_weights<T, false>(plan, rows, cols, pair, s.w, s.arena);
       add_products<T>(pair, s.w, gradients);
@@ -102,7 +101,6 @@ void softplus_backward(const Plan& plan, const Softplus& rows, const Softplus& c
   dispatch(plan, [&](auto type) {
     using T = decltype(type);
     with_blocks<T>(plan, i, j, memory, [&](Scratch<T>& s, const TilePair<T>& pair) {
-      clear_weights<T>(plan, s.w);
       positive_pass<T, true>(rows, cols, sigma_sum, pair, s.w, s.arena);
       add_products<T>(pair, s.w, gradients);
     });

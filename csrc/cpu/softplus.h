@@ -28,6 +28,9 @@ struct PositivePass {
   T* col_sum;       // [b.padded]
   T* w;             // backward: [a.padded x kTileStride]
 
+  PYSUPCON_INLINE void skip(int i0, int j0) const {
+    if constexpr (kBackward) fill_tile<T>(w, i0, j0, Vec<T>{});
+  }
   template <Kind kKind>
   PYSUPCON_INLINE void operator()(Tile<T>& tile, int i0, int j0) const {
     constexpr int L = kLanes<T>;

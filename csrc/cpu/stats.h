@@ -14,6 +14,7 @@ struct FixedStats {
   Vec<T>*row_n, *row_p;  // [a.padded] sums by lane
   T *col_n, *col_p;      // [b.padded]
 
+  PYSUPCON_INLINE void skip(int, int) const {}
   template <Kind kKind>
   PYSUPCON_INLINE void operator()(Tile<T>& tile, int i0, int j0) const {
     constexpr int L = kLanes<T>;
@@ -86,6 +87,10 @@ template <class T>
 struct KeepTile {
   const TilePair<T>& pair;
   T* kept;  // [a.padded x kTileStride]
+  // No reference can be above the -infinity of pairs that do not count.
+  PYSUPCON_INLINE void skip(int i0, int j0) const {
+    fill_tile<T>(kept, i0, j0, Vec<T>{} - T(__builtin_inf()));
+  }
   template <Kind>
   PYSUPCON_INLINE void operator()(Tile<T>& tile, int i0, int j0) const {
     pair.fetch();
@@ -112,9 +117,6 @@ void running_stats(const Plan&, const StatsSums& sums, const TilePair<T>& pair, 
   const Block<T>&a = pair.a, &b = pair.b;
   const Vec<T> none = splat<T>(static_cast<T>(-__builtin_inf()));
   T* kept = arena.take<T>(kMaxBlock * kTileStride);
-  // A skipped tile holds pairs that do not count: no reference can be above their -infinity.
-  for (int i = 0; i < a.padded; ++i)
-    for (int j = 0; j < b.padded; j += L) store(kept + i * kTileStride + j, none);
   pair.each(KeepTile<T>{pair, kept});
 
   T *top_n = static_cast<T*>(sums.max_n), *top_p = static_cast<T*>(sums.max_p);
@@ -181,6 +183,7 @@ struct StatsWeights {
     return exp2(t - ref_i) * f_i + exp2(t - load(ref_j)) * load(f_j);
   }
 
+  PYSUPCON_INLINE void skip(int i0, int j0) const { fill_tile<T>(w, i0, j0, Vec<T>{}); }
   template <Kind kKind>
   PYSUPCON_INLINE void operator()(Tile<T>& tile, int i0, int j0) const {
     constexpr int L = kLanes<T>;

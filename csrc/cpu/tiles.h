@@ -65,13 +65,17 @@ struct TilePair {
     return {~same & counts, same & counts & other};
   }
 
-  // visit(tile, kind, i0, j0) with kind a compile-time constant, for every tile in which a pair counts.
+  // visit(tile, kind, i0, j0) with kind a compile-time constant, for every tile in which a pair counts;
+  // visit.skip(i0, j0) for the others.
   template <class Visit>
   PYSUPCON_INLINE void each(const Visit& visit) const {
     for (int j0 = 0; j0 < b.count; j0 += kCols<T>)
       for (int i0 = 0; i0 < a.count; i0 += kRows) {
         const Kind k = kind(i0, j0);
-        if (k == Kind::skip) continue;
+        if (k == Kind::skip) {
+          visit.skip(i0, j0);
+          continue;
+        }
         Tile<T> tile;
         similarities<T>(tile, a, b, i0, j0);
         if (k == Kind::negative)
@@ -115,10 +119,11 @@ PYSUPCON_INLINE void add_products(const TilePair<T>& pair, const T* w, const Gra
   if (to_cols) add_product<T, true>(to_cols, w, b, a, dim, rows_of(b, a));
 }
 
+// A tile of weights (or of kept similarities) in which no pair counts.
 template <class T>
-PYSUPCON_INLINE void clear_weights(const Plan& plan, T* w) {
-  if (plan.problem.negatives && plan.problem.positives) return;  // every tile that counts is written
-  memset(w, 0, sizeof(T) * kMaxBlock * kTileStride);
+PYSUPCON_INLINE void fill_tile(T* w, int i0, int j0, Vec<T> value) {
+  for (int r = 0; r < kRows; ++r)
+    for (int c = 0; c < kVecs; ++c) store(w + (i0 + r) * kTileStride + j0 + c * kLanes<T>, value);
 }
 
 // The values of one side for a block, padded; `none` where the side gives nothing.
