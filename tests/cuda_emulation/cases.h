@@ -63,7 +63,8 @@ inline std::vector<Case> all_cases() {
   extra("cold", x3, 96, 0, 24, 4).temperature = 0.005;
   extra("cold", f, 96, 0, 24, 4).temperature = 0.005;
   extra("negatives-only", x3, 90, 0, 16, 3).positives = false;
-  Case& e = extra("no-candidates", x3, 5, 0, 8, 2);  // an empty queue
+  extra("apart", f, 150, 0, 70, 150).positives = false;  // SupCon's one sum: every row a class of its own
+  Case& e = extra("no-candidates", x3, 5, 0, 8, 2);      // an empty queue
   e.form = Form::candidates;
   extra("no-candidates", f, 5, 0, 8, 2).form = Form::candidates;  // rows are loaded that nothing waits for
   Case& big = extra("unnormalised", x3, 80, 0, 40, 4);
