@@ -88,7 +88,9 @@ class Case:
     points: tuple[Point, ...]
     implementations: tuple[str, ...]
     measures: tuple[str, ...] = ("time",)
-    """of "time", "memory" and "loss at size" """
+    """of "time" and "memory" """
+    in_turns: bool = False
+    """the points have the same inputs and are timed in turns: their ratios are what is asked for"""
 
 
 ALL = ("pysupcon", "tiled", "dense", "written", "compiled", "metric-learning", "keops")
@@ -147,6 +149,7 @@ def build_cases(device: str, sizes: Sequence[int] | None = None) -> dict[str, Ca
             "every loss, 1000 classes",
             sweep(one, [replace(thousand, loss=loss) for loss in LOSSES]),
             ("pysupcon",),
+            in_turns=True,
         ),
         Case(
             "dims",

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from benchmarks.peers import Implementation
 
+Key = TypeVar("Key")
 PROBE = Path(__file__).with_name("memory_probe.py")
 SLOW = 2.0
 """seconds; a call that takes longer needs no other call to warm it up"""
@@ -97,13 +98,13 @@ def _timed(function: Implementation, inputs: Inputs) -> tuple[float, float]:
 
 
 def interleaved(
-    functions: Mapping[str, Implementation],
+    functions: Mapping[Key, Implementation],
     inputs: Sequence[Inputs],
     *,
     seconds: float,
     least: int = 3,
     most: int = 50,
-) -> dict[str, Timing]:
+) -> dict[Key, Timing]:
     """Times all functions in turns, so that what disturbs the machine disturbs them alike.
 
     Args:

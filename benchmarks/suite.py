@@ -72,17 +72,36 @@ def run_cases(
     rows: list[Row] = []
     for case in cases:
         names = [name for name in (implementations or case.implementations) if name in PEERS]
-        for point in case.points:
-            with measure.threads(point.threads):
-                found = run_point(case, point, names, seconds)
+        for points in [case.points] if case.in_turns else [(point,) for point in case.points]:
+            with measure.threads(points[0].threads):
+                found = run_points(case, points, names, seconds)
             for row in found:
                 report(row)
             rows += found
     return rows
 
 
-def run_point(case: Case, point: Point, names: Sequence[str], seconds: float) -> list[Row]:
-    """One row for each implementation."""
+class _Running(NamedTuple):
+    """A point, what runs at it, and the row of each implementation."""
+
+    problem: Problem
+    functions: dict[str, Implementation]
+    rows: dict[str, Row]
+
+
+def run_points(case: Case, points: Sequence[Point], names: Sequence[str], seconds: float) -> list[Row]:
+    """One row for each point and implementation; all of them are timed in turns, on the same inputs."""
+    found = [_prepare(case, point, names) for point in points]
+    if "time" in case.measures:
+        _time(case, found, seconds)
+    if "memory" in case.measures:
+        for problem, functions, rows in found:
+            for name, function in functions.items():
+                _remember(name, function, problem, rows[name])
+    return [row for running in found for row in running.rows.values()]
+
+
+def _prepare(case: Case, point: Point, names: Sequence[str]) -> _Running:
     problem = point.problem
     rows = {name: _row(case, point, name) for name in names}
     memory = 0.75 * machine.available_memory(problem.device)
@@ -93,13 +112,8 @@ def run_point(case: Case, point: Point, names: Sequence[str], seconds: float) ->
             if reason.startswith("needs"):
                 row["needs_bytes"] = PEERS[name].bytes_needed(problem)
     _validate(problem, rows)
-    running = {name: PEERS[name].build(problem) for name, row in rows.items() if _runs(row)}
-    if "time" in case.measures:
-        _time(case, problem, running, rows, seconds)
-    if "memory" in case.measures:
-        for name, function in running.items():
-            _remember(name, function, problem, rows[name])
-    return list(rows.values())
+    functions = {name: PEERS[name].build(problem) for name, row in rows.items() if _runs(row)}
+    return _Running(problem, functions, rows)
 
 
 def _row(case: Case, point: Point, name: str) -> Row:
@@ -132,21 +146,19 @@ def _validate(problem: Problem, rows: dict[str, Row]) -> None:
             row["failed"] = problem_found
 
 
-def _time(
-    case: Case,
-    problem: Problem,
-    running: dict[str, Implementation],
-    rows: dict[str, Row],
-    seconds: float,
-) -> None:
-    inputs = [make_inputs(problem, seed) for seed in range(INPUT_SETS)]
-    for name, timing in measure.interleaved(running, inputs, seconds=seconds).items():
-        rows[name] |= timing.summary()
-    if "pysupcon" not in running:
-        return
-    _compare_at_size(problem, running, rows, inputs[0])
-    if case.name == "rate":
-        _rate(problem, running["pysupcon"], rows["pysupcon"], inputs)
+def _time(case: Case, found: Sequence[_Running], seconds: float) -> None:
+    inputs = [make_inputs(found[0].problem, seed) for seed in range(INPUT_SETS)]
+    everything = {
+        (at, name): function for at, point in enumerate(found) for name, function in point.functions.items()
+    }
+    for (at, name), timing in measure.interleaved(everything, inputs, seconds=seconds).items():
+        found[at].rows[name] |= timing.summary()
+    for problem, functions, rows in found:
+        if "pysupcon" not in functions:
+            continue
+        _compare_at_size(problem, functions, rows, inputs[0])
+        if case.name == "rate":
+            _rate(problem, functions["pysupcon"], rows["pysupcon"], inputs)
 
 
 def _compare_at_size(
