@@ -41,8 +41,9 @@ def operators(n: int, width: int) -> dict[str, Callable[[], object]]:
     labels = torch.arange(n) % CLASSES
     scale = torch.tensor(1 / 0.07, dtype=torch.float64)
     rows = (x, labels, torch.argsort(labels, stable=True), scale, None, None, None, None)
-    n_i, p_i = _ops.pair_stats(*rows, True, True)
-    total, upstream = torch.logaddexp(n_i, p_i), torch.full_like(n_i, 1 / n)
+    apart = (x, torch.arange(n), torch.arange(n), *rows[3:])  # as SupCon has it: every row its own class
+    total, _ = _ops.pair_stats(*apart, True, False)
+    upstream = torch.full_like(total, 1 / n)
     grad = _ops.zero_gradients(x)
     leaf = x.clone().requires_grad_()
 
@@ -51,9 +52,9 @@ def operators(n: int, width: int) -> dict[str, Callable[[], object]]:
         leaf.grad = None
 
     return {
-        "pair_stats": lambda: _ops.pair_stats(*rows, True, True),
+        "pair_stats": lambda: _ops.pair_stats(*apart, True, False),
         "pair_stats_backward": lambda: _ops.pair_stats_backward(
-            *rows, total, total, upstream, upstream, None, None, None, None, True, True, grad, None
+            *apart, total, total, upstream, upstream, None, None, None, None, True, False, grad, None
         ),
         "positive_sum": lambda: _ops.positive_sum(*rows),
         "positive_sum_backward": lambda: _ops.positive_sum_backward(*rows, upstream, None, grad, None),
