@@ -148,7 +148,8 @@ def collect(table: Table, runs: Path) -> dict[str, Any] | None:
     Of the seeds those count for which every method is finished; where there is none, the baseline's, and the
     methods that have all of them.
     """
-    from pysupcon.compare import compare, read_run
+    from pysupcon.compare import compare
+    from pysupcon.evaluated_runs import read_run
 
     there = [job for job in jobs([table], table.seeds) if finished(job, runs)]
     by_seed = {seed: [job for job in there if job.seed == seed] for seed in table.seeds}

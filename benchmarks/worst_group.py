@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks import machine
-from pysupcon.compare import read_run
+from pysupcon.evaluated_runs import read_run
 from pysupcon.evaluation import FOLDER as EVALUATION
 from pysupcon.evaluation import METRICS_FILE
 from pysupcon.evaluators import BootstrapConfig, resampled

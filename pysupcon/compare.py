@@ -12,27 +12,28 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from pysupcon.errors import RunError
+from pysupcon.evaluated_runs import (
+    EVALUATION,
+    Configuration,
+    EvaluatedRun,
+    check_same_test_set,
+    configurations,
+    read_run,
+)
 from pysupcon.evaluators import BootstrapConfig, resampled, unit_of
 from pysupcon.evaluators.bootstrap import percentile_interval, resampled_values
 from pysupcon.report import _markdown_table
 
-EVALUATION = "evaluation"
 TABLE_FILE = "compare.md"
 JSON_FILE = "compare.json"
-#: Fields of the config that do not make another configuration.
-_SEED_FIELDS = ("seed", "output_dir", "resume_from_checkpoint", "evaluate", "evaluation")
-#: Fields that say which images are tested.
-_TEST_FIELDS = ("dataset", "root", "test_fraction", "split_seed")
 HEADLINES = (
     "coarse_to_fine/fine/accuracy",
     "coarse_to_fine/fine_within_coarse/accuracy",
@@ -47,135 +48,6 @@ HEADLINES = (
     "worst_group/dro_true/worst_group_accuracy",
     "transfer/accuracy",
 )
-
-
-@dataclass(frozen=True)
-class EvaluatedRun:
-    """What a finished evaluation left of a run.
-
-    Attributes:
-        dir: its folder.
-        config: of the run, as plain values.
-        outcomes: by name, [N_test] each.
-        figures: names of all metrics.
-        part: the folder within it that they come from.
-    """
-
-    dir: Path
-    config: dict[str, Any]
-    outcomes: dict[str, Tensor]
-    figures: list[str]
-    part: str = EVALUATION
-
-    @property
-    def name(self) -> str:
-        """The last part of its folder."""
-        return self.dir.resolve().name
-
-
-def read_run(folder: str | Path, part: str = EVALUATION) -> EvaluatedRun:
-    """Reads RUN/config.yaml and RUN/PART: its evaluation, or its transfer to another data set.
-
-    Raises:
-        RunError: a file is missing or damaged; names it, and what to do.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise RunError(f"{folder} must be the folder of a run, but there is no such folder")
-    outcomes = folder / part / "outcomes.safetensors"
-    metrics = folder / part / "metrics.json"
-    command, _, dataset = part.partition("/")
-    made_by = f"evaluate {folder}" if part == EVALUATION else f"{command} {folder} --data.dataset {dataset}"
-    for path in (outcomes, metrics):
-        if not path.is_file():
-            raise RunError(f"{path} is missing: run `python -m pysupcon {made_by}` first")
-    try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RunError(f"{folder / 'config.yaml'} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(config, dict):
-        raise RunError(f"{folder / 'config.yaml'} must hold a mapping, got {type(config).__name__}")
-    try:
-        tensors = load_file(outcomes)
-    except (SafetensorError, OSError) as error:
-        raise RunError(f"{outcomes} is truncated or no safetensors file: {error}") from error
-    try:
-        figures = list(json.loads(metrics.read_text(encoding="utf-8"))["metrics"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{metrics} is no report: {error}") from error
-    for label in ("labels/fine", "labels/coarse"):
-        if label not in tensors:
-            raise RunError(f"{outcomes} holds no {label}: evaluate {folder} again")
-    return EvaluatedRun(folder, config, tensors, figures, part)
-
-
-def check_same_test_set(runs: Sequence[EvaluatedRun]) -> None:
-    """Refuses runs whose outcomes cannot be paired.
-
-    Raises:
-        RunError: names two runs and what differs.
-    """
-    first = runs[0]
-    for run in runs[1:]:
-        mine, other = first.config.get("data", {}), run.config.get("data", {})
-        # Of a transfer, the run's own data say how the encoder was trained, not what it is tested on.
-        for name in _TEST_FIELDS if run.part == EVALUATION else ():
-            if mine.get(name) != other.get(name):
-                raise RunError(
-                    f"the runs must be tested on the same samples, but data.{name} is {mine.get(name)!r} in "
-                    f"{first.dir} and {other.get(name)!r} in {run.dir}"
-                )
-        for label in ("labels/fine", "labels/coarse"):
-            a, b = first.outcomes[label], run.outcomes[label]
-            if a.shape != b.shape:
-                raise RunError(
-                    f"the runs must be tested on the same samples, but {first.dir} has {len(a)} of them and "
-                    f"{run.dir} has {len(b)}"
-                )
-            if not torch.equal(a, b):
-                raise RunError(
-                    f"the runs must be tested on the same samples, but {label} of {first.dir} and of "
-                    f"{run.dir} differ in {int((a != b).sum())} of {len(a)} samples"
-                )
-
-
-def config_key(config: dict[str, Any]) -> str:
-    """Equal for runs that differ in their seed only. How a run is evaluated does not belong to it."""
-    plain = json.loads(json.dumps(config, default=str))
-    for name in _SEED_FIELDS:
-        plain.pop(name, None)
-    return json.dumps(plain, sort_keys=True)
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """Runs of one config, of different seeds."""
-
-    name: str
-    runs: list[EvaluatedRun]
-
-
-def configurations(runs: Sequence[EvaluatedRun]) -> list[Configuration]:
-    """The runs by config, in the order in which they came; named by what their folders' names share."""
-    by_key: dict[str, list[EvaluatedRun]] = {}
-    for run in runs:
-        by_key.setdefault(config_key(run.config), []).append(run)
-    found: list[Configuration] = []
-    for members in by_key.values():
-        name = members[0].name
-        if len(members) > 1:
-            letters = zip(*(run.name for run in members), strict=False)
-            shared = "".join(column[0] for column in takewhile(lambda column: len(set(column)) == 1, letters))
-            name = re.sub(r"[-_. ]*(seed|s)?[-_=. ]*\d*$", "", shared) or name
-        taken = {configuration.name for configuration in found}
-        rank = 2
-        while name in taken:
-            name, rank = f"{name.removesuffix(f' ({rank - 1})')} ({rank})", rank + 1
-        found.append(Configuration(name, members))
-    return found
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ Its embedding is that of :class:`pysupcon.models.concatenation.Concatenation`, e
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
@@ -47,11 +46,11 @@ def concatenate_runs(first: str | Path, second: str | Path, output: str | Path) 
     from pysupcon.models import ModelConfig
     from pysupcon.trainer import LossConfig
     from pysupcon.trainer.checkpoint import pack_weights
+    from pysupcon.trainer.files import check_vacant, new_folder
     from pysupcon.trainer.run import CONFIG_FILE, WEIGHTS_FILE, build_model, load_run
 
     runs, output = [load_run(first), load_run(second)], Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise RunError(f"--output {output} must be a new or an empty folder; it holds something")
+    check_vacant(output)
     check_same_data(*runs)
     one = runs[0].config
     config = Config(
@@ -67,21 +66,11 @@ def concatenate_runs(first: str | Path, second: str | Path, output: str | Path) 
         f"backbone.parts.{i}.{name}": value for i in (0, 1) for name, value in _weights(runs[i]).items()
     }
     build_model(config, runs[0].data).load_state_dict(weights)
-    aside = output.with_name(f".writing_{output.name}")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        (aside / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
-        (aside / WEIGHTS_FILE).write_bytes(pack_weights(weights))
+    with new_folder(output) as folder:
+        (folder / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
+        (folder / WEIGHTS_FILE).write_bytes(pack_weights(weights))
         for run, name in zip(runs, PARTS, strict=True):
-            (aside / name).write_text(to_yaml(run.config), encoding="utf-8")
-        if output.exists():
-            output.rmdir()
-        aside.rename(output)
-    except OSError as error:
-        raise RunError(f"--output {output} could not be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+            (folder / name).write_text(to_yaml(run.config), encoding="utf-8")
     return output
 
 

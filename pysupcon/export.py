@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,27 +41,17 @@ def export_run(run_dir: str | Path, output: str | Path) -> Path:
     """
     from pysupcon.models.spectral import plain_weights
     from pysupcon.trainer.checkpoint import pack_weights
+    from pysupcon.trainer.files import check_vacant, new_folder
     from pysupcon.trainer.run import load_run
 
     run, output = load_run(run_dir), Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise RunError(f"--output {output} must be a new or an empty folder; it holds something")
+    check_vacant(output)
     weights = {name: value.contiguous() for name, value in plain_weights(run.model.backbone).items()}
     metrics = _metrics(run)
-    aside = output.with_name(f".writing_{output.name}")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        (aside / WEIGHTS).write_bytes(pack_weights(weights))
-        (aside / CONFIG).write_text(json.dumps(hub_config(run), indent=2) + "\n", encoding="utf-8")
-        (aside / CARD).write_text(model_card(run, metrics, output.resolve().name), encoding="utf-8")
-        if output.exists():
-            output.rmdir()
-        aside.rename(output)
-    except OSError as error:
-        raise RunError(f"--output {output} could not be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with new_folder(output) as folder:
+        (folder / WEIGHTS).write_bytes(pack_weights(weights))
+        (folder / CONFIG).write_text(json.dumps(hub_config(run), indent=2) + "\n", encoding="utf-8")
+        (folder / CARD).write_text(model_card(run, metrics, output.resolve().name), encoding="utf-8")
     return output
 
 

@@ -21,8 +21,9 @@ from pysupcon.charts import (
     draw_outcomes,
     draw_separation,
 )
-from pysupcon.compare import compare, config_key, configurations, read_run, to_markdown
+from pysupcon.compare import compare, to_markdown
 from pysupcon.errors import RunError
+from pysupcon.evaluated_runs import config_key, configurations, read_run
 from pysupcon.evaluators import BootstrapConfig
 
 N = 400

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from torch.nn.functional import normalize
 
 from pysupcon.__main__ import main
-from pysupcon.compare import config_key
 from pysupcon.concatenate import concatenate_runs
 from pysupcon.config import load_config, parse_args
 from pysupcon.errors import ConfigError, RunError
+from pysupcon.evaluated_runs import config_key
 from pysupcon.trainer import loop
 from pysupcon.trainer.run import load_run
 

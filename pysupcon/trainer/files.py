@@ -5,7 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from pysupcon.errors import RunError
 
 
 def write_file(path: Path, content: bytes) -> str:
@@ -54,3 +58,34 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_vacant(output: Path) -> None:
+    """Refuse a folder that holds something, before work is put into what shall be written there.
+
+    Raises:
+        RunError: it does.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise RunError(f"--output {output} must be a new or an empty folder; it holds something")
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes ``output`` if nothing goes wrong.
+
+    Raises:
+        RunError: ``output`` cannot be written.
+    """
+    aside = output.with_name(f".writing_{output.name}")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+        if output.exists():
+            output.rmdir()
+        aside.rename(output)
+    except OSError as error:
+        raise RunError(f"--output {output} could not be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
