@@ -20,6 +20,9 @@ Operators
     positive_softplus   sum_{j in P_i} softplus(n_i - s_ij + epsilon), [M] in stats_dtype; n [M] is an input.
                         0 where P_i is empty or n_i = -inf.
     positive_sum        sum_{j in P_i} s_ij, [M] in stats_dtype; O((M + N) D) work through class sums.
+    order_by_class      (ids [B] int64, views) -> the stable argsort of the rows' ids, row b * views + v being
+                        view v of sample b, and how many other rows bear a row's id; both [B * views] int64.
+                        CPU only: one call where torch needs five, and small batches are all overhead.
 
 Backward operators add to ``grad_x`` (x's shape) and, unless it is None, to ``grad_candidates`` (the
 candidates' shape), contiguous, in x's dtype but at least float32, as :func:`zero_gradients` makes them. The
@@ -71,27 +74,6 @@ def zero_gradients(rows: Tensor) -> Tensor:
     return torch.zeros(rows.shape, dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
 
 
-def order_by_class(ids: Tensor, views: int) -> tuple[Tensor, Tensor]:
-    """Order of the rows by class, and how many other rows of its class a row has.
-
-    Args:
-        ids: [B] int64, a class per sample, any values.
-        views: rows per sample; row b * views + v is view v of sample b.
-
-    Returns:
-        ``order`` [B * views] int64, the stable argsort of the rows' ids, and |P_i| [B * views] int64.
-    """
-    if ids.device.type == "cpu" and _problem is None:  # one call: small batches are all overhead
-        order, count = torch.ops.pysupcon.order_by_class(ids, views)
-        return order, count
-    sorted_ids, order = torch.sort(ids, stable=True)
-    count = torch.searchsorted(sorted_ids, ids, right=True).sub_(torch.searchsorted(sorted_ids, ids))
-    if views > 1:
-        order = (order.unsqueeze(1) * views + torch.arange(views, device=ids.device)).reshape(-1)
-        count = count.repeat_interleave(views, output_size=ids.shape[0] * views).mul_(views)
-    return order, count.sub_(1)
-
-
 def compiled_for(device_type: str) -> bool:
     """Whether the compiled operators can take tensors of this device type ("cpu", "cuda", ...)."""
     if _problem is not None:
@@ -130,6 +112,7 @@ def backends() -> dict[str, dict[str, Any]]:
 
 
 if _problem is None:
+    order_by_class = torch.ops.pysupcon.order_by_class
     pair_stats = torch.ops.pysupcon.pair_stats
     pair_stats_backward = torch.ops.pysupcon.pair_stats_backward
     positive_softplus = torch.ops.pysupcon.positive_softplus

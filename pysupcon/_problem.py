@@ -187,6 +187,15 @@ def _matches(sorted_ids: Tensor, ids: Tensor, views: int) -> Tensor:
     return rows if views == 1 else rows.mul_(views)
 
 
+def _order_and_count(ids: Tensor, views: int) -> tuple[Tensor, Tensor]:
+    """The stable argsort of the rows [B * V], and how many other rows bear a row's id."""
+    if ids.device.type == "cpu" and _ops.compiled_for("cpu"):
+        order, count = _ops.order_by_class(ids, views)
+        return order, count
+    sorted_ids, order = _sort(ids, views)
+    return order, _rows_of(_matches(sorted_ids, ids, views).sub_(1), views)
+
+
 def _pair(
     ids: Tensor,
     views: int,
@@ -197,7 +206,7 @@ def _pair(
     """Positives are the rows of the same id. Ids are per sample; returns the pairing and |P_i| per row."""
     labels = _rows_of(ids, views)
     if candidate_ids is None:
-        order, count = _ops.order_by_class(ids, views)
+        order, count = _order_and_count(ids, views)
         return Pairing(labels, order, None, None, None), count
     order = _sort(ids, views)[1]
     sorted_candidates, candidate_order = _sort(candidate_ids, candidate_views)
