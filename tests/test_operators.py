@@ -154,9 +154,7 @@ def test_order_by_class(ids: list[int], views: int) -> None:
 
 
 @pytest.mark.parametrize("classes", [3, 2**62])
-def test_order_and_count_without_the_extension(
-    classes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_order_and_count_without_the_extension(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.randint(-classes, classes, (500,), generator=torch.Generator().manual_seed(0))
     compiled = [_problem._order_and_count(ids, views) for views in (1, 2)]
     monkeypatch.setattr(_ops, "_problem", "no extension")
