@@ -98,17 +98,22 @@ def _apart(x: Tensor, pairing: Pairing) -> Pairing:
     return Pairing(own, torch.argsort(own, stable=True), candidates, candidates, own)
 
 
+def _operands(x: Tensor, candidates: Tensor | None, scale: Tensor, pairing: Pairing) -> tuple[Any, ...]:
+    """The first eight arguments of every operator."""
+    return (x, pairing.labels, pairing.order, scale, candidates, *pairing[2:])
+
+
 class _RowStatisticsFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, candidates: Tensor | None, scale: Tensor, plan: Plan) -> Any:
         ctx.plan = plan
         ctx.set_materialize_grads(False)
         ops = OPERATORS[plan.backend]
-        rows = (x, plan.pairing.labels, plan.pairing.order, scale, candidates, *plan.pairing[2:])
+        rows = _operands(x, candidates, scale, plan.pairing)
         n = p = softplus = positive_sum = instance_sum = both = None
         if plan.apart:
-            apart = _apart(x, plan.pairing)
-            both, _ = ops.pair_stats(x, *apart[:2], scale, candidates, *apart[2:], True, False)
+            apart = _operands(x, candidates, scale, _apart(x, plan.pairing))
+            both, _ = ops.pair_stats(*apart, True, False)
         elif plan.negatives or plan.positives:
             n, p = ops.pair_stats(*rows, plan.negatives, plan.positives, **plan.mask_arguments)
             if plan.denominator:
@@ -118,9 +123,7 @@ class _RowStatisticsFunction(torch.autograd.Function):
         if plan.positive_sum:
             positive_sum = ops.positive_sum(*rows, **plan.mask_arguments)
         if plan.instances is not None:
-            instance_sum = ops.positive_sum(
-                x, plan.instances.labels, plan.instances.order, scale, candidates, *plan.instances[2:]
-            )
+            instance_sum = ops.positive_sum(*_operands(x, candidates, scale, plan.instances))
         ctx.save_for_backward(x, candidates, scale, *((both, both) if plan.denominator else (n, p)))
         return n, p, softplus, positive_sum, instance_sum, both
 
@@ -157,7 +160,7 @@ def _gradients(
     grad_n, grad_p, grad_softplus, grad_positive_sum, grad_instance_sum, grad_both = grads
     if plan.denominator:  # G_ij = grad_both_i e^(s_ij - both_i), whatever j is
         grad_n = grad_p = grad_both
-    rows = (x, plan.pairing.labels, plan.pairing.order, scale, candidates, *plan.pairing[2:])
+    rows = _operands(x, candidates, scale, plan.pairing)
     grad_x = _ops.zero_gradients(x)
     grad_candidates = _ops.zero_gradients(candidates) if candidates is not None and needs[1] else None
     into = grad_x, grad_candidates
@@ -171,8 +174,7 @@ def _gradients(
         grad_p = torch.zeros_like(p) if grad_p is None else grad_p
         pairs, kinds = rows, (plan.negatives, plan.positives)
         if plan.apart:
-            apart = _apart(x, plan.pairing)
-            pairs, kinds = (x, *apart[:2], scale, candidates, *apart[2:]), (True, False)
+            pairs, kinds = _operands(x, candidates, scale, _apart(x, plan.pairing)), (True, False)
         ops.pair_stats_backward(
             *pairs, n, p, grad_n, grad_p, None, None, None, None, *kinds, *into, **plan.mask_arguments
         )
@@ -180,10 +182,8 @@ def _gradients(
         ops.positive_sum_backward(*rows, grad_positive_sum, None, *into, **plan.mask_arguments)
     if grad_instance_sum is not None:
         assert plan.instances is not None
-        ops.positive_sum_backward(
-            x, plan.instances.labels, plan.instances.order, scale, candidates, *plan.instances[2:],
-            grad_instance_sum, None, *into,
-        )  # fmt: skip
+        same_instance = _operands(x, candidates, scale, plan.instances)
+        ops.positive_sum_backward(*same_instance, grad_instance_sum, None, *into)
     grad_scale = None
     if needs[2]:
         # sum_i x_i . dL/dx_i = sum_ij (G_ij + G_ji) s_ij: every pair twice where the anchors are candidates.

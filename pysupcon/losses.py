@@ -102,14 +102,7 @@ def _resolve_gather(gather: GatherArgument) -> functional.Gather | None:
         return None
     if gather is True or isinstance(gather, str):
         check_choice("gather", gather, (False, True, "ring"))
-        try:
-            distributed = importlib.import_module("pysupcon.distributed")
-        except ModuleNotFoundError as error:
-            raise NotImplementedError(
-                f"gather={gather!r} needs pysupcon.distributed, which this version does not contain; "
-                "gather=False "
-                "contrasts within each process"
-            ) from error
+        distributed = importlib.import_module("pysupcon.distributed")
         resolved: functional.Gather = distributed.resolve(gather)
         return resolved
     return gather

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -297,9 +296,3 @@ def test_a_backend_that_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None
         warnings.simplefilter("error")
         assert torch.equal(first, supcon(X, Y))
     assert torch.equal(first, supcon(X, Y, backend="tiled"))
-
-
-def test_gather_without_the_distributed_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pysupcon.distributed", None)
-    with pytest.raises(NotImplementedError, match=r"gather=True needs pysupcon\.distributed"):
-        pysupcon.SupConLoss(gather=True)

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pysupcon.errors import ConfigError
 from pysupcon.evaluators import GroupDRO
 from pysupcon.losses import ClassConditionalInfoNCELoss, InfoNCELoss, SINCERELoss, SpreadLoss, SupConLoss
 from pysupcon.models.model import Outputs
@@ -22,11 +21,7 @@ Contrastive = SupConLoss | SINCERELoss | ClassConditionalInfoNCELoss | SpreadLos
 
 
 def build_loss(config: LossConfig, name: LossName | None = None) -> Contrastive:
-    """The contrastive loss of a resolved config, or the one of another ``name`` with the same temperature.
-
-    Raises:
-        ConfigError: this version has no such ``loss.gather``.
-    """
+    """The contrastive loss of a resolved config, or the one of another ``name`` with the same temperature."""
     name = name or config.name
     assert config.temperature is not None, "LossConfig.resolve() first; there is no loss of the name none"
     common: dict[str, Any] = {
@@ -36,21 +31,18 @@ def build_loss(config: LossConfig, name: LossName | None = None) -> Contrastive:
         "backend": config.backend,
         "learnable_temperature": config.learnable_temperature,
     }
-    try:
-        if name == "supcon":
-            return SupConLoss(**common)
-        if name == "sincere":
-            return SINCERELoss(**common)
-        if name == "eps_supinfonce":
-            return SINCERELoss(epsilon=config.epsilon or 0.0, **common)
-        if name == "cnce":
-            return ClassConditionalInfoNCELoss(**common)
-        if name == "infonce":
-            return InfoNCELoss(**common)
-        assert config.alpha is not None
-        return SpreadLoss(alpha=config.alpha, base=config.base or "supcon", **common)
-    except NotImplementedError as error:
-        raise ConfigError(f"loss.gather: {error}") from error
+    if name == "supcon":
+        return SupConLoss(**common)
+    if name == "sincere":
+        return SINCERELoss(**common)
+    if name == "eps_supinfonce":
+        return SINCERELoss(epsilon=config.epsilon or 0.0, **common)
+    if name == "cnce":
+        return ClassConditionalInfoNCELoss(**common)
+    if name == "infonce":
+        return InfoNCELoss(**common)
+    assert config.alpha is not None
+    return SpreadLoss(alpha=config.alpha, base=config.base or "supcon", **common)
 
 
 class Objective(nn.Module):
