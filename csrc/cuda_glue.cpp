@@ -96,7 +96,8 @@ class Call {
         problem.self_index = self_index_.const_data_ptr<int64_t>();
       }
     }
-    problem.multiprocessors = cuda::pysupcon_cuda_multiprocessors(device_.has_index() ? device_.index() : 0);
+    cuda::pysupcon_cuda_device(device_.has_index() ? device_.index() : 0, &problem.multiprocessors,
+                               &problem.shared_memory);
   }
 
   // [rows] in the statistics' dtype.

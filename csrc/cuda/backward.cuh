@@ -12,70 +12,99 @@ struct Gradient {
   const int64_t* order;  // of the rows
   int rows, width;
   const float* scale;
-  const float* largest;  // see gradient_exponent
-  float* parts;          // [splits][rows][width] or null
+  const Extremes* extremes;
+  float* parts;      // [parts][shares] of row blocks that several runs share
+  float* row_parts;  // [parts][rows of a block], of what the weights keep beside the gradient
+  int* arrivals;     // [row blocks][shares]
 
-  __device__ __forceinline__ float factor() const { return ldexpf(*scale, gradient_exponent(*largest)); }
-  __device__ __forceinline__ void put(int split, int row, int d, float sum, float unit) const {
-    if (parts)
-      parts[(int64_t(split) * rows + row) * width + d] = sum;
-    else
-      data[order[row] * width + d] += sum * unit;
+  __device__ __forceinline__ float factor() const {
+    return ldexpf(*scale, gradient_exponent(extremes->largest));
   }
 };
 
-template <class F_, int PARTS_>
-struct BackwardConfig {
+// 16-bit rows of at most kResidentWidth numbers. A warp owns 32 rows, so that a fragment of the columns
+// serves two tiles; two blocks of four warps a multiprocessor, or one of eight where shared memory is short.
+template <class F_, int WARPS_>
+struct ResidentBackward {
   using F = F_;
-  static constexpr int PARTS = PARTS_;
-  static constexpr int WARPS = 8, BM = 16 * WARPS;  // a warp owns 16 rows and sees every column
-  static constexpr int BN = PARTS == 3 ? 32 : 64;   // three parts of the weights fill the registers
+  static constexpr int PARTS = 1, WARPS = WARPS_, MT = 2, BM = 16 * MT * WARPS;
+  static constexpr int BN = 64, NT = BN / 8;
+  static constexpr int CH = 8, SLICES = kResidentWidth / 64;
+  static constexpr int THREADS = 32 * WARPS, BLOCKS = 8 / WARPS;
+  static_assert(BM == (WARPS == 4 ? kBlockRows : kWideBlockRows), "as plan.h says");
+};
+// Columns whose similarities a warp forms at a time: fewer leave more registers, but the rows' fragments are read
+// again for each. Where a tile needs no mask all columns at once pay on sm_90, whose tensor cores are fast enough
+// for shared memory to matter.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+constexpr int kQuickColumns = 32;
+#else
+constexpr int kQuickColumns = 64;
+#endif
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kSlowColumns = 16;
+#else
+constexpr int kSlowColumns = 32;
+#endif
+
+// Rows of any length and any number of parts: a warp owns 16 rows and sees every column.
+template <class F_, int PARTS_>
+struct StreamedBackward {
+  using F = F_;
+  static constexpr int PARTS = PARTS_, WARPS = 8, MT = 1, BM = 16 * MT * WARPS;
+  static constexpr int BN = PARTS == 3 ? 32 : 64;  // three parts of the weights fill the registers
   static constexpr int NT = BN / 8;
   static constexpr int CH = PARTS == 1 ? 8 : 4;  // 16-byte chunks per slice of a row
-  static constexpr int RESIDENT = 2;             // slices that resident() can hold (PARTS == 1)
-  static constexpr int OUT = 4;                  // slices of gradient that streamed() accumulates
+  static constexpr int SLICES = 4;               // of gradient that a block accumulates
   static constexpr int THREADS = 32 * WARPS;
+  static_assert(BM == kBlockRows && 8 * CH * SLICES == (PARTS == 1 ? kGradientShare : kGradientShare / 2),
+                "as plan.h says");
 };
 
 template <class C>
 struct CoefficientTile {
   float2 n[C::BN], p[C::BN];
 };
-// A warp's share of the gradient passes through shared memory, slice by slice, so that whole rows are
-// written.
+// A warp's share of the gradient passes through shared memory, 16 rows of a slice at a time, so that whole
+// rows are written. Pair c of row r stands at c + 4 r: what the lanes of a fragment write falls into distinct
+// banks.
 template <class C>
 struct Staging {
   float2 grad[C::WARPS][16][C::CH * 4];
+  static __device__ __forceinline__ int place(int row, int pair) { return (pair + 4 * row) % (C::CH * 4); }
 };
 template <class C>
-struct ResidentShared {
+struct ResidentBackwardShared {
   union {
-    uint4 rows[C::RESIDENT][C::PARTS][C::BM][C::CH];
+    uint4 rows[C::SLICES][1][C::BM][C::CH];
     Staging<C> staging;
   };
-  uint4 cols[2][C::RESIDENT][C::PARTS][C::BN][C::CH];
+  uint4 cols[2][C::SLICES][1][C::BN][C::CH];
   CoefficientTile<C> coefficients[2];
+  Bounds bounds;
 };
+static_assert(2 * (sizeof(ResidentBackwardShared<ResidentBackward<gpu::Bf16, 4>>) + 1024) <= kTwoBlocks,
+              "two blocks a multiprocessor, with what the driver keeps of each");
 template <class C>
-struct StreamedShared {
+struct StreamedBackwardShared {
   union {
     uint4 rows[2][C::PARTS][C::BM][C::CH];
     Staging<C> staging;
   };
   uint4 cols[2][C::PARTS][C::BN][C::CH];
   CoefficientTile<C> coefficients[2];
+  Bounds bounds;
 };
 
 template <class C, bool USES_P>
 __device__ __forceinline__ void load_coefficients(CoefficientTile<C>& dst, const Coefficients& src,
                                                   int col0) {
   const int i = threadIdx.x;  // two coefficients per copy
-  static_assert(C::BN <= C::THREADS && kCoefficientPadding % C::BN == 0,
-                "one copy per thread, none past the padding");
+  static_assert(C::BN <= C::THREADS && kUnitRows % C::BN == 0, "one copy per thread, none past the padding");
   if (!src.n) return;
   if (i < C::BN / 2)
     gpu::cp_async16(&dst.n[2 * i], src.n + col0 + 2 * i, true);
-  else if (USES_P && i < C::BN)
+  else if (USES_P && src.p && i < C::BN)
     gpu::cp_async16(&dst.p[2 * i - C::BN], src.p + col0 + 2 * i - C::BN, true);
 }
 // Columns that are no anchors: written once, never loaded.
@@ -85,229 +114,307 @@ __device__ __forceinline__ void clear_coefficients(CoefficientTile<C> (&dst)[2],
     for (int b = 0; b < 2; ++b) dst[b].n[threadIdx.x] = dst[b].p[threadIdx.x] = absent();
 }
 
-// Accumulators of S (16 x 8 tiles) become operands A of the next product: the layouts agree.
-template <class F, int PARTS, int NT>
-__device__ __forceinline__ void pack_weights(uint32_t (&packed)[PARTS][NT / 2][4], float (&w)[NT][4]) {
+// grad[m][c] += W cols over one slice; chunk c of the slice makes the 16 x 8 tiles grad[..][c]. Tensor cores
+// truncate where they add to a large accumulator, and a gradient that grew in one over all columns would
+// shrink: each tile of columns starts a fresh one, which is added with rounding. Several parts as in
+// multiply_slice().
+template <class F, int PARTS, int MT, int NK, int BROWS, int CH>
+__device__ __forceinline__ void multiply_weights(float (&grad)[MT][CH][4],
+                                                 const uint32_t (&w)[PARTS][MT][NK][4],
+                                                 const uint4 (&cols)[PARTS][BROWS][CH], int lane) {
 #pragma unroll
-  for (int part = 0; part < PARTS; ++part)
+  for (int c = 0; c < CH; c += 2) {
+    float sum[MT][2][4] = {};
 #pragma unroll
-    for (int j = 0; j < NT; ++j)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float &lo = w[j][2 * h], &hi = w[j][2 * h + 1];
-        packed[part][j / 2][2 * (j % 2) + h] = F::pack(lo, hi);
-        if (part + 1 < PARTS) lo -= F::to(F::from(lo)), hi -= F::to(F::from(hi));
-      }
-}
-
-// grad[c] += W cols over one slice; chunk c of the slice makes the 16 x 8 tile grad[c].
-template <class F, int PARTS, int NK, int BROWS, int CH>
-__device__ __forceinline__ void multiply_weights(float (&grad)[CH][4], const uint32_t (&w)[PARTS][NK][4],
-                                                 const uint4 (&cols)[PARTS][BROWS][CH]) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int k = 0; k < NK; ++k)
-#pragma unroll
-    for (int c = 0; c < CH; c += 2) {
+    for (int k = 0; k < NK; ++k) {
       const int r = 16 * k + (lane & 15);
       uint32_t bf[PARTS][4];
 #pragma unroll
       for (int part = 0; part < PARTS; ++part)
         gpu::ldmatrix_transposed(bf[part], &cols[part][r][swizzle<CH>(r, c + (lane >> 4))]);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if constexpr (PARTS == 1) {
-          const uint32_t bh[2] = {bf[0][2 * half], bf[0][2 * half + 1]};
-          F::mma(grad[c + half], w[0][k], bh);
-        } else {
-          float fresh[4] = {};
+      for (int half = 0; half < 2; ++half)
 #pragma unroll
-          for (int order = PARTS - 1; order >= 0; --order)
+        for (int m = 0; m < MT; ++m) {
+          if constexpr (PARTS == 1) {
+            const uint32_t bh[2] = {bf[0][2 * half], bf[0][2 * half + 1]};
+            F::mma(sum[m][half], w[0][m][k], bh);
+          } else {
+            float fresh[4] = {};
 #pragma unroll
-            for (int part = 0; part <= order; ++part) {
-              const uint32_t bh[2] = {bf[order - part][2 * half], bf[order - part][2 * half + 1]};
-              F::mma(fresh, w[part][k], bh);
-            }
+            for (int order = PARTS - 1; order >= 0; --order)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) grad[c + half][i] += fresh[i];
+              for (int part = 0; part <= order; ++part) {
+                const uint32_t bh[2] = {bf[order - part][2 * half], bf[order - part][2 * half + 1]};
+                F::mma(fresh, w[part][m][k], bh);
+              }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sum[m][half][i] += fresh[i];
+          }
+        }
+    }
+#pragma unroll
+    for (int m = 0; m < MT; ++m)
+#pragma unroll
+      for (int i = 0; i < 8; ++i) grad[m][c + i / 4][i % 4] += sum[m][i / 4][i % 4];
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void store_gradient(const Gradient& out, Staging<C>& staging,
+                                               const float (&grad)[C::SLICES][C::MT][C::CH][4], int row0,
+                                               int slice0) {
+  const int thread = gpu::thread_again(), warp = thread / 32, lane = thread % 32;
+  const float factor = out.factor();
+  __syncthreads();  // what stood here has been read
+#pragma unroll
+  for (int i = 0; i < C::SLICES; ++i)
+#pragma unroll
+    for (int m = 0; m < C::MT; ++m) {
+#pragma unroll
+      for (int c = 0; c < C::CH; ++c)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int r = lane / 4 + 8 * h;
+          staging.grad[warp][r][Staging<C>::place(r, 4 * c + lane % 4)] = {grad[i][m][c][2 * h],
+                                                                           grad[i][m][c][2 * h + 1]};
+        }
+      __syncwarp();
+#pragma unroll 1
+      for (int at = lane; at < 16 * C::CH * 4; at += 32) {
+        const int r = at / (C::CH * 4), pair = at % (C::CH * 4);
+        const int row = row0 + 16 * (C::MT * warp + m) + r, d = (slice0 + i) * C::CH * 8 + 2 * pair;
+        const float2 g = staging.grad[warp][r][Staging<C>::place(r, pair)];
+        if (row >= out.rows) continue;
+        float* to = out.data + out.order[row] * out.width + d;
+        if (d < out.width) to[0] += g.x * factor;
+        if (d + 1 < out.width) to[1] += g.y * factor;
+      }
+      __syncwarp();  // the tile has been read
+    }
+}
+
+// One row block's gradient: stored, or kept as a part and merged with those of the runs that share the block.
+// Runs whose tiles the rows do not visit leave no part.
+template <class C, class Weights>
+__device__ __forceinline__ void hand_over(const Gradient& out, Staging<C>& staging, const Pairs& pairs,
+                                          const Runs& runs, int row_block, Weights& weights,
+                                          float (&grad)[C::SLICES][C::MT][C::CH][4]) {
+  const Segment here = segment(runs, gpu::block_again(), row_block);
+  const int row0 = row_block * C::BM;
+  const int share = int(blockIdx.z), slice0 = share * C::SLICES;
+  weights.reduce();
+  if (!here.whole) {
+    constexpr int COUNT = C::SLICES * C::MT * C::CH, SIZE = COUNT * C::THREADS;  // float4s
+    const auto part_of_share = [&](int part) {
+      return reinterpret_cast<float4*>(out.parts) + (int64_t(part) * gridDim.z + share) * SIZE +
+             gpu::thread_again();
+    };
+    const int mine = part_of(runs, gpu::block_again(), row_block);
+    const auto visits = [&](const Segment& part) {
+      const Visit visit = visit_columns<C::BM, C::BN>(pairs, part);
+      return visit.first < visit.last;
+    };
+    if (visits(here)) {
+      float4* to = part_of_share(mine);
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i) {
+        const float (&g)[4] = grad[i / (C::MT * C::CH)][i / C::CH % C::MT][i % C::CH];
+        to[i * C::THREADS] = {g[0], g[1], g[2], g[3]};
+      }
+      if (share == 0) weights.keep(out.row_parts + int64_t(mine) * C::BM);
+    }
+    const int2 sharing = runs_of(runs, row_block);
+    if (!last_to_arrive(out.arrivals + row_block * int(gridDim.z) + share, sharing)) return;
+    weights.clear();
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) grad[i / (C::MT * C::CH)][i / C::CH % C::MT][i % C::CH][e] = 0.f;
+#pragma unroll 1
+    for (int run = sharing.x; run <= sharing.y; ++run) {
+      if (!visits(segment(runs, run, row_block))) continue;
+      const int part = part_of(runs, run, row_block);
+      const float4* from = part_of_share(part);
+#pragma unroll
+      for (int i = 0; i < COUNT; ++i) {
+        float (&g)[4] = grad[i / (C::MT * C::CH)][i / C::CH % C::MT][i % C::CH];
+        const float4 v = gpu::load_l2(from + i * C::THREADS);
+        g[0] += v.x, g[1] += v.y, g[2] += v.z, g[3] += v.w;
+      }
+      if (share == 0) weights.take(out.row_parts + int64_t(part) * C::BM);
+    }
+  }
+  store_gradient<C>(out, staging, grad, row0, slice0);
+  if (share == 0) weights.store();
+}
+
+// Every slice is loaded once and serves both products. Grid (runs).
+template <class C, class Weights>
+__global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
+    backward_resident(Pairs pairs, Runs runs, typename Weights::Args args, Gradient out) {
+  using F = typename C::F;
+  DYNAMIC_SHARED(ResidentBackwardShared<C>, s);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, slices = pairs.rows.slices;
+  clear_coefficients<C>(s->coefficients, args.cols);
+  for (int block = first_row_block(runs, gpu::block_again());
+       block <= last_row_block(runs, gpu::block_again()); ++block) {
+    const int row0 = block * C::BM;
+    const Visit visit =
+        visit_columns<C::BM, C::BN>(pairs, segment(runs, gpu::block_again(), block), &s->bounds);
+
+    const auto load_tile = [&](int tile) {
+      if (tile < s->bounds.last) {
+#pragma unroll
+        for (int k = 0; k < C::SLICES; ++k)
+          if (k < slices) load_slice<C::THREADS>(s->cols[tile % 2][k], pairs.cols, tile * C::BN, k);
+        load_coefficients<C, Weights::USES_P>(s->coefficients[tile % 2], args.cols, tile * C::BN);
+      }
+      gpu::cp_async_commit();
+    };
+    __syncthreads();  // the last row block's gradient has been staged
+#pragma unroll
+    for (int k = 0; k < C::SLICES; ++k)
+      if (k < slices) load_slice<C::THREADS>(s->rows[k], pairs.rows, row0, k);
+    load_tile(visit.first);
+
+    typename Weights::template OfThread<2 * C::MT> weights(pairs, args, s->bounds);
+    float grad[C::SLICES][C::MT][C::CH][4] = {};
+    for (int tile = visit.first; tile < s->bounds.last; ++tile) {
+      gpu::cp_async_wait<0>();
+      __syncthreads();  // all copies have landed, and nobody still reads what load_tile() overwrites
+      load_tile(tile + 1);
+      const CoefficientTile<C>& col = s->coefficients[tile % 2];
+      const Kind kind = s->bounds.template kind<C::BN>(pairs, tile);
+      uint32_t w[1][C::MT][C::NT / 2][4];
+      const auto similarities = [&](auto& acc, int first_column) {
+        const int lane_again = gpu::thread_again() % 32;
+#pragma unroll
+        for (int k = 0; k < C::SLICES; ++k)
+          if (k < slices)
+            multiply_few<F>(acc, s->rows[k][0], 16 * C::MT * warp, s->cols[tile % 2][k][0], first_column,
+                            lane);
+      };
+      const int pair = 2 * (lane % 4);  // of columns, in each tile of 8
+      // Similarities and weights of part of the tile: what is not mixed with the next needs no registers.
+      if (weights.quick(kind)) {
+#pragma unroll
+        for (int first = 0; first < C::BN; first += kQuickColumns) {
+          float acc[C::MT][kQuickColumns / 8][4] = {};
+          similarities(acc, first);
+          weights.template weigh_quickly<F>(w, first / 8, acc, kind, col.n + first + pair,
+                                            col.p + first + pair);
+          if (kQuickColumns < C::BN) __syncwarp();
+        }
+      } else {
+#pragma unroll
+        for (int first = 0; first < C::BN; first += kSlowColumns) {
+          float acc[C::MT][kSlowColumns / 8][4] = {};
+          similarities(acc, first);
+          weights.template weigh<F>(w, first / 8, acc, kind, tile * C::BN + first + pair,
+                                    col.n + first + pair, col.p + first + pair);
+          __syncwarp();
         }
       }
+      const int lane_again = gpu::thread_again() % 32;
+#pragma unroll
+      for (int k = 0; k < C::SLICES; ++k)
+        if (k < slices) multiply_weights<F>(grad[k], w, s->cols[tile % 2][k], lane_again);
     }
-}
-
-template <class C, int SLICES>
-__device__ __forceinline__ void store_gradient(const Gradient& out, Staging<C>& staging,
-                                               const float (&grad)[SLICES][C::CH][4], int row0, int slice0,
-                                               int split) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const float factor = out.factor();
-  gpu::cp_async_wait<0>();  // a block without columns never waited for its rows
-  __syncthreads();          // what stood here has been read
-#pragma unroll
-  for (int i = 0; i < SLICES; ++i) {
-#pragma unroll
-    for (int c = 0; c < C::CH; ++c)
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-        staging.grad[warp][lane / 4 + 8 * h][4 * c + lane % 4] = {grad[i][c][2 * h], grad[i][c][2 * h + 1]};
-    __syncwarp();
-#pragma unroll 1
-    for (int at = lane; at < 16 * C::CH * 4; at += 32) {
-      const int r = at / (C::CH * 4), row = row0 + 16 * warp + r;
-      const int d = (slice0 + i) * C::CH * 8 + 2 * (at % (C::CH * 4));
-      const float2 g = staging.grad[warp][r][at % (C::CH * 4)];
-      if (row < out.rows && d < out.width) out.put(split, row, d, g.x, factor);
-      if (row < out.rows && d + 1 < out.width) out.put(split, row, d + 1, g.y, factor);
-    }
-    __syncwarp();  // the slice has been read
+    gpu::cp_async_wait<0>();  // a block without columns never waited for its rows
+    block = s->bounds.row_block;
+    hand_over<C>(out, s->staging, pairs, runs, block, weights, grad);
   }
 }
 
-// Rows of at most RESIDENT slices: every slice is loaded once and serves both products. Grid (row blocks,
-// splits).
+// Slices pass through two buffers, first for the similarities, then those of this block's share of the
+// gradient, slices [SLICES blockIdx.z, SLICES (blockIdx.z + 1)), once more. Grid (runs, 1, gradient shares).
 template <class C, class Weights>
 __global__ void __launch_bounds__(C::THREADS, 1)
-    backward_resident(Pairs pairs, typename Weights::Args args, Gradient out) {
+    backward_streamed(Pairs pairs, Runs runs, typename Weights::Args args, Gradient out) {
   using F = typename C::F;
-  using Shared = ResidentShared<C>;
-  DYNAMIC_SHARED(Shared, s);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int row0 = int(blockIdx.x) * C::BM, row1 = min(row0 + C::BM, pairs.rows.count);
-  const int slices = (pairs.rows.chunks + C::CH - 1) / C::CH;
-  const Visit visit = visit_columns<C::BN>(pairs, row0, row1, int(blockIdx.y), int(gridDim.y));
-
-  const auto load_tile = [&](int tile) {
-    if (tile < visit.last) {
-#pragma unroll
-      for (int k = 0; k < C::RESIDENT; ++k)
-        if (k < slices) load_slice<C::THREADS>(s->cols[tile % 2][k], pairs.cols, tile * C::BN, k * C::CH);
-      load_coefficients<C, Weights::USES_P>(s->coefficients[tile % 2], args.cols, tile * C::BN);
-    }
-    gpu::cp_async_commit();
-  };
-#pragma unroll
-  for (int k = 0; k < C::RESIDENT; ++k)
-    if (k < slices) load_slice<C::THREADS>(s->rows[k], pairs.rows, row0, k * C::CH);
+  DYNAMIC_SHARED(StreamedBackwardShared<C>, s);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, slices = pairs.rows.slices;
+  const int out0 = int(blockIdx.z) * C::SLICES, outs = min(C::SLICES, slices - out0);
   clear_coefficients<C>(s->coefficients, args.cols);
-  load_tile(visit.first);
+  for (int block = first_row_block(runs, gpu::block_again());
+       block <= last_row_block(runs, gpu::block_again()); ++block) {
+    const int row0 = block * C::BM;
+    const Visit visit =
+        visit_columns<C::BM, C::BN>(pairs, segment(runs, gpu::block_again(), block), &s->bounds);
 
-  Weights weights(pairs, args, row0 + 16 * warp + lane / 4);
-  float grad[C::RESIDENT][C::CH][4] = {};
-  for (int tile = visit.first; tile < visit.last; ++tile) {
-    gpu::cp_async_wait<0>();
-    __syncthreads();  // all copies have landed, and nobody still reads what load_tile() overwrites
-    load_tile(tile + 1);
-    float acc[1][C::NT][4] = {};
-#pragma unroll
-    for (int k = 0; k < C::RESIDENT; ++k)
-      if (k < slices) multiply_slice<F>(acc, s->rows[k], 16 * warp, s->cols[tile % 2][k], 0);
-    const CoefficientTile<C>& col = s->coefficients[tile % 2];
-    weights.weigh(acc[0], visit.kind<C::BN>(pairs, row0, row1, tile), tile * C::BN + 2 * (lane % 4),
-                  col.n + 2 * (lane % 4), col.p + 2 * (lane % 4));
-    uint32_t w[C::PARTS][C::NT / 2][4];
-    pack_weights<F, C::PARTS>(w, acc[0]);
-#pragma unroll
-    for (int k = 0; k < C::RESIDENT; ++k)
-      if (k < slices) multiply_weights<F>(grad[k], w, s->cols[tile % 2][k]);
-  }
-  store_gradient<C>(out, s->staging, grad, row0, 0, int(blockIdx.y));
-  weights.finish(int(blockIdx.y));
-}
+    int load_tile = visit.first, load_step = 0, load_buffer = 0;
+    const auto load_next = [&] {
+      if (load_tile < visit.last) {
+        const bool scores = load_step < slices;
+        const int k = scores ? load_step : out0 + load_step - slices;
+        load_slice<C::THREADS>(s->cols[load_buffer], pairs.cols, load_tile * C::BN, k);
+        if (scores) load_slice<C::THREADS>(s->rows[load_buffer], pairs.rows, row0, k);
+        if (load_step == 0)
+          load_coefficients<C, Weights::USES_P>(s->coefficients[load_tile % 2], args.cols, load_tile * C::BN);
+        if (++load_step == slices + outs) load_step = 0, ++load_tile;
+        load_buffer ^= 1;
+      }
+      gpu::cp_async_commit();
+    };
+    __syncthreads();  // the last row block's gradient has been staged
+    load_next();
 
-// Rows of any length: slices pass through two buffers, first for the similarities, then those of this block's
-// share of the gradient, slices [OUT blockIdx.z, OUT (blockIdx.z + 1)), once more. Grid (row blocks, splits,
-// gradient shares).
-template <class C, class Weights>
-__global__ void __launch_bounds__(C::THREADS, 1)
-    backward_streamed(Pairs pairs, typename Weights::Args args, Gradient out) {
-  using F = typename C::F;
-  using Shared = StreamedShared<C>;
-  DYNAMIC_SHARED(Shared, s);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int row0 = int(blockIdx.x) * C::BM, row1 = min(row0 + C::BM, pairs.rows.count);
-  const int slices = (pairs.rows.chunks + C::CH - 1) / C::CH;
-  const int out0 = int(blockIdx.z) * C::OUT, outs = min(C::OUT, slices - out0);
-  const Visit visit = visit_columns<C::BN>(pairs, row0, row1, int(blockIdx.y), int(gridDim.y));
-
-  int load_tile = visit.first, load_step = 0, load_buffer = 0;
-  const auto load_next = [&] {
-    if (load_tile < visit.last) {
-      const bool scores = load_step < slices;
-      const int k = scores ? load_step : out0 + load_step - slices;
-      load_slice<C::THREADS>(s->cols[load_buffer], pairs.cols, load_tile * C::BN, k * C::CH);
-      if (scores) load_slice<C::THREADS>(s->rows[load_buffer], pairs.rows, row0, k * C::CH);
-      if (load_step == 0)
-        load_coefficients<C, Weights::USES_P>(s->coefficients[load_tile % 2], args.cols, load_tile * C::BN);
-      if (++load_step == slices + outs) load_step = 0, ++load_tile;
-      load_buffer ^= 1;
-    }
-    gpu::cp_async_commit();
-  };
-  clear_coefficients<C>(s->coefficients, args.cols);
-  load_next();
-
-  Weights weights(pairs, args, row0 + 16 * warp + lane / 4);
-  float grad[C::OUT][C::CH][4] = {};
-  int buffer = 0;
-  for (int tile = visit.first; tile < visit.last; ++tile) {
-    float acc[1][C::NT][4] = {};
+    typename Weights::template OfThread<2 * C::MT> weights(pairs, args, s->bounds);
+    float grad[C::SLICES][C::MT][C::CH][4] = {};
+    int buffer = 0;
+    for (int tile = visit.first; tile < visit.last; ++tile) {
+      float acc[C::MT][C::NT][4] = {};
 #pragma unroll 1
-    for (int k = 0; k < slices; ++k) {
-      gpu::cp_async_wait<0>();
-      __syncthreads();  // all copies have landed, and nobody still reads what load_next() overwrites
-      load_next();
-      multiply_slice<F>(acc, s->rows[buffer], 16 * warp, s->cols[buffer], 0);
-      buffer ^= 1;
-    }
-    const CoefficientTile<C>& col = s->coefficients[tile % 2];
-    weights.weigh(acc[0], visit.kind<C::BN>(pairs, row0, row1, tile), tile * C::BN + 2 * (lane % 4),
-                  col.n + 2 * (lane % 4), col.p + 2 * (lane % 4));
-    uint32_t w[C::PARTS][C::NT / 2][4];
-    pack_weights<F, C::PARTS>(w, acc[0]);
-#pragma unroll
-    for (int k = 0; k < C::OUT; ++k)
-      if (k < outs) {
+      for (int k = 0; k < slices; ++k) {
         gpu::cp_async_wait<0>();
-        __syncthreads();
+        __syncthreads();  // all copies have landed, and nobody still reads what load_next() overwrites
         load_next();
-        multiply_weights<F>(grad[k], w, s->cols[buffer]);
+        multiply_slice<F>(acc, s->rows[buffer], 16 * warp, s->cols[buffer], 0);
         buffer ^= 1;
       }
-  }
-  store_gradient<C>(out, s->staging, grad, row0, out0, int(blockIdx.y));
-  if (blockIdx.z == 0) weights.finish(int(blockIdx.y));
-}
-
-// The splits of one gradient, in their order.
-static __global__ void merge_gradient(Gradient out, int splits) {
-  const int64_t size = int64_t(out.rows) * out.width;
-  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i < size) {
-    float sum = 0.f;
-    for (int k = 0; k < splits; ++k) sum += out.parts[k * size + i];
-    out.data[out.order[i / out.width] * out.width + i % out.width] += sum * out.factor();
+      const CoefficientTile<C>& col = s->coefficients[tile % 2];
+      uint32_t w[C::PARTS][C::MT][C::NT / 2][4];
+      const Kind kind = s->bounds.template kind<C::BN>(pairs, tile);
+      const int at = 2 * (lane % 4);
+      if (C::PARTS == 1 && weights.quick(kind))
+        weights.template weigh_quickly<F>(w, 0, acc, kind, col.n + at, col.p + at);
+      else
+        weights.template weigh<F>(w, 0, acc, kind, tile * C::BN + at, col.n + at, col.p + at);
+#pragma unroll
+      for (int k = 0; k < C::SLICES; ++k)
+        if (k < outs) {
+          gpu::cp_async_wait<0>();
+          __syncthreads();
+          load_next();
+          multiply_weights<F>(grad[k], w, s->cols[buffer], lane);
+          buffer ^= 1;
+        }
+    }
+    gpu::cp_async_wait<0>();
+    block = s->bounds.row_block;
+    hand_over<C>(out, s->staging, pairs, runs, block, weights, grad);
   }
 }
 
 template <class C, class Weights>
-cudaError_t launch_backward(const Pairs& pairs, const typename Weights::Args& args, const Gradient& out,
-                            int splits, cudaStream_t stream) {
-  const unsigned blocks = unsigned((pairs.rows.count + C::BM - 1) / C::BM);
-  const int slices = (pairs.rows.chunks + C::CH - 1) / C::CH;
-  cudaError_t e;
-  if constexpr (C::PARTS == 1) {
-    if (slices <= C::RESIDENT)
-      e = gpu::launch(backward_resident<C, Weights>, dim3(blocks, unsigned(splits)), dim3(C::THREADS),
-                      sizeof(ResidentShared<C>), stream, pairs, args, out);
+cudaError_t launch_resident(const Pairs& pairs, const Runs& runs, const typename Weights::Args& args,
+                            const Gradient& out, cudaStream_t stream) {
+  return gpu::launch(backward_resident<C, Weights>, dim3(unsigned(runs.blocks)), dim3(C::THREADS),
+                     sizeof(ResidentBackwardShared<C>), stream, pairs, runs, args, out);
+}
+template <class F, int PARTS, class Weights>
+cudaError_t launch_backward(const Pairs& pairs, const Runs& runs, const Shape& shape,
+                            const typename Weights::Args& args, const Gradient& out, cudaStream_t stream) {
+  if constexpr (PARTS == 1) {
+    if (pairs.rows.slices <= ResidentBackward<F, 4>::SLICES)
+      return shape.rows == kBlockRows
+                 ? launch_resident<ResidentBackward<F, 4>, Weights>(pairs, runs, args, out, stream)
+                 : launch_resident<ResidentBackward<F, 8>, Weights>(pairs, runs, args, out, stream);
   }
-  if (C::PARTS > 1 || slices > C::RESIDENT)
-    e = gpu::launch(backward_streamed<C, Weights>,
-                    dim3(blocks, unsigned(splits), unsigned((slices + C::OUT - 1) / C::OUT)),
-                    dim3(C::THREADS), sizeof(StreamedShared<C>), stream, pairs, args, out);
-  if (e == cudaSuccess && out.parts)
-    e = gpu::launch(merge_gradient, dim3(unsigned((int64_t(out.rows) * out.width + 255) / 256)), dim3(256), 0,
-                    stream, out, splits);
-  return e;
+  using C = StreamedBackward<F, PARTS>;
+  return gpu::launch(backward_streamed<C, Weights>, dim3(unsigned(runs.blocks), 1, unsigned(shape.shares)),
+                     dim3(C::THREADS), sizeof(StreamedBackwardShared<C>), stream, pairs, runs, args, out);
 }
 
 }  // namespace pysupcon::cuda

@@ -35,47 +35,75 @@ struct WeightedRows {
     return level == 0 ? weight(i) * row(i, d)
                       : static_cast<const A*>(tree.level[level - 1])[int64_t(i) * width + d];
   }
+  // of consecutive entries; unrolled, so that several loads are on their way
+  __device__ __forceinline__ A run(int level, int lo, int hi, int d) const {
+    A sum = 0;
+#pragma unroll 8
+    for (int i = lo; i < hi; ++i) sum += entry(level, i, d);
+    return sum;
+  }
   // sum of rows [lo, hi): ragged ends level by level
   __device__ A range_sum(int lo, int hi, int d) const {
     A sum = 0;
     for (int level = 0; lo < hi; ++level) {
-      A ends = 0;
-      if (level == tree.levels) {
-        while (lo < hi) ends += entry(level, lo++, d);
-      } else {
-        while (lo < hi && lo % kFanOut) ends += entry(level, lo++, d);
-        while (lo < hi && hi % kFanOut) ends += entry(level, --hi, d);
-        lo /= kFanOut, hi /= kFanOut;
-      }
-      sum += ends;
+      const int inner_lo = (lo + kFanOut - 1) / kFanOut, inner_hi = hi / kFanOut;
+      if (level == tree.levels || inner_lo >= inner_hi) return sum + run(level, lo, hi, d);
+      sum += run(level, lo, inner_lo * kFanOut, d) + run(level, inner_hi * kFanOut, hi, d);
+      lo = inner_lo, hi = inner_hi;
     }
     return sum;
   }
+  __device__ __forceinline__ void add_up(int level, int entry, int below) const {
+    const int lo = entry * kFanOut, hi = min(lo + kFanOut, below);
+    for (int d = threadIdx.x; d < width; d += blockDim.x)
+      static_cast<A*>(tree.level[level])[int64_t(entry) * width + d] = run(level, lo, hi, d);
+  }
 };
 
-// tree.level[level] from the level below; one block per entry.
+constexpr int kTrees = 3;
 template <class T>
-__global__ void sum_level(WeightedRows<T> x, int level, int below) {
-  using A = typename WeightedRows<T>::A;
-  const int lo = int(blockIdx.x) * kFanOut, hi = min(lo + kFanOut, below);
-  for (int d = threadIdx.x; d < x.width; d += blockDim.x) {
-    A sum = 0;
-    for (int i = lo; i < hi; ++i) sum += x.entry(level, i, d);
-    static_cast<A*>(x.tree.level[level])[int64_t(blockIdx.x) * x.width + d] = sum;
-  }
-}
+struct Trees {
+  WeightedRows<T> of[kTrees];
 
-template <class T>
-cudaError_t build_tree(const WeightedRows<T>& x, cudaStream_t stream) {
-  int64_t below = x.rows.count;
-  for (int level = 0; level < x.tree.levels; ++level) {
-    const int64_t count = divide_up(below, kFanOut);
-    const cudaError_t e =
-        gpu::launch(sum_level<T>, dim3(unsigned(count)), dim3(128), 0, stream, x, level, int(below));
-    if (e != cudaSuccess) return e;
-    below = count;
+  // entries of a level of tree k; level -1: the rows
+  __host__ __device__ __forceinline__ int entries(int k, int level) const {
+    int64_t count = of[k].rows.count;
+    for (int i = 0; i <= level; ++i) count = divide_up(count, kFanOut);
+    return level < of[k].tree.levels ? int(count) : 0;
   }
-  return cudaSuccess;
+  __host__ __device__ __forceinline__ int entries(int level) const {
+    return entries(0, level) + entries(1, level) + entries(2, level);
+  }
+  // An entry of a level, of all trees one after the other, by one block.
+  __device__ __forceinline__ void add_up(int level, int entry) const {
+#pragma unroll
+    for (int k = 0; k < kTrees; ++k) {
+      if (entry >= 0 && entry < entries(k, level)) of[k].add_up(level, entry, entries(k, level - 1));
+      entry -= entries(k, level);
+    }
+  }
+};
+
+// The lowest level of every tree, a block an entry, and the rows' ranges, a thread a row.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    prepare_sums(const __grid_constant__ Trees<T> trees, const __grid_constant__ Ranges first,
+                 const __grid_constant__ Ranges second) {
+  int64_t block = blockIdx.x, i;
+  const int entries = trees.entries(0);
+  if (block < entries) {
+    trees.add_up(0, int(block));
+    return;
+  }
+  block -= entries;
+  if (takes(block, first.count(), i))
+    first.find(i);
+  else if (takes(block, second.count(), i))
+    second.find(i);
+}
+template <class T>
+__global__ void __launch_bounds__(kThreads) sum_level(const __grid_constant__ Trees<T> trees, int level) {
+  trees.add_up(level, int(blockIdx.x));
 }
 
 constexpr int kSumRows = 64, kSumWidth = 1024, kSumThreads = 256;
@@ -89,9 +117,10 @@ __device__ __forceinline__ int run_end(const int2* range, int i, int end) {
 
 // total_i = scale x_i . (C - c_self). A block takes 64 sorted anchors, class by class.
 template <class T>
-__global__ void positive_sum(typename Accumulator<T>::type* total, WeightedRows<T> anchors,
-                             WeightedRows<T> candidates, const int2* range, const int* self, bool one_set,
-                             const typename Accumulator<T>::type* scale) {
+__global__ void positive_sum(typename Accumulator<T>::type* total,
+                             const __grid_constant__ WeightedRows<T> anchors,
+                             const __grid_constant__ WeightedRows<T> candidates, const int2* range,
+                             const int* self, bool one_set, const typename Accumulator<T>::type* scale) {
   using A = typename Accumulator<T>::type;
   __shared__ A sum[kSumWidth], dot[kSumRows];
   const int begin = int(blockIdx.x) * kSumRows, end = min(begin + kSumRows, int(anchors.rows.count));
@@ -131,9 +160,11 @@ __global__ void positive_sum(typename Accumulator<T>::type* total, WeightedRows<
 // weighted has none).
 template <class T>
 __global__ void positive_sum_gradient(typename Accumulator<T>::type* grad, const int64_t* row_order, int rows,
-                                      const typename Accumulator<T>::type* row_weights, WeightedRows<T> plain,
-                                      WeightedRows<T> weighted, const int2* range, const int* self,
-                                      bool one_set, const typename Accumulator<T>::type* scale) {
+                                      const typename Accumulator<T>::type* row_weights,
+                                      const __grid_constant__ WeightedRows<T> plain,
+                                      const __grid_constant__ WeightedRows<T> weighted, const int2* range,
+                                      const int* self, bool one_set,
+                                      const typename Accumulator<T>::type* scale) {
   using A = typename Accumulator<T>::type;
   const int begin = int(blockIdx.x) * kSumRows, end = min(begin + kSumRows, rows);
   for (int first = begin, last; first < end; first = last) {

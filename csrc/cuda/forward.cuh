@@ -1,13 +1,33 @@
-// The forward pass over pairs: blocks of BM rows own their statistics, column tiles of BN stream past in
-// slices of 8 CH numbers. What is made of the similarities is the epilogue's matter (statistics.cuh,
-// positive.cuh).
+// The forward pass over pairs: blocks of BM rows own their statistics, column tiles of BN stream past. What
+// is made of the similarities is the epilogue's matter (statistics.cuh, positive.cuh).
 #pragma once
-#include "tiles.cuh"
+#include "statistics.cuh"
 
 namespace pysupcon::cuda {
 
+// 16-bit rows of at most kResidentWidth numbers: a warp keeps its rows in registers, as fragments.
+template <class F_>
+struct ResidentForward {
+  using F = F_;
+  static constexpr int WARPS = 4, MT = 2, BM = 16 * MT * WARPS;  // a warp owns 32 rows and sees every column
+  static constexpr int BN = 64, NT = BN / 8;
+  static constexpr int CH = 8, SLICES = kResidentWidth / 64;
+  static constexpr int THREADS = 32 * WARPS;
+  static_assert(BM == kBlockRows, "as plan.h says");
+};
+template <class C>
+struct ResidentForwardShared {
+  union {
+    uint4 cols[2][C::SLICES][1][C::BN][C::CH];
+    float4 exchange[C::BM];  // after the last tile
+  };
+  LogSum positives[2 * C::MT][C::THREADS];
+  Bounds bounds;
+};
+
+// Rows of any length and any number of parts: slices of 8 CH numbers pass through a ring of stages.
 template <class F_, int PARTS_>
-struct ForwardConfig {
+struct StreamedForward {
   using F = F_;
   static constexpr int PARTS = PARTS_;
   static constexpr int BM = 128, BN = PARTS == 1 ? 128 : 64;  // the fragments of several parts need registers
@@ -19,117 +39,208 @@ struct ForwardConfig {
   static constexpr int RESIDENT =
       PARTS == 1 ? 4 : 0;  // the block's rows stay in shared memory up to so many slices
   static constexpr int SLOTS = RESIDENT > STAGES ? RESIDENT : STAGES;
+  static_assert(BM == kBlockRows, "as plan.h says");
 };
-
 template <class C>
-struct ForwardShared {
-  uint4 cols[C::STAGES][C::PARTS][C::BN][C::CH];
-  float4 exchange[C::BM];
+struct StreamedForwardShared {
+  union {
+    uint4 cols[C::STAGES][C::PARTS][C::BN][C::CH];
+    float4 exchange[C::WARPS_N][C::BM];  // after the last tile
+  };
+  Bounds bounds;
   uint4 rows[C::SLOTS][C::PARTS][C::BM][C::CH];  // last: a launch pays for the slots it uses
 };
-
 template <class C>
-__host__ __device__ inline int forward_slices(int chunks) {
-  return (chunks + C::CH - 1) / C::CH;
-}
-template <class C>
-inline size_t forward_shared_bytes(int chunks) {
-  const int slices = forward_slices<C>(chunks), slots = slices <= C::RESIDENT ? slices : C::STAGES;
-  return offsetof(ForwardShared<C>, rows) + size_t(slots) * sizeof(ForwardShared<C>::rows[0]);
+inline size_t forward_shared_bytes(int slices) {
+  const int slots = slices <= C::RESIDENT ? slices : C::STAGES;
+  return offsetof(StreamedForwardShared<C>, rows) + size_t(slots) * sizeof(StreamedForwardShared<C>::rows[0]);
 }
 
-// grid (row blocks, column splits)
-template <class C, class Epilogue>
-__global__ void __launch_bounds__(C::THREADS, 1) pair_forward(Pairs pairs, typename Epilogue::Args args) {
-  using Shared = ForwardShared<C>;
-  DYNAMIC_SHARED(Shared, s);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warp_m = warp / C::WARPS_N,
-            warp_n = warp % C::WARPS_N;
-  const int row0 = int(blockIdx.x) * C::BM, row1 = min(row0 + C::BM, pairs.rows.count);
-  const Visit visit = visit_columns<C::BN>(pairs, row0, row1, int(blockIdx.y), int(gridDim.y));
-
-  // 1. Slices flow through a ring of stages; a slice is loaded STAGES - 1 steps before it is multiplied.
-  const int slices = forward_slices<C>(pairs.rows.chunks);
-  const bool resident = slices <= C::RESIDENT;
-  int load_tile = visit.first, load_k = 0, load_stage = 0;
-  const auto load_next = [&] {
-    if (load_tile < visit.last) {
-      load_slice<C::THREADS>(s->cols[load_stage], pairs.cols, load_tile * C::BN, load_k * C::CH);
-      if (!resident) load_slice<C::THREADS>(s->rows[load_stage], pairs.rows, row0, load_k * C::CH);
-      if (++load_k == slices) load_k = 0, ++load_tile;
-      if (++load_stage == C::STAGES) load_stage = 0;
-    }
-    gpu::cp_async_commit();  // one group per step, possibly empty, so that counting groups counts steps
-  };
-  if (resident)
-    for (int k = 0; k < slices; ++k) load_slice<C::THREADS>(s->rows[k], pairs.rows, row0, k * C::CH);
-  for (int i = 0; i < C::STAGES - 1; ++i) load_next();
-
-  // 2. Tile by tile: similarities, then statistics.
-  Epilogue epilogue(pairs, args, row0 + warp_m * 16 * C::MT + lane / 4);
-  int stage = 0;
-  for (int tile = visit.first; tile < visit.last; ++tile) {
-    float acc[C::MT][C::NT][4] = {};
-#pragma unroll 1
-    for (int k = 0; k < slices; ++k) {
-      gpu::cp_async_wait<C::STAGES - 2>();
-      __syncthreads();  // all copies have landed, and nobody still reads what load_next() overwrites
-      load_next();
-      multiply_slice<typename C::F>(acc, s->rows[resident ? k : stage], warp_m * 16 * C::MT, s->cols[stage],
-                                    warp_n * 8 * C::NT);
-      if (++stage == C::STAGES) stage = 0;
-    }
-    epilogue.add(acc, visit.kind<C::BN>(pairs, row0, row1, tile),
-                 tile * C::BN + warp_n * 8 * C::NT + 2 * (lane % 4));
+// One row block's statistics, row t in thread t: stored, or merged with those of the runs that share the
+// block.
+template <int BM, class Epilogue>
+__device__ __forceinline__ void hand_over(const typename Epilogue::Args& args, const Runs& runs,
+                                          int row_block, int rows, const float4& mine) {
+  const Segment here = segment(runs, gpu::block_again(), row_block);
+  const int thread = int(threadIdx.x), row = row_block * BM + thread;
+  const bool own = thread < BM;
+  if (here.whole) {
+    if (own && row < rows) Epilogue::store(args, row, mine);
+    return;
   }
+  if (own) args.parts[int64_t(part_of(runs, gpu::block_again(), row_block)) * BM + thread] = mine;
+  const int2 sharing = runs_of(runs, row_block);
+  if (!last_to_arrive(args.arrivals + row_block, sharing) || !own || row >= rows) return;
+  float4 merged{};
+  for (int run = sharing.x; run <= sharing.y; ++run) {
+    const int64_t part = part_of(runs, run, row_block);
+    const float4 next = gpu::load_l2(args.parts + part * BM + thread);
+    merged = run == sharing.x ? next : Epilogue::merge(merged, next);
+  }
+  Epilogue::store(args, row, merged);
+}
 
-  gpu::cp_async_wait<0>();  // a block without columns never waited for its rows
+// Fragments of 16 MT rows from row0 on, straight from device memory: once a row block.
+template <int MT, int CH>
+__device__ __forceinline__ void load_fragments(uint32_t (&a)[CH / 2][MT][4], const Operand& x, int row0,
+                                               int slice) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const uint4* unit = x.data + (int64_t(row0 / kUnitRows) * x.slices + slice) * (kUnitRows * CH);
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+#pragma unroll
+    for (int k = 0; k < CH / 2; ++k)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {  // rows g and g + 8, then the same of the next 8 numbers
+        const int row = row0 % kUnitRows + 16 * m + g + 8 * (i % 2);
+        const uint4* chunk = unit + row * CH + swizzle<CH>(row, 2 * k + i / 2);
+        a[k][m][i] = reinterpret_cast<const uint32_t*>(chunk)[t];
+      }
+}
 
-  // 3. One row's parts: four lanes of a quad, then the warps beside each other.
-  const int quad_row = warp_m * 16 * C::MT + lane / 4;
+// grid (runs)
+template <class C, class Epilogue>
+__global__ void __launch_bounds__(C::THREADS, 2)
+    forward_resident(Pairs pairs, Runs runs, typename Epilogue::Args args) {
+  DYNAMIC_SHARED(ResidentForwardShared<C>, s);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, slices = pairs.rows.slices;
+  for (int block = first_row_block(runs, gpu::block_again());
+       block <= last_row_block(runs, gpu::block_again()); ++block) {
+    const int row0 = block * C::BM;
+    const Visit visit =
+        visit_columns<C::BM, C::BN>(pairs, segment(runs, gpu::block_again(), block), &s->bounds);
+
+    // 1. The rows, for all tiles; the columns, a tile ahead.
+    uint32_t rows[C::SLICES][C::CH / 2][C::MT][4];
 #pragma unroll
-  for (int i = 0; i < 2 * C::MT; ++i) epilogue.merge_quad(i);
-  static_assert(C::WARPS_N == 2, "one warp hands over, the other finishes");
-  if (warp_n == 1 && lane % 4 == 0)
+    for (int k = 0; k < C::SLICES; ++k)
+      if (k < slices) load_fragments<C::MT, C::CH>(rows[k], pairs.rows, row0 + 16 * C::MT * warp, k);
+    const auto load_tile = [&](int tile) {
+      if (tile < s->bounds.last)
 #pragma unroll
-    for (int i = 0; i < 2 * C::MT; ++i) s->exchange[quad_row + 8 * i] = epilogue.part(i);
-  __syncthreads();
-  if (warp_n == 0 && lane % 4 == 0)
+        for (int k = 0; k < C::SLICES; ++k)
+          if (k < slices) load_slice<C::THREADS>(s->cols[tile % 2][k], pairs.cols, tile * C::BN, k);
+      gpu::cp_async_commit();
+    };
+    __syncthreads();  // the last row block's exchange has been read
+    load_tile(visit.first);
+
+    // 2. Tile by tile: similarities, summed inside the tensor core over at most 128 numbers; then statistics.
+    typename Epilogue::template OfThread<C::THREADS> epilogue(
+        pairs, args, row0 + 16 * C::MT * warp + lane / 4, &s->positives[0][threadIdx.x]);
+    for (int tile = visit.first; tile < s->bounds.last; ++tile) {
+      gpu::cp_async_wait<0>();
+      __syncthreads();  // all copies have landed, and nobody still reads what load_tile() overwrites
+      load_tile(tile + 1);
+      float acc[C::MT][C::NT][4];
+#pragma unroll
+      for (int n = 0; n < C::NT; n += 2) {
+        float sum[C::MT][2][4] = {};
+#pragma unroll
+        for (int k = 0; k < C::SLICES; ++k)
+          if (k < slices) multiply_columns<typename C::F>(sum, rows[k], s->cols[tile % 2][k][0], 8 * n, lane);
+#pragma unroll
+        for (int m = 0; m < C::MT; ++m)
+#pragma unroll
+          for (int i = 0; i < 8; ++i) acc[m][n + i / 4][i % 4] = sum[m][i / 4][i % 4];
+      }
+      epilogue.add(acc, s->bounds.template kind<C::BN>(pairs, tile), tile * C::BN + 2 * (lane % 4));
+    }
+
+    // 3. One row's parts: four lanes of a quad, then the runs.
+    gpu::cp_async_wait<0>();
+    __syncthreads();  // the last tile has been read
+    block = s->bounds.row_block;
 #pragma unroll
     for (int i = 0; i < 2 * C::MT; ++i) {
-      const int row = row0 + quad_row + 8 * i;
-      if (row < pairs.rows.count) {
-        const float4 whole = Epilogue::merge(epilogue.part(i), s->exchange[quad_row + 8 * i]);
-        if (args.parts)
-          args.parts[int64_t(blockIdx.y) * pairs.rows.count + row] = whole;
-        else
-          Epilogue::store(args, row, whole);
-      }
+      epilogue.merge_quad(i);
+      if (lane % 4 == 0) s->exchange[16 * C::MT * warp + lane / 4 + 8 * i] = epilogue.part(i);
     }
-}
-
-// The splits of one row, in their order.
-template <class Epilogue>
-__global__ void merge_splits(typename Epilogue::Args args, int rows, int splits) {
-  const int row = int(blockIdx.x * blockDim.x + threadIdx.x);
-  if (row < rows) {
-    float4 whole = args.parts[row];
-    for (int i = 1; i < splits; ++i) whole = Epilogue::merge(whole, args.parts[int64_t(i) * rows + row]);
-    Epilogue::store(args, row, whole);
+    __syncthreads();
+    hand_over<C::BM, Epilogue>(args, runs, block, pairs.rows.count, s->exchange[threadIdx.x % C::BM]);
   }
 }
 
+// grid (runs)
 template <class C, class Epilogue>
-cudaError_t launch_forward(const Pairs& pairs, const typename Epilogue::Args& args, int splits,
+__global__ void __launch_bounds__(C::THREADS, 1)
+    forward_streamed(Pairs pairs, Runs runs, typename Epilogue::Args args) {
+  DYNAMIC_SHARED(StreamedForwardShared<C>, s);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warp_m = warp / C::WARPS_N,
+            warp_n = warp % C::WARPS_N, slices = pairs.rows.slices;
+  const bool resident = slices <= C::RESIDENT;
+  for (int block = first_row_block(runs, gpu::block_again());
+       block <= last_row_block(runs, gpu::block_again()); ++block) {
+    const int row0 = block * C::BM;
+    const Visit visit =
+        visit_columns<C::BM, C::BN>(pairs, segment(runs, gpu::block_again(), block), &s->bounds);
+
+    // 1. A slice is loaded STAGES - 1 steps before it is multiplied.
+    int load_tile = visit.first, load_k = 0, load_stage = 0;
+    const auto load_next = [&] {
+      if (load_tile < visit.last) {
+        load_slice<C::THREADS>(s->cols[load_stage], pairs.cols, load_tile * C::BN, load_k);
+        if (!resident) load_slice<C::THREADS>(s->rows[load_stage], pairs.rows, row0, load_k);
+        if (++load_k == slices) load_k = 0, ++load_tile;
+        if (++load_stage == C::STAGES) load_stage = 0;
+      }
+      gpu::cp_async_commit();  // one group per step, possibly empty, so that counting groups counts steps
+    };
+    if (resident)
+      for (int k = 0; k < slices; ++k) load_slice<C::THREADS>(s->rows[k], pairs.rows, row0, k);
+    for (int i = 0; i < C::STAGES - 1; ++i) load_next();
+
+    // 2. Tile by tile: similarities, then statistics.
+    LogSum positives[2 * C::MT];
+    typename Epilogue::template OfThread<1> epilogue(pairs, args, row0 + warp_m * 16 * C::MT + lane / 4,
+                                                     positives);
+    int stage = 0;
+    for (int tile = visit.first; tile < visit.last; ++tile) {
+      float acc[C::MT][C::NT][4] = {};
+#pragma unroll 1
+      for (int k = 0; k < slices; ++k) {
+        gpu::cp_async_wait<C::STAGES - 2>();
+        __syncthreads();  // all copies have landed, and nobody still reads what load_next() overwrites
+        load_next();
+        multiply_slice<typename C::F>(acc, s->rows[resident ? k : stage], warp_m * 16 * C::MT, s->cols[stage],
+                                      warp_n * 8 * C::NT);
+        if (++stage == C::STAGES) stage = 0;
+      }
+      epilogue.add(acc, s->bounds.template kind<C::BN>(pairs, tile),
+                   tile * C::BN + warp_n * 8 * C::NT + 2 * (lane % 4));
+    }
+    gpu::cp_async_wait<0>();  // a block without columns never waited for its rows
+    __syncthreads();          // the last slice has been read
+    block = s->bounds.row_block;
+
+    // 3. One row's parts: four lanes of a quad, the warps beside each other, then the runs.
+#pragma unroll
+    for (int i = 0; i < 2 * C::MT; ++i) {
+      epilogue.merge_quad(i);
+      if (lane % 4 == 0) s->exchange[warp_n][warp_m * 16 * C::MT + lane / 4 + 8 * i] = epilogue.part(i);
+    }
+    __syncthreads();
+    static_assert(C::WARPS_N == 2, "two warps beside each other");
+    const int row = threadIdx.x % C::BM;
+    hand_over<C::BM, Epilogue>(args, runs, block, pairs.rows.count,
+                               Epilogue::merge(s->exchange[0][row], s->exchange[1][row]));
+    __syncthreads();  // the exchange has been read
+  }
+}
+
+template <class F, int PARTS, class Epilogue>
+cudaError_t launch_forward(const Pairs& pairs, const Runs& runs, const typename Epilogue::Args& args,
                            cudaStream_t stream) {
-  const int rows = pairs.rows.count;
-  cudaError_t e =
-      gpu::launch(pair_forward<C, Epilogue>, dim3(unsigned((rows + C::BM - 1) / C::BM), unsigned(splits)),
-                  dim3(C::THREADS), forward_shared_bytes<C>(pairs.rows.chunks), stream, pairs, args);
-  if (e == cudaSuccess && splits > 1)
-    e = gpu::launch(merge_splits<Epilogue>, dim3(unsigned((rows + 255) / 256)), dim3(256), 0, stream, args,
-                    rows, splits);
-  return e;
+  const dim3 grid(unsigned(runs.blocks));
+  if constexpr (PARTS == 1) {
+    using C = ResidentForward<F>;
+    if (pairs.rows.slices <= C::SLICES)
+      return gpu::launch(forward_resident<C, Epilogue>, grid, dim3(C::THREADS),
+                         sizeof(ResidentForwardShared<C>), stream, pairs, runs, args);
+  }
+  using C = StreamedForward<F, PARTS>;
+  return gpu::launch(forward_streamed<C, Epilogue>, grid, dim3(C::THREADS),
+                     forward_shared_bytes<C>(pairs.rows.slices), stream, pairs, runs, args);
 }
 
 }  // namespace pysupcon::cuda

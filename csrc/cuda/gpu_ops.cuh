@@ -2,7 +2,11 @@
 // which the emulation under tests/cuda_emulation runs. Fragment layouts: PTX ISA, "Matrix fragments for
 // mma.m16n8k16 with floating point type" (group g = lane / 4, member t = lane % 4).
 #pragma once
+#include <cstddef>
 #include <cstdint>
+
+// The most shared memory that a block may have on every chip from sm_80 on: sm_86, sm_89 and sm_120 allow it.
+constexpr int kMostShared = 99 << 10;
 
 #ifndef CUDA_HOST_SHIM
 #include <cuda_bf16.h>
@@ -75,17 +79,48 @@ __device__ __forceinline__ void atomic_max_nonnegative(float* p, float v) {
   atomicMax(reinterpret_cast<int*>(p), __float_as_int(v));
 }
 
-// The only way a kernel starts.
+// What another block wrote: not from the first-level cache, which does not see it.
+__device__ __forceinline__ float load_l2(const float* p) { return __ldcg(p); }
+__device__ __forceinline__ float4 load_l2(const float4* p) { return __ldcg(p); }
+
+// blockIdx.x and threadIdx.x, read anew: cheaper than registers in which what follows from them waits across
+// a loop.
+__device__ __forceinline__ int block_again() {
+  int b;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(b));
+  return b;
+}
+__device__ __forceinline__ int thread_again() {
+  int t;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
+  return t;
+}
+
+// No load moves across this line: fewer values wait in registers.
+__device__ __forceinline__ void keep_order() { asm volatile("" ::: "memory"); }
+
+// An error that is reported is not left behind for whoever calls the runtime next.
+inline cudaError_t checked(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
+}
+
+// The only way a kernel starts. What a kernel may ever take of the shared memory does not depend on this
+// launch: another thread may launch the same kernel with another size at the same time.
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
                    A&&... args) {
   if (shared > 48 << 10) {
-    const cudaError_t e = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                               cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-    if (e != cudaSuccess) return e;
+    const void* function = reinterpret_cast<const void*>(kernel);
+    cudaError_t e = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared);
+    if (e == cudaSuccess)
+      e = cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,
+                               cudaSharedmemCarveoutMaxShared);
+    if (e != cudaSuccess) return checked(e);
   }
-  kernel<<<grid, block, shared, stream>>>(static_cast<A&&>(args)...);
-  return cudaGetLastError();
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared, config.stream = stream;
+  return checked(cudaLaunchKernelEx(&config, kernel, static_cast<A&&>(args)...));
 }
 
 }  // namespace gpu
@@ -198,8 +233,16 @@ inline float exp2_fast(float x) { return std::exp2(x); }
 inline float reciprocal_fast(float x) { return 1.0f / x; }
 inline void atomic_max_nonnegative(float* p, float v) { atomicMax(p, v); }
 
+inline int block_again() { return int(blockIdx.x); }
+inline int thread_again() { return int(threadIdx.x); }
+inline void keep_order() {}
+inline float load_l2(const float* p) { return *p; }
+inline float4 load_l2(const float4* p) { return *p; }
+inline cudaError_t checked(cudaError_t error) { return error; }
+
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t, A&&... args) {
+  if (shared > size_t(kMostShared)) shim::fail("a block asks for %zu bytes of shared memory", shared);
   shim::launch(kernel, grid, block, shared, args...);
   return cudaSuccess;
 }

@@ -32,6 +32,7 @@ struct Problem {
   Dtype dtype;
   int32_t parts;  // f32 only: how many bf16 numbers stand for one fp32 number, 1, 2 or 3
   int32_t multiprocessors;
+  int32_t shared_memory;  // bytes of a multiprocessor
   int64_t width;
   Rows anchors;
   Rows candidates;            // equal to anchors where one_set
@@ -57,8 +58,8 @@ int64_t pysupcon_cuda_workspace_bytes(const Problem* problem);
 // Enqueues the operation. Returns null, or the sentence that says what went wrong. Never waits for the
 // device.
 const char* pysupcon_cuda_run(const Problem* problem);
-// Number of multiprocessors of a device, 0 if there is no such device.
-int32_t pysupcon_cuda_multiprocessors(int32_t device);
+// A device's number of multiprocessors and the shared memory of each, in bytes; 0 if there is no such device.
+void pysupcon_cuda_device(int32_t device, int32_t* multiprocessors, int32_t* shared_memory);
 }
 
 }  // namespace pysupcon::cuda

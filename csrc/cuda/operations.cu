@@ -25,7 +25,8 @@ struct Stream {
       error = gpu::launch(kernel, blocks, threads, 0, stream, static_cast<A&&>(args)...);
   }
   void clear(void* p, int value, int64_t bytes) {
-    if (error == cudaSuccess && bytes > 0) error = cudaMemsetAsync(p, value, size_t(bytes), stream);
+    if (error == cudaSuccess && bytes > 0)
+      error = gpu::checked(cudaMemsetAsync(p, value, size_t(bytes), stream));
   }
 };
 
@@ -40,20 +41,17 @@ const T* as(const void* p) {
   return static_cast<const T*>(p);
 }
 
-// Every row's class on the other side, and which row is which.
-void find_pairs(Stream& s, const Problem& p, const Workspace& w) {
-  const int m = int(p.anchors.count), n = int(p.candidates.count);
-  if (p.self_index) s.each(n, invert_order, w.candidate_inverse, p.candidates.order, n);
-  s.each(m, find_ranges, pairs_of(w.anchor_range), w.anchor_self, p.anchors, p.candidates, p.self_index,
-         static_cast<const int*>(w.candidate_inverse));
-  if (w.candidate_range)
-    s.each(n, find_ranges, pairs_of(w.candidate_range), static_cast<int*>(nullptr), p.candidates, p.anchors,
-           static_cast<const int64_t*>(nullptr), static_cast<const int*>(nullptr));
-}
-
-bool same_class_only(const Problem& p) {
-  return p.operation == Operation::positive_softplus ||
-         p.operation == Operation::positive_softplus_backward || !p.negatives;
+// Every row's class on the other side, and which row is which: to be found by the next kernel.
+struct BothRanges {
+  Ranges anchors, candidates;
+};
+BothRanges ranges_of(Stream& s, const Problem& p, const Workspace& w) {
+  if (p.self_index)
+    s.each(p.candidates.count, invert_order, w.candidate_inverse, p.candidates.order,
+           int(p.candidates.count));
+  return {
+      {pairs_of(w.anchor_range), w.anchor_self, p.anchors, p.candidates, p.self_index, w.candidate_inverse},
+      {pairs_of(w.candidate_range), nullptr, p.candidates, p.anchors, nullptr, nullptr}};
 }
 
 // ------------------------------------------------------------------------------------------------ double
@@ -67,11 +65,15 @@ PlainPairs plain_pairs(const Problem& p, const Workspace& w, bool swapped) {
           swapped ? nullptr : w.anchor_self,
           swapped ? w.anchor_self : nullptr,
           p.one_set,
-          same_class_only(p),
+          within_classes(p),
           as<double>(p.scale)};
 }
 
 void run_plain(Stream& s, const Problem& p, const Workspace& w) {
+  const BothRanges ranges = ranges_of(s, p, w);
+  s.grid(dim3(unsigned(divide_up(p.anchors.count, kThreads) +
+                       (p.grad_candidates ? divide_up(p.candidates.count, kThreads) : 0))),
+         dim3(kThreads), prepare_sums<double>, Trees<double>{}, ranges.anchors, ranges.candidates);
   const dim3 block(kPlain, kPlain);
   const bool softplus =
       p.operation == Operation::positive_softplus || p.operation == Operation::positive_softplus_backward;
@@ -103,136 +105,139 @@ template <class T>
 void run_sums(Stream& s, const Problem& p, const Workspace& w) {
   using A = typename Accumulator<T>::type;
   const int m = int(p.anchors.count), n = int(p.candidates.count), width = int(p.width);
+  const bool forward = p.operation == Operation::positive_sum;
   const A *upstream = as<A>(p.grad_n), *scale = as<A>(p.scale);
   const WeightedRows<T> candidates{p.candidates, nullptr, w.candidate_sums, width};
-  const dim3 blocks(unsigned(divide_up(m, kSumRows))), threads(kSumThreads);
-  const auto build = [&](const WeightedRows<T>& x) {
-    if (s.error == cudaSuccess) s.error = build_tree(x, s.stream);
-  };
-  build(candidates);
-  if (p.operation == Operation::positive_sum) {
-    const WeightedRows<T> anchors{p.anchors, nullptr, {}, width};
-    s.grid(blocks, threads, positive_sum<T>, as<A>(p.out_n), anchors, candidates, pairs_of(w.anchor_range),
-           static_cast<const int*>(w.anchor_self), p.one_set, scale);
-    return;
-  }
   const WeightedRows<T> weighted{p.candidates, p.one_set ? upstream : as<A>(p.candidate_grad_n),
                                  w.candidate_weighted, width};
-  if (weighted.weights) build(weighted);
-  s.grid(blocks, threads, positive_sum_gradient<T>, as<A>(p.grad_x), p.anchors.order, m, upstream, candidates,
-         weighted, pairs_of(w.anchor_range), static_cast<const int*>(w.anchor_self), p.one_set, scale);
+  const WeightedRows<T> anchors{p.anchors, upstream, w.anchor_weighted, width};
+  const int *self = w.anchor_self, *none = nullptr;
+  const dim3 threads(kThreads);
+
+  const BothRanges ranges = ranges_of(s, p, w);
+  const Trees<T> trees{{candidates, weighted, anchors}};  // one that is not wanted has no level
+  const int64_t blocks =
+      trees.entries(0) + divide_up(m, kThreads) + (p.grad_candidates ? divide_up(n, kThreads) : 0);
+  s.grid(dim3(unsigned(blocks)), threads, prepare_sums<T>, trees, ranges.anchors, ranges.candidates);
+  for (int level = 1; trees.entries(level); ++level)
+    s.grid(dim3(unsigned(trees.entries(level))), threads, sum_level<T>, trees, level);
+
+  const dim3 anchor_blocks(unsigned(divide_up(m, kSumRows)));
+  if (forward) {
+    const WeightedRows<T> plain_anchors{p.anchors, nullptr, {}, width};
+    s.grid(anchor_blocks, threads, positive_sum<T>, as<A>(p.out_n), plain_anchors, candidates,
+           ranges.anchors.range, self, p.one_set, scale);
+    return;
+  }
+  s.grid(anchor_blocks, threads, positive_sum_gradient<T>, as<A>(p.grad_x), p.anchors.order, m, upstream,
+         candidates, weighted, ranges.anchors.range, self, p.one_set, scale);
   if (p.grad_candidates) {
-    const WeightedRows<T> anchors{p.anchors, upstream, w.anchor_weighted, width};
-    build(anchors);
     if (p.self_index) {
       s.clear(w.candidate_anchor, 0xff, 4 * int64_t(n));
-      s.each(m, invert_self, w.candidate_anchor, static_cast<const int*>(w.anchor_self), m);
+      s.each(m, invert_self, w.candidate_anchor, self, m);
     }
     s.grid(dim3(unsigned(divide_up(n, kSumRows))), threads, positive_sum_gradient<T>,
            as<A>(p.grad_candidates), p.candidates.order, n, static_cast<const A*>(nullptr), anchors, anchors,
-           pairs_of(w.candidate_range), static_cast<const int*>(w.candidate_anchor), false, scale);
+           ranges.candidates.range, p.self_index ? static_cast<const int*>(w.candidate_anchor) : none, false,
+           scale);
   }
 }
 
 // ---------------------------------------------------------------------------------------------------- tensor
 // cores
 
-template <class In, class F, int PARTS>
-void gather(Stream& s, const Rows& rows, void* out, const Problem& p) {
-  const int chunks = int(row_chunks(p));
-  s.each(rows.count * chunks, gather_rows<In, F, PARTS>, as<uint4>(out), rows, int(p.width), chunks);
-}
-
 template <class F, int PARTS>
 void run_forward(Stream& s, const Problem& p, const Workspace& w, const Pairs& pairs) {
   if (s.error != cudaSuccess || p.anchors.count == 0) return;
   float4* parts = as<float4>(static_cast<void*>(w.parts));
   if (p.operation == Operation::pair_stats) {
-    const Statistics::Args args{as<float>(p.out_n), as<float>(p.out_p), p.anchors.order,
-                                p.negatives,        p.positives,        parts};
-    s.error = forward<F, PARTS, Statistics>(pairs, args, w.anchor_splits, s.stream);
+    const Statistics::Args args{
+        as<float>(p.out_n), as<float>(p.out_p), p.anchors.order, p.negatives, p.positives, parts, w.arrivals};
+    s.error = forward<F, PARTS, Statistics>(pairs, w.anchor_runs, args, s.stream);
   } else {
-    const SoftplusSum::Args args{as<float>(p.out_n), as<float>(p.n), p.anchors.order, float(p.epsilon),
-                                 parts};
-    s.error = forward<F, PARTS, SoftplusSum>(pairs, args, w.anchor_splits, s.stream);
+    const SoftplusSum::Args args{as<float>(p.out_n), as<float>(p.n), p.anchors.order,
+                                 float(p.epsilon),   parts,          w.arrivals};
+    s.error = forward<F, PARTS, SoftplusSum>(pairs, w.anchor_runs, args, s.stream);
   }
-}
-
-void pack(Stream& s, const Rows& rows, float* out, const void* statistic, const void* gradient, float epsilon,
-          const float* largest) {
-  const int padded = int(divide_up(rows.count, kCoefficientPadding) * kCoefficientPadding);
-  s.each(padded, pack_coefficients, pairs_of(out), as<float>(statistic), as<float>(gradient), epsilon,
-         rows.order, largest, int(rows.count), padded);
 }
 
 template <class F, int PARTS>
 void run_backward(Stream& s, const Problem& p, const Workspace& w, const Pairs& pairs, const Pairs& swapped) {
   const bool softplus = p.operation == Operation::positive_softplus_backward;
-  const float epsilon = softplus ? float(p.epsilon) : 0.f;
-  const int m = int(p.anchors.count), n = int(p.candidates.count);
-
-  s.clear(w.largest, 0, 4);
-  const auto largest = [&](const void* a, const void* b, int count) {
-    const unsigned blocks = unsigned(divide_up(count, 256));
-    s.grid(dim3(blocks < 256 ? blocks : 256), dim3(256), find_largest, w.largest, as<float>(a), as<float>(b),
-           int64_t(count));
-  };
-  largest(p.grad_n, p.grad_p, m);
-  if (w.candidate_n) largest(p.candidate_grad_n, p.candidate_grad_p, n);
-  pack(s, p.anchors, w.anchor_n, p.n, p.grad_n, epsilon, w.largest);
-  if (w.anchor_p && w.anchor_p != w.anchor_n) pack(s, p.anchors, w.anchor_p, p.p, p.grad_p, 0.f, w.largest);
-  if (w.candidate_n)
-    pack(s, p.candidates, w.candidate_n, p.candidate_n, p.candidate_grad_n, epsilon, w.largest);
-  if (w.candidate_p) pack(s, p.candidates, w.candidate_p, p.candidate_p, p.candidate_grad_p, 0.f, w.largest);
-
+  const Extremes* extremes = as<Extremes>(static_cast<void*>(w.extremes));
+  const Shape shape = pair_shape(p);
   const Coefficients none{}, anchors{pairs_of(w.anchor_n), pairs_of(w.anchor_p)};
   const Coefficients candidates =
       p.one_set ? anchors : Coefficients{pairs_of(w.candidate_n), pairs_of(w.candidate_p)};
   const auto run = [&](const Pairs& x, const Coefficients& rows, const Coefficients& cols, const Rows& owner,
-                       void* grad, void* grad_n, int splits) {
+                       void* grad, void* grad_n, const Runs& runs, int32_t* arrivals) {
     if (s.error != cudaSuccess || owner.count == 0) return;
-    const Gradient out{as<float>(grad),
-                       owner.order,
-                       int(owner.count),
-                       int(p.width),
-                       as<float>(p.scale),
-                       w.largest,
-                       splits > 1 ? w.parts : nullptr};
+    const Gradient out{as<float>(grad), owner.order, int(owner.count), int(p.width), as<float>(p.scale),
+                       extremes,        w.parts,     w.row_parts,      arrivals};
     if (!softplus) {
-      s.error = backward<F, PARTS, StatisticsWeights>(x, {rows, cols}, out, splits, s.stream);
-      return;
+      const StatisticsWeights::Args args{rows, cols, p.negatives, p.positives, extremes};
+      s.error = backward<F, PARTS, StatisticsWeights>(x, runs, shape, args, out, s.stream);
+    } else {
+      const SoftplusWeights::Args args{rows,           cols,        as<float>(p.grad_n),
+                                       as<float>(p.n), owner.order, as<float>(grad_n)};
+      s.error = backward<F, PARTS, SoftplusWeights>(x, runs, shape, args, out, s.stream);
     }
-    const SoftplusWeights::Args args{rows,
-                                     cols,
-                                     as<float>(p.grad_n),
-                                     as<float>(p.n),
-                                     owner.order,
-                                     as<float>(grad_n),
-                                     splits > 1 ? w.row_parts : nullptr};
-    s.error = backward<F, PARTS, SoftplusWeights>(x, args, out, splits, s.stream);
-    if (grad_n && splits > 1) s.each(owner.count, merge_sigmoids, args, int(owner.count), splits);
   };
-  run(pairs, anchors, candidates, p.anchors, p.grad_x, p.out_grad_n, w.anchor_splits);
+  run(pairs, anchors, candidates, p.anchors, p.grad_x, p.out_grad_n, w.anchor_runs, w.arrivals);
   if (p.grad_candidates)
-    run(swapped, none, anchors, p.candidates, p.grad_candidates, nullptr, w.candidate_splits);
+    run(swapped, none, anchors, p.candidates, p.grad_candidates, nullptr, w.candidate_runs,
+        w.arrivals + w.anchor_runs.row_blocks * shape.shares);
+}
+
+// What the backward asks of the anchors of both sides.
+Upstreams upstreams_of(const Problem& p, const Workspace& w, int parts) {
+  Upstreams u{};
+  const auto anchors = [&](const void* statistic, const void* gradient, const Rows& rows, float* out) {
+    return Upstream{as<float>(statistic), as<float>(gradient), rows.order, rows.count, pairs_of(out)};
+  };
+  u.of[0] = anchors(p.n, p.grad_n, p.anchors, w.anchor_n);
+  u.of[1] = anchors(p.p, p.grad_p, p.anchors, w.anchor_p == w.anchor_n ? nullptr : w.anchor_p);
+  u.of[2] = anchors(p.candidate_n, p.candidate_grad_n, p.candidates, w.candidate_n);
+  u.of[3] = anchors(p.candidate_p, p.candidate_grad_p, p.candidates, w.candidate_p);
+  u.epsilon = p.operation == Operation::positive_softplus_backward ? float(p.epsilon) : 0.f;
+  u.one = p.operation == Operation::pair_stats_backward && parts == 1;
+  u.parts = as<float4>(static_cast<void*>(w.extreme_parts));
+  u.extremes = as<Extremes>(static_cast<void*>(w.extremes));
+  return u;
 }
 
 template <class In, class F, int PARTS>
 void run_pairs(Stream& s, const Problem& p, const Workspace& w) {
-  gather<In, F, PARTS>(s, p.anchors, w.anchor_rows, p);
-  if (!p.one_set) gather<In, F, PARTS>(s, p.candidates, w.candidate_rows, p);
-  const Operand anchors{as<uint4>(w.anchor_rows), int(p.anchors.count), int(row_chunks(p))};
-  const Operand candidates{as<uint4>(w.candidate_rows), int(p.candidates.count), int(row_chunks(p))};
+  constexpr int CH = PARTS == 1 ? 8 : 4;
+  const int slices = int(row_slices(p));
+  const Operand anchors{as<uint4>(w.anchor_rows), int(p.anchors.count), slices};
+  const Operand candidates{as<uint4>(w.candidate_rows), int(p.candidates.count), slices};
+  const BothRanges ranges = ranges_of(s, p, w);
+  Preparation preparation{{p.anchors, p.candidates},
+                          {as<uint4>(w.anchor_rows), as<uint4>(w.candidate_rows)},
+                          {anchors.part_size<CH>(), p.one_set ? 0 : candidates.part_size<CH>()},
+                          int(p.width),
+                          slices,
+                          {ranges.anchors, ranges.candidates},
+                          {},
+                          w.arrivals,
+                          w.arrival_count};
+  if (is_backward(p.operation)) preparation.upstreams = upstreams_of(p, w, PARTS);
+  if (preparation.upstreams.parts)
+    s.grid(dim3(kExtremeBlocks), dim3(kThreads), find_extremes, preparation.upstreams);
+  s.grid(dim3(unsigned(preparation_blocks<CH>(preparation))), dim3(kThreads), prepare<In, F, PARTS>,
+         preparation);
+
   const float* scale = as<float>(p.scale);
-  const bool within = same_class_only(p);
-  const Pairs pairs{anchors, candidates, pairs_of(w.anchor_range), w.anchor_self, nullptr, p.one_set,
+  const bool within = within_classes(p);
+  const Pairs pairs{anchors, candidates, ranges.anchors.range, w.anchor_self, nullptr, p.one_set,
                     within,  scale};
-  const Pairs swapped{candidates, anchors, pairs_of(w.candidate_range), nullptr, w.anchor_self, false,
+  const Pairs swapped{candidates, anchors, ranges.candidates.range, nullptr, w.anchor_self, false,
                       within,     scale};
-  if (p.operation == Operation::pair_stats || p.operation == Operation::positive_softplus)
-    run_forward<F, PARTS>(s, p, w, pairs);
-  else
+  if (is_backward(p.operation))
     run_backward<F, PARTS>(s, p, w, pairs, swapped);
+  else
+    run_forward<F, PARTS>(s, p, w, pairs);
 }
 
 }  // namespace
@@ -245,7 +250,7 @@ extern "C" const char* pysupcon_cuda_run(const Problem* problem) {
   Stream s{static_cast<cudaStream_t>(p.stream)};
   if (p.anchors.count > kMaxRows || p.candidates.count > kMaxRows || p.width > (int64_t(1) << 21))
     return "more than 2^31 - 256 rows or 2^21 columns";
-  find_pairs(s, p, w);
+  if (p.anchors.count == 0) return nullptr;  // nothing to compute, and nobody from whom a gradient comes
   if (p.operation == Operation::positive_sum || p.operation == Operation::positive_sum_backward) {
     if (p.dtype == Dtype::f64) run_sums<double>(s, p, w);
     if (p.dtype == Dtype::f32) run_sums<float>(s, p, w);
@@ -262,9 +267,13 @@ extern "C" const char* pysupcon_cuda_run(const Problem* problem) {
   return s.error == cudaSuccess ? nullptr : cudaGetErrorString(s.error);
 }
 
-extern "C" int32_t pysupcon_cuda_multiprocessors(int32_t device) {
-  int count = 0;
-  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess ? count : 0;
+extern "C" void pysupcon_cuda_device(int32_t device, int32_t* multiprocessors, int32_t* shared_memory) {
+  const auto ask = [device](cudaDeviceAttr attribute) {
+    int value = 0;
+    return gpu::checked(cudaDeviceGetAttribute(&value, attribute, device)) == cudaSuccess ? value : 0;
+  };
+  *multiprocessors = ask(cudaDevAttrMultiProcessorCount);
+  *shared_memory = ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
 }
 
 }  // namespace pysupcon::cuda

@@ -80,9 +80,11 @@ static __global__ void plain_forward(PlainPairs pairs, double* n, double* p, boo
     const int col = col0 + int(threadIdx.x);
     if (pairs.counts(row, col)) {
       const bool same = pairs.same(row, col);
-      if (!softplus_n)
-        plain_merge(top[same], total[same], sim, 1.);
-      else if (same)
+      if (!softplus_n) {
+#pragma unroll
+        for (int k = 0; k < 2; ++k)
+          if (k == int(same)) plain_merge(top[k], total[k], sim, 1.);
+      } else if (same)
         softplus += plain_softplus(softplus_n[at] + epsilon - sim);
     }
   }

@@ -6,16 +6,28 @@
 
 #include "launch.h"
 
+#ifdef __CUDACC__
+#define PYSUPCON_ANYWHERE __host__ __device__
+#else
+#define PYSUPCON_ANYWHERE
+#endif
+
 namespace pysupcon::cuda {
 
 constexpr int64_t kMaxRows = (int64_t(1) << 31) - 256;
-constexpr int kBlockRows = 128;  // rows that a block of the pair kernels owns, forward and backward
-constexpr int kForwardColumns = 128, kBackwardColumns = 64;  // columns of a tile
-constexpr int kGradientShare = 256;  // gradient columns that a block accumulates (128 with several parts)
-constexpr int kFanOut = 64;          // of the tree of sums
-constexpr int kMaxLevels = 6;        // 64^6 > kMaxRows
+constexpr int kUnitRows = 64;          // rows of a unit of the sorted copy
+constexpr int kBlockRows = 128;        // rows that a thread block of the pair kernels owns
+constexpr int kWideBlockRows = 256;    // the same of backward_resident where shared memory is short
+constexpr int kPadRows = 256;          // the sorted copy ends in zeros up to a multiple of so many rows
+constexpr int kResidentWidth = 128;    // 16-bit rows of at most so many numbers take the resident kernels
+constexpr int kGradientShare = 256;    // gradient columns that a block accumulates (128 with several parts)
+constexpr int kTwoBlocks = 136 << 10;  // shared memory of a multiprocessor that holds two backward blocks
+constexpr int kScanned = 16384;        // up to so many rows every block looks for the extremes itself
+constexpr int kExtremeBlocks = 256;    // of the kernel that does it otherwise
+constexpr int kFanOut = 64;            // of the tree of sums
+constexpr int kMaxLevels = 6;          // 64^6 > kMaxRows
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+PYSUPCON_ANYWHERE inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Sums of 64, 64^2, ... consecutive label-sorted rows; level[k] holds divide_up(count, 64^(k + 1)) rows of
 // `width`.
@@ -24,28 +36,57 @@ struct SumTree {
   int levels;
 };
 
+// How a launch shares its units (row block, column tile), row block by row block, among thread blocks: each
+// takes an equal run of them. A row block whose tiles fall into several runs leaves a part in each, at most
+// two parts a run, and the thread block that ends last merges them in the order of the runs.
+struct Runs {
+  int row_blocks, tiles, blocks;
+  int64_t units;  // row_blocks * tiles
+
+  PYSUPCON_ANYWHERE bool cut() const {
+    return blocks != row_blocks;
+  }  // otherwise every run is one whole row block
+  int64_t parts() const { return cut() ? 2 * int64_t(blocks) : 0; }
+};
+
+// What a pair kernel's thread block owns and visits.
+struct Shape {
+  int rows, columns;       // of its block, of a tile
+  int per_multiprocessor;  // blocks that run there at the same time
+  int shares;              // blocks that share the width of a gradient
+  int share_width;         // numbers of a gradient row that each accumulates
+};
+
 struct Workspace {
   void *anchor_rows, *candidate_rows;       // 16-bit copies; the same where the candidates are the anchors
   int32_t *anchor_range, *candidate_range;  // [rows][2] same-class rows of the other side
   int32_t *anchor_self,
       *candidate_inverse;     // [anchors] sorted candidate; [candidates] sorted place; self_index only
   int32_t* candidate_anchor;  // [candidates] sorted anchor, -1; positive_sum_backward only
-  float* largest;             // the largest upstream gradient
+  float* extremes;            // [4] of the upstream gradients and the statistics
+  float* extreme_parts;       // [kExtremeBlocks][4], null where every block scans the rows itself
   float *anchor_n, *anchor_p, *candidate_n, *candidate_p;  // [rows padded][2] gradient coefficients
-  float *parts, *row_parts;                                // of the splits
+  float *parts, *row_parts;                                // of row blocks that several runs share
+  int32_t* arrivals;                                       // how many of a row block's parts are written
+  int64_t arrival_count;
   SumTree candidate_sums, candidate_weighted, anchor_weighted;
-  int anchor_splits,
-      candidate_splits;  // shares that the columns are cut into, anchors (candidates) being the rows
+  Runs anchor_runs, candidate_runs;  // anchors (candidates) being the rows
   int64_t bytes;
 };
 
-// Small batches have fewer row blocks than the device has multiprocessors: cut the columns until all are
-// busy. The parts take at most 128 KiB (forward: 2 KiB) per wanted block, whatever the batch.
-inline int column_splits(int64_t row_blocks, int64_t tiles, int64_t wanted_blocks) {
-  int64_t splits = row_blocks > 0 ? wanted_blocks / row_blocks : 1;
-  if (splits > 32) splits = 32;
-  if (splits > tiles) splits = tiles;
-  return splits < 1 ? 1 : int(splits);
+// Whole row blocks, unless they would leave more than a seventeenth of the device idle at the end. Pairs
+// within classes are few and uneven: there the device balances whole row blocks, once there are enough.
+inline Runs share_out(int64_t rows, int64_t columns, const Shape& shape, bool within, int multiprocessors) {
+  const int64_t row_blocks = divide_up(rows, shape.rows), tiles = divide_up(columns, shape.columns);
+  int64_t slots = int64_t(multiprocessors) * shape.per_multiprocessor / shape.shares;
+  if (slots < 1) slots = 1;
+  Runs runs{int(row_blocks), int(tiles > 0 ? tiles : 1), int(row_blocks), 0};
+  runs.units = row_blocks * runs.tiles;
+  const bool idle = divide_up(row_blocks, slots) * slots * 16 > row_blocks * 17;
+  if (within ? row_blocks < slots : idle) {
+    runs.blocks = int(slots < runs.units ? slots : runs.units);
+  }
+  return runs;
 }
 
 namespace detail {
@@ -69,18 +110,37 @@ struct Arena {
 };
 }  // namespace detail
 
-// Chunks of 8 numbers in a row of the 16-bit copy.
-inline int64_t row_chunks(const Problem& p) { return divide_up(p.width, 8); }
 inline int copy_parts(const Problem& p) { return p.dtype == Dtype::f32 ? p.parts : 1; }
+// A slice: the numbers of a row that pass through shared memory together.
+inline int64_t row_slices(const Problem& p) { return divide_up(p.width, copy_parts(p) == 1 ? 64 : 32); }
+inline bool resident(const Problem& p) { return copy_parts(p) == 1 && p.width <= kResidentWidth; }
+inline bool is_backward(Operation o) {
+  return o == Operation::pair_stats_backward || o == Operation::positive_softplus_backward ||
+         o == Operation::positive_sum_backward;
+}
+inline bool within_classes(const Problem& p) {
+  return p.operation == Operation::positive_softplus ||
+         p.operation == Operation::positive_softplus_backward || !p.negatives;
+}
+
+inline Shape pair_shape(const Problem& p) {
+  const int parts = copy_parts(p);
+  if (!is_backward(p.operation))
+    return resident(p) ? Shape{kBlockRows, 64, 2, 1, 0} : Shape{kBlockRows, parts == 1 ? 128 : 64, 1, 1, 0};
+  if (resident(p)) {
+    const bool two = p.shared_memory >= kTwoBlocks;
+    return {two ? kBlockRows : kWideBlockRows, 64, two ? 2 : 1, 1, kResidentWidth};
+  }
+  const int width = parts == 1 ? kGradientShare : kGradientShare / 2;
+  return {kBlockRows, parts == 3 ? 32 : 64, 1, int(divide_up(p.width, width)), width};
+}
 
 inline Workspace lay_out(const Problem& p) {
   Workspace w{};
   detail::Arena arena{reinterpret_cast<uintptr_t>(p.workspace)};
   const bool plain = p.dtype == Dtype::f64;
   const bool sums = p.operation == Operation::positive_sum || p.operation == Operation::positive_sum_backward;
-  const bool backward = p.operation == Operation::pair_stats_backward ||
-                        p.operation == Operation::positive_softplus_backward ||
-                        p.operation == Operation::positive_sum_backward;
+  const bool backward = is_backward(p.operation);
   const int64_t m = p.anchors.count, n = p.candidates.count;
 
   w.anchor_range = arena.take<int32_t>(8 * m);
@@ -98,22 +158,28 @@ inline Workspace lay_out(const Problem& p) {
       if (p.self_index) w.candidate_anchor = arena.take<int32_t>(4 * n);
     }
   } else if (!plain) {
-    const int64_t row_bytes = row_chunks(p) * 16 * copy_parts(p);
-    w.anchor_rows = arena.take(m * row_bytes);
-    w.candidate_rows = p.one_set ? w.anchor_rows : arena.take(n * row_bytes);
-    const int64_t shares =
-        backward ? divide_up(p.width, copy_parts(p) == 1 ? kGradientShare : kGradientShare / 2) : 1;
-    const int64_t columns = backward ? kBackwardColumns : kForwardColumns;
-    const int64_t wanted = int64_t(p.multiprocessors) * (backward ? 1 : 2);
-    const int64_t row_blocks = divide_up(m, kBlockRows) * shares,
-                  column_blocks = divide_up(n, kBlockRows) * shares;
-    w.anchor_splits = column_splits(row_blocks, divide_up(n, columns), wanted);
-    w.candidate_splits = column_splits(column_blocks, divide_up(m, columns), wanted);
+    const int64_t row_bytes = row_slices(p) * (copy_parts(p) == 1 ? 128 : 64) * copy_parts(p);
+    w.anchor_rows = arena.take(divide_up(m, kPadRows) * kPadRows * row_bytes);
+    w.candidate_rows = p.one_set ? w.anchor_rows : arena.take(divide_up(n, kPadRows) * kPadRows * row_bytes);
+    const Shape shape = pair_shape(p);
+    w.anchor_runs = share_out(m, n, shape, within_classes(p), p.multiprocessors);
+    w.candidate_runs = share_out(n, m, shape, within_classes(p), p.multiprocessors);
+    // one launch after the other: both directions use the same parts
+    int64_t parts = w.anchor_runs.parts();
+    w.arrival_count = w.anchor_runs.row_blocks;
+    if (p.grad_candidates) {
+      if (w.candidate_runs.parts() > parts) parts = w.candidate_runs.parts();
+      w.arrival_count += w.candidate_runs.row_blocks;
+    }
+    w.arrival_count = parts ? w.arrival_count * shape.shares : 0;
+    w.arrivals = arena.take<int32_t>(4 * w.arrival_count);
     if (backward) {
-      const int64_t anchors_padded = divide_up(m, kBackwardColumns) * kBackwardColumns * 8;
-      const int64_t candidates_padded = divide_up(n, kBackwardColumns) * kBackwardColumns * 8;
+      const int64_t anchors_padded = divide_up(m, kUnitRows) * kUnitRows * 8;
+      const int64_t candidates_padded = divide_up(n, kUnitRows) * kUnitRows * 8;
       const bool both = p.operation == Operation::pair_stats_backward;
-      w.largest = arena.take<float>(4);
+      w.extremes = arena.take<float>(16);
+      if (m > kScanned || (p.candidate_grad_n && n > kScanned))
+        w.extreme_parts = arena.take<float>(16 * kExtremeBlocks);
       w.anchor_n = arena.take<float>(anchors_padded);
       const bool alike = p.p == p.n && p.grad_p == p.grad_n;  // one sum over both kinds
       if (both) w.anchor_p = alike ? w.anchor_n : arena.take<float>(anchors_padded);
@@ -121,14 +187,10 @@ inline Workspace lay_out(const Problem& p) {
         w.candidate_n = arena.take<float>(candidates_padded);
         if (both) w.candidate_p = arena.take<float>(candidates_padded);
       }
-      // one launch after the other: both directions use the same parts
-      int64_t parts = w.anchor_splits > 1 ? w.anchor_splits * m : 0;
-      if (p.grad_candidates && w.candidate_splits > 1 && w.candidate_splits * n > parts)
-        parts = w.candidate_splits * n;
-      if (parts) w.parts = arena.take<float>(4 * parts * p.width);
-      if (w.anchor_splits > 1 && p.out_grad_n) w.row_parts = arena.take<float>(4 * w.anchor_splits * m);
-    } else if (w.anchor_splits > 1) {
-      w.parts = arena.take<float>(16 * w.anchor_splits * m);
+      w.parts = arena.take<float>(4 * parts * shape.shares * shape.rows * shape.share_width);
+      if (p.out_grad_n) w.row_parts = arena.take<float>(4 * w.anchor_runs.parts() * shape.rows);
+    } else {
+      w.parts = arena.take<float>(16 * parts * shape.rows);
     }
   }
   w.bytes = arena.used;

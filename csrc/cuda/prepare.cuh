@@ -1,25 +1,40 @@
-// What the pair kernels need to know about the rows, made on the device: a label-sorted 16-bit copy, every
-// row's range of same-class columns, and the coefficients of the gradient. O(N D) work, one launch each.
+// What the pair kernels need to know about the rows, made on the device in one launch: a label-sorted 16-bit
+// copy, every row's range of same-class columns, the coefficients of the gradient. O(N D) work.
 #pragma once
 #include "launch.h"
 #include "tiles.cuh"
 
 namespace pysupcon::cuda {
 
+constexpr int kThreads = 256;  // of every kernel here
+
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 
-// out[part][i][chunk] from row order[i]; one thread per chunk.
-template <class In, class F, int PARTS>
-__global__ void gather_rows(uint4* out, Rows rows, int width, int chunks) {
-  const int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, size = rows.count * chunks;
-  if (at >= size) return;
-  const int d0 = int(at % chunks) * 8;
-  const In* row = static_cast<const In*>(rows.data) + rows.order[at / chunks] * rows.stride;
-  float x[8];
+// A launch works through lists one after the other, a thread an item, no block in two of them. True for the
+// blocks of the next list, whose item is then `item`, perhaps past its end; `block` counts the blocks left.
+__device__ __forceinline__ bool takes(int64_t& block, int64_t items, int64_t& item) {
+  const int64_t blocks = divide_up(items, kThreads);
+  item = block * kThreads + threadIdx.x;
+  if (block < blocks) return true;
+  block -= blocks;
+  return false;
+}
+
+// Chunk `at` of part 0 of the sorted copy (see Operand) and its place in the other parts.
+template <class In, class F, int PARTS, int CH>
+__device__ __forceinline__ void gather_chunk(uint4* out, int64_t part_size, const Rows& rows, int width,
+                                             int slices, int64_t at) {
+  const int slot = int(at % CH), r = int(at / CH % kUnitRows);
+  const int64_t unit = at / (CH * kUnitRows), row = unit / slices * kUnitRows + r;
+  const int d0 = (int(unit % slices) * CH + swizzle<CH>(r, slot)) * 8;
+  float x[8] = {};
+  if (row < rows.count) {
+    const In* from = static_cast<const In*>(rows.data) + rows.order[row] * rows.stride;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) x[i] = d0 + i < width ? to_float(row[d0 + i]) : 0.f;
+    for (int i = 0; i < 8; ++i) x[i] = d0 + i < width ? to_float(from[d0 + i]) : 0.f;
+  }
 #pragma unroll
   for (int part = 0; part < PARTS; ++part) {
     uint32_t packed[4];
@@ -29,7 +44,7 @@ __global__ void gather_rows(uint4* out, Rows rows, int width, int chunks) {
 #pragma unroll
       for (int e = 2 * i; part + 1 < PARTS && e < 2 * i + 2; ++e) x[e] -= F::to(F::from(x[e]));
     }
-    out[part * size + at] = {packed[0], packed[1], packed[2], packed[3]};
+    out[part * part_size + at] = {packed[0], packed[1], packed[2], packed[3]};
   }
 }
 
@@ -53,47 +68,165 @@ __device__ __forceinline__ int label_bound(const Rows& rows, int64_t label) {
   return lo;
 }
 
-// range[i], self[i] of sorted row i. self_index and inverse may be null.
-static __global__ void find_ranges(int2* range, int* self, Rows rows, Rows cols, const int64_t* self_index,
-                                   const int* inverse) {
-  const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
-  if (i >= rows.count) return;
-  const int64_t label = rows.labels[rows.order[i]];
-  range[i] = {label_bound<false>(cols, label), label_bound<true>(cols, label)};
-  if (self) {
-    const int64_t j = self_index[rows.order[i]];
-    self[i] = j < 0 || j >= cols.count ? -1 : inverse[j];
+// Sorted rows' classes on the other side, and which column a row is.
+struct Ranges {
+  int2* range;  // [rows]; null: not wanted
+  int* self;    // [rows] or null
+  Rows rows, cols;
+  const int64_t* self_index;  // [rows], in the caller's order
+  const int* inverse;         // [cols] sorted place of a column
+
+  __device__ __forceinline__ int64_t count() const { return range ? rows.count : 0; }
+  __device__ __forceinline__ void find(int64_t i) const {
+    if (i >= rows.count) return;
+    const int64_t label = rows.labels[rows.order[i]];
+    range[i] = {label_bound<false>(cols, label), label_bound<true>(cols, label)};
+    if (self) {
+      const int64_t j = self_index[rows.order[i]];
+      self[i] = j < 0 || j >= cols.count ? -1 : inverse[j];
+    }
   }
+};
+
+// One kind of statistic of one side's anchors with its upstream gradient, in the caller's order.
+struct Upstream {
+  const float *statistic, *gradient;  // null: there is none
+  const int64_t* order;
+  int64_t count;
+  float2* out;  // [count padded to kUnitRows] coefficients of the sorted rows
+
+  __device__ __forceinline__ int64_t padded() const {
+    return out ? divide_up(count, kUnitRows) * kUnitRows : 0;
+  }
+};
+struct Upstreams {
+  Upstream of[4];  // n and p of the anchors, n and p of the candidates
+  float epsilon;   // added to the statistics
+  bool one;        // whether the kernel knows what to do with one reference
+  float4* parts;   // [kExtremeBlocks] of find_extremes; null: every block looks for itself
+  Extremes* extremes;
+};
+
+// (largest |gradient|, highest and lowest statistic), none of them NaN or infinite: such values spoil what
+// they touch only.
+__device__ __forceinline__ float4 no_extremes() { return {0.f, -INFINITY, INFINITY, 0.f}; }
+__device__ __forceinline__ float4 wider(const float4& a, const float4& b) {
+  return {fmaxf(a.x, b.x), fmaxf(a.y, b.y), fminf(a.z, b.z), 0.f};
+}
+__device__ __forceinline__ float4 scan(const Upstreams& upstreams, int64_t first, int64_t step) {
+  float4 found = no_extremes();
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const Upstream& u = upstreams.of[k];
+    if (!u.out) continue;
+#pragma unroll 4
+    for (int64_t i = first; i < u.count; i += step) {
+      const float g = fabsf(u.gradient[i]), s = u.statistic[i];
+      if (g < INFINITY) found.x = fmaxf(found.x, g);
+      if (fabsf(s) < INFINITY) found.y = fmaxf(found.y, s), found.z = fminf(found.z, s);
+    }
+  }
+  return found;
+}
+// Over the block; every thread gets it. A maximum does not depend on the order.
+__device__ __forceinline__ float4 over_block(float4 mine) {
+  __shared__ float4 warps[kThreads / 32];
+#pragma unroll
+  for (int o = 16; o; o /= 2)
+    mine = wider(mine, {__shfl_xor_sync(~0u, mine.x, o), __shfl_xor_sync(~0u, mine.y, o),
+                        __shfl_xor_sync(~0u, mine.z, o), 0.f});
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = mine;
+  __syncthreads();
+  float4 all = warps[0];
+  for (int i = 1; i < kThreads / 32; ++i) all = wider(all, warps[i]);
+  return all;
 }
 
-// *largest = max |a|, |b| over both; a and b may be null. NaN and inf count as nothing: they spoil what they
-// touch only.
-static __global__ void find_largest(float* largest, const float* a, const float* b, int64_t count) {
-  float top = 0.f;
-  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
-       i += int64_t(gridDim.x) * blockDim.x) {
-    const float x = a ? fabsf(a[i]) : 0.f, y = b ? fabsf(b[i]) : 0.f;
-    if (x < INFINITY) top = fmaxf(top, x);
-    if (y < INFINITY) top = fmaxf(top, y);
+// Large batches: grid (kExtremeBlocks).
+static __global__ void find_extremes(Upstreams upstreams) {
+  const int64_t first = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const float4 found = over_block(scan(upstreams, first, int64_t(kExtremeBlocks) * kThreads));
+  if (threadIdx.x == 0) upstreams.parts[blockIdx.x] = found;
+}
+
+// One reference r, the highest statistic, serves all anchors where none lies 2^kSpread below it: r exceeds
+// every similarity that a statistic counted; a term that underflows beside r is below 2^-66 of any anchor's
+// sum; and no upstream gradient overflows when it is multiplied by 2^(r - statistic). (Equations (6) and
+// (9).)
+constexpr float kSpread = 60.f;
+static_assert(kExtremeBlocks == kThreads, "a block reads them all at once");
+
+__device__ __forceinline__ Extremes judge(const Upstreams& upstreams) {
+  const float4 found =
+      over_block(upstreams.parts ? upstreams.parts[threadIdx.x] : scan(upstreams, threadIdx.x, kThreads));
+  const bool one = upstreams.one && found.y >= found.z && (found.y - found.z) * kLog2e <= kSpread;
+  return {found.x, one ? found.y * kLog2e : INFINITY, found.y, found.z};
+}
+
+__device__ __forceinline__ void pack_coefficient(const Upstream& u, float epsilon, const Extremes& extremes,
+                                                 int64_t i) {
+  float2 c = absent();
+  if (i < u.count) {
+    const int64_t at = u.order[i];
+    const float s = u.statistic[at];
+    if (s != -INFINITY) {
+      c = {ldexpf(u.gradient[at], -gradient_exponent(extremes.largest)), (s + epsilon) * kLog2e};
+      if (extremes.reference < INFINITY) c = {c.x * exp2f(extremes.reference - c.y), extremes.reference};
+    }
+  }
+  u.out[i] = c;
+}
+
+struct Preparation {
+  Rows sides[2];  // anchors; candidates where they are others
+  uint4* copies[2];
+  int64_t part_size[2];  // chunks of a part of the copy; 0: no copy
+  int width, slices;
+  Ranges ranges[2];
+  Upstreams upstreams;
+  int* arrivals;
+  int64_t arrival_count;
+};
+
+// How many blocks prepare() needs.
+template <int CH>
+int64_t preparation_blocks(const Preparation& p) {
+  const auto blocks = [](int64_t items) { return divide_up(items, kThreads); };
+  int64_t sum = blocks(p.arrival_count);
+  for (int k = 0; k < 2; ++k)
+    sum += blocks(p.part_size[k]) + blocks(p.ranges[k].range ? p.ranges[k].rows.count : 0);
+  for (const Upstream& u : p.upstreams.of)
+    if (u.out) sum += blocks(divide_up(u.count, kUnitRows) * kUnitRows);
+  return sum;
+}
+
+template <class In, class F, int PARTS>
+__global__ void __launch_bounds__(kThreads) prepare(const __grid_constant__ Preparation p) {
+  constexpr int CH = PARTS == 1 ? 8 : 4;
+  int64_t block = blockIdx.x, i;
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    if (takes(block, p.part_size[k], i)) {
+      if (i < p.part_size[k])
+        gather_chunk<In, F, PARTS, CH>(p.copies[k], p.part_size[k], p.sides[k], p.width, p.slices, i);
+      return;
+    }
+    if (takes(block, p.ranges[k].count(), i)) {
+      p.ranges[k].find(i);
+      return;
+    }
   }
 #pragma unroll
-  for (int o = 16; o; o /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, o));
-  if (threadIdx.x % 32 == 0) gpu::atomic_max_nonnegative(largest, top);
-}
-
-// Coefficients of sorted row i from the statistic and its upstream gradient, in the caller's order.
-static __global__ void pack_coefficients(float2* out, const float* statistic, const float* gradient,
-                                         float epsilon, const int64_t* order, const float* largest, int count,
-                                         int padded) {
-  const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
-  if (i >= padded) return;
-  float2 c = absent();
-  if (i < count) {
-    const float s = statistic[order[i]];
-    if (s != -INFINITY)
-      c = {ldexpf(gradient[order[i]], -gradient_exponent(*largest)), (s + epsilon) * kLog2e};
+  for (int k = 0; k < 4; ++k) {
+    const Upstream& u = p.upstreams.of[k];
+    if (takes(block, u.padded(), i)) {
+      const Extremes extremes = judge(p.upstreams);
+      if (k == 0 && i == 0) *p.upstreams.extremes = extremes;
+      if (i < u.padded()) pack_coefficient(u, p.upstreams.epsilon, extremes, i);
+      return;
+    }
   }
-  out[i] = c;
+  if (takes(block, p.arrival_count, i) && i < p.arrival_count) p.arrivals[i] = 0;
 }
 
 }  // namespace pysupcon::cuda

@@ -2,18 +2,27 @@
 // a block of rows has to visit. README.md explains the layout.
 #pragma once
 #include "gpu_ops.cuh"
+#include "runs.cuh"
 
 namespace pysupcon::cuda {
 
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
 
-// Label-sorted rows as 16-bit numbers: [parts][count][chunks] chunks of 8 numbers; a row ends in zeros. With
-// several parts, row = part 0 + part 1 + ..., each part the rounded remainder of those before it.
+// Label-sorted rows as 16-bit numbers, as they shall lie in shared memory: units of kUnitRows rows by one
+// slice of CH chunks of 8 numbers, each row's chunks swizzled; [parts][units of rows][slices][kUnitRows][CH].
+// Rows and slices end in zeros. With several parts, row = part 0 + part 1 + ..., each part the rounded
+// remainder of those before it.
 struct Operand {
   const uint4* data;
-  int count;
-  int chunks;
+  int count;   // rows
+  int slices;  // of a row
+
+  template <int CH>
+  __host__ __device__ __forceinline__ int64_t part_size() const {
+    const int64_t padded = int64_t(count + kPadRows - 1) / kPadRows * kPadRows;
+    return padded * slices * CH;
+  }
 };
 
 // The pairs of one launch: rows are owned by blocks, columns stream past.
@@ -34,33 +43,103 @@ __device__ __forceinline__ int swizzle(int row, int chunk) {
   return CH == 8 ? chunk ^ (row & 7) : chunk ^ ((row >> 1) & 3);
 }
 
-// Starts the copy of chunks [chunk0, chunk0 + CH) of rows [row0, row0 + ROWS); zeros beyond the operand's
-// edges.
+// Starts the copy of one slice of rows [row0, row0 + ROWS): a unit, a part of one or several, byte for byte.
 template <int THREADS, int PARTS, int ROWS, int CH>
 __device__ __forceinline__ void load_slice(uint4 (&dst)[PARTS][ROWS][CH], const Operand& x, int row0,
-                                           int chunk0) {
-  static_assert(ROWS * CH % THREADS == 0 || ROWS * CH < THREADS,
-                "every thread copies equally many chunks, or one");
-  if (ROWS * CH < THREADS && int(threadIdx.x) >= ROWS * CH) return;
+                                           int slice) {
+  constexpr int SIZE = ROWS * CH, UNIT = kUnitRows * CH;
+  static_assert(SIZE % THREADS == 0 || SIZE < THREADS, "every thread copies equally many chunks, or one");
+  static_assert(ROWS % kUnitRows == 0 || kUnitRows % ROWS == 0, "units or equal parts of one");
+  const int thread = int(threadIdx.x);
+  if (SIZE < THREADS && thread >= SIZE) return;
+  const uint4* unit = x.data + (int64_t(row0 / kUnitRows) * x.slices + slice) * UNIT + row0 % kUnitRows * CH;
 #pragma unroll
   for (int part = 0; part < PARTS; ++part)
 #pragma unroll
-    for (int i = 0; i < (ROWS * CH + THREADS - 1) / THREADS; ++i) {
-      const int r = (int(threadIdx.x) + i * THREADS) / CH, c = int(threadIdx.x) % CH;
-      const bool valid = row0 + r < x.count && chunk0 + c < x.chunks;
-      const int64_t row = int64_t(part) * x.count + row0 + r;
-      gpu::cp_async16(&dst[part][r][swizzle<CH>(r, c)], valid ? x.data + row * x.chunks + chunk0 + c : x.data,
-                      valid);
+    for (int i = 0; i < (SIZE + THREADS - 1) / THREADS; ++i) {
+      const int at = i * THREADS;  // of this thread's chunk, less thread: within one unit THREADS divides
+      static_assert(UNIT % THREADS == 0 || SIZE < THREADS, "a pass of the threads stays within a unit");
+      const uint4* src = unit + part * x.part_size<CH>() + int64_t(at / UNIT) * x.slices * UNIT + at % UNIT;
+      gpu::cp_async16(&dst[part][0][0] + at + thread, src + thread, true);
     }
 }
 
+// acc[m][0..1] += A B^T over one slice inside the tensor core: fragments of A, and B's rows row .. row + 15.
+template <class F, int MT, int BROWS, int CH>
+__device__ __forceinline__ void multiply_columns(float (&acc)[MT][2][4], const uint32_t (&a)[CH / 2][MT][4],
+                                                 const uint4 (&b)[BROWS][CH], int row, int lane) {
+  const int r = row + (lane & 7) + ((lane >> 4) << 3);
+#pragma unroll
+  for (int k = 0; k < CH / 2; ++k) {
+    uint32_t bf[4];
+    gpu::ldmatrix(bf, &b[r][swizzle<CH>(r, 2 * k + ((lane >> 3) & 1))]);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t bh[2] = {bf[2 * half], bf[2 * half + 1]};
+#pragma unroll
+      for (int m = 0; m < MT; ++m) F::mma(acc[m][half], a[k][m], bh);
+    }
+  }
+}
+
+// acc[m][n] += A B^T over one slice inside the tensor core, for rows of so few slices that truncation does
+// not matter: A rows a_row + 16 m, B rows 8 n (16 x 8 tiles of mma.m16n8k16).
+template <class F, int MT, int NT, int AROWS, int BROWS, int CH>
+__device__ __forceinline__ void multiply_few(float (&acc)[MT][NT][4], const uint4 (&a)[AROWS][CH], int a_row,
+                                             const uint4 (&b)[BROWS][CH], int b_row, int lane) {
+#pragma unroll
+  for (int k = 0; k < CH / 2; ++k) {
+    uint32_t af[MT][4];
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {
+      const int r = a_row + 16 * m + (lane & 15);
+      gpu::ldmatrix(af[m], &a[r][swizzle<CH>(r, 2 * k + (lane >> 4))]);
+    }
+#pragma unroll
+    for (int n = 0; n < NT; n += 2) {
+      const int r = b_row + 8 * n + (lane & 7) + ((lane >> 4) << 3);
+      uint32_t bf[4];
+      gpu::ldmatrix(bf, &b[r][swizzle<CH>(r, 2 * k + ((lane >> 3) & 1))]);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t bh[2] = {bf[2 * half], bf[2 * half + 1]};
+#pragma unroll
+        for (int m = 0; m < MT; ++m) F::mma(acc[m][n + half], af[m], bh);
+      }
+    }
+  }
+}
+
 // acc[m][n] += A B^T over one slice: A rows a_row + 16 m.., B rows b_row + 8 n.. (16 x 8 tiles of
-// mma.m16n8k16). Several parts: every product whose parts sum to less than PARTS, smallest first into a fresh
-// accumulator, then one rounded addition, because tensor cores truncate where they add to a large
-// accumulator.
+// mma.m16n8k16). Tensor cores truncate where they add to a large accumulator, so each slice starts a fresh
+// one, which is added to the sum with rounding. Several parts: every product whose parts sum to less than
+// PARTS, smallest first, into a fresh accumulator for each 16 numbers.
+template <class F, int MT, int NT, int AROWS, int BROWS, int CH>
+__device__ __forceinline__ void multiply_slice(float (&acc)[MT][NT][4], const uint4 (&a)[1][AROWS][CH],
+                                               int a_row, const uint4 (&b)[1][BROWS][CH], int b_row) {
+  const int lane = threadIdx.x % 32;
+  uint32_t af[CH / 2][MT][4];
+#pragma unroll
+  for (int k = 0; k < CH / 2; ++k)
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {
+      const int r = a_row + 16 * m + (lane & 15);
+      gpu::ldmatrix(af[k][m], &a[0][r][swizzle<CH>(r, 2 * k + (lane >> 4))]);
+    }
+#pragma unroll
+  for (int n = 0; n < NT; n += 2) {
+    float fresh[MT][2][4] = {};
+    multiply_columns<F>(fresh, af, b[0], b_row + 8 * n, lane);
+#pragma unroll
+    for (int m = 0; m < MT; ++m)
+#pragma unroll
+      for (int i = 0; i < 8; ++i) acc[m][n + i / 4][i % 4] += fresh[m][i / 4][i % 4];
+  }
+}
 template <class F, int MT, int NT, int PARTS, int AROWS, int BROWS, int CH>
 __device__ __forceinline__ void multiply_slice(float (&acc)[MT][NT][4], const uint4 (&a)[PARTS][AROWS][CH],
                                                int a_row, const uint4 (&b)[PARTS][BROWS][CH], int b_row) {
+  static_assert(PARTS > 1, "one part has a function of its own");
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int k = 0; k < CH / 2; ++k) {
@@ -83,36 +162,47 @@ __device__ __forceinline__ void multiply_slice(float (&acc)[MT][NT][4], const ui
       for (int half = 0; half < 2; ++half)
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
-          if constexpr (PARTS == 1) {
-            const uint32_t bh[2] = {bf[0][2 * half], bf[0][2 * half + 1]};
-            F::mma(acc[m][n + half], af[0][m], bh);
-          } else {
-            float fresh[4] = {};
+          float fresh[4] = {};
 #pragma unroll
-            for (int order = PARTS - 1; order >= 0; --order)
+          for (int order = PARTS - 1; order >= 0; --order)
 #pragma unroll
-              for (int part = 0; part <= order; ++part) {
-                const uint32_t bh[2] = {bf[order - part][2 * half], bf[order - part][2 * half + 1]};
-                F::mma(fresh, af[part][m], bh);
-              }
+            for (int part = 0; part <= order; ++part) {
+              const uint32_t bh[2] = {bf[order - part][2 * half], bf[order - part][2 * half + 1]};
+              F::mma(fresh, af[part][m], bh);
+            }
 #pragma unroll
-            for (int i = 0; i < 4; ++i) acc[m][n + half][i] += fresh[i];
-          }
+          for (int i = 0; i < 4; ++i) acc[m][n + half][i] += fresh[i];
         }
     }
   }
 }
 
+// Weights become the operand A of the next product where they stand, because the layouts agree: columns 2 t
+// and 2 t + 1 of row g + 8 h, tile (m, j) of 16 x 8.
+template <class F, int PARTS, int MT, int NK>
+__device__ __forceinline__ void pack_weights(uint32_t (&packed)[PARTS][MT][NK][4], int m, int h, int j,
+                                             float even, float odd) {
+#pragma unroll
+  for (int part = 0; part < PARTS; ++part) {
+    packed[part][m][j / 2][2 * (j % 2) + h] = F::pack(even, odd);
+    if (part + 1 < PARTS) even -= F::to(F::from(even)), odd -= F::to(F::from(odd));
+  }
+}
+
 enum class Kind { different, same, mixed };
 
-// Which column tiles a block of rows visits, and what is in them. Rows and columns are sorted by label, so a
-// row's class is one range of columns and the ranges' bounds rise from row to row.
-struct Visit {
-  int first, last;                             // column tiles [first, last)
+// What is in a tile. Rows and columns are sorted by label, so a row's class is one range of columns and the
+// ranges' bounds rise from row to row: the block's first and last row tell of all between them. Kept in
+// shared memory, because registers are dearer than one load a tile.
+struct Bounds {
   int begin_min, begin_max, end_min, end_max;  // over the rows' ranges
+  int row0, row1;                              // rows [row0, row1)
+  int row_block;
+  int last;         // of the tiles that they visit, exclusive
+  float reference;  // see Extremes
 
   template <int BN>
-  __device__ __forceinline__ Kind kind(const Pairs& pairs, int row0, int row1, int tile) const {
+  __device__ __forceinline__ Kind kind(const Pairs& pairs, int tile) const {
     const int64_t c0 = int64_t(tile) * BN, c1 = c0 + BN;
     if (c1 > pairs.cols.count) return Kind::mixed;
     if (c1 <= begin_min || c0 >= end_max) return Kind::different;
@@ -120,24 +210,31 @@ struct Visit {
     return no_self && c0 >= begin_max && c1 <= end_min ? Kind::same : Kind::mixed;
   }
 };
-
-// The share `split` of `splits` of the visit of rows [row0, row1).
-template <int BN>
-__device__ __forceinline__ Visit visit_columns(const Pairs& pairs, int row0, int row1, int split,
-                                               int splits) {
+// The first of a thread's rows in the backward, where a warp owns 16 MT of them.
+template <int MT>
+__device__ __forceinline__ int first_row(const Bounds& bounds) {
+  const int thread = gpu::thread_again();
+  return bounds.row0 + 16 * MT * (thread / 32) + thread % 32 / 4;
+}
+// Column tiles [first, last), those of a segment that its rows visit.
+struct Visit {
+  int first, last;
+};
+template <int BM, int BN>
+__device__ __forceinline__ Visit visit_columns(const Pairs& pairs, const Segment& segment,
+                                               Bounds* bounds = nullptr) {
+  const int row0 = segment.row_block * BM, row1 = min(row0 + BM, pairs.rows.count);
   const int2 low = pairs.range[row0], high = pairs.range[row1 - 1];
-  int first = 0, last = (pairs.cols.count + BN - 1) / BN;
+  if (bounds && threadIdx.x == 0) *bounds = {low.x, high.x, low.y, high.y, row0, row1, segment.row_block};
+  int first = segment.first, last = segment.last;
+  if (pairs.cols.count == 0) last = first;
   if (pairs.within_classes) {
-    first = low.x / BN;
-    last = low.x < high.y ? (high.y + BN - 1) / BN : first;
+    first = max(first, low.x / BN);
+    last = min(last, low.x < high.y ? (high.y + BN - 1) / BN : 0);
   }
-  const int64_t tiles = last - first;
-  return {first + int(tiles * split / splits),
-          first + int(tiles * (split + 1) / splits),
-          low.x,
-          high.x,
-          low.y,
-          high.y};
+  if (bounds && threadIdx.x == 0)
+    *bounds = {low.x, high.x, low.y, high.y, row0, row1, segment.row_block, last, 0.f};
+  return {first, last};
 }
 
 // What a mixed tile asks about one row's pairs.
@@ -158,12 +255,16 @@ struct RowMask {
 };
 
 // What an anchor brings into the gradient: (upstream gradient in units of gradient_unit, reference in powers
-// of two), label-sorted, padded with absent() to a multiple of kCoefficientPadding rows. Null: the side has
-// no anchors.
+// of two), label-sorted, padded with absent() to a multiple of kUnitRows rows. Null: the side has no anchors.
 struct Coefficients {
   const float2 *n, *p;
 };
-constexpr int kCoefficientPadding = 64;
+// Over all anchors of a launch.
+struct Extremes {
+  float largest;      // upstream gradient, absolute
+  float reference;    // in powers of two, where one serves all anchors (prepare.cuh); +inf: it does not
+  float top, bottom;  // statistic, of the finite ones
+};
 __device__ __forceinline__ float2 absent() { return {0.f, INFINITY}; }  // 0 * 2^(s - inf), never 0 * inf
 
 // Weights are divided by a power of two above the largest upstream gradient and multiplied by 2^13, so that a

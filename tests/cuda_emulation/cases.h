@@ -25,6 +25,7 @@ struct Case {
   int padding = 0;          // elements between rows
   bool negatives = true, positives = true;
   double row_norm = 1;
+  int shared_memory = 228 << 10;  // of a multiprocessor; 100 << 10 holds one wide block of the backward
 };
 
 inline std::vector<Case> all_cases() {
@@ -70,6 +71,7 @@ inline std::vector<Case> all_cases() {
   Case& big = extra("unnormalised", x3, 80, 0, 40, 4);
   big.row_norm = 30, big.temperature = 10;
   extra("resident", f, 70, 0, 250, 3);                  // rows of four slices stay on chip in the forward
+  extra("wide", f, 300, 0, 70, 3).shared_memory = 100 << 10;  // row blocks of 256
   extra("tree", {"f64", Dtype::f64, 1}, 200, 0, 3, 2);  // sums that use every level
   return all;
 }

@@ -118,8 +118,10 @@ inline cudaError_t cudaMallocManaged(void** p, size_t bytes) {
 }
 inline cudaError_t cudaFree(void* p) { return free(p), cudaSuccess; }
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 4, cudaSuccess; }
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 4, cudaDevAttrMaxSharedMemoryPerMultiprocessor = 228 << 10 };
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+  return *value = which, cudaSuccess;
+}
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
   return memset(p, value, bytes), cudaSuccess;
@@ -133,6 +135,7 @@ inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_
 #define __shared__ static  // right because one block at a time runs to its end; for extern use DYNAMIC_SHARED
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
 #define DYNAMIC_SHARED(T, name) T* name = reinterpret_cast<T*>(::shim::B.dyn)  // nvcc twin: gpu_ops.cuh
 #define threadIdx (::shim::B.cur->tid)
