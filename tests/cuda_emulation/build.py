@@ -69,7 +69,8 @@ def folder_for(name: str, sources: list[Path], flags: list[str]) -> Iterator[Pat
 
 def headers() -> list[Path]:
     """What the kernels include; a driver's own headers are its own matter."""
-    return [*KERNELS.glob("*.cuh"), *KERNELS.glob("*.h"), HERE / "cuda_host_shim.h"]
+    shim = [HERE / "cuda_host_shim.h", HERE / "tensor_core.h"]
+    return [*KERNELS.glob("*.cuh"), *KERNELS.glob("*.h"), *shim]
 
 
 def kernel_objects(kind: str) -> list[Path]:

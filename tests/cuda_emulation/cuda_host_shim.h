@@ -26,6 +26,7 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
+#include "tensor_core.h"
 #if !defined(__x86_64__) || defined(CUDA_SHIM_UCONTEXT)
 #define SHIM_UC 1
 #include <ucontext.h>
@@ -143,10 +144,11 @@ constexpr int warpSize = 32;
 
 // ------------------------------------------------------------------ engine
 namespace shim {
+inline bool differ(const char* a, const char* b) { return a != b && strcmp(a, b); }
 struct Site {
   const char* file;
   int line;
-  bool operator!=(const Site& o) const { return line != o.line || strcmp(file, o.file); }
+  bool operator!=(const Site& o) const { return line != o.line || differ(file, o.file); }
 };
 #define SHIM_SITE ::shim::Site site = {__builtin_FILE(), __builtin_LINE()}
 enum State : uint8_t { READY, AT_BLOCK, AT_WARP, DONE };
@@ -383,7 +385,7 @@ Out collective(const char* op, unsigned mask, const In& in, Fn fn, Site site) {
   for (unsigned l = 0; l < 32; ++l)
     if (mask >> l & 1) {
       Fiber& f = *B.at[me.warp * 32 + l];
-      if (strcmp(f.op, op) || f.mask != mask || f.site != site)
+      if (differ(f.op, op) || f.mask != mask || f.site != site)
         fail("divergent warp collective: %s mask %08x; %s mask %08x", where(me).c_str(), mask,
              where(f).c_str(), f.mask);
       ins[l] = static_cast<const In*>(f.in);
