@@ -25,6 +25,10 @@ struct Case {
   int padding = 0;          // elements between rows
   bool negatives = true, positives = true;
   double row_norm = 1;
+  double mean = 0;         // of the numbers of a row, beside a deviation of 1, before it is normalised
+  double epsilon = 0.3;    // of positive_softplus
+  double length_bar = 0;      // where set: how much shorter or longer than right a gradient may be
+  bool of_candidates = true;  // Form::candidates: their gradient is asked for
 };
 
 inline std::vector<Case> all_cases() {
@@ -70,6 +74,18 @@ inline std::vector<Case> all_cases() {
   Case& big = extra("unnormalised", x3, 80, 0, 40, 4);
   big.row_norm = 30, big.temperature = 10;
   extra("resident", f, 70, 0, 250, 3);                  // rows of four slices stay on chip in the forward
+  // Tensor cores truncate where they add to a large sum. Few anchors against many candidates with a common
+  // mean: a gradient that is summed over all columns inside the tensor core shrinks. epsilon keeps the
+  // sigmoids away from 1, where all would be rounded alike.
+  for (const Format& k : {formats[0], formats[1]}) {
+    Case& many = extra("many-candidates", k, 3, 1 << 16, 16, 3);
+    many.form = Form::candidates, many.of_candidates = false;
+    many.temperature = 1, many.mean = 0.3, many.epsilon = -10;
+    many.length_bar = k.dtype == Dtype::bf16 ? 2e-5 : 7e-6;
+    // Wide rows, similarities near 0.9: a similarity that is summed over all slices inside shrinks.
+    Case& wide = extra("wide", k, 64, 0, 4096, 3);
+    wide.temperature = 0.01, wide.mean = 10. / 3, wide.length_bar = 2.5e-4;
+  }
   extra("tree", {"f64", Dtype::f64, 1}, 200, 0, 3, 2);  // sums that use every level
   return all;
 }
