@@ -107,8 +107,8 @@ void mma_twin(const char* op, float (&d)[4], const uint32_t (&a)[4], const uint3
   Fragments in;
   memcpy(in.a, a, 16), memcpy(in.b, b, 8), memcpy(in.c, d, 16);
   const auto all_lanes = [](const Fragments* const* f, Accumulators* const* out) {
-    uint32_t a_words[16][8], b_words[8][8];
-    float D[16][8];
+    [[gnu::uninitialized]] uint32_t a_words[16][8], b_words[8][8];  // filling them would cost as much
+    [[gnu::uninitialized]] float D[16][8];
     for (int l = 0; l < 32; ++l) {
       const int g = l / 4, t = l % 4;
       for (int r = 0; r < 4; ++r) {
@@ -117,8 +117,8 @@ void mma_twin(const char* op, float (&d)[4], const uint32_t (&a)[4], const uint3
       }
       for (int r = 0; r < 2; ++r) b_words[g][t + 4 * r] = f[l]->b[r];
     }
-    shim::Factors<16> A;
-    shim::Factors<8> B;
+    [[gnu::uninitialized]] shim::Factors<16> A;
+    [[gnu::uninitialized]] shim::Factors<8> B;
     A.decode<FRACTION_BITS, EXPONENT_BITS>(a_words);
     B.decode<FRACTION_BITS, EXPONENT_BITS>(b_words);
     shim::multiply_add<FRACTION_BITS>(shim::tensor_core(), D, A, B);
