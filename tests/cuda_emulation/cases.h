@@ -25,8 +25,8 @@ struct Case {
   int padding = 0;          // elements between rows
   bool negatives = true, positives = true;
   double row_norm = 1;
-  double mean = 0;         // of the numbers of a row, beside a deviation of 1, before it is normalised
-  double epsilon = 0.3;    // of positive_softplus
+  double mean = 0;            // of the numbers of a row, beside a deviation of 1, before it is normalised
+  double epsilon = 0.3;       // of positive_softplus
   double length_bar = 0;      // where set: how much shorter or longer than right a gradient may be
   bool of_candidates = true;  // Form::candidates: their gradient is asked for
 };
@@ -73,7 +73,7 @@ inline std::vector<Case> all_cases() {
   extra("no-candidates", f, 5, 0, 8, 2).form = Form::candidates;  // rows are loaded that nothing waits for
   Case& big = extra("unnormalised", x3, 80, 0, 40, 4);
   big.row_norm = 30, big.temperature = 10;
-  extra("resident", f, 70, 0, 250, 3);                  // rows of four slices stay on chip in the forward
+  extra("resident", f, 70, 0, 250, 3);  // rows of four slices stay on chip in the forward
   // Tensor cores truncate where they add to a large sum. Few anchors against many candidates with a common
   // mean: a gradient that is summed over all columns inside the tensor core shrinks. epsilon keeps the
   // sigmoids away from 1, where all would be rounded alike.

@@ -213,7 +213,8 @@ class Run {
     for (int i = 0; i < count; ++i) {
       Vector row;
       double square = 0;
-      for (int d = 0; d < c_.width; ++d) row.push_back(normal(rng_) + c_.mean), square += row.back() * row.back();
+      for (int d = 0; d < c_.width; ++d)
+        row.push_back(normal(rng_) + c_.mean), square += row.back() * row.back();
       for (double v : row) s.x.push_back(v / std::sqrt(square) * c_.row_norm);
       // the first class takes half of the rows; labels are large and negative too
       const int k = i % 2 && c_.classes < count ? 0 : i % c_.classes;

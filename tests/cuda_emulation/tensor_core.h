@@ -44,7 +44,7 @@ inline TensorCore& tensor_core() {
 template <int ROWS>
 struct Factors {
   static constexpr int kZero = -(1 << 20), kSpecial = 1 << 22;  // exponents of 0, and of infinity and NaN
-  float mantissa[ROWS][16];  // integers
+  float mantissa[ROWS][16];                                     // integers
   int32_t exponent[ROWS][16];
   bool zero[ROWS], finite[ROWS];  // whole rows
 
@@ -64,7 +64,8 @@ struct Factors {
         const int is_zero = -int(magnitude == 0);
         mantissa[row][k] = float((magnitude ^ sign) - sign);
         const int finite_exponent = field + 1 + is_normal - bias;
-        exponent[row][k] = (finite_exponent & ~is_zero & ~is_special) | (kZero & is_zero) | (kSpecial & is_special);
+        exponent[row][k] =
+            (finite_exponent & ~is_zero & ~is_special) | (kZero & is_zero) | (kSpecial & is_special);
         any |= magnitude, special |= is_special;
       }
       zero[row] = !any, finite[row] = !special;
