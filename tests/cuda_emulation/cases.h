@@ -1,4 +1,4 @@
-// What is emulated: small shapes, each with the reason it is there.
+// What is emulated: small shapes, each with the reason it is there, and a few large ones, named "large-...".
 #pragma once
 #include <string>
 #include <vector>
@@ -73,20 +73,28 @@ inline std::vector<Case> all_cases() {
   extra("no-candidates", f, 5, 0, 8, 2).form = Form::candidates;  // rows are loaded that nothing waits for
   Case& big = extra("unnormalised", x3, 80, 0, 40, 4);
   big.row_norm = 30, big.temperature = 10;
-  extra("resident", f, 70, 0, 250, 3);  // rows of four slices stay on chip in the forward
-  // Tensor cores truncate where they add to a large sum. Few anchors against many candidates with a common
-  // mean: a gradient that is summed over all columns inside the tensor core shrinks. epsilon keeps the
-  // sigmoids away from 1, where all would be rounded alike.
-  for (const Format& k : {formats[0], formats[1]}) {
-    Case& many = extra("many-candidates", k, 3, 1 << 16, 16, 3);
-    many.form = Form::candidates, many.of_candidates = false;
-    many.temperature = 1, many.mean = 0.3, many.epsilon = -10;
-    many.length_bar = k.dtype == Dtype::bf16 ? 2e-5 : 7e-6;
-    // Wide rows, similarities near 0.9: a similarity that is summed over all slices inside shrinks.
-    Case& wide = extra("wide", k, 64, 0, 4096, 3);
-    wide.temperature = 0.01, wide.mean = 10. / 3, wide.length_bar = 2.5e-4;
-  }
+  extra("resident", f, 70, 0, 250, 3);                  // rows of four slices stay on chip in the forward
   extra("tree", {"f64", Dtype::f64, 1}, 200, 0, 3, 2);  // sums that use every level
+
+  // Tensor cores truncate where they add to a large sum.
+  for (const Format& k : {formats[0], formats[1]}) {
+    const bool bf16 = k.dtype == Dtype::bf16;
+    const auto large = [&](const char* name, int m, int n, int width) -> Case& {
+      all.push_back({std::string("large-") + k.name + "-" + name, k.dtype, k.parts, m, n, width, 3});
+      return all.back();
+    };
+    // Few anchors against many candidates with a common mean: a gradient that is summed over all columns
+    // inside the tensor core shrinks (bf16: by 5e-5 and more), while the rounding of the weights to 16 bits
+    // averages out (to 5e-6). epsilon keeps the sigmoids away from 1, where all would be rounded alike.
+    Case& columns = large("columns", 16, bf16 ? 1 << 15 : 1 << 14, 16);
+    columns.form = Form::candidates, columns.of_candidates = false;
+    columns.temperature = 1, columns.mean = 0.3, columns.epsilon = -10;
+    columns.length_bar = bf16 ? 1.5e-5 : 4e-6;
+    // Wide rows, similarities near 0.9: one that is summed over all slices inside is too small by 1e-5, which
+    // the temperature multiplies by 100. The rounding of the weights of 64 columns leaves 7e-5 (bf16).
+    Case& rows = large("rows", 64, 0, 4096);
+    rows.temperature = 0.01, rows.mean = 10. / 3, rows.length_bar = 2.5e-4;
+  }
   return all;
 }
 
