@@ -88,7 +88,7 @@ inline std::vector<Case> all_cases() {
     // averages out (to 5e-6). epsilon keeps the sigmoids away from 1, where all would be rounded alike.
     Case& columns = large("columns", 16, bf16 ? 1 << 15 : 1 << 14, 16);
     columns.form = Form::candidates, columns.of_candidates = false;
-    columns.temperature = 1, columns.mean = 0.3, columns.epsilon = -10;
+    columns.temperature = 0.25, columns.mean = 0.3, columns.epsilon = -10;
     columns.length_bar = bf16 ? 1.5e-5 : 4e-6;
     // Wide rows, similarities near 0.9: one that is summed over all slices inside is too small by 1e-5, which
     // the temperature multiplies by 100. The rounding of the weights of 64 columns leaves 7e-5 (bf16).
