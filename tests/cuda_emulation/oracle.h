@@ -246,10 +246,11 @@ class Run {
     s.n = n, s.p = p, s.u.clear(), s.v.clear();
     for (double& v : s.n) v = round_stat(v);
     for (double& v : s.p) v = round_stat(v);
-    const auto draw = [&] {  // of one sign where lengths are compared: nothing may cancel
-      const double x = normal(rng_) * 1e-3;
-      return c_.length_bar > 0 ? std::abs(x) : x;
-    };
+    const auto draw =
+        [&] {  // where lengths are compared, of one sign and size: rows count alike, none cancel
+          const double x = normal(rng_);
+          return 1e-3 * (c_.length_bar > 0 ? 1 + std::abs(x) / 4 : x);
+        };
     for (int i = 0; i < s.count; ++i) {
       s.u.push_back(round_stat(i % 5 ? draw() : 0.));
       s.v.push_back(round_stat(draw()));
