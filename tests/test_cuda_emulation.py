@@ -28,17 +28,26 @@ ASAN_CASES = [
 ]
 TSAN_CASES = ["bf16-own", "f32x3-two-rows", "f64-own"]
 SHARES = 6
+FORMATS = ["bf16", "f16", "f32x1", "f32x2", "f32x3", "f64"]
+TENSOR_CORES = ["h100", "a100"]
 
 
-def check(kind: str, *cases: str, order: str = "forward") -> None:
-    done = build.run(build.build(kind), *cases, order=order)
+def check(kind: str, *cases: str, order: str = "forward", tensor_core: str = "h100") -> None:
+    done = build.run(build.build(kind), *cases, order=order, tensor_core=tensor_core)
     passed = done.returncode == 0 and done.stdout.rstrip().endswith("PASS")
     assert passed, done.stdout[-3000:] + done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("prefix", ["bf16", "f16", "f32x1", "f32x2", "f32x3", "f64"])
-def test_operators_agree_with_the_oracle(prefix: str) -> None:
-    check("plain", prefix)
+@pytest.mark.parametrize("tensor_core", TENSOR_CORES)
+@pytest.mark.parametrize("prefix", FORMATS)
+def test_operators_agree_with_the_oracle(prefix: str, tensor_core: str) -> None:
+    check("plain", prefix, tensor_core=tensor_core)
+
+
+@pytest.mark.parametrize("tensor_core", TENSOR_CORES)
+@pytest.mark.parametrize("what", ["columns", "rows"])
+def test_long_sums_do_not_shrink(what: str, tensor_core: str) -> None:
+    check("plain", f"large-bf16-{what}", f"large-f16-{what}", tensor_core=tensor_core)
 
 
 @pytest.mark.parametrize("order", ["reverse", "1"])
@@ -64,9 +73,22 @@ def test_host_twins_of_the_wrappers_agree_with_plain_arithmetic() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_thread_sanitizer_sees_a_missing_syncwarp() -> None:
-    done = build.run(build.build("tsan", "shim_selftest.cpp"), "race")
-    assert "data race" in done.stderr
+def test_tensor_core_agrees_with_a_second_statement_of_its_models() -> None:
+    done = build.run(build.build("plain", "tensor_core_selftest.cpp"))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_unknown_tensor_core_is_an_error() -> None:
+    done = build.run(build.build("plain"), "bf16-tiles", tensor_core="v100")
+    assert done.returncode != 0
+    assert "neither h100 nor a100" in done.stdout
+
+
+def test_thread_sanitizer_sees_a_missing_syncwarp_and_accepts_fences() -> None:
+    program = build.build("tsan", "shim_selftest.cpp")
+    silent, race = build.run(program), build.run(program, "race")
+    assert silent.returncode == 0, silent.stdout + silent.stderr
+    assert "data race" in race.stderr
 
 
 def test_unknown_case_is_a_failure() -> None:
@@ -81,7 +103,7 @@ def test_every_case_in_every_order(order: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["asan", "tsan"])
-@pytest.mark.parametrize("prefix", ["bf16", "f16", "f32x1", "f32x2", "f32x3", "f64"])
+@pytest.mark.parametrize("prefix", FORMATS)
 def test_every_case_under_every_sanitizer(kind: str, prefix: str) -> None:
     check(kind, prefix)
 

@@ -135,43 +135,39 @@ struct Fragments {
 struct Accumulators {
   float d[4];
 };
-template <class Decode>
-void mma_twin(const char* op, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Decode decode,
+// FRACTION_BITS and EXPONENT_BITS say which 16-bit format a and b are in.
+template <int FRACTION_BITS, int EXPONENT_BITS>
+void mma_twin(const char* op, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
               shim::Site site) {
   Fragments in;
   memcpy(in.a, a, 16), memcpy(in.b, b, 8), memcpy(in.c, d, 16);
-  const auto all_lanes = [&](const Fragments* const* f, Accumulators* const* out) {
-    float A[16][16], B[8][16];
-    for (int l = 0; l < 32; ++l)
-      for (int h = 0; h < 2; ++h) {
-        const int g = l / 4, t = l % 4;
-        for (int r = 0; r < 4; ++r)
-          A[g + 8 * (r & 1)][2 * t + h + 8 * (r >> 1)] = decode(uint16_t(f[l]->a[r] >> 16 * h));
-        for (int r = 0; r < 2; ++r) B[g][2 * t + h + 8 * r] = decode(uint16_t(f[l]->b[r] >> 16 * h));
+  const auto all_lanes = [](const Fragments* const* f, Accumulators* const* out) {
+    [[gnu::uninitialized]] uint32_t a_words[16][8], b_words[8][8];  // filling them would cost as much
+    [[gnu::uninitialized]] float D[16][8];
+    for (int l = 0; l < 32; ++l) {
+      const int g = l / 4, t = l % 4;
+      for (int r = 0; r < 4; ++r) {
+        a_words[g + 8 * (r & 1)][t + 4 * (r >> 1)] = f[l]->a[r];
+        D[g + 8 * (r >> 1)][2 * t + (r & 1)] = f[l]->c[r];
       }
+      for (int r = 0; r < 2; ++r) b_words[g][t + 4 * r] = f[l]->b[r];
+    }
+    [[gnu::uninitialized]] shim::Factors<16> A;
+    [[gnu::uninitialized]] shim::Factors<8> B;
+    A.decode<FRACTION_BITS, EXPONENT_BITS>(a_words);
+    B.decode<FRACTION_BITS, EXPONENT_BITS>(b_words);
+    shim::multiply_add<FRACTION_BITS>(shim::tensor_core(), D, A, B);
     for (int l = 0; l < 32; ++l)
-      for (int i = 0; i < 4; ++i) {  // summed in double: the hardware's order and rounding are its own
-        const int m = l / 4 + 8 * (i >> 1), n = 2 * (l % 4) + (i & 1);
-        double s = 0;
-        for (int k = 0; k < 16; ++k) s += double(A[m][k]) * double(B[n][k]);
-        out[l]->d[i] = float(s + double(f[l]->c[i]));
-      }
+      for (int i = 0; i < 4; ++i) out[l]->d[i] = D[l / 4 + 8 * (i >> 1)][2 * (l % 4) + (i & 1)];
   };
   memcpy(d, shim::collective<Accumulators>(op, ~0u, in, all_lanes, site).d, 16);
 }
 inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], SHIM_SITE) {
-  const auto decode = [](uint16_t x) { return __uint_as_float(uint32_t(x) << 16); };
-  mma_twin("mma bf16", d, a, b, decode, site);
+  mma_twin<7, 8>("mma bf16", d, a, b, site);
 }
 inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], SHIM_SITE) {
-  const auto decode = [](uint16_t x) {
-    _Float16 h;
-    memcpy(&h, &x, 2);
-    return float(h);
-  };
-  mma_twin("mma f16", d, a, b, decode, site);
+  mma_twin<10, 5>("mma f16", d, a, b, site);
 }
-
 inline void check_aligned16(const char* op, const void* p, shim::Site s) {
   if (reinterpret_cast<uintptr_t>(p) % 16)
     shim::fail("%s: address not 16-byte aligned (%s:%d)", op, s.file, s.line);

@@ -69,7 +69,8 @@ def folder_for(name: str, sources: list[Path], flags: list[str]) -> Iterator[Pat
 
 def headers() -> list[Path]:
     """What the kernels include; a driver's own headers are its own matter."""
-    return [*KERNELS.glob("*.cuh"), *KERNELS.glob("*.h"), HERE / "cuda_host_shim.h"]
+    shim = [HERE / name for name in ("cuda_host_shim.h", "cuda_host_types.h", "tensor_core.h")]
+    return [*KERNELS.glob("*.cuh"), *KERNELS.glob("*.h"), *shim]
 
 
 def kernel_objects(kind: str) -> list[Path]:
@@ -98,10 +99,18 @@ def build(kind: str, driver: str = "emulate.cpp") -> Path:
 
 
 def run(
-    program: Path, *cases: str, order: str = "forward", timeout: float = 600
+    program: Path,
+    *cases: str,
+    order: str = "forward",
+    tensor_core: str = "h100",
+    timeout: float = 600,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs the cases whose names start so (all if none is named). order: forward, reverse or a seed."""
-    environment = {**os.environ, **SANITIZER_ENVIRONMENT, "CUDA_SHIM_ORDER": order}
+    """Runs the cases whose names start so (all if none is named).
+
+    order: forward, reverse or a seed. tensor_core: h100 or a100, see tensor_core.h.
+    """
+    settings = {"CUDA_SHIM_ORDER": order, "CUDA_SHIM_TENSOR_CORE": tensor_core}
+    environment = {**os.environ, **SANITIZER_ENVIRONMENT, **settings}
     return subprocess.run(
         [str(program), *cases], capture_output=True, text=True, env=environment, timeout=timeout
     )

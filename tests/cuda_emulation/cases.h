@@ -1,4 +1,4 @@
-// What is emulated: small shapes, each with the reason it is there.
+// What is emulated: small shapes, each with the reason it is there, and a few large ones, named "large-...".
 #pragma once
 #include <string>
 #include <vector>
@@ -26,6 +26,10 @@ struct Case {
   bool negatives = true, positives = true;
   double row_norm = 1;
   int shared_memory = 228 << 10;  // of a multiprocessor; 100 << 10 holds one wide block of the backward
+  double mean = 0;            // of the numbers of a row, beside a deviation of 1, before it is normalised
+  double epsilon = 0.3;       // of positive_softplus
+  double length_bar = 0;      // where set: how much shorter or longer than right a gradient may be
+  bool of_candidates = true;  // Form::candidates: their gradient is asked for
 };
 
 inline std::vector<Case> all_cases() {
@@ -73,6 +77,26 @@ inline std::vector<Case> all_cases() {
   extra("resident", f, 70, 0, 250, 3);                  // rows of four slices stay on chip in the forward
   extra("wide", f, 300, 0, 70, 3).shared_memory = 100 << 10;  // row blocks of 256
   extra("tree", {"f64", Dtype::f64, 1}, 200, 0, 3, 2);  // sums that use every level
+
+  // Tensor cores truncate where they add to a large sum.
+  for (const Format& k : {formats[0], formats[1]}) {
+    const bool bf16 = k.dtype == Dtype::bf16;
+    const auto large = [&](const char* name, int m, int n, int width) -> Case& {
+      all.push_back({std::string("large-") + k.name + "-" + name, k.dtype, k.parts, m, n, width, 3});
+      return all.back();
+    };
+    // Few anchors against many candidates with a common mean: a gradient that is summed over all columns
+    // inside the tensor core shrinks (bf16: by 1e-4 and more), while the rounding of the weights to 16 bits
+    // averages out (to 7e-6). epsilon keeps the sigmoids away from 1, where all would be rounded alike.
+    Case& columns = large("columns", 16, bf16 ? 1 << 16 : 1 << 15, 16);
+    columns.form = Form::candidates, columns.of_candidates = false;
+    columns.temperature = 0.5, columns.mean = 0.3, columns.epsilon = -10;
+    columns.length_bar = bf16 ? 2e-5 : 7e-6;
+    // Wide rows, similarities near 0.9: one that is summed over all slices inside is too small by 1e-5, which
+    // the temperature multiplies by 100. The rounding of the weights of 64 columns leaves 2e-5 (bf16).
+    Case& rows = large("rows", 64, 0, 4096);
+    rows.temperature = 0.01, rows.mean = 10. / 3, rows.length_bar = 1.2e-4;
+  }
   return all;
 }
 

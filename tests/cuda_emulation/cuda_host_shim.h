@@ -9,6 +9,7 @@
 // -fsanitize=address,undefined also work (see the #if blocks).
 //
 // Environment: CUDA_SHIM_ORDER=forward|reverse|<seed>   order in which runnable threads and blocks are picked
+//              CUDA_SHIM_TENSOR_CORE=h100|a100          how products are summed, see tensor_core.h
 // Errors (deadlock, divergent barrier or collective, bad launch...) are thrown from launch() as
 // std::runtime_error.
 #pragma once
@@ -26,6 +27,8 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
+#include "cuda_host_types.h"
+#include "tensor_core.h"
 #if !defined(__x86_64__) || defined(CUDA_SHIM_UCONTEXT)
 #define SHIM_UC 1
 #include <ucontext.h>
@@ -43,89 +46,6 @@ void AnnotateIgnoreWritesBegin(const char*, int);
 void AnnotateIgnoreWritesEnd(const char*, int);
 }
 #endif
-
-// ------------------------------------------------------------------ vector and 16-bit types
-#if __has_include( \
-    <cuda_bf16.h>) && !defined(CUDA_SHIM_OWN_TYPES)  // NVIDIA's own host versions, where the toolkit is
-#include <vector_functions.h>
-#include <vector_types.h>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#undef __global__
-#undef __device__
-#undef __host__
-#undef __shared__
-#undef __constant__
-#undef __forceinline__
-#undef __noinline__
-#undef __launch_bounds__
-#undef __align__
-#else
-struct dim3 {
-  unsigned x, y, z;
-  constexpr dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {}
-};
-#define SHIM_VEC(T, N)                                  \
-  struct alignas(2 * sizeof(T)) N##2 { T x, y; };       \
-  struct alignas(4 * sizeof(T)) N##4 { T x, y, z, w; }; \
-  inline N##2 make_##N##2(T x, T y) { return {x, y}; }  \
-  inline N##4 make_##N##4(T x, T y, T z, T w) { return {x, y, z, w}; }
-SHIM_VEC(float, float) SHIM_VEC(int, int) SHIM_VEC(unsigned, uint) struct __nv_bfloat16 {
-  uint16_t x;
-};
-struct __half {
-  uint16_t x;
-};
-struct alignas(4) __nv_bfloat162 {
-  __nv_bfloat16 x, y;
-};
-struct alignas(4) __half2 {
-  __half x, y;
-};
-inline float __bfloat162float(__nv_bfloat16 b) {
-  uint32_t u = uint32_t(b.x) << 16;
-  float f;
-  memcpy(&f, &u, 4);
-  return f;
-}
-inline __nv_bfloat16 __float2bfloat16(float f) {  // round to nearest even
-  uint32_t u;
-  memcpy(&u, &f, 4);
-  return {uint16_t(f != f ? 0x7fff : (u + 0x7fff + (u >> 16 & 1)) >> 16)};
-}
-inline float __half2float(__half h) {
-  _Float16 v;
-  memcpy(&v, &h, 2);
-  return float(v);
-}
-inline __half __float2half(float f) {
-  _Float16 v = _Float16(f);
-  __half h;
-  memcpy(&h, &v, 2);
-  return h;
-}
-inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) {
-  return {__float2bfloat16(a), __float2bfloat16(b)};
-}
-inline __half2 __floats2half2_rn(float a, float b) { return {__float2half(a), __float2half(b)}; }
-inline float2 __bfloat1622float2(__nv_bfloat162 v) { return {__bfloat162float(v.x), __bfloat162float(v.y)}; }
-inline float2 __half22float2(__half2 v) { return {__half2float(v.x), __half2float(v.y)}; }
-#endif
-typedef struct CUstream_st* cudaStream_t;
-enum cudaError_t { cudaSuccess = 0 };
-inline cudaError_t cudaMallocManaged(void** p, size_t bytes) {
-  return posix_memalign(p, 256, bytes), cudaSuccess;  // exactly that size: a sanitizer sees the end
-}
-inline cudaError_t cudaFree(void* p) { return free(p), cudaSuccess; }
-inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 4, cudaDevAttrMaxSharedMemoryPerMultiprocessor = 228 << 10 };
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
-  return *value = which, cudaSuccess;
-}
-inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
-inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t) {
-  return memset(p, value, bytes), cudaSuccess;
-}
 
 // ------------------------------------------------------------------ keywords
 #define __global__
@@ -146,10 +66,11 @@ constexpr int warpSize = 32;
 
 // ------------------------------------------------------------------ engine
 namespace shim {
+inline bool differ(const char* a, const char* b) { return a != b && strcmp(a, b); }
 struct Site {
   const char* file;
   int line;
-  bool operator!=(const Site& o) const { return line != o.line || strcmp(file, o.file); }
+  bool operator!=(const Site& o) const { return line != o.line || differ(file, o.file); }
 };
 #define SHIM_SITE ::shim::Site site = {__builtin_FILE(), __builtin_LINE()}
 enum State : uint8_t { READY, AT_BLOCK, AT_WARP, DONE };
@@ -193,7 +114,8 @@ struct Block {
   std::vector<Fiber*> order, at;
   std::vector<Warp> warps;
   unsigned pos = 0, n = 0, at_barrier = 0, done = 0, phase = 0;
-  char sync[2], start_sync, done_sync;
+  char sync[2], start_sync, done_sync, fence;
+  int tally[2];  // threads whose predicate held at this barrier, and at the next
   unsigned shadow_age = 0;
   std::function<void()> body;
   std::string error;
@@ -356,10 +278,22 @@ inline void syncthreads(Site site) {
       for (Fiber* f : B.at) f->st = READY;
       B.at_barrier = 0;
       ++B.phase;
+      B.tally[B.phase & 1] = 0;  // read by all before they came here
     }
     yield();
   }
   tsan_acquire(&B.sync[ph]);
+}
+inline int syncthreads_count(bool predicate, Site site) {
+  int* tally;
+  {
+    Quiet q;
+    tally = &B.tally[B.phase & 1];
+    *tally += predicate;
+  }
+  syncthreads(site);
+  Quiet q;
+  return *tally;
 }
 // All lanes of `mask` meet here; fn(in, out) with in[lane], out[lane] is run once, by the last one.
 template <class Out, class In, class Fn>
@@ -386,7 +320,7 @@ Out collective(const char* op, unsigned mask, const In& in, Fn fn, Site site) {
   for (unsigned l = 0; l < 32; ++l)
     if (mask >> l & 1) {
       Fiber& f = *B.at[me.warp * 32 + l];
-      if (strcmp(f.op, op) || f.mask != mask || f.site != site)
+      if (differ(f.op, op) || f.mask != mask || f.site != site)
         fail("divergent warp collective: %s mask %08x; %s mask %08x", where(me).c_str(), mask,
              where(f).c_str(), f.mask);
       ins[l] = static_cast<const In*>(f.in);
@@ -454,6 +388,7 @@ inline void syncwarp(unsigned mask, Site site) {
 template <class F>
 void run_block(F&& body) {
   B.at_barrier = B.done = 0;
+  B.tally[0] = B.tally[1] = 0;
   B.pos = B.n - 1;
   B.body = body;
   B.error.clear();
@@ -528,10 +463,11 @@ template <class... P, class... A>
 void launch(void (*k)(P...), dim3 grid, dim3 block, size_t smem, A&&... args) {
   Quiet q;
   size_t n = size_t(block.x) * block.y * block.z;
-  if (n == 0 || n > 1024 || block.z > 64 || smem > 232448 || !grid.x || !grid.y || !grid.z ||
+  if (n == 0 || n > 1024 || block.z > 64 || smem > size_t(kMaxShared) || !grid.x || !grid.y || !grid.z ||
       grid.y > 65535 || grid.z > 65535)
     throw std::runtime_error("invalid launch configuration");
   const char* o = getenv("CUDA_SHIM_ORDER");
+  tensor_core();  // complains about an unknown model here, not in a fiber
   B.policy = !o || !strcmp(o, "forward") ? 0 : !strcmp(o, "reverse") ? 1 : 2;
   if (B.policy == 2) B.rng.seed(unsigned(atoi(o)));
   while (B.fib.size() < n) {  // stacks are kept for the next launch
@@ -562,6 +498,9 @@ void launch(void (*k)(P...), dim3 grid, dim3 block, size_t smem, A&&... args) {
 
 // ------------------------------------------------------------------ CUDA built-in functions
 inline void __syncthreads(SHIM_SITE) { shim::syncthreads(site); }
+inline int __syncthreads_count(int p, SHIM_SITE) { return shim::syncthreads_count(p != 0, site); }
+inline int __syncthreads_or(int p, SHIM_SITE) { return shim::syncthreads_count(p != 0, site) != 0; }
+inline int __syncthreads_and(int p, SHIM_SITE) { return shim::syncthreads_count(p == 0, site) == 0; }
 inline void __syncwarp(unsigned mask = ~0u, SHIM_SITE) { shim::syncwarp(mask, site); }
 template <class T>
 T __shfl_sync(unsigned m, T v, int src, int width = 32, SHIM_SITE) {
@@ -584,8 +523,10 @@ inline unsigned __ballot_sync(unsigned m, int p, SHIM_SITE) {
 }
 inline int __any_sync(unsigned m, int p, SHIM_SITE) { return shim::ballot("__any_sync", m, p, site) != 0; }
 inline int __all_sync(unsigned m, int p, SHIM_SITE) { return shim::ballot("__all_sync", m, p, site) == m; }
-inline void __threadfence() {}
-inline void __threadfence_block() {}
+// For TSan two fences order what stands before the first and behind the second. Nothing else needs ordering:
+// blocks run one after the other.
+inline void __threadfence() { shim::tsan_release(&shim::B.fence), shim::tsan_acquire(&shim::B.fence); }
+inline void __threadfence_block() { __threadfence(); }
 template <class T, class F>
 T shim_rmw(T* p, F f) {  // __atomic so that TSan knows
   T o, v;
@@ -620,9 +561,20 @@ template <class T>
 T atomicCAS(T* p, shim_same<T> c, shim_same<T> v) {
   return shim_rmw(p, [=](T o) { return o == c ? v : o; });
 }
+inline unsigned atomicInc(unsigned* p, unsigned top) {  // wraps to 0 behind top
+  return shim_rmw(p, [=](unsigned o) { return o >= top ? 0 : o + 1; });
+}
 template <class T>
 T __ldg(const T* p) {
   return *p;
+}
+template <class T>  // past the first-level cache: there is none here
+T __ldcg(const T* p) {
+  return *p;
+}
+template <class T>
+void __stcg(T* p, shim_same<T> v) {
+  *p = v;
 }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }

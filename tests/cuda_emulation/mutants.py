@@ -2,7 +2,7 @@
 """Injects one bug at a time into csrc/cuda and reports which build of the emulator notices.
 
 ``python tests/cuda_emulation/mutants.py [NAME...]`` prints the table; the builds are tried in the order plain, reverse
-order, address sanitizer, thread sanitizer, until one notices. Bugs marked invisible change speed only or need a size that
+order, large cases, address sanitizer, thread sanitizer, until one notices. Bugs marked invisible change speed only or need a size that
 no emulation reaches; they are listed so that nobody believes them covered.
 """
 
@@ -117,6 +117,7 @@ MUTANTS = [
 # Files that decide which kernels a case runs; f16 and the two-part split share every line with these.
 UNITS = ["operations", "forward_bf16", "forward_f32x3", "backward_bf16", "backward_f32x3"]
 CASES = ["bf16", "f32x3", "f64"]
+LARGE_CASES = ["large-bf16"]  # slow, so only for what the others miss
 SANITIZER_CASES = ["bf16-candidates", "bf16-long", "f32x3-own", "f64-own"]
 
 
@@ -182,6 +183,7 @@ def judge(mutant: Mutant) -> Verdict:
         if reached == ("",):
             sources.append(build.HERE / "emulate.cpp")
         attempts = [("plain", CASES, "forward"), ("plain", CASES, "reverse"),
+                    ("plain", LARGE_CASES, "forward"),
                     ("asan", SANITIZER_CASES, "forward"), ("tsan", SANITIZER_CASES, "forward")]  # fmt: skip
         for kind, cases, order in attempts:
             program = Path(folder) / kind
@@ -196,11 +198,8 @@ def judge(mutant: Mutant) -> Verdict:
                 ]  # the units left out are never called
                 subprocess.run(["g++", *flags, *link, *map(str, objects), "-o", str(program)], check=True)
             if words := noticed(program, cases, order):
-                return Verdict(
-                    mutant.name,
-                    f"{kind}{'' if order == 'forward' else ' ' + order}: {words}",
-                    bool(mutant.invisible),
-                )
+                how = f"{kind}{' large' if cases == LARGE_CASES else ''}{'' if order == 'forward' else ' ' + order}"
+                return Verdict(mutant.name, f"{how}: {words}", bool(mutant.invisible))
     return Verdict(mutant.name, "", bool(mutant.invisible))
 
 

@@ -61,6 +61,57 @@ __global__ void k_sum(const float* x, int n, float* total, unsigned* ticket, flo
   __syncthreads();
   if (last && tid == 0) *result = atomicAdd(total, 0.f);
 }
+// Blocks hand their parts over and the last one adds them up in the order of the blocks; the ticket wraps to
+// 0 for the next launch.
+struct Parts {
+  float* part;
+  unsigned* ticket;
+};
+__global__ void k_ordered_sum(const __grid_constant__ Parts parts, const float* x, float* result) {
+  __shared__ bool last;
+  const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
+  __stcg(parts.part + i, x[i]);
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicInc(parts.ticket, gridDim.x - 1) == gridDim.x - 1;
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  float sum = 0;
+  if (threadIdx.x == 0)
+    for (unsigned k = 0; k < gridDim.x * blockDim.x; ++k) sum = sum / 2 + __ldcg(parts.part + k);
+  if (threadIdx.x == 0) *result = sum;
+}
+// The same within a block: the last warp that has written reads what the others wrote, without a barrier.
+__global__ void k_last_warp(int* part, unsigned* ticket, int* result) {
+  const unsigned warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  part[threadIdx.x] = int(threadIdx.x);
+  __threadfence();
+  unsigned mine = 0;
+  if (threadIdx.x % 32 == 0) mine = atomicAdd(ticket, 1u);
+  mine = __shfl_sync(FULL, mine, 0);
+  if (mine != warps - 1) return;
+  __threadfence();
+  if (threadIdx.x == 32 * warp) {
+    int sum = 0;
+    for (unsigned k = 0; k < blockDim.x; ++k) sum += part[k];
+    *result = sum;
+  }
+}
+__global__ void k_votes(int* o) {
+  const int t = int(threadIdx.x);
+  for (int round = 0; round < 3; ++round) {
+    o[t] = __syncthreads_count(t % 3 == round);
+    o[64 + t] = __syncthreads_or(t == 5 * round) + 2 * __syncthreads_and(t >= 0);
+    o[128 + t] = __syncthreads_or(t == 100) + 2 * __syncthreads_and(t < 63);
+  }
+}
+__global__ void k_atomics(int* i, unsigned* u, unsigned long long* l) {
+  atomicAdd(i, -1);
+  atomicAdd(u, 0x10000000u);
+  atomicAdd(l, 1ull << 40);
+  atomicMax(i + 1, int(threadIdx.x) - 40), atomicMin(i + 2, -int(threadIdx.x));
+}
 // Independent statement of the fragments: CuTe's SM80_16x8x16 layouts (T32,V) -> A: m + 16 k, B: n + 8 k, C:
 // m + 16 n.
 template <bool HALF>
@@ -167,6 +218,47 @@ int main(int argc, char**) {
     RUN(k_sum, dim3((n + 255) / 256), dim3(64, 4), 0, x.data(), n, &tot, &tick, &res);
     CHECK(tot == want && res == want && tick == unsigned(n + 255) / 256);
   }
+  for (int launch = 0; launch < 2; ++launch) {
+    std::vector<float> x(128), part(128, NAN);
+    static unsigned ticket = 0;
+    float result = NAN, want = 0;
+    for (int i = 0; i < 128; ++i) want = want / 2 + (x[size_t(i)] = float(i * 29 % 31));
+    RUN(k_ordered_sum, dim3(4), dim3(32), 0, Parts{part.data(), &ticket}, x.data(), &result);
+    CHECK(result == want && ticket == 0);
+  }
+  {
+    std::vector<int> part(256, -1);
+    unsigned ticket = 0;
+    int result = -1;
+    RUN(k_last_warp, dim3(1), dim3(256), 0, part.data(), &ticket, &result);
+    CHECK(result == 255 * 128 && ticket == 8);
+  }
+  RUN(k_votes, dim3(2), dim3(64), 0, o.data());
+  for (int t = 0; t < 64; ++t) CHECK(o[t] == 21 && o[64 + t] == 3 && o[128 + t] == 0);
+  {
+    int i[3] = {0, -100, 100};
+    unsigned u = 0;
+    unsigned long long l = 0;
+    RUN(k_atomics, dim3(2), dim3(33), 0, i, &u, &l);
+    CHECK(i[0] == -66 && i[1] == -8 && i[2] == -32 && u == 0x20000000u && l == 66ull << 40);
+  }
+  {
+    int value = -1;
+    cudaFuncAttributes attributes;
+    CHECK(cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, 0) == cudaSuccess && value > 0);
+    CHECK(cudaFuncSetAttribute(k_votes, cudaFuncAttributeMaxDynamicSharedMemorySize, 99 << 10) ==
+          cudaSuccess);
+    CHECK(cudaFuncGetAttributes(&attributes, k_votes) == cudaSuccess && attributes.localSizeBytes == 0);
+    CHECK(cudaGetLastError() == cudaSuccess);
+    CHECK(cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, 7) == cudaErrorInvalidDevice);
+    CHECK(cudaPeekAtLastError() == cudaErrorInvalidDevice && cudaGetLastError() == cudaErrorInvalidDevice);
+    CHECK(cudaGetLastError() == cudaSuccess);  // a failed call is reported once
+    CHECK(cudaMemsetAsync(nullptr, 0, 4, nullptr) == cudaErrorInvalidValue);
+    CHECK(cudaFuncSetAttribute(k_votes, cudaFuncAttributeMaxDynamicSharedMemorySize, 1 << 20) ==
+          cudaGetLastError());
+  }
+  static_assert(sizeof(uint2) == 8 && sizeof(int4) == 16 && sizeof(ulonglong2) == 16 && alignof(uint4) == 16,
+                "as CUDA has them");
   std::vector<float> A(256), Bm(128), C(128);
   for (int i = 0; i < 256; ++i) A[i] = float(i * 37 % 19 - 9);
   for (int i = 0; i < 128; ++i) Bm[i] = float(i * 11 % 23 - 11);
