@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
 from typing import NamedTuple
@@ -22,8 +21,7 @@ class ModelError(RuntimeError):
     """The model cannot say anything: a tool is missing, or the code is not what it expects."""
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(NamedTuple):
     """Constants of a kernel's configuration (ForwardConfig, BackwardConfig), as the compiler knows them."""
 
     BM: int
@@ -43,8 +41,7 @@ class Config:
         return -(-dim // (8 * self.CH))
 
 
-@dataclass(frozen=True)
-class Kernel:
+class Kernel(NamedTuple):
     name: str
     base: str
     """of KERNELS"""

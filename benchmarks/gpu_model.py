@@ -36,8 +36,7 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -220,13 +219,20 @@ def _label(line: Line) -> str:
     return f"{line.kernel.name}, D={line.dim}, {line.counts.exponentials} exp{unsure}"
 
 
+def _tile(line: Line) -> str:
+    return f"{line.kernel.config.BM} x {line.kernel.config.BN}"
+
+
+_COUNT_HEAD = "per column tile and block"
+
+
 def clock_table(lines: Sequence[Line]) -> list[list[str]]:
     names = list(lines[0].clocks)
     head = ["kernel", "tile", *names, "binds", "expected", "registers/spilled/stack"]
     return [head] + [
         [
             _label(line),
-            f"{line.kernel.config.BM} x {line.kernel.config.BN}",
+            _tile(line),
             *(_range(line.clocks[name]) for name in names),
             binding(line.clocks),
             _range(line.tile),
@@ -250,30 +256,50 @@ def time_table(lines: Sequence[Line], known: Mapping[tuple[str, int, int], float
     return rows
 
 
+def counterpart(line: Line, before: Sequence[Line]) -> Line | None:
+    """The same kernel at the same D in other sources, with the same template arguments if possible."""
+    alike = [old for old in before if (old.kernel.base, old.dim) == (line.kernel.base, line.dim)]
+    return max(
+        alike,
+        key=lambda old: (
+            old.kernel.name == line.kernel.name,
+            old.counts.exponentials == line.counts.exponentials,
+        ),
+        default=None,
+    )
+
+
 def count_table(lines: Sequence[Line], before: Sequence[Line] = ()) -> list[list[str]]:
     """Warp instructions of a block for one column tile; with ``before``: before -> after."""
-    columns = {_label(line): line.counts for line in lines}
-    older = {_label(line): line.counts for line in before}
-    labels = list(dict.fromkeys([*older, *columns]))
+    columns = [(counterpart(line, before), line) for line in lines]
 
-    def cell(label: str, value: Any) -> str:
-        old, new = (f"{value(c[label]):,.0f}" if label in c else "-" for c in (older, columns))
-        return f"{old} -> {new}" if before else new
+    def row(title: str, value: Callable[[Line], str]) -> list[str]:
+        cells = [title]
+        for old, new in columns:
+            words = [value(line) for line in (old, new) if line is not None]
+            same_name = title == _COUNT_HEAD and len(set(words)) == 1
+            cells.append(words[-1] if same_name else " -> ".join(words))
+        return cells
 
-    rows = [["per column tile and block", *labels]]
-    names = sorted({name for c in (*columns.values(), *older.values()) for name in c.instructions})
-    for name in names:
-        rows.append([name, *(cell(label, lambda c, k=name: c.instructions.get(k, 0)) for label in labels)])
-    for title, value in (
-        ("issue slots, low", lambda c: c.issued[0]),
-        ("issue slots, high", lambda c: c.issued[1]),
-        ("shared wavefronts, low", lambda c: c.wavefronts[0]),
-        ("shared wavefronts, high", lambda c: c.wavefronts[1]),
-        ("bytes of cp.async", lambda c: c.copied),
-        ("multiply-adds on tensor cores", lambda c: c.multiply_adds),
-    ):
-        rows.append([title, *(cell(label, value) for label in labels)])
-    return rows
+    def numbers(title: str, of: Callable[[Counts], float]) -> list[str]:
+        return row(title, lambda line: f"{of(line.counts):,.0f}")
+
+    def of_class(name: str) -> list[str]:
+        return numbers(name, lambda counts: counts.instructions.get(name, 0))
+
+    everything = [line for pair in columns for line in pair if line is not None]
+    names = sorted({name for line in everything for name in line.counts.instructions})
+    return [
+        row(_COUNT_HEAD, _label),
+        row("rows x columns of the tile", _tile),
+        *map(of_class, names),
+        numbers("issue slots, low", lambda c: c.issued[0]),
+        numbers("issue slots, high", lambda c: c.issued[1]),
+        numbers("shared wavefronts, low", lambda c: c.wavefronts[0]),
+        numbers("shared wavefronts, high", lambda c: c.wavefronts[1]),
+        numbers("bytes of cp.async", lambda c: c.copied),
+        numbers("multiply-adds on tensor cores", lambda c: c.multiply_adds),
+    ]
 
 
 def to_json(lines: Sequence[Line]) -> list[dict[str, Any]]:
@@ -281,7 +307,7 @@ def to_json(lines: Sequence[Line]) -> list[dict[str, Any]]:
         {
             "kernel": line.kernel.name,
             "dim": line.dim,
-            "config": asdict(line.kernel.config),
+            "config": line.kernel.config._asdict(),
             "registers": line.kernel.registers,
             "spilled_bytes": line.kernel.spilled,
             "stack_bytes": line.kernel.stack,

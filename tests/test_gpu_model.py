@@ -272,6 +272,28 @@ def test_a_pipe_outside_the_sum_can_bind() -> None:
     assert gpu_model.tile_clocks(clocks) == pytest.approx((1040, 1088))
 
 
+def line(config: Config, name: str, exponentials: int) -> gpu_model.Line:
+    counts = gpu_counts.Counts({"HMMA": 8.0 * exponentials}, (8, 8), 1, (1, 1), 1, exponentials, True)
+    return gpu_model.Line(
+        kernel("backward_resident", config)._replace(name=name), 128, counts, {}, (1, 1), {}
+    )
+
+
+def test_counts_before_and_after() -> None:
+    """A kernel is held against its earlier self even if its template arguments have changed."""
+    before = [line(BACKWARD, "old", 2)]
+    after = [line(BACKWARD._replace(THREADS=128), "new", exponentials) for exponentials in (1, 2)]
+    rows = gpu_model.count_table(after, before)
+    assert rows[0][1:] == ["old, D=128, 2 exp -> new, D=128, 1 exp", "old, D=128, 2 exp -> new, D=128, 2 exp"]
+    assert rows[2] == ["HMMA", "16 -> 8", "16 -> 16"]
+    same = gpu_model.count_table(before, before)
+    assert (same[0][1], same[2]) == ("old, D=128, 2 exp", ["HMMA", "16 -> 16"])
+    assert gpu_model.count_table(before)[2] == ["HMMA", "16"]
+    two = [line(BACKWARD, "old", 1), *before]
+    assert gpu_model.counterpart(before[0], two) is two[1]
+    assert gpu_model.counterpart(before[0]._replace(dim=64), two) is None
+
+
 @pytest.mark.parametrize(
     ("gpu", "card"),
     [
@@ -349,3 +371,27 @@ def test_the_real_forward() -> None:
     products = f"{lines[0].counts.multiply_adds:,.0f}"
     assert f"| {products} -> {products} |" in gpu_model._markdown(gpu_model.count_table(lines, lines))
     assert json.loads(json.dumps(gpu_model.to_json(lines)))[0]["dim"] == 128
+
+
+@pytest.mark.slow
+def test_the_whole_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every kernel of a format, short and long rows, on two architectures: counted, not only compiled."""
+    try:
+        gpu_kernels.tools()
+    except ModelError as error:
+        pytest.skip(str(error))
+    for card, number_format in (("h100", "bf16"), ("rtx4090", "f32x3")):
+        path = tmp_path / f"{card}.json"
+        assert gpu_model.main(["--card", card, "--format", number_format, "--json", str(path)]) == 0
+        text = capsys.readouterr().out
+        assert "Predicted, not measured" in text
+        assert "copies not followed" not in text
+        results = json.loads(path.read_text())
+        found = {(line["kernel"].partition("<")[0], line["dim"]) for line in results["now"]}
+        short = "backward_resident" if number_format == "bf16" else "backward_streamed"
+        assert found == {
+            ("pair_forward", 128),
+            ("pair_forward", 768),
+            (short, 128),
+            ("backward_streamed", 768),
+        }
