@@ -5,7 +5,7 @@ loop does is counted in sass_paths.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -148,14 +148,12 @@ class Loop:
             yield from child.walk()
 
 
-def loops(graph: Graph, within: Iterable[int] | None = None) -> list[Loop]:
-    """The outermost loops among ``within`` (None: all blocks), each with its inner loops."""
-    inside = set(graph.blocks if within is None else within)
-    edges = {b: [s for s in graph.successors[b] if s in inside] for b in inside}
-    return _loops(edges, graph.successors)
+def loops(graph: Graph) -> list[Loop]:
+    """The outermost loops, each with its inner loops."""
+    return _loops(graph.successors, graph.successors)
 
 
-def _loops(edges: dict[int, list[int]], all_edges: Mapping[int, list[int]]) -> list[Loop]:
+def _loops(edges: Mapping[int, list[int]], all_edges: Mapping[int, list[int]]) -> list[Loop]:
     found = []
     for component in _components(edges):
         if len(component) == 1 and not any(b in edges[b] for b in component):
@@ -196,6 +194,8 @@ def _components(edges: Mapping[int, list[int]]) -> list[set[int]]:
         while todo:
             node = todo.pop()
             component.add(node)
-            todo += [p for p in reverse[node] if p not in done and not done.add(p)]  # type: ignore[func-returns-value]
+            fresh = [p for p in reverse[node] if p not in done]
+            done.update(fresh)
+            todo += fresh
         found.append(component)
     return found

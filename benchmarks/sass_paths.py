@@ -36,8 +36,21 @@ class Work(NamedTuple):
 class Path(NamedTuple):
     issued: int
     """instructions"""
-    times: Counter[int]
-    """how often each block is executed"""
+    parts: tuple[int | Path, ...] = ()
+    """its blocks, by their address, and shorter paths"""
+
+    @property
+    def times(self) -> Counter[int]:
+        """How often each block is executed."""
+        found: Counter[int] = Counter()
+        todo: list[int | Path] = [self]
+        while todo:
+            part = todo.pop()
+            if isinstance(part, Path):
+                todo += part.parts
+            else:
+                found[part] += 1
+        return found
 
 
 Paths = dict[Work, Path]
@@ -139,7 +152,7 @@ def loop_paths(graph: Graph, loop: Loop, limit: Limit) -> Paths:
 def _walk(graph: Graph, loop: Loop, limit: Limit) -> tuple[Paths, dict[int, Paths]]:
     """(paths that come back to the header, paths that leave the loop, by the block they leave to)."""
     inner = {block: child for child in loop.children for block in child.blocks}
-    arrived: dict[int, Paths] = {loop.header: {Work(): Path(0, Counter())}}
+    arrived: dict[int, Paths] = {loop.header: {Work(): Path(0)}}
     cycle: Paths = {}
     exits: dict[int, Paths] = {}
 
@@ -160,7 +173,7 @@ def _walk(graph: Graph, loop: Loop, limit: Limit) -> tuple[Paths, dict[int, Path
         else:
             instructions = graph.blocks[node]
             work = work_of(instructions, limit)
-            block = {} if work is None else {work: Path(len(instructions), Counter({node: 1}))}
+            block = {} if work is None else {work: Path(len(instructions), (node,))}
             passed = _joined(here, block, limit)
             for target in graph.successors[node]:
                 deliver(target, passed)
@@ -173,7 +186,7 @@ def _whole(graph: Graph, loop: Loop, limit: Limit) -> dict[int, Paths]:
     A path that leaves with products is a trip, too: the loop is tested at its end.
     """
     cycle, exits = _walk(graph, loop, limit)
-    turns: list[Paths] = [{Work(): Path(0, Counter())}]
+    turns: list[Paths] = [{Work(): Path(0)}]
     if any(work.multiply_adds for work in cycle):
         for _ in range(limit.trips):
             turns.append(_joined(turns[-1], cycle, limit))
@@ -221,7 +234,7 @@ def _joined(first: Paths, second: Paths, limit: Limit) -> Paths:
                 continue
             issued = left.issued + right.issued
             if work not in found or issued < found[work].issued:
-                found[work] = Path(issued, left.times + right.times)
+                found[work] = Path(issued, (left, right))
     return found
 
 
