@@ -70,7 +70,7 @@ def find_cuda(homes: Sequence[str] = HOMES, sites: Sequence[str] | None = None) 
 
 
 def find_programs(name: str, homes: Sequence[str] = HOMES, sites: Sequence[str] | None = None) -> list[str]:
-    """Every program of this name (nvcc, compute-sanitizer), in the order that the module's docstring gives."""
+    """Every program of this name (nvcc, compute-sanitizer), in the order of the module docstring."""
     tops = [Path(home) for home in (os.environ.get("CUDA_HOME"), *homes) if home]
     tops += pip_roots("cu*", sites)
     paths = [shutil.which(name), *(shutil.which(str(top / "bin" / name)) for top in tops)]
