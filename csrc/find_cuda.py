@@ -25,7 +25,8 @@ from typing import NamedTuple
 
 MIN_NVCC = (12, 0)
 HOMES = ("/usr/local/cuda",)
-PIP_LINE = "pip install 'cuda-toolkit[nvcc,cccl]==13.0.*'"
+# Every package is named, since cuda-toolkit 13.0.2 (torch 2.11) leaves the version of what nvcc needs open.
+PIP_LINE = "pip install 'cuda-toolkit[nvcc,crt,nvvm,cudart,cccl]==13.0.*'"
 # What the kernels need of each package: any of these files.
 PARTS = {
     "nvidia-nvvm": ("nvvm/bin/cicc",),
@@ -110,7 +111,7 @@ def examine(nvcc: str, sites: Sequence[str] | None = None) -> tuple[Toolkit | No
     if cudart is None:
         return None, f"{nvcc} has no libcudart_static.a with it{remedy}"
     if words := compile_error(nvcc, flags):
-        return None, f"{nvcc} does not compile a small kernel with the host compiler: {words}{remedy}"
+        return None, f"{nvcc} does not compile a small kernel: {words}{remedy}"
     return Toolkit(nvcc, version, flags, cudart), ""
 
 
@@ -144,14 +145,16 @@ def header_flags(root: Path) -> list[str]:
 
 
 def compile_error(nvcc: str, flags: list[str]) -> str:
-    """The last line of nvcc's error (an unsupported host compiler, say); "" if the kernel compiles."""
+    """The first error of nvcc or of what it calls (an unsupported host compiler, say), or "" without one."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "empty.cu"
         source.write_text(KERNEL)
         command = [nvcc, "-std=c++17", *flags, "-c", str(source), "-o", str(source.with_suffix(".o"))]
         done = subprocess.run(command, capture_output=True, text=True)
-    lines = (done.stderr or done.stdout).strip().splitlines()
-    return "" if done.returncode == 0 else (lines or ["no message"])[-1]
+    if done.returncode == 0:
+        return ""
+    lines = (done.stderr + done.stdout).strip().splitlines() or ["no message"]
+    return next((line for line in lines if re.search("error|fatal", line)), lines[-1])
 
 
 def output(command: list[str]) -> str:
