@@ -6,7 +6,7 @@ torch.
 
 Environment
     PYSUPCON_CUDA=0|1        leave the CUDA kernels out | stop if they cannot be built
-                             (default: build them if nvcc is there)
+                             (default: build them if nvcc is there; csrc/find_cuda.py says where it is sought)
     PYSUPCON_CUDA_ARCHS      e.g. "80;90a" or "all"; default "80;90"; PTX of the newest is always added
     CXX, NVCC, MAX_JOBS      compilers and the number of parallel jobs
 """
@@ -14,11 +14,11 @@ Environment
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -26,11 +26,13 @@ from typing import NoReturn
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+sys.path.insert(0, str(Path(__file__).resolve().with_name("csrc")))
+from find_cuda import Toolkit, find_cuda
+
 ROOT = Path(__file__).resolve().parent
 NO_ISOLATION = "pip install --no-build-isolation ."
 ALL_CUDA_ARCHS = ["80", "86", "89", "90a", "100", "120"]
 DEFAULT_CUDA_ARCHS = ["80", "90"]
-MIN_NVCC = (12, 0)
 
 # CPU instruction sets: name -> flags. "generic" is the compiler's baseline (SSE2 on x86-64, NEON on
 # aarch64).
@@ -73,8 +75,8 @@ def find_ninja() -> str:
     return found or stop("ninja is missing: type `pip install ninja` and build again")
 
 
-def find_nvcc() -> tuple[str | None, str]:
-    """Path of an nvcc that will do, or None and the reason."""
+def find_toolkit() -> tuple[Toolkit | None, str]:
+    """What compiles the CUDA kernels, or None; and the word on it for pysupcon.backends()."""
     wish = os.environ.get("PYSUPCON_CUDA", "")
     if wish not in ("", "0", "1"):
         stop(f"PYSUPCON_CUDA must be 0, 1 or unset, got {wish!r}")
@@ -82,46 +84,10 @@ def find_nvcc() -> tuple[str | None, str]:
         return None, "PYSUPCON_CUDA=0 at build time"
     if not list((ROOT / "csrc/cuda").glob("*.cu")):
         return None, "this source tree has no CUDA kernels"
-    candidates = [os.environ.get("NVCC"), shutil.which("nvcc")]
-    homes = (os.environ.get("CUDA_HOME"), "/usr/local/cuda")
-    candidates += [str(Path(home) / "bin/nvcc") for home in homes if home]
-    nvcc = next((path for path in candidates if path and Path(path).exists()), None)
-    reason = "no nvcc was found at build time (PATH, CUDA_HOME, NVCC)"
-    if nvcc:
-        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-        match = re.search(r"release (\d+)\.(\d+)", text)
-        if not match or (int(match[1]), int(match[2])) < MIN_NVCC:
-            found = match[0] if match else "of unknown version"
-            reason = f"nvcc {found} is older than {MIN_NVCC[0]}.{MIN_NVCC[1]}"
-        elif find_cudart(nvcc) is None:
-            reason = f"{nvcc} has no libcudart_static.a with it"
-        elif words := compile_error(nvcc):
-            reason = f"{nvcc} does not compile an empty kernel with the host compiler at hand: {words}"
-        else:
-            return nvcc, f"nvcc {match[1]}.{match[2]}"
-    if wish == "1":
-        stop(f"PYSUPCON_CUDA=1, but {reason}")
-    return None, reason
-
-
-def compile_error(nvcc: str) -> str:
-    """What nvcc says of an empty kernel (a host compiler it does not support, say); "" if it compiles."""
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "empty.cu"
-        source.write_text("__global__ void empty() {}\n")
-        command = [nvcc, "-std=c++17", "-c", str(source), "-o", str(source.with_suffix(".o"))]
-        done = subprocess.run(command, capture_output=True, text=True)
-    words = (done.stderr or done.stdout).strip().splitlines()
-    return "" if done.returncode == 0 else " ".join(words[-1:] or ["no word of its own"]).replace('"', "'")
-
-
-def find_cudart(nvcc: str) -> Path | None:
-    """Folder of the static CUDA runtime that belongs to this nvcc (which may be a wrapper elsewhere)."""
-    words = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
-    match = re.search(r"TOP=(.*)", words)
-    top = Path(match[1].strip()) if match else Path(nvcc).resolve().parent.parent
-    folders = [top / "lib64", top / "lib", *top.glob("targets/*/lib")]
-    return next((folder.resolve() for folder in folders if (folder / "libcudart_static.a").exists()), None)
+    toolkit, word = find_cuda()
+    if toolkit is None and wish == "1":
+        stop(f"PYSUPCON_CUDA=1, but {word}")
+    return toolkit, word if toolkit else f"at build time, {word}"
 
 
 def cuda_archs(nvcc: str) -> list[str]:
@@ -195,11 +161,10 @@ class NinjaBuildExt(build_ext):
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        nvcc, cuda_word = find_nvcc()
-        archs = cuda_archs(nvcc) if nvcc else []
-        cudart = find_cudart(nvcc) if nvcc else None
+        toolkit, cuda_word = find_toolkit()
+        archs = cuda_archs(toolkit.nvcc) if toolkit else []
         tag = f"{sys.implementation.cache_tag}-torch{torch.__version__}"
-        tag += "-cuda" + "-".join(archs) if nvcc else "-cpu"
+        tag += "-cuda" + "-".join(archs) if toolkit else "-cpu"
         ninja = NinjaFile(ROOT / "build" / f"ninja-{tag}")
         cxx = os.environ.get("CXX", "g++")
         ninja.rule("cxx", f"{cxx} -MMD -MF $out.d $flags -c $in -o $out", "c++ $out")
@@ -218,8 +183,8 @@ class NinjaBuildExt(build_ext):
         for source in ("select", "driver", "class_sums"):
             ninja.compile("cxx", f"csrc/cpu/{source}.cpp", [*kernel, *have])
 
-        if nvcc:
-            self.add_cuda(ninja, nvcc, archs)
+        if toolkit:
+            self.add_cuda(ninja, toolkit, archs)
             cuda_word = f"{cuda_word}, architectures {' '.join(archs)} and PTX"
         else:
             print(f"pysupcon: CPU only: {cuda_word}", flush=True)
@@ -231,31 +196,40 @@ class NinjaBuildExt(build_ext):
         facts = {"TORCH_VERSION": torch.__version__, "CUDA_WORD": cuda_word, "COMPILER": Path(cxx).name}
         for source in ("csrc/library.cpp", "csrc/cpu_glue.cpp"):
             ninja.compile("cxx", source, glue)
-        if nvcc:
+        if toolkit:
             ninja.compile("cxx", "csrc/cuda_glue.cpp", glue)
-        defines = [f"'-DPYSUPCON_{name}=\"{value}\"'" for name, value in facts.items()]
-        defines += ["-DPYSUPCON_WITH_CUDA"] if nvcc else []
+        strings = {name: value.replace("\\", "/").replace('"', "'") for name, value in facts.items()}
+        defines = [shlex.quote(f'-DPYSUPCON_{name}="{value}"') for name, value in strings.items()]
+        defines += ["-DPYSUPCON_WITH_CUDA"] if toolkit else []
         ninja.compile("cxx", "csrc/bindings.cpp", [*glue, *defines])
 
         link = [f"-L{path}" for path in cpp_extension.library_paths()]
         link += ["-fopenmp", "-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10", "-Wl,--as-needed"]
-        if nvcc:
-            link += [f"-L{cudart}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+        if toolkit:
+            link += [f"-L{toolkit.cudart}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
         ninja.link(target, link)
         ninja.run(find_ninja())
 
-    def add_cuda(self, ninja: NinjaFile, nvcc: str, archs: list[str]) -> None:
+    def add_cuda(self, ninja: NinjaFile, toolkit: Toolkit, archs: list[str]) -> None:
         """One nvcc call per kernel file; ptxas' report of registers and spills stays beside the object."""
         report = "$out.ptxas.txt"
-        command = f"{nvcc} -MD -MF $out.d $flags -c $in -o $out > {report} 2>&1 || (cat {report}; exit 1)"
+        command = (
+            f"{toolkit.nvcc} -MD -MF $out.d $flags -c $in -o $out > {report} 2>&1 || (cat {report}; exit 1)"
+        )
         ninja.rule("nvcc", command, "nvcc $out")
         flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"]
-        flags += ["--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}", *gencode(archs)]
+        flags += ["--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}", *toolkit.include_flags]
+        flags += gencode(archs)
         for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
             ninja.compile("nvcc", str(source.relative_to(ROOT)), flags)
 
 
+# ninja compiles the sources; setuptools is told of them as dependencies, for the source distribution.
+SOURCES = [path for path in sorted((ROOT / "csrc").rglob("*")) if path.is_file() and path.suffix != ".pyc"]
+
 setup(
-    ext_modules=[Extension("pysupcon._C", sources=[])],
+    ext_modules=[
+        Extension("pysupcon._C", sources=[], depends=[str(path.relative_to(ROOT)) for path in SOURCES])
+    ],
     cmdclass={"build_ext": NinjaBuildExt},
 )
