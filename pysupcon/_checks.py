@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _ops
+from . import _ops, _trust
 
 __all__ = [
     "BACKENDS",
     "check_choice",
     "check_features",
     "check_ids",
+    "check_kernels",
     "check_mask",
     "check_number",
     "check_temperature",
@@ -142,3 +143,12 @@ def resolve_backend(backend: str, device: torch.device, masked: bool) -> str:
     if not _ops.compiled_for(backend):
         raise RuntimeError(f"backend={backend!r} is not compiled: {_why_not(backend)}")
     return backend
+
+
+def check_kernels(wish: str, device: torch.device, dtype: torch.dtype) -> str:
+    """What takes the place of the CUDA kernels if they are not to be trusted: see :mod:`pysupcon._trust`."""
+    if torch.compiler.is_compiling():
+        from . import _traced
+
+        return _traced.settle(wish, device, dtype)
+    return _trust.settle(wish, device, dtype)
