@@ -146,9 +146,16 @@ def resolve_backend(backend: str, device: torch.device, masked: bool) -> str:
 
 
 def check_kernels(wish: str, device: torch.device, dtype: torch.dtype) -> str:
-    """What takes the place of the CUDA kernels if they are not to be trusted: see :mod:`pysupcon._trust`."""
+    """ "cuda" if its kernels may be used for rows of ``dtype`` (see :mod:`pysupcon._trust`); otherwise
+    "tiled", or an error where ``wish`` names the backend."""
     if torch.compiler.is_compiling():
         from . import _traced
 
-        return _traced.settle(wish, device, dtype)
-    return _trust.settle(wish, device, dtype)
+        why = _traced.told_obstacle(device, dtype, wish == "auto")
+    else:
+        why = _trust.told_obstacle(device, dtype, wish == "auto")
+    if why is None:
+        return "cuda"
+    if wish == "auto":
+        return "tiled"
+    raise RuntimeError(why)

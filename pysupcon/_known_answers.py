@@ -36,12 +36,14 @@ TOLERANCES = {
     (torch.float64, 0): Tolerance(1e-12, 1e-11),
     # Similarities reach 16, statistics lie near it: a float32 error of a few 1e-7 of both.
     (torch.float32, 3): Tolerance(1e-5, 2e-5),
-    # Two parts: rows and weights are off by 2^-17, a product by two of these and 2^-16 that is left out. Times 16.
+    # Two parts: rows and weights are off by 2^-17, a product by two of these and 2^-16 that is left out. A
+    # similarity by 16 times that.
     (torch.float32, 2): Tolerance(1e-4, 5e-4),
-    # One part: rows that bfloat16 holds exactly. Sums are float32; a weight of 8 bits is off by 2^-8 = 3.9e-3.
+    # One part: rows that bfloat16 holds exactly. Sums are float32; a weight of 8 bits is off by 3.9e-3 at
+    # most, half its last one.
     (torch.float32, 1): Tolerance(1e-5, 4.2e-3),
     (torch.bfloat16, 0): Tolerance(1e-5, 4.2e-3),
-    # A weight of 11 bits is off by 2^-11 = 4.9e-4.
+    # A weight of 11 bits is off by 4.9e-4 at most.
     (torch.float16, 0): Tolerance(1e-5, 6e-4),
 }
 _NEAR_ZERO = 0.01  # below this part of the largest element, an error is measured against that part
@@ -117,8 +119,11 @@ def _questions(width: int, dtype: torch.dtype, parts: int) -> Iterator[_Question
     in_everybody = torch.arange(_ROWS)[_ANCHORS]
     own_rows = Pairing(own, _order(own), labels, one_set.order, in_everybody)
 
-    def columns(rows: tuple[Any, ...], sign: float, kinds: tuple[bool, bool] = (True, True)) -> _Columns:
-        stats = [rounded(value, _stats_dtype(dtype)) for value in tiled.pair_stats(*rows, *kinds)]
+    def columns(rows: Any, sign: float, kinds: tuple[bool, bool] = (True, True)) -> _Columns:
+        stats = [
+            rounded(value, _stats_dtype(dtype))
+            for value in tiled.pair_stats(*rows, negatives=kinds[0], positives=kinds[1])
+        ]
         upstream = [sign * rounded(0.5 + random(rows[0].shape[0]), _stats_dtype(dtype)) for _ in range(3)]
         return _Columns(*stats, *upstream)
 
@@ -189,7 +194,7 @@ def _answers(
         result = operator(*arguments)
         found = dict(zip("np", result, strict=True)) if isinstance(result, tuple) else {"the sum": result}
     else:
-        wide = {"dtype": _stats_dtype(dtype), "device": device}
+        wide: dict[str, Any] = {"dtype": _stats_dtype(dtype), "device": device}
         grad_x = torch.full(arguments[0].shape, _START, **wide)
         grad_candidates = torch.full(arguments[4].shape, _START, **wide) if question.candidates else None
         grad_n = operator(*arguments, grad_x, grad_candidates)
@@ -243,8 +248,8 @@ def disagreement(operators: Any, device: torch.device, dtype: torch.dtype, parts
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                words = str(error).strip().splitlines() or [type(error).__name__]
-                return f"{where} did not run: {words[0]}"
+                lines = str(error).strip().splitlines() or [type(error).__name__]
+                return f"{where} did not run: {lines[0]}"
             for name, want in wanted.items():
                 gradient = question.operator.endswith("_backward")
                 allowed = tolerances.gradient if gradient else tolerances.statistic

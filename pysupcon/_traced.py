@@ -10,10 +10,10 @@ import torch
 
 from . import _trust
 
-__all__ = ["settle"]
+__all__ = ["told_obstacle"]
 
 
 @torch.compiler.assume_constant_result
-def settle(wish: str, device: torch.device, dtype: torch.dtype) -> str:
-    """:func:`pysupcon._trust.settle`."""
-    return _trust.settle(wish, device, dtype)
+def told_obstacle(device: torch.device, dtype: torch.dtype, tell: bool) -> str | None:
+    """:func:`pysupcon._trust.told_obstacle`."""
+    return _trust.told_obstacle(device, dtype, tell)

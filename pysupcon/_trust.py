@@ -5,25 +5,26 @@ Two questions, asked of every device by itself, because the cards of one machine
 1. Does the build hold code for this card? The card's compute capability and the architectures of the build
    decide (:func:`missing_code`), before any kernel is tried.
 2. Do the kernels answer right? The first call with a dtype gives every operator a small problem with known
-   answers (:mod:`pysupcon._known_answers`). It takes some tens of milliseconds, and as long as the driver needs
-   to load the kernels. ``PYSUPCON_TRUST=1`` in the environment skips this question.
+   answers (:mod:`pysupcon._known_answers`). It takes some tens of milliseconds, and as long as the driver
+   needs to load the kernels. ``PYSUPCON_TRUST=1`` in the environment skips this question.
 
 The verdict holds for the life of the process, for this device, dtype and, of float32, the number of bfloat16
-parts that ``torch.set_float32_matmul_precision`` allows. If it is against the kernels, ``backend="auto"`` takes
-the tiled path with one warning, ``backend="cuda"`` raises the same words.
+parts that ``torch.set_float32_matmul_precision`` allows. If it is against the kernels, ``backend="auto"``
+takes the tiled path with one warning, ``backend="cuda"`` raises the same words.
 
 When a verdict is reached
     eager           at the first loss; other threads wait for it.
-    torch.compile   while the first loss is traced: the trace calls :func:`settle`, computes for real, and holds
-                    the answer as a constant. There is no graph break.
-    graph capture   never, since nothing may wait for the device there: what was not judged before is trusted.
-                    The warm-up call that torch asks for before a capture judges it.
+    torch.compile   while the first loss is traced: the trace calls :func:`told_obstacle`, which computes for
+                    real, and holds the answer as a constant. The graph does not break.
+    graph capture   never, since nothing may wait for the device there: what was not judged before is trusted
+                    if the build holds code for the card. The warm-up call that torch asks for before a
+                    capture judges it.
     fake tensors    never, where CUDA is not in use: what was not judged before is trusted.
 ``pysupcon.backends(check=True)`` judges every device beforehand.
 
-The kernels answer in a thread of its own, on the caller's stream. A new thread has no autocast, no dispatch
-mode (fake tensors, tracing), the default autograd mode and its own current device and random state, so nothing
-of the caller's reaches the check, and the check changes nothing of the caller's.
+The kernels answer in a thread of their own, on the caller's stream. A new thread has no autocast, no dispatch
+mode (fake tensors, tracing), the default autograd mode and its own current device, so nothing of the caller's
+reaches the check, and the check changes nothing of the caller's.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ import torch
 
 from . import _known_answers, _ops
 
-__all__ = ["missing_code", "obstacle", "report", "settle"]
+__all__ = ["missing_code", "obstacle", "report", "told_obstacle"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -91,7 +92,8 @@ def missing_code(capability: tuple[int, int], architectures: Sequence[str], ptx:
 
 
 def parts_of_float32() -> int:
-    """How many bfloat16 numbers stand for one float32 number: what ``csrc/cuda_glue.cpp`` reads from torch."""
+    """How many bfloat16 numbers stand for one float32 number, as ``csrc/cuda_glue.cpp`` reads it from
+    torch."""
     precision = torch.backends.cuda.matmul.fp32_precision
     if precision == "bf16":
         return 1
@@ -175,25 +177,19 @@ def obstacle(index: int, dtype: torch.dtype) -> str | None:
         return _verdicts[key]
 
 
-def settle(wish: str, device: torch.device, dtype: torch.dtype) -> str:
-    """ "cuda", or "tiled" if the kernels have an obstacle and ``wish`` is "auto"; that warns once.
-
-    Raises:
-        RuntimeError: the kernels have an obstacle and ``wish`` is "cuda".
-    """
+def told_obstacle(device: torch.device, dtype: torch.dtype, tell: bool) -> str | None:
+    """:func:`obstacle`; with ``tell`` the first call that meets it warns."""
     index = 0 if device.index is None else device.index
     why = obstacle(index, dtype)
-    if why is None:
-        return "cuda"
-    if wish != "auto":
-        raise RuntimeError(why)
-    key = _key(index, dtype)
-    with _lock:
-        first = key not in _warned
-        _warned.add(key)
-    if first:
-        warnings.warn(f"{why}; the slower pure-PyTorch path, backend='tiled', takes its place", stacklevel=5)
-    return "tiled"
+    if why is not None and tell:
+        key = _key(index, dtype)
+        with _lock:
+            first = key not in _warned
+            _warned.add(key)
+        if first:
+            words = f"{why}; the slower pure-PyTorch path, backend='tiled', takes its place"
+            warnings.warn(words, stacklevel=6)  # of the loss's caller
+    return why
 
 
 def report(check: bool) -> dict[str, dict[str, Any]]:
