@@ -11,6 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -120,12 +121,20 @@ class Cards:
         self.wrong_for: torch.dtype | None = None
         self.capturing = False
         self.checks: list[tuple[int | None, torch.dtype, int]] = []
+        self.streams: list[str] = []
         self.within: Callable[[], None] = lambda: None
 
     def examine(self, operators: Any, device: torch.device, dtype: torch.dtype, parts: int) -> str | None:
         self.checks.append((device.index, dtype, parts))
         self.within()
         return _DISAGREEMENT(Slightly(self.wrong_for), CPU, dtype, parts)
+
+
+def report(check: bool = False) -> dict[str, Any]:
+    """What backends() says of CUDA, where torch sees the cards."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        return pysupcon.backends(check=check)["cuda"]
 
 
 _DISAGREEMENT = _known_answers.disagreement
@@ -139,13 +148,13 @@ def cards(monkeypatch: pytest.MonkeyPatch) -> Cards:
     monkeypatch.setattr(_ops, "_C", SimpleNamespace(**build), raising=False)
     monkeypatch.setattr(_ops, "_problem", None)
     for name, value in {
-        "is_available": lambda: True,
         "is_initialized": lambda: True,
         "init": lambda: None,
         "device_count": lambda: len(made.capabilities),
         "get_device_capability": lambda index: made.capabilities[index],
         "get_device_name": lambda index: f"Card {index}",
-        "current_stream": lambda device: None,
+        "current_stream": lambda device: f"the stream of {device}",
+        "stream": lambda stream: made.streams.append(stream) or nullcontext(),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(_trust, "_capturing", lambda index: made.capturing)
@@ -158,8 +167,8 @@ def cards(monkeypatch: pytest.MonkeyPatch) -> Cards:
 
 def loss(backend: str = "auto", dtype: torch.dtype = torch.float32, index: int = 0, **more: Any) -> Any:
     """A loss of fake CUDA tensors."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        x = torch.empty(8, 4, dtype=dtype, device=f"cuda:{index}", requires_grad=True)
+    with FakeTensorMode():
+        x = torch.empty(8, 4, dtype=dtype, device=f"cuda:{index}")
         labels = torch.empty(8, dtype=torch.int64, device=f"cuda:{index}")
         return functional.supcon(x, labels, backend=backend, **more)
 
@@ -169,14 +178,14 @@ def backend_of(wish: str = "auto", dtype: torch.dtype = torch.float32, index: in
 
 
 WORDS = (
-    "pysupcon's CUDA kernels are not used for float32 on cuda:0 (Card 0): positive_sum (one set, D=72): the sum "
-    "differs in 298 of 300 places, by 1.0e-02 of the right value at worst, where 2.0e-05 is allowed"
+    "pysupcon's CUDA kernels are not used for float32 on cuda:0 (Card 0): positive_sum (one set, D=72): the "
+    "sum differs in 298 of 300 places, by 1.0e-02 of the right value at worst, where 2.0e-05 is allowed"
 )
 
 
 def test_wrong_answers_warn_once_and_raise_the_same_words(cards: Cards) -> None:
     cards.wrong_for = torch.float32
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning, match="pysupcon") as told:
         assert loss().device == FIRST
     assert [str(w.message) for w in told] == [
         f"{WORDS}; the slower pure-PyTorch path, backend='tiled', takes its place"
@@ -205,6 +214,7 @@ def test_right_answers_use_the_kernels(cards: Cards) -> None:
         warnings.simplefilter("error")
         assert backend_of("auto") == backend_of("cuda") == "cuda"
     assert len(cards.checks) == 1
+    assert cards.streams == ["the stream of cuda:0"]
 
 
 def test_every_dtype_and_precision_is_judged_by_itself(cards: Cards) -> None:
@@ -246,7 +256,7 @@ def test_two_cards_are_judged_one_by_one(cards: Cards) -> None:
     with pytest.warns(UserWarning, match=r"on cuda:1 \(Card 1\): this build holds no code .* capability 7.5"):
         loss(index=1)
     assert cards.checks == [(0, torch.float32, 3)]  # nothing is tried on the other
-    entry = pysupcon.backends()["cuda"]
+    entry = report()
     assert entry["available"]
     assert entry["devices"]["cuda:0"] == {
         "available": True,
@@ -257,24 +267,24 @@ def test_two_cards_are_judged_one_by_one(cards: Cards) -> None:
 
 
 def test_backends_reports_what_is_known(cards: Cards) -> None:
-    entry = pysupcon.backends()["cuda"]
+    entry = report()
     assert entry["available"]
     assert entry["detail"].endswith("cuda:0: Card 0, compute capability 8.6: not tried yet")
     assert cards.checks == []
     cards.wrong_for = torch.float32
     with pytest.raises(RuntimeError):
         backend_of("cuda")
-    entry = pysupcon.backends()["cuda"]
+    entry = report()
     assert not entry["available"]
     assert WORDS in entry["detail"]
     backend_of("cuda", torch.bfloat16)
-    assert pysupcon.backends()["cuda"]["available"]  # for bfloat16
-    assert WORDS in pysupcon.backends()["cuda"]["detail"]
+    assert report()["available"]  # for bfloat16
+    assert WORDS in report()["detail"]
 
 
 def test_backends_can_check_beforehand(cards: Cards) -> None:
     cards.capabilities = [(8, 0), (7, 0), (12, 0)]
-    entry = pysupcon.backends(check=True)["cuda"]
+    entry = report(check=True)
     assert [device["available"] for device in entry["devices"].values()] == [True, False, True]
     assert entry["devices"]["cuda:2"]["detail"] == (
         "Card 2, compute capability 12.0: in use for float32, bfloat16, float16, float64"
@@ -286,7 +296,7 @@ def test_backends_can_check_beforehand(cards: Cards) -> None:
 
 def test_all_cards_too_old(cards: Cards) -> None:
     cards.capabilities = [(7, 5)]
-    entry = pysupcon.backends()["cuda"]
+    entry = report()
     assert not entry["available"]
     assert "this build holds no code for compute capability 7.5" in entry["detail"]
 
