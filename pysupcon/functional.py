@@ -22,9 +22,9 @@ Common arguments
                   per anchor, [B, V] or [N] ([B] for contrast_mode="one"), 0 where there is none.
     normalize     L2-normalise rows first.
     backend       "auto": the compiled kernel of the device, or else tiled PyTorch (with one warning); "cpu",
-                  "cuda", "tiled", or "reference" (dense, for tests; differentiable twice). The first call with a
-                  dtype on a device checks the CUDA kernels; if they answer wrongly or cannot run, "auto" takes
-                  tiled PyTorch and "cuda" raises (``PYSUPCON_TRUST=1`` skips the check).
+                  "cuda", "tiled", or "reference" (dense, for tests; differentiable twice). The first call
+                  with a dtype on a GPU checks the CUDA kernels; if they answer wrongly or cannot run, "auto"
+                  takes tiled PyTorch and "cuda" raises (``PYSUPCON_TRUST=1`` skips the check).
     gather        None, or an object that contrasts with the rows of other processes (:class:`Gather`; of
                   :mod:`pysupcon.distributed`, where what each process returns is written).
 
