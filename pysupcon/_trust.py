@@ -203,7 +203,7 @@ def report(check: bool) -> dict[str, dict[str, Any]]:
         capability = torch.cuda.get_device_capability(index)
         name = f"{torch.cuda.get_device_name(index)}, compute capability {capability[0]}.{capability[1]}"
         why = missing_code(capability, *_ops.cuda_code())
-        verdicts = {_of(*key[1:]): verdict for key, verdict in _verdicts.items() if key[0] == index}
+        verdicts = {_of(*key[1:]): verdict for key, verdict in list(_verdicts.items()) if key[0] == index}
         refused = [verdict for verdict in verdicts.values() if verdict is not None]
         if why is not None:
             detail = f"{name}: {why}"
