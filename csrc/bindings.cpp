@@ -10,6 +10,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("torch_version") = PYSUPCON_TORCH_VERSION;
   m.attr("compiler") = PYSUPCON_COMPILER;
   m.attr("cuda") = PYSUPCON_CUDA_WORD;
+  m.attr("cuda_code") = PYSUPCON_CUDA_CODE;  // such as "sm_80 sm_90 compute_90", what nvcc was asked for
 #ifdef PYSUPCON_WITH_CUDA
   m.attr("with_cuda") = true;
 #else

@@ -4,7 +4,7 @@
 modules, :mod:`pysupcon.functional` holds the same as functions, :mod:`pysupcon.compat` the loss classes of
 other libraries with their own signatures. :class:`GradCache` runs a large batch through an encoder in chunks.
 ``backends()`` says which kernels this build has, and why others
-are missing.
+are missing; ``backends(check=True)`` asks the CUDA kernels for known answers first.
 """
 
 from __future__ import annotations

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _ops
+from . import _ops, _trust
 
 __all__ = [
     "BACKENDS",
     "check_choice",
     "check_features",
     "check_ids",
+    "check_kernels",
     "check_mask",
     "check_number",
     "check_temperature",
@@ -142,3 +143,19 @@ def resolve_backend(backend: str, device: torch.device, masked: bool) -> str:
     if not _ops.compiled_for(backend):
         raise RuntimeError(f"backend={backend!r} is not compiled: {_why_not(backend)}")
     return backend
+
+
+def check_kernels(wish: str, device: torch.device, dtype: torch.dtype) -> str:
+    """ "cuda" if its kernels may be used for rows of ``dtype`` (see :mod:`pysupcon._trust`); otherwise
+    "tiled", or an error where ``wish`` names the backend."""
+    if torch.compiler.is_compiling():
+        from . import _traced
+
+        why = _traced.told_obstacle(device, dtype, wish == "auto")
+    else:
+        why = _trust.told_obstacle(device, dtype, wish == "auto")
+    if why is None:
+        return "cuda"
+    if wish == "auto":
+        return "tiled"
+    raise RuntimeError(why)

@@ -81,12 +81,28 @@ def compiled_for(device_type: str) -> bool:
     return device_type == "cpu" or (device_type == "cuda" and _C.with_cuda)
 
 
-def backends() -> dict[str, dict[str, Any]]:
+def cuda_code() -> tuple[list[str], str | None]:
+    """Architectures whose machine code is in this build ("80", "90a", ...), and the one of its PTX."""
+    held = [code.partition("_") for code in _C.cuda_code.split()]
+    machine = [name for kind, _, name in held if kind == "sm"]
+    return machine, next((name for kind, _, name in held if kind == "compute"), None)
+
+
+def backends(*, check: bool = False) -> dict[str, dict[str, Any]]:
     """What can compute the losses here, and why something cannot.
+
+    Args:
+        check: give the CUDA kernels a problem with known answers now, on every device and in every dtype,
+            and report the verdicts, which hold from then on. Otherwise the first loss on a device does this,
+            and only verdicts reached so far are reported: a check on every device takes hundreds of MiB of
+            each, which a process that uses one of them must not take.
 
     Returns:
         One entry per backend ("cpu", "cuda", "tiled", "reference"), each with ``available`` (bool) and
-        ``detail`` (a sentence); "cpu" also names ``isa``, the instruction set in use.
+        ``detail`` (a sentence). "cpu" also names ``isa``, the instruction set in use; "cuda", where there are
+        devices, ``devices``: ``available`` and ``detail`` of each ("cuda:0", ...). "cuda" is available if a
+        device is, a device if the build holds code for it and not every dtype tried so far gave wrong
+        answers.
     """
     report: dict[str, dict[str, Any]] = {}
     if _problem is not None:
@@ -100,12 +116,20 @@ def backends() -> dict[str, dict[str, Any]]:
             "detail": f"compiled C++ kernels ({_C.compiler}); instruction sets that run: {isas}",
         }
         if not _C.with_cuda:
-            detail = f"not compiled: {_C.cuda}"
+            report["cuda"] = {"available": False, "detail": f"not compiled: {_C.cuda}"}
         elif not torch.cuda.is_available():
             detail = f"compiled ({_C.cuda}), but torch sees no CUDA device"
+            report["cuda"] = {"available": False, "detail": detail}
         else:
-            detail = f"compiled CUDA kernels ({_C.cuda}) on {torch.cuda.get_device_name()}"
-        report["cuda"] = {"available": _C.with_cuda and torch.cuda.is_available(), "detail": detail}
+            from . import _trust  # which gives the operators of this module their problems
+
+            devices = _trust.report(check)
+            found = "; ".join(f"{name}: {entry['detail']}" for name, entry in devices.items())
+            report["cuda"] = {
+                "available": any(entry["available"] for entry in devices.values()),
+                "detail": f"compiled CUDA kernels ({_C.cuda}); {found}",
+                "devices": devices,
+            }
     report["tiled"] = {"available": True, "detail": "pure PyTorch in tiles, O(N) memory, any device"}
     report["reference"] = {"available": True, "detail": "dense PyTorch, O(N^2) memory, for tests"}
     return report

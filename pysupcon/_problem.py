@@ -20,6 +20,7 @@ from ._checks import (
     check_choice,
     check_features,
     check_ids,
+    check_kernels,
     check_mask,
     check_temperature,
     resolve_backend,
@@ -299,7 +300,7 @@ def prepare(
     check_temperature("temperature", temperature)
     check_choice("contrast_mode", contrast_mode, ("all", "one"))
     check_choice("reduction", reduction, ("mean", "sum", "none"))
-    backend = resolve_backend(backend, features.device, mask is not None)
+    wish, backend = backend, resolve_backend(backend, features.device, mask is not None)
     if labels is not None and mask is not None:
         raise ValueError("labels and mask both say who is a positive: give one of them")
     if candidates is None and (candidate_labels is not None or candidate_instances is not None):
@@ -338,6 +339,8 @@ def prepare(
     if candidates is not None and candidates.dtype != features.dtype:
         dtype = torch.promote_types(candidates.dtype, features.dtype)
         features, candidates = features.to(dtype), candidates.to(dtype)
+    if backend == "cuda":
+        backend = check_kernels(wish, features.device, features.dtype)
 
     # Ids per sample: of the instances, and of the positives (classes, or samples without labels).
     device = features.device

@@ -22,7 +22,9 @@ Common arguments
                   per anchor, [B, V] or [N] ([B] for contrast_mode="one"), 0 where there is none.
     normalize     L2-normalise rows first.
     backend       "auto": the compiled kernel of the device, or else tiled PyTorch (with one warning); "cpu",
-                  "cuda", "tiled", or "reference" (dense, for tests; differentiable twice).
+                  "cuda", "tiled", or "reference" (dense, for tests; differentiable twice). The first call
+                  with a dtype on a GPU checks the CUDA kernels; if they answer wrongly or cannot run, "auto"
+                  takes tiled PyTorch and "cuda" raises (``PYSUPCON_TRUST=1`` skips the check).
     gather        None, or an object that contrasts with the rows of other processes (:class:`Gather`; of
                   :mod:`pysupcon.distributed`, where what each process returns is written).
 
@@ -31,7 +33,8 @@ which no anchor has a positive gives 0, connected to the graph, and on a CPU a w
 order are refused (except by backend="reference").
 
 Errors: ValueError or TypeError naming the argument, what it must be and what came; on a CPU also for features
-that are not finite. RuntimeError for a backend that is not compiled.
+that are not finite. RuntimeError for a backend that is not compiled, and for CUDA kernels that answer wrongly
+or cannot run on the device.
 """
 
 from __future__ import annotations
