@@ -14,7 +14,11 @@ from typing import NamedTuple
 
 from benchmarks import sass
 
-KERNELS = ("pair_forward", "backward_resident", "backward_streamed")
+KERNELS = ("forward_resident", "forward_streamed", "backward_resident", "backward_streamed")
+
+
+RESIDENT_WIDTH = 128
+"""kResidentWidth of csrc/cuda/plan.h"""
 
 
 class ModelError(RuntimeError):
@@ -22,16 +26,17 @@ class ModelError(RuntimeError):
 
 
 class Config(NamedTuple):
-    """Constants of a kernel's configuration (ForwardConfig, BackwardConfig), as the compiler knows them."""
+    """Constants of a kernel's configuration (ResidentForward, ...), as the compiler knows them."""
 
     BM: int
     BN: int
     CH: int
     PARTS: int
     THREADS: int
-    RESIDENT: int
-    OUT: int
-    """slices of gradient that a block of backward_streamed makes; 0: all"""
+    BLOCKS: int
+    """that run on a multiprocessor at the same time"""
+    SLICES: int
+    """slices of a row that the kernel holds: of the gradient in the backward, of its rows in the forward"""
 
     @property
     def warps(self) -> int:
@@ -52,13 +57,13 @@ class Kernel(NamedTuple):
     stack: int
 
     def runs_at(self, dim: int) -> bool:
-        if self.base == "pair_forward" or self.config.PARTS > 1:
-            return True
-        return (self.base == "backward_resident") == (self.config.slices(dim) <= self.config.RESIDENT)
+        """Whether rows of so many numbers take this kernel."""
+        resident = self.base.endswith("_resident")
+        return resident == (self.config.PARTS == 1 and dim <= RESIDENT_WIDTH)
 
     def shares(self, dim: int) -> int:
         """Blocks that share the gradient of the same rows."""
-        return -(-self.config.slices(dim) // self.config.OUT) if self.base == "backward_streamed" else 1
+        return -(-self.config.slices(dim) // self.config.SLICES) if self.base == "backward_streamed" else 1
 
 
 class Demand(NamedTuple):
@@ -78,10 +83,11 @@ def demand(base: str, c: Config, dim: int) -> Demand:
     slices = c.slices(dim)
     products = c.PARTS * (c.PARTS + 1) // 2
     row = 16 * c.CH * c.PARTS  # bytes of a row's slice
-    streamed_rows = base == "backward_streamed" or (base == "pair_forward" and slices > c.RESIDENT)
-    gradient = 0 if base == "pair_forward" else slices if base == "backward_resident" else min(c.OUT, slices)
+    forward = base.startswith("forward")
+    streamed_rows = base == "backward_streamed" or (base == "forward_streamed" and slices > c.SLICES)
+    gradient = 0 if forward else min(c.SLICES, slices)
     copied = slices * row * (c.BN + (c.BM if streamed_rows else 0))
-    step = copied // slices if base == "pair_forward" else 0
+    step = copied // slices if base == "forward_streamed" else 0
     if base == "backward_streamed":
         copied += gradient * row * c.BN
         step = row * c.BN
@@ -212,8 +218,7 @@ def _configs(
     """Compiles and runs a host program that prints the configurations' constants."""
     lines = []
     for base, config in sorted(wanted):
-        optional = "C::OUT" if base == "backward_streamed" else "0"
-        values = ["C::BM", "C::BN", "C::CH", "C::PARTS", "C::THREADS", "C::RESIDENT", optional]
+        values = ["C::BM", "C::BN", "C::CH", "C::PARTS", "C::THREADS", "C::BLOCKS", "C::SLICES"]
         format_, casts = " ".join(["%d"] * len(values)), ", ".join(f"int({v})" for v in values)
         lines.append(f'{{ using C = {config}; printf("{base}|{config}|{format_}\\n", {casts}); }}')
     source, program = directory / "config.cu", directory / "config"

@@ -18,8 +18,8 @@ the sum of the other pipes among tensor, shared, issue and ex2. The share stands
 multiprocessor cannot overlap. It is not measured: it was chosen so that the ranges agree, within 7 %, with an
 estimate made by hand from the SASS of the first kernels on an H100 (forward 2,400 - 2,900 clocks a tile of
 128 x 128, backward 2,700 - 3,400 a tile of 128 x 64, D = 128). The pipes fp32, alu and l2 enter only
-where one of them is the largest. A multiprocessor finishes whole blocks of rows: the time is
-ceil(blocks / multiprocessors) * tiles * clocks of a tile / clock rate. Left out: start-up, sorting, tiles
+where one of them is the largest. Time is a multiprocessor's number of tiles
+* clocks of a tile / clock rate: of whole blocks of rows, or an equal share where those would leave some idle. Left out: start-up, sorting, tiles
 that hold the block's own class, global memory, bank conflicts.
 
 Two counts are ranges. A load of 8 or 16 bytes a thread from shared memory takes one wavefront if lanes share
@@ -127,9 +127,13 @@ def tile_clocks(clocks: Mapping[str, Range]) -> Range:
 
 
 def seconds(clocks: Range, kernel: Kernel, card: Card, n: int, dim: int) -> Range:
-    """Of N rows against themselves."""
-    blocks = -(-n // kernel.config.BM) * kernel.shares(dim)
-    tiles = math.ceil(blocks / card.multiprocessors) * -(-n // kernel.config.BN)
+    """Of N rows against themselves, shared out as share_out() of csrc/cuda/plan.h does it."""
+    blocks, slots = kernel.config.BLOCKS, card.multiprocessors * kernel.config.BLOCKS
+    row_blocks = -(-n // kernel.config.BM) * kernel.shares(dim)
+    waves = -(-row_blocks // slots)
+    idle = waves * slots * 16 > row_blocks * 17
+    work = row_blocks / card.multiprocessors if idle else waves * blocks
+    tiles = work * -(-n // kernel.config.BN)
     return tiles * clocks[0] / (card.ghz * 1e9), tiles * clocks[1] / (card.ghz * 1e9)
 
 
@@ -157,11 +161,11 @@ def model(kernels: Sequence[Kernel], card: Card, dims: Sequence[int], sizes: Seq
                 tile = tile_clocks(clocks)
                 times = {n: seconds(tile, kernel, card, n, dim) for n in sizes}
                 lines.append(Line(kernel, dim, counts, clocks, tile, times))
-    return sorted(lines, key=lambda line: (line.dim, line.kernel.base != "pair_forward"))
+    return sorted(lines, key=lambda line: (line.dim, direction(line) != "forward"))
 
 
 def direction(line: Line) -> str:
-    return "forward" if line.kernel.base == "pair_forward" else "backward"
+    return "forward" if line.kernel.base.startswith("forward") else "backward"
 
 
 def totals(lines: Sequence[Line]) -> list[tuple[Line, int, Range]]:

@@ -56,7 +56,7 @@ struct StreamedBackward {
   static constexpr int NT = BN / 8;
   static constexpr int CH = PARTS == 1 ? 8 : 4;  // 16-byte chunks per slice of a row
   static constexpr int SLICES = 4;               // of gradient that a block accumulates
-  static constexpr int THREADS = 32 * WARPS;
+  static constexpr int THREADS = 32 * WARPS, BLOCKS = 1;
   static_assert(BM == kBlockRows && 8 * CH * SLICES == (PARTS == 1 ? kGradientShare : kGradientShare / 2),
                 "as plan.h says");
 };
@@ -330,7 +330,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
 // Slices pass through two buffers, first for the similarities, then those of this block's share of the
 // gradient, slices [SLICES blockIdx.z, SLICES (blockIdx.z + 1)), once more. Grid (runs, 1, gradient shares).
 template <class C, class Weights>
-__global__ void __launch_bounds__(C::THREADS, 1)
+__global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
     backward_streamed(Pairs pairs, Runs runs, typename Weights::Args args, Gradient out) {
   using F = typename C::F;
   DYNAMIC_SHARED(StreamedBackwardShared<C>, s);

@@ -9,10 +9,10 @@ namespace pysupcon::cuda {
 template <class F_>
 struct ResidentForward {
   using F = F_;
-  static constexpr int WARPS = 4, MT = 2, BM = 16 * MT * WARPS;  // a warp owns 32 rows and sees every column
+  static constexpr int PARTS = 1, WARPS = 4, MT = 2, BM = 16 * MT * WARPS;  // a warp owns 32 rows and sees every column
   static constexpr int BN = 64, NT = BN / 8;
   static constexpr int CH = 8, SLICES = kResidentWidth / 64;
-  static constexpr int THREADS = 32 * WARPS;
+  static constexpr int THREADS = 32 * WARPS, BLOCKS = 2;
   static_assert(BM == kBlockRows, "as plan.h says");
 };
 template <class C>
@@ -34,11 +34,10 @@ struct StreamedForward {
   static constexpr int CH = PARTS == 1 ? 8 : 4;               // 16-byte chunks per slice of a row
   static constexpr int WARPS_M = 4, WARPS_N = 2;              // warps tile BM x BN
   static constexpr int MT = BM / WARPS_M / 16, NT = BN / WARPS_N / 8;
-  static constexpr int THREADS = 32 * WARPS_M * WARPS_N;
+  static constexpr int THREADS = 32 * WARPS_M * WARPS_N, BLOCKS = 1;
   static constexpr int STAGES = 2;
-  static constexpr int RESIDENT =
-      PARTS == 1 ? 4 : 0;  // the block's rows stay in shared memory up to so many slices
-  static constexpr int SLOTS = RESIDENT > STAGES ? RESIDENT : STAGES;
+  static constexpr int SLICES = PARTS == 1 ? 4 : 0;  // the block's rows stay on chip up to so many
+  static constexpr int SLOTS = SLICES > STAGES ? SLICES : STAGES;
   static_assert(BM == kBlockRows, "as plan.h says");
 };
 template <class C>
@@ -52,7 +51,7 @@ struct StreamedForwardShared {
 };
 template <class C>
 inline size_t forward_shared_bytes(int slices) {
-  const int slots = slices <= C::RESIDENT ? slices : C::STAGES;
+  const int slots = slices <= C::SLICES ? slices : C::STAGES;
   return offsetof(StreamedForwardShared<C>, rows) + size_t(slots) * sizeof(StreamedForwardShared<C>::rows[0]);
 }
 
@@ -100,7 +99,7 @@ __device__ __forceinline__ void load_fragments(uint32_t (&a)[CH / 2][MT][4], con
 
 // grid (runs)
 template <class C, class Epilogue>
-__global__ void __launch_bounds__(C::THREADS, 2)
+__global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
     forward_resident(Pairs pairs, Runs runs, typename Epilogue::Args args) {
   DYNAMIC_SHARED(ResidentForwardShared<C>, s);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, slices = pairs.rows.slices;
@@ -163,12 +162,12 @@ __global__ void __launch_bounds__(C::THREADS, 2)
 
 // grid (runs)
 template <class C, class Epilogue>
-__global__ void __launch_bounds__(C::THREADS, 1)
+__global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
     forward_streamed(Pairs pairs, Runs runs, typename Epilogue::Args args) {
   DYNAMIC_SHARED(StreamedForwardShared<C>, s);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warp_m = warp / C::WARPS_N,
             warp_n = warp % C::WARPS_N, slices = pairs.rows.slices;
-  const bool resident = slices <= C::RESIDENT;
+  const bool resident = slices <= C::SLICES;
   for (int block = first_row_block(runs, gpu::block_again());
        block <= last_row_block(runs, gpu::block_again()); ++block) {
     const int row0 = block * C::BM;
