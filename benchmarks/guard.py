@@ -12,8 +12,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-import torch
-
 T = TypeVar("T")
 WORDS = 300
 """characters of an error that are kept"""
@@ -48,12 +46,15 @@ def attempt(call: Callable[[], T], device: str) -> tuple[T | None, str]:
 def describe(error: BaseException) -> str:
     """Type and first line of an error."""
     lines = str(error).strip().splitlines() or [""]
-    kind = "out of memory" if isinstance(error, torch.OutOfMemoryError) else type(error).__name__
+    name = type(error).__name__
+    kind = "out of memory" if name == "OutOfMemoryError" else name  # torch's, which need not be here
     return f"{kind}: {lines[0]}"[:WORDS]
 
 
 def check_device() -> None:
     """Waits for the GPU, gives cached memory back and computes something; raises what is left of an error."""
+    import torch
+
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.ones(2, device="cuda").sum().item()
