@@ -25,9 +25,9 @@ TESTS = {
     "losses, float16": "agree_with_float64 and torch.float16",
     "losses, float32": "agree_with_float64 and torch.float32",
     "losses, float64": "agree_with_float64 and torch.float64",
-    "sums": "many_candidates or wide_rows or large_batch",
+    "sums": "many or wide_rows or large_batch",
     "memory": "memory or offsets",
-    "graphs and threads": "graph or streams or threads or compile",
+    "graphs and threads": "graph or capture or streams or threads or compile",
     "errors": "failed",
 }
 #: What `accelerate launch pysupcon/train.py` imports that a machine may lack; see benchmarks/wheels.py.

@@ -56,10 +56,13 @@ WARM = 16.0
 GRADCHECK = {"eps": 1e-6, "atol": 1e-5, "rtol": 1e-4}
 """Central differences in float64 at step 1e-6 err by about 1e-10 / 1e-6 of values up to 10."""
 
-FORWARD = 1e-6
-"""mean error of n (natural units, S = 14) over the rows of a batch on a GPU. Rounding s to float32 errs by up
-to 1.2e-7 * S = 1.7e-6 in either direction, which averages out over rows; a sum that is truncated instead of
-rounded errs in one direction, by 1e-5 and more at D = 4,096."""
+PRECISION = {"highest": 5e-6, "high": 2e-4, "medium": 3e-2}
+"""relative bar of a float32 gradient at S = 10, by torch.set_float32_matmul_precision. "high" keeps 16 bits of
+a row, so that s errs by up to 2^-16 S = 1.5e-4; "medium" keeps 8, 2^-8 S = 4e-2. Many pairs average that out."""
+BIAS_OF_N = 3e-6
+"""mean error of n over the rows of a batch on a GPU, at S = 14 and D = 4,096. Rounding s and n (about 20) to
+float32 errs by up to 1e-6 in either direction, which averages out over rows; a product that is truncated
+instead of rounded errs in one direction, and all rows alike: by 8e-6 S = 1e-4."""
 BIAS = 1e-4
 """relative error of a float32 gradient that sums a million rows which share a direction. Rounding the weights
 to 16 bits gives 7e-6; sums kept in a tensor core's accumulator, which truncates, give 2e-3."""

@@ -52,10 +52,10 @@ def test_no_grandchild_survives(tmp_path: Path, hangs: bool) -> None:
     ended = _run(tmp_path, 6 if hangs else 60, GRANDCHILDREN + ("time.sleep(600)" if hangs else ""))
     assert ended.cut is hangs
     assert ended.seconds < 8
-    children = children(ended.tail)
-    assert len(children) == 2
+    left = children(ended.tail)
+    assert len(left) == 2
     time.sleep(0.2)
-    assert not [pid for pid in children if alive(pid)]
+    assert not [pid for pid in left if alive(pid)]
 
 
 def test_commands_run_beside_each_other(tmp_path: Path) -> None:

@@ -259,8 +259,9 @@ def test_an_interruption_leaves_the_numbers_and_no_process(tmp_path: Path, numbe
 # --- counters
 
 _NAMES = (
-    "ID", "Process ID", "Kernel Name", "Block Size", "Grid Size", "Device", "CC", "launch__registers_per_thread",
-    "sm__inst_executed_pipe_xu.sum", "gpu__time_duration.sum", "smsp__cycles_active.avg",
+    "ID", "Process ID", "Kernel Name", "Block Size", "Grid Size", "Device", "CC",
+    "launch__registers_per_thread", "sm__inst_executed_pipe_xu.sum", "gpu__time_duration.sum",
+    "smsp__cycles_active.avg",
 )  # fmt: skip
 _LINES = (
     ("", "", "", "", "", "", "", "register/thread", "inst", "us", "cycle"),
