@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -215,5 +216,10 @@ def _training(out: Path) -> Step:
         "1",
         "pysupcon/train.py",
     ]
-    command += ["--config", "configs/digits_smoke.yaml", "--output_dir", str(out / "digits")]
+    command += [
+        "--config",
+        "configs/digits_smoke.yaml",
+        "--output_dir",
+        str(out / time.strftime("digits-%H%M%S")),
+    ]
     return Step("train the digits recipe", command, 120, "extension", missing, environment=_python_path())
