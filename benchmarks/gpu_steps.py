@@ -114,8 +114,8 @@ def _build(nvcc: str, arch: str, out: Path) -> list[Step]:
     extension = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     driver = [sys.executable, "benchmarks/gpu_driver.py", nvcc, arch, str(out)]
     return [
-        Step("build the extension", extension, 100, environment=environment),
-        Step("build the driver", driver, 100),
+        Step("build the extension", extension, 85, environment=environment),
+        Step("build the driver", driver, 85),
     ]
 
 
@@ -127,7 +127,7 @@ def _tests() -> list[Step]:
     groups = {**TESTS, "all others": f"not ({' or '.join(f'({words})' for words in TESTS.values())})"}
     return [
         Step(f"tests on the GPU: {name}", _pytest(words), seconds, "extension", environment=_python_path())
-        for (name, words), seconds in zip(groups.items(), (12, 12, 12, 12, 16, 20, 25, 12, 20), strict=True)
+        for (name, words), seconds in zip(groups.items(), (12, 12, 12, 12, 20, 20, 28, 20, 20), strict=True)
     ]
 
 

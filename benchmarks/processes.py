@@ -86,7 +86,7 @@ class _Running:
         self.ended = Ended(None, 0.0, False, "")
         self.process: subprocess.Popen[bytes] | None = None
         limit = self.command.seconds
-        patience = min(PATIENCE, limit / 3)
+        patience = min(PATIENCE, limit / 5)
         self.due = [self.start + limit - patience, self.start + limit - patience / 2, self.start + limit]
         self.command.log.parent.mkdir(parents=True, exist_ok=True)
         self.shown: BinaryIO = self.command.log.open("w+b")

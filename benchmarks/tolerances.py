@@ -32,7 +32,7 @@ class Tolerance(NamedTuple):
 
 
 TABLE = {
-    # 2.2e-16 times the few thousand additions behind a number, all in one direction.
+    # 2.2e-16 times the few thousand additions behind a number, were they all rounded in one direction.
     torch.float64: Tolerance(2.2e-16, 1e-12, 1e-12, 0.0),
     # The bars of the design. Measured: 4e-7 and 7e-7 at the most.
     torch.float32: Tolerance(1.2e-7, 2e-6, 5e-6, 0.0),

@@ -5,7 +5,7 @@
     PYTHONPATH=carried make gpu-check ARGS="--minutes 25"
 
 Needed is what the extra "train" of pyproject.toml requires, with all that those packages require in turn.
-What --have names is there already, again with all of its requirements. Requirements are read from the packages
+What --have names is there already, again with all of its requirements. They are read from the packages
 that are installed here (by ``make setup``), versions from constraints.txt.
 """
 
