@@ -1,6 +1,7 @@
 """Everything that only a GPU can say, within eight minutes and without a network.
 
     python benchmarks/gpu_check.py [--minutes 8] [--json FILE]      # make gpu-check ARGS="--minutes 25"
+    python benchmarks/gpu_check.py --minutes 9 --steps counters launches pairs      # a part of the long form
 
 1. builds the extension in place for this GPU, and beside it the kernels' own driver, with nvcc
 2. a quick look: the driver (tests/cuda_emulation: the kernels against a float64 oracle) on a few cases
@@ -39,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import counters, guard, processes  # noqa: E402
-from benchmarks.gpu_steps import QUICK_MINUTES, Step, Tools, limits, stages  # noqa: E402
+from benchmarks.gpu_steps import QUICK_MINUTES, Step, Tools, chosen, limits, stages  # noqa: E402
 
 MINIMUM_TORCH = (2, 11)
 SCHEMA = 1
@@ -189,17 +190,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--minutes", type=float, default=QUICK_MINUTES, help="for everything (default %(default)s)"
     )
     options.add_argument("--json", type=Path, metavar="FILE", help="default: results/<device>.json")
-    chosen = options.parse_args(arguments)
+    options.add_argument(
+        "--steps", nargs="+", default=[], metavar="WORD", help="only steps whose names hold one of the words"
+    )
+    wanted = options.parse_args(arguments)
     start = time.monotonic()
     with guard.interruptible():
         try:
-            return check(chosen.minutes, chosen.json, start)
+            return check(wanted.minutes, wanted.json, wanted.steps, start)
         except KeyboardInterrupt as error:
             print(f"\ngpu-check: interrupted ({error or 'SIGINT'})", file=sys.stderr)
             return 130
 
 
-def check(minutes: float, path: Path | None, start: float) -> int:
+def check(minutes: float, path: Path | None, words: Sequence[str], start: float) -> int:
     """Everything; exit status."""
     machine, problem = describe_machine(ROOT / "build" / "gpu-check-machine.txt")
     if not machine:
@@ -214,7 +218,7 @@ def check(minutes: float, path: Path | None, start: float) -> int:
     record = Record(path or ROOT / "benchmarks" / "results" / file_name(machine["gpu"]), machine)
     record.save()
     tools = Tools(nvcc, find_tool("compute-sanitizer"), find_tool("ncu"))
-    plan = stages(tools, machine["arch"], out, minutes)
+    plan = chosen(stages(tools, machine["arch"], out, minutes), words)
     promised = limits(plan, 60 * minutes - (time.monotonic() - start))
     try:
         for at, stage in enumerate(plan):

@@ -106,8 +106,8 @@ def _inf_cl(problem: Problem) -> Implementation:
         raise ValueError(f"inf_cl needs a multiple of 16 dimensions, got {problem.dim}")
 
     def loss(queries: Tensor, candidates: Tensor) -> Tensor:
-        scaled = queries.float() / problem.temperature
-        result: Tensor = cal_inf_loss(scaled, candidates.float(), head_dim=head)
+        scaled = (queries.float() / problem.temperature).contiguous()
+        result: Tensor = cal_inf_loss(scaled, candidates.float().contiguous(), head_dim=head)
         return result
 
     return _of_pairs(problem, loss)

@@ -19,7 +19,7 @@ from leftovers import GRANDCHILDREN, alive, children
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import counters, gpu_check, gpu_driver, gpu_steps  # noqa: E402
+from benchmarks import counters, gpu_check, gpu_driver, gpu_steps, table  # noqa: E402
 from benchmarks.gpu_steps import Step, Tools  # noqa: E402
 
 PYTHON = sys.executable
@@ -39,6 +39,12 @@ def test_obstacles() -> None:
     assert gpu_check.obstacle("2.11.0+cu130", True, "/nvcc") is None
     assert "torch 2.11 or newer is needed, this is 2.10.1" in str(gpu_check.obstacle("2.10.1", True, "/nvcc"))
     assert "nvcc was not found" in str(gpu_check.obstacle("2.12.0", True, None))
+
+
+def test_numbers_name_the_device_and_its_driver() -> None:
+    about = {"device": "cuda", "gpu": "X", "driver": "580.1", "cuda": "13.0", "commit": "abc", "load": 0.1}
+    heading = table.heading({**about, "versions": {"torch": "2.11.0"}})
+    assert heading == "X, driver 580.1, CUDA 13.0; torch 2.11.0; commit abc; load 0.1"
 
 
 def test_results_are_named_after_the_device() -> None:
@@ -97,8 +103,23 @@ def test_every_step_names_things_that_exist(tmp_path: Path) -> None:
             assert options.device == "cuda"
             assert set(options.cases) <= set(build_cases("cuda"))
             assert options.json == step.result
+    results = [step.result for step in steps if step.result]
+    assert len(set(results)) == len(results)
+    # torch.compile of a loss takes longer than all else: few sizes.
     compiled = [s for s in steps if "compiled" in s.command]
-    assert [s.command[s.command.index("--sizes") + 1 :] for s in compiled] == [["16384"]]
+    sizes = [s.command[s.command.index("--sizes") + 1 :] for s in compiled]
+    assert sizes == [["16384"], ["1024", "65536"]]
+
+
+def test_steps_can_be_chosen(tmp_path: Path) -> None:
+    plan = gpu_steps.stages(TOOLS, "90", tmp_path, 25)
+    assert gpu_steps.chosen(plan, []) == plan
+    names = [[step.name for step in stage] for stage in gpu_steps.chosen(plan, ["launches", "memcheck"])]
+    assert names == [
+        ["build the extension", "build the driver"],
+        ["compute-sanitizer memcheck"],
+        ["launches a step"],
+    ]
 
 
 def test_cases_of_the_driver_exist() -> None:
