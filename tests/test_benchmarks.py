@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -426,6 +427,21 @@ def test_a_lost_device_ends_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert {row["dim"] for row in stored["rows"]} == {32, 64}
     assert all(row["both_s"] > 0 for row in stored["rows"] if row["dim"] == 32)
     assert all("illegal memory access" in row["failed"] for row in stored["rows"] if row["dim"] == 64)
+
+
+def test_a_failed_call_holds_no_memory_when_the_device_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its frames, and so its tensors, are gone before the GPU's cache is emptied for the next."""
+    kept: list[weakref.ref[torch.Tensor]] = []
+    alive: list[torch.Tensor | None] = []
+
+    def call() -> None:
+        tensor = torch.ones(3)
+        kept.append(weakref.ref(tensor))
+        raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+
+    monkeypatch.setattr(guard, "check_device", lambda: alive.append(kept[0]()))
+    assert guard.attempt(call, "cuda") == (None, "out of memory: tried to allocate 20 GiB")
+    assert alive == [None]
 
 
 def test_results_are_replaced_whole(tmp_path: Path) -> None:
