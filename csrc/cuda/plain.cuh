@@ -89,6 +89,7 @@ static __global__ void plain_forward(PlainPairs pairs, double* n, double* p, boo
     }
   }
   for (int o = 1; o < kPlain; o *= 2) {
+#pragma unroll
     for (int k = 0; k < 2; ++k) {
       const double other = __shfl_xor_sync(~0u, top[k], o), sum = __shfl_xor_sync(~0u, total[k], o);
       plain_merge(top[k], total[k], other, sum);

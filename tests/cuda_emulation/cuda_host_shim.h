@@ -582,6 +582,11 @@ inline float __log2f(float x) { return std::log2(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
+inline unsigned long long __float2ull_rn(float x) {
+  return static_cast<unsigned long long>(std::nearbyint(x));
+}
+inline float __ull2float_rn(unsigned long long x) { return float(x); }
 inline float __uint_as_float(unsigned u) {
   float f;
   memcpy(&f, &u, 4);
