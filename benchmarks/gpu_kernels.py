@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from benchmarks import sass
 
-KERNELS = ("forward_resident", "forward_streamed", "backward_resident", "backward_streamed")
+KERNELS = ("forward_resident", "forward_triangular", "forward_streamed", "backward_resident", "backward_streamed")
 
 
 RESIDENT_WIDTH = 128
@@ -58,7 +58,7 @@ class Kernel(NamedTuple):
 
     def runs_at(self, dim: int) -> bool:
         """Whether rows of so many numbers take this kernel."""
-        resident = self.base.endswith("_resident")
+        resident = not self.base.endswith("_streamed")
         return resident == (self.config.PARTS == 1 and dim <= RESIDENT_WIDTH)
 
     def shares(self, dim: int) -> int:
