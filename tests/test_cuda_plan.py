@@ -122,7 +122,9 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Planner:
         done = subprocess.run([str(program)], input=line, capture_output=True, text=True, check=True)
         assert not done.stderr
         words = list(map(int, done.stdout.split()))
-        return Plan(*words[:7], Runs(*words[7:12]), Runs(*words[12:]))
+        size, levels, rows, columns, blocks, shares, width = words[:7]
+        runs = Runs(*words[7:12]), Runs(*words[12:])
+        return Plan(size, levels, rows, columns, blocks, shares, width, *runs)
 
     return ask
 
