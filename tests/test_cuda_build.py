@@ -228,7 +228,7 @@ def main() -> None:
     for arch in archs:
         there = [k for k in others if k.arch == arch]
         most = (max(values) for values in zip(*(k[2:] for k in there), strict=True))
-        print(f" {'/'.join(map(str, most))} |", end="")
+        print(f" {'/'.join(map(str, most)) or '-'} |", end="")
     print()
 
 
