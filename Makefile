@@ -49,9 +49,9 @@ test-all: setup cuda-all
 cuda-all: setup
 	PYSUPCON_CUDA_ARCHS=all $(BIN)/python setup.py -q build_ext --build-lib build/cuda-all
 
-# On a machine with a GPU, nvcc and torch >= 2.11; needs no network and no make setup.
+# On a machine with a GPU, nvcc and torch >= 2.11; needs no network and no make setup. ARGS="--minutes 25": more.
 gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py
+	$(PYTHON) benchmarks/gpu_check.py $(ARGS)
 
 clean:
 	rm -rf build pysupcon/*.so

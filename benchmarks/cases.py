@@ -11,6 +11,9 @@ import torch
 from pysupcon.profiling.workload import VIEWS, Inputs, unit_rows
 
 LOSSES = ("supcon", "sincere", "cnce", "spread")
+#: Of two sets: first views are queries, second views their candidates; no labels. "infonce" is the cross
+#: entropy of each query's own candidate among all, "clip" the mean of that and of its mirror image.
+TWO_SETS = ("infonce", "clip")
 DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -32,8 +35,8 @@ class Problem:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
+        if self.loss not in LOSSES + TWO_SETS:
+            raise ValueError(f"loss must be one of {', '.join(LOSSES + TWO_SETS)}, got {self.loss!r}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.n < 2 or self.n % VIEWS:
@@ -45,6 +48,11 @@ class Problem:
     def flops(self) -> float:
         """4u = 4 N^2 D: what the two passes over pairs cost where both use the symmetry of s."""
         return 4.0 * self.n * self.n * self.dim
+
+    @property
+    def anchors(self) -> int:
+        """Rows whose losses are averaged."""
+        return self.n // VIEWS if self.loss in TWO_SETS else self.n
 
     @property
     def input_bytes(self) -> int:
@@ -95,6 +103,7 @@ class Case:
 
 ALL = ("pysupcon", "tiled", "dense", "written", "compiled", "metric-learning", "keops")
 OURS = ("pysupcon", "tiled")
+PAIRED = ("pysupcon", "written", "compiled", "inf-cl", "memeff")
 
 
 def build_cases(device: str, sizes: Sequence[int] | None = None) -> dict[str, Case]:
@@ -180,6 +189,19 @@ def build_cases(device: str, sizes: Sequence[int] | None = None) -> dict[str, Ca
             "temperatures",
             "SupCon against the temperature",
             sweep(medium, [replace(base, temperature=t) for t in (0.01, 0.07, 0.5, 5.0)]),
+            ("pysupcon",),
+        ),
+        Case(
+            "pairs",
+            "N / 2 queries against N / 2 candidates, as the fused losses for image-text pairs compute it",
+            sweep((16_384, 65_536) if cuda else (4_096,), [replace(base, loss=loss) for loss in TWO_SETS]),
+            PAIRED,
+            ("time", "memory"),
+        ),
+        Case(
+            "blocks",
+            "SupCon just below and above 128 and 132 blocks of 128 rows: a device's last wave",
+            at((16_384, 16_896, 17_408, 20_000)),
             ("pysupcon",),
         ),
     ]

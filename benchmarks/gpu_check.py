@@ -1,57 +1,58 @@
-"""Everything that only a GPU can say, in at most eight minutes and without a network.
+"""Everything that only a GPU can say, within eight minutes and without a network.
 
-    python benchmarks/gpu_check.py [--minutes 8] [--json FILE]
+    python benchmarks/gpu_check.py [--minutes 8] [--json FILE]      # make gpu-check ARGS="--minutes 25"
+    python benchmarks/gpu_check.py --minutes 9 --steps counters launches pairs      # a part of the long form
 
-1. builds the extension in place for this GPU, and the kernels' own driver with nvcc
-2. runs that driver (tests/cuda_emulation: the kernels against a float64 oracle), then at small sizes under
-   compute-sanitizer's memcheck and racecheck
-3. runs tests/test_cuda_gpu.py: losses against float64, gradcheck, wrappers, graphs, streams, memory, large N
-4. measures (benchmarks/run.py --device cuda) and writes benchmarks/results/<device>.json
+1. builds the extension in place for this GPU, and beside it the kernels' own driver, with nvcc
+2. a quick look: the driver (tests/cuda_emulation: the kernels against a float64 oracle) on a few cases
+3. first measurements of our kernels (benchmarks/run.py --device cuda)
+4. the driver on all cases, one format a process; tests/test_cuda_gpu.py, one group a process; the driver
+   under compute-sanitizer's memcheck and racecheck
+5. measurements beside dense losses and torch.compile
 
-Exit status: 0; 1 if a step failed; 2 where there is nothing to check (no GPU, no nvcc, torch too old). Each
-step ends with the minutes; one that was cut short or never begun is named in the last lines and has failed.
-Needed beside torch and nvcc: ninja, pybind11, setuptools, pytest.
+With more than eight minutes also: launches a step, ncu's counters of the hot kernels, a short training, and
+the whole table of measurements with the fused losses of other packages (inf_cl, memeff) that are installed.
+
+Every step is tried, whatever became of the others; only what needs a build that failed is not begun. A step
+has a limit, at which all its processes end; the limits together are the minutes. The JSON (default
+benchmarks/results/<device>.json) is written anew after each step: device, driver, versions and commit; the
+measured rows; of each step its verdict, its seconds and the end of its output. Logs: build/gpu-check-sm_*/.
+
+Exit status: 0; 1 if a step failed; 2 where there is nothing to check (no GPU, no nvcc, torch too old); 130
+after an interruption. A step that was left out because a tool is not installed has not failed; it is named in
+the last lines. Needed beside torch and nvcc: ninja, pybind11, setuptools, pytest.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-EMULATION = ROOT / "tests" / "cuda_emulation"
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import counters, guard, processes  # noqa: E402
+from benchmarks.gpu_steps import QUICK_MINUTES, Step, Tools, chosen, limits, stages  # noqa: E402
+
 MINIMUM_TORCH = (2, 11)
-# The smallest cases that start every kernel; a sanitizer makes a kernel some hundred times slower.
-SANITIZED = ("bf16-candidates", "bf16-long", "f16-own", "f32x3-own", "f32x2-own", "f64-own")
-
-
-class Step(NamedTuple):
-    name: str
-    command: list[str]
-    environment: dict[str, str]
-    seconds: float  # at most
-
-
-class Outcome(NamedTuple):
-    name: str
-    passed: bool
-    seconds: float
-    word: str
+SCHEMA = 1
+#: What makes two measured rows the same point.
+POINT = ("case", "implementation", "loss", "n", "dim", "classes", "dtype", "temperature")
 
 
 def find_tool(name: str) -> str | None:
-    """A program of the CUDA toolkit: on PATH, or under CUDA_HOME or /usr/local/cuda."""
+    """A program of the CUDA toolkit: on PATH, under CUDA_HOME or /usr/local/cuda, or where ncu lies."""
     homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
     places = [shutil.which(name), *(f"{home}/bin/{name}" for home in homes if home)]
+    places += map(str, sorted(Path("/opt/nvidia/nsight-compute").glob(f"*/{name}"), reverse=True))
     return next((place for place in places if place and Path(place).exists()), None)
 
 
@@ -70,121 +71,169 @@ def file_name(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
 
 
-def driver_commands(nvcc: str, arch: str, out: Path) -> tuple[list[list[str]], list[str]]:
-    """nvcc calls for the objects (they may run side by side), and the one that links them."""
-    sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), EMULATION / "emulate.cpp"]
-    flags = [
-        "-std=c++17",
-        "-O3",
-        "-lineinfo",
-        f"-arch=sm_{arch}",
-        f"-I{ROOT / 'csrc' / 'cuda'}",
-        f"-I{EMULATION}",
-    ]
-    objects = [out / (source.name + ".o") for source in sources]
-    compile_ = [
-        [nvcc, *flags, "-x", "cu", "-c", str(source), "-o", str(target)]
-        for source, target in zip(sources, objects, strict=True)
-    ]
-    return compile_, [nvcc, f"-arch=sm_{arch}", *map(str, objects), "-o", str(out / "driver")]
-
-
-def steps(device: str, arch: str, sanitizer: str | None, driver: Path, results: Path) -> list[Step]:
-    """What follows the build, in order of what a failure would say."""
-    python = sys.executable
-    found = [Step("kernels against the oracle", [str(driver)], {}, 60.0)]
-    if sanitizer:
-        for tool in ("memcheck", "racecheck"):
-            command = [sanitizer, f"--tool={tool}", "--error-exitcode=9", str(driver), *SANITIZED]
-            found.append(Step(f"compute-sanitizer {tool}", command, {}, 60.0))
-    tests = [python, "-m", "pytest", "-q", "--noconftest", "tests/test_cuda_gpu.py"]
-    found.append(Step("tests on the GPU", tests, {"PYTHONPATH": str(ROOT)}, 180.0))
-    measure = [python, "benchmarks/run.py", "--device", "cuda", "--seconds", "0.5", "--json", str(results)]
-    measure += ["--cases", "speed", "small", "losses", "dims", "dtypes", "memory"]
-    found.append(Step(f"measurements on {device}", measure, {}, 240.0))
-    return found
-
-
-def run(step: Step, left: float) -> Outcome:
-    """The step's exit status within its own time and what is left of all."""
-    limit = min(step.seconds, left)
-    if limit <= 0:
-        return Outcome(step.name, False, 0.0, "not begun: the time was up")
-    print(f"\n== {step.name} ==", flush=True)
-    start = time.monotonic()
+def describe_machine(log: Path) -> tuple[dict[str, Any], str]:
+    """machine.py's record, made elsewhere: this process loads no CUDA, and no extension that is rebuilt."""
+    command = [sys.executable, "benchmarks/machine.py", "cuda"]
+    (done,) = processes.run([processes.Command(command, 60, log, {})], ROOT, echo=False)
     try:
-        code = subprocess.run(
-            step.command, cwd=ROOT, env={**os.environ, **step.environment}, timeout=limit
-        ).returncode
-        word = "" if code == 0 else f"exit status {code}"
-    except subprocess.TimeoutExpired:
-        word = f"cut short after {limit:.0f} s"
-    return Outcome(step.name, not word, time.monotonic() - start, word)
+        text = log.read_text(encoding="utf-8", errors="replace")
+        return json.loads(text[text.index('{"device"') :]), ""
+    except ValueError:
+        return {}, done.tail.strip()[-500:] or f"exit status {done.code}"
 
 
-def build(nvcc: str, arch: str, out: Path, left: float) -> list[Outcome]:
-    """The extension for this GPU only, and the driver beside it."""
-    out.mkdir(parents=True, exist_ok=True)
-    extension = Step(
-        "build the extension",
-        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
-        {"PYSUPCON_CUDA": "1", "PYSUPCON_CUDA_ARCHS": arch, "NVCC": nvcc},
-        240.0,
-    )
-    objects, link = driver_commands(nvcc, arch, out)
-    start = time.monotonic()
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
-        compiled = [
-            pool.submit(run, Step("compile the driver", command, {}, 240.0), left) for command in objects
+class Record:
+    """What is known so far; its file is replaced whole whenever there is more."""
+
+    def __init__(self, path: Path, machine: dict[str, Any]) -> None:
+        self.path = path
+        self.content: dict[str, Any] = {"schema": SCHEMA, "machine": machine, "rows": [], "steps": []}
+
+    def save(self) -> None:
+        guard.write_json(self.path, self.content)
+
+    def add(self, step: Step, verdict: str, seconds: float = 0.0, word: str = "", tail: str = "") -> None:
+        """A step's verdict ("passed", "FAILED", "left out") and whatever it wrote."""
+        entry = {"name": step.name, "verdict": verdict, "seconds": round(seconds, 1), "word": word}
+        self.content["steps"].append({**entry, "command": list(step.command), "tail": tail})
+        if step.result is not None and step.result.exists():
+            try:
+                self._store(step, step.result.read_text(encoding="utf-8"))
+            except (ValueError, KeyError, OSError) as error:
+                self.content["steps"][-1]["unreadable"] = f"{type(error).__name__}: {error}"
+        self.save()
+
+    def _store(self, step: Step, text: str) -> None:
+        if step.stored_as == "counters":
+            new = [{"step": step.name, **row} for row in counters.parse(text)]
+        else:
+            stored = json.loads(text)
+            new = stored["rows"]
+            if "ended" in stored:
+                self.content["steps"][-1]["ended"] = stored["ended"]
+        kept = self.content.setdefault(step.stored_as, [])
+        if step.stored_as == "rows":
+            # A point that is measured again, for longer, replaces the first look at it.
+            better = {_point(row) for row in new if "both_s" in row or "peak_bytes" in row}
+            kept[:] = [row for row in kept if _point(row) not in better]
+        kept += new
+
+    def verdicts(self) -> list[str]:
+        """Lines of text."""
+        return [
+            f"{step['verdict']:8} {step['seconds']:6.0f} s  {step['name']}  {step['word']}".rstrip()
+            for step in self.content["steps"]
         ]
-        outcomes = [run(extension, left), *(future.result() for future in compiled)]
-    failed = [o for o in outcomes if not o.passed]
-    return failed or [
-        outcomes[0],
-        run(Step("link the driver", link, {}, 60.0), left - (time.monotonic() - start)),
+
+    @property
+    def failed(self) -> bool:
+        return any(step["verdict"] == "FAILED" for step in self.content["steps"])
+
+    def passed(self, name: str) -> bool:
+        return any(s["name"] == name and s["verdict"] == "passed" for s in self.content["steps"])
+
+
+def _point(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in POINT)
+
+
+def run_stage(stage: Sequence[Step], limit: float, record: Record, out: Path) -> None:
+    """Runs the steps of a stage beside each other, each within the limit, and records them."""
+    begun: list[Step] = []
+    for step in stage:
+        if step.missing:
+            record.add(step, "left out", word=step.missing)
+        elif step.needs and not record.passed(f"build the {step.needs}"):
+            record.add(step, "FAILED", word=f"not begun: the {step.needs} was not built")
+        elif limit < 1:
+            record.add(step, "FAILED", word="not begun: the time was up")
+        else:
+            begun.append(step)
+            if step.result is not None:
+                step.result.unlink(missing_ok=True)
+    if not begun:
+        return
+    print(f"\n== {' and '.join(step.name for step in begun)}: at most {limit:.0f} s ==", flush=True)
+    logs = out / "logs"
+    count = len(record.content["steps"])
+    commands = [
+        processes.Command(step.command, limit, logs / f"{count + i:02}.txt", step.environment)
+        for i, step in enumerate(begun)
     ]
+    try:
+        ended = processes.run(commands, ROOT)
+    except KeyboardInterrupt:
+        for step, command in zip(begun, commands, strict=True):
+            tail = command.log.read_text(encoding="utf-8", errors="replace")[-processes.TAIL :]
+            record.add(step, "FAILED", word="interrupted", tail=tail)
+        raise
+    for step, end in zip(begun, ended, strict=True):
+        word = f"exit status {end.code}" if end.code != 0 else ""
+        if end.cut:
+            word = f"cut short after {end.seconds:.0f} s"
+        if step.stored_as == "counters" and not word and not counters_in(step):
+            word = "ncu wrote no counters (is it allowed to read them?)"
+        record.add(step, "FAILED" if word else "passed", end.seconds, word, end.tail)
+
+
+def counters_in(step: Step) -> bool:
+    """Whether ncu's file has a kernel in it."""
+    path = step.result
+    return path is not None and path.exists() and bool(counters.parse(path.read_text(encoding="utf-8")))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--minutes", type=float, default=8.0, help="for everything (default %(default)s)")
     options.add_argument(
-        "--json", type=Path, metavar="FILE", help="the measurements (default: results/<device>.json)"
+        "--minutes", type=float, default=QUICK_MINUTES, help="for everything (default %(default)s)"
     )
-    chosen = options.parse_args(arguments)
+    options.add_argument("--json", type=Path, metavar="FILE", help="default: results/<device>.json")
+    options.add_argument(
+        "--steps", nargs="+", default=[], metavar="WORD", help="only steps whose names hold one of the words"
+    )
+    wanted = options.parse_args(arguments)
     start = time.monotonic()
-    try:
-        import torch
-    except ImportError:
-        print("gpu-check: torch is not installed", file=sys.stderr)
+    with guard.interruptible():
+        try:
+            return check(wanted.minutes, wanted.json, wanted.steps, start)
+        except KeyboardInterrupt as error:
+            print(f"\ngpu-check: interrupted ({error or 'SIGINT'})", file=sys.stderr)
+            return 130
+
+
+def check(minutes: float, path: Path | None, words: Sequence[str], start: float) -> int:
+    """Everything; exit status."""
+    machine, problem = describe_machine(ROOT / "build" / "gpu-check-machine.txt")
+    if not machine:
+        print(f"gpu-check: nothing can be checked here: {problem}", file=sys.stderr)
         return 2
     nvcc = find_tool("nvcc")
-    reason = obstacle(torch.__version__, torch.cuda.is_available(), nvcc)
+    reason = obstacle(machine["versions"].get("torch", "?"), "gpu" in machine, nvcc)
     if reason or nvcc is None:
         print(f"gpu-check: nothing can be checked here: {reason}", file=sys.stderr)
         return 2
-
-    def left() -> float:
-        return 60 * chosen.minutes - (time.monotonic() - start)
-
-    device = torch.cuda.get_device_name()
-    arch = "{}{}".format(*torch.cuda.get_device_capability())
-    sanitizer = find_tool("compute-sanitizer")
-    results = chosen.json or ROOT / "benchmarks" / "results" / file_name(device)
-    out = ROOT / "build" / f"gpu-check-sm_{arch}"
-    outcomes = build(nvcc, arch, out, left())
-    if all(o.passed for o in outcomes):
-        for step in steps(device, arch, sanitizer, out / "driver", results):
-            outcomes.append(run(step, left()))
-    if sanitizer is None:
-        outcomes.append(Outcome("compute-sanitizer", False, 0.0, "not installed beside nvcc"))
-    print(f"\n{device}, torch {torch.__version__}, {time.monotonic() - start:.0f} s")
-    for outcome in outcomes:
-        verdict = "passed" if outcome.passed else "FAILED"
-        print(f"{verdict} {outcome.seconds:6.0f} s  {outcome.name}  {outcome.word}")
-    return 0 if all(o.passed for o in outcomes) else 1
+    out = ROOT / "build" / f"gpu-check-sm_{machine['arch']}"
+    record = Record(path or ROOT / "benchmarks" / "results" / file_name(machine["gpu"]), machine)
+    record.save()
+    tools = Tools(nvcc, find_tool("compute-sanitizer"), find_tool("ncu"))
+    plan = chosen(stages(tools, machine["arch"], out, minutes), words)
+    promised = limits(plan, 60 * minutes - (time.monotonic() - start))
+    try:
+        for at, stage in enumerate(plan):
+            # What earlier stages left over may be used, what later ones are promised may not.
+            left = 60 * minutes - (time.monotonic() - start)
+            run_stage(stage, left - sum(promised[at + 1 :]), record, out)
+            if at == 0:
+                built, _ = describe_machine(out / "logs" / "machine.txt")
+                record.content["machine"] = built or machine
+                record.save()
+    finally:
+        where = f"{machine['gpu']}, driver {machine['driver']}, torch {machine['versions']['torch']}"
+        print(f"\n{where}, commit {machine['commit']}, {time.monotonic() - start:.0f} s")
+        print("\n".join([*record.verdicts(), f"wrote {record.path}"]), flush=True)
+    return 1 if record.failed else 0
 
 
 if __name__ == "__main__":

@@ -69,14 +69,15 @@ def wavefronts(instruction: sass.Instruction) -> tuple[int, int]:
 
 
 def tile_loops(graph: sass.Graph) -> list[sass.Loop]:
-    """The innermost loops that hold products on tensor cores and exponentials."""
+    """The loops that hold products on tensor cores and exponentials, inner ones first: a kernel may work through
+    the parts of a tile in a loop of their own."""
 
     def holds_both(loop: sass.Loop) -> bool:
         work = sass_paths.work_of(i for block in loop.blocks for i in graph.blocks[block])
         return work is not None and work.multiply_adds > 0 and work.exponentials > 0
 
     every = [loop for top in sass.loops(graph) for loop in top.walk()]
-    return [loop for loop in every if holds_both(loop) and not any(map(holds_both, loop.children))]
+    return sorted(filter(holds_both, every), key=lambda loop: len(loop.blocks))
 
 
 def count(function: sass.Function, warps: int, need: Demand) -> list[Counts]:
@@ -90,8 +91,8 @@ def count(function: sass.Function, warps: int, need: Demand) -> list[Counts]:
     seen: list[sass_paths.Work] = []
     for step in (need.step, 0):
         for tiles in (1, 2, 4):  # nvcc may unroll the loop
-            found: dict[int, Counts] = {}
             for loop in tile_loops(graph):
+                found: dict[int, Counts] = {}
                 asked = need._replace(step=step)
                 low = _cheapest(graph, loop, asked, tiles, seen)
                 high = _cheapest(longer, loop, asked, tiles, seen) if low else {}
@@ -100,8 +101,8 @@ def count(function: sass.Function, warps: int, need: Demand) -> list[Counts]:
                     counts = _tally(graph, path, most, warps, tiles, exponentials, step == need.step)
                     if exponentials not in found or counts.issued < found[exponentials].issued:
                         found[exponentials] = counts
-            if found:
-                return [found[key] for key in sorted(found)]
+                if found:
+                    return [found[key] for key in sorted(found)]
     closest = sorted(set(seen), reverse=True)[:8]
     listed = "; ".join(f"{w.multiply_adds}, {w.exponentials}, {w.copied}" for w in closest)
     raise ModelError(

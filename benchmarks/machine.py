@@ -1,21 +1,28 @@
-"""The machine, the versions and the commit that stand beside every number."""
+"""The machine, the versions and the commit that stand beside every number.
+
+python benchmarks/machine.py [cpu|cuda]      # as JSON; without "gpu" where torch sees no CUDA device
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
+import sys
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
 from pysupcon import _ops
 
 ROOT = Path(__file__).resolve().parents[1]
-_PACKAGES = ("torch", "pytorch-metric-learning", "pykeops", "triton", "numpy")
+_PACKAGES = ("torch", "pytorch-metric-learning", "pykeops", "inf-cl", "memeff", "triton", "numpy")
 
 
 def describe(device: str) -> dict[str, Any]:
@@ -37,6 +44,7 @@ def describe(device: str) -> dict[str, Any]:
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         found["gpu"] = properties.name
+        found["arch"] = "{}{}".format(*torch.cuda.get_device_capability())
         found["gpu_memory_bytes"] = properties.total_memory
         found["cuda"] = torch.version.cuda
         found["driver"] = _driver()
@@ -46,7 +54,7 @@ def describe(device: str) -> dict[str, Any]:
 def name(machine: dict[str, Any]) -> str:
     """One line: what a table is headed with."""
     if machine["device"] == "cuda":
-        return str(machine["gpu"])
+        return f"{machine['gpu']}, driver {machine['driver']}, CUDA {machine['cuda']}"
     isa = machine["backends"]["cpu"].get("isa", "no compiled kernel")
     return f"{machine['processor']}, {machine['threads']} threads, {isa}"
 
@@ -114,3 +122,8 @@ def _commit() -> str | None:
 
 def _driver() -> str | None:
     return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+
+
+if __name__ == "__main__":
+    wanted = sys.argv[1] if len(sys.argv) > 1 else "cpu"
+    print(json.dumps(describe(wanted if torch.cuda.is_available() else "cpu")))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from benchmarks import guard
 from benchmarks.cases import Problem, make_inputs
 from pysupcon.profiling.memory import peak_bytes
 from pysupcon.profiling.workload import Inputs
@@ -47,13 +48,20 @@ class Timing:
     forward: list[float] = field(default_factory=list)
     backward: list[float] = field(default_factory=list)
 
+    def add(self, seconds: tuple[float, float]) -> None:
+        """One repetition's forward and backward."""
+        self.forward.append(seconds[0])
+        self.backward.append(seconds[1])
+
     @property
     def both(self) -> list[float]:
         return [f + b for f, b in zip(self.forward, self.backward, strict=True)]
 
     def summary(self) -> dict[str, Any]:
-        """Medians, and the quartiles of forward plus backward."""
+        """Medians, and the quartiles of forward plus backward; empty without a repetition."""
         both = sorted(self.both)
+        if not both:
+            return {}
         return {
             "forward_s": statistics.median(self.forward),
             "backward_s": statistics.median(self.backward),
@@ -104,31 +112,50 @@ def interleaved(
     seconds: float,
     least: int = 3,
     most: int = 50,
-) -> dict[Key, Timing]:
+    timings: dict[Key, Timing] | None = None,
+) -> tuple[dict[Key, Timing], dict[Key, str]]:
     """Times all functions in turns, so that what disturbs the machine disturbs them alike.
 
     Args:
         inputs: taken in turns too.
         seconds: for the repetitions of one function.
         least, most: repetitions.
+        timings: filled as the repetitions go, for a caller that wants to have them after an interruption.
+
+    Returns:
+        The timings, and what went wrong with those functions that failed; the others went on without them.
+
+    Raises:
+        DeviceLost: see :func:`~benchmarks.guard.attempt`.
     """
-    timings = {name: Timing() for name in functions}
+    timings = {} if timings is None else timings
+    failures: dict[Key, str] = {}
     wanted = {}
-    for name, function in functions.items():
-        first = _timed(function, inputs[0])
-        if sum(first) < SLOW:
-            first = _timed(function, inputs[-1])
-        else:
-            timings[name].forward.append(first[0])
-            timings[name].backward.append(first[1])
-        wanted[name] = max(least, min(most, int(seconds / max(sum(first), 1e-9))))
+    device = inputs[0].features.device.type
+
+    def timed(name: Key, at: Inputs) -> tuple[float, float] | None:
+        found, words = guard.attempt(lambda: _timed(functions[name], at), device)
+        at.features.grad = None
+        if found is None:
+            failures[name] = words
+        return found
+
+    for name in functions:
+        timings[name] = Timing()
+        first = timed(name, inputs[0])
+        if first is not None and sum(first) >= SLOW:
+            timings[name].add(first)
+        elif first is not None:
+            first = timed(name, inputs[-1])
+        if first is not None:
+            wanted[name] = max(least, min(most, int(seconds / max(sum(first), 1e-9))))
     for repetition in range(max(wanted.values(), default=0)):
-        for name, function in functions.items():
-            if len(timings[name].forward) < wanted[name]:
-                forward, backward = _timed(function, inputs[repetition % len(inputs)])
-                timings[name].forward.append(forward)
-                timings[name].backward.append(backward)
-    return timings
+        for name, count in wanted.items():
+            if name not in failures and len(timings[name].forward) < count:
+                found = timed(name, inputs[repetition % len(inputs)])
+                if found is not None:
+                    timings[name].add(found)
+    return timings, failures
 
 
 def median_seconds(call: Callable[[], object], repetitions: int) -> float:

@@ -8,20 +8,41 @@ would not fit.
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from benchmarks.cases import DTYPES, Problem
-from pysupcon import _ops
+from benchmarks.cases import DTYPES, LOSSES, TWO_SETS, VIEWS, Problem
+from pysupcon import _ops, functional
 from pysupcon.profiling.workload import Inputs, loss_function
 
 Implementation = Callable[[Inputs], Tensor]
 
 
+def _of_pairs(problem: Problem, loss: Callable[[Tensor, Tensor], Tensor]) -> Implementation:
+    """A loss of (queries, candidates) as one of interleaved views; "clip" is the mean of both directions."""
+
+    def one(i: Inputs) -> Tensor:
+        return loss(i.features[0::VIEWS], i.features[1::VIEWS])
+
+    def both(i: Inputs) -> Tensor:
+        first, second = i.features[0::VIEWS], i.features[1::VIEWS]
+        return (loss(first, second) + loss(second, first)) / 2
+
+    return one if problem.loss == "infonce" else both
+
+
 def _functional(problem: Problem, backend: str) -> Implementation:
+    if problem.loss in TWO_SETS:
+        return _of_pairs(
+            problem,
+            lambda queries, candidates: functional.supcon(
+                queries, candidates=candidates, temperature=problem.temperature, backend=backend
+            ),
+        )
     return loss_function(problem.loss, problem.temperature, backend)
 
 
@@ -50,15 +71,57 @@ def written_sincere(features: Tensor, labels: Tensor, temperature: float) -> Ten
     return per_anchor.mean()
 
 
-def _written(problem: Problem) -> Implementation:
-    function = written_supcon if problem.loss == "supcon" else written_sincere
+def written_info_nce(queries: Tensor, candidates: Tensor, temperature: float) -> Tensor:
+    """InfoNCE of two sets as most code bases carry it: cross entropy, with the diagonal as the labels."""
+    similarities = torch.matmul(queries, candidates.T) / temperature
+    own = torch.arange(len(queries), device=queries.device)
+    return torch.nn.functional.cross_entropy(similarities, own)
+
+
+def _written_by(
+    problem: Problem, wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+) -> Implementation:
+    if problem.loss in TWO_SETS:
+        pairs = wrap(written_info_nce)
+        return _of_pairs(problem, lambda first, second: pairs(first, second, problem.temperature))
+    function = wrap(written_supcon if problem.loss == "supcon" else written_sincere)
     return lambda i: function(i.features, i.labels, problem.temperature)
+
+
+def _written(problem: Problem) -> Implementation:
+    return _written_by(problem, lambda function: function)
 
 
 def _compiled(problem: Problem) -> Implementation:
     torch._dynamo.reset()  # every problem is compiled for its own, fixed, shape
-    function = torch.compile(written_supcon if problem.loss == "supcon" else written_sincere, dynamic=False)
-    return lambda i: function(i.features, i.labels, problem.temperature)
+    return _written_by(problem, lambda function: torch.compile(function, dynamic=False))
+
+
+def _inf_cl(problem: Problem) -> Implementation:
+    """The package computes in float32 (TF32 products); its argument ``scale`` needs several processes."""
+    from inf_cl import cal_inf_loss  # type: ignore[import-not-found]
+
+    head = math.gcd(problem.dim, 256)  # the kernel walks a row in heads of a power of two, at least 16
+    if head < 16:
+        raise ValueError(f"inf_cl needs a multiple of 16 dimensions, got {problem.dim}")
+
+    def loss(queries: Tensor, candidates: Tensor) -> Tensor:
+        scaled = (queries.float() / problem.temperature).contiguous()
+        result: Tensor = cal_inf_loss(scaled, candidates.float().contiguous(), head_dim=head)
+        return result
+
+    return _of_pairs(problem, loss)
+
+
+def _memeff(problem: Problem) -> Implementation:
+    """The textbook gradient (stable=False), and no false-negative mask (margin=2 switches it off)."""
+    import memeff  # type: ignore[import-not-found]
+
+    common = {"temperature": problem.temperature, "normalized_inputs": True, "stable": False}
+    if problem.loss == "infonce":
+        return _of_pairs(problem, memeff.MemoryEfficientQwen3Loss(margin=2.0, **common))
+    clip = memeff.MemoryEfficientCLIPLoss(**common)
+    return lambda i: clip(i.features[0::VIEWS], i.features[1::VIEWS])
 
 
 def _metric_learning(problem: Problem) -> Implementation:
@@ -101,13 +164,14 @@ class Peer:
     module: str | None = None
     """package that must be installed"""
     dtypes: tuple[str, ...] = tuple(DTYPES)
+    devices: tuple[str, ...] = ("cpu", "cuda")
     normalizes: bool = False
     """normalises rows itself: its gradient has no part along a row"""
 
     def bytes_needed(self, problem: Problem) -> float:
         """Of the matrices; rows and constants are small beside them."""
         size = 8 if problem.dtype == "float64" else 4
-        return self.matrices * problem.n * problem.n * size
+        return self.matrices * problem.anchors * problem.anchors * size
 
     def missing(self, problem: Problem, memory: float) -> str | None:
         """Why it cannot run on this machine or problem, in the words of the table; None if it can.
@@ -119,6 +183,8 @@ class Peer:
             return f"no {problem.loss}"
         if problem.dtype not in self.dtypes:
             return f"no {problem.dtype}"
+        if problem.device not in self.devices:
+            return f"no {problem.device}"
         if self.module is not None and importlib.util.find_spec(self.module) is None:
             return f"{self.module} is not installed"
         if self.name == "pysupcon" and not _ops.compiled_for(problem.device):
@@ -128,9 +194,11 @@ class Peer:
         return None
 
 
-_FAMILY = ("supcon", "sincere", "cnce", "spread")
-_WRITTEN = ("supcon", "sincere")
+_FAMILY = LOSSES + TWO_SETS
+_WRITTEN = ("supcon", "sincere", *TWO_SETS)
 _SINGLE = ("float64", "float32")
+_HALF = ("bfloat16", "float16")
+_CUDA = ("cuda",)
 
 PEERS = {
     peer.name: peer
@@ -145,5 +213,9 @@ PEERS = {
             "pytorch_metric_learning", normalizes=True,
         ),
         Peer("keops", "KeOps map-reduce", ("supcon",), _keops, module="pykeops", dtypes=_SINGLE),
+        Peer(
+            "inf-cl", "Inf-CL (inf_cl)", TWO_SETS, _inf_cl, module="inf_cl", dtypes=_HALF, devices=_CUDA
+        ),
+        Peer("memeff", "memeff", TWO_SETS, _memeff, module="memeff", dtypes=_HALF, devices=_CUDA),
     )
 }  # fmt: skip

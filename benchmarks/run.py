@@ -3,8 +3,13 @@
     python benchmarks/run.py --device cpu --cases small speed memory --json results.json --plot plots
     python benchmarks/run.py --device cpu --cases speed --sizes 4096 --compare results.json
 
-Every point is validated against float64, then timed, then its peak memory is measured. Exit status:
-0; 1 where a result is wrong, or slower or larger than --compare allows; 2 for arguments that cannot be.
+Every point is validated against float64, then timed, then its peak memory is measured. --json is written
+anew whenever there is a new number, so that whatever ends a run leaves what was measured until then: an
+implementation that raises or runs out of memory (its row says "failed", the others go on), SIGINT or SIGTERM,
+or a CUDA error after which the process cannot use its GPU any more (both end the run; "ended" says why).
+
+Exit status: 0; 1 where a result is wrong or missing, or slower or larger than --compare allows; 2 for
+arguments that cannot be; 3 for a lost device; 130 for an interruption.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks import bars, machine, table
+from benchmarks import bars, guard, machine, table
 from benchmarks.cases import build_cases
 from benchmarks.compare import TOLERANCE, regressions
 from benchmarks.peers import PEERS
@@ -77,20 +82,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     about = machine.describe(options.device)
     print(table.heading(about), flush=True)
-    rows = run_cases(
-        [cases[name] for name in options.cases if name in cases],
-        implementations=options.implementations,
-        seconds=options.seconds,
-        report=_progress,
-    )
-    results = {"schema": SCHEMA, "machine": about, "rows": rows}
+    rows: list[dict[str, Any]] = []
+    results: dict[str, Any] = {"schema": SCHEMA, "machine": about, "rows": rows}
+
+    def save() -> None:
+        if options.json is not None:
+            guard.write_json(options.json, results)
+
+    status = 0
+    with guard.interruptible():
+        save()
+        try:
+            run_cases(
+                [cases[name] for name in options.cases if name in cases],
+                implementations=options.implementations,
+                seconds=options.seconds,
+                rows=rows,
+                report=_progress,
+                save=save,
+            )
+        except guard.DeviceLost as error:
+            results["ended"], status = f"the GPU cannot be used by this process any more: {error}", 3
+        except KeyboardInterrupt as error:
+            results["ended"], status = f"interrupted by {error or 'SIGINT'}", 130
+    save()
     print(f"\n{table.results(rows)}")
     measured = bars.measured(rows)
     if measured:
         print(f"\n{table.align(bars.lines(measured))}")
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    if "ended" in results:
+        print(f"\nENDED EARLY: {results['ended']}", file=sys.stderr)
+        return status
     if options.plot is not None:
         from benchmarks import plot
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import bars, cases, compare, measure, oracle, peers, readme_table, run, suite  # noqa: E402
+from benchmarks import bars, cases, compare, guard, measure, oracle, peers, readme_table, run, suite  # noqa: E402
 from pysupcon import functional  # noqa: E402
 from pysupcon.profiling.workload import Inputs  # noqa: E402
 
@@ -62,6 +65,9 @@ def test_others_have_no_such_loss(results: tuple[Path, dict[str, Any]]) -> None:
     assert found["metric-learning", "spread"] == "no spread"
     assert found["metric-learning", "supcon"] is None
     assert found["tiled", "cnce"] is None
+    problem = cases.Problem(loss="clip", n=64)
+    assert peers.PEERS["inf-cl"].missing(problem, 2**30) == "no float32"
+    assert peers.PEERS["memeff"].missing(replace(problem, dtype="bfloat16"), 2**30) == "no cpu"
 
 
 def test_bits_do_not_depend_on_threads(results: tuple[Path, dict[str, Any]]) -> None:
@@ -103,12 +109,43 @@ def test_a_wrong_loss_is_caught(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 def test_nan_is_never_within_tolerance() -> None:
     nan = float("nan")
-    assert suite.wrong("pysupcon", "float32", oracle.Errors(nan, 0.0)) == "loss error nan > 2e-06"
-    assert suite.wrong("written", "float32", oracle.Errors(0.0, nan)) == "gradient error nan > 1e-03"
-    assert suite.wrong("pysupcon", "float32", oracle.Errors(1e-6, 1e-6)) is None
+    problem = cases.Problem(n=256)
+    expected = oracle.Truth(3.0, torch.ones(256, 128, dtype=torch.float64))
+    for implementation, errors, words in (
+        ("pysupcon", oracle.Errors(nan, 0.0), "loss error nan > 2e-06"),
+        ("written", oracle.Errors(0.0, nan), "gradient error nan > 1e-03"),
+        ("pysupcon", oracle.Errors(1e-6, 1e-6), None),
+    ):
+        assert suite.wrong(implementation, problem, expected, errors) == words
 
 
-@pytest.mark.parametrize("loss", cases.LOSSES)
+def test_a_gradient_that_vanishes_has_an_absolute_bar() -> None:
+    """One sample of two views: SupCon's loss and gradient are 0, what is computed is not quite."""
+    problem = cases.Problem(n=2, dim=8, classes=1)
+    expected = oracle.Truth(0.0, torch.zeros(2, 8, dtype=torch.float64))
+    close = oracle.errors(torch.tensor(1e-8), torch.full((2, 8), 1e-7), expected)
+    assert suite.wrong("pysupcon", problem, expected, close) is None
+    far = oracle.errors(torch.tensor(1e-8), torch.full((2, 8), 1e-4), expected)
+    assert "gradient error 4.0e-04" in str(suite.wrong("pysupcon", problem, expected, far))
+
+
+def test_wide_rows_of_16_bits_are_within_two_roundings() -> None:
+    """What rounding the weights and the result to bfloat16 gives at D = 768, 100 classes: 4.2e-3."""
+    problem = cases.Problem(n=1024, dim=768, dtype="bfloat16")
+    inputs = cases.make_inputs(problem, seed=0)
+    x, expected = inputs.features.detach().double(), oracle.truth(problem, inputs)
+    s = (x @ x.T / problem.temperature).fill_diagonal_(-torch.inf)
+    weights = (s.softmax(1) + s.softmax(1).T) / problem.n
+    rounded = weights.mul(2.0**20).to(torch.bfloat16).double().div(2.0**20)
+    gradient = expected.gradient + (rounded - weights) @ x / problem.temperature
+    found = oracle.errors(torch.tensor(expected.loss), gradient.to(torch.bfloat16), expected)
+    assert found.gradient > 2e-3
+    assert suite.wrong("pysupcon", problem, expected, found) is None
+    doubled = found._replace(gradient=4 * found.gradient)
+    assert suite.wrong("pysupcon", problem, expected, doubled) is not None
+
+
+@pytest.mark.parametrize("loss", cases.LOSSES + cases.TWO_SETS)
 def test_the_truth_in_chunks_is_the_dense_loss(loss: str) -> None:
     problem = cases.Problem(loss=loss, n=58, dim=9, classes=5, dtype="float64", temperature=0.3)
     inputs = cases.make_inputs(problem, seed=3)
@@ -118,7 +155,7 @@ def test_the_truth_in_chunks_is_the_dense_loss(loss: str) -> None:
     torch.testing.assert_close(found.gradient, expected.gradient, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("loss", ["supcon", "sincere"])
+@pytest.mark.parametrize("loss", ["supcon", "sincere", *cases.TWO_SETS])
 def test_what_users_write_is_the_loss(loss: str) -> None:
     problem = cases.Problem(loss=loss, n=60, dim=8, classes=6, dtype="float64")
     inputs = cases.make_inputs(problem, seed=0)
@@ -152,7 +189,7 @@ def test_functions_take_turns_until_each_has_its_repetitions() -> None:
 
         return loss
 
-    found = measure.interleaved({"a": make("a"), "b": make("b")}, inputs, seconds=0.0, least=3)
+    found, _ = measure.interleaved({"a": make("a"), "b": make("b")}, inputs, seconds=0.0, least=3)
     assert calls == [("a", 0), ("a", 1), ("b", 0), ("b", 1), *[(n, k % 2) for k in range(3) for n in "ab"]]
     assert all(len(timing.both) == 3 for timing in found.values())
 
@@ -291,6 +328,129 @@ def test_the_readme_shows_the_stored_results() -> None:
     if not any("schema" in results for results in stored):
         pytest.skip("no results are stored in benchmarks/results")
     assert readme_table.main(["--check"]) == 0
+
+
+def _run_with(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, loss: Any, *more: str
+) -> tuple[int, dict[str, Any]]:
+    """Exit status and JSON of run.py where the implementation ``name`` is ``loss``."""
+    monkeypatch.setitem(peers.PEERS, name, replace(peers.PEERS[name], build=lambda problem: loss))
+    path = tmp_path / "r.json"
+    arguments = [*TINY, "--implementations", "pysupcon", name, "tiled", *more, "--json", str(path)]
+    status = run.main(arguments)
+    return status, json.loads(path.read_text(encoding="utf-8"))
+
+
+def _rows(stored: dict[str, Any], implementation: str) -> list[dict[str, Any]]:
+    return [row for row in stored["rows"] if row["implementation"] == implementation]
+
+
+def test_an_implementation_that_fails_does_not_stop_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It raises when it is validated, when it is timed, and for lack of memory."""
+    right = peers.PEERS["written"].build(cases.Problem(n=256))
+    for call, error, words in (
+        (1, ValueError("no such shape\nsecond line"), "ValueError: no such shape"),
+        (3, torch.OutOfMemoryError("tried to allocate 20 GiB"), "out of memory: tried to allocate 20 GiB"),
+    ):
+        calls = []
+
+        def loss(i: Inputs, call: int = call, error: Exception = error, calls: Any = calls) -> torch.Tensor:
+            calls.append(0)
+            if len(calls) >= call:
+                raise error
+            return right(i)
+
+        status, stored = _run_with(monkeypatch, tmp_path, "written", loss, "--cases", "small")
+        assert status == 1
+        assert [row["failed"] for row in _rows(stored, "written")] == [words]
+        for name in ("pysupcon", "tiled"):
+            assert all(row["both_s"] > 0 for row in _rows(stored, name))
+        assert "ended" not in stored
+
+
+@pytest.mark.parametrize(("number", "call"), [(signal.SIGINT, 1), (signal.SIGTERM, 5)])
+def test_a_signal_leaves_what_was_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: signal.Signals, call: int
+) -> None:
+    """In the second of two cases: while it is validated (call 1), and among its repetitions (call 5)."""
+    right = peers.PEERS["written"].build(cases.Problem(n=256))
+    wide: list[int] = []
+
+    def loss(i: Inputs) -> torch.Tensor:
+        if i.features.shape[1] == 64:
+            wide.append(0)
+            if len(wide) == call:
+                os.kill(os.getpid(), number)
+        return right(i)
+
+    status, stored = _run_with(monkeypatch, tmp_path, "written", loss, "--cases", "small", "dims")
+    assert status == 130
+    assert stored["ended"] == f"interrupted by {number.name}"
+    done = [row for row in stored["rows"] if row["dim"] != 64]
+    assert {(row["case"], row["dim"]) for row in done} == {("small", 128), ("dims", 32)}
+    assert all(row["both_s"] > 0 for row in done)
+    cut = [row for row in stored["rows"] if row["dim"] == 64]
+    assert len(cut) == 3
+    if call == 1:
+        assert all(row["failed"] == f"no time: KeyboardInterrupt: {number.name}" for row in cut)
+        assert "loss_error" in cut[0]
+    else:
+        assert all(row["repetitions"] >= 1 and row["both_s"] > 0 for row in cut)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_lost_device_ends_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """After an illegal address every later CUDA call fails: no further row can be measured."""
+    lost: list[int] = []
+    right = peers.PEERS["written"].build(cases.Problem(n=256))
+
+    def loss(i: Inputs) -> torch.Tensor:
+        if i.features.shape[1] == 64:
+            lost.append(0)
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return right(i)
+
+    def check_device() -> None:
+        if lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    # A device that has the CPU's tensors and a GPU's way to die.
+    monkeypatch.setattr(guard, "check_device", check_device)
+    attempt = guard.attempt
+    monkeypatch.setattr(guard, "attempt", lambda call, device: attempt(call, "cuda"))
+    status, stored = _run_with(monkeypatch, tmp_path, "written", loss, "--cases", "dims", "small")
+    assert status == 3
+    assert stored["ended"].startswith("the GPU cannot be used by this process any more: RuntimeError: CUDA")
+    assert len(lost) == 1
+    assert {row["dim"] for row in stored["rows"]} == {32, 64}
+    assert all(row["both_s"] > 0 for row in stored["rows"] if row["dim"] == 32)
+    assert all("illegal memory access" in row["failed"] for row in stored["rows"] if row["dim"] == 64)
+
+
+def test_a_failed_call_holds_no_memory_when_the_device_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its frames, and so its tensors, are gone before the GPU's cache is emptied for the next."""
+    kept: list[weakref.ref[torch.Tensor]] = []
+    alive: list[torch.Tensor | None] = []
+
+    def call() -> None:
+        tensor = torch.ones(3)
+        kept.append(weakref.ref(tensor))
+        raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+
+    monkeypatch.setattr(guard, "check_device", lambda: alive.append(kept[0]()))
+    assert guard.attempt(call, "cuda") == (None, "out of memory: tried to allocate 20 GiB")
+    assert alive == [None]
+
+
+def test_results_are_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "r.json"
+    guard.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        guard.write_json(path, {"a": object()})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": 1}
+    assert [p.name for p in path.parent.iterdir()] == ["r.json"]
 
 
 @pytest.mark.slow

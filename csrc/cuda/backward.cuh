@@ -33,19 +33,19 @@ struct ResidentBackward {
   static constexpr int THREADS = 32 * WARPS, BLOCKS = 8 / WARPS;
   static_assert(BM == (WARPS == 4 ? kBlockRows : kWideBlockRows), "as plan.h says");
 };
-// Columns whose similarities a warp forms at a time: fewer leave more registers, but the rows' fragments are read
-// again for each. Where a tile needs no mask all columns at once pay on sm_90, whose tensor cores are fast enough
-// for shared memory to matter.
+// Columns that a warp works on at a time: fewer leave more registers, but the rows' fragments are read again
+// for each part. Where a tile needs no mask all columns at once pay on sm_90, whose tensor cores are fast
+// enough for shared memory to matter.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
 constexpr int kQuickColumns = 32;
 #else
 constexpr int kQuickColumns = 64;
 #endif
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kSlowColumns = 16;
-#else
 constexpr int kSlowColumns = 32;
-#endif
+template <int N>
+struct Number {
+  static constexpr int value = N;
+};
 
 // Rows of any length and any number of parts: a warp owns 16 rows and sees every column.
 template <class F_, int PARTS_>
@@ -114,42 +114,43 @@ __device__ __forceinline__ void clear_coefficients(CoefficientTile<C> (&dst)[2],
     for (int b = 0; b < 2; ++b) dst[b].n[threadIdx.x] = dst[b].p[threadIdx.x] = absent();
 }
 
-// grad[m][c] += W cols over one slice; chunk c of the slice makes the 16 x 8 tiles grad[..][c]. Tensor cores
+// grad[m][c] += W cols over one slice of rows row, row + 1, ...; chunk c of the slice makes the 16 x 8 tiles
+// grad[..][c]. Tensor cores
 // truncate where they add to a large accumulator, and a gradient that grew in one over all columns would
 // shrink: each tile of columns starts a fresh one, which is added with rounding. Several parts as in
 // multiply_slice().
 template <class F, int PARTS, int MT, int NK, int BROWS, int CH>
 __device__ __forceinline__ void multiply_weights(float (&grad)[MT][CH][4],
                                                  const uint32_t (&w)[PARTS][MT][NK][4],
-                                                 const uint4 (&cols)[PARTS][BROWS][CH], int lane) {
+                                                 const uint4 (&cols)[PARTS][BROWS][CH], int row, int lane) {
+  const int r = lane & 15, from = swizzle<CH>(r, lane >> 4);
 #pragma unroll
   for (int c = 0; c < CH; c += 2) {
-    float sum[MT][2][4] = {};
+    float sum[MT][2][4];
 #pragma unroll
     for (int k = 0; k < NK; ++k) {
-      const int r = 16 * k + (lane & 15);
       uint32_t bf[PARTS][4];
 #pragma unroll
       for (int part = 0; part < PARTS; ++part)
-        gpu::ldmatrix_transposed(bf[part], &cols[part][r][swizzle<CH>(r, c + (lane >> 4))]);
+        gpu::ldmatrix_transposed(bf[part], &cols[part][r][chunk_pair(from, c / 2)] + (row + 16 * k) * CH);
 #pragma unroll
       for (int half = 0; half < 2; ++half)
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
           if constexpr (PARTS == 1) {
             const uint32_t bh[2] = {bf[0][2 * half], bf[0][2 * half + 1]};
-            F::mma(sum[m][half], w[0][m][k], bh);
+            multiply<F>(sum[m][half], w[0][m][k], bh, k == 0);
           } else {
-            float fresh[4] = {};
+            float fresh[4];
 #pragma unroll
             for (int order = PARTS - 1; order >= 0; --order)
 #pragma unroll
               for (int part = 0; part <= order; ++part) {
                 const uint32_t bh[2] = {bf[order - part][2 * half], bf[order - part][2 * half + 1]};
-                F::mma(fresh, w[part][m][k], bh);
+                multiply<F>(fresh, w[part][m][k], bh, order == PARTS - 1 && part == 0);
               }
 #pragma unroll
-            for (int i = 0; i < 4; ++i) sum[m][half][i] += fresh[i];
+            for (int i = 0; i < 4; ++i) sum[m][half][i] = k == 0 ? fresh[i] : sum[m][half][i] + fresh[i];
           }
         }
     }
@@ -162,9 +163,9 @@ __device__ __forceinline__ void multiply_weights(float (&grad)[MT][CH][4],
 
 template <class C>
 __device__ __forceinline__ void store_gradient(const Gradient& out, Staging<C>& staging,
-                                               const float (&grad)[C::SLICES][C::MT][C::CH][4], int row0,
-                                               int slice0) {
-  const int thread = gpu::thread_again(), warp = thread / 32, lane = thread % 32;
+                                               const float (&grad)[C::SLICES][C::MT][C::CH][4],
+                                               const Bounds& bounds, int slice0) {
+  const int thread = bounds.thread(), warp = thread / 32, lane = thread % 32;
   const float factor = out.factor();
   __syncthreads();  // what stood here has been read
 #pragma unroll
@@ -183,7 +184,7 @@ __device__ __forceinline__ void store_gradient(const Gradient& out, Staging<C>& 
 #pragma unroll 1
       for (int at = lane; at < 16 * C::CH * 4; at += 32) {
         const int r = at / (C::CH * 4), pair = at % (C::CH * 4);
-        const int row = row0 + 16 * (C::MT * warp + m) + r, d = (slice0 + i) * C::CH * 8 + 2 * pair;
+        const int row = bounds.row0 + 16 * (C::MT * warp + m) + r, d = (slice0 + i) * C::CH * 8 + 2 * pair;
         const float2 g = staging.grad[warp][r][Staging<C>::place(r, pair)];
         if (row >= out.rows) continue;
         float* to = out.data + out.order[row] * out.width + d;
@@ -198,19 +199,18 @@ __device__ __forceinline__ void store_gradient(const Gradient& out, Staging<C>& 
 // Runs whose tiles the rows do not visit leave no part.
 template <class C, class Weights>
 __device__ __forceinline__ void hand_over(const Gradient& out, Staging<C>& staging, const Pairs& pairs,
-                                          const Runs& runs, int row_block, Weights& weights,
+                                          const Runs& runs, const Bounds& bounds, Weights& weights,
                                           float (&grad)[C::SLICES][C::MT][C::CH][4]) {
-  const Segment here = segment(runs, gpu::block_again(), row_block);
-  const int row0 = row_block * C::BM;
+  const Segment here = segment(runs, gpu::block_again(), bounds.row_block);
   const int share = int(blockIdx.z), slice0 = share * C::SLICES;
   weights.reduce();
   if (!here.whole) {
     constexpr int COUNT = C::SLICES * C::MT * C::CH, SIZE = COUNT * C::THREADS;  // float4s
     const auto part_of_share = [&](int part) {
       return reinterpret_cast<float4*>(out.parts) + (int64_t(part) * gridDim.z + share) * SIZE +
-             gpu::thread_again();
+             bounds.thread();
     };
-    const int mine = part_of(runs, gpu::block_again(), row_block);
+    const int mine = part_of(runs, gpu::block_again(), bounds.row_block);
     const auto visits = [&](const Segment& part) {
       const Visit visit = visit_columns<C::BM, C::BN>(pairs, part);
       return visit.first < visit.last;
@@ -224,8 +224,8 @@ __device__ __forceinline__ void hand_over(const Gradient& out, Staging<C>& stagi
       }
       if (share == 0) weights.keep(out.row_parts + int64_t(mine) * C::BM);
     }
-    const int2 sharing = runs_of(runs, row_block);
-    if (!last_to_arrive(out.arrivals + row_block * int(gridDim.z) + share, sharing)) return;
+    const int2 sharing = runs_of(runs, bounds.row_block);
+    if (!last_to_arrive(out.arrivals + bounds.row_block * int(gridDim.z) + share, sharing)) return;
     weights.clear();
 #pragma unroll
     for (int i = 0; i < COUNT; ++i)
@@ -233,8 +233,8 @@ __device__ __forceinline__ void hand_over(const Gradient& out, Staging<C>& stagi
       for (int e = 0; e < 4; ++e) grad[i / (C::MT * C::CH)][i / C::CH % C::MT][i % C::CH][e] = 0.f;
 #pragma unroll 1
     for (int run = sharing.x; run <= sharing.y; ++run) {
-      if (!visits(segment(runs, run, row_block))) continue;
-      const int part = part_of(runs, run, row_block);
+      if (!visits(segment(runs, run, bounds.row_block))) continue;
+      const int part = part_of(runs, run, bounds.row_block);
       const float4* from = part_of_share(part);
 #pragma unroll
       for (int i = 0; i < COUNT; ++i) {
@@ -245,7 +245,7 @@ __device__ __forceinline__ void hand_over(const Gradient& out, Staging<C>& stagi
       if (share == 0) weights.take(out.row_parts + int64_t(part) * C::BM);
     }
   }
-  store_gradient<C>(out, staging, grad, row0, slice0);
+  store_gradient<C>(out, staging, grad, bounds, slice0);
   if (share == 0) weights.store();
 }
 
@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
     backward_resident(Pairs pairs, Runs runs, typename Weights::Args args, Gradient out) {
   using F = typename C::F;
   DYNAMIC_SHARED(ResidentBackwardShared<C>, s);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, slices = pairs.rows.slices;
+  const int slices = pairs.rows.slices;
   clear_coefficients<C>(s->coefficients, args.cols);
   for (int block = first_row_block(runs, gpu::block_again());
        block <= last_row_block(runs, gpu::block_again()); ++block) {
@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
       }
       gpu::cp_async_commit();
     };
-    __syncthreads();  // the last row block's gradient has been staged
+    __syncthreads();  // the bounds are there
 #pragma unroll
     for (int k = 0; k < C::SLICES; ++k)
       if (k < slices) load_slice<C::THREADS>(s->rows[k], pairs.rows, row0, k);
@@ -286,44 +286,40 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
       load_tile(tile + 1);
       const CoefficientTile<C>& col = s->coefficients[tile % 2];
       const Kind kind = s->bounds.template kind<C::BN>(pairs, tile);
-      uint32_t w[1][C::MT][C::NT / 2][4];
-      const auto similarities = [&](auto& acc, int first_column) {
-        const int lane_again = gpu::thread_again() % 32;
+      // Columns [first, first + COLUMNS) of the tile: similarities, weights, gradient.
+      const auto add = [&](auto columns, int first, bool quick) {
+        constexpr int COLUMNS = decltype(columns)::value;
+        float acc[C::MT][COLUMNS / 8][4];
+        int thread = s->bounds.thread();
 #pragma unroll
         for (int k = 0; k < C::SLICES; ++k)
-          if (k < slices)
-            multiply_few<F>(acc, s->rows[k][0], 16 * C::MT * warp, s->cols[tile % 2][k][0], first_column,
-                            lane);
+          if (k == 0 || k < slices)
+            multiply_few<F>(acc, s->rows[k][0], 16 * C::MT * (thread / 32), s->cols[tile % 2][k][0], first,
+                            thread % 32, k == 0);
+        uint32_t w[1][C::MT][COLUMNS / 16][4];
+        const int at = first + 2 * (s->bounds.thread() % 4);
+        const float2 *n = s->coefficients[tile % 2].n + at, *p = s->coefficients[tile % 2].p + at;
+        if (quick)
+          weights.template weigh_quickly<F>(w, acc, kind, n, p);
+        else
+          weights.template weigh<F>(w, acc, kind, tile * C::BN + at, n, p);
+        thread = s->bounds.thread();
+#pragma unroll
+        for (int k = 0; k < C::SLICES; ++k)
+          if (k == 0 || k < slices) multiply_weights<F>(grad[k], w, s->cols[tile % 2][k], first, thread % 32);
       };
-      const int pair = 2 * (lane % 4);  // of columns, in each tile of 8
-      // Similarities and weights of part of the tile: what is not mixed with the next needs no registers.
       if (weights.quick(kind)) {
-#pragma unroll
-        for (int first = 0; first < C::BN; first += kQuickColumns) {
-          float acc[C::MT][kQuickColumns / 8][4] = {};
-          similarities(acc, first);
-          weights.template weigh_quickly<F>(w, first / 8, acc, kind, col.n + first + pair,
-                                            col.p + first + pair);
-          if (kQuickColumns < C::BN) __syncwarp();
-        }
+#pragma unroll 1
+        for (int first = 0; first < C::BN; first += kQuickColumns) add(Number<kQuickColumns>{}, first, true);
       } else {
-#pragma unroll
-        for (int first = 0; first < C::BN; first += kSlowColumns) {
-          float acc[C::MT][kSlowColumns / 8][4] = {};
-          similarities(acc, first);
-          weights.template weigh<F>(w, first / 8, acc, kind, tile * C::BN + first + pair,
-                                    col.n + first + pair, col.p + first + pair);
-          __syncwarp();
-        }
+#pragma unroll 1
+        for (int first = 0; first < C::BN; first += kSlowColumns) add(Number<kSlowColumns>{}, first, false);
       }
-      const int lane_again = gpu::thread_again() % 32;
-#pragma unroll
-      for (int k = 0; k < C::SLICES; ++k)
-        if (k < slices) multiply_weights<F>(grad[k], w, s->cols[tile % 2][k], lane_again);
     }
     gpu::cp_async_wait<0>();  // a block without columns never waited for its rows
-    block = s->bounds.row_block;
-    hand_over<C>(out, s->staging, pairs, runs, block, weights, grad);
+    hand_over<C>(out, s->staging, pairs, runs, s->bounds, weights, grad);
+    block = s->bounds.row_block;  // not kept in a register meanwhile
+    __syncthreads();
   }
 }
 
@@ -357,7 +353,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
       }
       gpu::cp_async_commit();
     };
-    __syncthreads();  // the last row block's gradient has been staged
+    __syncthreads();  // the bounds are there
     load_next();
 
     typename Weights::template OfThread<2 * C::MT> weights(pairs, args, s->bounds);
@@ -378,22 +374,23 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
       const Kind kind = s->bounds.template kind<C::BN>(pairs, tile);
       const int at = 2 * (lane % 4);
       if (C::PARTS == 1 && weights.quick(kind))
-        weights.template weigh_quickly<F>(w, 0, acc, kind, col.n + at, col.p + at);
+        weights.template weigh_quickly<F>(w, acc, kind, col.n + at, col.p + at);
       else
-        weights.template weigh<F>(w, 0, acc, kind, tile * C::BN + at, col.n + at, col.p + at);
+        weights.template weigh<F>(w, acc, kind, tile * C::BN + at, col.n + at, col.p + at);
 #pragma unroll
       for (int k = 0; k < C::SLICES; ++k)
         if (k < outs) {
           gpu::cp_async_wait<0>();
           __syncthreads();
           load_next();
-          multiply_weights<F>(grad[k], w, s->cols[buffer], lane);
+          multiply_weights<F>(grad[k], w, s->cols[buffer], 0, lane);
           buffer ^= 1;
         }
     }
     gpu::cp_async_wait<0>();
-    block = s->bounds.row_block;
-    hand_over<C>(out, s->staging, pairs, runs, block, weights, grad);
+    hand_over<C>(out, s->staging, pairs, runs, s->bounds, weights, grad);
+    block = s->bounds.row_block;  // not kept in a register meanwhile
+    __syncthreads();
   }
 }
 

@@ -9,7 +9,8 @@ namespace pysupcon::cuda {
 template <class F_>
 struct ResidentForward {
   using F = F_;
-  static constexpr int PARTS = 1, WARPS = 4, MT = 2, BM = 16 * MT * WARPS;  // a warp owns 32 rows and sees every column
+  static constexpr int PARTS = 1, WARPS = 4, MT = 2,
+                       BM = 16 * MT * WARPS;  // a warp owns 32 rows and sees every column
   static constexpr int BN = 64, NT = BN / 8;
   static constexpr int CH = 8, SLICES = kResidentWidth / 64;
   static constexpr int THREADS = 32 * WARPS, BLOCKS = 2;
@@ -134,10 +135,11 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
       float acc[C::MT][C::NT][4];
 #pragma unroll
       for (int n = 0; n < C::NT; n += 2) {
-        float sum[C::MT][2][4] = {};
+        float sum[C::MT][2][4];
 #pragma unroll
         for (int k = 0; k < C::SLICES; ++k)
-          if (k < slices) multiply_columns<typename C::F>(sum, rows[k], s->cols[tile % 2][k][0], 8 * n, lane);
+          if (k == 0 || k < slices)
+            multiply_columns<typename C::F>(sum, rows[k], s->cols[tile % 2][k][0], 8 * n, lane, k == 0);
 #pragma unroll
         for (int m = 0; m < C::MT; ++m)
 #pragma unroll

@@ -19,12 +19,20 @@ constexpr int kMostShared = 99 << 10;
 
 namespace gpu {
 
+// D = A B^T + C; mma: C is D, mma_first: C is 0.
 #define PYSUPCON_MMA(NAME, TYPE)                                                                        \
   __device__ __forceinline__ void NAME(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { \
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                                 \
                  ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                           \
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                       \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                   \
+  }                                                                                                     \
+  __device__ __forceinline__ void NAME##_first(float (&d)[4], const uint32_t (&a)[4],                   \
+                                               const uint32_t (&b)[2]) {                                \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                                 \
+                 ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"                       \
+                 : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                       \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(0.f));         \
   }
 PYSUPCON_MMA(mma_bf16, "bf16")
 PYSUPCON_MMA(mma_f16, "f16")
@@ -83,17 +91,11 @@ __device__ __forceinline__ void atomic_max_nonnegative(float* p, float v) {
 __device__ __forceinline__ float load_l2(const float* p) { return __ldcg(p); }
 __device__ __forceinline__ float4 load_l2(const float4* p) { return __ldcg(p); }
 
-// blockIdx.x and threadIdx.x, read anew: cheaper than registers in which what follows from them waits across
-// a loop.
+// blockIdx.x, read anew: cheaper than registers in which what follows from it waits across a loop.
 __device__ __forceinline__ int block_again() {
   int b;
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(b));
   return b;
-}
-__device__ __forceinline__ int thread_again() {
-  int t;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(t));
-  return t;
 }
 
 // No load moves across this line: fewer values wait in registers.
@@ -168,6 +170,14 @@ inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], SHIM_SITE) {
   mma_twin<10, 5>("mma f16", d, a, b, site);
 }
+inline void mma_bf16_first(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], SHIM_SITE) {
+  for (float& v : d) v = 0.f;
+  mma_bf16(d, a, b, site);
+}
+inline void mma_f16_first(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], SHIM_SITE) {
+  for (float& v : d) v = 0.f;
+  mma_f16(d, a, b, site);
+}
 inline void check_aligned16(const char* op, const void* p, shim::Site s) {
   if (reinterpret_cast<uintptr_t>(p) % 16)
     shim::fail("%s: address not 16-byte aligned (%s:%d)", op, s.file, s.line);
@@ -230,7 +240,6 @@ inline float reciprocal_fast(float x) { return 1.0f / x; }
 inline void atomic_max_nonnegative(float* p, float v) { atomicMax(p, v); }
 
 inline int block_again() { return int(blockIdx.x); }
-inline int thread_again() { return int(threadIdx.x); }
 inline void keep_order() {}
 inline float load_l2(const float* p) { return *p; }
 inline float4 load_l2(const float4* p) { return *p; }
@@ -254,6 +263,10 @@ struct Bf16 {
   static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     mma_bf16(d, a, b);
   }
+  static __device__ __forceinline__ void mma_first(float (&d)[4], const uint32_t (&a)[4],
+                                                   const uint32_t (&b)[2]) {
+    mma_bf16_first(d, a, b);
+  }
   static __device__ __forceinline__ uint32_t pack(float lo, float hi) {
     const __nv_bfloat162 v = __floats2bfloat162_rn(lo, hi);
     uint32_t r;
@@ -267,6 +280,10 @@ struct F16 {
   using type = __half;
   static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     mma_f16(d, a, b);
+  }
+  static __device__ __forceinline__ void mma_first(float (&d)[4], const uint32_t (&a)[4],
+                                                   const uint32_t (&b)[2]) {
+    mma_f16_first(d, a, b);
   }
   static __device__ __forceinline__ uint32_t pack(float lo, float hi) {
     const __half2 v = __floats2half2_rn(lo, hi);

@@ -105,11 +105,10 @@ struct SoftplusWeights::OfThread {
 
   __device__ __forceinline__ bool quick(Kind) const { return false; }
   template <class F, class W, class S>
-  __device__ __forceinline__ void weigh_quickly(W&, int, const S&, Kind, const float2*, const float2*) const {
-  }
+  __device__ __forceinline__ void weigh_quickly(W&, const S&, Kind, const float2*, const float2*) const {}
   // As StatisticsWeights::weigh().
-  template <class F, int PARTS, int MT, int NT, int NK>
-  __device__ __forceinline__ void weigh(uint32_t (&w)[PARTS][MT][NK][4], int j0, const float (&s)[MT][NT][4],
+  template <class F, int PARTS, int MT, int NT>
+  __device__ __forceinline__ void weigh(uint32_t (&w)[PARTS][MT][NT / 2][4], const float (&s)[MT][NT][4],
                                         Kind kind, int col0, const float2* col_n, const float2*) {
     const int row0 = first_row<MT>(bounds);  // rows row0 + 8 i are this thread's
     const float scale = *pairs.scale * kLog2e;
@@ -135,7 +134,7 @@ struct SoftplusWeights::OfThread {
           v[e] = counts ? -(n.x * mine + col_n[at].x * theirs) : 0.f;
           sum += counts ? mine : 0.f;
         }
-        pack_weights<F>(w, i / 2, i % 2, j0 + j, v[0], v[1]);
+        pack_weights<F>(w, i / 2, i % 2, j, v[0], v[1]);
       }
       sigmoids[i] += sum;
     }

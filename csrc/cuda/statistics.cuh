@@ -180,10 +180,10 @@ struct StatisticsWeights {
     return counted && bounds.reference < INFINITY;
   }
   // Similarities s[m][j][2 h + e], column 8 j + e from the one on where col_n, col_p start, become the
-  // weights w of tiles j0 + j, packed as operands of the next product. Where one reference serves all anchors
+  // weights w of tiles j, packed as operands of the next product. Where one reference serves all anchors
   // it is every coefficient's, and .x is the upstream gradient times 2^(reference - statistic).
-  template <class F, int PARTS, int MT, int NT, int NK>
-  __device__ __forceinline__ void weigh_quickly(uint32_t (&w)[PARTS][MT][NK][4], int j0,
+  template <class F, int PARTS, int MT, int NT>
+  __device__ __forceinline__ void weigh_quickly(uint32_t (&w)[PARTS][MT][NT / 2][4],
                                                 const float (&s)[MT][NT][4], Kind kind, const float2* col_n,
                                                 const float2* col_p) const {
     const int row0 = first_row<MT>(bounds);  // rows row0 + 8 i are this thread's
@@ -193,21 +193,20 @@ struct StatisticsWeights {
     };
     const float2 *rows = kind == Kind::different ? args.rows.n : args.rows.p,
                  *cols = kind == Kind::different ? col_n : col_p;
-    float row[2 * MT];
 #pragma unroll
-    for (int i = 0; i < 2 * MT; ++i) row[i] = coefficient(rows, row0 + 8 * i).x;
+    for (int m = 0; m < MT; ++m) {
+      const float low = coefficient(rows, row0 + 16 * m).x, high = coefficient(rows, row0 + 16 * m + 8).x;
 #pragma unroll
-    for (int j = 0; j < NT; ++j) {
-      const float4 col = *reinterpret_cast<const float4*>(cols + 8 * j);  // two columns: x and z
-#pragma unroll
-      for (int i = 0; i < 2 * MT; ++i)
-        pack_weights<F>(w, i / 2, i % 2, j0 + j, weight(s[i / 2][j][2 * (i % 2)], row[i], col.x),
-                        weight(s[i / 2][j][2 * (i % 2) + 1], row[i], col.z));
+      for (int j = 0; j < NT; ++j) {
+        const float even = cols[8 * j].x, odd = cols[8 * j + 1].x;
+        pack_weights<F>(w, m, 0, j, weight(s[m][j][0], low, even), weight(s[m][j][1], low, odd));
+        pack_weights<F>(w, m, 1, j, weight(s[m][j][2], high, even), weight(s[m][j][3], high, odd));
+      }
     }
   }
   // Any tile: two exponentials a pair. The first column is col0.
-  template <class F, int PARTS, int MT, int NT, int NK>
-  __device__ __forceinline__ void weigh(uint32_t (&w)[PARTS][MT][NK][4], int j0, const float (&s)[MT][NT][4],
+  template <class F, int PARTS, int MT, int NT>
+  __device__ __forceinline__ void weigh(uint32_t (&w)[PARTS][MT][NT / 2][4], const float (&s)[MT][NT][4],
                                         Kind kind, int col0, const float2* col_n, const float2* col_p) const {
     const int row0 = first_row<MT>(bounds);  // rows row0 + 8 i are this thread's
     const float scale = *pairs.scale * kLog2e;
@@ -223,7 +222,7 @@ struct StatisticsWeights {
         const float2 row = coefficient(rows, row0 + 8 * i);
 #pragma unroll
         for (int j = 0; j < NT; ++j)
-          pack_weights<F>(w, i / 2, i % 2, j0 + j, weight(s[i / 2][j][2 * (i % 2)], row, cols[8 * j]),
+          pack_weights<F>(w, i / 2, i % 2, j, weight(s[i / 2][j][2 * (i % 2)], row, cols[8 * j]),
                           weight(s[i / 2][j][2 * (i % 2) + 1], row, cols[8 * j + 1]));
       }
       return;
@@ -243,7 +242,7 @@ struct StatisticsWeights {
           const float g = weight(s[i / 2][j][2 * (i % 2) + e], same ? p : n, (same ? col_p : col_n)[at]);
           v[e] = mask.counts(pairs, col0 + at) ? g : 0.f;  // after everything that could be inf or NaN
         }
-        pack_weights<F>(w, i / 2, i % 2, j0 + j, v[0], v[1]);
+        pack_weights<F>(w, i / 2, i % 2, j, v[0], v[1]);
       }
     }
   }

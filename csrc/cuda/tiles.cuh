@@ -64,47 +64,60 @@ __device__ __forceinline__ void load_slice(uint4 (&dst)[PARTS][ROWS][CH], const 
     }
 }
 
-// acc[m][0..1] += A B^T over one slice inside the tensor core: fragments of A, and B's rows row .. row + 15.
+// D += A B^T, or D = A B^T where `first`.
+template <class F>
+__device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                         bool first) {
+  if (first)
+    F::mma_first(d, a, b);
+  else
+    F::mma(d, a, b);
+}
+
+// Chunks 2 k and 2 k + 1 of a row, k = 0, 1, ...: one exclusive or from where chunk 0 or 1 stands, `from`.
+__device__ __forceinline__ int chunk_pair(int from, int k) { return from ^ (2 * k); }
+
+// acc[m][0..1] += A B^T over one slice inside the tensor core: fragments of A, and B's rows row .. row + 15,
+// row a multiple of 8. `first`: acc is nothing yet.
 template <class F, int MT, int BROWS, int CH>
 __device__ __forceinline__ void multiply_columns(float (&acc)[MT][2][4], const uint32_t (&a)[CH / 2][MT][4],
-                                                 const uint4 (&b)[BROWS][CH], int row, int lane) {
-  const int r = row + (lane & 7) + ((lane >> 4) << 3);
+                                                 const uint4 (&b)[BROWS][CH], int row, int lane, bool first) {
+  const int r = (lane & 7) + ((lane >> 4) << 3), from = swizzle<CH>(r, (lane >> 3) & 1);
 #pragma unroll
   for (int k = 0; k < CH / 2; ++k) {
     uint32_t bf[4];
-    gpu::ldmatrix(bf, &b[r][swizzle<CH>(r, 2 * k + ((lane >> 3) & 1))]);
+    gpu::ldmatrix(bf, &b[r][chunk_pair(from, k)] + row * CH);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint32_t bh[2] = {bf[2 * half], bf[2 * half + 1]};
 #pragma unroll
-      for (int m = 0; m < MT; ++m) F::mma(acc[m][half], a[k][m], bh);
+      for (int m = 0; m < MT; ++m) multiply<F>(acc[m][half], a[k][m], bh, first && k == 0);
     }
   }
 }
 
 // acc[m][n] += A B^T over one slice inside the tensor core, for rows of so few slices that truncation does
-// not matter: A rows a_row + 16 m, B rows 8 n (16 x 8 tiles of mma.m16n8k16).
+// not matter: A rows a_row + 16 m, B rows b_row + 8 n (16 x 8 tiles of mma.m16n8k16). `first`: acc is nothing
+// yet.
 template <class F, int MT, int NT, int AROWS, int BROWS, int CH>
 __device__ __forceinline__ void multiply_few(float (&acc)[MT][NT][4], const uint4 (&a)[AROWS][CH], int a_row,
-                                             const uint4 (&b)[BROWS][CH], int b_row, int lane) {
+                                             const uint4 (&b)[BROWS][CH], int b_row, int lane, bool first) {
+  const int ar = lane & 15, a_from = swizzle<CH>(ar, lane >> 4);
+  const int br = (lane & 7) + ((lane >> 4) << 3), b_from = swizzle<CH>(br, (lane >> 3) & 1);
 #pragma unroll
   for (int k = 0; k < CH / 2; ++k) {
     uint32_t af[MT][4];
 #pragma unroll
-    for (int m = 0; m < MT; ++m) {
-      const int r = a_row + 16 * m + (lane & 15);
-      gpu::ldmatrix(af[m], &a[r][swizzle<CH>(r, 2 * k + (lane >> 4))]);
-    }
+    for (int m = 0; m < MT; ++m) gpu::ldmatrix(af[m], &a[ar][chunk_pair(a_from, k)] + (a_row + 16 * m) * CH);
 #pragma unroll
     for (int n = 0; n < NT; n += 2) {
-      const int r = b_row + 8 * n + (lane & 7) + ((lane >> 4) << 3);
       uint32_t bf[4];
-      gpu::ldmatrix(bf, &b[r][swizzle<CH>(r, 2 * k + ((lane >> 3) & 1))]);
+      gpu::ldmatrix(bf, &b[br][chunk_pair(b_from, k)] + (b_row + 8 * n) * CH);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const uint32_t bh[2] = {bf[2 * half], bf[2 * half + 1]};
 #pragma unroll
-        for (int m = 0; m < MT; ++m) F::mma(acc[m][n + half], af[m], bh);
+        for (int m = 0; m < MT; ++m) multiply<F>(acc[m][n + half], af[m], bh, first && k == 0);
       }
     }
   }
@@ -119,17 +132,16 @@ __device__ __forceinline__ void multiply_slice(float (&acc)[MT][NT][4], const ui
                                                int a_row, const uint4 (&b)[1][BROWS][CH], int b_row) {
   const int lane = threadIdx.x % 32;
   uint32_t af[CH / 2][MT][4];
+  const int r = lane & 15, from = swizzle<CH>(r, lane >> 4);
 #pragma unroll
   for (int k = 0; k < CH / 2; ++k)
 #pragma unroll
-    for (int m = 0; m < MT; ++m) {
-      const int r = a_row + 16 * m + (lane & 15);
-      gpu::ldmatrix(af[k][m], &a[0][r][swizzle<CH>(r, 2 * k + (lane >> 4))]);
-    }
+    for (int m = 0; m < MT; ++m)
+      gpu::ldmatrix(af[k][m], &a[0][r][chunk_pair(from, k)] + (a_row + 16 * m) * CH);
 #pragma unroll
   for (int n = 0; n < NT; n += 2) {
-    float fresh[MT][2][4] = {};
-    multiply_columns<F>(fresh, af, b[0], b_row + 8 * n, lane);
+    float fresh[MT][2][4];
+    multiply_columns<F>(fresh, af, b[0], b_row + 8 * n, lane, true);
 #pragma unroll
     for (int m = 0; m < MT; ++m)
 #pragma unroll
@@ -162,13 +174,13 @@ __device__ __forceinline__ void multiply_slice(float (&acc)[MT][NT][4], const ui
       for (int half = 0; half < 2; ++half)
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
-          float fresh[4] = {};
+          float fresh[4];
 #pragma unroll
           for (int order = PARTS - 1; order >= 0; --order)
 #pragma unroll
             for (int part = 0; part <= order; ++part) {
               const uint32_t bh[2] = {bf[order - part][2 * half], bf[order - part][2 * half + 1]};
-              F::mma(fresh, af[part][m], bh);
+              multiply<F>(fresh, af[part][m], bh, order == PARTS - 1 && part == 0);
             }
 #pragma unroll
           for (int i = 0; i < 4; ++i) acc[m][n + half][i] += fresh[i];
@@ -200,6 +212,10 @@ struct Bounds {
   int row_block;
   int last;         // of the tiles that they visit, exclusive
   float reference;  // see Extremes
+  int zero;         // 0, which the compiler does not know
+
+  // threadIdx.x, as something new: what follows from it need not wait in registers across a loop.
+  __device__ __forceinline__ int thread() const { return int(threadIdx.x) + zero; }
 
   template <int BN>
   __device__ __forceinline__ Kind kind(const Pairs& pairs, int tile) const {
@@ -213,7 +229,7 @@ struct Bounds {
 // The first of a thread's rows in the backward, where a warp owns 16 MT of them.
 template <int MT>
 __device__ __forceinline__ int first_row(const Bounds& bounds) {
-  const int thread = gpu::thread_again();
+  const int thread = bounds.thread();
   return bounds.row0 + 16 * MT * (thread / 32) + thread % 32 / 4;
 }
 // Column tiles [first, last), those of a segment that its rows visit.
@@ -233,7 +249,7 @@ __device__ __forceinline__ Visit visit_columns(const Pairs& pairs, const Segment
     last = min(last, low.x < high.y ? (high.y + BN - 1) / BN : 0);
   }
   if (bounds && threadIdx.x == 0)
-    *bounds = {low.x, high.x, low.y, high.y, row0, row1, segment.row_block, last, 0.f};
+    *bounds = {low.x, high.x, low.y, high.y, row0, row1, segment.row_block, last, 0.f, 0};
   return {first, last};
 }
 

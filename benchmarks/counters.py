@@ -1,0 +1,68 @@
+"""Nsight Compute's counters of the hot kernels: the command, and its CSV as rows."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+KERNELS = "regex:pair_forward|backward_"
+#: Sections exist on every chip, under the same name; single metrics do not.
+SECTIONS = (
+    "SpeedOfLight",
+    "ComputeWorkloadAnalysis",  # the pipes: tensor, xu (exponentials), fma, ...
+    "MemoryWorkloadAnalysis",
+    "MemoryWorkloadAnalysis_Tables",  # wavefronts of shared memory
+    "SchedulerStats",  # issue slots
+    "WarpStateStats",
+    "LaunchStats",  # registers, shared memory, grid
+    "Occupancy",
+)
+#: Which of the sections' numbers are kept.
+KEPT = re.compile(
+    r"gpu__time_duration|pipe_|wavefronts_mem_shared|bank_conflicts|issue|inst_executed|warps_active|"
+    r"dram__|lts__t_|l1tex__throughput|launch__|sm__throughput|sm__cycles|stall|local"
+)
+IDENTITY = ("ID", "Kernel Name", "Block Size", "Grid Size", "Device", "CC")
+
+
+def command(ncu: str, log: Path, program: Sequence[str], kernels: int) -> list[str]:
+    """Counters of a program's first ``kernels`` hot kernels, written to ``log``. Clocks are left alone."""
+    sections = [word for name in SECTIONS for word in ("--section", name)]
+    return [
+        ncu, "--csv", "--page", "raw", "--kernel-name", KERNELS, "--launch-count", str(kernels),
+        "--clock-control", "none", "--force-overwrite", "--log-file", str(log), *sections, *program,
+    ]  # fmt: skip
+
+
+def parse(text: str) -> list[dict[str, Any]]:
+    """One row for each kernel: what identifies it, and the kept numbers with their units.
+
+    The raw page is a table whose second line holds the units; lines of ncu's own begin with "==".
+    """
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("==")]
+    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
+    if start is None:
+        return []
+    names, *rest = csv.reader(lines[start:])
+    if not rest:
+        return []
+    units = dict(zip(names, rest[0], strict=False))
+    found = []
+    for values in rest[1:]:
+        cells = dict(zip(names, values, strict=False))
+        row: dict[str, Any] = {name: cells[name] for name in IDENTITY if name in cells}
+        for name, value in cells.items():
+            if name not in IDENTITY and value and KEPT.search(name):
+                row[f"{name} [{units[name]}]" if units.get(name) else name] = _number(value)
+        found.append(row)
+    return found
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text.replace(",", ""))
+    except ValueError:
+        return text
