@@ -32,8 +32,9 @@ ASAN_CASES = [
     "f64-candidates",
     "bf16-long",
     "f32x3-two-rows",
+    "bf16-empty-parts",
 ]
-TSAN_CASES = ["bf16-own", "f32x3-two-rows", "f64-own"]
+TSAN_CASES = ["bf16-own", "f32x3-two-rows", "f64-own", "bf16-shares"]
 SHARES = 6
 FORMATS = ["bf16", "f16", "f32x1", "f32x2", "f32x3", "f64"]
 TENSOR_CORES = ["h100", "a100"]
@@ -147,6 +148,16 @@ def test_supcon_starts_eight_kernels(monkeypatch: pytest.MonkeyPatch, dtype: tor
         assert min(found.values()) >= 1
         assert sum(found.values()) <= 8, (n, found)
         print(n, sum(found.values()), found)
+
+
+def test_every_mutant_finds_its_line() -> None:
+    """What the slow test of the mutants takes for granted."""
+    from cuda_emulation import mutants
+
+    lost = [m.name for m in mutants.MUTANTS if m.old not in (build.KERNELS / m.file).read_text()]
+    assert not lost, f"lines that are no longer there: {lost}"
+    assert len({m.name for m in mutants.MUTANTS}) == len(mutants.MUTANTS)
+    assert all(m.old != m.new for m in mutants.MUTANTS)
 
 
 @pytest.mark.slow

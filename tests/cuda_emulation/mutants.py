@@ -43,8 +43,8 @@ T, F, B, S, P, R = "tiles.cuh", "forward.cuh", "backward.cuh", "statistics.cuh",
 C, OPS, L, D, U = "class_sums.cuh", "operations.cu", "plan.h", "plain.cuh", "runs.cuh"
 LANDED = "__syncthreads();  // all copies have landed"
 WAIT = "gpu::cp_async_wait<0>();\n"
-FRESH_SLICE = """    float fresh[MT][2][4] = {};
-    multiply_columns<F>(fresh, af, b[0], b_row + 8 * n, lane);
+FRESH_SLICE = """    float fresh[MT][2][4];
+    multiply_columns<F>(fresh, af, b[0], b_row + 8 * n, lane, true);
 #pragma unroll
     for (int m = 0; m < MT; ++m)
 #pragma unroll
@@ -53,10 +53,15 @@ FRESH_SLICE = """    float fresh[MT][2][4] = {};
 KEPT_SLICE = """    float sum[MT][2][4];
     for (int m = 0; m < MT; ++m)
       for (int i = 0; i < 8; ++i) sum[m][i / 4][i % 4] = acc[m][n + i / 4][i % 4];
-    multiply_columns<F>(sum, af, b[0], b_row + 8 * n, lane);
+    multiply_columns<F>(sum, af, b[0], b_row + 8 * n, lane, false);
     for (int m = 0; m < MT; ++m)
       for (int i = 0; i < 8; ++i) acc[m][n + i / 4][i % 4] = sum[m][i / 4][i % 4];
 """
+NEXT_ROW_BLOCK = (
+    "    block = s->bounds.row_block;  // not kept in a register meanwhile\n    __syncthreads();\n"
+)
+AFTER_RESIDENT = "  }\n}\n\n// Slices pass"
+AFTER_STREAMED = "  }\n}\n\ntemplate <class C, class Weights>\ncudaError_t"
 MUTANTS = [
     # asynchronous copies and barriers
     Mutant("resident forward: no barrier between wait and use", F, f"      {WAIT}      {LANDED}", f"      {WAIT}      // "),
@@ -76,7 +81,9 @@ MUTANTS = [
     Mutant("last slice left out", L, "return divide_up(p.width, copy_parts(p) == 1 ? 64 : 32);", "return p.width < 64 ? 1 : p.width / (copy_parts(p) == 1 ? 64 : 32);"),
     Mutant("resident backward: no barrier", B, f"      {WAIT}      {LANDED}", f"      {WAIT}      // "),
     Mutant("resident backward: loads the buffer in use", B, "s->cols[tile % 2][k], pairs.cols", "s->cols[(tile + 1) % 2][k], pairs.cols"),
-    Mutant("resident backward: rows over a staging in use", B, "    __syncthreads();  // the last row block's gradient has been staged\n", ""),
+    Mutant("resident backward: bounds over those in use", B, NEXT_ROW_BLOCK + AFTER_RESIDENT, NEXT_ROW_BLOCK.split(";")[0] + ";\n" + AFTER_RESIDENT),
+    Mutant("streamed backward: bounds over those in use", B, NEXT_ROW_BLOCK + AFTER_STREAMED, NEXT_ROW_BLOCK.split(";")[0] + ";\n" + AFTER_STREAMED),
+    Mutant("resident backward: bounds read before they are there", B, "    __syncthreads();  // the bounds are there\n", ""),
     Mutant("resident backward: copies still in flight", B, "    gpu::cp_async_wait<0>();  // a block", "    // a block"),
     Mutant("streamed backward: no barrier in the second product", B, f"          {WAIT}          __syncthreads();", f"          {WAIT}"),
     Mutant("streamed backward: no barrier in the first product", B, f"        {WAIT}        {LANDED}", f"        {WAIT}        // "),
@@ -123,7 +130,7 @@ MUTANTS = [
     Mutant("no fence before a part counts as written", U, "  __threadfence();\n  __syncthreads();", "  __syncthreads();", "blocks run one after the other"),
     Mutant("forward: a row block's first part not merged", F, "for (int run = sharing.x; run", "for (int run = sharing.x + 1; run"),
     Mutant("backward: a row block's first part not merged", B, "for (int run = sharing.x; run", "for (int run = sharing.x + 1; run"),
-    Mutant("backward: an empty part merged", B, "      if (!visits(segment(runs, run, row_block))) continue;\n", ""),
+    Mutant("backward: an empty part merged", B, "      if (!visits(segment(runs, run, bounds.row_block))) continue;\n", ""),
     Mutant("backward: own part merged twice", B, "[i % C::CH][e] = 0.f;", "[i % C::CH][e] += 0.f;"),
     Mutant("backward: parts overwrite each other in the sum", B, "g[0] += v.x,", "g[0] = v.x,"),
     Mutant("backward: parts of all shares in one place", B, "(int64_t(part) * gridDim.z + share) * SIZE", "int64_t(part) * gridDim.z * SIZE"),
@@ -131,24 +138,28 @@ MUTANTS = [
     Mutant("softplus: sigmoids of a part not kept", B, "if (share == 0) weights.keep(", "if (false) weights.keep("),
     Mutant("softplus: sigmoids of parts overwrite each other", P, "sigmoids[i] += gpu::load_l2", "sigmoids[i] = gpu::load_l2"),
     # fragments and layout
-    Mutant("resident backward: A fragment's address map", T, "a_row + 16 * m + (lane & 15)", "a_row + 16 * m + (lane & 7) + (lane >> 4 << 3)"),
-    Mutant("streamed, one part: A fragment's address map", T, "ldmatrix(af[k][m], &a[0][r][swizzle<CH>(r, 2 * k + (lane >> 4))])", "ldmatrix(af[k][m], &a[0][r][swizzle<CH>(r, 2 * k + (lane >> 3 & 1))])"),
+    Mutant("resident backward: A fragment's address map", T, "const int ar = lane & 15,", "const int ar = (lane & 7) + (lane >> 4 << 3),"),
+    Mutant("several parts: A fragment's address map", T, "a_row + 16 * m + (lane & 15)", "a_row + 16 * m + (lane & 7) + (lane >> 4 << 3)"),
+    Mutant("streamed, one part: A fragment's address map", T, "const int r = lane & 15, from = swizzle<CH>(r, lane >> 4);", "const int r = lane & 15, from = swizzle<CH>(r, lane >> 3 & 1);"),
     Mutant("resident forward: A fragment's rows", F, "16 * m + g + 8 * (i % 2)", "16 * m + g + 8 * (i / 2)"),
     Mutant("resident forward: A fragment's swizzle", F, "swizzle<CH>(row, 2 * k + i / 2)", "2 * k + i / 2"),
     Mutant("B fragment's address map", T, "(lane & 7) + ((lane >> 4) << 3);", "(lane & 7) + (((lane >> 3) & 1) << 3);"),
-    Mutant("swizzle forgotten on one side", T, "&b[r][swizzle<CH>(r, 2 * k + ((lane >> 3) & 1))]", "&b[r][2 * k + ((lane >> 3) & 1)]"),
+    Mutant("swizzle forgotten on one side", T, "from = swizzle<CH>(r, (lane >> 3) & 1);", "from = (lane >> 3) & 1;"),
+    Mutant("always the first pair of chunks", T, "return from ^ (2 * k);", "return from;"),
+    Mutant("D = A B^T starts again within a slice", T, "multiply<F>(acc[m][half], a[k][m], bh, first && k == 0)", "multiply<F>(acc[m][half], a[k][m], bh, first)"),
+    Mutant("D = A B^T never starts", T, "  if (first)\n    F::mma_first", "  if (false)\n    F::mma_first"),
     Mutant("swizzle of the copy forgotten", R, "CH + swizzle<CH>(r, slot)) * 8", "CH + slot) * 8"),
     Mutant("no swizzle at all", T, "CH == 8 ? chunk ^ (row & 7) : chunk ^ ((row >> 1) & 3)", "CH ? chunk : row", "bank conflicts cost time only"),
     Mutant("always the first slice", T, "x.slices + slice) * UNIT", "x.slices) * UNIT"),
     Mutant("always the first half of a unit", T, " + row0 % kUnitRows * CH;", ";"),
     Mutant("weights packed into the wrong registers", T, "[2 * (j % 2) + h]", "[(j % 2) + 2 * h]"),
-    Mutant("transposed address map", B, "swizzle<CH>(r, c + (lane >> 4))", "swizzle<CH>(r, c + ((lane >> 3) & 1))"),
+    Mutant("transposed address map", B, "const int r = lane & 15, from = swizzle<CH>(r, lane >> 4);", "const int r = lane & 15, from = swizzle<CH>(r, lane >> 3 & 1);"),
     Mutant("similarities: smallest product of the split left out", T, "int order = PARTS - 1; order >= 0", "int order = PARTS - 2; order >= 0"),
     Mutant("gradient: smallest product of the split left out", B, "int order = PARTS - 1; order >= 0", "int order = PARTS - 2; order >= 0"),
     Mutant("remainder of the rows' split not taken", R, "x[e] -= F::to(F::from(x[e]))", "x[e] -= 0.f"),
     Mutant("remainder of the weights' split not taken", T, "even -= F::to(F::from(even)), odd", "even -= 0.f, odd"),
     # numbers
-    Mutant("gradient accumulated inside the tensor core", B, "F::mma(sum[m][half], w[0][m][k], bh);", "F::mma(grad[m][c + half], w[0][m][k], bh);"),
+    Mutant("gradient accumulated inside the tensor core", B, "multiply<F>(sum[m][half], w[0][m][k], bh, k == 0);", "F::mma(grad[m][c + half], w[0][m][k], bh), memset(sum[m][half], 0, 16);"),
     Mutant("similarities of all slices accumulated inside the tensor core", T, FRESH_SLICE, KEPT_SLICE),
     Mutant("running maximum: no rescale", S, "total *= shrink, carry *= shrink, top = new_top;", "top = new_top;"),
     Mutant("empty sum measured from -inf", S, "return top == -INFINITY ? 0.f : top;", "return top;"),
@@ -164,7 +175,7 @@ MUTANTS = [
     Mutant("one reference: coefficients keep their own", R, "exp2f(extremes.reference - c.y), extremes.reference}", "exp2f(extremes.reference - c.y), c.y}"),
     Mutant("one exponential in a mixed tile", S, "kind == Kind::different ? args.negatives : kind == Kind::same && args.positives", "kind == Kind::different ? args.negatives : args.positives"),
     Mutant("one exponential: the column's share left out", S, "-reference)) * (row + col);", "-reference)) * row;"),
-    Mutant("one exponential: the column's neighbour", S, "row[i], col.z)", "row[i], col.x)"),
+    Mutant("one exponential: the column's neighbour", S, "odd = cols[8 * j + 1].x;", "odd = cols[8 * j].x;"),
     Mutant("gradient unit not undone", B, "ldexpf(*scale, gradient_exponent(extremes->largest))", "ldexpf(*scale, -13)"),
     Mutant("16-bit weights in the unit of the loss", T, "  return (e > -100 ? e : -100) - 13;", "  return 13;"),
     Mutant("sigmoid of the wrong sign", P, "fmaf(sim, scale, -reference)", "fmaf(-sim, scale, reference)"),
@@ -188,8 +199,10 @@ SANITIZER_CASES = ["bf16-candidates", "bf16-long", "f32x3-own", "f64-own"]
 
 
 # Which units a file's bug can reach; all of them, and the driver, where it is not named.
-REACHED = {F: ("forward",), B: ("backward", "operations"), R: ("operations",), C: ("operations",),
-           OPS: ("operations",), D: ("operations",)}  # fmt: skip
+# (The linker takes an inline function from any unit that has it, so all that have it are compiled again.)
+KERNEL_UNITS = ("forward", "backward", "operations")
+REACHED = {F: ("forward",), B: ("backward", "operations"), **dict.fromkeys((T, U, S, P), KERNEL_UNITS),
+           **dict.fromkeys((R, C, OPS, D), ("operations",))}  # fmt: skip
 
 
 def flags_of(kind: str) -> list[str]:
