@@ -28,7 +28,8 @@ class Counts(NamedTuple):
 
 
 CLASSES = {
-    "control": "BRA BSSY BSYNC BREAK BAR DEPBAR LDGDEPBAR EXIT NOP WARPSYNC CALL RET YIELD JMP ERRBAR MEMBAR",
+    "control": "BRA BRX JMP JMX CALL RET EXIT BSSY BSYNC BREAK BAR DEPBAR LDGDEPBAR NOP WARPSYNC YIELD "
+    "ERRBAR MEMBAR",
     "FP32": "FFMA FADD FMUL FFMA2 FADD2 FMUL2 HFMA2 HADD2 HMUL2",
     "FMNMX, F2FP": "FMNMX FMNMX3 FSETP FSEL FSET FCHK F2FP F2F",
     "global, constant": "LDG STG LD ST LDC LDCU ATOM ATOMG RED S2R S2UR SHFL",
@@ -68,8 +69,10 @@ def wavefronts(instruction: sass.Instruction) -> tuple[int, int]:
 
 
 def tile_loops(graph: sass.Graph) -> list[sass.Loop]:
-    """The loops that hold products on tensor cores and exponentials, inner ones first: a kernel may work through
-    the parts of a tile in a loop of their own."""
+    """The loops that hold products on tensor cores and exponentials, inner ones first.
+
+    A kernel may work through the parts of a tile in a loop of their own.
+    """
 
     def holds_both(loop: sass.Loop) -> bool:
         work = sass_paths.work_of(i for block in loop.blocks for i in graph.blocks[block])

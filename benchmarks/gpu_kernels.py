@@ -14,7 +14,13 @@ from typing import NamedTuple
 
 from benchmarks import sass
 
-KERNELS = ("forward_resident", "forward_triangular", "forward_streamed", "backward_resident", "backward_streamed")
+KERNELS = (
+    "forward_resident",
+    "forward_triangular",
+    "forward_streamed",
+    "backward_resident",
+    "backward_streamed",
+)
 
 
 RESIDENT_WIDTH = 128
@@ -165,7 +171,9 @@ def compile_kernels(folder: Path, arch: str, number_format: str = "bf16", only: 
         readable = dict(zip(functions, demangle(list(functions)), strict=True))
         resources = {m["name"]: m for m in _RESOURCES.finditer(log)}
         hot = {name: split_name(readable[name]) for name in functions}
-        hot = {name: parts for name, parts in hot.items() if parts[1][1].startswith("Statistics")}
+        hot = {
+            name: parts for name, parts in hot.items() if parts[1][-1].startswith(("Statistics", "Resident"))
+        }
         configs = _configs(
             {(base, arguments[0]) for base, arguments in hot.values()}, nvcc, flags, Path(directory)
         )

@@ -18,9 +18,9 @@ the sum of the other pipes among tensor, shared, issue and ex2. The share stands
 multiprocessor cannot overlap. It is not measured: it was chosen so that the ranges agree, within 7 %, with an
 estimate made by hand from the SASS of the first kernels on an H100 (forward 2,400 - 2,900 clocks a tile of
 128 x 128, backward 2,700 - 3,400 a tile of 128 x 64, D = 128). The pipes fp32, alu and l2 enter only
-where one of them is the largest. Time is a multiprocessor's number of tiles
-* clocks of a tile / clock rate: of whole blocks of rows, or an equal share where those would leave some idle. Left out: start-up, sorting, tiles
-that hold the block's own class, global memory, bank conflicts.
+where one of them is the largest. Time is a multiprocessor's number of tiles * clocks of a tile / clock rate:
+of whole blocks of rows, or an equal share where those would leave some idle. Left out: start-up, sorting,
+tiles that hold the block's own class, global memory, bank conflicts.
 
 Two counts are ranges. A load of 8 or 16 bytes a thread from shared memory takes one wavefront if lanes share
 addresses, else two or four. Issue slots lie between the shortest path and the one that skips nothing
@@ -129,6 +129,10 @@ def tile_clocks(clocks: Mapping[str, Range]) -> Range:
 def seconds(clocks: Range, kernel: Kernel, card: Card, n: int, dim: int) -> Range:
     """Of N rows against themselves, shared out as share_out() of csrc/cuda/plan.h does it."""
     blocks, slots = kernel.config.BLOCKS, card.multiprocessors * kernel.config.BLOCKS
+    if kernel.base == "forward_triangular":  # equal runs of the tiles from the diagonal on
+        row_blocks, columns = -(-n // kernel.config.BM), -(-n // kernel.config.BN)
+        tiles = (row_blocks * columns - row_blocks * (row_blocks - 1)) / card.multiprocessors
+        return tiles * clocks[0] / (card.ghz * 1e9), tiles * clocks[1] / (card.ghz * 1e9)
     row_blocks = -(-n // kernel.config.BM) * kernel.shares(dim)
     waves = -(-row_blocks // slots)
     idle = waves * slots * 16 > row_blocks * 17

@@ -91,10 +91,6 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
     const Visit visit = visit_columns<C::BM, C::BN>(pairs, here, &s->bounds);
 
     // 1. The rows, for all tiles; the columns, a tile ahead.
-    uint32_t rows[C::SLICES][C::CH / 2][C::MT][4];
-#pragma unroll
-    for (int k = 0; k < C::SLICES; ++k)
-      if (k < slices) load_fragments<C::MT, C::CH>(rows[k], pairs.rows, row0 + 16 * C::MT * warp, k);
     const auto load_tile = [&](int tile) {
       if (tile < s->bounds.last)
 #pragma unroll
@@ -102,7 +98,13 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
           if (k < slices) load_slice<C::THREADS>(s->cols[tile % 2][k], pairs.cols, tile * C::BN, k);
       gpu::cp_async_commit();
     };
-    __syncthreads();  // the last row block's exchange has been read
+    __syncthreads();  // the bounds are there, and the last row block's exchange has been read
+    uint32_t rows[C::SLICES][C::CH / 2][C::MT][4];
+    const int thread = s->bounds.thread();
+#pragma unroll
+    for (int k = 0; k < C::SLICES; ++k)
+      if (k < slices)
+        load_fragments<C::MT, C::CH>(rows[k], pairs.rows, row0 + 16 * C::MT * (thread / 32), k, thread % 32);
     load_tile(visit.first);
 
     // 2. Tile by tile: similarities, summed inside the tensor core over at most 128 numbers; then statistics.

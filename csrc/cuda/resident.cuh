@@ -18,8 +18,8 @@ struct ResidentForward {
 // Fragments of 16 MT rows from row0 on, straight from device memory: once a row block.
 template <int MT, int CH>
 __device__ __forceinline__ void load_fragments(uint32_t (&a)[CH / 2][MT][4], const Operand& x, int row0,
-                                               int slice) {
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+                                               int slice, int lane) {
+  const int g = lane / 4, t = lane % 4;
   const uint4* unit = x.data + (int64_t(row0 / kUnitRows) * x.slices + slice) * (kUnitRows * CH);
 #pragma unroll
   for (int m = 0; m < MT; ++m)

@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS) forward_triangular(Pair
     uint32_t rows[C::SLICES][C::CH / 2][C::MT][4];
 #pragma unroll
     for (int k = 0; k < C::SLICES; ++k)
-      if (k < slices) load_fragments<C::MT, C::CH>(rows[k], pairs.rows, row0 + 16 * C::MT * warp, k);
+      if (k < slices) load_fragments<C::MT, C::CH>(rows[k], pairs.rows, row0 + 16 * C::MT * warp, k, lane);
     const auto load_tile = [&](int tile) {
       if (tile < last)
 #pragma unroll

@@ -93,6 +93,27 @@ inline std::vector<Case> all_cases() {
   Case& coarse =
       extra("triangle-coarse", f, 20, 0, 128, 20);  // sums so small that the integers are too coarse
   coarse.positives = false, coarse.triangular_rows = 1, coarse.temperature = 0.03;
+  Case& wide = extra("wide-runs", f, 520, 0, 70, 3);  // the same, each shared by two runs
+  wide.shared_memory = 100 << 10, wide.multiprocessors = 2;
+  extra("two-slices", f, 140, 0, 65, 3);
+  extra("one-slice", f, 140, 0, 64, 3);
+  extra("one-class", f, 257, 0, 8, 1);  // one exponential a pair, columns of the same class
+  for (const Format& k : {f, x3}) {
+    extra("short-runs", k, 300, 0, 40, 4).multiprocessors =
+        k.parts == 1 ? 3 : 8;  // row blocks that three and more runs share
+    extra("long-runs", k, 520, 0, 8, 3).multiprocessors = k.parts == 1 ? 1 : 2;  // runs of three row blocks
+    extra("empty-parts", k, 300, 0, 8, 30).multiprocessors = 8;  // softplus: most runs see no column
+  }
+  Case& shares = extra("shares", f, 150, 0, 300, 3);  // two shares of a gradient whose row blocks are shared
+  shares.multiprocessors = 6;
+  Case& both = extra("both-ways", f, 200, 140, 20, 4);  // row blocks are shared in both directions
+  both.form = Form::candidates, both.multiprocessors = 4;
+  extra("far-apart", f, 140, 0, 12, 60).temperature = 0.01;  // statistics further than 2^60 apart
+  extra("near", f, 300, 0, 70, 3);                           // nearer: one exponential a pair
+  Case& far = extra("far-candidates", f, 1, 70, 9, 12);      // only the candidates' lie that far apart
+  far.form = Form::own_rows, far.temperature = 0.005, far.negatives = false;
+  // more anchors than a block scans for the extremes itself
+  extra("many-anchors", f, 16400, 6, 4, 2).form = Form::candidates;
   extra("tree", {"f64", Dtype::f64, 1}, 200, 0, 3, 2);  // sums that use every level
 
   // Tensor cores truncate where they add to a large sum.
