@@ -20,11 +20,13 @@ ROOT = Path(__file__).resolve().parent.parent
 ARCHS = ["80", "86", "89", "90", "90a", "100", "120"]
 # No kernel may spill or have a stack; these are the ones whose registers are worth a table.
 HOT = re.compile(r"forward_resident|forward_streamed|forward_triangular|backward_resident|backward_streamed")
+# What a kernel with dynamic shared memory may declare statically, beside it.
+STATIC_SHARED = 512
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for 'sm_(?P<arch>\w+)'.*?"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
     r"(?P<loads>\d+) bytes spill loads.*?"
-    r"Used (?P<registers>\d+) registers",
+    r"Used (?P<registers>\d+) registers(?:[^\n]*?(?P<shared>\d+) bytes smem)?",
     re.S,
 )
 
@@ -35,6 +37,8 @@ class Kernel(NamedTuple):
     registers: int
     spills: int
     stack: int
+    shared: int = 0
+    """bytes of shared memory that it declares statically"""
 
     def __str__(self) -> str:
         return f"{self.registers}/{self.spills}/{self.stack}"
@@ -60,14 +64,19 @@ def kernels_of(log: str) -> list[Kernel]:
             int(m["registers"]),
             int(m["stores"]) + int(m["loads"]),
             int(m["stack"]),
+            int(m["shared"] or 0),
         )
         for m in ENTRY.finditer(log)
     ]
 
 
 def in_local_memory(kernels: list[Kernel]) -> list[str]:
-    """Kernels that keep anything in memory that should be in registers."""
-    return [f"{k.name} on sm_{k.arch}: {k}" for k in kernels if k.spills or k.stack]
+    """Kernels that keep in memory what belongs in registers, or declare too much shared memory."""
+    return [
+        f"{k.name} on sm_{k.arch}: {k}"
+        for k in kernels
+        if k.spills or k.stack or (HOT.search(k.name) and k.shared > STATIC_SHARED)
+    ]
 
 
 def included(source: Path) -> set[Path]:
@@ -196,7 +205,7 @@ def test_shared_memory_fits_every_chip(tmp_path: Path) -> None:
     out = subprocess.run([str(tmp_path / "sizes")], capture_output=True, text=True, check=True).stdout
     sizes = [tuple(map(int, line.split())) for line in out.splitlines()]
     assert len(sizes) == 8 + 6
-    assert max(size for _, size in sizes) <= 99 << 10
+    assert max(size for _, size in sizes) <= (99 << 10) - STATIC_SHARED  # kMostShared of gpu_ops.cuh
     # Two blocks of the forward fit what sm_86 has, 100 KiB; of the backward, what plan.h asks for.
     forward, backward, *again = (2 * (size + 1024) for blocks, size in sizes if blocks == 2)
     assert again == [forward, backward]

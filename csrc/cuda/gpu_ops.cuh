@@ -5,8 +5,9 @@
 #include <cstddef>
 #include <cstdint>
 
-// The most shared memory that a block may have on every chip from sm_80 on: sm_86, sm_89 and sm_120 allow it.
-constexpr int kMostShared = 99 << 10;
+// The most dynamic shared memory of a block. A block may have 99 KiB on every chip from sm_80 on (sm_86,
+// sm_89 and sm_120 allow no more); what a kernel declares statically counts in them.
+constexpr int kMostShared = (99 << 10) - 512;
 
 #ifndef CUDA_HOST_SHIM
 #include <cuda_bf16.h>

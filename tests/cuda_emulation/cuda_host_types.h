@@ -107,8 +107,8 @@ struct cudaFuncAttributes {
   size_t sharedSizeBytes, constSizeBytes, localSizeBytes;
   int maxThreadsPerBlock, numRegs, ptxVersion, binaryVersion, maxDynamicSharedSizeBytes;
 };
-extern "C" {  // for tests that load a library of operators
-inline long cuda_shim_enqueued = 0;  // kernels and memsets so far
+extern "C" {                          // for tests that load a library of operators
+inline long cuda_shim_enqueued = 0;   // kernels and memsets so far
 inline int cuda_shim_count_only = 0;  // enqueue, but do nothing: buffers stay as they are
 }
 namespace shim {
