@@ -194,7 +194,7 @@ class NinjaBuildExt(build_ext):
         glue += [f"-isystem{path}" for path in includes]
         glue += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
         facts = {"TORCH_VERSION": torch.__version__, "CUDA_WORD": cuda_word, "COMPILER": Path(cxx).name}
-        facts["CUDA_CODE"] = " ".join(re.findall(r",code=(\w+)", " ".join(gencode(archs)))) if nvcc else ""
+        facts["CUDA_CODE"] = " ".join(re.findall(r",code=(\w+)", " ".join(gencode(archs)))) if toolkit else ""
         for source in ("csrc/library.cpp", "csrc/cpu_glue.cpp"):
             ninja.compile("cxx", source, glue)
         if toolkit:
