@@ -68,8 +68,10 @@ def wavefronts(instruction: sass.Instruction) -> tuple[int, int]:
 
 
 def tile_loops(graph: sass.Graph) -> list[sass.Loop]:
-    """The loops that hold products on tensor cores and exponentials, inner ones first: a kernel may work through
-    the parts of a tile in a loop of their own."""
+    """The loops that hold products on tensor cores and exponentials, inner ones first.
+
+    A kernel may work through the parts of a tile in a loop of their own.
+    """
 
     def holds_both(loop: sass.Loop) -> bool:
         work = sass_paths.work_of(i for block in loop.blocks for i in graph.blocks[block])
