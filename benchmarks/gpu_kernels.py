@@ -17,7 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "csrc"))
 
 from find_cuda import HOMES, Toolkit, find_cuda, find_programs, top_of
 
-KERNELS = ("forward_resident", "forward_streamed", "backward_resident", "backward_streamed")
+KERNELS = (
+    "forward_resident",
+    "forward_triangular",
+    "forward_streamed",
+    "backward_resident",
+    "backward_streamed",
+)
 
 
 RESIDENT_WIDTH = 128
@@ -61,7 +67,7 @@ class Kernel(NamedTuple):
 
     def runs_at(self, dim: int) -> bool:
         """Whether rows of so many numbers take this kernel."""
-        resident = self.base.endswith("_resident")
+        resident = not self.base.endswith("_streamed")
         return resident == (self.config.PARTS == 1 and dim <= RESIDENT_WIDTH)
 
     def shares(self, dim: int) -> int:
@@ -162,7 +168,9 @@ def compile_kernels(folder: Path, arch: str, number_format: str = "bf16", only: 
         readable = dict(zip(functions, demangle(list(functions)), strict=True))
         resources = {m["name"]: m for m in _RESOURCES.finditer(log)}
         hot = {name: split_name(readable[name]) for name in functions}
-        hot = {name: parts for name, parts in hot.items() if parts[1][1].startswith("Statistics")}
+        hot = {
+            name: parts for name, parts in hot.items() if parts[1][-1].startswith(("Statistics", "Resident"))
+        }
         configs = _configs(
             {(base, arguments[0]) for base, arguments in hot.values()}, toolkit, flags, Path(directory)
         )

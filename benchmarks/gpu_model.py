@@ -129,6 +129,10 @@ def tile_clocks(clocks: Mapping[str, Range]) -> Range:
 def seconds(clocks: Range, kernel: Kernel, card: Card, n: int, dim: int) -> Range:
     """Of N rows against themselves, shared out as share_out() of csrc/cuda/plan.h does it."""
     blocks, slots = kernel.config.BLOCKS, card.multiprocessors * kernel.config.BLOCKS
+    if kernel.base == "forward_triangular":  # equal runs of the tiles from the diagonal on
+        row_blocks, columns = -(-n // kernel.config.BM), -(-n // kernel.config.BN)
+        tiles = (row_blocks * columns - row_blocks * (row_blocks - 1)) / card.multiprocessors
+        return tiles * clocks[0] / (card.ghz * 1e9), tiles * clocks[1] / (card.ghz * 1e9)
     row_blocks = -(-n // kernel.config.BM) * kernel.shares(dim)
     waves = -(-row_blocks // slots)
     idle = waves * slots * 16 > row_blocks * 17

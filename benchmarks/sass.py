@@ -16,6 +16,7 @@ _INSTRUCTION = re.compile(
 _LABEL = re.compile(r"^(?P<label>[.$\w]+):\s*$")
 _SECTION = re.compile(r"^\.text\.(?P<name>\S+):\s*$|^\s*Function : (?P<function>\S+)\s*$")
 _TARGET = re.compile(r"`\((?P<label>[^)]+)\)|(?P<address>0x[0-9a-f]+)$")
+_JUMP_TABLE = re.compile(r"BRANCH_TARGETS (?P<labels>[.$\w,]+)")
 #: Opcodes after which a block ends. A CALL returns, mostly (_far_jumps); BSYNC goes on behind itself.
 _JUMPS = ("BRA", "JMP", "BRX", "JMX", "EXIT", "RET", "KILL", "BPT")
 
@@ -27,8 +28,8 @@ class Instruction(NamedTuple):
     opcode: str
     """with its modifiers, LDSM.16.M88.4"""
     operands: str
-    target: int | None
-    """address that it jumps to"""
+    targets: tuple[int, ...]
+    """addresses that it may jump to: one, or those of a jump table (BRX)"""
 
     @property
     def name(self) -> str:
@@ -66,7 +67,7 @@ def parse(text: str) -> list[Function]:
     for name, matches in raw:
         instructions = [
             Instruction(
-                int(m["address"], 16), m["guard"] or "", m["opcode"], m["operands"], _target(m, labels)
+                int(m["address"], 16), m["guard"] or "", m["opcode"], m["operands"], _targets(m, labels)
             )
             for m in matches
         ]
@@ -75,13 +76,15 @@ def parse(text: str) -> list[Function]:
     return found
 
 
-def _target(instruction: re.Match[str], labels: Mapping[str, int]) -> int | None:
-    if instruction["opcode"].partition(".")[0] not in ("BRA", "JMP", "CALL"):
-        return None
-    target = _TARGET.search(instruction["operands"])
-    if target is None:
-        return None
-    return int(target["address"], 16) if target["address"] else labels.get(target["label"])
+def _targets(instruction: re.Match[str], labels: Mapping[str, int]) -> tuple[int, ...]:
+    name, operands = instruction["opcode"].partition(".")[0], instruction["operands"]
+    if name in ("BRX", "JMX") and (table := _JUMP_TABLE.search(operands)):
+        return tuple(labels[label] for label in table["labels"].split(",") if label in labels)
+    if name not in ("BRA", "JMP", "CALL") or not (target := _TARGET.search(operands)):
+        return ()
+    if target["address"]:
+        return (int(target["address"], 16),)
+    return (labels[target["label"]],) if target["label"] in labels else ()
 
 
 @dataclass
@@ -98,7 +101,7 @@ def control_flow(function: Function) -> Graph:
 
 
 def _graph(instructions: list[Instruction], far_jumps: frozenset[int]) -> Graph:
-    targets = {i.target for i in instructions if i.target is not None}
+    targets = {target for i in instructions for target in i.targets}
     blocks: dict[int, list[Instruction]] = {}
     current: list[Instruction] = []
     for instruction in instructions:
@@ -109,8 +112,7 @@ def _graph(instructions: list[Instruction], far_jumps: frozenset[int]) -> Graph:
     successors: dict[int, list[int]] = {}
     for start, following in zip(starts, [*starts[1:], None], strict=True):
         last = blocks[start][-1]
-        jumps = last.target is not None and _ends(last, far_jumps)
-        after = [last.target] if jumps else []
+        after = list(last.targets) if _ends(last, far_jumps) else []
         if following is not None and (not _ends(last, far_jumps) or last.is_conditional):
             after.append(following)
         successors[start] = [a for a in dict.fromkeys(after) if a in blocks]
@@ -125,13 +127,13 @@ def _far_jumps(graph: Graph) -> frozenset[int]:
     """Calls that never return: ptxas also writes CALL for a jump that is too far for a BRA."""
     found = set()
     for instruction in (i for block in graph.blocks.values() for i in block if i.name == "CALL"):
-        todo, seen = [instruction.target], set()
+        todo, seen = list(instruction.targets), set()
         while todo:
             block = todo.pop()
             if block in graph.blocks and block not in seen:
                 seen.add(block)
                 todo += graph.successors[block]
-        if seen and not any(graph.blocks[b][-1].name == "RET" for b in seen if b is not None):
+        if seen and not any(graph.blocks[b][-1].name == "RET" for b in seen):
             found.add(instruction.address)
     return frozenset(found)
 

@@ -74,6 +74,7 @@ class Call {
     problem.parts = parts_of_float32();
     problem.width = a.x.size(1);
     problem.negatives = problem.positives = true;
+    problem.triangular_rows = cuda::kTriangularRows;
     TORCH_CHECK_VALUE(a.scale.dim() == 0 && a.scale.device() == device_,
                       "pysupcon: scale must be a tensor of no dimensions on ", device_, ", got shape ",
                       a.scale.sizes(), " on ", a.scale.device());

@@ -6,11 +6,18 @@ test_cuda_gpu.py's.
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import shutil
+from collections.abc import Callable
+from typing import Any
 
 import pytest
+import torch
 from cuda_emulation import build
+
+import pysupcon
+from pysupcon import _autograd
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None or platform.system() != "Linux", reason="the emulation needs g++ on Linux"
@@ -25,8 +32,9 @@ ASAN_CASES = [
     "f64-candidates",
     "bf16-long",
     "f32x3-two-rows",
+    "bf16-empty-parts",
 ]
-TSAN_CASES = ["bf16-own", "f32x3-two-rows", "f64-own"]
+TSAN_CASES = ["bf16-own", "f32x3-two-rows", "f64-own", "bf16-shares"]
 SHARES = 6
 FORMATS = ["bf16", "f16", "f32x1", "f32x2", "f32x3", "f64"]
 TENSOR_CORES = ["h100", "a100"]
@@ -93,6 +101,63 @@ def test_thread_sanitizer_sees_a_missing_syncwarp_and_accepts_fences() -> None:
 
 def test_unknown_case_is_a_failure() -> None:
     assert build.run(build.build("plain"), "no-such-case").returncode != 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
+def test_supcon_starts_eight_kernels(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Forward and backward, through autograd and the operators that ship: a small batch waits for launches.
+
+    Kernels and memsets are counted and not run, after a batch that shows that running changes nothing.
+    """
+    path = str(build.build_operators())
+    torch.ops.load_library(path)
+    library = ctypes.CDLL(path)
+    enqueued = ctypes.c_long.in_dll(library, "cuda_shim_enqueued")
+    count_only = ctypes.c_int.in_dll(library, "cuda_shim_count_only")
+    each: dict[str, int] = {}
+
+    class Counted:
+        def __getattr__(self, name: str) -> Callable[..., Any]:
+            operator = getattr(torch.ops.pysupcon_emulated, name)
+
+            def call(*arguments: Any) -> Any:
+                before = enqueued.value
+                result = operator(*arguments)
+                each[name] = enqueued.value - before
+                return result
+
+            return call
+
+    monkeypatch.setitem(_autograd.OPERATORS, "cpu", Counted())
+
+    def launches(n: int) -> dict[str, int]:
+        each.clear()
+        generator = torch.Generator().manual_seed(n)
+        x = torch.nn.functional.normalize(torch.randn(n, 128, generator=generator))
+        x = x.to(dtype).requires_grad_()
+        loss = pysupcon.SupConLoss(backend="cpu")(x, torch.randint(10, (n,), generator=generator))
+        loss.backward()
+        return dict(each)
+
+    ran = launches(64)
+    monkeypatch.setattr(count_only, "value", 1)
+    assert launches(64) == ran
+    for n in (64, 128, 300, 1000, 2048, 4096):
+        found = launches(n)
+        assert list(found) == ["pair_stats", "positive_sum", "pair_stats_backward", "positive_sum_backward"]
+        assert min(found.values()) >= 1
+        assert sum(found.values()) <= 8, (n, found)
+        print(n, sum(found.values()), found)
+
+
+def test_every_mutant_finds_its_line() -> None:
+    """What the slow test of the mutants takes for granted."""
+    from cuda_emulation import mutants
+
+    lost = [m.name for m in mutants.MUTANTS if m.old not in (build.KERNELS / m.file).read_text()]
+    assert not lost, f"lines that are no longer there: {lost}"
+    assert len({m.name for m in mutants.MUTANTS}) == len(mutants.MUTANTS)
+    assert all(m.old != m.new for m in mutants.MUTANTS)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from benchmarks.gpu_kernels import Config, Demand, Kernel, ModelError  # noqa: E
 # A tile loop as nvdisasm prints it: an inner loop over slices (two products and a copy that the last tile
 # skips), then tiles of other classes (two exponentials) or mixed ones (two exponentials and more).
 TILE_LOOP = """
-.text.pair_forward:
+.text.forward_streamed:
         /*0000*/                   IMAD.MOV.U32 R1, RZ, RZ, c[0x0][0x28] ;
 .L_x_1:
         /*0010*/                   CS2R R4, SRZ ;
@@ -62,10 +62,10 @@ def function(text: str = TILE_LOOP) -> sass.Function:
 
 def test_instructions_are_read() -> None:
     found = function()
-    assert found.name == "pair_forward"
+    assert found.name == "forward_streamed"
     assert len(found.instructions) == 24
     jump = found.instructions[9]
-    assert (jump.address, jump.guard, jump.opcode, jump.target) == (0x90, "!P1", "BRA", 0x20)
+    assert (jump.address, jump.guard, jump.opcode, jump.targets) == (0x90, "!P1", "BRA", (0x20,))
     assert found.instructions[5].operands == "[R7+0x8000], desc[UR6][R2.64], P2"
 
 
@@ -79,7 +79,7 @@ def test_cuobjdump_is_read_alike() -> None:
         "        /*0020*/                   EXIT ;                 /* 0x000000000000794d */\n"
     )
     found = function(text)
-    assert (found.name, found.instructions[1].target) == ("f", 0)
+    assert (found.name, found.instructions[1].targets) == ("f", (0,))
     assert sass.control_flow(found).successors == {0x00: [0x00, 0x20], 0x20: []}
 
 
@@ -121,6 +121,20 @@ def test_a_call_that_never_returns_is_a_jump() -> None:
         "        /*0040*/               RET.REL.NODEC R2 `(f) ;\n"
     )
     assert sass.control_flow(function(text)).successors == {0x00: [0x30, 0x20], 0x20: [0], 0x30: [], 0x40: []}
+
+
+def test_a_jump_table_leads_to_all_its_targets() -> None:
+    """nvcc makes one of what a tile may be: different, same or mixed."""
+    text = (
+        ".text.f:\n.L_x_1:\n"
+        '        /*0000*/               BRX R36 -0x10   (*"BRANCH_TARGETS .L_x_2,.L_x_3"*) ;\n.L_x_2:\n'
+        "        /*0010*/               BRA `(.L_x_1) ;\n.L_x_3:\n"
+        "        /*0020*/               BRA `(.L_x_1) ;\n"
+        "        /*0030*/               EXIT ;\n"
+    )
+    graph = sass.control_flow(function(text))
+    assert graph.successors == {0x00: [0x10, 0x20], 0x10: [0], 0x20: [0], 0x30: []}
+    assert [loop.blocks for loop in sass.loops(graph)] == [{0x00, 0x10, 0x20}]
 
 
 def test_the_path_of_uniform_tiles_is_counted() -> None:
@@ -194,32 +208,44 @@ def test_every_step_copies() -> None:
     assert not counts.even
 
 
-FORWARD = Config(BM=128, BN=128, CH=8, PARTS=1, THREADS=256, RESIDENT=4, OUT=0)
-BACKWARD = Config(BM=128, BN=64, CH=8, PARTS=1, THREADS=256, RESIDENT=2, OUT=4)
+RESIDENT_FORWARD = Config(BM=128, BN=64, CH=8, PARTS=1, THREADS=128, BLOCKS=2, SLICES=2)
+STREAMED_FORWARD = Config(BM=128, BN=128, CH=8, PARTS=1, THREADS=256, BLOCKS=1, SLICES=4)
+RESIDENT_BACKWARD = Config(BM=128, BN=64, CH=8, PARTS=1, THREADS=128, BLOCKS=2, SLICES=2)
+STREAMED_BACKWARD = Config(BM=128, BN=64, CH=8, PARTS=1, THREADS=256, BLOCKS=1, SLICES=4)
 
 
 def test_what_the_arithmetic_demands() -> None:
-    need = gpu_kernels.demand("pair_forward", FORWARD, 128)
-    assert need.multiply_adds * 8 == 128 * 128 * 128
-    assert (need.pairs, need.copied * 8, need.step * 8, need.trips) == (64, 128 * 256, 128 * 128, 2)
-    long = gpu_kernels.demand("pair_forward", FORWARD, 768)  # the rows are loaded with each tile
+    need = gpu_kernels.demand("forward_resident", RESIDENT_FORWARD, 100)  # padded to slices of 64
+    assert need.multiply_adds * 4 == 128 * 64 * 128
+    assert (need.pairs, need.copied * 4, need.step, need.trips) == (64, 64 * 256, 0, 2)
+    short = gpu_kernels.demand("forward_streamed", STREAMED_FORWARD, 256)
+    assert short.multiply_adds * 8 == 128 * 128 * 256
+    assert (short.pairs, short.copied * 8, short.step * 8, short.trips) == (64, 128 * 512, 128 * 128, 4)
+    long = gpu_kernels.demand("forward_streamed", STREAMED_FORWARD, 768)  # the rows are loaded with each tile
     assert (long.multiply_adds * 8, long.copied * 8) == (128 * 128 * 768, (128 + 128) * 1536)
-    resident = gpu_kernels.demand("backward_resident", BACKWARD, 100)  # padded to slices of 64
-    assert (resident.multiply_adds * 8, resident.copied * 8) == (2 * 128 * 64 * 128, 64 * 256)
-    streamed = gpu_kernels.demand("backward_streamed", BACKWARD, 768)  # a share of 256 gradient columns
+    resident = gpu_kernels.demand("backward_resident", RESIDENT_BACKWARD, 100)
+    assert (resident.multiply_adds * 4, resident.copied * 4) == (2 * 128 * 64 * 128, 64 * 256)
+    streamed = gpu_kernels.demand("backward_streamed", STREAMED_BACKWARD, 768)  # a share of 256 columns
     assert streamed.multiply_adds * 8 == 128 * 64 * (768 + 256)
     assert streamed.copied * 8 == (128 + 64) * 1536 + 64 * 512
-    three = Config(BM=128, BN=32, CH=4, PARTS=3, THREADS=256, RESIDENT=2, OUT=4)
+    three = Config(BM=128, BN=32, CH=4, PARTS=3, THREADS=256, BLOCKS=1, SLICES=4)
     assert gpu_kernels.demand("backward_streamed", three, 128).multiply_adds * 8 == 6 * 128 * 32 * (128 + 128)
 
 
 def test_names() -> None:
     base, arguments = gpu_kernels.split_name(
-        "void pysupcon::cuda::pair_forward<pysupcon::cuda::ForwardConfig<gpu::Bf16, 1>, "
-        "pysupcon::cuda::Statistics>(pysupcon::cuda::Pairs, pysupcon::cuda::Statistics::Args)"
+        "void pysupcon::cuda::forward_streamed<pysupcon::cuda::StreamedForward<gpu::Bf16, 1>, "
+        "pysupcon::cuda::Statistics>(pysupcon::cuda::Pairs, pysupcon::cuda::Runs, "
+        "pysupcon::cuda::Statistics::Args)"
     )
-    assert (base, arguments) == ("pair_forward", ["ForwardConfig<gpu::Bf16, 1>", "Statistics"])
-    assert gpu_kernels.short_name(base, arguments) == "pair_forward<Bf16, 1, Statistics>"
+    assert (base, arguments) == ("forward_streamed", ["StreamedForward<gpu::Bf16, 1>", "Statistics"])
+    assert gpu_kernels.short_name(base, arguments) == "forward_streamed<Bf16, 1, Statistics>"
+    assert gpu_kernels.short_name("f", ["ResidentForward<gpu::F16>", "Statistics"]) == "f<F16, Statistics>"
+
+
+def test_the_width_of_resident_kernels_is_that_of_the_plan() -> None:
+    text = (ROOT / "csrc" / "cuda" / "plan.h").read_text()
+    assert f"kResidentWidth = {gpu_kernels.RESIDENT_WIDTH};" in text
 
 
 def kernel(base: str, config: Config) -> Kernel:
@@ -227,15 +253,19 @@ def kernel(base: str, config: Config) -> Kernel:
 
 
 def test_which_kernel_runs() -> None:
-    resident, streamed = kernel("backward_resident", BACKWARD), kernel("backward_streamed", BACKWARD)
+    resident = kernel("backward_resident", RESIDENT_BACKWARD)
+    streamed = kernel("backward_streamed", STREAMED_BACKWARD)
     assert [resident.runs_at(d) for d in (64, 128, 129)] == [True, True, False]
     assert [streamed.runs_at(d) for d in (128, 129)] == [False, True]
+    assert kernel("forward_streamed", STREAMED_FORWARD._replace(PARTS=2)).runs_at(64)
     assert [streamed.shares(d) for d in (256, 768)] == [1, 3]
     assert resident.shares(128) == 1
 
 
+CARD = gpu_model.Card("sm_90", "X", 100, 2.0, multiply_adds=1024, fp32=128, l2_bytes=32)
+
+
 def test_the_formula() -> None:
-    card = gpu_model.Card("sm_90", "X", 100, 2.0, multiply_adds=1024, fp32=128, l2_bytes=32)
     counts = gpu_counts.Counts(
         {"MUFU.EX2": 90, "MUFU other": 10, "FP32": 300, "IMAD": 100, "integer": 60, "FMNMX, F2FP": 40},
         issued=(4000, 4400),
@@ -245,7 +275,7 @@ def test_the_formula() -> None:
         exponentials=1,
         even=True,
     )
-    clocks = gpu_model.pipes(counts, card)
+    clocks = gpu_model.pipes(counts, CARD)
     assert clocks == {
         "tensor": (2000, 2000),
         "shared": (500, 600),
@@ -259,11 +289,25 @@ def test_the_formula() -> None:
     low, high = gpu_model.tile_clocks(clocks)
     assert low == pytest.approx(2000 + 0.10 * (500 + 1000 + 200))
     assert high == pytest.approx(2000 + 0.22 * (600 + 1100 + 200))
-    # 257 blocks of 128 rows: three for the busiest of 100 multiprocessors, each with 514 tiles of 64 columns
-    n = 256 * 128 + 1
-    first, last = gpu_model.seconds((low, high), kernel("backward_resident", BACKWARD), card, n, 128)
-    assert first == pytest.approx(3 * 513 * low / 2e9)
-    assert last == pytest.approx(3 * 513 * high / 2e9)
+
+
+@pytest.mark.parametrize(
+    ("base", "config", "dim", "n", "tiles"),
+    [
+        # 400 row blocks on 100 multiprocessors, two at a time: four each
+        ("backward_resident", RESIDENT_BACKWARD, 128, 400 * 128, 4 * 800),
+        # one more would take another round of two: equal runs
+        ("backward_resident", RESIDENT_BACKWARD, 128, 401 * 128, 4.01 * 802),
+        # 1,999 of 2,000 places taken: rounds, of which the last is not full
+        ("backward_resident", RESIDENT_BACKWARD, 128, 1999 * 128, 20 * 3998),
+        # three blocks for each row block: its gradient's width is shared
+        ("backward_streamed", STREAMED_BACKWARD, 768, 100 * 128, 3 * 200),
+    ],
+)
+def test_the_time_of_a_batch(base: str, config: Config, dim: int, n: int, tiles: float) -> None:
+    first, last = gpu_model.seconds((1000, 1500), kernel(base, config), CARD, n, dim)
+    assert first == pytest.approx(tiles * 1000 / 2e9)
+    assert last == pytest.approx(tiles * 1500 / 2e9)
 
 
 def test_a_pipe_outside_the_sum_can_bind() -> None:
@@ -281,15 +325,15 @@ def line(config: Config, name: str, exponentials: int) -> gpu_model.Line:
 
 def test_counts_before_and_after() -> None:
     """A kernel is held against its earlier self even if its template arguments have changed."""
-    before = [line(BACKWARD, "old", 2)]
-    after = [line(BACKWARD._replace(THREADS=128), "new", exponentials) for exponentials in (1, 2)]
+    before = [line(RESIDENT_BACKWARD, "old", 2)]
+    after = [line(RESIDENT_BACKWARD._replace(THREADS=256), "new", exponentials) for exponentials in (1, 2)]
     rows = gpu_model.count_table(after, before)
     assert rows[0][1:] == ["old, D=128, 2 exp -> new, D=128, 1 exp", "old, D=128, 2 exp -> new, D=128, 2 exp"]
     assert rows[2] == ["HMMA", "16 -> 8", "16 -> 16"]
     same = gpu_model.count_table(before, before)
     assert (same[0][1], same[2]) == ("old, D=128, 2 exp", ["HMMA", "16 -> 16"])
     assert gpu_model.count_table(before)[2] == ["HMMA", "16"]
-    two = [line(BACKWARD, "old", 1), *before]
+    two = [line(RESIDENT_BACKWARD, "old", 1), *before]
     assert gpu_model.counterpart(before[0], two) is two[1]
     assert gpu_model.counterpart(before[0]._replace(dim=64), two) is None
 
@@ -356,7 +400,7 @@ def test_the_real_forward() -> None:
     assert lines
     for line in lines:
         config = line.kernel.config
-        assert line.kernel.name.startswith("pair_forward<Bf16, 1")
+        assert line.kernel.name.startswith("forward_resident<Bf16")
         assert line.kernel.spilled == line.kernel.stack == 0
         assert line.counts.multiply_adds == config.BM * config.BN * 128
         assert line.counts.copied == config.BN * 256
@@ -390,10 +434,10 @@ def test_the_whole_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         assert "copies not followed" not in text
         results = json.loads(path.read_text())
         found = {(line["kernel"].partition("<")[0], line["dim"]) for line in results["now"]}
-        short = "backward_resident" if number_format == "bf16" else "backward_streamed"
+        short = "resident" if number_format == "bf16" else "streamed"
         assert found == {
-            ("pair_forward", 128),
-            ("pair_forward", 768),
-            (short, 128),
+            (f"forward_{short}", 128),
+            ("forward_streamed", 768),
+            (f"backward_{short}", 128),
             ("backward_streamed", 768),
         }

@@ -1,21 +1,10 @@
 // The forward pass over pairs: blocks of BM rows own their statistics, column tiles of BN stream past. What
 // is made of the similarities is the epilogue's matter (statistics.cuh, positive.cuh).
 #pragma once
-#include "statistics.cuh"
+#include "triangular.cuh"
 
 namespace pysupcon::cuda {
 
-// 16-bit rows of at most kResidentWidth numbers: a warp keeps its rows in registers, as fragments.
-template <class F_>
-struct ResidentForward {
-  using F = F_;
-  static constexpr int PARTS = 1, WARPS = 4, MT = 2,
-                       BM = 16 * MT * WARPS;  // a warp owns 32 rows and sees every column
-  static constexpr int BN = 64, NT = BN / 8;
-  static constexpr int CH = 8, SLICES = kResidentWidth / 64;
-  static constexpr int THREADS = 32 * WARPS, BLOCKS = 2;
-  static_assert(BM == kBlockRows, "as plan.h says");
-};
 template <class C>
 struct ResidentForwardShared {
   union {
@@ -24,6 +13,7 @@ struct ResidentForwardShared {
   };
   LogSum positives[2 * C::MT][C::THREADS];
   Bounds bounds;
+  float reference;  // of the triangular pass
 };
 
 // Rows of any length and any number of parts: slices of 8 CH numbers pass through a ring of stages.
@@ -80,41 +70,27 @@ __device__ __forceinline__ void hand_over(const typename Epilogue::Args& args, c
   Epilogue::store(args, row, merged);
 }
 
-// Fragments of 16 MT rows from row0 on, straight from device memory: once a row block.
-template <int MT, int CH>
-__device__ __forceinline__ void load_fragments(uint32_t (&a)[CH / 2][MT][4], const Operand& x, int row0,
-                                               int slice) {
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  const uint4* unit = x.data + (int64_t(row0 / kUnitRows) * x.slices + slice) * (kUnitRows * CH);
-#pragma unroll
-  for (int m = 0; m < MT; ++m)
-#pragma unroll
-    for (int k = 0; k < CH / 2; ++k)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {  // rows g and g + 8, then the same of the next 8 numbers
-        const int row = row0 % kUnitRows + 16 * m + g + 8 * (i % 2);
-        const uint4* chunk = unit + row * CH + swizzle<CH>(row, 2 * k + i / 2);
-        a[k][m][i] = reinterpret_cast<const uint32_t*>(chunk)[t];
-      }
-}
-
 // grid (runs)
 template <class C, class Epilogue>
 __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
-    forward_resident(Pairs pairs, Runs runs, typename Epilogue::Args args) {
+    forward_resident(Pairs pairs, Runs runs, Triangle triangle, typename Epilogue::Args args) {
   DYNAMIC_SHARED(ResidentForwardShared<C>, s);
+  if (Epilogue::TRIANGULAR && triangle.sums) {
+    const float reference = common_reference<C::THREADS>(triangle, pairs);
+    if (threadIdx.x == 0) s->reference = reference;
+    __syncthreads();
+  }
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, slices = pairs.rows.slices;
   for (int block = first_row_block(runs, gpu::block_again());
        block <= last_row_block(runs, gpu::block_again()); ++block) {
     const int row0 = block * C::BM;
-    const Visit visit =
-        visit_columns<C::BM, C::BN>(pairs, segment(runs, gpu::block_again(), block), &s->bounds);
+    const Segment here = segment(runs, gpu::block_again(), block);
+    if (Epilogue::TRIANGULAR && triangle.sums &&
+        stored_already<C, Epilogue>(triangle, s->reference, pairs.rows.count, args, block, here.first == 0))
+      continue;
+    const Visit visit = visit_columns<C::BM, C::BN>(pairs, here, &s->bounds);
 
     // 1. The rows, for all tiles; the columns, a tile ahead.
-    uint32_t rows[C::SLICES][C::CH / 2][C::MT][4];
-#pragma unroll
-    for (int k = 0; k < C::SLICES; ++k)
-      if (k < slices) load_fragments<C::MT, C::CH>(rows[k], pairs.rows, row0 + 16 * C::MT * warp, k);
     const auto load_tile = [&](int tile) {
       if (tile < s->bounds.last)
 #pragma unroll
@@ -122,7 +98,13 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
           if (k < slices) load_slice<C::THREADS>(s->cols[tile % 2][k], pairs.cols, tile * C::BN, k);
       gpu::cp_async_commit();
     };
-    __syncthreads();  // the last row block's exchange has been read
+    __syncthreads();  // the bounds are there, and the last row block's exchange has been read
+    uint32_t rows[C::SLICES][C::CH / 2][C::MT][4];
+    const int thread = s->bounds.thread();
+#pragma unroll
+    for (int k = 0; k < C::SLICES; ++k)
+      if (k < slices)
+        load_fragments<C::MT, C::CH>(rows[k], pairs.rows, row0 + 16 * C::MT * (thread / 32), k, thread % 32);
     load_tile(visit.first);
 
     // 2. Tile by tile: similarities, summed inside the tensor core over at most 128 numbers; then statistics.
@@ -133,18 +115,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
       __syncthreads();  // all copies have landed, and nobody still reads what load_tile() overwrites
       load_tile(tile + 1);
       float acc[C::MT][C::NT][4];
-#pragma unroll
-      for (int n = 0; n < C::NT; n += 2) {
-        float sum[C::MT][2][4];
-#pragma unroll
-        for (int k = 0; k < C::SLICES; ++k)
-          if (k == 0 || k < slices)
-            multiply_columns<typename C::F>(sum, rows[k], s->cols[tile % 2][k][0], 8 * n, lane, k == 0);
-#pragma unroll
-        for (int m = 0; m < C::MT; ++m)
-#pragma unroll
-          for (int i = 0; i < 8; ++i) acc[m][n + i / 4][i % 4] = sum[m][i / 4][i % 4];
-      }
+      multiply_resident<C>(acc, rows, s->cols[tile % 2], slices, lane);
       epilogue.add(acc, s->bounds.template kind<C::BN>(pairs, tile), tile * C::BN + 2 * (lane % 4));
     }
 
@@ -230,14 +201,21 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
 }
 
 template <class F, int PARTS, class Epilogue>
-cudaError_t launch_forward(const Pairs& pairs, const Runs& runs, const typename Epilogue::Args& args,
-                           cudaStream_t stream) {
+cudaError_t launch_forward(const Pairs& pairs, const Runs& runs, const Triangle& triangle,
+                           const typename Epilogue::Args& args, cudaStream_t stream) {
   const dim3 grid(unsigned(runs.blocks));
   if constexpr (PARTS == 1) {
     using C = ResidentForward<F>;
+    if constexpr (Epilogue::TRIANGULAR)
+      if (triangle.sums) {
+        const cudaError_t e =
+            gpu::launch(forward_triangular<C>, dim3(unsigned(triangle.blocks)), dim3(C::THREADS),
+                        sizeof(TriangularShared<C>), stream, pairs, triangle);
+        if (e != cudaSuccess) return e;
+      }
     if (pairs.rows.slices <= C::SLICES)
       return gpu::launch(forward_resident<C, Epilogue>, grid, dim3(C::THREADS),
-                         sizeof(ResidentForwardShared<C>), stream, pairs, runs, args);
+                         sizeof(ResidentForwardShared<C>), stream, pairs, runs, triangle, args);
   }
   using C = StreamedForward<F, PARTS>;
   return gpu::launch(forward_streamed<C, Epilogue>, grid, dim3(C::THREADS),

@@ -10,8 +10,8 @@ struct Gradient;
 
 // F, PARTS: the 16-bit format and how many numbers of it stand for one input number.
 template <class F, int PARTS, class Epilogue>
-cudaError_t forward(const Pairs& pairs, const Runs& runs, const typename Epilogue::Args& args,
-                    cudaStream_t stream);
+cudaError_t forward(const Pairs& pairs, const Runs& runs, const Triangle& triangle,
+                    const typename Epilogue::Args& args, cudaStream_t stream);
 template <class F, int PARTS, class Weights>
 cudaError_t backward(const Pairs& pairs, const Runs& runs, const Shape& shape,
                      const typename Weights::Args& args, const Gradient& out, cudaStream_t stream);

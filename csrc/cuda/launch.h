@@ -5,6 +5,9 @@
 
 namespace pysupcon::cuda {
 
+// Problem::triangular_rows for everybody but a test: below it, launches cost what half of the pairs saves.
+constexpr int64_t kTriangularRows = 8192;
+
 enum class Dtype : int32_t { f64, f32, bf16, f16 };
 
 enum class Operation : int32_t {
@@ -32,7 +35,8 @@ struct Problem {
   Dtype dtype;
   int32_t parts;  // f32 only: how many bf16 numbers stand for one fp32 number, 1, 2 or 3
   int32_t multiprocessors;
-  int32_t shared_memory;  // bytes of a multiprocessor
+  int32_t shared_memory;    // bytes of a multiprocessor
+  int64_t triangular_rows;  // from so many rows on, the forward visits half of the pairs where it may
   int64_t width;
   Rows anchors;
   Rows candidates;            // equal to anchors where one_set

@@ -153,11 +153,11 @@ void run_forward(Stream& s, const Problem& p, const Workspace& w, const Pairs& p
   if (p.operation == Operation::pair_stats) {
     const Statistics::Args args{
         as<float>(p.out_n), as<float>(p.out_p), p.anchors.order, p.negatives, p.positives, parts, w.arrivals};
-    s.error = forward<F, PARTS, Statistics>(pairs, w.anchor_runs, args, s.stream);
+    s.error = forward<F, PARTS, Statistics>(pairs, w.anchor_runs, w.triangle, args, s.stream);
   } else {
     const SoftplusSum::Args args{as<float>(p.out_n), as<float>(p.n), p.anchors.order,
                                  float(p.epsilon),   parts,          w.arrivals};
-    s.error = forward<F, PARTS, SoftplusSum>(pairs, w.anchor_runs, args, s.stream);
+    s.error = forward<F, PARTS, SoftplusSum>(pairs, w.anchor_runs, w.triangle, args, s.stream);
   }
 }
 
@@ -221,10 +221,15 @@ void run_pairs(Stream& s, const Problem& p, const Workspace& w) {
                           {ranges.anchors, ranges.candidates},
                           {},
                           w.arrivals,
-                          w.arrival_count};
+                          w.arrival_count,
+                          w.triangle.sums,
+                          w.triangle.sums ? p.anchors.count : 0};
   if (is_backward(p.operation)) preparation.upstreams = upstreams_of(p, w, PARTS);
   if (preparation.upstreams.parts)
     s.grid(dim3(kExtremeBlocks), dim3(kThreads), find_extremes, preparation.upstreams);
+  if (w.triangle.sums)
+    s.grid(dim3(kExtremeBlocks), dim3(kThreads), find_norms<In, F>, w.triangle.norms, p.anchors,
+           int(p.width));
   s.grid(dim3(unsigned(preparation_blocks<CH>(preparation))), dim3(kThreads), prepare<In, F, PARTS>,
          preparation);
 

@@ -74,30 +74,28 @@ static __global__ void plain_forward(PlainPairs pairs, double* n, double* p, boo
   const int row0 = int(blockIdx.x) * kPlain, row = row0 + int(threadIdx.y);
   const int2 visit = pairs.visit(row0);
   const int64_t at = row < pairs.rows.count ? pairs.rows.order[row] : 0;
-  double top[2] = {-INFINITY, -INFINITY}, total[2] = {}, softplus = 0;
+  double top_n = -INFINITY, top_p = -INFINITY, total_n = 0, total_p = 0, softplus = 0;
   for (int col0 = visit.x; col0 < visit.y; col0 += kPlain) {
     const double sim = plain_similarity(s, pairs, row0, col0);
     const int col = col0 + int(threadIdx.x);
     if (pairs.counts(row, col)) {
       const bool same = pairs.same(row, col);
-      if (!softplus_n) {
-#pragma unroll
-        for (int k = 0; k < 2; ++k)
-          if (k == int(same)) plain_merge(top[k], total[k], sim, 1.);
-      } else if (same)
-        softplus += plain_softplus(softplus_n[at] + epsilon - sim);
+      if (softplus_n)
+        softplus += same ? plain_softplus(softplus_n[at] + epsilon - sim) : 0.;
+      else if (same)
+        plain_merge(top_p, total_p, sim, 1.);
+      else
+        plain_merge(top_n, total_n, sim, 1.);
     }
   }
   for (int o = 1; o < kPlain; o *= 2) {
-    for (int k = 0; k < 2; ++k) {
-      const double other = __shfl_xor_sync(~0u, top[k], o), sum = __shfl_xor_sync(~0u, total[k], o);
-      plain_merge(top[k], total[k], other, sum);
-    }
+    plain_merge(top_n, total_n, __shfl_xor_sync(~0u, top_n, o), __shfl_xor_sync(~0u, total_n, o));
+    plain_merge(top_p, total_p, __shfl_xor_sync(~0u, top_p, o), __shfl_xor_sync(~0u, total_p, o));
     softplus += __shfl_xor_sync(~0u, softplus, o);
   }
   if (threadIdx.x == 0 && row < pairs.rows.count) {
-    n[at] = softplus_n ? softplus : negatives ? top[0] + log(total[0]) : -INFINITY;
-    if (p) p[at] = positives ? top[1] + log(total[1]) : -INFINITY;
+    n[at] = softplus_n ? softplus : negatives ? top_n + log(total_n) : -INFINITY;
+    if (p) p[at] = positives ? top_p + log(total_p) : -INFINITY;
   }
 }
 

@@ -24,6 +24,7 @@ constexpr int kGradientShare = 256;    // gradient columns that a block accumula
 constexpr int kTwoBlocks = 136 << 10;  // shared memory of a multiprocessor that holds two backward blocks
 constexpr int kScanned = 16384;        // up to so many rows every block looks for the extremes itself
 constexpr int kExtremeBlocks = 256;    // of the kernel that does it otherwise
+constexpr int kTriangleRatio = 2;      // row block by tile of the triangular forward
 constexpr int kFanOut = 64;            // of the tree of sums
 constexpr int kMaxLevels = 6;          // 64^6 > kMaxRows
 
@@ -57,6 +58,19 @@ struct Shape {
   int share_width;         // numbers of a gradient row that each accumulates
 };
 
+// The triangular forward (triangular.cuh): row block b has the tiles from its own columns on, and its units,
+// row block by row block in the order 0, last, 1, last but one, ..., are cut into equal runs.
+struct Triangle {
+  unsigned long long* sums;  // [rows], label-sorted; null: there is no triangular pass
+  float* norms;              // [kExtremeBlocks]
+  int row_blocks, tiles, blocks;
+  int64_t units;
+
+  // Tiles of row blocks b and row_blocks - 1 - b together, whatever b.
+  PYSUPCON_ANYWHERE int span() const { return 2 * tiles - kTriangleRatio * (row_blocks - 1); }
+  PYSUPCON_ANYWHERE int64_t run_begin(int run) const { return units * run / blocks; }
+};
+
 struct Workspace {
   void *anchor_rows, *candidate_rows;       // 16-bit copies; the same where the candidates are the anchors
   int32_t *anchor_range, *candidate_range;  // [rows][2] same-class rows of the other side
@@ -71,6 +85,7 @@ struct Workspace {
   int64_t arrival_count;
   SumTree candidate_sums, candidate_weighted, anchor_weighted;
   Runs anchor_runs, candidate_runs;  // anchors (candidates) being the rows
+  Triangle triangle;
   int64_t bytes;
 };
 
@@ -121,6 +136,12 @@ inline bool is_backward(Operation o) {
 inline bool within_classes(const Problem& p) {
   return p.operation == Operation::positive_softplus ||
          p.operation == Operation::positive_softplus_backward || !p.negatives;
+}
+
+// Half of the pairs will do, and there are enough of them to pay for two more launches.
+inline bool triangular(const Problem& p) {
+  return p.operation == Operation::pair_stats && p.one_set && p.negatives && !p.positives && resident(p) &&
+         p.anchors.count >= p.triangular_rows;
 }
 
 inline Shape pair_shape(const Problem& p) {
@@ -191,6 +212,18 @@ inline Workspace lay_out(const Problem& p) {
       if (p.out_grad_n) w.row_parts = arena.take<float>(4 * w.anchor_runs.parts() * shape.rows);
     } else {
       w.parts = arena.take<float>(16 * parts * shape.rows);
+      if (triangular(p)) {
+        const int blocks = int(divide_up(m, shape.rows)), tiles = int(divide_up(m, shape.columns));
+        w.triangle = {arena.take<unsigned long long>(8 * m),
+                      arena.take<float>(4 * kExtremeBlocks),
+                      blocks,
+                      tiles,
+                      0,
+                      0};
+        w.triangle.units = int64_t(blocks / 2) * w.triangle.span() + (blocks % 2 ? tiles - (blocks - 1) : 0);
+        const int64_t slots = int64_t(p.multiprocessors) * shape.per_multiprocessor;
+        w.triangle.blocks = int(slots < 1 ? 1 : slots < w.triangle.units ? slots : w.triangle.units);
+      }
     }
   }
   w.bytes = arena.used;

@@ -14,6 +14,7 @@ struct SoftplusSum {
     int* arrivals;  // [row blocks]
   };
   static constexpr int ROWS = 4;  // of a thread
+  static constexpr bool TRIANGULAR = false;
   template <int>
   struct OfThread;
 
@@ -24,6 +25,7 @@ struct SoftplusSum {
   static __device__ __forceinline__ void store(const Args& args, int row, const float4& whole) {
     args.total[args.order[row]] = whole.x;
   }
+  static __device__ __forceinline__ void store_log2(const Args&, int, float) {}
 };
 
 template <int>

@@ -68,6 +68,30 @@ __device__ __forceinline__ int label_bound(const Rows& rows, int64_t label) {
   return lo;
 }
 
+// Partial maxima of |x|^2. Grid (kExtremeBlocks).
+template <class In, class F>
+__global__ void __launch_bounds__(kThreads) find_norms(float* norms, Rows rows, int width) {
+  __shared__ float warps[8];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  float top = 0.f;
+  for (int64_t i = int64_t(blockIdx.x) * 8 + warp; i < rows.count; i += int64_t(kExtremeBlocks) * 8) {
+    const In* row = static_cast<const In*>(rows.data) + i * rows.stride;
+    float square = 0.f;
+    for (int d = lane; d < width; d += 32) {
+      const float x = F::to(F::from(to_float(row[d])));
+      square = fmaf(x, x, square);
+    }
+#pragma unroll
+    for (int o = 16; o; o /= 2) square += __shfl_xor_sync(~0u, square, o);
+    if (!(square <= top)) top = square;  // NaN, too, which no reference allows
+  }
+  if (lane == 0) warps[warp] = top;
+  __syncthreads();
+  for (int i = 0; i < 8; ++i)
+    if (!(warps[i] <= top)) top = warps[i];
+  if (threadIdx.x == 0) norms[blockIdx.x] = top == top ? top : INFINITY;
+}
+
 // Sorted rows' classes on the other side, and which column a row is.
 struct Ranges {
   int2* range;  // [rows]; null: not wanted
@@ -186,13 +210,15 @@ struct Preparation {
   Upstreams upstreams;
   int* arrivals;
   int64_t arrival_count;
+  unsigned long long* sums;  // of the triangular forward
+  int64_t sum_count;
 };
 
 // How many blocks prepare() needs.
 template <int CH>
 int64_t preparation_blocks(const Preparation& p) {
   const auto blocks = [](int64_t items) { return divide_up(items, kThreads); };
-  int64_t sum = blocks(p.arrival_count);
+  int64_t sum = blocks(p.arrival_count) + blocks(p.sum_count);
   for (int k = 0; k < 2; ++k)
     sum += blocks(p.part_size[k]) + blocks(p.ranges[k].range ? p.ranges[k].rows.count : 0);
   for (const Upstream& u : p.upstreams.of)
@@ -226,7 +252,11 @@ __global__ void __launch_bounds__(kThreads) prepare(const __grid_constant__ Prep
       return;
     }
   }
-  if (takes(block, p.arrival_count, i) && i < p.arrival_count) p.arrivals[i] = 0;
+  if (takes(block, p.arrival_count, i)) {
+    if (i < p.arrival_count) p.arrivals[i] = 0;
+    return;
+  }
+  if (takes(block, p.sum_count, i) && i < p.sum_count) p.sums[i] = 0;
 }
 
 }  // namespace pysupcon::cuda

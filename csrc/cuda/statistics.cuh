@@ -36,6 +36,7 @@ struct Statistics {
     int* arrivals;  // [row blocks]
   };
   static constexpr int ROWS = 4;  // of a thread
+  static constexpr bool TRIANGULAR = true;
   template <int STRIDE>
   struct OfThread;
 
@@ -52,6 +53,12 @@ struct Statistics {
     const int64_t at = args.order[row];
     args.n[at] = args.negatives ? (whole.x + log2f(whole.y)) * kLn2 : -INFINITY;
     args.p[at] = args.positives ? (whole.z + log2f(whole.w)) * kLn2 : -INFINITY;
+  }
+  // Of negatives alone: log2 of their sum.
+  static __device__ __forceinline__ void store_log2(const Args& args, int row, float n) {
+    const int64_t at = args.order[row];
+    args.n[at] = n * kLn2;
+    args.p[at] = -INFINITY;
   }
 };
 

@@ -26,10 +26,11 @@ struct Case {
   bool negatives = true, positives = true;
   double row_norm = 1;
   int shared_memory = 228 << 10;  // of a multiprocessor; 100 << 10 holds one wide block of the backward
-  double mean = 0;            // of the numbers of a row, beside a deviation of 1, before it is normalised
-  double epsilon = 0.3;       // of positive_softplus
-  double length_bar = 0;      // where set: how much shorter or longer than right a gradient may be
-  bool of_candidates = true;  // Form::candidates: their gradient is asked for
+  int triangular_rows = 1 << 30;  // from so many rows on the forward visits half of the pairs
+  double mean = 0;                // of the numbers of a row, beside a deviation of 1, before it is normalised
+  double epsilon = 0.3;           // of positive_softplus
+  double length_bar = 0;          // where set: how much shorter or longer than right a gradient may be
+  bool of_candidates = true;      // Form::candidates: their gradient is asked for
 };
 
 inline std::vector<Case> all_cases() {
@@ -74,8 +75,45 @@ inline std::vector<Case> all_cases() {
   extra("no-candidates", f, 5, 0, 8, 2).form = Form::candidates;  // rows are loaded that nothing waits for
   Case& big = extra("unnormalised", x3, 80, 0, 40, 4);
   big.row_norm = 30, big.temperature = 10;
-  extra("resident", f, 70, 0, 250, 3);                  // rows of four slices stay on chip in the forward
+  extra("resident", f, 70, 0, 250, 3);  // rows of four slices stay on chip in the forward
   extra("wide", f, 300, 0, 70, 3).shared_memory = 100 << 10;  // row blocks of 256
+  for (const int rows :
+       {300, 400}) {  // an odd and an even number of row blocks; several runs, one row ragged
+    const std::string name = "triangle-" + std::to_string(rows);
+    Case& triangle = extra(name.c_str(), f, rows, 0, 70, 4);
+    triangle.positives = false, triangle.triangular_rows = 1, triangle.multiprocessors = rows / 100;
+  }
+  Case& one_sum = extra("triangle-apart", formats[1], 257, 0, 16, 257);  // SupCon's one sum
+  one_sum.positives = false, one_sum.triangular_rows = 1;
+  Case& cold =
+      extra("triangle-cold", f, 150, 0, 24, 150);  // no common reference: all is left to the other kernel
+  cold.positives = false, cold.triangular_rows = 1, cold.temperature = 0.005;
+  Case& fine = extra("triangle-fine", f, 260, 0, 24, 130);  // the largest reference that is allowed
+  fine.positives = false, fine.triangular_rows = 1, fine.temperature = 0.03, fine.multiprocessors = 2;
+  Case& coarse =
+      extra("triangle-coarse", f, 20, 0, 128, 20);  // sums so small that the integers are too coarse
+  coarse.positives = false, coarse.triangular_rows = 1, coarse.temperature = 0.03;
+  Case& wide = extra("wide-runs", f, 520, 0, 70, 3);  // the same, each shared by two runs
+  wide.shared_memory = 100 << 10, wide.multiprocessors = 2;
+  extra("two-slices", f, 140, 0, 65, 3);
+  extra("one-slice", f, 140, 0, 64, 3);
+  extra("one-class", f, 257, 0, 8, 1);  // one exponential a pair, columns of the same class
+  for (const Format& k : {f, x3}) {
+    extra("short-runs", k, 300, 0, 40, 4).multiprocessors =
+        k.parts == 1 ? 3 : 8;  // row blocks that three and more runs share
+    extra("long-runs", k, 520, 0, 8, 3).multiprocessors = k.parts == 1 ? 1 : 2;  // runs of three row blocks
+    extra("empty-parts", k, 300, 0, 8, 30).multiprocessors = 8;  // softplus: most runs see no column
+  }
+  Case& shares = extra("shares", f, 150, 0, 300, 3);  // two shares of a gradient whose row blocks are shared
+  shares.multiprocessors = 6;
+  Case& both = extra("both-ways", f, 200, 140, 20, 4);  // row blocks are shared in both directions
+  both.form = Form::candidates, both.multiprocessors = 4;
+  extra("far-apart", f, 140, 0, 12, 60).temperature = 0.01;  // statistics further than 2^60 apart
+  extra("near", f, 300, 0, 70, 3);                           // nearer: one exponential a pair
+  Case& far = extra("far-candidates", f, 1, 70, 9, 12);      // only the candidates' lie that far apart
+  far.form = Form::own_rows, far.temperature = 0.005, far.negatives = false;
+  // more anchors than a block scans for the extremes itself
+  extra("many-anchors", f, 16400, 6, 4, 2).form = Form::candidates;
   extra("tree", {"f64", Dtype::f64, 1}, 200, 0, 3, 2);  // sums that use every level
 
   // Tensor cores truncate where they add to a large sum.

@@ -466,6 +466,8 @@ void launch(void (*k)(P...), dim3 grid, dim3 block, size_t smem, A&&... args) {
   if (n == 0 || n > 1024 || block.z > 64 || smem > size_t(kMaxShared) || !grid.x || !grid.y || !grid.z ||
       grid.y > 65535 || grid.z > 65535)
     throw std::runtime_error("invalid launch configuration");
+  ++cuda_shim_enqueued;
+  if (cuda_shim_count_only) return;
   const char* o = getenv("CUDA_SHIM_ORDER");
   tensor_core();  // complains about an unknown model here, not in a fiber
   B.policy = !o || !strcmp(o, "forward") ? 0 : !strcmp(o, "reverse") ? 1 : 2;
@@ -582,6 +584,11 @@ inline float __log2f(float x) { return std::log2(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
+inline unsigned long long __float2ull_rn(float x) {
+  return static_cast<unsigned long long>(std::nearbyint(x));
+}
+inline float __ull2float_rn(unsigned long long x) { return float(x); }
 inline float __uint_as_float(unsigned u) {
   float f;
   memcpy(&f, &u, 4);

@@ -40,36 +40,70 @@ class Verdict(NamedTuple):
 
 
 T, F, B, S, P, R = "tiles.cuh", "forward.cuh", "backward.cuh", "statistics.cuh", "positive.cuh", "prepare.cuh"
-C, OPS, L, D = "class_sums.cuh", "operations.cu", "plan.h", "plain.cuh"
-FORWARD_WAIT = "      gpu::cp_async_wait<C::STAGES - 2>();\n      __syncthreads();"
-RESIDENT_WAIT = "    gpu::cp_async_wait<0>();\n    __syncthreads();"
+C, OPS, L, D, U = "class_sums.cuh", "operations.cu", "plan.h", "plain.cuh", "runs.cuh"
+LANDED = "__syncthreads();  // all copies have landed"
+WAIT = "gpu::cp_async_wait<0>();\n"
+FRESH_SLICE = """    float fresh[MT][2][4];
+    multiply_columns<F>(fresh, af, b[0], b_row + 8 * n, lane, true);
+#pragma unroll
+    for (int m = 0; m < MT; ++m)
+#pragma unroll
+      for (int i = 0; i < 8; ++i) acc[m][n + i / 4][i % 4] += fresh[m][i / 4][i % 4];
+"""
+KEPT_SLICE = """    float sum[MT][2][4];
+    for (int m = 0; m < MT; ++m)
+      for (int i = 0; i < 8; ++i) sum[m][i / 4][i % 4] = acc[m][n + i / 4][i % 4];
+    multiply_columns<F>(sum, af, b[0], b_row + 8 * n, lane, false);
+    for (int m = 0; m < MT; ++m)
+      for (int i = 0; i < 8; ++i) acc[m][n + i / 4][i % 4] = sum[m][i / 4][i % 4];
+"""
+NEXT_ROW_BLOCK = (
+    "    block = s->bounds.row_block;  // not kept in a register meanwhile\n    __syncthreads();\n"
+)
+AFTER_RESIDENT = "  }\n}\n\n// Slices pass"
+AFTER_STREAMED = "  }\n}\n\ntemplate <class C, class Weights>\ncudaError_t"
 MUTANTS = [
     # asynchronous copies and barriers
-    Mutant("forward: no barrier between wait and use", F, FORWARD_WAIT, FORWARD_WAIT.split("\n")[0]),
-    Mutant("forward: one step too few waited for", F, "wait<C::STAGES - 2>", "wait<C::STAGES - 1>"),
-    Mutant("forward: no commit", F, "    gpu::cp_async_commit();", "    if (false) gpu::cp_async_commit();"),
-    Mutant("forward: no barrier before the exchange is read", F, "  __syncthreads();\n  if (warp_n == 0", "  if (warp_n == 0"),
-    Mutant("forward: stage not advanced", F, "if (++stage == C::STAGES) stage = 0;", "stage = 0;"),
-    Mutant("forward: last slice left out", F, "return (chunks + C::CH - 1) / C::CH;", "return chunks < C::CH ? 1 : chunks / C::CH;"),
-    Mutant("forward: too little shared memory", F, "+ size_t(slots) * sizeof", "+ size_t(slots) * sizeof(uint4) + 0 * sizeof"),
-    Mutant("resident backward: no barrier", B, RESIDENT_WAIT, RESIDENT_WAIT.split("\n")[0]),
+    Mutant("resident forward: no barrier between wait and use", F, f"      {WAIT}      {LANDED}", f"      {WAIT}      // "),
+    Mutant("resident forward: no commit", F, "      gpu::cp_async_commit();\n", "      if (false) gpu::cp_async_commit();\n"),
+    Mutant("resident forward: loads the buffer in use", F, "s->cols[tile % 2][k], pairs.cols", "s->cols[(tile + 1) % 2][k], pairs.cols"),
+    Mutant("resident forward: exchange over a tile in use", F, "    __syncthreads();  // the last tile has been read\n", ""),
+    Mutant("resident forward: no barrier before the exchange is read", F, "    __syncthreads();\n    hand_over<C::BM", "    hand_over<C::BM"),
+    Mutant("resident forward: tiles over an exchange in use", F, "    __syncthreads();  // the last row block's exchange has been read\n", ""),
+    Mutant("streamed forward: no barrier between wait and use", F, f"wait<C::STAGES - 2>();\n        {LANDED}", "wait<C::STAGES - 2>();\n        // "),
+    Mutant("streamed forward: one step too few waited for", F, "wait<C::STAGES - 2>", "wait<C::STAGES - 1>"),
+    Mutant("streamed forward: no commit", F, "gpu::cp_async_commit();  // one group", "if (false) gpu::cp_async_commit();  // one group"),
+    Mutant("streamed forward: exchange over a slice in use", F, "    __syncthreads();          // the last slice has been read\n", ""),
+    Mutant("streamed forward: no barrier before the exchange is read", F, "    __syncthreads();\n    static_assert", "    static_assert"),
+    Mutant("streamed forward: slices over an exchange in use", F, "    __syncthreads();  // the exchange has been read\n", ""),
+    Mutant("streamed forward: stage not advanced", F, "if (++stage == C::STAGES) stage = 0;", "stage = 0;"),
+    Mutant("streamed forward: too little shared memory", F, "size_t(slots) * sizeof(StreamedForwardShared<C>::rows[0])", "size_t(slots) * sizeof(uint4)"),
+    Mutant("last slice left out", L, "return divide_up(p.width, copy_parts(p) == 1 ? 64 : 32);", "return p.width < 64 ? 1 : p.width / (copy_parts(p) == 1 ? 64 : 32);"),
+    Mutant("resident backward: no barrier", B, f"      {WAIT}      {LANDED}", f"      {WAIT}      // "),
     Mutant("resident backward: loads the buffer in use", B, "s->cols[tile % 2][k], pairs.cols", "s->cols[(tile + 1) % 2][k], pairs.cols"),
-    Mutant("streamed backward: no barrier in the second product", B, "        gpu::cp_async_wait<0>();\n        __syncthreads();", "        gpu::cp_async_wait<0>();"),
-    Mutant("streamed backward: no barrier in the first product", B, "      gpu::cp_async_wait<0>();\n      __syncthreads();", "      gpu::cp_async_wait<0>();"),
+    Mutant("resident backward: bounds over those in use", B, NEXT_ROW_BLOCK + AFTER_RESIDENT, NEXT_ROW_BLOCK.split(";")[0] + ";\n" + AFTER_RESIDENT),
+    Mutant("streamed backward: bounds over those in use", B, NEXT_ROW_BLOCK + AFTER_STREAMED, NEXT_ROW_BLOCK.split(";")[0] + ";\n" + AFTER_STREAMED),
+    Mutant("resident backward: bounds read before they are there", B, "    __syncthreads();  // the bounds are there\n", ""),
+    Mutant("resident backward: copies still in flight", B, "    gpu::cp_async_wait<0>();  // a block", "    // a block"),
+    Mutant("streamed backward: no barrier in the second product", B, f"          {WAIT}          __syncthreads();", f"          {WAIT}"),
+    Mutant("streamed backward: no barrier in the first product", B, f"        {WAIT}        {LANDED}", f"        {WAIT}        // "),
     Mutant("streamed backward: one coefficient buffer", B, "s->coefficients[load_tile % 2]", "s->coefficients[0]"),
-    Mutant("staging: no barrier before it overwrites the tiles", B, "  __syncthreads();          // what stood", "  // what stood"),
-    Mutant("staging: copies still in flight", B, "  gpu::cp_async_wait<0>();  // a block", "  // a block"),
-    Mutant("staging: no __syncwarp before reading", B, "    __syncwarp();\n#pragma unroll 1", "#pragma unroll 1"),
+    Mutant("staging: no barrier before it overwrites the tiles", B, "  __syncthreads();  // what stood here has been read\n", ""),
+    Mutant("staging: no __syncwarp before reading", B, "      __syncwarp();\n#pragma unroll 1", "#pragma unroll 1"),
+    Mutant("staging: no __syncwarp before overwriting", B, "      __syncwarp();  // the tile has been read\n", ""),
+    Mutant("staging: place() on one side only", B, "staging.grad[warp][r][Staging<C>::place(r, pair)]", "staging.grad[warp][r][pair]"),
     Mutant("plain: no barrier before the slice is overwritten", D, "    __syncthreads();  // the last slice has been read", ""),
     Mutant("class sums: no barrier before the sum is overwritten", C, "      __syncthreads();  // the last sum has been read\n", ""),
     # edges
-    Mutant("row guard on load missing", T, "const bool valid = row0 + r < x.count && chunk0", "const bool valid = chunk0"),
-    Mutant("chunk guard on load missing", T, "row0 + r < x.count && chunk0 + c < x.chunks", "row0 + r < x.count"),
-    Mutant("row guard on store missing (forward)", F, "      if (row < pairs.rows.count) {", "      {"),
-    Mutant("row guard on store missing (backward)", B, "if (row < out.rows && d < out.width)", "if (d < out.width)"),
-    Mutant("width guard on store missing", B, "if (row < out.rows && d + 1 < out.width)", "if (row < out.rows)"),
-    Mutant("padding of the copy not zero", R, "d0 + i < width ? to_float(row[d0 + i]) : 0.f", "to_float(row[d0 + i])"),
-    Mutant("coefficients not padded", L, "divide_up(m, kBackwardColumns) * kBackwardColumns * 8", "m * 8"),
+    Mutant("padding of the copy's rows not zero", R, "d0 + i < width ? to_float(from[d0 + i]) : 0.f", "to_float(from[d0 + i])"),
+    Mutant("padding rows of the copy not a number", R, "  float x[8] = {};", "  float x[8] = {NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN};"),
+    Mutant("padding rows of the copy read", R, "  if (row < rows.count) {\n    const In* from", "  {\n    const In* from"),
+    Mutant("a copy of too few rows", R, "unit / slices * kUnitRows + r", "unit / slices * (kUnitRows - 1) + r"),
+    Mutant("coefficients not padded", L, "divide_up(m, kUnitRows) * kUnitRows * 8", "m * 8"),
+    Mutant("row guard on store missing (forward, whole)", F, "if (own && row < rows) Epilogue", "if (own) Epilogue"),
+    Mutant("row guard on store missing (forward, merged)", F, "|| !own || row >= rows) return;", "|| !own) return;"),
+    Mutant("row guard on store missing (backward)", B, "        if (row >= out.rows) continue;\n", ""),
+    Mutant("width guard on store missing", B, "if (d + 1 < out.width) to[1]", "to[1]"),
     # masks
     Mutant("tail columns counted", T, "return col < pairs.cols.count && col != self", "return col != self"),
     Mutant("tail tile taken for uniform", T, "    if (c1 > pairs.cols.count) return Kind::mixed;\n", ""),
@@ -79,39 +113,82 @@ MUTANTS = [
     Mutant("uniform-different misjudged at the edge", T, "c1 <= begin_min ||", "c1 <= begin_max ||"),
     Mutant("uniform-same misjudged", T, "no_self && c0 >= begin_max && c1 <= end_min", "no_self && c0 >= begin_min && c1 <= end_max"),
     Mutant("uniform-same ignores self", T, "pairs.one_set ? c1 <= row0 || c0 >= row1 :", "pairs.one_set ? true :"),
-    Mutant("within-class visit ends early", T, "(high.y + BN - 1) / BN : first", "high.y / BN : first"),
-    Mutant("splits overlap", T, "tiles * (split + 1) / splits", "tiles * (split + 2) / splits"),
+    Mutant("within-class visit ends early", T, "(high.y + BN - 1) / BN : 0", "high.y / BN : 0"),
+    Mutant("within-class visit starts late", T, "max(first, low.x / BN)", "max(first, (low.x + BN - 1) / BN)"),
     Mutant("upper bound is a lower bound", R, "label_bound<true>(cols, label)", "label_bound<false>(cols, label)"),
     Mutant("self in the wrong numbering", R, ": inverse[j];", ": int(j);"),
+    # runs and parts
+    Mutant("a part in the wrong place", U, "2 * run + (row_block != first_row_block(runs, run))", "2 * run"),
+    Mutant("runs of a row block: the last left out", U, "((origin + runs.tiles) * runs.blocks - 1)", "((origin + runs.tiles - 1) * runs.blocks - 1)"),
+    Mutant("runs of a row block: the first left out", U, "((origin + 1) * runs.blocks - 1) / runs.units", "((origin + 2) * runs.blocks - 1) / runs.units"),
+    Mutant("the last but one to arrive merges", U, "== runs.y - runs.x;", "== runs.y - runs.x - 1;"),
+    Mutant("a segment ends early", U, "min(run_begin(runs, run + 1) - origin, int64_t(runs.tiles))", "min(run_begin(runs, run + 1) - origin, int64_t(runs.tiles) - 1)"),
+    Mutant("a segment starts late", U, "max(run_begin(runs, run) - origin, int64_t(0))", "max(run_begin(runs, run) - origin, int64_t(1))"),
+    Mutant("arrivals not cleared", R, "p.arrivals[i] = 0;", "p.arrivals[i] = p.arrivals[i];"),
+    Mutant("arrivals of the second direction are those of the first", OPS, "w.arrivals + w.anchor_runs.row_blocks * shape.shares", "w.arrivals"),
+    Mutant("no barrier before a part counts as written", U, "  __syncthreads();  // every thread's part is written\n", "", "blocks run one after the other"),
+    Mutant("no fence before a part counts as written", U, "  __threadfence();\n  __syncthreads();", "  __syncthreads();", "blocks run one after the other"),
+    Mutant("forward: a row block's first part not merged", F, "for (int run = sharing.x; run", "for (int run = sharing.x + 1; run"),
+    Mutant("backward: a row block's first part not merged", B, "for (int run = sharing.x; run", "for (int run = sharing.x + 1; run"),
+    Mutant("backward: an empty part merged", B, "      if (!visits(segment(runs, run, bounds.row_block))) continue;\n", ""),
+    Mutant("backward: own part merged twice", B, "[i % C::CH][e] = 0.f;", "[i % C::CH][e] += 0.f;"),
+    Mutant("backward: parts overwrite each other in the sum", B, "g[0] += v.x,", "g[0] = v.x,"),
+    Mutant("backward: parts of all shares in one place", B, "(int64_t(part) * gridDim.z + share) * SIZE", "int64_t(part) * gridDim.z * SIZE"),
+    Mutant("softplus: own sigmoids merged twice", B, "    weights.clear();\n", ""),
+    Mutant("softplus: sigmoids of a part not kept", B, "if (share == 0) weights.keep(", "if (false) weights.keep("),
+    Mutant("softplus: sigmoids of parts overwrite each other", P, "sigmoids[i] += gpu::load_l2", "sigmoids[i] = gpu::load_l2"),
     # fragments and layout
-    Mutant("A fragment's address map", T, "a_row + 16 * m + (lane & 15)", "a_row + 16 * m + (lane & 7) + (lane >> 4 << 3)"),
+    Mutant("resident backward: A fragment's address map", T, "const int ar = lane & 15,", "const int ar = (lane & 7) + (lane >> 4 << 3),"),
+    Mutant("several parts: A fragment's address map", T, "a_row + 16 * m + (lane & 15)", "a_row + 16 * m + (lane & 7) + (lane >> 4 << 3)"),
+    Mutant("streamed, one part: A fragment's address map", T, "const int r = lane & 15, from = swizzle<CH>(r, lane >> 4);", "const int r = lane & 15, from = swizzle<CH>(r, lane >> 3 & 1);"),
+    Mutant("resident forward: A fragment's rows", F, "16 * m + g + 8 * (i % 2)", "16 * m + g + 8 * (i / 2)"),
+    Mutant("resident forward: A fragment's swizzle", F, "swizzle<CH>(row, 2 * k + i / 2)", "2 * k + i / 2"),
     Mutant("B fragment's address map", T, "(lane & 7) + ((lane >> 4) << 3);", "(lane & 7) + (((lane >> 3) & 1) << 3);"),
-    Mutant("swizzle forgotten on one side", T, "&b[part][r][swizzle<CH>(r, 2 * k + ((lane >> 3) & 1))]", "&b[part][r][2 * k + ((lane >> 3) & 1)]"),
+    Mutant("swizzle forgotten on one side", T, "from = swizzle<CH>(r, (lane >> 3) & 1);", "from = (lane >> 3) & 1;"),
+    Mutant("always the first pair of chunks", T, "return from ^ (2 * k);", "return from;"),
+    Mutant("D = A B^T starts again within a slice", T, "multiply<F>(acc[m][half], a[k][m], bh, first && k == 0)", "multiply<F>(acc[m][half], a[k][m], bh, first)"),
+    Mutant("D = A B^T never starts", T, "  if (first)\n    F::mma_first", "  if (false)\n    F::mma_first"),
+    Mutant("swizzle of the copy forgotten", R, "CH + swizzle<CH>(r, slot)) * 8", "CH + slot) * 8"),
     Mutant("no swizzle at all", T, "CH == 8 ? chunk ^ (row & 7) : chunk ^ ((row >> 1) & 3)", "CH ? chunk : row", "bank conflicts cost time only"),
-    Mutant("weights packed into the wrong registers", B, "[2 * (j % 2) + h]", "[(j % 2) + 2 * h]"),
-    Mutant("transposed address map", B, "swizzle<CH>(r, c + (lane >> 4))", "swizzle<CH>(r, c + ((lane >> 3) & 1))"),
-    Mutant("smallest product of the split left out", T, "int order = PARTS - 1; order >= 0", "int order = PARTS - 2; order >= 0"),
-    Mutant("remainder of the split not taken", R, "x[e] -= F::to(F::from(x[e]))", "x[e] -= 0.f"),
+    Mutant("always the first slice", T, "x.slices + slice) * UNIT", "x.slices) * UNIT"),
+    Mutant("always the first half of a unit", T, " + row0 % kUnitRows * CH;", ";"),
+    Mutant("weights packed into the wrong registers", T, "[2 * (j % 2) + h]", "[(j % 2) + 2 * h]"),
+    Mutant("transposed address map", B, "const int r = lane & 15, from = swizzle<CH>(r, lane >> 4);", "const int r = lane & 15, from = swizzle<CH>(r, lane >> 3 & 1);"),
+    Mutant("similarities: smallest product of the split left out", T, "int order = PARTS - 1; order >= 0", "int order = PARTS - 2; order >= 0"),
+    Mutant("gradient: smallest product of the split left out", B, "int order = PARTS - 1; order >= 0", "int order = PARTS - 2; order >= 0"),
+    Mutant("remainder of the rows' split not taken", R, "x[e] -= F::to(F::from(x[e]))", "x[e] -= 0.f"),
+    Mutant("remainder of the weights' split not taken", T, "even -= F::to(F::from(even)), odd", "even -= 0.f, odd"),
     # numbers
+    Mutant("gradient accumulated inside the tensor core", B, "multiply<F>(sum[m][half], w[0][m][k], bh, k == 0);", "F::mma(grad[m][c + half], w[0][m][k], bh), memset(sum[m][half], 0, 16);"),
+    Mutant("similarities of all slices accumulated inside the tensor core", T, FRESH_SLICE, KEPT_SLICE),
     Mutant("running maximum: no rescale", S, "total *= shrink, carry *= shrink, top = new_top;", "top = new_top;"),
     Mutant("empty sum measured from -inf", S, "return top == -INFINITY ? 0.f : top;", "return top;"),
     Mutant("masked before the exponential", S, "sum_n += is_counted && !is_same ? e : 0.f;", "sum_n += e * float(is_counted && !is_same);"),
     Mutant("quad merge one step short", S, "for (int o = 1; o < 4; o *= 2)", "for (int o = 1; o < 2; o *= 2)"),
     Mutant("absent coefficient measured from 0", T, "return {0.f, INFINITY};", "return {0.f, -INFINITY};"),
-    Mutant("an anchor without negatives is not left out", R, "    if (s != -INFINITY)\n", ""),
-    Mutant("gradient unit not undone", B, "ldexpf(*scale, gradient_exponent(*largest))", "ldexpf(*scale, -13)"),
+    Mutant("coefficients of columns that are no anchors not cleared", B, "dst[b].n[threadIdx.x] = dst[b].p[threadIdx.x] = absent();", "dst[b].n[threadIdx.x] = absent();"),
+    Mutant("an anchor without negatives is not left out", R, "    if (s != -INFINITY) {", "    {"),
+    Mutant("extremes without those of the candidates", R, "for (int k = 0; k < 4; ++k) {\n    const Upstream& u = upstreams.of[k];\n    if", "for (int k = 0; k < 2; ++k) {\n    const Upstream& u = upstreams.of[k];\n    if"),
+    Mutant("extremes of large batches: only the first rows", R, "scan(upstreams, first, int64_t(kExtremeBlocks) * kThreads)", "scan(upstreams, first, int64_t(1) << 40)", "needs more than 65,536 rows"),
+    Mutant("one reference however far statistics lie apart", R, "kSpread = 60.f", "kSpread = 1e9f"),
+    Mutant("one reference: not subtracted in the coefficient", R, "c.x * exp2f(extremes.reference - c.y)", "c.x * exp2f(extremes.reference)"),
+    Mutant("one reference: coefficients keep their own", R, "exp2f(extremes.reference - c.y), extremes.reference}", "exp2f(extremes.reference - c.y), c.y}"),
+    Mutant("one exponential in a mixed tile", S, "kind == Kind::different ? args.negatives : kind == Kind::same && args.positives", "kind == Kind::different ? args.negatives : args.positives"),
+    Mutant("one exponential: the column's share left out", S, "-reference)) * (row + col);", "-reference)) * row;"),
+    Mutant("one exponential: the column's neighbour", S, "odd = cols[8 * j + 1].x;", "odd = cols[8 * j].x;"),
+    Mutant("gradient unit not undone", B, "ldexpf(*scale, gradient_exponent(extremes->largest))", "ldexpf(*scale, -13)"),
     Mutant("16-bit weights in the unit of the loss", T, "  return (e > -100 ? e : -100) - 13;", "  return 13;"),
-    Mutant("sigmoid of the wrong sign", P, "fmaf(s, scale, -reference)", "fmaf(-s, scale, reference)"),
+    Mutant("sigmoid of the wrong sign", P, "fmaf(sim, scale, -reference)", "fmaf(-sim, scale, reference)"),
     Mutant("epsilon left out of the gradient", R, "(s + epsilon) * kLog2e", "s * kLog2e"),
     Mutant("tree: a level skipped", C, "for (int level = 0; lo < hi; ++level)", "for (int level = 0; lo < hi; level += 2)"),
-    Mutant("tree: upper end dropped", C, "ends += entry(level, --hi, d)", "--hi"),
+    Mutant("tree: upper end dropped", C, " + run(level, inner_hi * kFanOut, hi, d);", ";"),
+    Mutant("tree: a level never summed", OPS, "for (int level = 1; trees.entries(level); ++level)", "for (int level = 2; trees.entries(level); ++level)"),
+    Mutant("tree: entries of the second tree summed into the first", C, "      entry -= entries(k, level);\n", ""),
     Mutant("own row not taken from the class sum", C, "* (sum[d - d0] - (own >= 0 ? candidates.row(own, d) : A(0)))", "* sum[d - d0]"),
-    Mutant("gradient written, not added", B, "width + d] += sum * unit", "width + d] = sum * unit"),
-    Mutant("merged gradient written, not added", B, "% out.width] += sum", "% out.width] = sum"),
+    Mutant("gradient written, not added", B, "to[0] += g.x * factor", "to[0] = g.x * factor"),
     Mutant("plain gradient written, not added", D, "* k + x] += *pairs.scale", "* k + x] = *pairs.scale"),
     Mutant("gradient of the class sums written, not added", C, "plain.width + d] += *scale", "plain.width + d] = *scale"),
-    Mutant("splits not merged", OPS, "if (grad_n && splits > 1)", "if (grad_n && splits > 2)"),
-    Mutant("32-bit row offset", T, "const int64_t row = int64_t(part) * x.count + row0 + r;", "const int row = part * x.count + row0 + r;", "needs 2^31 chunks"),
+    Mutant("32-bit offset of a unit", T, "x.data + (int64_t(row0 / kUnitRows) * x.slices + slice) * UNIT", "x.data + (row0 / kUnitRows * x.slices + slice) * UNIT", "needs 2^31 chunks"),
 ]  # fmt: skip
 
 # Files that decide which kernels a case runs; f16 and the two-part split share every line with these.
@@ -122,8 +199,10 @@ SANITIZER_CASES = ["bf16-candidates", "bf16-long", "f32x3-own", "f64-own"]
 
 
 # Which units a file's bug can reach; all of them, and the driver, where it is not named.
-REACHED = {F: ("forward",), B: ("backward", "operations"), R: ("operations",), C: ("operations",),
-           OPS: ("operations",), D: ("operations",)}  # fmt: skip
+# (The linker takes an inline function from any unit that has it, so all that have it are compiled again.)
+KERNEL_UNITS = ("forward", "backward", "operations")
+REACHED = {F: ("forward",), B: ("backward", "operations"), **dict.fromkeys((T, U, S, P), KERNEL_UNITS),
+           **dict.fromkeys((R, C, OPS, D), ("operations",))}  # fmt: skip
 
 
 def flags_of(kind: str) -> list[str]:

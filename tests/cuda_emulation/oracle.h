@@ -280,7 +280,7 @@ class Run {
   Problem problem(Operation op) const {
     Problem p{};
     p.operation = op, p.dtype = c_.dtype, p.parts = c_.parts, p.multiprocessors = c_.multiprocessors;
-    p.shared_memory = c_.shared_memory;
+    p.shared_memory = c_.shared_memory, p.triangular_rows = c_.triangular_rows;
     p.width = c_.width, p.anchors = rows(a_), p.candidates = rows(columns());
     p.one_set = c_.form == Form::one_set;
     if (!p.one_set) p.self_index = reinterpret_cast<const int64_t*>(self_buffer_->data);
