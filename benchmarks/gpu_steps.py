@@ -18,9 +18,18 @@ QUICK_MINUTES = 8.0
 """what the short form promises"""
 FORMATS = ("bf16", "f16", "f32x1", "f32x2", "f32x3", "f64")
 #: One small case of every kind, to be seen right before anything is measured.
-QUICK_CASES = ("bf16-tiles", "bf16-long", "f16-candidates", "f32x3-own", "f64-tiles")
+QUICK_CASES = ("bf16-tiles", "bf16-triangle-300", "bf16-long", "f16-candidates", "f32x3-own", "f64-tiles")
 # The smallest cases that start every kernel; a sanitizer makes a kernel some hundred times slower.
-SANITIZED = ("bf16-tiles", "bf16-candidates", "bf16-long", "f16-own", "f32x3-own", "f32x2-own", "f64-own")
+SANITIZED = (
+    "bf16-tiles",
+    "bf16-triangle-300",
+    "bf16-candidates",
+    "bf16-long",
+    "f16-own",
+    "f32x3-own",
+    "f32x2-own",
+    "f64-own",
+)
 #: Groups of tests/test_cuda_gpu.py, each in a process of its own: -k expressions. The last one is all others.
 TESTS = {
     "losses, bfloat16": "agree_with_float64 and torch.bfloat16",
