@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-KERNELS = "regex:pair_forward|backward_"
+KERNELS = "regex:(forward|backward)_(resident|streamed|triangular)"
 #: Sections exist on every chip, under the same name; single metrics do not.
 SECTIONS = (
     "SpeedOfLight",

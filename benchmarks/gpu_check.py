@@ -3,7 +3,8 @@
     python benchmarks/gpu_check.py [--minutes 8] [--json FILE]      # make gpu-check ARGS="--minutes 25"
     python benchmarks/gpu_check.py --minutes 9 --steps counters launches pairs      # a part of the long form
 
-1. builds the extension in place for this GPU, and beside it the kernels' own driver, with nvcc
+1. builds the extension in place for this GPU, and beside it the kernels' own driver, with the nvcc that
+   csrc/find_cuda.py finds
 2. a quick look: the driver (tests/cuda_emulation: the kernels against a float64 oracle) on a few cases
 3. first measurements of our kernels (benchmarks/run.py --device cuda)
 4. the driver on all cases, one format a process; tests/test_cuda_gpu.py, one group a process; the driver
@@ -27,9 +28,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
-import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -37,7 +36,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "csrc")]
+
+from find_cuda import HOMES, Toolkit, find_cuda, find_programs, top_of  # noqa: E402
 
 from benchmarks import counters, guard, processes  # noqa: E402
 from benchmarks.gpu_steps import QUICK_MINUTES, Step, Tools, chosen, limits, stages  # noqa: E402
@@ -48,22 +49,21 @@ SCHEMA = 1
 POINT = ("case", "implementation", "loss", "n", "dim", "classes", "dtype", "temperature")
 
 
-def find_tool(name: str) -> str | None:
-    """A program of the CUDA toolkit: on PATH, under CUDA_HOME or /usr/local/cuda, or where ncu lies."""
-    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
-    places = [shutil.which(name), *(f"{home}/bin/{name}" for home in homes if home)]
-    places += map(str, sorted(Path("/opt/nvidia/nsight-compute").glob(f"*/{name}"), reverse=True))
-    return next((place for place in places if place and Path(place).exists()), None)
+def find_tools(toolkit: Toolkit) -> Tools:
+    """nvcc, and the programs of the toolkit that may be missing; ncu is also installed on its own."""
+    homes = [str(top_of(toolkit.nvcc)), *HOMES]
+    sanitizers = find_programs("compute-sanitizer", homes)
+    profilers = find_programs("ncu", homes)
+    profilers += map(str, sorted(Path("/opt/nvidia/nsight-compute").glob("*/ncu"), reverse=True))
+    return Tools(toolkit.nvcc, next(iter(sanitizers), None), next(iter(profilers), None))
 
 
-def obstacle(torch_version: str, has_gpu: bool, nvcc: str | None) -> str | None:
+def obstacle(torch_version: str, has_gpu: bool) -> str | None:
     """Why there is nothing to check, or None."""
     match = re.match(r"(\d+)\.(\d+)", torch_version)
     if match is None or (int(match[1]), int(match[2])) < MINIMUM_TORCH:
         return f"torch {MINIMUM_TORCH[0]}.{MINIMUM_TORCH[1]} or newer is needed, this is {torch_version}"
-    if not has_gpu:
-        return "torch sees no CUDA device"
-    return None if nvcc else "nvcc was not found on PATH, in CUDA_HOME or in /usr/local/cuda"
+    return None if has_gpu else "torch sees no CUDA device"
 
 
 def file_name(device: str) -> str:
@@ -209,16 +209,15 @@ def check(minutes: float, path: Path | None, words: Sequence[str], start: float)
     if not machine:
         print(f"gpu-check: nothing can be checked here: {problem}", file=sys.stderr)
         return 2
-    nvcc = find_tool("nvcc")
-    reason = obstacle(machine["versions"].get("torch", "?"), "gpu" in machine, nvcc)
-    if reason or nvcc is None:
-        print(f"gpu-check: nothing can be checked here: {reason}", file=sys.stderr)
+    reason = obstacle(machine["versions"].get("torch", "?"), "gpu" in machine)
+    toolkit, word = find_cuda()
+    if reason or toolkit is None:
+        print(f"gpu-check: nothing can be checked here: {reason or word}", file=sys.stderr)
         return 2
     out = ROOT / "build" / f"gpu-check-sm_{machine['arch']}"
     record = Record(path or ROOT / "benchmarks" / "results" / file_name(machine["gpu"]), machine)
     record.save()
-    tools = Tools(nvcc, find_tool("compute-sanitizer"), find_tool("ncu"))
-    plan = chosen(stages(tools, machine["arch"], out, minutes), words)
+    plan = chosen(stages(find_tools(toolkit), machine["arch"], out, minutes), words)
     promised = limits(plan, 60 * minutes - (time.monotonic() - start))
     try:
         for at, stage in enumerate(plan):

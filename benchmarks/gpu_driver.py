@@ -1,9 +1,9 @@
 """Compiles the kernels and their own driver (tests/cuda_emulation) with nvcc, without torch.
 
-    python benchmarks/gpu_driver.py NVCC ARCH FOLDER
+    python benchmarks/gpu_driver.py ARCH FOLDER
 
-The program is FOLDER/driver; ARCH is 80, 90, ... Compilers run side by side; each one's words are printed.
-Exit status 1 if one of them failed.
+The program is FOLDER/driver; ARCH is 80, 90, ... csrc/find_cuda.py finds nvcc. Compilers run side by side;
+each one's words are printed. Exit status 1 if one of them failed or there is none.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 EMULATION = ROOT / "tests" / "cuda_emulation"
+sys.path.insert(0, str(ROOT / "csrc"))
+
+from find_cuda import Toolkit, find_cuda  # noqa: E402
 
 
-def commands(nvcc: str, arch: str, out: Path) -> tuple[list[list[str]], list[str]]:
+def commands(toolkit: Toolkit, arch: str, out: Path) -> tuple[list[list[str]], list[str]]:
     """nvcc calls for the objects (they may run side by side), and the one that links them."""
     sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), EMULATION / "emulate.cpp"]
     flags = [
@@ -28,13 +31,15 @@ def commands(nvcc: str, arch: str, out: Path) -> tuple[list[list[str]], list[str
         f"-arch=sm_{arch}",
         f"-I{ROOT / 'csrc' / 'cuda'}",
         f"-I{EMULATION}",
+        *toolkit.include_flags,
     ]
     objects = [out / (source.name + ".o") for source in sources]
     compile_ = [
-        [nvcc, *flags, "-x", "cu", "-c", str(source), "-o", str(target)]
+        [toolkit.nvcc, *flags, "-x", "cu", "-c", str(source), "-o", str(target)]
         for source, target in zip(sources, objects, strict=True)
     ]
-    return compile_, [nvcc, f"-arch=sm_{arch}", *map(str, objects), "-o", str(out / "driver")]
+    link = [toolkit.nvcc, f"-arch=sm_{arch}", f"-L{toolkit.cudart}", *map(str, objects)]
+    return compile_, [*link, "-o", str(out / "driver")]
 
 
 def call(command: list[str]) -> bool:
@@ -47,11 +52,15 @@ def call(command: list[str]) -> bool:
     return done.returncode == 0
 
 
-def main(nvcc: str, arch: str, folder: str) -> int:
+def main(arch: str, folder: str) -> int:
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
     (out / "driver").unlink(missing_ok=True)
-    compile_, link = commands(nvcc, arch, out)
+    toolkit, word = find_cuda()
+    if toolkit is None:
+        print(word)
+        return 1
+    compile_, link = commands(toolkit, arch, out)
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
         done = list(pool.map(call, compile_))
     return 0 if all(done) and call(link) else 1

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from importlib import util
@@ -13,6 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import sass
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "csrc"))
+
+from find_cuda import HOMES, Toolkit, find_cuda, find_programs, top_of
 
 KERNELS = (
     "forward_resident",
@@ -103,31 +106,22 @@ def demand(base: str, c: Config, dim: int) -> Demand:
     )
 
 
-def find_tool(name: str, beside: str | None = None) -> str | None:
-    """A CUDA program: on PATH, beside nvcc, in CUDA_HOME, /usr/local/cuda or the installed package triton."""
-    folders = [Path(home) / "bin" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
-    if beside:
-        folders.insert(0, Path(beside).resolve().parent)
-    triton = util.find_spec("triton")
-    for place in (triton.submodule_search_locations or []) if triton else []:
-        folders.append(Path(place) / "backends" / "nvidia" / "bin")
-    found = [shutil.which(name), *(str(folder / name) for folder in folders)]
-    return next((path for path in found if path and os.access(path, os.X_OK)), None)
-
-
-def tools() -> tuple[str, list[str]]:
-    """(nvcc, the disassembler's command).
+def tools() -> tuple[Toolkit, list[str]]:
+    """(nvcc with its flags, the disassembler's command).
 
     Raises:
         ModelError: one of them is missing.
     """
-    nvcc = find_tool("nvcc")
-    if nvcc is None:
-        raise ModelError("nvcc was not found on PATH, in CUDA_HOME or in /usr/local/cuda")
+    toolkit, word = find_cuda()
+    if toolkit is None:
+        raise ModelError(word)
+    homes = [str(top_of(toolkit.nvcc)), *HOMES]
+    triton = util.find_spec("triton")
+    for place in (triton.submodule_search_locations or []) if triton else []:
+        homes.append(f"{place}/backends/nvidia")
     for name, flag in (("nvdisasm", "-c"), ("cuobjdump", "-sass")):
-        path = find_tool(name, nvcc)
-        if path is not None:
-            return nvcc, [path, flag]
+        for path in find_programs(name, homes):
+            return toolkit, [path, flag]
     raise ModelError(
         "neither nvdisasm nor cuobjdump was found on PATH, beside nvcc, in CUDA_HOME, in /usr/local/cuda "
         "or in the Python package triton, which carries both"
@@ -156,16 +150,19 @@ def compile_kernels(folder: Path, arch: str, number_format: str = "bf16", only: 
         folder: with the .cu files.
         only: part of the file names that are compiled ("forward"); "": all of the format.
     """
-    nvcc, disassembler = tools()
+    toolkit, disassembler = tools()
     sources = sorted(p for p in folder.glob(f"*_{number_format}.cu") if only in p.name)
     if not sources:
         raise ModelError(f"{folder} has no *{only}*_{number_format}.cu")
     flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-I{folder.parent}", f"-I{folder}"]
+    flags += toolkit.include_flags
     with tempfile.TemporaryDirectory() as directory:
         log, parsed = "", []
         for source in sources:
             cubin = f"{directory}/{source.stem}.cubin"
-            log += _run(nvcc, *flags, f"-arch={arch}", "-Xptxas=-v", "-cubin", str(source), "-o", cubin)
+            log += _run(
+                toolkit.nvcc, *flags, f"-arch={arch}", "-Xptxas=-v", "-cubin", str(source), "-o", cubin
+            )
             parsed += sass.parse(_run(*disassembler, cubin))
         functions = {f.name: f for f in parsed if any(base in f.name for base in KERNELS)}
         readable = dict(zip(functions, demangle(list(functions)), strict=True))
@@ -175,7 +172,7 @@ def compile_kernels(folder: Path, arch: str, number_format: str = "bf16", only: 
             name: parts for name, parts in hot.items() if parts[1][-1].startswith(("Statistics", "Resident"))
         }
         configs = _configs(
-            {(base, arguments[0]) for base, arguments in hot.values()}, nvcc, flags, Path(directory)
+            {(base, arguments[0]) for base, arguments in hot.values()}, toolkit, flags, Path(directory)
         )
     return [
         Kernel(
@@ -194,10 +191,10 @@ def compile_kernels(folder: Path, arch: str, number_format: str = "bf16", only: 
 def demangle(names: list[str]) -> list[str]:
     if not names:
         return []
-    tool = find_tool("cu++filt") or shutil.which("c++filt")
-    if tool is None:
+    found = find_programs("cu++filt") + find_programs("c++filt")
+    if not found:
         raise ModelError("c++filt was not found; it comes with g++ (binutils)")
-    return _run(tool, *names).splitlines()
+    return _run(found[0], *names).splitlines()
 
 
 def split_name(readable: str) -> tuple[str, list[str]]:
@@ -221,7 +218,7 @@ def short_name(base: str, arguments: Sequence[str]) -> str:
 
 
 def _configs(
-    wanted: set[tuple[str, str]], nvcc: str, flags: Sequence[str], directory: Path
+    wanted: set[tuple[str, str]], toolkit: Toolkit, flags: Sequence[str], directory: Path
 ) -> dict[tuple[str, str], Config]:
     """Compiles and runs a host program that prints the configurations' constants."""
     lines = []
@@ -234,7 +231,7 @@ def _configs(
         '#include <cstddef>\n#include <cstdio>\n#include "backward.cuh"\n#include "forward.cuh"\n'
         "using namespace pysupcon::cuda;\nint main() {\n" + "\n".join(lines) + "\n}\n"
     )
-    _run(nvcc, *flags, str(source), "-o", str(program))
+    _run(toolkit.nvcc, *flags, str(source), f"-L{toolkit.cudart}", "-o", str(program))
     found = {}
     for line in _run(str(program)).splitlines():
         base, config, numbers = line.split("|")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -18,12 +17,15 @@ from cuda_emulation import build
 from gradients import added
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "csrc")]
 
-import pysupcon
-from benchmarks import tolerances
-from benchmarks.tolerances import TABLE
-from pysupcon import _ops, functional, tiled
+from find_cuda import find_cuda  # noqa: E402
+
+import pysupcon  # noqa: E402
+from benchmarks import tolerances  # noqa: E402
+from benchmarks.tolerances import TABLE  # noqa: E402
+from pysupcon import _ops, functional, tiled  # noqa: E402
 
 _cuda = pysupcon.backends()["cuda"]
 pytestmark = [
@@ -32,7 +34,6 @@ pytestmark = [
 ]
 
 NONE = (None, None, None, None)
-ROOT = Path(__file__).resolve().parents[1]
 MANY = 1 << 20
 LOSSES: dict[str, Any] = {
     "supcon": functional.supcon,
@@ -77,14 +78,15 @@ def norm(rows: Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def wrappers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    if not Path(nvcc).exists():
-        pytest.skip("no nvcc to compile the wrappers' test with")
+    toolkit, word = find_cuda()
+    if toolkit is None:
+        pytest.skip(word)
     program = tmp_path_factory.mktemp("wrappers") / "wrappers"
     arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
     source = build.HERE / "wrappers.cu"
-    command = [nvcc, "-std=c++17", f"-arch={arch}", f"-I{build.KERNELS}", str(source), "-o", str(program)]
-    subprocess.run(command, check=True)
+    flags = ["-std=c++17", f"-arch={arch}", f"-I{build.KERNELS}", *toolkit.include_flags]
+    link = [f"-L{toolkit.cudart}", "-o", str(program)]
+    subprocess.run([toolkit.nvcc, *flags, str(source), *link], check=True)
     return program
 
 

@@ -17,13 +17,33 @@ import torch
 from leftovers import GRANDCHILDREN, alive, children
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "csrc")]
+
+from find_cuda import Toolkit  # noqa: E402
 
 from benchmarks import counters, gpu_check, gpu_driver, gpu_steps, table  # noqa: E402
 from benchmarks.gpu_steps import Step, Tools  # noqa: E402
 
 PYTHON = sys.executable
 TOOLS = Tools("nvcc", "compute-sanitizer", "ncu")
+MACHINE = {"gpu": "Fake", "arch": "90", "driver": "1.2", "commit": "abc", "versions": {"torch": "2.11.0"}}
+TOOLKIT = Toolkit("/usr/bin/nvcc", "13.0", ["-isystem=/elsewhere/include"], Path("/elsewhere/lib"))
+
+
+def fake_toolkit(top: Path, fails: str = "") -> Toolkit:
+    """An nvcc that writes its command into its target. ``fails``: shell commands before that."""
+    nvcc = top / "bin" / "nvcc"
+    (top / "lib64").mkdir()
+    (top / "lib64" / "libcudart_static.a").touch()
+    nvcc.parent.mkdir()
+    nvcc.write_text(
+        "#!/bin/sh\n"
+        'if [ "$1" = --version ]; then echo "Cuda compilation tools, release 13.0, V13.0.88"; exit; fi\n'
+        f'if [ "$1" = --dryrun ]; then echo "#\\$ TOP={top}" >&2; exit; fi\n'
+        f'{fails}\nfor last; do :; done\necho "$@" > "$last"\n'
+    )
+    nvcc.chmod(0o755)
+    return Toolkit(str(nvcc), "13.0", [], top / "lib64")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to check")
@@ -36,9 +56,34 @@ def test_says_why_there_is_nothing_to_check() -> None:
 
 
 def test_obstacles() -> None:
-    assert gpu_check.obstacle("2.11.0+cu130", True, "/nvcc") is None
-    assert "torch 2.11 or newer is needed, this is 2.10.1" in str(gpu_check.obstacle("2.10.1", True, "/nvcc"))
-    assert "nvcc was not found" in str(gpu_check.obstacle("2.12.0", True, None))
+    assert gpu_check.obstacle("2.11.0+cu130", True) is None
+    assert "torch 2.11 or newer is needed, this is 2.10.1" in str(gpu_check.obstacle("2.10.1", True))
+    assert gpu_check.obstacle("2.12.0", False) == "torch sees no CUDA device"
+
+
+def test_a_missing_nvcc_is_explained(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_check, "describe_machine", lambda log: (dict(MACHINE), ""))
+    monkeypatch.setenv("NVCC", str(tmp_path / "gone"))
+    assert gpu_check.main(["--json", str(tmp_path / "r.json")]) == 2
+    assert (
+        f"nothing can be checked here: NVCC={tmp_path / 'gone'} is not a program" in capsys.readouterr().err
+    )
+
+
+def test_the_programs_beside_nvcc_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A toolkit that only NVCC names brings its own compute-sanitizer."""
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.setattr(gpu_check, "HOMES", ())
+    toolkit = fake_toolkit(tmp_path)
+    assert gpu_check.find_tools(toolkit).nvcc == toolkit.nvcc
+    if gpu_check.find_tools(toolkit).sanitizer is None:  # as long as this machine has no other
+        sanitizer = tmp_path / "bin" / "compute-sanitizer"
+        sanitizer.write_text("")
+        sanitizer.chmod(0o755)
+        assert gpu_check.find_tools(toolkit).sanitizer == str(sanitizer)
 
 
 def test_numbers_name_the_device_and_its_driver() -> None:
@@ -52,22 +97,23 @@ def test_results_are_named_after_the_device() -> None:
 
 
 def test_the_driver_is_made_of_every_kernel_source(tmp_path: Path) -> None:
-    compile_, link = gpu_driver.commands("nvcc", "90", tmp_path)
+    compile_, link = gpu_driver.commands(TOOLKIT, "90", tmp_path)
     sources = {Path(command[-3]).name for command in compile_}
     assert sources == {p.name for p in (ROOT / "csrc" / "cuda").glob("*.cu")} | {"emulate.cpp"}
     assert all(command[-1] in link for command in compile_)
+    assert {command[0] for command in [*compile_, link]} == {TOOLKIT.nvcc}
+    assert all("-isystem=/elsewhere/include" in command for command in compile_)
+    assert "-L/elsewhere/lib" in link
 
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_the_driver_is_built_by_whatever_nvcc_is_named(tmp_path: Path, broken: bool) -> None:
     """A compiler that writes its target, and one that does not compile one of the sources."""
-    nvcc = tmp_path / "nvcc"
     fails = 'case "$*" in *emulate.cpp*) echo "no such intrinsic"; exit 3;; esac' if broken else ""
-    nvcc.write_text(f'#!/bin/sh\n{fails}\nfor last; do :; done\necho "$@" > "$last"\n')
-    nvcc.chmod(0o755)
+    toolkit = fake_toolkit(tmp_path, fails)
     done = subprocess.run(
-        [PYTHON, "benchmarks/gpu_driver.py", str(nvcc), "90", str(tmp_path / "out")],
-        cwd=ROOT, capture_output=True, text=True,
+        [PYTHON, "benchmarks/gpu_driver.py", "90", str(tmp_path / "out")],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NVCC": toolkit.nvcc},
     )  # fmt: skip
     assert done.returncode == int(broken)
     assert (tmp_path / "out" / "driver").exists() is not broken
@@ -127,7 +173,7 @@ def test_cases_of_the_driver_exist() -> None:
     for prefix in (*gpu_steps.SANITIZED, *gpu_steps.QUICK_CASES):
         kind, name = prefix.split("-", 1)
         assert f'{{"{kind}", Dtype' in cases
-        assert f'add("{name}' in cases
+        assert f'add("{name}' in cases or f'"{name.removesuffix("300")}" + std::to_string(rows)' in cases
     formats = set(re.findall(r'\{"(\w+)", Dtype', cases))
     assert formats == set(gpu_steps.FORMATS)
 
@@ -149,7 +195,7 @@ def test_missing_tools_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(gpu_steps, "TRAINING", ("torch", "no_such_package"))
     steps = [s for stage in gpu_steps.stages(Tools("nvcc", None, None), "90", tmp_path, 25) for s in stage]
     missing = {step.name: step.missing for step in steps if step.missing}
-    assert missing["compute-sanitizer memcheck"] == "compute-sanitizer is not installed beside nvcc"
+    assert missing["compute-sanitizer memcheck"] == "compute-sanitizer is not installed"
     assert sum(word == "ncu is not installed" for word in missing.values()) == 3
     assert missing["train the digits recipe"] == "not installed: no_such_package; see benchmarks/wheels.py"
     assert len(missing) == 6
@@ -166,9 +212,8 @@ def _check(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, plan: list[list[Step]], minutes: float
 ) -> tuple[int, dict[str, Any]]:
     """Exit status and JSON of a check whose steps are these."""
-    machine = {"gpu": "Fake", "arch": "90", "driver": "1.2", "commit": "abc", "versions": {"torch": "2.11.0"}}
-    monkeypatch.setattr(gpu_check, "describe_machine", lambda log: (dict(machine), ""))
-    monkeypatch.setattr(gpu_check, "find_tool", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(gpu_check, "describe_machine", lambda log: (dict(MACHINE), ""))
+    monkeypatch.setattr(gpu_check, "find_cuda", lambda: (TOOLKIT, "nvcc 13.0"))
     monkeypatch.setattr(gpu_check, "stages", lambda *_: plan)
     path = tmp_path / "r.json"
     status = gpu_check.main(["--minutes", str(minutes), "--json", str(path)])
@@ -195,7 +240,7 @@ def test_a_step_that_fails_does_not_stop_the_others(
             )
         ],
         [_step("tests", "raise SystemExit('assertion failed')", needs="extension")],
-        [_step("compute-sanitizer", "", missing="compute-sanitizer is not installed beside nvcc")],
+        [_step("compute-sanitizer", "", missing="compute-sanitizer is not installed")],
         [
             _step(
                 "measurements: more", _writes(second, [longer]), needs="extension", result=second,
@@ -239,7 +284,7 @@ from benchmarks import gpu_check
 from benchmarks.gpu_steps import Step
 machine = dict(gpu="Fake", arch="90", driver="1.2", commit="abc", versions=dict(torch="2.11.0"))
 gpu_check.describe_machine = lambda log: (machine, "")
-gpu_check.find_tool = lambda name: name
+gpu_check.find_cuda = lambda: (gpu_check.Toolkit("nvcc", "13.0", [], Path("lib")), "nvcc 13.0")
 result = Path({result!r})
 gpu_check.stages = lambda *_: [
     [Step("build", [sys.executable, "-c", "print('built')"], 100)],
@@ -286,22 +331,51 @@ _NAMES = (
 )  # fmt: skip
 _LINES = (
     ("", "", "", "", "", "", "", "register/thread", "inst", "us", "cycle"),
-    ("0", "7", "pair_forward", "(256, 1, 1)", "(512, 1, 1)", "0", "9.0", "232", "1,234,567", "2900.5", "5"),
+    (
+        "0",
+        "7",
+        "forward_resident",
+        "(256, 1, 1)",
+        "(512, 1, 1)",
+        "0",
+        "9.0",
+        "232",
+        "1,234,567",
+        "2900.5",
+        "5",
+    ),
     ("1", "7", "backward_resident", "(256, 1, 1)", "(512, 1, 1)", "0", "9.0", "224", "n/a", "6500", "5"),
 )
 #: What ncu writes with --csv --page raw.
 NCU = "\n".join(
     [
         "==PROF== Connected to process 7",
-        '==PROF== Profiling "pair_forward": 0%....50%....100% - 31 passes',
+        '==PROF== Profiling "forward_resident": 0%....50%....100% - 31 passes',
         *(",".join(f'"{cell}"' for cell in line) for line in (_NAMES, *_LINES)),
     ]
 )
 
 
+def test_the_hot_kernels_are_profiled() -> None:
+    """ncu's pattern matches the kernels that visit pairs on tensor cores, and no other."""
+    words, pattern = counters.KERNELS.split(":")
+    assert words == "regex"
+    found: dict[str, list[str]] = {}
+    for path in sorted((ROOT / "csrc" / "cuda").glob("*.cuh")):
+        signature = r"__global__ void (?:__launch_bounds__\([^)]*\)\s*)?(\w+)\("
+        found[path.name] = re.findall(signature, path.read_text())
+    files = ("forward.cuh", "triangular.cuh", "backward.cuh")
+    hot = [name for file in files for name in found.pop(file)]
+    assert len(hot) >= 5
+    assert [name for name in hot if not re.search(pattern, name)] == []
+    others = [name for names in found.values() for name in names]
+    assert len(others) >= 8
+    assert [name for name in others if re.search(pattern, name)] == []
+
+
 def test_counters_are_read_from_the_raw_page() -> None:
     forward, backward = counters.parse(NCU)
-    assert forward["Kernel Name"] == "pair_forward"
+    assert forward["Kernel Name"] == "forward_resident"
     assert forward["launch__registers_per_thread [register/thread]"] == 232
     assert forward["sm__inst_executed_pipe_xu.sum [inst]"] == 1_234_567
     assert forward["gpu__time_duration.sum [us]"] == 2900.5
@@ -327,5 +401,5 @@ def test_counters_are_stored_and_their_absence_is_a_failure(
         _, stored = _check(monkeypatch, tmp_path, [[step]], 1)
         assert stored["steps"][0]["verdict"] == verdict
         names = [(row["step"], row["Kernel Name"]) for row in stored["counters"]]
-        wanted = [("counters", "pair_forward"), ("counters", "backward_resident")]
+        wanted = [("counters", "forward_resident"), ("counters", "backward_resident")]
         assert names == (wanted if verdict == "passed" else [])

@@ -379,10 +379,12 @@ def test_measured_times_are_those_of_the_card(gpu: str, card: str | None, tmp_pa
 
 
 def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(gpu_kernels, "find_tool", lambda name, beside=None: None)
+    monkeypatch.setattr(gpu_kernels, "find_cuda", lambda: (None, "no nvcc was found"))
     assert gpu_model.main([]) == 2
-    assert "nvcc was not found" in capsys.readouterr().err
-    monkeypatch.setattr(gpu_kernels, "find_tool", lambda name, beside=None: "x" if name == "nvcc" else None)
+    assert "no nvcc was found" in capsys.readouterr().err
+    toolkit = gpu_kernels.Toolkit("nvcc", "13.0", [], ROOT)
+    monkeypatch.setattr(gpu_kernels, "find_cuda", lambda: (toolkit, "nvcc 13.0"))
+    monkeypatch.setattr(gpu_kernels, "find_programs", lambda name, homes: [])
     assert gpu_model.main([]) == 2
     assert "neither nvdisasm nor cuobjdump was found" in capsys.readouterr().err
 
