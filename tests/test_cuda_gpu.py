@@ -474,6 +474,25 @@ def test_offsets_beyond_32_bits() -> None:
         torch.testing.assert_close(grad[i].double(), 4.0 * x[j].double(), rtol=rounding, atol=1e-3)
 
 
+@pytest.mark.parametrize("temperature", [0.5, 0.1, 0.05, 0.02], ids=str)
+@pytest.mark.parametrize("count", [8192, 20_001])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_of_the_pairs(dtype: torch.dtype, count: int, temperature: float) -> None:
+    """n alone of many rows comes from the triangular kernel; at 0.02 another does its work, at 0.05 it may have to
+    help."""
+    x, labels, order, _ = row_problem(count, 128, dtype, 50)
+    scale = torch.tensor(1 / temperature, device="cuda")
+    apart = torch.arange(count, device="cuda")
+    for own, sequence in ((labels, order), (apart, apart)):
+        n, p = _ops.pair_stats(x, own, sequence, scale, *NONE, True, False)
+        again, _ = _ops.pair_stats(x, own, sequence, scale, *NONE, True, False)
+        want, _ = tiled.pair_stats(x.double(), own, sequence, scale.double(), *NONE, True, False)
+        assert torch.equal(n, again)
+        assert bool((p == -torch.inf).all())
+        bar = TABLE[torch.float32].loss
+        torch.testing.assert_close(n.double(), want, rtol=bar, atol=bar)
+
+
 def test_large_batch_against_tiled() -> None:
     x, labels, order, scale = row_problem(20_000, 128, torch.float32, 50)
     n, p = _ops.pair_stats(x, labels, order, scale, *NONE, True, True)

@@ -193,3 +193,21 @@ def test_no_room_says_nothing_of_the_kernels() -> None:
 
     with pytest.raises(torch.OutOfMemoryError):
         _known_answers.disagreement(Wrong("pair_stats", "n", fail), CPU, torch.float16)
+
+
+def test_n_of_many_rows_is_held_against_the_kernel_for_n_and_p() -> None:
+    """As the triangular forward of a GPU would be, were it wrong: from so many rows on, without p."""
+
+    class Half:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tiled, name)
+
+        def pair_stats(self, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+            n, p = tiled.pair_stats(x, *arguments)
+            return (n, p) if x.shape[0] < 1000 or arguments[-1] else (_one_element(n), p)
+
+    assert _known_answers.disagreement(tiled, CPU, torch.float64, many=1001) is None
+    assert _known_answers.disagreement(Half(), CPU, torch.float64) is None
+    words = _known_answers.disagreement(Half(), CPU, torch.float64, many=1001)
+    assert words is not None
+    assert words.startswith("pair_stats (negatives only, 1001 rows): n differs in 1 of 1001 places")
