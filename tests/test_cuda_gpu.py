@@ -478,8 +478,7 @@ def test_offsets_beyond_32_bits() -> None:
 @pytest.mark.parametrize("count", [8192, 20_001])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_of_the_pairs(dtype: torch.dtype, count: int, temperature: float) -> None:
-    """n alone of many rows comes from the triangular kernel; at 0.02 another does its work, at 0.05 it may have to
-    help."""
+    """n alone of many rows comes from the triangular kernel; at 0.02 another does its work, at 0.05 some."""
     x, labels, order, _ = row_problem(count, 128, dtype, 50)
     scale = torch.tensor(1 / temperature, device="cuda")
     apart = torch.arange(count, device="cuda")
