@@ -9,7 +9,9 @@ from __future__ import annotations
 import ctypes
 import platform
 import shutil
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -148,6 +150,38 @@ def test_supcon_starts_eight_kernels(monkeypatch: pytest.MonkeyPatch, dtype: tor
         assert min(found.values()) >= 1
         assert sum(found.values()) <= 8, (n, found)
         print(n, sum(found.values()), found)
+
+
+NORMS = """
+#include "prepare.cuh"
+using namespace pysupcon::cuda;
+int main() {
+  constexpr int rows = 4097;  // some warps take one row, some two, one takes three
+  static float x[rows], norms[kExtremeBlocks];
+  for (const int place : {-1, 0, 7, 8, 2047, 2048, 4096}) {
+    for (float& value : x) value = 0.5f;
+    if (place >= 0) x[place] = NAN;
+    gpu::launch(find_norms<float, gpu::Bf16>, dim3(kExtremeBlocks), dim3(kThreads), 0, nullptr, norms,
+                Rows{x, rows, 1, nullptr, nullptr}, 1);
+    float top = 0.f;
+    for (const float norm : norms) top = fmaxf(top, norm);
+    printf("%d %g\\n", place, top);
+  }
+}
+"""
+
+
+def test_no_row_that_is_nan_is_missed_by_the_norms(tmp_path: Path) -> None:
+    """The triangular forward adds integers, which cannot hold a NaN: such a batch must not take it."""
+    source = tmp_path / "norms.cpp"
+    source.write_text(NORMS)
+    (program,) = build.compile_objects([source], ["-O0"], tmp_path, build.KERNELS, jobs=1)
+    subprocess.run(["g++", str(program), "-o", str(tmp_path / "norms")], check=True)
+    out = subprocess.run([str(tmp_path / "norms")], capture_output=True, text=True, check=True).stdout
+    found = dict(line.split() for line in out.splitlines())
+    assert found.pop("-1") == "0.25"
+    assert len(found) == 6
+    assert set(found.values()) == {"inf"}, found
 
 
 def test_every_mutant_finds_its_line() -> None:

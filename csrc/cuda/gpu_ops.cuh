@@ -5,9 +5,12 @@
 #include <cstddef>
 #include <cstdint>
 
-// The most dynamic shared memory of a block. A block may have 99 KiB on every chip from sm_80 on (sm_86,
-// sm_89 and sm_120 allow no more); what a kernel declares statically counts in them.
-constexpr int kMostShared = (99 << 10) - 512;
+// The most shared memory that a block may have on every chip from sm_80 on: sm_86, sm_89 and sm_120 allow it.
+constexpr int kMostShared = 99 << 10;
+// What is left of it for the dynamic part. The runtime refuses an allowance that exceeds the chip's limit
+// together with a kernel's static shared memory, which is a few words, and the gap that aligns the dynamic
+// part.
+constexpr int kMostDynamic = kMostShared - 512;
 
 #ifndef CUDA_HOST_SHIM
 #include <cuda_bf16.h>
@@ -115,7 +118,7 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, c
                    A&&... args) {
   if (shared > 48 << 10) {
     const void* function = reinterpret_cast<const void*>(kernel);
-    cudaError_t e = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared);
+    cudaError_t e = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostDynamic);
     if (e == cudaSuccess)
       e = cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,
                                cudaSharedmemCarveoutMaxShared);
@@ -248,7 +251,7 @@ inline cudaError_t checked(cudaError_t error) { return error; }
 
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t, A&&... args) {
-  if (shared > size_t(kMostShared)) shim::fail("a block asks for %zu bytes of shared memory", shared);
+  if (shared > size_t(kMostDynamic)) shim::fail("a block asks for %zu bytes of shared memory", shared);
   shim::launch(kernel, grid, block, shared, args...);
   return cudaSuccess;
 }

@@ -68,7 +68,8 @@ __device__ __forceinline__ int label_bound(const Rows& rows, int64_t label) {
   return lo;
 }
 
-// Partial maxima of |x|^2. Grid (kExtremeBlocks).
+// Partial maxima of |x|^2; infinity, which no reference allows, where a row is not finite. Grid
+// (kExtremeBlocks).
 template <class In, class F>
 __global__ void __launch_bounds__(kThreads) find_norms(float* norms, Rows rows, int width) {
   __shared__ float warps[8];
@@ -83,13 +84,12 @@ __global__ void __launch_bounds__(kThreads) find_norms(float* norms, Rows rows, 
     }
 #pragma unroll
     for (int o = 16; o; o /= 2) square += __shfl_xor_sync(~0u, square, o);
-    if (!(square <= top)) top = square;  // NaN, too, which no reference allows
+    top = fmaxf(top, square == square ? square : INFINITY);  // fmaxf alone forgets a NaN
   }
   if (lane == 0) warps[warp] = top;
   __syncthreads();
-  for (int i = 0; i < 8; ++i)
-    if (!(warps[i] <= top)) top = warps[i];
-  if (threadIdx.x == 0) norms[blockIdx.x] = top == top ? top : INFINITY;
+  for (int i = 0; i < 8; ++i) top = fmaxf(top, warps[i]);
+  if (threadIdx.x == 0) norms[blockIdx.x] = top;
 }
 
 // Sorted rows' classes on the other side, and which column a row is.
