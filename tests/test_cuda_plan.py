@@ -42,6 +42,7 @@ int main() {
     Problem p{};
     p.operation = Operation(operation), p.dtype = Dtype(dtype), p.parts = parts;
     p.multiprocessors = processors, p.shared_memory = shared, p.negatives = negatives;
+    p.triangular_rows = kTriangularRows;
     p.width = width, p.anchors.count = m, p.candidates.count = n, p.one_set = form == 0;
     static int64_t word;  // any address says "given"
     static float n_statistic, p_statistic;

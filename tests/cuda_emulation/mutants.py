@@ -41,6 +41,7 @@ class Verdict(NamedTuple):
 
 T, F, B, S, P, R = "tiles.cuh", "forward.cuh", "backward.cuh", "statistics.cuh", "positive.cuh", "prepare.cuh"
 C, OPS, L, D, U = "class_sums.cuh", "operations.cu", "plan.h", "plain.cuh", "runs.cuh"
+RF, TF = "resident.cuh", "triangular.cuh"
 LANDED = "__syncthreads();  // all copies have landed"
 WAIT = "gpu::cp_async_wait<0>();\n"
 FRESH_SLICE = """    float fresh[MT][2][4];
@@ -69,7 +70,7 @@ MUTANTS = [
     Mutant("resident forward: loads the buffer in use", F, "s->cols[tile % 2][k], pairs.cols", "s->cols[(tile + 1) % 2][k], pairs.cols"),
     Mutant("resident forward: exchange over a tile in use", F, "    __syncthreads();  // the last tile has been read\n", ""),
     Mutant("resident forward: no barrier before the exchange is read", F, "    __syncthreads();\n    hand_over<C::BM", "    hand_over<C::BM"),
-    Mutant("resident forward: tiles over an exchange in use", F, "    __syncthreads();  // the last row block's exchange has been read\n", ""),
+    Mutant("resident forward: tiles over an exchange in use", F, "    __syncthreads();  // the bounds are there, and the last row block's exchange has been read\n", ""),
     Mutant("streamed forward: no barrier between wait and use", F, f"wait<C::STAGES - 2>();\n        {LANDED}", "wait<C::STAGES - 2>();\n        // "),
     Mutant("streamed forward: one step too few waited for", F, "wait<C::STAGES - 2>", "wait<C::STAGES - 1>"),
     Mutant("streamed forward: no commit", F, "gpu::cp_async_commit();  // one group", "if (false) gpu::cp_async_commit();  // one group"),
@@ -137,12 +138,24 @@ MUTANTS = [
     Mutant("softplus: own sigmoids merged twice", B, "    weights.clear();\n", ""),
     Mutant("softplus: sigmoids of a part not kept", B, "if (share == 0) weights.keep(", "if (false) weights.keep("),
     Mutant("softplus: sigmoids of parts overwrite each other", P, "sigmoids[i] += gpu::load_l2", "sigmoids[i] = gpu::load_l2"),
+    # half of the pairs
+    Mutant("triangular: no barrier between wait and use", TF, "      __syncthreads();  // copies and columns have landed", "      // "),
+    Mutant("triangular: loads the buffer in use", TF, "s->cols[tile % 2][k], pairs.cols", "s->cols[(tile + 1) % 2][k], pairs.cols"),
+    Mutant("triangular: the last tile's columns left out", TF, "    add_columns(last - 1);\n", ""),
+    Mutant("triangular: columns of the diagonal block counted twice", TF, "tile * C::BN < row0 + C::BM || ", ""),
+    Mutant("triangular: one warp's columns left out", TF, "for (int w = 0; w < C::WARPS; ++w)", "for (int w = 1; w < C::WARPS; ++w)"),
+    Mutant("triangular: lanes exchange the wrong halves", TF, "upper ? columns[k] : columns[k + HALF]", "upper ? columns[k + HALF] : columns[k]"),
+    Mutant("triangular: a run goes on past its end", TF, "first + triangle.run_begin(int(blockIdx.x) + 1) - unit));", "first + triangle.run_begin(int(blockIdx.x) + 1) - unit + 1));"),
+    Mutant("triangular: a mixed tile without its mask", TF, "e = mask.counts(pairs, col) && !mask.same(col) ? e : 0.f;", ""),
+    Mutant("triangular: sums too small for integers are used", TF, "static_cast<unsigned long long>(triangle.row_blocks + 8) << 19", "0ull"),
+    Mutant("triangular: used whatever the norms", TF, "kMostReference = 50.f", "kMostReference = 1e9f"),
+    Mutant("triangular: reference not added again", TF, "(reference + float(e - bits))", "float(e - bits)"),
     # fragments and layout
     Mutant("resident backward: A fragment's address map", T, "const int ar = lane & 15,", "const int ar = (lane & 7) + (lane >> 4 << 3),"),
     Mutant("several parts: A fragment's address map", T, "a_row + 16 * m + (lane & 15)", "a_row + 16 * m + (lane & 7) + (lane >> 4 << 3)"),
     Mutant("streamed, one part: A fragment's address map", T, "const int r = lane & 15, from = swizzle<CH>(r, lane >> 4);", "const int r = lane & 15, from = swizzle<CH>(r, lane >> 3 & 1);"),
-    Mutant("resident forward: A fragment's rows", F, "16 * m + g + 8 * (i % 2)", "16 * m + g + 8 * (i / 2)"),
-    Mutant("resident forward: A fragment's swizzle", F, "swizzle<CH>(row, 2 * k + i / 2)", "2 * k + i / 2"),
+    Mutant("resident forward: A fragment's rows", RF, "16 * m + g + 8 * (i % 2)", "16 * m + g + 8 * (i / 2)"),
+    Mutant("resident forward: A fragment's swizzle", RF, "swizzle<CH>(row, 2 * k + i / 2)", "2 * k + i / 2"),
     Mutant("B fragment's address map", T, "(lane & 7) + ((lane >> 4) << 3);", "(lane & 7) + (((lane >> 3) & 1) << 3);"),
     Mutant("swizzle forgotten on one side", T, "from = swizzle<CH>(r, (lane >> 3) & 1);", "from = (lane >> 3) & 1;"),
     Mutant("always the first pair of chunks", T, "return from ^ (2 * k);", "return from;"),
@@ -201,7 +214,7 @@ SANITIZER_CASES = ["bf16-candidates", "bf16-long", "f32x3-own", "f64-own"]
 # Which units a file's bug can reach; all of them, and the driver, where it is not named.
 # (The linker takes an inline function from any unit that has it, so all that have it are compiled again.)
 KERNEL_UNITS = ("forward", "backward", "operations")
-REACHED = {F: ("forward",), B: ("backward", "operations"), **dict.fromkeys((T, U, S, P), KERNEL_UNITS),
+REACHED = {**dict.fromkeys((F, RF, TF), ("forward",)), B: ("backward", "operations"), **dict.fromkeys((T, U, S, P), KERNEL_UNITS),
            **dict.fromkeys((R, C, OPS, D), ("operations",))}  # fmt: skip
 
 
