@@ -19,7 +19,8 @@ has a limit, at which all its processes end; the limits together are the minutes
 benchmarks/results/<device>.json) is written anew after each step: device, driver, versions and commit; the
 measured rows; of each step its verdict, its seconds and the end of its output. Logs: build/gpu-check-sm_*/.
 
-Exit status: 0; 1 if a step failed; 2 where there is nothing to check (no GPU, no nvcc, torch too old); 130
+Exit status: 0; 1 if a step failed; 2 where there is nothing to check (no GPU, no nvcc, torch too old,
+a WORD that no step of so many minutes has); 130
 after an interruption. A step that was left out because a tool is not installed has not failed; it is named in
 the last lines. Needed beside torch and nvcc: ninja, pybind11, setuptools, pytest.
 """
@@ -215,9 +216,19 @@ def check(minutes: float, path: Path | None, words: Sequence[str], start: float)
         print(f"gpu-check: nothing can be checked here: {reason or word}", file=sys.stderr)
         return 2
     out = ROOT / "build" / f"gpu-check-sm_{machine['arch']}"
+    every = stages(find_tools(toolkit), machine["arch"], out, minutes)
+    unknown = [name for name in words if not any(name in step.name for stage in every for step in stage)]
+    if unknown:
+        print(
+            f"gpu-check: no step of {minutes:g} minutes is named {', '.join(unknown)}; the steps are:",
+            *(step.name for stage in every for step in stage),
+            sep="\n  ",
+            file=sys.stderr,
+        )
+        return 2
+    plan = chosen(every, words)
     record = Record(path or ROOT / "benchmarks" / "results" / file_name(machine["gpu"]), machine)
     record.save()
-    plan = chosen(stages(find_tools(toolkit), machine["arch"], out, minutes), words)
     promised = limits(plan, 60 * minutes - (time.monotonic() - start))
     try:
         for at, stage in enumerate(plan):

@@ -132,20 +132,23 @@ def test_names_are_readable(mangled: str, name: str) -> None:
 def test_spills_and_stack_frames_are_seen(stack: int, stores: int, loads: int) -> None:
     """The parser, on ptxas' own words; the middle one of three kernels."""
 
-    def entry(name: str, stack: int, stores: int, loads: int) -> str:
+    def entry(name: str, stack: int, stores: int, loads: int, shared: str = "") -> str:
         return (
             f"ptxas info    : Compiling entry function '{name}' for 'sm_80'\n"
             "ptxas info    : Function properties for x\n"
             f"    {stack} bytes stack frame, {stores} bytes spill stores, {loads} bytes spill loads\n"
-            "ptxas info    : Used 255 registers, used 1 barriers\n"
+            f"ptxas info    : Used 255 registers, used 1 barriers{shared}\n"
         )
 
     log = entry("first", 0, 0, 0) + entry(PREFIX + next(iter(NAMES)), stack, stores, loads)
     kernels = kernels_of(log + entry("last", 0, 0, 0))
-    assert kernels[1] == ("forward_resident<Bf16, SoftplusSum>", "80", 255, stores + loads, stack)
+    assert kernels[1] == ("forward_resident<Bf16, SoftplusSum>", "80", 255, stores + loads, stack, 0)
     assert [k.name for k in kernels] == ["first", kernels[1].name, "last"]
     seen = f"{kernels[1].name} on sm_80: 255/{stores + loads}/{stack}"
     assert in_local_memory(kernels) == ([seen] if stack or stores or loads else [])
+    (static,) = kernels_of(entry(PREFIX + next(iter(NAMES)), 0, 0, 0, ", 640 bytes smem, 16 bytes cmem[2]"))
+    assert static.shared == 640
+    assert in_local_memory([static])
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -268,6 +268,20 @@ def test_a_step_that_fails_does_not_stop_the_others(
     assert "Fake, driver 1.2, torch 2.11.0, commit abc" in printed
 
 
+def test_a_word_that_names_no_step_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Otherwise the builds alone would pass: "pairs" is a step of the long form only."""
+    machine = {"arch": "90", "gpu": "none", "driver": "1", "commit": "x", "versions": {"torch": "2.11.0"}}
+    monkeypatch.setattr(gpu_check, "describe_machine", lambda log: (dict(machine), ""))
+    monkeypatch.setattr(gpu_check, "find_tool", lambda name: f"/usr/bin/{name}")
+    result = tmp_path / "result.json"
+    arguments = ["--minutes", "8", "--json", str(result), "--steps", "launches", "pairs", "quick"]
+    assert gpu_check.main(arguments) == 2
+    assert "no step of 8 minutes is named launches, pairs;" in capsys.readouterr().err
+    assert not result.exists()
+
+
 def test_time_that_is_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A first step that takes all it may leaves the others what they were promised."""
     plan = [[_step("slow", "import time; time.sleep(60)", seconds=3.0)], [_step("quick", "", seconds=3.0)]]
