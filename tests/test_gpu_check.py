@@ -274,7 +274,8 @@ def test_a_word_that_names_no_step_is_refused(
     """Otherwise the builds alone would pass: "pairs" is a step of the long form only."""
     machine = {"arch": "90", "gpu": "none", "driver": "1", "commit": "x", "versions": {"torch": "2.11.0"}}
     monkeypatch.setattr(gpu_check, "describe_machine", lambda log: (dict(machine), ""))
-    monkeypatch.setattr(gpu_check, "find_tool", lambda name: f"/usr/bin/{name}")
+    toolkit = gpu_check.Toolkit("/usr/bin/nvcc", "13.0", [], Path("/usr/lib"))
+    monkeypatch.setattr(gpu_check, "find_cuda", lambda: (toolkit, "nvcc 13.0"))
     result = tmp_path / "result.json"
     arguments = ["--minutes", "8", "--json", str(result), "--steps", "launches", "pairs", "quick"]
     assert gpu_check.main(arguments) == 2
