@@ -228,7 +228,12 @@ def check(minutes: float, path: Path | None, words: Sequence[str], start: float)
         return 2
     plan = chosen(every, words)
     record = Record(path or ROOT / "benchmarks" / "results" / file_name(machine["gpu"]), machine)
-    record.save()
+    try:
+        record.path.parent.mkdir(parents=True, exist_ok=True)
+        record.save()
+    except OSError as error:
+        print(f"gpu-check: the results cannot be written: {error}", file=sys.stderr)
+        return 2
     promised = limits(plan, 60 * minutes - (time.monotonic() - start))
     try:
         for at, stage in enumerate(plan):

@@ -53,8 +53,8 @@ _TRUTH: Any = tiled
 _ROWS = 300
 _ANCHORS = slice(37, 187)  # those that meet candidates
 _CANDIDATES, _SHARED = 60, 40  # one tile of columns: the only size whose columns a GPU does not split
-# D and 1 / temperature: a row that fits a block's shared memory, and one that passes by in slices.
-_PROBLEMS = ((72, 16.0), (264, 40.0))
+# D and 1 / temperature. 16-bit rows: kept in registers, kept in shared memory, passing by in slices.
+_PROBLEMS = ((72, 16.0), (200, 30.0), (264, 40.0))
 _CLASSES = (150, 60, 40, 25, 15, 5, 3, 1, 1)  # whole tiles of one class, classes within a tile, lone rows
 _EPSILON = 0.25
 # From 8,192 rows on, n alone comes from another kernel (kTriangularRows in csrc/cuda/launch.h). So many pairs

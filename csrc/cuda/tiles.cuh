@@ -241,7 +241,6 @@ __device__ __forceinline__ Visit visit_columns(const Pairs& pairs, const Segment
                                                Bounds* bounds = nullptr) {
   const int row0 = segment.row_block * BM, row1 = min(row0 + BM, pairs.rows.count);
   const int2 low = pairs.range[row0], high = pairs.range[row1 - 1];
-  if (bounds && threadIdx.x == 0) *bounds = {low.x, high.x, low.y, high.y, row0, row1, segment.row_block};
   int first = segment.first, last = segment.last;
   if (pairs.cols.count == 0) last = first;
   if (pairs.within_classes) {
