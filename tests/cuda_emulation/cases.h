@@ -110,8 +110,11 @@ inline std::vector<Case> all_cases() {
   both.form = Form::candidates, both.multiprocessors = 4;
   extra("far-apart", f, 140, 0, 12, 60).temperature = 0.01;  // statistics further than 2^60 apart
   extra("near", f, 300, 0, 70, 3);                           // nearer: one exponential a pair
-  Case& far = extra("far-candidates", f, 1, 70, 9, 12);      // only the candidates' lie that far apart
-  far.form = Form::own_rows, far.temperature = 0.005, far.negatives = false;
+  for (int i = 0; i < 6; ++i) {  // only the candidates' lie that far apart: which, is up to the numbers drawn
+    const std::string name = "far-candidates-" + std::to_string(i);
+    Case& far = extra(name.c_str(), f, 1, 30, 4, 12);
+    far.form = Form::own_rows, far.temperature = 0.005, far.negatives = false;
+  }
   // more anchors than a block scans for the extremes itself
   extra("many-anchors", f, 16400, 6, 4, 2).form = Form::candidates;
   extra("tree", {"f64", Dtype::f64, 1}, 200, 0, 3, 2);  // sums that use every level
