@@ -241,7 +241,7 @@ def main() -> None:
     print(f"| {len({k.name for k in others})} others, at most |", end="")
     for arch in archs:
         there = [k for k in others if k.arch == arch]
-        most = (max(values) for values in zip(*(k[2:] for k in there), strict=True))
+        most = (max(values) for values in zip(*(k[2:5] for k in there), strict=True))
         print(f" {'/'.join(map(str, most)) or '-'} |", end="")
     print()
 

@@ -284,7 +284,6 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
       gpu::cp_async_wait<0>();
       __syncthreads();  // all copies have landed, and nobody still reads what load_tile() overwrites
       load_tile(tile + 1);
-      const CoefficientTile<C>& col = s->coefficients[tile % 2];
       const Kind kind = s->bounds.template kind<C::BN>(pairs, tile);
       // Columns [first, first + COLUMNS) of the tile: similarities, weights, gradient.
       const auto add = [&](auto columns, int first, bool quick) {

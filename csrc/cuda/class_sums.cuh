@@ -38,7 +38,7 @@ struct WeightedRows {
   // of consecutive entries; unrolled, so that several loads are on their way
   __device__ __forceinline__ A run(int level, int lo, int hi, int d) const {
     A sum = 0;
-#pragma unroll 8
+#pragma unroll 4
     for (int i = lo; i < hi; ++i) sum += entry(level, i, d);
     return sum;
   }
