@@ -16,6 +16,19 @@ constexpr int kMostDynamic = kMostShared - 512;
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#endif
+
+namespace gpu {
+
+// An error that is reported is not left behind for whoever calls the runtime next.
+inline cudaError_t checked(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
+}
+
+}  // namespace gpu
+
+#ifndef CUDA_HOST_SHIM
 
 #define DYNAMIC_SHARED(T, name)                                \
   extern __shared__ __align__(128) unsigned char name##_raw[]; \
@@ -104,12 +117,6 @@ __device__ __forceinline__ int block_again() {
 
 // No load moves across this line: fewer values wait in registers.
 __device__ __forceinline__ void keep_order() { asm volatile("" ::: "memory"); }
-
-// An error that is reported is not left behind for whoever calls the runtime next.
-inline cudaError_t checked(cudaError_t error) {
-  if (error != cudaSuccess) cudaGetLastError();
-  return error;
-}
 
 // The only way a kernel starts. What a kernel may ever take of the shared memory does not depend on this
 // launch: another thread may launch the same kernel with another size at the same time.
@@ -247,7 +254,6 @@ inline int block_again() { return int(blockIdx.x); }
 inline void keep_order() {}
 inline float load_l2(const float* p) { return *p; }
 inline float4 load_l2(const float4* p) { return *p; }
-inline cudaError_t checked(cudaError_t error) { return error; }
 
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t, A&&... args) {

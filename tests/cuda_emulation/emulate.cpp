@@ -11,7 +11,10 @@ using namespace emulation;
 
 int main(int argc, char** argv) {
   bool bad = false;
-  int ran = 0;
+  int ran = 0, processors = -1, memory = -1;
+  pysupcon_cuda_device(99, &processors, &memory);  // there is none: 0, and no error left for the next call
+  if (processors || memory || cudaGetLastError() != cudaSuccess)
+    puts("FAIL a failed query leaves its error"), bad = true;
   for (const Case& c : all_cases()) {
     bool wanted = argc < 2;
     for (int i = 1; i < argc; ++i) wanted |= !strncmp(c.name.c_str(), argv[i], strlen(argv[i]));
