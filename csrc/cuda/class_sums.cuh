@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads) sum_level(const __grid_constant__ Tr
   trees.add_up(level, int(blockIdx.x));
 }
 
-constexpr int kSumRows = 64, kSumWidth = 1024, kSumThreads = 256;
+constexpr int kSumRows = 64, kSumWidth = 1024;
 
 // The rows [first, last) of this block that share a class.
 __device__ __forceinline__ int run_end(const int2* range, int i, int end) {
@@ -125,17 +125,17 @@ __global__ void positive_sum(typename Accumulator<T>::type* total,
   __shared__ A sum[kSumWidth], dot[kSumRows];
   const int begin = int(blockIdx.x) * kSumRows, end = min(begin + kSumRows, int(anchors.rows.count));
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (int i = threadIdx.x; i < kSumRows; i += kSumThreads) dot[i] = 0;
+  for (int i = threadIdx.x; i < kSumRows; i += kThreads) dot[i] = 0;
   for (int first = begin, last; first < end; first = last) {
     last = run_end(range, first, end);
     const int2 r = range[first];
     for (int d0 = 0; d0 < anchors.width; d0 += kSumWidth) {
       const int d1 = min(d0 + kSumWidth, anchors.width);
       __syncthreads();  // the last sum has been read
-      for (int d = d0 + int(threadIdx.x); d < d1; d += kSumThreads)
+      for (int d = d0 + int(threadIdx.x); d < d1; d += kThreads)
         sum[d - d0] = candidates.range_sum(r.x, r.y, d);
       __syncthreads();
-      for (int i = first + warp; i < last; i += kSumThreads / 32) {
+      for (int i = first + warp; i < last; i += kThreads / 32) {
         const int own = one_set ? i : self ? self[i] : -1;
         A s = 0;
         for (int d = d0 + lane; d < d1; d += 32)
@@ -147,7 +147,7 @@ __global__ void positive_sum(typename Accumulator<T>::type* total,
     }
   }
   __syncthreads();
-  for (int i = begin + int(threadIdx.x); i < end; i += kSumThreads) {
+  for (int i = begin + int(threadIdx.x); i < end; i += kThreads) {
     const int2 r = range[i];
     const int own = one_set ? i : self ? self[i] : -1;
     const bool empty = r.y - r.x <= (own >= 0);  // exactly 0, whatever the last bit of sum - row
