@@ -74,8 +74,8 @@ Numbers number(const Keys& a, const Keys& b) {
     const auto next = first ? a.at(i) : b.at(j);
     TORCH_CHECK_VALUE(number < 0 || next >= key, "pysupcon: order must sort by label",
                       a.instances ? " and then by instance" : "", "; it puts label ", next.first,
-                      a.instances ? ", instance " + std::to_string(next.second) : "", " after label ", key.first,
-                      a.instances ? ", instance " + std::to_string(key.second) : "");
+                      a.instances ? ", instance " + std::to_string(next.second) : "", " after label ",
+                      key.first, a.instances ? ", instance " + std::to_string(key.second) : "");
     if (number < 0 || next != key) ++number;
     key = next;
     (first ? numbers.anchors[i++] : numbers.candidates[j++]) = number;
@@ -148,7 +148,8 @@ struct Call {
  private:
   static cpu::Side side(const Tensor& rows, const Tensor& order, const std::vector<int32_t>& classes,
                         const std::vector<int32_t>& by_instance) {
-    return {rows.const_data_ptr(), rows.stride(0), rows.size(0), order.const_data_ptr<int64_t>(),
+    return {rows.const_data_ptr(), rows.stride(0),
+            rows.size(0),          order.const_data_ptr<int64_t>(),
             classes.data(),        by_instance.empty() ? nullptr : by_instance.data()};
   }
   static Keys keys(const Tensor& labels, const Tensor& instances, const Tensor& order) {
@@ -236,7 +237,7 @@ void check_finite(const Call& call, const Tensor& n) {
 #define INSTANCE_ARGS const Maybe &instances, const Maybe &candidate_instances
 #define CALL(name) \
   Call name({x, labels, order, scale}, {candidates, candidate_labels, candidate_order, self_index})
-#define CALL_WITH_INSTANCES(name)                                                                 \
+#define CALL_WITH_INSTANCES(name)                                                                   \
   Call name({x, labels, order, scale}, {candidates, candidate_labels, candidate_order, self_index}, \
             {instances, candidate_instances})
 
@@ -295,10 +296,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pair_stats(ROWS_ARGS, CANDIDATE_ARGS,
   const int64_t rows = call.x.size(0);
   Tensor n = new_stats(rows), p = new_stats(rows), positive_sum = new_stats(rows),
          instance_sum = instances ? new_stats(rows) : at::zeros({rows}, n.options());
-  cpu::pair_stats(call.problem, kThreads,
-                  {n.mutable_data_ptr<double>(), p.mutable_data_ptr<double>(),
-                   positive_sum.mutable_data_ptr<double>(),
-                   instances ? instance_sum.mutable_data_ptr<double>() : nullptr});
+  cpu::pair_stats(
+      call.problem, kThreads,
+      {n.mutable_data_ptr<double>(), p.mutable_data_ptr<double>(), positive_sum.mutable_data_ptr<double>(),
+       instances ? instance_sum.mutable_data_ptr<double>() : nullptr});
   check_finite(call, n);
   return {n, p, positive_sum, instance_sum};
 }

@@ -420,20 +420,10 @@ def prepare(
         assert sample_ids is not None
         given = _Instances(sample_ids, other_sample_ids, own_instances is not None)
         if positives is not None:
-            columns = sample_ids if other_sample_ids is None else other_sample_ids
-            pairing = pairing._replace(
-                instances=sample_ids.index_select(0, pairing.labels),
-                candidate_instances=None
-                if pairing.candidate_labels is None
-                else columns.index_select(0, pairing.candidate_labels),
-            )
-            instance_count = tiled.positive_count(
-                positives, self_index, others is None, (sample_ids, columns)
-            )
-        else:
-            if given.given:
-                given = _by_label(ids, None if other_ids is ids else other_ids, given)
-            pairing, instance_count = _pair_instances(pairing, x_views, other_views, given)
+            given = given._replace(given=False)  # nothing is sorted where a mask says who is what
+        elif given.given:
+            given = _by_label(ids, None if other_ids is ids else other_ids, given)
+        pairing, instance_count = _pair_instances(pairing, x_views, other_views, given)
     return Problem(
         x,
         others,

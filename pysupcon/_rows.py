@@ -77,13 +77,15 @@ def sincere_rows(softplus: Tensor, count: Tensor, epsilon: float) -> tuple[Tenso
 
 
 def cnce_rows(
-    p: Tensor, instance_sum: Tensor, instance_count: Tensor, count: Tensor
+    p: Tensor, instance_sum: Tensor, instance_count: Tensor, count: Tensor, among_positives: bool
 ) -> tuple[Tensor, Tensor]:
-    """p_i - mean_{A_i} s, and which anchors have another row of their instance."""
-    valid = instance_count > 0
+    """p_i - mean_{A_i} s, and which anchors have another row of their instance. ``among_positives``: A_i is a
+    part of P_i; a caller's mask may have it otherwise."""
+    valid = (instance_count > 0) & (count > 0)
     gap = torch.where(valid, p - _mean(instance_sum, instance_count), 0.0)
-    value = torch.where(count == 1, 0.0, _least(gap.detach(), instance_count.clamp(min=1)))
-    gap = gap + (value - gap.detach())  # the gradient is that of the gap
+    if among_positives:
+        value = torch.where(count == 1, 0.0, _least(gap.detach(), instance_count.clamp(min=1)))
+        gap = gap + (value - gap.detach())  # the gradient is that of the gap
     return torch.where(valid, gap, 0.0), valid
 
 

@@ -78,7 +78,7 @@ class Tile(NamedTuple):
     same: Tensor | bool  # j is in the positives of i
     same_back: Tensor | bool  # i is in the positives of j
     left_out: Tensor | None  # j is i itself
-    instance: Tensor | bool  # i and j are of one instance; False where nobody asks
+    instance: Tensor | bool  # j is in A_i, and i in A_j; False where nobody asks
     diagonal: bool  # both sides are the same rows
 
 
@@ -122,9 +122,12 @@ class Pairs:
         i, j = a.tiles[number_i], b.tiles[number_j]
         return a.labels[slice(*i), None] == b.labels[None, slice(*j)]
 
-    def _instance(self, i: Slice, j: Slice) -> Tensor | bool:
+    def _instance(self, i: Slice, j: Slice, same: Tensor | bool) -> Tensor | bool:
         a, b = self.anchors.instances, self.candidates.instances
-        return False if a is None or b is None else a[slice(*i), None] == b[None, slice(*j)]
+        if a is None or b is None or same is False:
+            return False
+        alike = a[slice(*i), None] == b[None, slice(*j)]
+        return alike if same is True or self.mask is not None else alike & same
 
     def _left_out(self, i: Slice, j: Slice) -> Tensor | None:
         if self.symmetric:
@@ -157,7 +160,7 @@ class Pairs:
                     same_back = self.mask.mask[columns[None, :], rows[:, None]] if self.symmetric else same
                     left_out = self._left_out(i, j)
                 similarity = scaled @ b.rows[slice(*j)].T
-                instance = False if same is False else self._instance(i, j)
+                instance = self._instance(i, j, same)
                 yield Tile(i, j, similarity, same, same_back, left_out, instance, diagonal)
 
 
@@ -165,12 +168,6 @@ def and_not(keep: Tensor | bool, left_out: Tensor | None) -> Tensor | bool:
     if keep is False or left_out is None:
         return keep
     return ~left_out if keep is True else keep & ~left_out
-
-
-def and_both(a: Tensor | bool, b: Tensor | bool) -> Tensor | bool:
-    if isinstance(a, bool) or isinstance(b, bool):
-        return (b if a else False) if isinstance(a, bool) else (a if b else False)
-    return a & b
 
 
 def negated(keep: Tensor | bool) -> Tensor | bool:
@@ -182,24 +179,13 @@ def zero_unless(values: Tensor, keep: Tensor | bool) -> Tensor:
     return values if keep is True else torch.where(torch.as_tensor(keep, device=values.device), values, 0.0)
 
 
-def positive_count(
-    mask: PositiveMask,
-    self_index: Tensor | None,
-    symmetric: bool,
-    instances: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """|P_i| under a mask, int64 [M]; with ``instances`` (of the mask's rows and of its columns) |A_i|.
-    ``symmetric``: the candidates are the anchors."""
-
-    def part(a: int, b: int) -> Tensor:
-        rows = mask.mask[a:b]
-        return rows if instances is None else rows & (instances[0][a:b, None] == instances[1][None, :])
-
+def positive_count(mask: PositiveMask, self_index: Tensor | None, symmetric: bool) -> Tensor:
+    """|P_i| under a mask, int64 [M]. ``symmetric``: the candidates are the anchors."""
     # The columns of one sample share an entry: count each sample once, by how many rows it has.
     rows_of = torch.zeros(mask.mask.shape[1], dtype=torch.float64, device=mask.mask.device)
     rows_of.index_add_(0, mask.columns, torch.ones_like(mask.columns, dtype=torch.float64))
     per_sample = torch.cat(
-        [part(a, b).to(torch.float64) @ rows_of for a, b in slices(mask.mask.shape[0], 256)]
+        [mask.mask[a:b].to(torch.float64) @ rows_of for a, b in slices(mask.mask.shape[0], 256)]
         or [rows_of.new_zeros(0)]
     )
     count = per_sample.index_select(0, mask.rows).to(torch.int64)

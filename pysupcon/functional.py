@@ -78,11 +78,10 @@ def _dense(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
 
 def _dense_instances(problem: Problem) -> Tensor:
     pairing = problem.pairing
-    positives = _dense(problem)[1]
     if pairing.instances is None:
-        return positives
-    others = pairing.instances if pairing.candidate_instances is None else pairing.candidate_instances
-    return positives & (pairing.instances[:, None] == others[None, :])
+        return _dense(problem)[1]
+    same = reference.pair_sets(pairing.instances, pairing.candidate_instances, pairing.self_index)[0]
+    return same if problem.mask is not None else same & _dense(problem)[1]
 
 
 def _streamed(problem: Problem, rows: RowLoss, **asked: Any) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -229,7 +228,7 @@ def class_conditional_info_nce(
 
     def rows(s: RowStatistics, count: Tensor, instance_count: Tensor | None) -> tuple[Tensor, Tensor]:
         assert instance_count is not None
-        return cnce_rows(s.p, s.instance_sum, instance_count, count)
+        return cnce_rows(s.p, s.instance_sum, instance_count, count, mask is None)
 
     loss, valid, anchors = _streamed(problem, rows, positives=True)
     return _finish(problem, loss, valid, reduction, anchors)
@@ -280,7 +279,7 @@ def spread(
             first, valid = supcon_rows(s, count)
         else:
             first, valid = sincere_rows(s.softplus, count, 0.0)
-        second, _ = cnce_rows(s.p, s.instance_sum, instance_count, count)
+        second, _ = cnce_rows(s.p, s.instance_sum, instance_count, count, mask is None)
         return (1 - alpha) * first + alpha * second, valid
 
     loss, valid, anchors = _streamed(

@@ -3,7 +3,7 @@
 For tests and small batches; plain PyTorch that autograd differentiates as often as wanted. Knows torch only.
 
 Symbols: anchors x_i [M, D], candidates c_j [N, D] (the anchors themselves where none are given), similarity
-s_ij = x_i . c_j / temperature; P_i positives, N_i negatives, A_i the positives of the anchor's instance; all
+s_ij = x_i . c_j / temperature; P_i positives, N_i negatives, A_i the other rows of the anchor's instance; all
 of them bool [M, N] and without the anchor itself. An anchor for which a loss is not defined gets 0.
 
 Sources: SupCon, Khosla et al. 2020 (arXiv 2004.11362), L_out, equation 2; SINCERE, Feeney and Hughes 2023

@@ -20,7 +20,6 @@ from ._tiles import (
     Side,
     Slice,
     Tile,
-    and_both,
     and_not,
     negated,
     no_autocast,
@@ -47,48 +46,38 @@ class _LogSumExp:
         self.top = torch.full((count,), -math.inf, dtype=dtype, device=like.device)
         self.total = torch.zeros(count, dtype=dtype, device=like.device)
 
-    def add(self, at: Slice, similarity: Tensor, keep: Tensor | bool, dim: int) -> None:
-        if keep is False:
-            return
+    def add(self, at: Slice, similarity: Tensor, keep: Tensor | bool, dim: int) -> Tensor:
+        """Returns what the tile's similarities were measured from, their maximum of every row."""
         s = similarity if keep is True else torch.where(torch.as_tensor(keep), similarity, -math.inf)
         top, total = self.top[slice(*at)], self.total[slice(*at)]
         tile_top = s.amax(dim)
         # An empty row has no maximum: any finite reference gives exp(-inf) = 0.
         reference = torch.where(tile_top == -math.inf, 0.0, tile_top)
-        tile_total = self._exponentials(s - reference.unsqueeze(dim), at, reference, keep, dim)
+        tile_total = (s - reference.unsqueeze(dim)).exp_().sum(dim)
         new_top = torch.maximum(top, tile_top)
         finite = torch.where(new_top == -math.inf, 0.0, new_top)
         total.copy_(total * (top - finite).exp() + tile_total * (tile_top - finite).exp())
         top.copy_(new_top)
-
-    def _exponentials(self, s: Tensor, at: Slice, reference: Tensor, keep: Tensor | bool, dim: int) -> Tensor:
-        """Sum of e^s, s measured from ``reference``."""
-        return s.exp_().sum(dim)
+        return reference
 
     def value(self, order: Tensor) -> Tensor:
         return torch.empty_like(self.top).index_copy(0, order, self.top + self.total.log())
 
 
-class _Positives(_LogSumExp):
-    """Beside it the sums of the same similarities, over all positives and over those of the instance. These
-    are measured from the tile's maximum, too, which keeps the digits of small differences."""
+class _Sum:
+    """Sum of similarities per row. They come measured from the reference of their logsumexp: that keeps the
+    digits of small differences between the two."""
 
     def __init__(self, count: int, like: Tensor, dtype: torch.dtype) -> None:
-        super().__init__(count, like, dtype)
-        self.sums = torch.zeros(2, count, dtype=dtype, device=like.device)
-        self.instance: Tensor | bool = False
+        self.total = torch.zeros(count, dtype=dtype, device=like.device)
 
-    def _exponentials(self, s: Tensor, at: Slice, reference: Tensor, keep: Tensor | bool, dim: int) -> Tensor:
-        for number, chosen in enumerate((keep, and_both(keep, self.instance))):
-            if chosen is False:
-                continue
-            part = zero_unless(s, chosen).sum(dim).to(self.sums.dtype)
-            many = s.shape[dim] if chosen is True else torch.as_tensor(chosen).sum(dim)
-            self.sums[number][slice(*at)] += part + many * reference
-        return super()._exponentials(s, at, reference, keep, dim)
+    def add(self, at: Slice, similarity: Tensor, reference: Tensor, keep: Tensor | bool, dim: int) -> None:
+        part = zero_unless(similarity - reference.unsqueeze(dim), keep).sum(dim)
+        many = similarity.shape[dim] if keep is True else torch.as_tensor(keep).sum(dim)
+        self.total[slice(*at)] += part.to(self.total.dtype) + many * reference.to(self.total.dtype)
 
-    def sum(self, number: int, order: Tensor) -> Tensor:
-        return torch.empty_like(self.top).index_copy(0, order, self.sums[number])
+    def value(self, order: Tensor) -> Tensor:
+        return torch.empty_like(self.total).index_copy(0, order, self.total)
 
 
 def _poison(x: Tensor, candidates: Tensor | None, scale: Tensor) -> Tensor | float:
@@ -145,19 +134,24 @@ def pair_stats(
             x, labels, order, scale, candidates, candidate_labels, candidate_order, self_index, mask,
             instances, candidate_instances,
         )  # fmt: skip
-        n = _LogSumExp(x.shape[0], x, stats_dtype(x))
-        p = _Positives(x.shape[0], x, stats_dtype(x))
+        n, p = (_LogSumExp(x.shape[0], x, stats_dtype(x)) for _ in range(2))
+        positive_sum, instance_sum = (_Sum(x.shape[0], x, stats_dtype(x)) for _ in range(2))
         for tile in pairs.tiles(only_positives=not negatives, only_negatives=not positives):
             both = [(tile.i, tile.same, 1)]
             if pairs.symmetric and not tile.diagonal:
                 both.append((tile.j, tile.same_back, 0))
-            p.instance = tile.instance
             for at, same, dim in both:
-                if negatives:
+                if negatives and same is not True:
                     n.add(at, tile.similarity, and_not(negated(same), tile.left_out), dim)
-                if positives:
-                    p.add(at, tile.similarity, and_not(same, tile.left_out), dim)
-        result = n.value(order), p.value(order), p.sum(0, order), p.sum(1, order)
+                if not positives or same is False:
+                    continue
+                keep = and_not(same, tile.left_out)
+                reference = p.add(at, tile.similarity, keep, dim)
+                positive_sum.add(at, tile.similarity, reference, keep, dim)
+                if tile.instance is not False:
+                    chosen = and_not(tile.instance, tile.left_out)
+                    instance_sum.add(at, tile.similarity, reference, chosen, dim)
+        result = tuple(column.value(order) for column in (n, p, positive_sum, instance_sum))
         # A sum that overflows to -inf is as wrong as one that overflows to inf, a logsumexp of -inf is not.
         _refuse_overflow(*result, -result[2], -result[3])
         of_n, of_p, of_positives, of_instances = (column + poison for column in result)
@@ -214,7 +208,7 @@ def _weights(similarity: Tensor, same: Tensor | bool, instance: Tensor | bool, o
     else:
         reference, factor = torch.where(same, of.p, of.n), torch.where(same, of.of_p, of.of_n)
     weights = (similarity - reference).exp_().mul_(factor)
-    for constant, where in ((of.constant, same), (of.instance_constant, and_both(same, instance))):
+    for constant, where in ((of.constant, same), (of.instance_constant, instance)):
         if constant is not None and where is not False:
             weights += constant if where is True else torch.where(torch.as_tensor(where), constant, 0.0)
     return weights

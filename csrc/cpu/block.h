@@ -30,11 +30,11 @@ using Tile = Vec<T>[kRows][kVecs];
 template <class T>
 struct Block {
   const Side* side;
-  int64_t first;      // position of the block's first row
-  int count, padded;  // rows, and rows with padding
-  int chunks;         // of kCols columns; zero padded
-  T* rows;            // [chunks][padded][kCols]: the rows as they are
-  T* panels;          // [padded / kCols][chunks * kCols][kCols]: transposed, times scale * log2(e)
+  int64_t first;         // position of the block's first row
+  int count, padded;     // rows, and rows with padding
+  int chunks;            // of kCols columns; zero padded
+  T* rows;               // [chunks][padded][kCols]: the rows as they are
+  T* panels;             // [padded / kCols][chunks * kCols][kCols]: transposed, times scale * log2(e)
   LaneInt<T>* cls;       // [padded] class numbers; padding has its own
   LaneInt<T>* instance;  // [padded] instance numbers, where they are wanted
 };

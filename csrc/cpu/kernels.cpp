@@ -111,7 +111,7 @@ void softplus_backward(const Plan& plan, const Softplus& rows, const Softplus& c
 
 const PairKernels& table();
 const PairKernels& table() {
-  static constexpr PairKernels t{scratch_bytes,     stats,          stats_backward,      softplus,
+  static constexpr PairKernels t{scratch_bytes,     stats,         stats_backward, softplus,
                                  softplus_backward, largest_square};
   return t;
 }

@@ -141,9 +141,9 @@ template <class T, bool kPositives>
 struct Running {
   using Masks = typename TilePair<T>::Masks;
   Vec<T> none = splat<T>(static_cast<T>(-__builtin_inf()));
-  Vec<T> top_n = none, top_p = none;              // -inf where there is none
-  Vec<T> ref_n{}, ref_p{};                        // 0 there
-  Vec<T> n{}, p{};                                // of 2^(t - ref)
+  Vec<T> top_n = none, top_p = none;               // -inf where there is none
+  Vec<T> ref_n{}, ref_p{};                         // 0 there
+  Vec<T> n{}, p{};                                 // of 2^(t - ref)
   Vec<T> positive{}, instance{}, count{}, of_a{};  // of t - ref_p, and how many
 
   PYSUPCON_INLINE void raise(Vec<T> t, const Masks& mask) {

@@ -74,7 +74,8 @@ struct TilePair {
     const IVec<T> other = column != splat_int<T>(own >= 0 && own < kMaxBlock ? own : -1);
     const IVec<T> positive = same & counts & other;
     if (!plan.problem.anchors.instance) return {~same & counts, positive, IVec<T>{}};
-    return {~same & counts, positive, positive & (load_int<T>(b.instance + j) == splat_int<T>(a.instance[i]))};
+    return {~same & counts, positive,
+            positive & (load_int<T>(b.instance + j) == splat_int<T>(a.instance[i]))};
   }
 
   // visit(tile, kind, i0, j0) with kind a compile-time constant, for every tile in which a pair counts;
