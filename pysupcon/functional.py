@@ -347,7 +347,7 @@ def pair_statistics(
     module.
 
     Empty sets are -inf: select (``torch.where``) before using them, or a gradient becomes NaN. Statistics are
-    float64 on a CPU and for float64 features, float32 otherwise.
+    float64 (float32 on devices that have no float64).
     """
     problem = prepare(
         features, labels, mask, temperature=temperature, contrast_mode=contrast_mode, candidates=candidates,

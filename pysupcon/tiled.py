@@ -207,7 +207,8 @@ def _weights(similarity: Tensor, same: Tensor | bool, instance: Tensor | bool, o
         reference, factor = (of.p, of.of_p) if same else (of.n, of.of_n)
     else:
         reference, factor = torch.where(same, of.p, of.n), torch.where(same, of.of_p, of.of_n)
-    weights = (similarity - reference).exp_().mul_(factor)
+    # No term of a sum is larger than the sum, but s_ij and s_ji of one tile are rounded apart.
+    weights = (similarity - reference).clamp_(max=0.0).exp_().mul_(factor)
     for constant, where in ((of.constant, same), (of.instance_constant, instance)):
         if constant is not None and where is not False:
             weights += constant if where is True else torch.where(torch.as_tensor(where), constant, 0.0)
