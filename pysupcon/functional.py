@@ -46,7 +46,7 @@ from torch import Tensor
 
 from . import reference
 from ._autograd import RowStatistics
-from ._checks import check_choice, check_number, check_temperature
+from ._checks import EPSILONS, check_choice, check_number, check_temperature
 from ._problem import Gather, Problem, prepare
 from ._rows import cnce_rows, reduce_rows, sincere_rows, supcon_reduced, supcon_rows
 from .profiling.ranges import named
@@ -108,7 +108,7 @@ def supcon(
     *,
     temperature: float | Tensor = 0.07,
     contrast_mode: str = "all",
-    base_temperature: float | None = None,
+    base_temperature: float | Tensor | None = None,
     candidates: Tensor | None = None,
     candidate_labels: Tensor | None = None,
     instances: Tensor | None = None,
@@ -124,14 +124,17 @@ def supcon(
     where that is given. Without labels it is the multi-view NT-Xent loss. Arguments: see the module.
     """
     if base_temperature is not None:
-        check_temperature("base_temperature", base_temperature)
+        base_temperature = check_temperature("base_temperature", base_temperature)
     problem = prepare(
         features, labels, mask, temperature=temperature, contrast_mode=contrast_mode, candidates=candidates,
         candidate_labels=candidate_labels, instances=instances, candidate_instances=candidate_instances,
         reduction=reduction, normalize=normalize, backend=backend, gather=gather, need_instances=False,
     )  # fmt: skip
     loss = _supcon(problem, reduction)
-    return loss if base_temperature is None else loss * (temperature / base_temperature)
+    if base_temperature is None:
+        return loss
+    factor = problem.temperature / base_temperature
+    return loss * (factor.to(loss) if isinstance(factor, Tensor) else factor)
 
 
 def _supcon(problem: Problem, reduction: str) -> Tensor:
@@ -173,7 +176,7 @@ def sincere(
     -mean_{p in P_i} log( e^{s_ip} / (e^{s_ip - epsilon} + sum_{j in N_i} e^{s_ij}) ). An anchor without a
     negative gives 0 (minus epsilon). Arguments: see the module.
     """
-    check_number("epsilon", epsilon, -1e4, 1e4)
+    epsilon = check_number("epsilon", epsilon, *EPSILONS)
     problem = prepare(
         features, labels, mask, temperature=temperature, contrast_mode=contrast_mode, candidates=candidates,
         candidate_labels=candidate_labels, instances=instances, candidate_instances=candidate_instances,
@@ -259,7 +262,7 @@ def spread(
     a positive; one without another row of its sample has no cNCE part. Costs what its base costs. Arguments:
     see the module.
     """
-    check_number("alpha", alpha, 0.0, 1.0)
+    alpha = check_number("alpha", alpha, 0.0, 1.0)
     check_choice("base", base, ("supcon", "sincere"))
     problem = prepare(
         features, labels, mask, temperature=temperature, contrast_mode=contrast_mode, candidates=candidates,
