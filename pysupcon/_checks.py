@@ -85,6 +85,13 @@ def _is_real(dtype: torch.dtype) -> bool:
     return dtype != torch.bool and not dtype.is_complex
 
 
+def _as_traced(value: Any) -> Any:
+    """A NumPy number, which torch.compile traces as an array, as a tensor; else the value itself."""
+    if not torch.compiler.is_compiling() or isinstance(value, (Tensor, int, float, str)):
+        return value
+    return torch.as_tensor(value) if hasattr(value, "shape") else value
+
+
 def _number(value: Any) -> Any:
     """A Python number from a number of Python or NumPy or a tensor of one element; None if it is neither."""
     if isinstance(value, Tensor):
@@ -102,6 +109,7 @@ def _check_range(name: str, value: Any, low: float, high: float) -> None:
 
 def check_number(name: str, value: Any, low: float, high: float) -> float:
     """A number of [low, high], or a tensor of one element that wants no gradient; returned as a number."""
+    value = _as_traced(value)
     if isinstance(value, Tensor) and value.requires_grad:
         raise TypeError(f"{name} gets no gradient, so it must not want one: give {name}.detach()")
     number = _number(value)
@@ -114,6 +122,7 @@ def check_number(name: str, value: Any, low: float, high: float) -> float:
 def check_temperature(name: str, value: Any) -> float | Tensor:
     """A number of :data:`TEMPERATURES` or a tensor of one element, whose value is looked at only on a CPU and
     not while it is traced; returned as a number or a tensor of no dimensions."""
+    value = _as_traced(value)
     if isinstance(value, Tensor) and value.numel() == 1 and _is_real(value.dtype):
         traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
         if value.device.type == "cpu" and not traced:

@@ -8,7 +8,9 @@ nothing else.
 ``MetricLearningSupConLoss``
     for ``pytorch_metric_learning.losses.SupConLoss``
 
-Every class takes one more keyword, ``backend`` (see :mod:`pysupcon.functional`).
+Every class takes one more keyword, ``backend`` (see :mod:`pysupcon.functional`). Labels are tensors of any
+real dtype on any device. ``temperature``, ``base_temperature`` and ``epsilon`` are numbers or tensors of one
+element, in the ranges of :mod:`pysupcon.functional`; a temperature that is a parameter gets its gradient.
 
 Intended differences, all classes
     Memory and time. Sums are taken in float32 at least, also for half-precision input and under autocast, and

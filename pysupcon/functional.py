@@ -7,11 +7,14 @@ written down.
 Common arguments
     features      [B, V, D] (V views of B samples) or [N, D]; float64, float32, bfloat16 or float16. Not
                   normalised unless ``normalize=True``.
-    labels        integers [B] or [N], any values. None: the positives of a row are the other rows of its
-                  sample.
+    labels        integers [B] or [N] of any integer dtype, any values (uint64 beyond int64: modulo 2^64).
+                  None: the positives of a row are the other rows of its sample.
     mask          bool [B, B] (or [samples of features, samples of candidates]) instead of labels: row i takes
                   row j as positive where ``mask[i, j]``; need not be symmetric. Runs on the tiled backend.
-    temperature   a number or a tensor of no dimensions, greater than 0; a tensor gets a gradient.
+    temperature   a number, of Python or NumPy, or a tensor of one element; from 1e-12 to 1e12. A tensor gets
+                  a gradient in its own shape; its value is looked at only on a CPU and not while it is traced
+                  (``torch.compile``). ``base_temperature`` likewise. ``epsilon`` (from -1e4 to 1e4) and
+                  ``alpha`` (from 0 to 1) are numbers, or tensors of one element that want no gradient.
     contrast_mode "all": every row is an anchor; "one": only view 0 is.
     candidates    [Nc, D] or [Bc, V, D]: rows to contrast with instead of the features themselves (a queue,
                   another tower). Features are anchors only, and no self is left out. ``candidate_labels``
@@ -20,7 +23,9 @@ Common arguments
                   dimension of features; ``candidate_instances`` likewise.
     reduction     "mean" over the anchors that have a loss (that have a positive), "sum", or "none": one loss
                   per anchor, [B, V] or [N] ([B] for contrast_mode="one"), 0 where there is none.
-    normalize     L2-normalise rows first.
+    normalize     L2-normalise rows first. A row whose norm is below 1e-12 (float16: 2^-14, its smallest
+                  normal number) has no direction: it becomes zero, and so is its gradient. A row whose
+                  squared norm overflows (float64: float64, otherwise float32) counts as not finite.
     backend       "auto": the compiled kernel of the device, or else tiled PyTorch (with one warning); "cpu",
                   "cuda", "tiled", or "reference" (dense, for tests; differentiable twice). The first call
                   with a dtype on a GPU checks the CUDA kernels; if they answer wrongly or cannot run, "auto"

@@ -4,6 +4,9 @@
 rows of every process (:mod:`pysupcon.distributed`); an object of the :class:`pysupcon.functional.Gather`
 protocol is used as it is.
 
+``temperature``, ``base_temperature``, ``epsilon`` and ``alpha`` are numbers, of Python or NumPy, or tensors
+of one element that want no gradient; the modules keep them as Python numbers.
+
 ``learnable_temperature=True`` makes the logarithm of the temperature a parameter, ``log_temperature``, which
 starts from ``temperature``; it cannot become negative.
 """

@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases import LOSSES
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import pysupcon
 from pysupcon import compat, functional
@@ -62,6 +63,25 @@ def test_numbers(kind: str, taker: str) -> None:
     assert got.shape == want.shape
     assert got.dtype == want.dtype
     torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in NUMBERS if kind != "int"])
+def test_numbers_as_temperature_of_a_compiled_function(kind: str) -> None:
+    """No graph break, and a schedule of NumPy's numbers makes no graph a value."""
+    torch._dynamo.reset()
+    count = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda x, temperature: functional.supcon(x, Y, temperature=temperature), backend=count, fullgraph=True
+    )
+    temperature = NUMBERS[kind]
+    for _ in range(5):
+        temperature = temperature + NUMBERS[kind]
+        x, same = (X.clone().requires_grad_() for _ in range(2))
+        got, want = compiled(x, temperature), functional.supcon(same, Y, temperature=temperature)
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+        first, second = torch.autograd.grad(got, x)[0], torch.autograd.grad(want, same)[0]
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-7)
+    assert count.frame_count <= 2
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
