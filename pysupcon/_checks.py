@@ -18,6 +18,7 @@ __all__ = [
     "TEMPERATURES",
     "check_choice",
     "check_features",
+    "check_gather",
     "check_ids",
     "check_kernels",
     "check_mask",
@@ -179,6 +180,15 @@ def check_mask(value: Any, features: Tensor, candidates: Tensor) -> None:
         raise ValueError(f"{contract}, got {describe(value)}")
     if value.device != features.device:
         raise ValueError(f"{contract} on {features.device}, got it on {value.device}")
+
+
+def check_gather(value: Any) -> None:
+    """An object of the protocol :class:`pysupcon.functional.Gather`."""
+    if not callable(getattr(value, "begin", None)):
+        raise TypeError(
+            "gather must be an object with a method begin (pysupcon.functional.Gather; of a module also "
+            f"False, True or 'ring'), got {describe(value)}"
+        )
 
 
 def _why_not(backend: str) -> str:

@@ -18,6 +18,7 @@ from ._autograd import Pairing, Plan, RowStatistics, row_statistics
 from ._checks import (
     check_choice,
     check_features,
+    check_gather,
     check_ids,
     check_kernels,
     check_mask,
@@ -310,6 +311,8 @@ def prepare(
         )
     if gather is not None and backend == "reference":
         raise ValueError('gather needs a streaming backend, got backend="reference"')
+    if gather is not None:
+        check_gather(gather)
     separate = candidates is not None
     if candidates is not None:
         check_features("candidates", candidates, like=features)

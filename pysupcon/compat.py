@@ -217,6 +217,7 @@ class MultiviewEpsSupInfoNCELoss(EpsSupInfoNCELoss):
         return self._loss(embeds, labels)
 
 
+# Attributes of CosineSimilarity() and AvgNonZeroReducer(), the defaults of the original.
 _DISTANCE = {"normalize_embeddings": True, "p": 2, "power": 1, "is_inverted": True, "collect_stats": False}
 _REDUCER = {"low": 0, "high": None, "collect_stats": False}
 

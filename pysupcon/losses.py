@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from ._checks import BACKENDS, EPSILONS, TEMPERATURES, check_choice, check_number, describe
+from ._checks import BACKENDS, EPSILONS, TEMPERATURES, check_choice, check_gather, check_number
 
 __all__ = ["ClassConditionalInfoNCELoss", "InfoNCELoss", "SINCERELoss", "SpreadLoss", "SupConLoss"]
 
@@ -108,8 +108,7 @@ def _resolve_gather(gather: GatherArgument) -> functional.Gather | None:
         distributed = importlib.import_module("pysupcon.distributed")
         resolved: functional.Gather = distributed.resolve(gather)
         return resolved
-    if not callable(getattr(gather, "begin", None)):
-        raise ValueError(f"gather must be False, True, 'ring' or a functional.Gather, got {describe(gather)}")
+    check_gather(gather)
     return gather
 
 

@@ -272,9 +272,11 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "module gather of another kind": (
         lambda: pysupcon.SupConLoss(gather=1),
-        ValueError,
-        "gather must be False, True, 'ring' or a functional.Gather, got int 1",
+        TypeError,
+        "gather must be an object with a method begin (pysupcon.functional.Gather; of a module also False, "
+        "True or 'ring'), got int 1",
     ),
+    "gather of another kind": (lambda: supcon(X, Y, gather="ring"), TypeError, "got str 'ring'"),
     "InfoNCE with labels": (
         lambda: pysupcon.InfoNCELoss()(X, Y),
         ValueError,
@@ -340,6 +342,7 @@ ARGUMENTS: dict[str, Callable[[Any], Any]] = {
     "module temperature": lambda value: pysupcon.SupConLoss(value),
     "module base_temperature": lambda value: pysupcon.SupConLoss(base_temperature=value),
     "module gather": lambda value: pysupcon.SupConLoss(gather=value),
+    "gather": lambda value: supcon(X, Y, gather=value),
     "compat features": lambda value: compat.SupConLoss()(value, Y),
     "compat labels": lambda value: compat.SupConLoss()(X, value),
     "compat mask": lambda value: compat.SupConLoss()(X, mask=value),
