@@ -82,9 +82,11 @@ def _dense(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _dense_instances(problem: Problem) -> Tensor:
-    pairing = problem.instances
-    assert pairing is not None
-    return reference.pair_sets(pairing.labels, pairing.candidate_labels, pairing.self_index)[0]
+    pairing = problem.pairing
+    if pairing.instances is None:
+        return _dense(problem)[1]
+    same = reference.pair_sets(pairing.instances, pairing.candidate_instances, pairing.self_index)[0]
+    return same if problem.mask is not None else same & _dense(problem)[1]
 
 
 def _streamed(problem: Problem, rows: RowLoss, **asked: Any) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -146,15 +148,14 @@ def _supcon(problem: Problem, reduction: str) -> Tensor:
     if problem.backend == "reference":
         return _finish(problem, reference.supcon(*_dense(problem)), problem.count > 0, reduction)
     if problem.everybody is None:
-        s = problem.statistics(negatives=True, positives=True, denominator=True, positive_sum=True)
+        s = problem.statistics(negatives=True, positives=True)
         loss = supcon_reduced(s, problem.count, reduction, problem.loss_dtype)
         return loss.view(problem.shape) if reduction == "none" else loss
 
     def rows(s: RowStatistics, count: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
         return supcon_rows(s, count)
 
-    # What several processes give an anchor is merged as n and p.
-    loss, valid, anchors = _streamed(problem, rows, negatives=True, positives=True, positive_sum=True)
+    loss, valid, anchors = _streamed(problem, rows, negatives=True, positives=True)
     return _finish(problem, loss, valid, reduction, anchors)
 
 
@@ -235,9 +236,9 @@ def class_conditional_info_nce(
 
     def rows(s: RowStatistics, count: Tensor, instance_count: Tensor | None) -> tuple[Tensor, Tensor]:
         assert instance_count is not None
-        return cnce_rows(s.p, s.instance_sum, instance_count, count)
+        return cnce_rows(s.p, s.instance_sum, instance_count, count, mask is None)
 
-    loss, valid, anchors = _streamed(problem, rows, positives=True, instance_sum=True)
+    loss, valid, anchors = _streamed(problem, rows, positives=True)
     return _finish(problem, loss, valid, reduction, anchors)
 
 
@@ -286,7 +287,7 @@ def spread(
             first, valid = supcon_rows(s, count)
         else:
             first, valid = sincere_rows(s.softplus, count, 0.0)
-        second, _ = cnce_rows(s.p, s.instance_sum, instance_count, count)
+        second, _ = cnce_rows(s.p, s.instance_sum, instance_count, count, mask is None)
         return (1 - alpha) * first + alpha * second, valid
 
     loss, valid, anchors = _streamed(
@@ -295,8 +296,6 @@ def spread(
         negatives=True,
         positives=True,
         epsilon=0.0 if base == "sincere" else None,
-        positive_sum=base == "supcon",
-        instance_sum=True,
     )
     return _finish(problem, loss, valid, reduction, anchors)
 
@@ -369,7 +368,7 @@ def pair_statistics(
         n, p = reference.log_sum_exp(s, negatives), reference.log_sum_exp(s, positives)
         total = torch.where(positives, s, 0.0).sum(dim=1)
     else:
-        asked = {"negatives": True, "positives": True, "positive_sum": True}
+        asked = {"negatives": True, "positives": True}
         if problem.everybody is None:
             statistics = problem.statistics(**asked)
         else:
