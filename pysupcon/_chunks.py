@@ -75,9 +75,9 @@ class Batch:
         square = self._samples > 0 and all(_is_list(entry) and len(entry) == len(tree) for entry in tree)
         if square and len(self.slices) > 1:
             raise ValueError(
-                f"inputs hold a {type(tree).__name__} of {len(tree)} lists of {len(tree)} entries for a batch of "
-                f"{len(tree)} samples: it is not clear which count the samples; give a dict with one list per "
-                "key, or a tensor"
+                f"inputs hold a {type(tree).__name__} of {len(tree)} lists of {len(tree)} entries for a "
+                f"batch of {len(tree)} samples: it is not clear which count the samples; give a dict with "
+                "one list per key, or a tensor"
             )
         return True
 
@@ -86,8 +86,8 @@ class Batch:
             return
         if len(tree) == self._samples:
             raise ValueError(
-                f"inputs hold a {type(tree).__name__} of {len(tree)} entries, as many as the batch has samples; "
-                "GradCache does not know how to split it: give a list, a tensor or an array"
+                f"inputs hold a {type(tree).__name__} of {len(tree)} entries, as many as the batch has "
+                "samples; GradCache does not know how to split it: give a list, a tensor or an array"
             )
 
 

@@ -22,9 +22,9 @@ Inputs
     are copied chunk by chunk (one chunk of extra memory), so a model may change them in place.
 Randomness
     of torch (dropout, random augmentation inside the model) is replayed, on every device of the model and of
-    the inputs, and goes on afterwards as after the first pass; so is a ``torch.Generator`` that is an attribute
-    of a module. That of Python and NumPy is not: a model that draws from there, or keeps state outside its
-    buffers, is warned of in the first step, when the two passes disagree.
+    the inputs, and goes on afterwards as after the first pass. A ``torch.Generator`` that is an attribute of
+    a module is replayed too. Random numbers of Python and NumPy are not: a model that draws from there, or
+    keeps state outside its buffers, is warned of in the first step, when the two passes disagree.
 BatchNorm
     in training mode normalises each chunk by its own mean and variance, as any accumulation of gradients
     does: the step then is not that of the whole batch. Running statistics move once per chunk, not twice; all
@@ -70,12 +70,12 @@ class GradCache:
     """Runs forward and backward of a batch in chunks; gradients are added to ``.grad``.
 
     Args:
-        model: called as ``model(chunk)``, twice per chunk. Wrapped by DistributedDataParallel or not. Or a list
-            of models (an image and a text encoder), each with its own inputs; one may be in it twice.
+        model: called as ``model(chunk)``, twice per chunk. Wrapped by DistributedDataParallel or not. Or a
+            list of models (an image and a text encoder), each with its own inputs; one may be in it twice.
         chunk_size: samples (entries of the inputs' first dimension) per chunk, at least 1. With a list of
             models: one number for all, or a list with one per model.
-        forward: ``forward(model, chunk)`` instead, e.g. ``lambda model, views: model(views.flatten(0, 1))`` or
-            ``lambda model, batch: model(**batch)``. With a list of models: one function for all, or a list
+        forward: ``forward(model, chunk)`` instead, e.g. ``lambda model, views: model(views.flatten(0, 1))``
+            or ``lambda model, batch: model(**batch)``. With a list of models: one function for all, or a list
             with one function (or None) per model.
         scaler: of mixed precision; the caller steps and updates it.
 
@@ -110,14 +110,15 @@ class GradCache:
         """Forward and backward of one batch.
 
         Args:
-            inputs: tensors [B, ...], alone or in tuples, lists, dicts (``UserDict`` and ``BatchEncoding`` too)
+            inputs: tensors [B, ...], alone or in tuples, lists, dicts (also ``UserDict``, ``BatchEncoding``)
                 and dataclasses; e.g. images [B, C, H, W] or views [B, V, C, H, W]. With a list of models: a
                 list with the inputs of each model; B may differ between them. What is split:
 
                 - Tensors and NumPy arrays are split along their first dimension, which must be B in all of
                   them. Those of no dimensions go to every chunk.
-                - A list or tuple without tensors and arrays (of strings, PIL images, dicts of numbers) is split
-                  if it has B entries. If the inputs hold no tensor and no array, B is the length of the lists.
+                - A list or tuple without tensors and arrays (of strings, PIL images, dicts of numbers) is
+                  split if it has B entries. If the inputs hold no tensor and no array at all, B is the length
+                  of the lists.
                 - A list of tensors is a structure of several [B, ...], not one tensor per sample.
                 - Everything else goes to every chunk as it is.
 
@@ -236,8 +237,8 @@ class GradCache:
         used = [wrapper for tower in towers for wrapper in tower.wrappers if _static(wrapper)]
         if len(set(used)) < len(used):
             raise ValueError(
-                "a DistributedDataParallel with static_graph=True has one graph per step, but it is in the list "
-                "of models twice: use static_graph=False, and find_unused_parameters=True where needed"
+                "a DistributedDataParallel with static_graph=True has one graph per step, but it is in the "
+                "list of models twice: use static_graph=False, and find_unused_parameters=True where needed"
             )
         return towers
 
@@ -276,7 +277,7 @@ class GradCache:
         return chunks, leaves, outputs
 
     def _start(self, task: _Task, ambient: _Autocast) -> None:
-        """DistributedDataParallel with a static graph must synchronise in its first backward: one of zeros."""
+        """The first backward of a static graph (DDP) must synchronise: one of zeros does it."""
         new = {wrapper for wrapper in task.tower.wrappers if _static(wrapper)} - self._started
         if new:
             with _no_sync(wrapper for wrapper in task.tower.wrappers if wrapper not in new):
