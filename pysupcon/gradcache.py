@@ -50,8 +50,9 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.nn.parallel import DistributedDataParallel
 
 from ._chunks import Batch, rebuilt, tensors
 from ._replay import Buffers, Random, ambient_autocast, autocast, devices_of
@@ -254,14 +255,14 @@ class GradCache:
             if self._compare:
                 self._uncounted |= starts[-1][1].changed_uncounted()
 
-        with torch.no_grad(), ExitStack() as hooks:
+        with torch.no_grad():
             for samples in tower.batch.slices:
                 if starts:
                     seek()
                 buffers = Buffers([tower.model], starts[-1][1] if starts else None, self._uncounted)
                 if not starts:
                     for wrapper in tower.wrappers:
-                        hooks.callback(_after_broadcast(wrapper, buffers).remove)
+                        _broadcast(wrapper, buffers)
                 starts.append((Random(devices, [tower.model]), buffers))
                 with autocast(ambient):
                     outputs = tower.run(samples)
@@ -419,16 +420,22 @@ def _no_sync(wrappers: Iterator[nn.Module]) -> ExitStack:
     return stack
 
 
-def _after_broadcast(wrapper: nn.Module, buffers: Buffers) -> RemovableHandle:
-    """Records the buffers anew when the wrapped model begins: they have been broadcast by then."""
-    module = getattr(wrapper, "module", wrapper)
-
-    def record(*_: Any) -> None:
-        handle.remove()
-        buffers.record(module)
-
-    handle: RemovableHandle = module.register_forward_pre_hook(record)
-    return handle
+def _broadcast(wrapper: nn.Module, buffers: Buffers) -> None:
+    """Of replayed buffers, as DDP does it in the coming forward: too late for what is recorded before."""
+    wrapper = getattr(wrapper, "_orig_mod", wrapper)
+    if not isinstance(wrapper, DistributedDataParallel):
+        return
+    if not (wrapper.broadcast_buffers and wrapper.require_forward_param_sync):
+        return
+    for prefix, module in wrapper.module.named_modules():
+        for name, buffer in module._buffers.items():
+            ignored = (f"{prefix}.{name}" if prefix else name) in wrapper.parameters_to_ignore
+            if buffer is not None and (module, name) in buffers.copies and not ignored:
+                values = buffer.detach().contiguous()
+                dist.broadcast(values, group=wrapper.process_group, group_src=0)
+                if values.data_ptr() != buffer.data_ptr():
+                    buffer.detach().copy_(values)
+    buffers.record(wrapper.module)
 
 
 def _scalar(name: str, value: Any) -> Tensor:

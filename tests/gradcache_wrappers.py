@@ -21,8 +21,8 @@ from pysupcon.gradcache import GradCache
 
 STEPS = 3
 KINDS = (
-    "static graph", "static graph, unused", "static graph, dropout", "drifting", "two wrappers",
-    "one wrapper, two branches", "wrappers inside",
+    "static graph", "static graph, unused", "static graph, dropout", "drifting", "drifting, compiled",
+    "two wrappers", "one wrapper, two branches", "wrappers inside",
 )  # fmt: skip
 
 
@@ -69,8 +69,10 @@ def _made(kind: str) -> tuple[nn.Module, Any, Any, Any]:
         if "unused" in kind:
             encoder.register_parameter("unused", nn.Parameter(torch.ones(2)))
         return encoder, DistributedDataParallel(encoder, static_graph=True), 3, None
-    if kind == "drifting":
+    if kind.startswith("drifting"):
         drifting = Drifting()
+        if "compiled" in kind:
+            drifting.compile(backend="aot_eager", fullgraph=True)
         return drifting, DistributedDataParallel(drifting), 3, None
     branches = Branches()
     if kind == "one wrapper, two branches":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pysupcon
+from pysupcon._replay import Random, devices_of
 from pysupcon.gradcache import GradCache
 
 SAMPLES = 11
@@ -201,6 +203,16 @@ def test_models_that_keep_state(make: Callable[[], nn.Module], chunk_size: int) 
         assert torch.equal(model.generator.get_state(), other.generator.get_state())
 
 
+def test_a_compiled_model() -> None:
+    model, images = _encoder(6), _data()
+    _supcon(model(images)).backward()
+    wanted = _gradients(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        GradCache(compiled, 4)(images, _supcon)
+        _assert_close(_gradients(model), wanted)
+
+
 def test_state_goes_on_after_a_failed_second_pass() -> None:
     """A chunk that does not fit with its graph may be tried again: state is as after the first pass."""
     model = nn.Sequential(_encoder(6, nn.Dropout(0.3)), Drifting(8)).double()
@@ -224,6 +236,32 @@ def test_state_goes_on_after_a_failed_second_pass() -> None:
     assert torch.equal(got, torch.get_rng_state())
     for one, two in zip(model.buffers(), other.buffers(), strict=True):
         assert torch.equal(one, two)
+
+
+def test_random_numbers_of_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Devices of parameters, buffers and inputs; here with a stand-in for the devices' modules."""
+    model = nn.Linear(2, 2)
+    model.register_buffer("elsewhere", torch.zeros(2, device="meta"))
+    assert devices_of([model], [torch.zeros(2)]) == [torch.device("cpu"), torch.device("meta")]
+    devices = [torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1), torch.device("meta")]
+    states = {device: at for at, device in enumerate(devices) if device.type == "cuda"}
+    kinds = []
+
+    def module(device: torch.device) -> Any:
+        kinds.append(device.type)
+        return SimpleNamespace(
+            get_rng_state=states.__getitem__,
+            set_rng_state=lambda state, device: states.update({device: state}),
+        )
+
+    monkeypatch.setattr(torch, "get_device_module", module)
+    before, random = dict(states), Random(devices, [])
+    wanted = torch.rand(3)
+    states.update(dict.fromkeys(states, 77))
+    random.restore()
+    assert states == before
+    assert set(kinds) == {"cuda"}
+    assert torch.equal(torch.rand(3), wanted)
 
 
 @pytest.mark.parametrize("sizes", [[4, 3], [100, 100]])
