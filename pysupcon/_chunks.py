@@ -157,6 +157,8 @@ def _arrays(tree: Any) -> Iterator[Tensor | np.ndarray[Any, Any]]:
 
 def _children(tree: Any) -> list[Any] | None:
     """What a container holds; None for everything else."""
+    if isinstance(tree, (str, bytes, int, float)):  # the slower questions need not be asked of each sample
+        return None
     if _is_dataclass(tree):
         return [getattr(tree, name) for name in _names(tree)]
     if isinstance(tree, Mapping):
