@@ -38,7 +38,8 @@ which no anchor has a positive gives 0, connected to the graph, and on a CPU a w
 order are refused (except by backend="reference").
 
 Errors: ValueError or TypeError naming the argument, what it must be and what came; on a CPU also for features
-that are not finite. RuntimeError for a backend that is not compiled, and for CUDA kernels that answer wrongly
+that are not finite, and where the largest |z| |z| / temperature is beyond 7e14. On a GPU, where looking would
+make the caller wait, the loss is NaN then. RuntimeError for a backend that is not compiled, and for CUDA kernels that answer wrongly
 or cannot run on the device.
 """
 
