@@ -30,8 +30,9 @@ def _least(gap: Tensor, count: Tensor) -> Tensor:
 
 class _SupConRows(torch.autograd.Function):
     """log1p(e^(n - p)) + (p - mean) of every anchor that has a positive, or, with a ``divisor``, their sum
-    divided by it. Nothing large cancels: p and the mean have the rounding of s in common. By hand what
-    autograd would do with a dozen nodes: small batches are all overhead."""
+    divided by it. Nothing large cancels: p and the mean have the rounding of s in common. Of a single positive
+    both are s, and the mean gets p's gradient, too. By hand what autograd would do with a dozen nodes: small
+    batches are all overhead."""
 
     @staticmethod
     def forward(
@@ -49,8 +50,10 @@ class _SupConRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         above, count = ctx.saved_tensors
         grad = torch.where(count > 0, grad if ctx.divisor is None else grad / ctx.divisor, 0.0)
-        grad_n = grad * above.sigmoid()
-        return grad_n, grad - grad_n, grad / -count.clamp(min=1), None, None, None
+        grad_n, single = grad * above.sigmoid(), count == 1
+        grad_p = torch.where(single, 0.0, grad - grad_n)
+        grad_sum = torch.where(single, -grad_n, grad / -count.clamp(min=1))
+        return grad_n, grad_p, grad_sum, None, None, None
 
 
 def supcon_rows(statistics: RowStatistics, count: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,15 +80,16 @@ def sincere_rows(softplus: Tensor, count: Tensor, epsilon: float) -> tuple[Tenso
 
 
 def cnce_rows(
-    p: Tensor, instance_sum: Tensor, instance_count: Tensor, count: Tensor, among_positives: bool
+    s: RowStatistics, instance_count: Tensor, count: Tensor, among_positives: bool
 ) -> tuple[Tensor, Tensor]:
     """p_i - mean_{A_i} s, and which anchors have another row of their instance. ``among_positives``: A_i is a
     part of P_i; a caller's mask may have it otherwise."""
     valid = (instance_count > 0) & (count > 0)
-    gap = torch.where(valid, p - _mean(instance_sum, instance_count), 0.0)
+    p = torch.where(count == 1, s.positive_sum, s.p)  # the same, without an exponential and its logarithm
+    gap = torch.where(valid, p - _mean(s.instance_sum, instance_count), 0.0)
     if among_positives:
-        value = torch.where(count == 1, 0.0, _least(gap.detach(), instance_count.clamp(min=1)))
-        gap = gap + (value - gap.detach())  # the gradient is that of the gap
+        least = _least(gap.detach(), instance_count.clamp(min=1))
+        gap = gap + (least - gap.detach())  # the gradient is that of the gap
     return torch.where(valid, gap, 0.0), valid
 
 

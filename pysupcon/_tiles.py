@@ -142,7 +142,6 @@ class Pairs:
         """``only_positives`` (``only_negatives``): leave out tiles known to hold none."""
         a, b = self.anchors, self.candidates
         for number_i, i in enumerate(a.tiles):
-            scaled = a.rows[slice(*i)] * self.scale
             for number_j, j in enumerate(b.tiles):
                 if self.symmetric and number_j < number_i:
                     continue
@@ -159,7 +158,9 @@ class Pairs:
                     same = self.mask.mask[rows[:, None], columns[None, :]]
                     same_back = self.mask.mask[columns[None, :], rows[:, None]] if self.symmetric else same
                     left_out = self._left_out(i, j)
-                similarity = scaled @ b.rows[slice(*j)].T
+                similarity = (a.rows[slice(*i)] @ b.rows[slice(*j)].T).mul_(self.scale)
+                if diagonal:  # s_ij and s_ji are one number: rounded apart, they would not cancel
+                    similarity = similarity.triu() + similarity.triu(1).T
                 instance = self._instance(i, j, same)
                 yield Tile(i, j, similarity, same, same_back, left_out, instance, diagonal)
 

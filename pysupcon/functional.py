@@ -38,9 +38,9 @@ which no anchor has a positive gives 0, connected to the graph, and on a CPU a w
 order are refused (except by backend="reference").
 
 Errors: ValueError or TypeError naming the argument, what it must be and what came; on a CPU also for features
-that are not finite, and where the largest |z| |z| / temperature is beyond 7e14. On a GPU, where looking would
-make the caller wait, the loss is NaN then. RuntimeError for a backend that is not compiled, and for CUDA kernels that answer wrongly
-or cannot run on the device.
+that are not finite, and where the largest |z| |z| / temperature is beyond 7e14 (on a GPU, where looking would
+make the caller wait, the loss is NaN then). RuntimeError for a backend that is not compiled, and for CUDA
+kernels that answer wrongly or cannot run on the device.
 """
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ def class_conditional_info_nce(
 
     def rows(s: RowStatistics, count: Tensor, instance_count: Tensor | None) -> tuple[Tensor, Tensor]:
         assert instance_count is not None
-        return cnce_rows(s.p, s.instance_sum, instance_count, count, mask is None)
+        return cnce_rows(s, instance_count, count, mask is None)
 
     loss, valid, anchors = _streamed(problem, rows, positives=True)
     return _finish(problem, loss, valid, reduction, anchors)
@@ -288,7 +288,7 @@ def spread(
             first, valid = supcon_rows(s, count)
         else:
             first, valid = sincere_rows(s.softplus, count, 0.0)
-        second, _ = cnce_rows(s.p, s.instance_sum, instance_count, count, mask is None)
+        second, _ = cnce_rows(s, instance_count, count, mask is None)
         return (1 - alpha) * first + alpha * second, valid
 
     loss, valid, anchors = _streamed(
