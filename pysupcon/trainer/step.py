@@ -67,8 +67,8 @@ class Step:
         if batches > 1 and config.loss.name != "none" and accelerator.is_main_process:
             say(
                 f"trainer.accumulation_steps {batches}: a step takes the mean gradient of {batches} batches "
-                f"of {config.data.batch_size} samples, each contrasted by itself. This is no larger contrastive "
-                "batch: that is a larger data.batch_size, with trainer.chunk_size if memory is short"
+                f"of {config.data.batch_size} samples, each contrasted by itself. This is no larger "
+                "contrastive batch: for that raise data.batch_size, with trainer.chunk_size if memory is short"
             )
         self.parameters = [*network.parameters(), *objective.parameters()]
         self.skipped = 0
