@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from pysupcon.gradcache import GradCache
 from pysupcon.models.model import Outputs
 from pysupcon.models.spectral import power_iteration
 from pysupcon.profiling.ranges import region
+from pysupcon.trainer.environment import dynamo_backend
 from pysupcon.trainer.objective import Objective, batch_statistics
 from pysupcon.trainer.progress import say
 
@@ -68,7 +69,8 @@ class Step:
             say(
                 f"trainer.accumulation_steps {batches}: a step takes the mean gradient of {batches} batches "
                 f"of {config.data.batch_size} samples, each contrasted by itself. This is no larger "
-                "contrastive batch: for that raise data.batch_size, with trainer.chunk_size if memory is short"
+                "contrastive batch: for that raise data.batch_size, with trainer.chunk_size if memory is "
+                "short"
             )
         self.parameters = [*network.parameters(), *objective.parameters()]
         self.skipped = 0
@@ -125,7 +127,7 @@ class Step:
             views, labels, *groups = (tensor.to(device, non_blocking=True) for tensor in batch)
             # The processes exchange gradients once a step: in the backward of the last batch.
             among_processes = nullcontext if index == count else getattr(self.model, "no_sync", nullcontext)
-            with among_processes():
+            with among_processes(), self._named_if_compiled(number):
                 found = self._backward(views, labels, number, groups[0] if groups else None)
             for name, value in found.items():
                 parts[name] = parts.get(name, 0.0) + value.to(torch.float64) / count
@@ -196,6 +198,21 @@ class Step:
         where = f"; gradients that are not finite: {', '.join(parameters[:4])}" if parameters else ""
         more = f" and {len(parameters) - 4} more" if len(parameters) > 4 else ""
         raise RunError(f"step {number}: {found}{where}{more}")
+
+    @contextmanager
+    def _named_if_compiled(self, number: int) -> Iterator[None]:
+        """Say of what fails in a compiled model that it is compiled, and by which variable."""
+        try:
+            yield
+        except RuntimeError as error:
+            backend = dynamo_backend()
+            if backend == "no" or isinstance(error, RunError | torch.OutOfMemoryError):
+                raise
+            reason = str(error).strip().partition("\n")[0]
+            raise self._error(
+                f"step {number} fails with the model compiled by ACCELERATE_DYNAMO_BACKEND={backend}: leave "
+                f"that out or take another backend ({type(error).__name__}: {reason})"
+            ) from error
 
     def _error(self, text: str) -> RunError:
         """Of this process, which the others may not share: to be told by whichever it is."""
