@@ -157,5 +157,5 @@ def test_a_step_of_more_batches_than_an_epoch_has(tmp_path: Path) -> None:
     ):
         train(config(tmp_path / "run", "--trainer.accumulation_steps", "11"))
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ConfigError, match="trainer.accumulation_steps must be at least 1"):
+    with pytest.raises(ConfigError, match=r"trainer.accumulation_steps must be at least 1"):
         config(tmp_path, "--trainer.accumulation_steps", "0").resolve()

@@ -54,8 +54,8 @@ def config(*args: str, output_dir: Path | None = None) -> Config:
 
 
 class Reads(ast.NodeVisitor):
-    """Names of the environment variables that a module reads or writes, and the expressions that are no names:
-    prefixes are put in where the function assigns them."""
+    """Names of the environment variables that a module reads or writes, and the expressions that are no
+    names. Prefixes are put in where the function assigns them."""
 
     def __init__(self) -> None:
         self.names: set[str] = set()
@@ -109,7 +109,7 @@ class Reads(ast.NodeVisitor):
 
 
 def test_every_variable_that_accelerate_reads_is_in_the_table() -> None:
-    """Fails with a version of Accelerate that reads more: what is new has to be tried and put in the table."""
+    """Fails with a version of Accelerate that reads more: try what is new, and put it in the table."""
     root, reads = Path(accelerate.__file__).parent, Reads()
     files = [path for path in root.rglob("*.py") if "test_utils" not in path.parts]
     for path in files:
@@ -184,7 +184,7 @@ WRONG: list[tuple[dict[str, str], str, str]] = [
     ({"ACCELERATE_USE_CPU": "perhaps"}, "", "ACCELERATE_USE_CPU must be true or false, got 'perhaps'"),
     ({"ACCELERATE_TORCH_DEVICE": "meta"}, "", "ACCELERATE_TORCH_DEVICE=meta must be of "),
     ({"ACCELERATE_TORCH_DEVICE": "abacus"}, "", "ACCELERATE_TORCH_DEVICE=abacus is no device"),
-    ({"ACCELERATE_TORCH_DEVICE": "cuda"}, "--trainer.cpu true", "=cuda must be of cpu here, with trainer.cpu"),
+    ({"ACCELERATE_TORCH_DEVICE": "cuda"}, "--trainer.cpu true", "=cuda must be of cpu here, with trainer"),
     ({"ACCELERATE_TORCH_DEVICE": "cpu", "WORLD_SIZE": "2"}, "", "the same device to every process"),
     ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "", r"STEPS=4 does not agree with .*_steps=1"),
     ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "x"}, "", "ACCUMULATION_STEPS=x does not"),
