@@ -6,6 +6,7 @@ backward recomputes the pairs. Everything after it is O(N) and ordinary autograd
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +48,20 @@ class Plan(NamedTuple):
     def apart(self) -> bool:
         """Whether the pairs' labels do not matter (those of a mask do: it says who is what)."""
         return self.denominator and self.mask is None
+
+    @property
+    def tensors(self) -> tuple[Any, ...]:
+        """All of them, some None: what autograd must keep for a backward. Some may be the caller's own."""
+        nothing = (None,) * 5
+        return (*self.pairing, *(self.instances or nothing), *(self.mask or nothing[:3]))
+
+    def with_tensors(self, tensors: Sequence[Any]) -> Plan:
+        """The same plan of other :attr:`tensors`, in their order."""
+        return self._replace(
+            pairing=Pairing(*tensors[:5]),
+            instances=None if self.instances is None else Pairing(*tensors[5:10]),
+            mask=None if self.mask is None else tiled.PositiveMask(*tensors[10:]),
+        )
 
     @property
     def mask_arguments(self) -> dict[str, tiled.PositiveMask]:
@@ -106,7 +121,7 @@ def _operands(x: Tensor, candidates: Tensor | None, scale: Tensor, pairing: Pair
 class _RowStatisticsFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, candidates: Tensor | None, scale: Tensor, plan: Plan) -> Any:
-        ctx.plan = plan
+        ctx.plan = plan.with_tensors((None,) * 13)
         ctx.set_materialize_grads(False)
         ops = OPERATORS[plan.backend]
         rows = _operands(x, candidates, scale, plan.pairing)
@@ -124,15 +139,17 @@ class _RowStatisticsFunction(torch.autograd.Function):
             positive_sum = ops.positive_sum(*rows, **plan.mask_arguments)
         if plan.instances is not None:
             instance_sum = ops.positive_sum(*_operands(x, candidates, scale, plan.instances))
-        ctx.save_for_backward(x, candidates, scale, *((both, both) if plan.denominator else (n, p)))
+        statistics = (both, both) if plan.denominator else (n, p)
+        ctx.save_for_backward(x, candidates, scale, *statistics, *plan.tensors)
         return n, p, softplus, positive_sum, instance_sum, both
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        x, candidates, scale, n, p = ctx.saved_tensors
+        x, candidates, scale, n, p, *tensors = ctx.saved_tensors
+        plan = ctx.plan.with_tensors(tensors)
         needs = ctx.needs_input_grad
         with torch.no_grad():
-            result = _gradients(ctx.plan, x, candidates, scale, n, p, grads, needs)
+            result = _gradients(plan, x, candidates, scale, n, p, grads, needs)
             # The parts cancel as a loss converges: they were added before they are rounded here.
             dtypes = x.dtype, None if candidates is None else candidates.dtype, scale.dtype
             result = tuple(
