@@ -8,12 +8,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <numeric>
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "arguments.h"
 #include "cpu/kernels.h"
 
 namespace pysupcon {
@@ -28,12 +28,6 @@ void run_parallel(int64_t count, void* context, void (*body)(void*, int64_t, int
 constexpr cpu::Threads kThreads{run_parallel};
 
 // ------------------------------------------------------------------------------------------------ arguments
-void check_vector(const Tensor& t, int64_t size, at::ScalarType type, const char* name) {
-  TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == size && t.scalar_type() == type && t.device().is_cpu(),
-                    "pysupcon: ", name, " must be a CPU tensor of ", type, " and shape [", size, "], got ",
-                    t.scalar_type(), " of shape ", t.sizes(), " on ", t.device());
-}
-
 cpu::Type type_of(const Tensor& x, const char* name) {
   switch (x.scalar_type()) {
     case at::kFloat:
@@ -66,9 +60,9 @@ ClassNumbers number_classes(const Tensor& labels, const Tensor& order, const Ten
   for (int64_t i = 0, j = 0; i < m || j < n;) {
     const bool first = j >= n || (i < m && la[oa[i]] <= lb[ob[j]]);
     const int64_t next = first ? la[oa[i]] : lb[ob[j]];
-    TORCH_CHECK_VALUE(number < 0 || next >= label,
-                      "pysupcon: order must be the argsort of labels; it puts label ", next, " after ",
-                      label);
+    TORCH_CHECK_VALUE(number < 0 || next >= label, "pysupcon: ", first ? "order" : "candidate_order",
+                      " must be the argsort of ", first ? "labels" : "candidate_labels", "; it puts label ",
+                      next, " after ", label);
     if (number < 0 || next != label) ++number;
     label = next;
     (first ? c.anchors[i++] : c.candidates[j++]) = number;
@@ -88,19 +82,18 @@ struct Call {
   Tensor x, labels, order, c, c_labels, c_order;
   ClassNumbers classes;
   std::vector<int32_t> self_position;
+  bool selves = false;  // whether there is a self_index
   cpu::Problem problem;
 
   Call(const Rows& a, const Candidates& b) {
-    TORCH_CHECK_VALUE(a.x.dim() == 2, "pysupcon: x must be [M, D], got shape ", a.x.sizes());
-    TORCH_CHECK_VALUE(a.x.size(0) < std::numeric_limits<int32_t>::max(), "pysupcon: at most 2^31 - 1 rows");
-    TORCH_CHECK_VALUE(a.scale.dim() == 0, "pysupcon: scale must have no dimensions, got shape ",
-                      a.scale.sizes());
-    check_vector(a.labels, a.x.size(0), at::kLong, "labels");
-    check_vector(a.order, a.x.size(0), at::kLong, "order");
-    x = a.x.stride(1) == 1 ? a.x : a.x.contiguous();
-    labels = a.labels.contiguous();
-    order = a.order.contiguous();
-    problem.type = type_of(x, "x");
+    check_rows(a.x, "x");
+    problem.type = type_of(a.x, "x");
+    check_scale(a.scale, at::kCPU);
+    check_candidates(a.x, b.rows, b.labels, b.order, b.self_index);
+    x = with_unit_stride(a.x);
+    labels = index(a.labels, x.size(0), "labels");
+    order = index(a.order, x.size(0), "order");
+    check_order(order, "order");
     problem.dim = x.size(1);
     problem.scale = a.scale.item().toDouble();
     if (!b.rows) {
@@ -109,20 +102,15 @@ struct Call {
       problem.anchors = problem.candidates = side(x, order, classes.anchors);
       return;
     }
-    TORCH_CHECK_VALUE(b.labels && b.order, "pysupcon: candidates need candidate_labels and candidate_order");
-    TORCH_CHECK_VALUE(
-        b.rows->dim() == 2 && b.rows->size(1) == x.size(1) && b.rows->scalar_type() == x.scalar_type(),
-        "pysupcon: candidates must be [N, D] with x's D = ", x.size(1), " and dtype ", x.scalar_type(),
-        ", got ", b.rows->scalar_type(), " of shape ", b.rows->sizes());
-    check_vector(*b.labels, b.rows->size(0), at::kLong, "candidate_labels");
-    check_vector(*b.order, b.rows->size(0), at::kLong, "candidate_order");
-    c = b.rows->stride(1) == 1 ? *b.rows : b.rows->contiguous();
-    c_labels = b.labels->contiguous();
-    c_order = b.order->contiguous();
+    c = with_unit_stride(*b.rows);
+    c_labels = index(*b.labels, c.size(0), "candidate_labels");
+    c_order = index(*b.order, c.size(0), "candidate_order");
+    check_order(c_order, "candidate_order");
     classes = number_classes(labels, order, &c_labels, &c_order);
     problem.anchors = side(x, order, classes.anchors);
     problem.candidates = side(c, c_order, classes.candidates);
-    if (b.self_index) find_selves(*b.self_index);
+    selves = b.self_index.has_value();
+    if (selves) find_selves(*b.self_index);
   }
 
  private:
@@ -130,10 +118,16 @@ struct Call {
     return {rows.const_data_ptr(), rows.stride(0), rows.size(0), order.const_data_ptr<int64_t>(),
             classes.data()};
   }
-  void find_selves(const Tensor& self_index) {
-    check_vector(self_index, x.size(0), at::kLong, "self_index");
-    const Tensor index = self_index.contiguous();
-    const int64_t *self = index.const_data_ptr<int64_t>(), *oa = order.const_data_ptr<int64_t>(),
+  static Tensor with_unit_stride(const Tensor& rows) {
+    return rows.stride(1) == 1 ? rows : rows.contiguous();
+  }
+  static Tensor index(const Tensor& t, int64_t rows, const char* name) {
+    check_index(t, rows, at::kCPU, name);
+    return t.contiguous();
+  }
+  void find_selves(const Tensor& given) {
+    const Tensor self_index = index(given, x.size(0), "self_index");
+    const int64_t *self = self_index.const_data_ptr<int64_t>(), *oa = order.const_data_ptr<int64_t>(),
                   *ob = c_order.const_data_ptr<int64_t>();
     const int64_t m = x.size(0), n = c.size(0);
     std::vector<int32_t> position(n);
@@ -141,8 +135,12 @@ struct Call {
     self_position.resize(m);
     for (int64_t i = 0; i < m; ++i) {
       const int64_t j = self[oa[i]];
-      TORCH_CHECK_VALUE(j >= -1 && j < n, "pysupcon: self_index must lie in [-1, ", n, "), got ", j);
+      TORCH_CHECK_VALUE(j >= -1 && j < n, "pysupcon: self_index must lie in [-1, ", n, "), got ", j,
+                        " for anchor ", oa[i]);
       self_position[i] = j < 0 ? -1 : position[j];
+      TORCH_CHECK_VALUE(j < 0 || classes.candidates[position[j]] == classes.anchors[i],
+                        "pysupcon: self_index must name a candidate of the anchor's own label, got ", j,
+                        " for anchor ", oa[i]);
     }
     problem.self_position = self_position.data();
   }
@@ -151,8 +149,7 @@ struct Call {
 Tensor new_stats(int64_t rows) { return at::empty({rows}, at::TensorOptions().dtype(at::kDouble)); }
 
 Tensor as_stats(const Tensor& t, int64_t rows, const char* name) {
-  TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == rows, "pysupcon: ", name, " must be [", rows,
-                    "], got shape ", t.sizes());
+  check_statistic(t, rows, at::kCPU, name);
   return t.to(at::kDouble).contiguous();
 }
 Tensor as_stats(const Maybe& t, int64_t rows, const char* name) {
@@ -161,24 +158,18 @@ Tensor as_stats(const Maybe& t, int64_t rows, const char* name) {
 const double* pointer(const Tensor& t) { return t.defined() ? t.const_data_ptr<double>() : nullptr; }
 
 // Where gradients are added to. Those of the 16-bit types are float: their owner rounds the sum.
-void* gradient(const Call& call, const Tensor& g, const Tensor& rows, const char* name) {
-  const auto type = call.x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  TORCH_CHECK_VALUE(
-      g.sizes() == rows.sizes() && g.scalar_type() == type && g.is_contiguous() && g.device().is_cpu(),
-      "pysupcon: ", name, " must be a contiguous CPU tensor of ", type, " and shape ", rows.sizes(), ", got ",
-      g.scalar_type(), " of shape ", g.sizes(), " and strides ", g.strides(), " on ", g.device());
-  return g.mutable_data_ptr();
-}
-
-cpu::Gradients gradients(const Call& call, bool column_side, const Tensor& grad_x,
-                         const Maybe& grad_candidates) {
-  TORCH_CHECK_VALUE(call.c.defined() || (!column_side && !grad_candidates),
-                    "pysupcon: grad_candidates and candidate statistics go with candidates");
-  TORCH_CHECK_VALUE(
-      !column_side || !grad_candidates,
-      "pysupcon: with the candidates' own statistics the gradient of the candidates is their owner's");
-  return {gradient(call, grad_x, call.x, "grad_x"),
-          grad_candidates ? gradient(call, *grad_candidates, call.c, "grad_candidates") : nullptr};
+// `statistics`: what is read meanwhile, besides the rows.
+cpu::Gradients gradients(const Call& call, const Tensor& grad_x, const Maybe& grad_candidates,
+                         at::ArrayRef<Tensor> statistics) {
+  const auto gradient = [&](const Tensor& g, const Tensor& rows, const char* name) {
+    void* const to = check_gradient(g, rows, name);
+    check_apart(g, name, {call.x, call.order, call.c, call.c_order});
+    check_apart(g, name, statistics);
+    return to;
+  };
+  if (!grad_candidates) return {gradient(grad_x, call.x, "grad_x"), nullptr};
+  check_apart(*grad_candidates, "grad_candidates", grad_x);
+  return {gradient(grad_x, call.x, "grad_x"), gradient(*grad_candidates, call.c, "grad_candidates")};
 }
 
 // A non-finite row shows in every statistic; say which one it was.
@@ -235,8 +226,10 @@ Sorted sort_samples(const Tensor& ids) {
 }
 
 std::tuple<Tensor, Tensor> order_by_class(const Tensor& given, int64_t views) {
-  check_vector(given, given.numel(), at::kLong, "ids");
-  TORCH_CHECK_VALUE(views >= 1, "pysupcon: views must be at least 1, got ", views);
+  check_index(given, given.numel(), at::kCPU, "ids");
+  TORCH_CHECK_VALUE(views >= 1 && views <= kMostRows / std::max<int64_t>(given.numel(), 1),
+                    "pysupcon: views must be at least 1 and ids times views at most ", kMostRows, ", got ",
+                    given.numel(), " times ", views);
   const Tensor ids = given.contiguous();
   const Sorted sorted = sort_samples(ids);
   const int64_t count = ids.size(0), *sample = sorted.samples.const_data_ptr<int64_t>();
@@ -273,21 +266,26 @@ void pair_stats_backward(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& n, const Tenso
       candidate_p.has_value() == column_side && candidate_grad_n.has_value() == column_side &&
           candidate_grad_p.has_value() == column_side,
       "pysupcon: candidate_n, candidate_p, candidate_grad_n and candidate_grad_p come together");
-  const cpu::Gradients g = gradients(call, column_side, grad_x, grad_candidates);
+  check_form(column_side, call.c.defined(), call.selves, grad_candidates.has_value());
   const int64_t rows = call.x.size(0), cols = call.c.defined() ? call.c.size(0) : 0;
-  const Tensor a[4] = {as_stats(n, rows, "n"), as_stats(p, rows, "p"), as_stats(grad_n, rows, "grad_n"),
-                       as_stats(grad_p, rows, "grad_p")};
-  const Tensor b[4] = {as_stats(candidate_n, cols, "candidate_n"), as_stats(candidate_p, cols, "candidate_p"),
+  const Tensor s[8] = {as_stats(n, rows, "n"),
+                       as_stats(p, rows, "p"),
+                       as_stats(grad_n, rows, "grad_n"),
+                       as_stats(grad_p, rows, "grad_p"),
+                       as_stats(candidate_n, cols, "candidate_n"),
+                       as_stats(candidate_p, cols, "candidate_p"),
                        as_stats(candidate_grad_n, cols, "candidate_grad_n"),
                        as_stats(candidate_grad_p, cols, "candidate_grad_p")};
+  const cpu::Gradients g = gradients(call, grad_x, grad_candidates, s);
   cpu::pair_stats_backward(call.problem, kThreads,
-                           {pointer(a[0]), pointer(a[1]), pointer(a[2]), pointer(a[3])},
-                           {pointer(b[0]), pointer(b[1]), pointer(b[2]), pointer(b[3])}, g);
+                           {pointer(s[0]), pointer(s[1]), pointer(s[2]), pointer(s[3])},
+                           {pointer(s[4]), pointer(s[5]), pointer(s[6]), pointer(s[7])}, g);
 }
 
 Tensor positive_softplus(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& n, double epsilon) {
   CALL(call);
   call.problem.negatives = false;
+  check_epsilon(epsilon);
   Tensor total = new_stats(call.x.size(0));
   const Tensor stats = as_stats(n, call.x.size(0), "n");
   cpu::positive_softplus(call.problem, kThreads, pointer(stats), epsilon, total.mutable_data_ptr<double>());
@@ -303,11 +301,13 @@ Tensor positive_softplus_backward(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& n, do
   const bool column_side = candidate_n.has_value();
   TORCH_CHECK_VALUE(candidate_grad_total.has_value() == column_side,
                     "pysupcon: candidate_n and candidate_grad_total come together");
-  const cpu::Gradients g = gradients(call, column_side, grad_x, grad_candidates);
+  check_epsilon(epsilon);
+  check_form(column_side, call.c.defined(), call.selves, grad_candidates.has_value());
   const int64_t rows = call.x.size(0), cols = call.c.defined() ? call.c.size(0) : 0;
   const Tensor stats = as_stats(n, rows, "n"), w = as_stats(grad_total, rows, "grad_total");
   const Tensor other = as_stats(candidate_n, cols, "candidate_n"),
                other_w = as_stats(candidate_grad_total, cols, "candidate_grad_total");
+  const cpu::Gradients g = gradients(call, grad_x, grad_candidates, {stats, w, other, other_w});
   Tensor grad_n = new_stats(rows);
   cpu::positive_softplus_backward(call.problem, kThreads, {pointer(stats), pointer(w)},
                                   {pointer(other), pointer(other_w)}, epsilon, g,
@@ -326,10 +326,11 @@ void positive_sum_backward(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& grad_total,
                            const Maybe& candidate_grad_total, const Tensor& grad_x,
                            const Maybe& grad_candidates) {
   CALL(call);
-  const cpu::Gradients g = gradients(call, candidate_grad_total.has_value(), grad_x, grad_candidates);
+  check_form(candidate_grad_total.has_value(), call.c.defined(), call.selves, grad_candidates.has_value());
   const Tensor w = as_stats(grad_total, call.x.size(0), "grad_total");
   const Tensor other =
       as_stats(candidate_grad_total, call.c.defined() ? call.c.size(0) : 0, "candidate_grad_total");
+  const cpu::Gradients g = gradients(call, grad_x, grad_candidates, {w, other});
   cpu::positive_sum_backward(call.problem, kThreads, pointer(w), pointer(other), g);
 }
 

@@ -144,7 +144,16 @@ if _problem is None:
     positive_sum = torch.ops.pysupcon.positive_sum
     positive_sum_backward = torch.ops.pysupcon.positive_sum_backward
 
-    def _stats(x: Tensor) -> Tensor:
+    def _on_one_device(x: Tensor, *args: Any) -> None:
+        """One tensor of the meta device brings a call here; results of real rows would then hold anything."""
+        for value in args:
+            if isinstance(value, Tensor) and value.device != x.device:
+                raise ValueError(
+                    f"pysupcon: all tensors must be on x's device, {x.device}, got one on {value.device}"
+                )
+
+    def _stats(x: Tensor, *args: Any) -> Tensor:
+        _on_one_device(x, *args)
         return x.new_empty((x.shape[0],), dtype=stats_dtype(x))
 
     @torch.library.register_fake("pysupcon::order_by_class")
@@ -154,24 +163,24 @@ if _problem is None:
 
     @torch.library.register_fake("pysupcon::pair_stats")
     def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        return _stats(x), _stats(x)
+        return _stats(x, *args), _stats(x)
 
     @torch.library.register_fake("pysupcon::pair_stats_backward")
     def _(*args: Any) -> None:
-        return None
+        _on_one_device(*args)
 
     @torch.library.register_fake("pysupcon::positive_softplus")
     def _(x: Tensor, *args: Any) -> Tensor:
-        return _stats(x)
+        return _stats(x, *args)
 
     @torch.library.register_fake("pysupcon::positive_softplus_backward")
     def _(x: Tensor, *args: Any) -> Tensor:
-        return _stats(x)
+        return _stats(x, *args)
 
     @torch.library.register_fake("pysupcon::positive_sum")
     def _(x: Tensor, *args: Any) -> Tensor:
-        return _stats(x)
+        return _stats(x, *args)
 
     @torch.library.register_fake("pysupcon::positive_sum_backward")
     def _(*args: Any) -> None:
-        return None
+        _on_one_device(*args)

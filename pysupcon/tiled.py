@@ -22,6 +22,7 @@ from ._tiles import (
     Slice,
     Tile,
     and_not,
+    check_operands,
     class_sums,
     look_up,
     negated,
@@ -137,6 +138,7 @@ class _RowStats(NamedTuple):
 
 def _row_stats(side: Side, n: Tensor, p: Tensor, grad_n: Tensor, grad_p: Tensor) -> _RowStats:
     dtype = side.rows.dtype
+    side.check(n, p, grad_n, grad_p)
 
     def reference(column: Tensor) -> Tensor:
         # An empty set contributes nothing: e^(s - inf) = 0, where e^(s + inf) would be infinite.
@@ -170,6 +172,12 @@ class _Gradients:
 
     def add_to(self, grad_x: Tensor, grad_candidates: Tensor | None) -> None:
         """In the caller's order, once."""
+        for name, into, part in (
+            ("grad_x", grad_x, self.grad_x),
+            ("grad_candidates", grad_candidates, self.grad_candidates),
+        ):
+            if into is not None and part is not None and into.shape != part.shape:
+                raise ValueError(f"{name} must be of shape {list(part.shape)}, got shape {list(into.shape)}")
         # No index comes twice: the order of the additions does not matter.
         grad_x.index_add_(0, self.pairs.anchors.order, self.grad_x.mul_(self.pairs.scale))
         if self.grad_candidates is not None and grad_candidates is not None:
@@ -326,6 +334,9 @@ def positive_sum(
                 for at, same, dim in both:
                     total[slice(*at)] += zero_unless(tile.similarity, and_not(same, tile.left_out)).sum(dim)
             return torch.empty_like(total).index_copy_(0, order, total)
+        check_operands(
+            x, labels, order, scale, candidates, candidate_labels, candidate_order, self_index, True
+        )
         if candidates is None:
             sums = class_sums(x, None, labels, order)
         else:
@@ -375,6 +386,9 @@ def positive_sum_backward(
             gradients.add_to(grad_x, grad_candidates)
             return
 
+        check_operands(
+            x, labels, order, scale, candidates, candidate_labels, candidate_order, self_index, True
+        )
         # grad_x_i += scale * (g_i (C_i - c_i) + (W_i - g_i c_i)), C the class sums of rows, W of rows times g
         if candidates is None:
             others, other_labels, other_order, back = x, labels, order, grad_total
