@@ -23,7 +23,7 @@ HARMLESS_IN_TILED = ("strided", "memory", "NaN")
 
 def _problems(form: str) -> list[Values]:
     dice = random.Random(form)
-    return [draw(dice, form, dtype) for dtype in DTYPES for _ in range(2)]
+    return [draw(dice, form, dtype) for dtype in DTYPES]
 
 
 def _call(backend: str, name: str, values: Values) -> Any:
