@@ -37,6 +37,11 @@ upstream gradients:
                         (needs self_index). grad_candidates must then be None.
 An anchor whose n (p) is -inf contributes nothing through n (p), whatever its upstream gradient.
 
+Arguments that do not fit are refused: ValueError, naming the argument. On a CPU this includes the values of
+``scale``, ``order`` (each row once, sorted by label) and ``self_index``; those of a GPU's tensors are not
+looked at, because the host would have to wait for them. A gradient may not share memory with another
+argument.
+
 All results are bitwise reproducible for the same inputs, device and build, for any number of threads.
 """
 
