@@ -64,9 +64,13 @@ def _check_order(prefix: str, labels: Tensor, order: Tensor, labelled: bool) -> 
     rows = order.shape[0]
     name = f"{prefix}order"
     seen = torch.zeros(rows, dtype=torch.bool)
-    if int(order.min()) < 0 or int(order.max()) >= rows or not seen.index_fill_(0, order, True).all():
+    try:
+        in_order = labels.index_select(0, order)  # refuses what is negative or too large
+        once = bool(seen.index_fill_(0, order, True).all())
+    except IndexError:
+        once = False
+    if not once:
         raise ValueError(f"{name} must hold each of 0 to {rows - 1} once")
-    in_order = labels.index_select(0, order)
     if labelled and (in_order[1:] < in_order[:-1]).any():
         raise ValueError(f"{name} must be the argsort of {prefix}labels")
 
