@@ -6,6 +6,7 @@ backward recomputes the pairs. Everything after it is O(N) and ordinary autograd
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,9 +33,6 @@ class Pairing(NamedTuple):
     candidate_instances: Tensor | None = None
 
 
-_NOBODY = Pairing(torch.empty(0), torch.empty(0))
-
-
 class Plan(NamedTuple):
     """What to compute and how."""
 
@@ -44,6 +42,21 @@ class Plan(NamedTuple):
     negatives: bool = True
     positives: bool = True
     epsilon: float | None = None
+
+    @property
+    def tensors(self) -> tuple[Any, ...]:
+        """All of them, some None: what autograd must keep for a backward. Some may be the caller's own."""
+        return (*self.pairing, *(self.mask or (None,) * len(tiled.PositiveMask._fields)))
+
+    def with_tensors(self, tensors: Sequence[Any]) -> Plan:
+        """The same plan of other :attr:`tensors`, in their order."""
+        size = len(Pairing._fields)
+        mask = None if self.mask is None else tiled.PositiveMask(*tensors[size:])
+        return self._replace(pairing=Pairing(*tensors[:size]), mask=mask)
+
+    @property
+    def mask_arguments(self) -> dict[str, tiled.PositiveMask]:
+        return {} if self.mask is None else {"mask": self.mask}
 
 
 class RowStatistics(NamedTuple):
@@ -95,25 +108,21 @@ class _RowStatisticsFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ops, pairing = OPERATORS[plan.backend], plan.pairing
         rows = _operands(x, candidates, scale, pairing)
-        mask = {} if plan.mask is None else {"mask": plan.mask}
         n, p, positive_sum, instance_sum = ops.pair_stats(
-            *rows, *pairing[5:], plan.negatives, plan.positives, **mask
+            *rows, *pairing[5:], plan.negatives, plan.positives, **plan.mask_arguments
         )
         softplus = None
         if plan.epsilon is not None:
-            softplus = ops.positive_softplus(*rows, n, plan.epsilon, **mask)
+            softplus = ops.positive_softplus(*rows, n, plan.epsilon, **plan.mask_arguments)
         # Saved, not kept aside: autograd sees to it that nobody changes them before the backward.
-        ctx.plan = plan._replace(pairing=_NOBODY, mask=None)
-        ctx.masked = plan.mask is not None
-        ctx.save_for_backward(x, candidates, scale, n, p, *pairing, *(plan.mask or ()))
+        ctx.plan = plan.with_tensors((None,) * len(plan.tensors))
+        ctx.save_for_backward(x, candidates, scale, n, p, *plan.tensors)
         return n, p, positive_sum, instance_sum, softplus
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        x, candidates, scale, n, p, *indices = ctx.saved_tensors
-        size = len(Pairing._fields)
-        mask = tiled.PositiveMask(*indices[size:]) if ctx.masked else None
-        plan = ctx.plan._replace(pairing=Pairing(*indices[:size]), mask=mask)
+        x, candidates, scale, n, p, *tensors = ctx.saved_tensors
+        plan = ctx.plan.with_tensors(tensors)
         needs = ctx.needs_input_grad
         with torch.no_grad():
             result = _gradients(plan, x, candidates, scale, n, p, grads, needs)
@@ -141,7 +150,6 @@ def _gradients(
     """dL/dx, dL/dcandidates, dL/dscale from the upstream gradients of :class:`RowStatistics`, None where the
     loss does not depend on a statistic."""
     ops = OPERATORS[plan.backend]
-    mask = {} if plan.mask is None else {"mask": plan.mask}
     grad_n, grad_p, grad_positive_sum, grad_instance_sum, grad_softplus = grads
     rows = _operands(x, candidates, scale, plan.pairing)
     grad_x = _ops.zero_gradients(x)
@@ -149,7 +157,7 @@ def _gradients(
     into = grad_x, grad_candidates
     if grad_softplus is not None:
         through_n = ops.positive_softplus_backward(
-            *rows, n, plan.epsilon, grad_softplus, None, None, *into, **mask
+            *rows, n, plan.epsilon, grad_softplus, None, None, *into, **plan.mask_arguments
         )
         grad_n = through_n if grad_n is None else grad_n + through_n
     of_positives = any(grad is not None for grad in (grad_p, grad_positive_sum, grad_instance_sum))
@@ -170,7 +178,7 @@ def _gradients(
             grad_n is not None,
             of_positives,
             *into,
-            **mask,
+            **plan.mask_arguments,
         )
     grad_scale = None
     if needs[2]:

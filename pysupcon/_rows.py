@@ -30,8 +30,8 @@ def _least(gap: Tensor, count: Tensor) -> Tensor:
 
 class _SupConRows(torch.autograd.Function):
     """log1p(e^(n - p)) + (p - mean) of every anchor that has a positive, or, with a ``divisor``, their sum
-    divided by it. Nothing large cancels: p and the mean have the rounding of s in common. Of one positive both
-    are s, and the mean gets p's gradient, too. By hand what autograd would do with a dozen nodes: small
+    divided by it. Nothing large cancels: p and the mean have the rounding of s in common. One positive is both
+    itself, and the mean gets p's gradient, too. By hand what autograd would do with a dozen nodes: small
     batches are all overhead."""
 
     @staticmethod

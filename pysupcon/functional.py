@@ -40,7 +40,8 @@ order are refused (except by backend="reference").
 Errors: ValueError or TypeError naming the argument, what it must be and what came; on a CPU also for features
 that are not finite, and where the largest |z| |z| / temperature is beyond 7e14 (on a GPU, where looking would
 make the caller wait, the loss is NaN then). RuntimeError for a backend that is not compiled, and for CUDA
-kernels that answer wrongly or cannot run on the device.
+kernels that answer wrongly or cannot run on the device. An argument that is changed in place between forward
+and backward: autograd refuses the backward (RuntimeError), or the change has no effect.
 """
 
 from __future__ import annotations

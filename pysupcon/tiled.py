@@ -188,6 +188,7 @@ def _row_stats(
     grad_instance_sum: Tensor | None,
 ) -> _RowStats:
     dtype = side.rows.dtype
+    side.check(n, p, grad_n, grad_p)
 
     def pair(statistic: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         # An empty set contributes nothing: e^(s - inf) = 0, where e^(s + inf) would be infinite. What the
@@ -240,6 +241,12 @@ class _Gradients:
 
     def add_to(self, grad_x: Tensor, grad_candidates: Tensor | None) -> None:
         """In the caller's order, once."""
+        for name, into, part in (
+            ("grad_x", grad_x, self.grad_x),
+            ("grad_candidates", grad_candidates, self.grad_candidates),
+        ):
+            if into is not None and part is not None and into.shape != part.shape:
+                raise ValueError(f"{name} must be of shape {list(part.shape)}, got shape {list(into.shape)}")
         # No index comes twice: the order of the additions does not matter.
         grad_x.index_add_(0, self.pairs.anchors.order, self.grad_x.mul_(self.pairs.scale))
         if self.grad_candidates is not None and grad_candidates is not None:
