@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _ops, _trust
+from ._modes import runs_plainly
 
 __all__ = [
     "BACKENDS",
@@ -44,7 +45,7 @@ def check_number(name: str, value: Any, low: float, high: float) -> None:
     """A finite number of [low, high]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {describe(value)}")
-    if not (math.isfinite(value) and low <= value <= high):
+    if not low <= value <= high:  # NaN is in no range; math.isfinite takes no symbolic number
         raise ValueError(f"{name} must be finite and between {low} and {high}, got {value}")
 
 
@@ -55,12 +56,12 @@ def check_temperature(name: str, value: Any) -> None:
             raise TypeError(
                 f"{name} must be a number or a float tensor of no dimensions, got {describe(value)}"
             )
-        if value.device.type != "cpu" or torch.compiler.is_compiling():
+        if value.device.type != "cpu" or not runs_plainly(value):
             return
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number or a float tensor of no dimensions, got {describe(value)}")
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value < math.inf:
         raise ValueError(f"{name} must be finite and greater than 0, got {value}")
 
 
@@ -122,7 +123,7 @@ def resolve_backend(backend: str, device: torch.device, masked: bool) -> str:
             return "tiled"
         if _ops.compiled_for(device.type):
             return device.type
-        if device.type not in _warned and not torch.compiler.is_compiling():
+        if device.type not in (*_warned, "meta") and not torch.compiler.is_compiling():
             _warned.add(device.type)
             warnings.warn(
                 f"pysupcon has no compiled kernel for {device.type} tensors "

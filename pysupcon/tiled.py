@@ -48,7 +48,9 @@ class _LogSumExp:
 
     def add(self, at: Slice, similarity: Tensor, keep: Tensor | bool, dim: int) -> Tensor:
         """Returns what the tile's similarities were measured from, their maximum of every row."""
-        s = similarity if keep is True else torch.where(torch.as_tensor(keep), similarity, -math.inf)
+        s = similarity
+        if keep is not True:
+            s = torch.where(torch.as_tensor(keep, device=s.device), s, -math.inf)
         top, total = self.top[slice(*at)], self.total[slice(*at)]
         tile_top = s.amax(dim)
         # An empty row has no maximum: any finite reference gives exp(-inf) = 0.
@@ -73,7 +75,11 @@ class _Sum:
 
     def add(self, at: Slice, similarity: Tensor, reference: Tensor, keep: Tensor | bool, dim: int) -> None:
         part = zero_unless(similarity - reference.unsqueeze(dim), keep).sum(dim)
-        many = similarity.shape[dim] if keep is True else torch.as_tensor(keep).sum(dim)
+        many = (
+            similarity.shape[dim]
+            if keep is True
+            else torch.as_tensor(keep, device=similarity.device).sum(dim)
+        )
         self.total[slice(*at)] += part.to(self.total.dtype) + many * reference.to(self.total.dtype)
 
     def value(self, order: Tensor) -> Tensor:
@@ -210,7 +216,7 @@ def _weights(similarity: Tensor, same: Tensor | bool, instance: Tensor | bool, o
     weights = (similarity - reference).exp_().mul_(factor)
     for constant, where in ((of.constant, same), (of.instance_constant, instance)):
         if constant is not None and where is not False:
-            weights += constant if where is True else torch.where(torch.as_tensor(where), constant, 0.0)
+            weights += zero_unless(constant, where)
     return weights
 
 
