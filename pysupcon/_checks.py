@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 import warnings
 from typing import Any
 
@@ -61,7 +61,7 @@ def check_temperature(name: str, value: Any) -> None:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number or a float tensor of no dimensions, got {describe(value)}")
-    if not 0 < value < math.inf:
+    if not 0 < value <= sys.float_info.max:  # a symbolic number is taken to be less than infinity
         raise ValueError(f"{name} must be finite and greater than 0, got {value}")
 
 

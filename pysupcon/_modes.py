@@ -9,12 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["NO_FORWARD_MODE", "refuse_forward_mode", "runs_plainly", "transformed"]
+__all__ = ["NO_FORWARD_MODE", "check_mode", "runs_plainly", "transformed"]
 
 NO_FORWARD_MODE = (
     "pysupcon's kernels have no forward-mode derivative (jvp, jacfwd, hessian, linearize, dual numbers): "
     'backend="reference" (dense, small batches) has; reverse mode (backward, torch.func.grad, jacrev) works '
     "with every backend"
+)
+_GATHER = (
+    "gather works with backward(), not under torch.func's transforms (grad, vmap, jvp, ...): the rows of the "
+    'other processes are out of their sight; without gather they work, jvp with backend="reference"'
 )
 
 
@@ -35,7 +39,15 @@ def runs_plainly(tensor: Tensor) -> bool:
     )
 
 
-def refuse_forward_mode() -> None:
-    """Where tangents would be lost without a word: operators pass none on."""
+def check_mode(features: Tensor, gathered: bool) -> None:
+    """Refuses what a streaming backend cannot do.
+
+    Operators pass no tangents on: where a loss does not run plainly they would be lost without a word.
+    Plainly, the autograd.Function refuses them.
+    """
+    if runs_plainly(features):
+        return
     if torch.autograd.forward_ad._current_level >= 0:
         raise RuntimeError(NO_FORWARD_MODE)
+    if gathered and transformed():
+        raise RuntimeError(_GATHER)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import _autograd, _tiles
-from ._modes import refuse_forward_mode, transformed
+from ._modes import transformed
 
 __all__ = ["positive_count", "row_statistics"]
 
@@ -239,7 +239,6 @@ def row_statistics(
     x: Tensor, candidates: Tensor | None, scale: Tensor, plan: _autograd.Plan
 ) -> tuple[Tensor | None, ...]:
     """What :func:`pysupcon._autograd.statistics` returns, differentiable once."""
-    refuse_forward_mode()
     operator = _forward
     if transformed():
         traced = torch.compiler.is_compiling()

@@ -343,6 +343,8 @@ def prepare(
         )
     if gather is not None and backend == "reference":
         raise ValueError('gather needs a streaming backend, got backend="reference"')
+    if backend != "reference":
+        _modes.check_mode(features, gather is not None)
     separate = candidates is not None
     if candidates is not None:
         check_features("candidates", candidates, like=features)

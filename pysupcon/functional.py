@@ -133,7 +133,11 @@ def supcon(
         reduction=reduction, normalize=normalize, backend=backend, gather=gather, need_instances=False,
     )  # fmt: skip
     loss = _supcon(problem, reduction)
-    return loss if base_temperature is None else loss * (temperature / base_temperature)
+    if base_temperature is None:
+        return loss
+    if torch.compiler.is_compiling():  # a quotient of numbers would make each of them a graph of its own
+        return loss * (torch.ones_like(loss.detach()) * temperature / base_temperature)
+    return loss * (temperature / base_temperature)
 
 
 def _supcon(problem: Problem, reduction: str) -> Tensor:
