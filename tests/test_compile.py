@@ -147,7 +147,7 @@ def test_statistics_compile(backend: str) -> None:
 
 NUMBERS: dict[str, Callable[..., Tensor]] = {
     "temperature": lambda x, y, t, b: functional.supcon(x, y, temperature=t, backend=b),
-    "temperature of cnce": lambda x, y, t, b: functional.class_conditional_info_nce(x, y, temperature=t, backend=b),
+    "temperature of cnce": lambda x, y, t, b: LOSSES["cnce"](x, y, temperature=t, backend=b),
     "base_temperature": lambda x, y, t, b: functional.supcon(x, y, base_temperature=t, backend=b),
     "alpha": lambda x, y, t, b: functional.spread(x, y, alpha=t, backend=b),
     "epsilon": lambda x, y, t, b: functional.sincere(x, y, epsilon=t, temperature=t + 0.1, backend=b),
