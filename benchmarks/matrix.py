@@ -7,7 +7,7 @@
 A pair gets a virtual environment with that torch, a build of the extension without CUDA, an import, and the
 tests named by --tests. An environment takes about 5 GB and is removed when its pair is done; pip, as it is
 set up here, fetches the packages. The oldest torch is what pyproject.toml allows, the newest what
-constraints.txt names. Pythons are sought on PATH and among pyenv's; a pair whose Python is missing has failed.
+constraints.txt names. Pythons are sought on PATH and among those of pyenv; a pair without its Python failed.
 
 Prints a table in Markdown; exit status 1 if a pair failed.
 """

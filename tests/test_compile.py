@@ -134,6 +134,14 @@ def test_losses_of_other_libraries_compile(name: str, backend: str) -> None:
     torch.testing.assert_close(_results(compiled, [x], x), want)
 
 
+def test_a_mask_of_numbers_compiles() -> None:
+    x, mask = torch.randn(6, 2, 4, dtype=torch.float64, requires_grad=True), torch.eye(6)
+    loss = compat.SupConLoss(0.3)
+    compiled = torch.compile(lambda x, mask: loss(x, mask=mask), fullgraph=True, backend="aot_eager")
+    dense = compat.SupConLoss(0.3, backend="reference")
+    torch.testing.assert_close(_results(compiled, [x], x, mask), _results(dense, [x], x, None, mask))
+
+
 def test_statistics_compile(backend: str) -> None:
     x, labels = torch.randn(8, 4, dtype=torch.float64, requires_grad=True), torch.arange(8) % 3
 

@@ -1,4 +1,4 @@
-"""benchmarks/matrix.py: which pairs there are, what their environments are told, and how results are judged."""
+"""benchmarks/matrix.py: which pairs there are, what their environments are told, how results are judged."""
 
 from __future__ import annotations
 
