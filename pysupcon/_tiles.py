@@ -9,7 +9,7 @@ serving both of its sides. Tiles are float32 (float64 for float64 input); what i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -44,7 +44,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[object]:
-    return torch.autocast(x.device.type, enabled=False)
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def readable(tensor: Tensor) -> bool:

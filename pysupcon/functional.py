@@ -37,6 +37,12 @@ The result is float32 (float64 for float64 features); gradients have the dtype o
 which no anchor has a positive gives 0, connected to the graph, and on a CPU a warning. Derivatives of second
 order are refused (except by backend="reference").
 
+torch.compile(fullgraph=True), torch.export, make_fx, fake and meta tensors see one operator,
+``pysupcon::row_statistics``: batch sizes and numbers (temperature, alpha, epsilon, base_temperature) may
+change without a graph for each. torch.func's grad, vmap and jacrev work. Forward mode (jvp, jacfwd, hessian,
+dual numbers) is refused, except by backend="reference"; of torch.func inside torch.compile only what torch
+can trace works (it refuses vmap of grad).
+
 Errors: ValueError or TypeError naming the argument, what it must be and what came; on a CPU also for features
 that are not finite, and where the largest |z| |z| / temperature is beyond 7e14 (on a GPU, where looking would
 make the caller wait, the loss is NaN then). RuntimeError for a backend that is not compiled, and for CUDA
@@ -142,6 +148,8 @@ def supcon(
     loss = _supcon(problem, reduction)
     if base_temperature is None:
         return loss
+    if torch.compiler.is_compiling():  # a quotient of numbers would make each of them a graph of its own
+        return loss * (torch.ones_like(loss.detach()) * problem.temperature / base_temperature).to(loss)
     factor = problem.temperature / base_temperature
     return loss * (factor.to(loss) if isinstance(factor, Tensor) else factor)
 
