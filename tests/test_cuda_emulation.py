@@ -36,6 +36,7 @@ ASAN_CASES = [
     "f32x3-two-rows",
     "bf16-empty-parts",
 ]
+ASAN_BROKEN = ["bf16-streamed", "f64-own"]
 TSAN_CASES = ["bf16-own", "f32x3-two-rows", "f64-own", "bf16-shares"]
 SHARES = 6
 FORMATS = ["bf16", "f16", "f32x1", "f32x2", "f32x3", "f64"]
@@ -71,6 +72,20 @@ def test_address_and_undefined_behaviour_sanitizers_are_silent() -> None:
 
 def test_thread_sanitizer_is_silent() -> None:
     check("tsan", *TSAN_CASES)
+
+
+def broken(kind: str, *shapes: str) -> None:
+    done = build.run(build.build(kind, "broken.cpp"), *shapes, timeout=1200)
+    passed = done.returncode == 0 and done.stdout.rstrip().endswith("PASS")
+    assert passed, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_broken_operands_give_nan_everywhere() -> None:
+    broken("plain")
+
+
+def test_broken_operands_lead_to_no_access_outside() -> None:
+    broken("asan", *ASAN_BROKEN)
 
 
 def test_emulation_primitives() -> None:
@@ -205,6 +220,13 @@ def test_every_case_in_every_order(order: str) -> None:
 @pytest.mark.parametrize("prefix", FORMATS)
 def test_every_case_under_every_sanitizer(kind: str, prefix: str) -> None:
     check(kind, prefix)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["asan", "tsan"])
+@pytest.mark.parametrize("prefix", FORMATS)
+def test_broken_operands_under_every_sanitizer(kind: str, prefix: str) -> None:
+    broken(kind, prefix)
 
 
 @pytest.mark.slow

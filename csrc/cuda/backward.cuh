@@ -255,6 +255,11 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
     backward_resident(Pairs pairs, Runs runs, typename Weights::Args args, Gradient out) {
   using F = typename C::F;
   DYNAMIC_SHARED(ResidentBackwardShared<C>, s);
+  if (any_broken(pairs.verdicts, int(threadIdx.x), C::THREADS)) {
+    spoil(out.data, int64_t(out.rows) * out.width, int(threadIdx.x), C::THREADS);
+    Weights::spoil_all(args, out.rows, C::THREADS);
+    return;
+  }
   const int slices = pairs.rows.slices;
   clear_coefficients<C>(s->coefficients, args.cols);
   for (int block = first_row_block(runs, gpu::block_again());
@@ -329,6 +334,11 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
     backward_streamed(Pairs pairs, Runs runs, typename Weights::Args args, Gradient out) {
   using F = typename C::F;
   DYNAMIC_SHARED(StreamedBackwardShared<C>, s);
+  if (any_broken(pairs.verdicts, int(threadIdx.x), C::THREADS)) {
+    spoil(out.data, int64_t(out.rows) * out.width, int(threadIdx.x), C::THREADS);
+    Weights::spoil_all(args, out.rows, C::THREADS);
+    return;
+  }
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, slices = pairs.rows.slices;
   const int out0 = int(blockIdx.z) * C::SLICES, outs = min(C::SLICES, slices - out0);
   clear_coefficients<C>(s->coefficients, args.cols);

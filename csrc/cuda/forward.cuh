@@ -75,6 +75,10 @@ template <class C, class Epilogue>
 __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
     forward_resident(Pairs pairs, Runs runs, Triangle triangle, typename Epilogue::Args args) {
   DYNAMIC_SHARED(ResidentForwardShared<C>, s);
+  if (any_broken(pairs.verdicts, int(threadIdx.x), C::THREADS)) {
+    Epilogue::spoil_all(args, pairs.rows.count, C::THREADS);
+    return;
+  }
   if (Epilogue::TRIANGULAR && triangle.sums) {
     const float reference = common_reference<C::THREADS>(triangle, pairs);
     if (threadIdx.x == 0) s->reference = reference;
@@ -138,6 +142,10 @@ template <class C, class Epilogue>
 __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
     forward_streamed(Pairs pairs, Runs runs, typename Epilogue::Args args) {
   DYNAMIC_SHARED(StreamedForwardShared<C>, s);
+  if (any_broken(pairs.verdicts, int(threadIdx.x), C::THREADS)) {
+    Epilogue::spoil_all(args, pairs.rows.count, C::THREADS);
+    return;
+  }
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warp_m = warp / C::WARPS_N,
             warp_n = warp % C::WARPS_N, slices = pairs.rows.slices;
   const bool resident = slices <= C::SLICES;

@@ -54,10 +54,21 @@ BothRanges ranges_of(Stream& s, const Problem& p, const Workspace& w) {
       {pairs_of(w.candidate_range), nullptr, p.candidates, p.anchors, nullptr, nullptr}};
 }
 
+// What every operator prepares: nothing yet that only some need.
+Preparation preparation_of(const Problem& p, const Workspace& w, const BothRanges& ranges) {
+  Preparation preparation{};
+  preparation.sides[0] = p.anchors;
+  if (!p.one_set) preparation.sides[1] = p.candidates;
+  preparation.width = int(p.width);
+  preparation.ranges[0] = ranges.anchors, preparation.ranges[1] = ranges.candidates;
+  preparation.scale = p.scale, preparation.verdicts = w.verdicts;
+  return preparation;
+}
+
 // ------------------------------------------------------------------------------------------------ double
 // precision
 
-PlainPairs plain_pairs(const Problem& p, const Workspace& w, bool swapped) {
+PlainPairs plain_pairs(const Problem& p, const Workspace& w, bool swapped, const Verdicts& verdicts) {
   return {swapped ? p.candidates : p.anchors,
           swapped ? p.anchors : p.candidates,
           int(p.width),
@@ -66,18 +77,23 @@ PlainPairs plain_pairs(const Problem& p, const Workspace& w, bool swapped) {
           swapped ? w.anchor_self : nullptr,
           p.one_set,
           within_classes(p),
-          as<double>(p.scale)};
+          as<double>(p.scale),
+          verdicts};
 }
 
 void run_plain(Stream& s, const Problem& p, const Workspace& w) {
   const BothRanges ranges = ranges_of(s, p, w);
-  s.grid(dim3(unsigned(divide_up(p.anchors.count, kThreads) +
-                       (p.grad_candidates ? divide_up(p.candidates.count, kThreads) : 0))),
-         dim3(kThreads), prepare_sums<double>, Trees<double>{}, ranges.anchors, ranges.candidates);
+  const int64_t chunks = divide_up(p.width, 8);
+  Preparation preparation = preparation_of(p, w, ranges);
+  preparation.part_size[0] = preparation.sides[0].count * chunks;
+  preparation.part_size[1] = preparation.sides[1].count * chunks;
+  s.grid(dim3(unsigned(preparation_blocks(preparation))), dim3(kThreads), prepare<double, void, 0>,
+         preparation);
+  const Verdicts verdicts{w.verdicts, verdict_blocks_of(preparation)};
   const dim3 block(kPlain, kPlain);
   const bool softplus =
       p.operation == Operation::positive_softplus || p.operation == Operation::positive_softplus_backward;
-  const PlainPairs pairs = plain_pairs(p, w, false);
+  const PlainPairs pairs = plain_pairs(p, w, false, verdicts);
   const dim3 rows(unsigned(divide_up(p.anchors.count, kPlain)), unsigned(divide_up(p.width, 4 * kPlain)));
   if (p.operation == Operation::pair_stats || p.operation == Operation::positive_softplus) {
     s.grid(dim3(rows.x), block, plain_forward, pairs, as<double>(p.out_n), as<double>(p.out_p), p.negatives,
@@ -94,7 +110,7 @@ void run_plain(Stream& s, const Problem& p, const Workspace& w) {
          as<double>(p.out_grad_n), p.epsilon);
   if (p.grad_candidates)
     s.grid(dim3(unsigned(divide_up(p.candidates.count, kPlain)), rows.y), block, plain_backward,
-           plain_pairs(p, w, true), none, anchors, as<double>(p.grad_candidates),
+           plain_pairs(p, w, true, verdicts), none, anchors, as<double>(p.grad_candidates),
            static_cast<double*>(nullptr), p.epsilon);
 }
 
@@ -213,32 +229,28 @@ void run_pairs(Stream& s, const Problem& p, const Workspace& w) {
   const Operand anchors{as<uint4>(w.anchor_rows), int(p.anchors.count), slices};
   const Operand candidates{as<uint4>(w.candidate_rows), int(p.candidates.count), slices};
   const BothRanges ranges = ranges_of(s, p, w);
-  Preparation preparation{{p.anchors, p.candidates},
-                          {as<uint4>(w.anchor_rows), as<uint4>(w.candidate_rows)},
-                          {anchors.part_size<CH>(), p.one_set ? 0 : candidates.part_size<CH>()},
-                          int(p.width),
-                          slices,
-                          {ranges.anchors, ranges.candidates},
-                          {},
-                          w.arrivals,
-                          w.arrival_count,
-                          w.triangle.sums,
-                          w.triangle.sums ? p.anchors.count : 0};
+  Preparation preparation = preparation_of(p, w, ranges);
+  preparation.copies[0] = as<uint4>(w.anchor_rows), preparation.copies[1] = as<uint4>(w.candidate_rows);
+  preparation.part_size[0] = anchors.part_size<CH>();
+  preparation.part_size[1] = p.one_set ? 0 : candidates.part_size<CH>();
+  preparation.slices = slices;
+  preparation.arrivals = w.arrivals, preparation.arrival_count = w.arrival_count;
+  preparation.sums = w.triangle.sums, preparation.sum_count = w.triangle.sums ? p.anchors.count : 0;
   if (is_backward(p.operation)) preparation.upstreams = upstreams_of(p, w, PARTS);
   if (preparation.upstreams.parts)
     s.grid(dim3(kExtremeBlocks), dim3(kThreads), find_extremes, preparation.upstreams);
   if (w.triangle.sums)
     s.grid(dim3(kExtremeBlocks), dim3(kThreads), find_norms<In, F>, w.triangle.norms, p.anchors,
            int(p.width));
-  s.grid(dim3(unsigned(preparation_blocks<CH>(preparation))), dim3(kThreads), prepare<In, F, PARTS>,
-         preparation);
+  s.grid(dim3(unsigned(preparation_blocks(preparation))), dim3(kThreads), prepare<In, F, PARTS>, preparation);
 
   const float* scale = as<float>(p.scale);
   const bool within = within_classes(p);
-  const Pairs pairs{anchors, candidates, ranges.anchors.range, w.anchor_self, nullptr, p.one_set,
-                    within,  scale};
-  const Pairs swapped{candidates, anchors, ranges.candidates.range, nullptr, w.anchor_self, false,
-                      within,     scale};
+  const Verdicts verdicts{w.verdicts, verdict_blocks_of(preparation)};
+  const Pairs pairs{anchors, candidates, ranges.anchors.range, w.anchor_self, nullptr, p.one_set, within,
+                    scale,   verdicts};
+  const Pairs swapped{candidates, anchors, ranges.candidates.range, nullptr, w.anchor_self, false, within,
+                      scale,      verdicts};
   if (is_backward(p.operation))
     run_backward<F, PARTS>(s, p, w, pairs, swapped);
   else

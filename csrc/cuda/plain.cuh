@@ -15,6 +15,7 @@ struct PlainPairs {
   const int *row_self, *col_self;
   bool one_set, within_classes;
   const double* scale;
+  Verdicts verdicts;
 
   __device__ __forceinline__ bool counts(int row, int col) const {
     if (row >= rows.count || col >= cols.count) return false;
@@ -71,6 +72,12 @@ __device__ __forceinline__ void plain_merge(double& top, double& total, double o
 static __global__ void plain_forward(PlainPairs pairs, double* n, double* p, bool negatives, bool positives,
                                      const double* softplus_n, double epsilon) {
   __shared__ PlainShared s;
+  const int thread = int(threadIdx.y) * kPlain + int(threadIdx.x);
+  if (any_broken(pairs.verdicts, thread, kPlain * kPlain)) {
+    spoil(n, pairs.rows.count, thread, kPlain * kPlain);
+    spoil(p, pairs.rows.count, thread, kPlain * kPlain);
+    return;
+  }
   const int row0 = int(blockIdx.x) * kPlain, row = row0 + int(threadIdx.y);
   const int2 visit = pairs.visit(row0);
   const int64_t at = row < pairs.rows.count ? pairs.rows.order[row] : 0;
@@ -123,6 +130,12 @@ struct PlainAnchors {
 static __global__ void plain_backward(PlainPairs pairs, PlainAnchors rows, PlainAnchors cols, double* grad,
                                       double* grad_n, double epsilon) {
   __shared__ PlainShared s;
+  const int thread = int(threadIdx.y) * kPlain + int(threadIdx.x);
+  if (any_broken(pairs.verdicts, thread, kPlain * kPlain)) {
+    spoil(grad, pairs.rows.count * pairs.width, thread, kPlain * kPlain);
+    spoil(grad_n, pairs.rows.count, thread, kPlain * kPlain);
+    return;
+  }
   const int y = threadIdx.y, x = threadIdx.x, d0 = int(blockIdx.y) * 4 * kPlain;
   const int row0 = int(blockIdx.x) * kPlain, row = row0 + y;
   const int2 visit = pairs.visit(row0);

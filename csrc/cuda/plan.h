@@ -15,6 +15,7 @@
 namespace pysupcon::cuda {
 
 constexpr int64_t kMaxRows = (int64_t(1) << 31) - 256;
+constexpr int kThreads = 256;          // of a block of the kernels that are not about pairs
 constexpr int kUnitRows = 64;          // rows of a unit of the sorted copy
 constexpr int kBlockRows = 128;        // rows that a thread block of the pair kernels owns
 constexpr int kWideBlockRows = 256;    // the same of backward_resident where shared memory is short
@@ -24,11 +25,17 @@ constexpr int kGradientShare = 256;    // gradient columns that a block accumula
 constexpr int kTwoBlocks = 136 << 10;  // shared memory of a multiprocessor that holds two backward blocks
 constexpr int kScanned = 16384;        // up to so many rows every block looks for the extremes itself
 constexpr int kExtremeBlocks = 256;    // of the kernel that does it otherwise
+constexpr int kVerdictBlocks = 1024;   // that look at the rows of one side, at most; likewise at its order
 constexpr int kTriangleRatio = 2;      // row block by tile of the triangular forward
 constexpr int kFanOut = 64;            // of the tree of sums
 constexpr int kMaxLevels = 6;          // 64^6 > kMaxRows
 
 PYSUPCON_ANYWHERE inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+PYSUPCON_ANYWHERE inline int64_t verdict_blocks(int64_t items) {
+  const int64_t blocks = divide_up(items, kThreads);
+  return blocks < kVerdictBlocks ? blocks : kVerdictBlocks;
+}
 
 // Sums of 64, 64^2, ... consecutive label-sorted rows; level[k] holds divide_up(count, 64^(k + 1)) rows of
 // `width`.
@@ -81,6 +88,7 @@ struct Workspace {
   float* extreme_parts;       // [kExtremeBlocks][4], null where every block scans the rows itself
   float *anchor_n, *anchor_p, *candidate_n, *candidate_p;  // [rows padded][2] gradient coefficients
   float *parts, *row_parts;                                // of row blocks that several runs share
+  int32_t* verdicts;                                       // of prepare()'s blocks
   int32_t* arrivals;                                       // how many of a row block's parts are written
   int64_t arrival_count;
   SumTree candidate_sums, candidate_weighted, anchor_weighted;
@@ -164,6 +172,7 @@ inline Workspace lay_out(const Problem& p) {
   const bool backward = is_backward(p.operation);
   const int64_t m = p.anchors.count, n = p.candidates.count;
 
+  w.verdicts = arena.take<int32_t>(4 * 4 * kVerdictBlocks);  // rows and order, of two sides
   w.anchor_range = arena.take<int32_t>(8 * m);
   if (p.grad_candidates) w.candidate_range = arena.take<int32_t>(8 * n);
   if (p.self_index) {

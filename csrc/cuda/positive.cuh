@@ -26,6 +26,9 @@ struct SoftplusSum {
     args.total[args.order[row]] = whole.x;
   }
   static __device__ __forceinline__ void store_log2(const Args&, int, float) {}
+  static __device__ __forceinline__ void spoil_all(const Args& args, int rows, int threads) {
+    spoil(args.total, rows, int(threadIdx.x), threads);
+  }
 };
 
 template <int>
@@ -93,6 +96,9 @@ struct SoftplusWeights {
   static constexpr bool USES_P = false;
   template <int ROWS>
   struct OfThread;
+  static __device__ __forceinline__ void spoil_all(const Args& args, int rows, int threads) {
+    spoil(args.grad_n, rows, int(threadIdx.x), threads);
+  }
 };
 
 template <int ROWS>

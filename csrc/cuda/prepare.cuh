@@ -1,16 +1,24 @@
 // What the pair kernels need to know about the rows, made on the device in one launch: a label-sorted 16-bit
-// copy, every row's range of same-class columns, the coefficients of the gradient. O(N D) work.
+// copy, every row's range of same-class columns, the coefficients of the gradient, and whether rows, orders
+// and indices are what they should be (verdicts.cuh). O(N D) work.
 #pragma once
 #include "launch.h"
 #include "tiles.cuh"
+#include "verdicts.cuh"
 
 namespace pysupcon::cuda {
-
-constexpr int kThreads = 256;  // of every kernel here
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+template <class In>
+struct Wide {  // of sums, and of statistics
+  using type = float;
+};
+template <>
+struct Wide<double> {
+  using type = double;
+};
 
 // A launch works through lists one after the other, a thread an item, no block in two of them. True for the
 // blocks of the next list, whose item is then `item`, perhaps past its end; `block` counts the blocks left.
@@ -22,19 +30,39 @@ __device__ __forceinline__ bool takes(int64_t& block, int64_t items, int64_t& it
   return false;
 }
 
-// Chunk `at` of part 0 of the sorted copy (see Operand) and its place in the other parts.
+// The same for lists whose blocks leave a verdict: at most kVerdictBlocks of them, `step` items apart.
+__device__ __forceinline__ bool takes(int64_t& block, int64_t items, int64_t& item, int64_t& step) {
+  const int64_t blocks = verdict_blocks(items);
+  item = block * kThreads + threadIdx.x, step = blocks * kThreads;
+  if (block < blocks) return true;
+  block -= blocks;
+  return false;
+}
+
+// Whether eight numbers of a row are finite, and so small that no similarity can overflow: |s| <= scale times
+// the larger of two rows' squares, a square is at most `chunks` times that of its largest eight numbers.
+template <class A>
+__device__ __forceinline__ bool usable(const A (&x)[8], A scale, int chunks) {
+  A square = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) square += x[i] * x[i];
+  return scale > 0 && square * scale * (A(kLog2e) * A(chunks)) < A(INFINITY);  // false for NaN
+}
+
+// Chunk `at` of part 0 of the sorted copy (see Operand) and its place in the other parts. Returns usable().
 template <class In, class F, int PARTS, int CH>
-__device__ __forceinline__ void gather_chunk(uint4* out, int64_t part_size, const Rows& rows, int width,
-                                             int slices, int64_t at) {
+__device__ __forceinline__ bool gather_chunk(uint4* out, int64_t part_size, const Rows& rows, int width,
+                                             int slices, float scale, int64_t at) {
   const int slot = int(at % CH), r = int(at / CH % kUnitRows);
   const int64_t unit = at / (CH * kUnitRows), row = unit / slices * kUnitRows + r;
   const int d0 = (int(unit % slices) * CH + swizzle<CH>(r, slot)) * 8;
   float x[8] = {};
   if (row < rows.count) {
-    const In* from = static_cast<const In*>(rows.data) + rows.order[row] * rows.stride;
+    const In* from = static_cast<const In*>(rows.data) + place_of(rows.order, row, rows.count) * rows.stride;
 #pragma unroll
     for (int i = 0; i < 8; ++i) x[i] = d0 + i < width ? to_float(from[d0 + i]) : 0.f;
   }
+  const bool fine = usable(x, scale, slices * CH);
 #pragma unroll
   for (int part = 0; part < PARTS; ++part) {
     uint32_t packed[4];
@@ -46,11 +74,22 @@ __device__ __forceinline__ void gather_chunk(uint4* out, int64_t part_size, cons
     }
     out[part * part_size + at] = {packed[0], packed[1], packed[2], packed[3]};
   }
+  return fine;
+}
+
+// Double precision has no copy: chunk `at` of the rows as they lie.
+static __device__ __forceinline__ bool look_at_chunk(const Rows& rows, int width, double scale, int64_t at) {
+  const int chunks = (width + 7) / 8, d0 = int(at % chunks) * 8;
+  const double* from = static_cast<const double*>(rows.data) + at / chunks * rows.stride;
+  double x[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = d0 + i < width ? from[d0 + i] : 0.;
+  return usable(x, scale, chunks);
 }
 
 static __global__ void invert_order(int* inverse, const int64_t* order, int count) {
   const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
-  if (i < count) inverse[order[i]] = i;
+  if (i < count) inverse[place_of(order, i, count)] = i;
 }
 
 // The first sorted row whose label is >= label (UPPER: > label).
@@ -59,7 +98,7 @@ __device__ __forceinline__ int label_bound(const Rows& rows, int64_t label) {
   int lo = 0, hi = int(rows.count);
   while (lo < hi) {
     const int mid = lo + (hi - lo) / 2;
-    const int64_t l = rows.labels[rows.order[mid]];
+    const int64_t l = rows.labels[place_of(rows.order, mid, rows.count)];
     if (UPPER ? l <= label : l < label)
       lo = mid + 1;
     else
@@ -101,16 +140,29 @@ struct Ranges {
   const int* inverse;         // [cols] sorted place of a column
 
   __device__ __forceinline__ int64_t count() const { return range ? rows.count : 0; }
-  __device__ __forceinline__ void find(int64_t i) const {
-    if (i >= rows.count) return;
-    const int64_t label = rows.labels[rows.order[i]];
+  // Returns whether the row's index into the columns is one, or -1.
+  __device__ __forceinline__ bool find(int64_t i) const {
+    if (i >= rows.count || !range) return true;
+    const int64_t at = place_of(rows.order, i, rows.count), label = rows.labels[at];
     range[i] = {label_bound<false>(cols, label), label_bound<true>(cols, label)};
-    if (self) {
-      const int64_t j = self_index[rows.order[i]];
-      self[i] = j < 0 || j >= cols.count ? -1 : inverse[j];
-    }
+    if (!self) return true;
+    const int64_t j = self_index[at];
+    self[i] = is_place(j, cols.count) ? inverse[j] : -1;
+    return j >= -1 && j < cols.count;
   }
 };
+
+// Whether place i of the order is right beside the next one: the stable argsort of the labels rises strictly
+// in (label, row), so that no row can occur twice. Both places right, for all i: a permutation.
+__device__ __forceinline__ bool ordered(const Rows& rows, int64_t i) {
+  const int64_t here = rows.order[i];
+  if (!is_place(here, rows.count)) return false;
+  if (i + 1 == rows.count) return true;
+  const int64_t next = rows.order[i + 1];
+  if (!is_place(next, rows.count)) return false;
+  const int64_t label = rows.labels[here], next_label = rows.labels[next];
+  return label < next_label || (label == next_label && here < next);
+}
 
 // One kind of statistic of one side's anchors with its upstream gradient, in the caller's order.
 struct Upstream {
@@ -191,7 +243,7 @@ __device__ __forceinline__ void pack_coefficient(const Upstream& u, float epsilo
                                                  int64_t i) {
   float2 c = absent();
   if (i < u.count) {
-    const int64_t at = u.order[i];
+    const int64_t at = place_of(u.order, i, u.count);
     const float s = u.statistic[at];
     if (s != -INFINITY) {
       c = {ldexpf(u.gradient[at], -gradient_exponent(extremes.largest)), (s + epsilon) * kLog2e};
@@ -202,9 +254,9 @@ __device__ __forceinline__ void pack_coefficient(const Upstream& u, float epsilo
 }
 
 struct Preparation {
-  Rows sides[2];  // anchors; candidates where they are others
+  Rows sides[2];  // anchors; candidates where they are others, else none
   uint4* copies[2];
-  int64_t part_size[2];  // chunks of a part of the copy; 0: no copy
+  int64_t part_size[2];  // chunks of a part of the copy, or of the rows where there is none
   int width, slices;
   Ranges ranges[2];
   Upstreams upstreams;
@@ -212,33 +264,56 @@ struct Preparation {
   int64_t arrival_count;
   unsigned long long* sums;  // of the triangular forward
   int64_t sum_count;
+  const void* scale;
+  int* verdicts;  // of the first blocks, which have rows and orders
 };
 
+// How many blocks of prepare() leave a verdict.
+inline int verdict_blocks_of(const Preparation& p) {
+  int64_t sum = 0;
+  for (int k = 0; k < 2; ++k) sum += verdict_blocks(p.part_size[k]) + verdict_blocks(p.sides[k].count);
+  return int(sum);
+}
+
+__device__ __forceinline__ void leave_verdict(int* verdicts, bool fine) {
+  const int broken = __syncthreads_or(!fine);
+  if (threadIdx.x == 0) verdicts[blockIdx.x] = broken;
+}
+
 // How many blocks prepare() needs.
-template <int CH>
-int64_t preparation_blocks(const Preparation& p) {
+inline int64_t preparation_blocks(const Preparation& p) {
   const auto blocks = [](int64_t items) { return divide_up(items, kThreads); };
-  int64_t sum = blocks(p.arrival_count) + blocks(p.sum_count);
-  for (int k = 0; k < 2; ++k)
-    sum += blocks(p.part_size[k]) + blocks(p.ranges[k].range ? p.ranges[k].rows.count : 0);
+  int64_t sum = verdict_blocks_of(p) + blocks(p.arrival_count) + blocks(p.sum_count);
   for (const Upstream& u : p.upstreams.of)
     if (u.out) sum += blocks(divide_up(u.count, kUnitRows) * kUnitRows);
   return sum;
 }
 
+// PARTS 0: no copy, In is double.
 template <class In, class F, int PARTS>
 __global__ void __launch_bounds__(kThreads) prepare(const __grid_constant__ Preparation p) {
   constexpr int CH = PARTS == 1 ? 8 : 4;
-  int64_t block = blockIdx.x, i;
+  int64_t block = blockIdx.x, i, step;
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
-    if (takes(block, p.part_size[k], i)) {
-      if (i < p.part_size[k])
-        gather_chunk<In, F, PARTS, CH>(p.copies[k], p.part_size[k], p.sides[k], p.width, p.slices, i);
+    const Rows& rows = p.sides[k];
+    if (takes(block, p.part_size[k], i, step)) {
+      const auto scale = *static_cast<const typename Wide<In>::type*>(p.scale);
+      bool fine = true;
+      for (; i < p.part_size[k]; i += step) {
+        if constexpr (PARTS == 0)
+          fine &= look_at_chunk(rows, p.width, scale, i);
+        else
+          fine &=
+              gather_chunk<In, F, PARTS, CH>(p.copies[k], p.part_size[k], rows, p.width, p.slices, scale, i);
+      }
+      leave_verdict(p.verdicts, fine);
       return;
     }
-    if (takes(block, p.ranges[k].count(), i)) {
-      p.ranges[k].find(i);
+    if (takes(block, rows.count, i, step)) {
+      bool fine = true;
+      for (; i < rows.count; i += step) fine &= ordered(rows, i) & p.ranges[k].find(i);
+      leave_verdict(p.verdicts, fine);
       return;
     }
   }

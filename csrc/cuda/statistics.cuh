@@ -54,6 +54,10 @@ struct Statistics {
     args.n[at] = args.negatives ? (whole.x + log2f(whole.y)) * kLn2 : -INFINITY;
     args.p[at] = args.positives ? (whole.z + log2f(whole.w)) * kLn2 : -INFINITY;
   }
+  static __device__ __forceinline__ void spoil_all(const Args& args, int rows, int threads) {
+    spoil(args.n, rows, int(threadIdx.x), threads);
+    spoil(args.p, rows, int(threadIdx.x), threads);
+  }
   // Of negatives alone: log2 of their sum.
   static __device__ __forceinline__ void store_log2(const Args& args, int row, float n) {
     const int64_t at = args.order[row];
@@ -255,6 +259,7 @@ struct StatisticsWeights {
   }
 
   // Nothing beside the gradient.
+  static __device__ __forceinline__ void spoil_all(const Args&, int, int) {}
   __device__ __forceinline__ void reduce() const {}
   __device__ __forceinline__ void keep(float*) const {}
   __device__ __forceinline__ void clear() const {}

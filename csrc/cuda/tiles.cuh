@@ -3,6 +3,7 @@
 #pragma once
 #include "gpu_ops.cuh"
 #include "runs.cuh"
+#include "verdicts.cuh"
 
 namespace pysupcon::cuda {
 
@@ -34,6 +35,7 @@ struct Pairs {
   bool one_set;         // rows and columns are the same set: column i is row i
   bool within_classes;  // visit same-class columns only
   const float* scale;
+  Verdicts verdicts;
 };
 
 // Where chunk c of row r stands, so that eight consecutive rows of one chunk fall into distinct banks.
