@@ -53,14 +53,13 @@ static __global__ void invert_order(int* inverse, const int64_t* order, int coun
   if (i < count) inverse[order[i]] = i;
 }
 
-// The first sorted row whose label is >= label (UPPER: > label).
+// The first of the sorted rows [lo, hi) whose key is >= key (UPPER: > key).
 template <bool UPPER>
-__device__ __forceinline__ int label_bound(const Rows& rows, int64_t label) {
-  int lo = 0, hi = int(rows.count);
+__device__ __forceinline__ int bound(const int64_t* keys, const int64_t* order, int lo, int hi, int64_t key) {
   while (lo < hi) {
     const int mid = lo + (hi - lo) / 2;
-    const int64_t l = rows.labels[rows.order[mid]];
-    if (UPPER ? l <= label : l < label)
+    const int64_t k = keys[order[mid]];
+    if (UPPER ? k <= key : k < key)
       lo = mid + 1;
     else
       hi = mid;
@@ -94,8 +93,9 @@ __global__ void __launch_bounds__(kThreads) find_norms(float* norms, Rows rows, 
 
 // Sorted rows' classes on the other side, and which column a row is.
 struct Ranges {
-  int2* range;  // [rows]; null: not wanted
-  int* self;    // [rows] or null
+  int2* range;           // [rows]; null: not wanted
+  int2* instance_range;  // [rows] or null
+  int* self;             // [rows] or null
   Rows rows, cols;
   const int64_t* self_index;  // [rows], in the caller's order
   const int* inverse;         // [cols] sorted place of a column
@@ -103,29 +103,38 @@ struct Ranges {
   __device__ __forceinline__ int64_t count() const { return range ? rows.count : 0; }
   __device__ __forceinline__ void find(int64_t i) const {
     if (i >= rows.count) return;
-    const int64_t label = rows.labels[rows.order[i]];
-    range[i] = {label_bound<false>(cols, label), label_bound<true>(cols, label)};
+    const int64_t at = rows.order[i];
+    const auto find_in = [&](const int64_t* keys, int2 in, int64_t key) {
+      return int2{bound<false>(keys, cols.order, in.x, in.y, key),
+                  bound<true>(keys, cols.order, in.x, in.y, key)};
+    };
+    const int2 found = find_in(cols.labels, {0, int(cols.count)}, rows.labels[at]);
+    range[i] = found;
+    if (instance_range) instance_range[i] = find_in(cols.instances, found, rows.instances[at]);
     if (self) {
-      const int64_t j = self_index[rows.order[i]];
+      const int64_t j = self_index[at];
       self[i] = j < 0 || j >= cols.count ? -1 : inverse[j];
     }
   }
 };
 
-// One kind of statistic of one side's anchors with its upstream gradient, in the caller's order.
+// One kind of statistic of one side's anchors with its upstream gradients, in the caller's order.
 struct Upstream {
-  const float *statistic, *gradient;  // null: there is none
+  const double *statistic, *gradient;
+  const double *constant, *of_instance;  // of positives: of their sums; null: there is none
   const int64_t* order;
   int64_t count;
-  float2* out;  // [count padded to kUnitRows] coefficients of the sorted rows
+  float2 *power, *rest;  // [count padded to kUnitRows], see Coefficients; power null: nothing to do
+  float* instance;
 
   __device__ __forceinline__ int64_t padded() const {
-    return out ? divide_up(count, kUnitRows) * kUnitRows : 0;
+    return power ? divide_up(count, kUnitRows) * kUnitRows : 0;
   }
 };
 struct Upstreams {
   Upstream of[4];  // n and p of the anchors, n and p of the candidates
-  float epsilon;   // added to the statistics
+  double epsilon;  // added to the statistics
+  bool softplus;   // the sigmoids need the statistic itself
   bool one;        // whether the kernel knows what to do with one reference
   float4* parts;   // [kExtremeBlocks] of find_extremes; null: every block looks for itself
   Extremes* extremes;
@@ -142,11 +151,18 @@ __device__ __forceinline__ float4 scan(const Upstreams& upstreams, int64_t first
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     const Upstream& u = upstreams.of[k];
-    if (!u.out) continue;
+    if (!u.power) continue;
+    const auto raise = [&](double gradient) {
+      const float g = fabsf(float(gradient));
+      if (g < INFINITY) found.x = fmaxf(found.x, g);
+    };
 #pragma unroll 4
     for (int64_t i = first; i < u.count; i += step) {
-      const float g = fabsf(u.gradient[i]), s = u.statistic[i];
-      if (g < INFINITY) found.x = fmaxf(found.x, g);
+      raise(u.gradient[i]);
+      if (u.constant) raise(u.constant[i]);
+      if (u.of_instance) raise(u.of_instance[i]);
+      if (u.rest) continue;  // positives have references of their own
+      const float s = float(u.statistic[i]);
       if (fabsf(s) < INFINITY) found.y = fmaxf(found.y, s), found.z = fminf(found.z, s);
     }
   }
@@ -173,32 +189,45 @@ static __global__ void find_extremes(Upstreams upstreams) {
   if (threadIdx.x == 0) upstreams.parts[blockIdx.x] = found;
 }
 
-// One reference r, the highest statistic, serves all anchors where none lies 2^kSpread below it: r exceeds
-// every similarity that a statistic counted; a term that underflows beside r is below 2^-66 of any anchor's
-// sum; and no upstream gradient overflows when it is multiplied by 2^(r - statistic). (Equations (6) and
-// (9).)
+// One reference r, not below the highest statistic, serves all negatives where none lies 2^kSpread below it:
+// r exceeds every similarity that a statistic counted; a term that underflows beside r is below 2^-64 of any
+// anchor's sum; and no upstream gradient overflows when it is multiplied by 2^(r - statistic). (Equations (6)
+// and (9).)
 constexpr float kSpread = 60.f;
 static_assert(kExtremeBlocks == kThreads, "a block reads them all at once");
 
 __device__ __forceinline__ Extremes judge(const Upstreams& upstreams) {
   const float4 found =
       over_block(upstreams.parts ? upstreams.parts[threadIdx.x] : scan(upstreams, threadIdx.x, kThreads));
-  const bool one = upstreams.one && found.y >= found.z && (found.y - found.z) * kLog2e <= kSpread;
-  return {found.x, one ? found.y * kLog2e : INFINITY, found.y, found.z};
+  constexpr float log2e = float(kLog2e);
+  const bool one = upstreams.one && found.y >= found.z && (found.y - found.z) * log2e <= kSpread;
+  return {found.x, one ? ceilf(found.y * log2e) : INFINITY, found.y, found.z};
 }
 
-__device__ __forceinline__ void pack_coefficient(const Upstream& u, float epsilon, const Extremes& extremes,
-                                                 int64_t i) {
-  float2 c = absent();
-  if (i < u.count) {
-    const int64_t at = u.order[i];
-    const float s = u.statistic[at];
-    if (s != -INFINITY) {
-      c = {ldexpf(u.gradient[at], -gradient_exponent(extremes.largest)), (s + epsilon) * kLog2e};
-      if (extremes.reference < INFINITY) c = {c.x * exp2f(extremes.reference - c.y), extremes.reference};
+// Whole references, and what they round away put where no digit is lost: into f, in double, or into l.
+__device__ __forceinline__ void pack_coefficients(const Upstream& u, const Upstreams& all,
+                                                  const Extremes& extremes, int64_t i) {
+  float2 power = absent(), rest{0.f, 0.f};
+  float instance = 0.f;
+  const int64_t at = i < u.count ? u.order[i] : 0;
+  if (i < u.count && u.statistic[at] != -INFINITY) {
+    const int unit = -gradient_exponent(extremes.largest);
+    const auto in_units = [&](double x) { return float(ldexp(x, unit)); };
+    const double bits = (u.statistic[at] + all.epsilon) * kLog2e, gradient = u.gradient[at];
+    const float whole = extremes.reference < INFINITY ? extremes.reference : float(rint(bits));
+    if (u.rest) {
+      power = {in_units(gradient), float(rint(bits))};
+      rest = {u.constant ? in_units(u.constant[at]) : 0.f, float(bits - double(power.y))};
+      instance = u.of_instance ? in_units(u.of_instance[at]) : 0.f;
+    } else if (all.softplus) {
+      power = {in_units(gradient), float(bits)};
+    } else {
+      power = {in_units(gradient * exp2(double(whole) - bits)), whole};
     }
   }
-  u.out[i] = c;
+  u.power[i] = power;
+  if (u.rest) u.rest[i] = rest;
+  if (u.instance) u.instance[i] = instance;
 }
 
 struct Preparation {
@@ -208,6 +237,8 @@ struct Preparation {
   int width, slices;
   Ranges ranges[2];
   Upstreams upstreams;
+  const double* scale;
+  Scale* scale_out;
   int* arrivals;
   int64_t arrival_count;
   unsigned long long* sums;  // of the triangular forward
@@ -222,14 +253,25 @@ int64_t preparation_blocks(const Preparation& p) {
   for (int k = 0; k < 2; ++k)
     sum += blocks(p.part_size[k]) + blocks(p.ranges[k].range ? p.ranges[k].rows.count : 0);
   for (const Upstream& u : p.upstreams.of)
-    if (u.out) sum += blocks(divide_up(u.count, kUnitRows) * kUnitRows);
+    if (u.power) sum += blocks(divide_up(u.count, kUnitRows) * kUnitRows);
   return sum;
+}
+
+// The ranges alone, for kernels that read the rows in place.
+static __global__ void __launch_bounds__(kThreads)
+    find_ranges(const __grid_constant__ Ranges first, const __grid_constant__ Ranges second) {
+  int64_t block = blockIdx.x, i;
+  if (takes(block, first.count(), i))
+    first.find(i);
+  else if (takes(block, second.count(), i))
+    second.find(i);
 }
 
 template <class In, class F, int PARTS>
 __global__ void __launch_bounds__(kThreads) prepare(const __grid_constant__ Preparation p) {
   constexpr int CH = PARTS == 1 ? 8 : 4;
   int64_t block = blockIdx.x, i;
+  if (blockIdx.x == 0 && threadIdx.x == 0) *p.scale_out = {float(*p.scale), float(*p.scale * kLog2e)};
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
     if (takes(block, p.part_size[k], i)) {
@@ -242,15 +284,17 @@ __global__ void __launch_bounds__(kThreads) prepare(const __grid_constant__ Prep
       return;
     }
   }
+  bool first = true;
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     const Upstream& u = p.upstreams.of[k];
     if (takes(block, u.padded(), i)) {
       const Extremes extremes = judge(p.upstreams);
-      if (k == 0 && i == 0) *p.upstreams.extremes = extremes;
-      if (i < u.padded()) pack_coefficient(u, p.upstreams.epsilon, extremes, i);
+      if (first && i == 0) *p.upstreams.extremes = extremes;
+      if (i < u.padded()) pack_coefficients(u, p.upstreams, extremes, i);
       return;
     }
+    first = first && !u.power;
   }
   if (takes(block, p.arrival_count, i)) {
     if (i < p.arrival_count) p.arrivals[i] = 0;
