@@ -50,7 +50,7 @@ def readable(mangled: str) -> str:
     config = re.search(r"3gpu\d+(Bf16|F16)E(?:Li(\d)E)?", mangled)
     if not (hot and config):
         return mangled
-    epilogue = re.search(r"\d(StatisticsWeights|SoftplusWeights|Statistics|SoftplusSum)E", mangled)
+    epilogue = re.search(r"\d(StatisticsWeights|PositiveWeights|SoftplusWeights|PositiveStatistics|Statistics|SoftplusSum)E", mangled)
     number = config[2] and config[2] + " warps" * (hot[0] == "backward_resident")
     words = [config[1], number, epilogue and epilogue[1]]
     return f"{hot[0]}<{', '.join(word for word in words if word)}>"

@@ -10,6 +10,8 @@ namespace pysupcon::cuda {
 struct Verdicts {
   const int* of;  // not 0: this block of prepare() met something broken
   int count;
+  double* results[4];  // [rows] of the call, beside the gradients; null: fewer
+  int64_t rows;
 };
 
 // The same answer to all threads of a block, who call it together; thread: its linear index. The shuffle
@@ -21,12 +23,16 @@ __device__ __forceinline__ bool any_broken(const Verdicts& verdicts, int thread,
   return __shfl_sync(~0u, __syncthreads_or(broken), 0);
 }
 
-// What a launch writes instead: values [0, count), shared by all of its threads; null: there are none.
+// What a launch writes instead, shared by all of its threads: values [0, count), null: there are none.
 template <class T>
 __device__ __forceinline__ void spoil(T* values, int64_t count, int thread, int threads) {
   const int64_t block = (int64_t(blockIdx.z) * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x,
                 blocks = int64_t(gridDim.z) * gridDim.y * gridDim.x;
   for (int64_t i = block * threads + thread; values && i < count; i += blocks * threads) values[i] = T(NAN);
+}
+__device__ __forceinline__ void spoil_results(const Verdicts& verdicts, int thread, int threads) {
+#pragma unroll 1
+  for (int k = 0; k < 4; ++k) spoil(verdicts.results[k], verdicts.rows, thread, threads);
 }
 
 // Where sorted row i stands, or row 0 where the order is broken, which verdicts tell of.

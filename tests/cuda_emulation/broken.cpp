@@ -39,7 +39,7 @@ const Sizes shapes[] = {
 struct Set {
   int count;
   std::vector<double> x;
-  std::vector<int64_t> labels, order;
+  std::vector<int64_t> labels, instances, order;
 };
 
 // What a call is given, before it lies in buffers of exactly its size.
@@ -54,19 +54,22 @@ struct Operands {
 void sort(Set& s) {
   s.order.resize(size_t(s.count));
   std::iota(s.order.begin(), s.order.end(), 0);
-  std::stable_sort(s.order.begin(), s.order.end(),
-                   [&](int64_t i, int64_t j) { return s.labels[size_t(i)] < s.labels[size_t(j)]; });
+  std::stable_sort(s.order.begin(), s.order.end(), [&](int64_t i, int64_t j) {
+    return std::pair(s.labels[size_t(i)], s.instances[size_t(i)]) <
+           std::pair(s.labels[size_t(j)], s.instances[size_t(j)]);
+  });
 }
 
 Operands good(const Sizes& shape) {
   std::mt19937 rng(7);
   std::normal_distribution<double> normal;
   const auto make = [&](int count, int64_t lonely) {
-    Set s{count, {}, {}, {}};
+    Set s{count, {}, {}, {}, {}};
     for (int i = 0; i < count * shape.width; ++i) s.x.push_back(normal(rng) / std::sqrt(shape.width));
     // first, middle and last row have no positive: no sum over positives visits them
     for (int i = 0; i < count; ++i)
-      s.labels.push_back(i == 0 || i == count / 2 || i == count - 1 ? lonely - i : 7 + i % 3);
+      s.labels.push_back(i == 0 || i == count / 2 || i == count - 1 ? lonely - i : 7 + i % 3),
+          s.instances.push_back(i % 2 - 7);
     sort(s);
     return s;
   };
@@ -84,60 +87,67 @@ Operands good(const Sizes& shape) {
 class Calls {
  public:
   explicit Calls(const Sizes& shape)
-      : shape_(shape), stat_(shape.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32) {}
+      : shape_(shape), gradient_(shape.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32) {}
 
   // How many results there are, and how many of them are NaN.
   struct Tally {
     size_t values = 0, nans = 0;
   };
   Tally run(const Operands& o) {
-    hold(o);
+    keep(o);
     Tally tally;
     const int m = shape_.anchors, n = shape_.candidates;
     for (const auto& [negatives, positives] :
          {std::pair{true, true}, std::pair{false, true}, std::pair{true, false}}) {
       Problem p = problem(Operation::pair_stats);
       p.negatives = negatives, p.positives = positives;
-      Buffer out_n(stats_bytes(m)), out_p(stats_bytes(m));
-      p.out_n = out_n.data, p.out_p = out_p.data;
-      finish(p, {&out_n, &out_p}, tally);
+      Buffer out_n(8 * size_t(m)), out_p(8 * size_t(m)), sum(8 * size_t(m)), of_instance(8 * size_t(m));
+      p.out_n = doubles(out_n), p.out_p = doubles(out_p);
+      p.out_positive_sum = doubles(sum), p.out_instance_sum = doubles(of_instance);
+      finish(p, {&out_n, &out_p, &sum, &of_instance}, {}, tally);
     }
     {
       Problem p = problem(Operation::positive_softplus);
-      Buffer out(stats_bytes(m));
-      p.n = constant(m, 2), p.out_n = out.data;
-      finish(p, {&out}, tally);
+      Buffer out(8 * size_t(m));
+      p.n = constant(m, 2), p.out_n = doubles(out);
+      finish(p, {&out}, {}, tally);
     }
     for (const Operation op : {Operation::pair_stats_backward, Operation::positive_softplus_backward}) {
       const bool softplus = op == Operation::positive_softplus_backward;
       Problem p = problem(op);
       p.n = constant(m, 2), p.grad_n = constant(m, 1e-3);
-      if (!softplus) p.p = constant(m, 2), p.grad_p = constant(m, -2e-3);
+      if (!softplus)
+        p.p = constant(m, 2), p.grad_p = constant(m, -2e-3), p.grad_positive_sum = constant(m, 3e-3),
+        p.grad_instance_sum = constant(m, 1e-3);
       if (shape_.form == Form::own_rows) {
         p.candidate_n = constant(n, 2), p.candidate_grad_n = constant(n, 1e-3);
-        if (!softplus) p.candidate_p = constant(n, 2), p.candidate_grad_p = constant(n, -2e-3);
+        if (!softplus)
+          p.candidate_p = constant(n, 2), p.candidate_grad_p = constant(n, -2e-3),
+          p.candidate_grad_positive_sum = constant(n, 3e-3),
+          p.candidate_grad_instance_sum = constant(n, 1e-3);
       }
-      Buffer grad_x(stats_bytes(m * shape_.width)), grad_n(stats_bytes(m)),
-          grad_candidates(stats_bytes(n * shape_.width));
+      Buffer grad_x(gradient_bytes(m)), grad_n(8 * size_t(m)), grad_candidates(gradient_bytes(n));
       memset(grad_x.data, 0, grad_x.bytes), memset(grad_candidates.data, 0, grad_candidates.bytes);
-      std::vector<const Buffer*> out{&grad_x};
+      std::vector<const Buffer*> gradients{&grad_x}, statistics;
       p.grad_x = grad_x.data;
       if (shape_.form == Form::candidates)
-        p.grad_candidates = grad_candidates.data, out.push_back(&grad_candidates);
-      if (softplus) p.out_grad_n = grad_n.data, out.push_back(&grad_n);
-      finish(p, out, tally);
+        p.grad_candidates = grad_candidates.data, gradients.push_back(&grad_candidates);
+      if (softplus) p.out_grad_n = doubles(grad_n), statistics.push_back(&grad_n);
+      finish(p, statistics, gradients, tally);
     }
     return tally;
   }
 
  private:
   const Sizes& shape_;
-  const Dtype stat_;
-  Shared data_[2], labels_[2], order_[2], self_, scale_;
+  const Dtype gradient_;
+  Shared data_[2], labels_[2], instances_[2], order_[2], self_, scale_;
   std::vector<Shared> constants_;
 
-  size_t stats_bytes(int count) const { return size_t(count) * size_of(stat_); }
-  static Shared integers(const std::vector<int64_t>& v) {
+  size_t gradient_bytes(int count) const { return size_t(count * shape_.width) * size_of(gradient_); }
+  static double* doubles(Buffer& b) { return reinterpret_cast<double*>(b.data); }
+  static const int64_t* integers(const Shared& b) { return reinterpret_cast<const int64_t*>(b->data); }
+  static Shared hold(const std::vector<int64_t>& v) {
     auto b = std::make_shared<Buffer>(8 * v.size());
     if (!v.empty()) memcpy(b->data, v.data(), 8 * v.size());
     return b;
@@ -147,23 +157,23 @@ class Calls {
     for (size_t i = 0; i < v.size(); ++i) put(*b, t, i, v[i]);
     return b;
   }
-  const void* constant(int count, double value) {
-    constants_.push_back(numbers(std::vector<double>(size_t(count), value), stat_));
-    return constants_.back()->data;
+  const double* constant(int count, double value) {
+    constants_.push_back(numbers(std::vector<double>(size_t(count), value), Dtype::f64));
+    return doubles(*constants_.back());
   }
-  void hold(const Operands& o) {
+  void keep(const Operands& o) {
     constants_.clear();
     for (int k = 0; k < 2; ++k) {
       const Set& s = k ? o.candidates : o.anchors;
       data_[k] = numbers(s.x, shape_.dtype);
-      labels_[k] = integers(s.labels), order_[k] = integers(s.order);
+      labels_[k] = hold(s.labels), instances_[k] = hold(s.instances), order_[k] = hold(s.order);
     }
-    self_ = integers(o.self_index), scale_ = numbers({o.scale}, stat_);
+    self_ = hold(o.self_index), scale_ = numbers({o.scale}, Dtype::f64);
   }
   Rows rows(int k) const {
-    return {data_[k]->data, k ? shape_.candidates : shape_.anchors, shape_.width,
-            reinterpret_cast<const int64_t*>(labels_[k]->data),
-            reinterpret_cast<const int64_t*>(order_[k]->data)};
+    return {data_[k]->data,      k ? shape_.candidates : shape_.anchors,
+            shape_.width,        integers(labels_[k]),
+            integers(order_[k]), integers(instances_[k])};
   }
   Problem problem(Operation op) const {
     Problem p{};
@@ -172,20 +182,30 @@ class Calls {
     p.triangular_rows = shape_.triangular_rows, p.width = shape_.width;
     p.one_set = shape_.form == Form::one_set;
     p.anchors = rows(0), p.candidates = rows(p.one_set ? 0 : 1);
-    if (!p.one_set) p.self_index = reinterpret_cast<const int64_t*>(self_->data);
-    p.scale = scale_->data, p.epsilon = 0.3, p.negatives = p.positives = true;
+    if (!p.one_set) p.self_index = integers(self_);
+    p.scale = doubles(*scale_), p.epsilon = 0.3, p.negatives = p.positives = true;
     return p;
   }
-  void finish(Problem& p, const std::vector<const Buffer*>& out, Tally& tally) const {
+  void finish(Problem& p, const std::vector<const Buffer*>& statistics,
+              const std::vector<const Buffer*>& gradients, Tally& tally) const {
     const Buffer workspace(size_t(pysupcon_cuda_workspace_bytes(&p)));
     p.workspace = workspace.data;
     if (const char* error = pysupcon_cuda_run(&p)) throw std::runtime_error(error);
     if (cudaDeviceSynchronize() != cudaSuccess) throw std::runtime_error("the device failed");
-    for (const Buffer* b : out)
-      for (size_t i = 0; i < b->bytes / size_of(stat_); ++i, ++tally.values)
-        tally.nans += std::isnan(get(*b, stat_, i));
+    const auto count = [&](const Buffer& b, Dtype t) {
+      for (size_t i = 0; i < b.bytes / size_of(t); ++i, ++tally.values)
+        tally.nans += std::isnan(get(b, t, i));
+    };
+    for (const Buffer* b : statistics) count(*b, Dtype::f64);
+    for (const Buffer* b : gradients) count(*b, gradient_);
   }
 };
+
+std::string number(double x) {
+  char text[32];
+  snprintf(text, sizeof text, "%g", x);
+  return text;
+}
 
 struct Break {
   std::string what;
@@ -204,7 +224,7 @@ std::vector<Break> breaks(const Sizes& shape) {
     for (const int row : {0, count / 2, 1, count - 1})  // row 1 has positives, the others have none
       for (const int d : {0, width / 2, width - 1})
         for (const double value : {kNan, kInfinity, -kInfinity})
-          add("number " + std::to_string(d) + " of row " + std::to_string(row) + " " + std::to_string(value),
+          add("number " + std::to_string(d) + " of row " + std::to_string(row) + " " + number(value),
               [=](Set& s) { s.x[size_t(row * width + d)] = value; });
     if (shape.dtype != Dtype::f16)
       for (const double sign : {-1., 1.})
@@ -219,19 +239,27 @@ std::vector<Break> breaks(const Sizes& shape) {
       add(place + "twice", [=](Set& s) { s.order[size_t(i)] = s.order[size_t(i ? i - 1 : 1)]; });
     }
     add("first row twice, last row missing in the order", [](Set& s) { s.order.back() = s.order.front(); });
-    add("row 4 in the place of row 1", [](Set& s) {  // the same label: labels rise nevertheless
-      *std::find(s.order.begin(), s.order.end(), 1) = 4;
+    add("row 7 in the place of row 1", [](Set& s) {  // the same label: labels rise nevertheless
+      *std::find(s.order.begin(), s.order.end(), 1) = 7;
     });
     add("all places 0 in the order", [](Set& s) { std::fill(s.order.begin(), s.order.end(), 0); });
     add("reversed order", [](Set& s) { std::reverse(s.order.begin(), s.order.end()); });
     add("identity as the order", [](Set& s) { std::iota(s.order.begin(), s.order.end(), 0); });
     add("an order that is not stable", [](Set& s) {
-      std::swap(*std::find(s.order.begin(), s.order.end(), 1), *std::find(s.order.begin(), s.order.end(), 4));
+      std::swap(*std::find(s.order.begin(), s.order.end(), 1), *std::find(s.order.begin(), s.order.end(), 7));
     });
     add("a label changed after the sort", [](Set& s) { s.labels[1] = INT64_MIN; });
+    add("an instance changed after the sort", [](Set& s) { s.instances[1] = 5; });
+    if (shape.dtype != Dtype::f16)  // no similarity overflows, a sum of products does
+      all.push_back({"long rows, a small scale" + side, [=](Operands& o) {
+                       for (int d = 0; d < width; ++d)
+                         o.side(k).x[size_t(width + d)] = shape.dtype == Dtype::f64 ? 1e150 : 1e15;
+                       o.scale = 1e-10;
+                     }});
   }
-  for (const double scale : {kNan, kInfinity, -kInfinity, 0., -5., shape.dtype == Dtype::f64 ? 1e308 : 3e38})
-    all.push_back({"scale " + std::to_string(scale), [=](Operands& o) { o.scale = scale; }});
+  for (const double scale :
+       {kNan, kInfinity, -kInfinity, 0., -5., 1e308, shape.dtype == Dtype::f64 ? 1e307 : 3e38})
+    all.push_back({"scale " + number(scale), [=](Operands& o) { o.scale = scale; }});
   for (const int i : {0, shape.anchors / 2, shape.anchors - 1})
     for (const int64_t wrong : {int64_t(shape.candidates), INT64_MAX, int64_t(-2), INT64_MIN})
       if (sides == 2)
