@@ -15,14 +15,7 @@ from typing import NamedTuple
 import pytest
 
 KERNELS = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
-OPERATIONS = {
-    "stats": 0,
-    "stats_backward": 1,
-    "softplus": 2,
-    "softplus_backward": 3,
-    "sum": 4,
-    "sum_backward": 5,
-}
+OPERATIONS = {"stats": 0, "stats_backward": 1, "softplus": 2, "softplus_backward": 3}
 DTYPES = {"f64": 0, "f32": 1, "bf16": 2, "f16": 3}
 LARGE, SMALL = 228 << 10, 100 << 10  # shared memory of a multiprocessor
 SOURCE = """
@@ -34,28 +27,30 @@ void show(const Runs& runs) {
          (long long)runs.parts());
 }
 int main() {
-  int operation, dtype, parts, processors, shared, form, negatives;
+  int operation, dtype, parts, processors, shared, form, negatives, positives, instances;
   long long m, n, width;
-  const char* line = "%d %d %d %d %d %d %d %lld %lld %lld";
-  while (scanf(line, &operation, &dtype, &parts, &processors, &shared, &form, &negatives, &m, &n, &width) ==
-         10) {
+  const char* line = "%d %d %d %d %d %d %d %d %d %lld %lld %lld";
+  while (scanf(line, &operation, &dtype, &parts, &processors, &shared, &form, &negatives, &positives,
+               &instances, &m, &n, &width) == 12) {
     Problem p{};
     p.operation = Operation(operation), p.dtype = Dtype(dtype), p.parts = parts;
-    p.multiprocessors = processors, p.shared_memory = shared, p.negatives = negatives;
+    p.multiprocessors = processors, p.shared_memory = shared;
+    p.negatives = negatives, p.positives = positives;
     p.triangular_rows = kTriangularRows;
     p.width = width, p.anchors.count = m, p.candidates.count = n, p.one_set = form == 0;
     static int64_t word;  // any address says "given"
-    static float n_statistic, p_statistic;
-    p.n = &n_statistic, p.p = &p_statistic;
+    static double statistic;
     if (form > 0) p.self_index = &word;
+    if (instances) p.anchors.instances = p.candidates.instances = &word;
     if (form == 1) p.grad_candidates = &word;
-    if (form == 2) p.candidate_grad_n = &word;
-    p.out_grad_n = &word;
+    if (form == 2) p.candidate_grad_n = &statistic;
+    p.out_grad_n = &statistic;
     const Workspace w = lay_out(p);
     const Shape s = pair_shape(p);
-    printf("%lld %d ", (long long)w.bytes, w.candidate_sums.levels);
+    printf("%lld ", (long long)w.bytes);
     printf("%d %d %d %d %d ", s.rows, s.columns, s.per_multiprocessor, s.shares, s.share_width);
-    show(w.anchor_runs), show(w.candidate_runs), puts("");
+    for (const Pass& pass : {w.negatives, w.positives}) show(pass.anchor_runs), show(pass.candidate_runs);
+    puts("");
   }
 }
 """
@@ -74,9 +69,13 @@ class Runs(NamedTuple):
         return [end - begin for begin, end in pairwise(begins)]
 
 
+class Pass(NamedTuple):
+    anchors: Runs
+    candidates: Runs
+
+
 class Plan(NamedTuple):
     bytes: int
-    levels: int
     rows: int
     """of a row block"""
     columns: int
@@ -84,12 +83,23 @@ class Plan(NamedTuple):
     per_multiprocessor: int
     shares: int
     share_width: int
-    anchors: Runs
-    candidates: Runs
+    negatives: Pass
+    positives: Pass
+    """empty where such pairs are not visited"""
+
+    @property
+    def largest(self) -> Pass:
+        """The pass of more pairs."""
+        return self.negatives if self.negatives.anchors.blocks else self.positives
+
+    @property
+    def parts(self) -> int:
+        """Of the anchors' row blocks. Launch after launch uses the same."""
+        return max(self.negatives.anchors.parts, self.positives.anchors.parts)
 
     def part_bytes(self) -> int:
-        """Of one part of a row block: its gradient or its statistics, and a number beside each row."""
-        return self.rows * (4 * self.share_width * self.shares + 4 if self.share_width else 16)
+        """Of one part of a row block: its gradient and a number beside each row, or its statistics."""
+        return self.rows * (4 * self.share_width * self.shares + 4 if self.share_width else 24)
 
 
 Planner = Callable[..., Plan]
@@ -117,20 +127,22 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Planner:
         multiprocessors: int = 132,
         shared_memory: int = LARGE,
         negatives: bool = True,
+        positives: bool = True,
+        instances: bool = False,
     ) -> Plan:
         kind = (OPERATIONS[operation], DTYPES[dtype], parts, multiprocessors, shared_memory)
-        line = " ".join(map(str, (*kind, form, int(negatives), m, n, width)))
+        line = " ".join(map(str, (*kind, form, int(negatives), int(positives), int(instances), m, n, width)))
         done = subprocess.run([str(program)], input=line, capture_output=True, text=True, check=True)
         assert not done.stderr
         words = list(map(int, done.stdout.split()))
-        size, levels, rows, columns, blocks, shares, width = words[:7]
-        runs = Runs(*words[7:12]), Runs(*words[12:])
-        return Plan(size, levels, rows, columns, blocks, shares, width, *runs)
+        runs = [Runs(*words[at : at + 5]) for at in range(6, 26, 5)]
+        return Plan(*words[:6], Pass(*runs[:2]), Pass(*runs[2:]))
 
     return ask
 
 
 SLACK = 20 * 256  # every piece starts at a multiple of 256 bytes
+VERDICTS = 4 * 4 * 1024  # of the rows and the orders of two sides
 SCANNED = 16 * 256  # extremes of large batches
 
 
@@ -151,9 +163,16 @@ def test_large_batches_take_the_copy_and_32_bytes_a_row(
     for rows in (1 << 20, (1 << 20) + 1):
         found = plan(operation, dtype, rows, rows, width, form)
         parts = 2 * 132 * found.per_multiprocessor * found.part_bytes() // found.shares
-        arrivals = 4 * sides * found.anchors.row_blocks * found.shares
-        extra = parts + arrivals if found.anchors.parts else 0
-        assert found.bytes <= sides * (copy_bytes(rows, width, dtype) + 32 * rows) + extra + SCANNED + SLACK
+        arrivals = 2 * 4 * sides * found.largest.anchors.row_blocks * found.shares
+        fixed = VERDICTS + SCANNED + SLACK + (parts + arrivals if found.parts else 0)
+        assert found.bytes <= sides * (copy_bytes(rows, width, dtype) + 32 * rows) + fixed
+
+
+def test_instances_take_twelve_bytes_a_row_more(plan: Planner) -> None:
+    rows = 1 << 20
+    for operation, more in (("stats", 8), ("stats_backward", 12), ("softplus_backward", 0)):
+        without, found = (plan(operation, "bf16", rows, rows, 128, instances=i) for i in (False, True))
+        assert found.bytes - without.bytes == more * rows
 
 
 def test_the_copy_in_one_part_is_as_long_as_in_16_bits(plan: Planner) -> None:
@@ -172,13 +191,15 @@ def test_parts_stay_small_whatever_the_batch(
     for operation in ("stats", "stats_backward", "softplus_backward"):
         for dtype in ("bf16", "f32"):
             found = plan(operation, dtype, rows, rows, width, shared_memory=shared_memory)
-            runs, slots = found.anchors, 132 * found.per_multiprocessor // found.shares
-            assert runs.parts in (0, 2 * runs.blocks)
-            assert runs.parts <= 2 * slots
-            most = copy_bytes(rows, width, dtype) + 32 * rows + runs.parts * found.part_bytes()
-            assert found.bytes <= most + 4 * runs.row_blocks * found.shares + SCANNED + SLACK
+            slots = 132 * found.per_multiprocessor // found.shares
+            for runs in (found.negatives.anchors, found.positives.anchors):
+                assert runs.parts in (0, 2 * runs.blocks)
+                assert runs.parts <= 2 * slots
+            most = copy_bytes(rows, width, dtype) + 32 * rows + found.parts * found.part_bytes()
+            arrivals = 2 * 4 * found.largest.anchors.row_blocks * found.shares
+            assert found.bytes <= most + arrivals + VERDICTS + SCANNED + SLACK
             # a number: 2 parts of at most 128 KiB for each block that runs at the same time
-            assert runs.parts * found.part_bytes() <= 2 * 132 * found.per_multiprocessor * (129 << 10)
+            assert found.parts * found.part_bytes() <= 2 * 132 * found.per_multiprocessor * (129 << 10)
 
 
 def makespan(runs: Runs, slots: int) -> int:
@@ -200,8 +221,8 @@ def test_the_device_is_kept_busy(plan: Planner, dtype: str, width: int, multipro
         for operation in ("stats", "stats_backward"):
             found = plan(operation, dtype, n, n, width, multiprocessors=multiprocessors)
             slots = multiprocessors * found.per_multiprocessor // found.shares
-            runs, shared = found.anchors, runs_in_full(found.anchors)
-            assert shared == runs.units
+            runs = found.negatives.anchors
+            assert runs_in_full(runs) == runs.units
             longest, ideal = makespan(runs, slots), runs.units / slots
             if runs.units >= 16 * slots:
                 assert ideal / longest >= 16 / 17, (operation, n, ideal / longest)
@@ -220,28 +241,29 @@ def test_whole_row_blocks_would_leave_half_of_the_device_idle(
     plan: Planner, multiprocessors: int, n: int
 ) -> None:
     """The makespan of the test above notices it: blocks of 128 rows, one a multiprocessor."""
-    found = plan("stats", "f32", n, n, 128, multiprocessors=multiprocessors)
-    runs = found.anchors
+    runs = plan("stats", "f32", n, n, 128, multiprocessors=multiprocessors).negatives.anchors
     whole = runs._replace(blocks=runs.row_blocks)
     assert runs.units / multiprocessors / makespan(whole, multiprocessors) < 0.65
     assert runs.units / multiprocessors / makespan(runs, multiprocessors) > 0.98
 
 
 def test_pairs_within_classes_stay_in_whole_row_blocks_once_there_are_enough(plan: Planner) -> None:
-    for operation, negatives in (("softplus", True), ("softplus_backward", True), ("stats_backward", False)):
+    for operation in OPERATIONS:
         for n in (1000, 16_384, 20_000, 65_536):
-            found = plan(operation, "bf16", n, n, 768, negatives=negatives)
+            found = plan(operation, "bf16", n, n, 768)
+            assert plan(operation, "bf16", n, n, 768, negatives=False).positives == found.positives
             slots = 132 * found.per_multiprocessor // found.shares
-            runs = found.anchors
+            runs = found.positives.anchors
             assert runs_in_full(runs) == runs.units
             assert runs.blocks == (runs.row_blocks if runs.row_blocks >= slots else min(slots, runs.units))
 
 
 def test_both_directions_are_shared_out(plan: Planner) -> None:
     found = plan("stats_backward", "bf16", 1000, 50_000, 128, CANDIDATES)
-    assert (found.anchors.row_blocks, found.anchors.tiles) == (8, 782)
-    assert (found.candidates.row_blocks, found.candidates.tiles) == (391, 16)
-    for runs in (found.anchors, found.candidates):
+    for anchors, candidates in (found.negatives, found.positives):
+        assert (anchors.row_blocks, anchors.tiles) == (8, 782)
+        assert (candidates.row_blocks, candidates.tiles) == (391, 16)
+    for runs in found.negatives:
         assert runs_in_full(runs) == runs.units
         assert runs.blocks == 264
 
@@ -338,21 +360,25 @@ def test_offsets_of_the_largest_batch_are_64_bit(plan: Planner) -> None:
     rows = (1 << 31) - 256
     found = plan("stats_backward", "bf16", rows, rows, 1024)
     assert found.bytes > rows * 2048
-    assert found.anchors.units == -(-rows // 128) * -(-rows // 64)
+    for runs in (found.negatives.anchors, found.positives.anchors):
+        assert runs.units == -(-rows // 128) * -(-rows // 64)
 
 
-def test_double_precision_needs_ranges_only(plan: Planner) -> None:
-    assert plan("stats_backward", "f64", 1000, 1000, 64).bytes == 8192  # 8000 bytes, rounded up
+def test_pairs_that_are_not_asked_for_have_no_pass(plan: Planner) -> None:
+    for operation in ("stats", "stats_backward"):
+        for negatives, positives in ((True, False), (False, True)):
+            found = plan(operation, "bf16", 1000, 1000, 64, negatives=negatives, positives=positives)
+            assert bool(found.negatives.anchors.blocks) == negatives
+            assert bool(found.positives.anchors.blocks) == positives
+    for operation in ("softplus", "softplus_backward"):
+        assert plan(operation, "bf16", 1000, 1000, 64).negatives.anchors.blocks == 0
 
 
-@pytest.mark.parametrize(
-    ("rows", "levels"), [(0, 0), (64, 0), (65, 1), (4096, 1), (4097, 2), ((1 << 31) - 256, 5)]
-)
-def test_levels_of_the_tree_of_sums(plan: Planner, rows: int, levels: int) -> None:
-    assert plan("sum", "f32", rows, rows, 4).levels == levels
+def test_double_precision_needs_verdicts_and_ranges_only(plan: Planner) -> None:
+    assert plan("stats_backward", "f64", 1000, 1000, 64).bytes == VERDICTS + 8192  # 8000 bytes, rounded up
 
 
 def test_empty_batches_have_a_plan(plan: Planner) -> None:
     for operation in OPERATIONS:
         for form in (ONE_SET, CANDIDATES, OWN_ROWS):
-            assert plan(operation, "f32", 0, 0, 8, form).bytes <= SLACK
+            assert plan(operation, "f32", 0, 0, 8, form).bytes <= VERDICTS + SLACK

@@ -35,11 +35,13 @@ struct ResidentBackward {
 };
 // Columns that a warp works on at a time: fewer leave more registers, but the rows' fragments are read again
 // for each part. Where a tile needs no mask all columns at once pay on sm_90, whose tensor cores are fast
-// enough for shared memory to matter.
+// enough for shared memory to matter; blocks of eight warps never run there.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+template <int>
 constexpr int kQuickColumns = 32;
 #else
-constexpr int kQuickColumns = 64;
+template <int WARPS>
+constexpr int kQuickColumns = WARPS == 4 ? 64 : 32;
 #endif
 constexpr int kSlowColumns = 32;
 template <int N>
@@ -328,7 +330,8 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
       };
       if (weights.quick(kind)) {
 #pragma unroll 1
-        for (int first = 0; first < C::BN; first += kQuickColumns) add(Number<kQuickColumns>{}, first, true);
+        for (int first = 0; first < C::BN; first += kQuickColumns<C::WARPS>)
+          add(Number<kQuickColumns<C::WARPS>>{}, first, true);
       } else if (kind != Weights::SKIPPED) {
 #pragma unroll 1
         for (int first = 0; first < C::BN; first += kSlowColumns) add(Number<kSlowColumns>{}, first, false);

@@ -328,9 +328,10 @@ inline int64_t preparation_blocks(const Preparation& p) {
   return sum;
 }
 
-// PARTS 0: no copy, for kernels that read the rows in place, in double.
+// PARTS 0: no copy, for kernels that read the rows in place, in double. Four blocks a multiprocessor: left to
+// itself nvcc takes 32 registers, and spills.
 template <class In, class F, int PARTS>
-__global__ void __launch_bounds__(kThreads) prepare(const __grid_constant__ Preparation p) {
+__global__ void __launch_bounds__(kThreads, 4) prepare(const __grid_constant__ Preparation p) {
   constexpr int CH = PARTS == 1 ? 8 : 4;
   int64_t block = blockIdx.x, i, step;
   if (p.scale_out && blockIdx.x == 0 && threadIdx.x == 0)
