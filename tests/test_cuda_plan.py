@@ -15,7 +15,12 @@ from typing import NamedTuple
 import pytest
 
 KERNELS = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
-OPERATIONS = {"stats": 0, "stats_backward": 1, "softplus": 2, "softplus_backward": 3}
+OPERATIONS = {
+    "stats": 0,
+    "stats_backward": 1,
+    "softplus": 2,
+    "softplus_backward": 3,
+}
 DTYPES = {"f64": 0, "f32": 1, "bf16": 2, "f16": 3}
 LARGE, SMALL = 228 << 10, 100 << 10  # shared memory of a multiprocessor
 SOURCE = """
@@ -40,17 +45,17 @@ int main() {
     p.width = width, p.anchors.count = m, p.candidates.count = n, p.one_set = form == 0;
     static int64_t word;  // any address says "given"
     static double statistic;
-    if (form > 0) p.self_index = &word;
     if (instances) p.anchors.instances = p.candidates.instances = &word;
+    if (form > 0) p.self_index = &word;
     if (form == 1) p.grad_candidates = &word;
     if (form == 2) p.candidate_grad_n = &statistic;
     p.out_grad_n = &statistic;
     const Workspace w = lay_out(p);
     const Shape s = pair_shape(p);
-    printf("%lld ", (long long)w.bytes);
+    printf("%lld %lld ", (long long)w.bytes, (long long)w.arrival_count);
     printf("%d %d %d %d %d ", s.rows, s.columns, s.per_multiprocessor, s.shares, s.share_width);
-    for (const Pass& pass : {w.negatives, w.positives}) show(pass.anchor_runs), show(pass.candidate_runs);
-    puts("");
+    show(w.negatives.anchor_runs), show(w.negatives.candidate_runs);
+    show(w.positives.anchor_runs), show(w.positives.candidate_runs), puts("");
   }
 }
 """
@@ -69,13 +74,10 @@ class Runs(NamedTuple):
         return [end - begin for begin, end in pairwise(begins)]
 
 
-class Pass(NamedTuple):
-    anchors: Runs
-    candidates: Runs
-
-
 class Plan(NamedTuple):
     bytes: int
+    arrivals: int
+    """counters of row blocks that several runs share, over all launches"""
     rows: int
     """of a row block"""
     columns: int
@@ -83,23 +85,20 @@ class Plan(NamedTuple):
     per_multiprocessor: int
     shares: int
     share_width: int
-    negatives: Pass
-    positives: Pass
-    """empty where such pairs are not visited"""
-
-    @property
-    def largest(self) -> Pass:
-        """The pass of more pairs."""
-        return self.negatives if self.negatives.anchors.blocks else self.positives
-
-    @property
-    def parts(self) -> int:
-        """Of the anchors' row blocks. Launch after launch uses the same."""
-        return max(self.negatives.anchors.parts, self.positives.anchors.parts)
+    anchors: Runs
+    """of negatives, anchors being the rows"""
+    candidates: Runs
+    positive_anchors: Runs
+    """of pairs within classes"""
+    positive_candidates: Runs
 
     def part_bytes(self) -> int:
-        """Of one part of a row block: its gradient and a number beside each row, or its statistics."""
+        """Of one part of a row block, at most: its gradient and a number for each row, or its statistics."""
         return self.rows * (4 * self.share_width * self.shares + 4 if self.share_width else 24)
+
+    def part_count(self) -> int:
+        """One launch after the other, all in the same place; at most what the largest has."""
+        return max(runs.parts for runs in self[7:])
 
 
 Planner = Callable[..., Plan]
@@ -131,19 +130,20 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Planner:
         instances: bool = False,
     ) -> Plan:
         kind = (OPERATIONS[operation], DTYPES[dtype], parts, multiprocessors, shared_memory)
-        line = " ".join(map(str, (*kind, form, int(negatives), int(positives), int(instances), m, n, width)))
+        asked = map(int, (form, negatives, positives, instances))
+        line = " ".join(map(str, (*kind, *asked, m, n, width)))
         done = subprocess.run([str(program)], input=line, capture_output=True, text=True, check=True)
         assert not done.stderr
         words = list(map(int, done.stdout.split()))
-        runs = [Runs(*words[at : at + 5]) for at in range(6, 26, 5)]
-        return Plan(*words[:6], Pass(*runs[:2]), Pass(*runs[2:]))
+        runs = (Runs(*words[at : at + 5]) for at in range(7, 27, 5))
+        return Plan(*words[:7], *runs)
 
     return ask
 
 
 SLACK = 20 * 256  # every piece starts at a multiple of 256 bytes
-VERDICTS = 4 * 4 * 1024  # of the rows and the orders of two sides
 SCANNED = 16 * 256  # extremes of large batches
+VERDICTS = 4 * 4 * 1024  # of the rows and the orders of two sides
 
 
 def copy_bytes(rows: int, width: int, dtype: str, parts: int = 3) -> int:
@@ -156,23 +156,21 @@ def copy_bytes(rows: int, width: int, dtype: str, parts: int = 3) -> int:
 @pytest.mark.parametrize("form", [ONE_SET, CANDIDATES, OWN_ROWS])
 @pytest.mark.parametrize("operation", ["stats", "stats_backward", "softplus", "softplus_backward"])
 @pytest.mark.parametrize(("dtype", "width"), [("bf16", 128), ("f16", 100), ("f32", 33), ("bf16", 1000)])
+@pytest.mark.parametrize("instances", [False, True])
 def test_large_batches_take_the_copy_and_32_bytes_a_row(
-    plan: Planner, operation: str, dtype: str, width: int, form: int
+    plan: Planner, operation: str, dtype: str, width: int, form: int, instances: bool
 ) -> None:
-    sides = 1 if form == ONE_SET else 2
+    """12 more with instances."""
+    sides, each = 1 if form == ONE_SET else 2, 44 if instances else 32
     for rows in (1 << 20, (1 << 20) + 1):
-        found = plan(operation, dtype, rows, rows, width, form)
+        found = plan(operation, dtype, rows, rows, width, form, instances=instances)
         parts = 2 * 132 * found.per_multiprocessor * found.part_bytes() // found.shares
-        arrivals = 2 * 4 * sides * found.largest.anchors.row_blocks * found.shares
-        fixed = VERDICTS + SCANNED + SLACK + (parts + arrivals if found.parts else 0)
-        assert found.bytes <= sides * (copy_bytes(rows, width, dtype) + 32 * rows) + fixed
-
-
-def test_instances_take_twelve_bytes_a_row_more(plan: Planner) -> None:
-    rows = 1 << 20
-    for operation, more in (("stats", 8), ("stats_backward", 12), ("softplus_backward", 0)):
-        without, found = (plan(operation, "bf16", rows, rows, 128, instances=i) for i in (False, True))
-        assert found.bytes - without.bytes == more * rows
+        arrivals = 4 * sides * found.anchors.row_blocks * found.shares
+        extra = parts + arrivals if found.part_count() else 0
+        assert (
+            found.bytes
+            <= sides * (copy_bytes(rows, width, dtype) + each * rows) + extra + VERDICTS + SCANNED + SLACK
+        )
 
 
 def test_the_copy_in_one_part_is_as_long_as_in_16_bits(plan: Planner) -> None:
@@ -192,14 +190,14 @@ def test_parts_stay_small_whatever_the_batch(
         for dtype in ("bf16", "f32"):
             found = plan(operation, dtype, rows, rows, width, shared_memory=shared_memory)
             slots = 132 * found.per_multiprocessor // found.shares
-            for runs in (found.negatives.anchors, found.positives.anchors):
+            for runs in (found.anchors, found.positive_anchors):
                 assert runs.parts in (0, 2 * runs.blocks)
                 assert runs.parts <= 2 * slots
-            most = copy_bytes(rows, width, dtype) + 32 * rows + found.parts * found.part_bytes()
-            arrivals = 2 * 4 * found.largest.anchors.row_blocks * found.shares
-            assert found.bytes <= most + arrivals + VERDICTS + SCANNED + SLACK
+            parts = found.part_count()
+            most = copy_bytes(rows, width, dtype) + 32 * rows + parts * found.part_bytes()
+            assert found.bytes <= most + 4 * found.arrivals + VERDICTS + SCANNED + SLACK
             # a number: 2 parts of at most 128 KiB for each block that runs at the same time
-            assert found.parts * found.part_bytes() <= 2 * 132 * found.per_multiprocessor * (129 << 10)
+            assert parts * found.part_bytes() <= 2 * 132 * found.per_multiprocessor * (129 << 10)
 
 
 def makespan(runs: Runs, slots: int) -> int:
@@ -221,8 +219,8 @@ def test_the_device_is_kept_busy(plan: Planner, dtype: str, width: int, multipro
         for operation in ("stats", "stats_backward"):
             found = plan(operation, dtype, n, n, width, multiprocessors=multiprocessors)
             slots = multiprocessors * found.per_multiprocessor // found.shares
-            runs = found.negatives.anchors
-            assert runs_in_full(runs) == runs.units
+            runs, shared = found.anchors, runs_in_full(found.anchors)
+            assert shared == runs.units
             longest, ideal = makespan(runs, slots), runs.units / slots
             if runs.units >= 16 * slots:
                 assert ideal / longest >= 16 / 17, (operation, n, ideal / longest)
@@ -241,31 +239,40 @@ def test_whole_row_blocks_would_leave_half_of_the_device_idle(
     plan: Planner, multiprocessors: int, n: int
 ) -> None:
     """The makespan of the test above notices it: blocks of 128 rows, one a multiprocessor."""
-    runs = plan("stats", "f32", n, n, 128, multiprocessors=multiprocessors).negatives.anchors
+    found = plan("stats", "f32", n, n, 128, multiprocessors=multiprocessors)
+    runs = found.anchors
     whole = runs._replace(blocks=runs.row_blocks)
     assert runs.units / multiprocessors / makespan(whole, multiprocessors) < 0.65
     assert runs.units / multiprocessors / makespan(runs, multiprocessors) > 0.98
 
 
 def test_pairs_within_classes_stay_in_whole_row_blocks_once_there_are_enough(plan: Planner) -> None:
-    for operation in OPERATIONS:
+    for operation, negatives in (("softplus", True), ("softplus_backward", True), ("stats_backward", False)):
         for n in (1000, 16_384, 20_000, 65_536):
-            found = plan(operation, "bf16", n, n, 768)
-            assert plan(operation, "bf16", n, n, 768, negatives=False).positives == found.positives
+            found = plan(operation, "bf16", n, n, 768, negatives=negatives)
             slots = 132 * found.per_multiprocessor // found.shares
-            runs = found.positives.anchors
+            runs = found.positive_anchors
+            assert found.anchors.blocks == 0
             assert runs_in_full(runs) == runs.units
             assert runs.blocks == (runs.row_blocks if runs.row_blocks >= slots else min(slots, runs.units))
 
 
 def test_both_directions_are_shared_out(plan: Planner) -> None:
     found = plan("stats_backward", "bf16", 1000, 50_000, 128, CANDIDATES)
-    for anchors, candidates in (found.negatives, found.positives):
-        assert (anchors.row_blocks, anchors.tiles) == (8, 782)
-        assert (candidates.row_blocks, candidates.tiles) == (391, 16)
-    for runs in found.negatives:
+    assert (found.anchors.row_blocks, found.anchors.tiles) == (8, 782)
+    assert (found.candidates.row_blocks, found.candidates.tiles) == (391, 16)
+    for runs in (found.anchors, found.candidates):
         assert runs_in_full(runs) == runs.units
         assert runs.blocks == 264
+    for positives, all_pairs in (
+        (found.positive_anchors, found.anchors),
+        (found.positive_candidates, found.candidates),
+    ):
+        assert positives.units == all_pairs.units
+    # every launch counts its own arrivals
+    cut = [runs.row_blocks for runs in found[7:] if runs.blocks != runs.row_blocks]
+    assert found.arrivals == sum(cut)
+    assert len(cut) == 3
 
 
 RUNS = r"""
@@ -360,18 +367,17 @@ def test_offsets_of_the_largest_batch_are_64_bit(plan: Planner) -> None:
     rows = (1 << 31) - 256
     found = plan("stats_backward", "bf16", rows, rows, 1024)
     assert found.bytes > rows * 2048
-    for runs in (found.negatives.anchors, found.positives.anchors):
-        assert runs.units == -(-rows // 128) * -(-rows // 64)
+    assert found.anchors.units == -(-rows // 128) * -(-rows // 64)
 
 
 def test_pairs_that_are_not_asked_for_have_no_pass(plan: Planner) -> None:
     for operation in ("stats", "stats_backward"):
         for negatives, positives in ((True, False), (False, True)):
             found = plan(operation, "bf16", 1000, 1000, 64, negatives=negatives, positives=positives)
-            assert bool(found.negatives.anchors.blocks) == negatives
-            assert bool(found.positives.anchors.blocks) == positives
+            assert bool(found.anchors.blocks) == negatives
+            assert bool(found.positive_anchors.blocks) == positives
     for operation in ("softplus", "softplus_backward"):
-        assert plan(operation, "bf16", 1000, 1000, 64).negatives.anchors.blocks == 0
+        assert plan(operation, "bf16", 1000, 1000, 64).anchors.blocks == 0
 
 
 def test_double_precision_needs_verdicts_and_ranges_only(plan: Planner) -> None:

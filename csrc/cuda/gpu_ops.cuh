@@ -10,7 +10,7 @@ constexpr int kMostShared = 99 << 10;
 // What is left of it for the dynamic part. The runtime refuses an allowance that exceeds the chip's limit
 // together with a kernel's static shared memory, which is a few words, and the gap that aligns the dynamic
 // part.
-constexpr int kMostDynamic = kMostShared - 512;
+constexpr int kMostDynamic = kMostShared - 448;
 
 #ifndef CUDA_HOST_SHIM
 #include <cuda_bf16.h>

@@ -116,6 +116,7 @@ struct SoftplusWeights::OfThread {
     const bool uniform = kind == Kind::same;
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
+      __syncwarp();  // rows are not mixed, which would need the registers of all
       const RowMask mask(pairs, row0 + 8 * i);
       const float2 n = args.rows.power && mask.row < pairs.rows.count ? args.rows.power[mask.row] : absent();
       float sum = 0.f;

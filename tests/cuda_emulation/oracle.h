@@ -236,7 +236,7 @@ class Run {
       const int k = i % 2 && c_.classes < count ? 0 : i % c_.classes;
       s.labels.push_back(int64_t(k) * 10000000019 - 3);
     }
-    std::shuffle(s.labels.begin(), s.labels.end(), rng_);
+    if (!c_.copies) std::shuffle(s.labels.begin(), s.labels.end(), rng_);
     for (int i = 0; i < count; ++i)
       s.instances.push_back(c_.instances ? int64_t(rng_() % unsigned(count / 6 + 1)) * 7000000001 - 5 : i);
     return s;
