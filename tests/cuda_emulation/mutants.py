@@ -40,7 +40,7 @@ class Verdict(NamedTuple):
 
 
 T, F, B, S, P, R = "tiles.cuh", "forward.cuh", "backward.cuh", "statistics.cuh", "positive.cuh", "prepare.cuh"
-C, OPS, L, D, U = "class_sums.cuh", "operations.cu", "plan.h", "plain.cuh", "runs.cuh"
+X, OPS, L, D, U = "softplus.cuh", "operations.cu", "plan.h", "plain.cuh", "runs.cuh"
 RF, TF = "resident.cuh", "triangular.cuh"
 LANDED = "__syncthreads();  // all copies have landed"
 WAIT = "gpu::cp_async_wait<0>();\n"
@@ -78,7 +78,7 @@ MUTANTS = [
     Mutant("streamed forward: no barrier before the exchange is read", F, "    __syncthreads();\n    static_assert", "    static_assert"),
     Mutant("streamed forward: slices over an exchange in use", F, "    __syncthreads();  // the exchange has been read\n", ""),
     Mutant("streamed forward: stage not advanced", F, "if (++stage == C::STAGES) stage = 0;", "stage = 0;"),
-    Mutant("streamed forward: too little shared memory", F, "size_t(slots) * sizeof(StreamedForwardShared<C>::rows[0])", "size_t(slots) * sizeof(uint4)"),
+    Mutant("streamed forward: too little shared memory", F, "size_t(slots) * sizeof(Shared::rows[0])", "size_t(slots) * sizeof(uint4)"),
     Mutant("last slice left out", L, "return divide_up(p.width, copy_parts(p) == 1 ? 64 : 32);", "return p.width < 64 ? 1 : p.width / (copy_parts(p) == 1 ? 64 : 32);"),
     Mutant("resident backward: no barrier", B, f"      {WAIT}      {LANDED}", f"      {WAIT}      // "),
     Mutant("resident backward: loads the buffer in use", B, "s->cols[tile % 2][k], pairs.cols", "s->cols[(tile + 1) % 2][k], pairs.cols"),
@@ -88,19 +88,18 @@ MUTANTS = [
     Mutant("resident backward: copies still in flight", B, "    gpu::cp_async_wait<0>();  // a block", "    // a block"),
     Mutant("streamed backward: no barrier in the second product", B, f"          {WAIT}          __syncthreads();", f"          {WAIT}"),
     Mutant("streamed backward: no barrier in the first product", B, f"        {WAIT}        {LANDED}", f"        {WAIT}        // "),
-    Mutant("streamed backward: one coefficient buffer", B, "s->coefficients[load_tile % 2]", "s->coefficients[0]"),
+    Mutant("streamed backward: one coefficient buffer", B, "s->coefficients, load_columns, args.cols", "s->coefficients, 0, args.cols"),
     Mutant("staging: no barrier before it overwrites the tiles", B, "  __syncthreads();  // what stood here has been read\n", ""),
     Mutant("staging: no __syncwarp before reading", B, "      __syncwarp();\n#pragma unroll 1", "#pragma unroll 1"),
     Mutant("staging: no __syncwarp before overwriting", B, "      __syncwarp();  // the tile has been read\n", ""),
     Mutant("staging: place() on one side only", B, "staging.grad[warp][r][Staging<C>::place(r, pair)]", "staging.grad[warp][r][pair]"),
     Mutant("plain: no barrier before the slice is overwritten", D, "    __syncthreads();  // the last slice has been read", ""),
-    Mutant("class sums: no barrier before the sum is overwritten", C, "      __syncthreads();  // the last sum has been read\n", ""),
     # edges
     Mutant("padding of the copy's rows not zero", R, "d0 + i < width ? to_float(from[d0 + i]) : 0.f", "to_float(from[d0 + i])"),
     Mutant("padding rows of the copy not a number", R, "  float x[8] = {};", "  float x[8] = {NAN, NAN, NAN, NAN, NAN, NAN, NAN, NAN};"),
     Mutant("padding rows of the copy read", R, "  if (row < rows.count) {\n    const In* from", "  {\n    const In* from"),
     Mutant("a copy of too few rows", R, "unit / slices * kUnitRows + r", "unit / slices * (kUnitRows - 1) + r"),
-    Mutant("coefficients not padded", L, "divide_up(m, kUnitRows) * kUnitRows * 8", "m * 8"),
+    Mutant("coefficients not padded", L, "const int64_t padded = divide_up(rows, kUnitRows) * kUnitRows;", "const int64_t padded = rows;"),
     Mutant("row guard on store missing (forward, whole)", F, "if (own && row < rows) Epilogue", "if (own) Epilogue"),
     Mutant("row guard on store missing (forward, merged)", F, "|| !own || row >= rows) return;", "|| !own) return;"),
     Mutant("row guard on store missing (backward)", B, "        if (row >= out.rows) continue;\n", ""),
@@ -116,7 +115,7 @@ MUTANTS = [
     Mutant("uniform-same ignores self", T, "pairs.one_set ? c1 <= row0 || c0 >= row1 :", "pairs.one_set ? true :"),
     Mutant("within-class visit ends early", T, "(high.y + BN - 1) / BN : 0", "high.y / BN : 0"),
     Mutant("within-class visit starts late", T, "max(first, low.x / BN)", "max(first, (low.x + BN - 1) / BN)"),
-    Mutant("upper bound is a lower bound", R, "label_bound<true>(cols, label)", "label_bound<false>(cols, label)"),
+    Mutant("upper bound is a lower bound", R, "bound<true>(keys, cols.order, in.x, in.y, key)", "bound<false>(keys, cols.order, in.x, in.y, key)"),
     Mutant("self in the wrong numbering", R, ": inverse[j];", ": int(j);"),
     # runs and parts
     Mutant("a part in the wrong place", U, "2 * run + (row_block != first_row_block(runs, run))", "2 * run"),
@@ -126,7 +125,7 @@ MUTANTS = [
     Mutant("a segment ends early", U, "min(run_begin(runs, run + 1) - origin, int64_t(runs.tiles))", "min(run_begin(runs, run + 1) - origin, int64_t(runs.tiles) - 1)"),
     Mutant("a segment starts late", U, "max(run_begin(runs, run) - origin, int64_t(0))", "max(run_begin(runs, run) - origin, int64_t(1))"),
     Mutant("arrivals not cleared", R, "p.arrivals[i] = 0;", "p.arrivals[i] = p.arrivals[i];"),
-    Mutant("arrivals of the second direction are those of the first", OPS, "w.arrivals + w.anchor_runs.row_blocks * shape.shares", "w.arrivals"),
+    Mutant("arrivals of the second launch are those of the first", L, "      next += runs.cut() ? int64_t(runs.row_blocks) * shape.shares : 0;\n", ""),
     Mutant("no barrier before a part counts as written", U, "  __syncthreads();  // every thread's part is written\n", "", "blocks run one after the other"),
     Mutant("no fence before a part counts as written", U, "  __threadfence();\n  __syncthreads();", "  __syncthreads();", "blocks run one after the other"),
     Mutant("forward: a row block's first part not merged", F, "for (int run = sharing.x; run", "for (int run = sharing.x + 1; run"),
@@ -137,7 +136,7 @@ MUTANTS = [
     Mutant("backward: parts of all shares in one place", B, "(int64_t(part) * gridDim.z + share) * SIZE", "int64_t(part) * gridDim.z * SIZE"),
     Mutant("softplus: own sigmoids merged twice", B, "    weights.clear();\n", ""),
     Mutant("softplus: sigmoids of a part not kept", B, "if (share == 0) weights.keep(", "if (false) weights.keep("),
-    Mutant("softplus: sigmoids of parts overwrite each other", P, "sigmoids[i] += gpu::load_l2", "sigmoids[i] = gpu::load_l2"),
+    Mutant("softplus: sigmoids of parts overwrite each other", X, "sigmoids[i] += gpu::load_l2", "sigmoids[i] = gpu::load_l2"),
     # half of the pairs
     Mutant("triangular: no barrier between wait and use", TF, "      __syncthreads();  // copies and columns have landed", "      // "),
     Mutant("triangular: loads the buffer in use", TF, "s->cols[tile % 2][k], pairs.cols", "s->cols[(tile + 1) % 2][k], pairs.cols"),
@@ -149,7 +148,7 @@ MUTANTS = [
     Mutant("triangular: a mixed tile without its mask", TF, "e = mask.counts(pairs, col) && !mask.same(col) ? e : 0.f;", ""),
     Mutant("triangular: sums too small for integers are used", TF, "static_cast<unsigned long long>(triangle.row_blocks + 8) << 19", "0ull"),
     Mutant("triangular: used whatever the norms", TF, "kMostReference = 50.f", "kMostReference = 1e9f"),
-    Mutant("triangular: reference not added again", TF, "(reference + float(e - bits))", "float(e - bits)"),
+    Mutant("triangular: reference not added again", TF, "(double(reference) - double(bits))", "double(-bits)"),
     # fragments and layout
     Mutant("resident backward: A fragment's address map", T, "const int ar = lane & 15,", "const int ar = (lane & 7) + (lane >> 4 << 3),"),
     Mutant("several parts: A fragment's address map", T, "a_row + 16 * m + (lane & 15)", "a_row + 16 * m + (lane & 7) + (lane >> 4 << 3)"),
@@ -176,31 +175,25 @@ MUTANTS = [
     Mutant("similarities of all slices accumulated inside the tensor core", T, FRESH_SLICE, KEPT_SLICE),
     Mutant("running maximum: no rescale", S, "total *= shrink, carry *= shrink, top = new_top;", "top = new_top;"),
     Mutant("empty sum measured from -inf", S, "return top == -INFINITY ? 0.f : top;", "return top;"),
-    Mutant("masked before the exponential", S, "sum_n += is_counted && !is_same ? e : 0.f;", "sum_n += e * float(is_counted && !is_same);"),
+    Mutant("masked before the exponential", S, "sum += counts >> c & 1 ? e : 0.f;", "sum += e * float(counts >> c & 1);"),
     Mutant("quad merge one step short", S, "for (int o = 1; o < 4; o *= 2)", "for (int o = 1; o < 2; o *= 2)"),
     Mutant("absent coefficient measured from 0", T, "return {0.f, INFINITY};", "return {0.f, -INFINITY};"),
-    Mutant("coefficients of columns that are no anchors not cleared", B, "dst[b].n[threadIdx.x] = dst[b].p[threadIdx.x] = absent();", "dst[b].n[threadIdx.x] = absent();"),
-    Mutant("an anchor without negatives is not left out", R, "    if (s != -INFINITY) {", "    {"),
+    Mutant("coefficients of columns that are no anchors not cleared", B, "dst.power[tile][i] = absent(), ", ""),
+    Mutant("an anchor without negatives is not left out", R, "i < u.count && u.statistic[at] != -INFINITY", "i < u.count"),
     Mutant("extremes without those of the candidates", R, "for (int k = 0; k < 4; ++k) {\n    const Upstream& u = upstreams.of[k];\n    if", "for (int k = 0; k < 2; ++k) {\n    const Upstream& u = upstreams.of[k];\n    if"),
     Mutant("extremes of large batches: only the first rows", R, "scan(upstreams, first, int64_t(kExtremeBlocks) * kThreads)", "scan(upstreams, first, int64_t(1) << 40)", "needs more than 65,536 rows"),
     Mutant("one reference however far statistics lie apart", R, "kSpread = 60.f", "kSpread = 1e9f"),
-    Mutant("one reference: not subtracted in the coefficient", R, "c.x * exp2f(extremes.reference - c.y)", "c.x * exp2f(extremes.reference)"),
-    Mutant("one reference: coefficients keep their own", R, "exp2f(extremes.reference - c.y), extremes.reference}", "exp2f(extremes.reference - c.y), c.y}"),
-    Mutant("one exponential in a mixed tile", S, "kind == Kind::different ? args.negatives : kind == Kind::same && args.positives", "kind == Kind::different ? args.negatives : args.positives"),
+    Mutant("one reference: not subtracted in the coefficient", R, "exp2(double(whole) - bits)", "exp2(double(whole))"),
+    Mutant("one reference: coefficients keep their own", R, "exp2(double(whole) - bits)), whole}", "exp2(double(whole) - bits)), float(rint(bits))}"),
+    Mutant("one exponential in a mixed tile", S, "return kind == Kind::different && bounds.reference", "return bounds.reference"),
     Mutant("one exponential: the column's share left out", S, "-reference)) * (row + col);", "-reference)) * row;"),
-    Mutant("one exponential: the column's neighbour", S, "odd = cols[8 * j + 1].x;", "odd = cols[8 * j].x;"),
-    Mutant("gradient unit not undone", B, "ldexpf(*scale, gradient_exponent(extremes->largest))", "ldexpf(*scale, -13)"),
+    Mutant("one exponential: the column's neighbour", S, "odd = cols.power[8 * j + 1].x;", "odd = cols.power[8 * j].x;"),
+    Mutant("gradient unit not undone", B, "ldexpf(scale->natural, gradient_exponent(extremes->largest))", "ldexpf(scale->natural, -13)"),
     Mutant("16-bit weights in the unit of the loss", T, "  return (e > -100 ? e : -100) - 13;", "  return 13;"),
-    Mutant("sigmoid of the wrong sign", P, "fmaf(sim, scale, -reference)", "fmaf(-sim, scale, reference)"),
-    Mutant("epsilon left out of the gradient", R, "(s + epsilon) * kLog2e", "s * kLog2e"),
-    Mutant("tree: a level skipped", C, "for (int level = 0; lo < hi; ++level)", "for (int level = 0; lo < hi; level += 2)"),
-    Mutant("tree: upper end dropped", C, " + run(level, inner_hi * kFanOut, hi, d);", ";"),
-    Mutant("tree: a level never summed", OPS, "for (int level = 1; trees.entries(level); ++level)", "for (int level = 2; trees.entries(level); ++level)"),
-    Mutant("tree: entries of the second tree summed into the first", C, "      entry -= entries(k, level);\n", ""),
-    Mutant("own row not taken from the class sum", C, "* (sum[d - d0] - (own >= 0 ? candidates.row(own, d) : A(0)))", "* sum[d - d0]"),
+    Mutant("sigmoid of the wrong sign", X, "fmaf(sim, scale, -reference)", "fmaf(-sim, scale, reference)"),
+    Mutant("epsilon left out of the gradient", R, "(u.statistic[at] + all.epsilon) * kLog2e", "u.statistic[at] * kLog2e"),
     Mutant("gradient written, not added", B, "to[0] += g.x * factor", "to[0] = g.x * factor"),
     Mutant("plain gradient written, not added", D, "* k + x] += *pairs.scale", "* k + x] = *pairs.scale"),
-    Mutant("gradient of the class sums written, not added", C, "plain.width + d] += *scale", "plain.width + d] = *scale"),
     Mutant("32-bit offset of a unit", T, "x.data + (int64_t(row0 / kUnitRows) * x.slices + slice) * UNIT", "x.data + (row0 / kUnitRows * x.slices + slice) * UNIT", "needs 2^31 chunks"),
 ]  # fmt: skip
 
@@ -214,8 +207,8 @@ SANITIZER_CASES = ["bf16-candidates", "bf16-long", "f32x3-own", "f64-own"]
 # Which units a file's bug can reach; all of them, and the driver, where it is not named.
 # (The linker takes an inline function from any unit that has it, so all that have it are compiled again.)
 KERNEL_UNITS = ("forward", "backward", "operations")
-REACHED = {**dict.fromkeys((F, RF, TF), ("forward",)), B: ("backward", "operations"), **dict.fromkeys((T, U, S, P), KERNEL_UNITS),
-           **dict.fromkeys((R, C, OPS, D), ("operations",))}  # fmt: skip
+REACHED = {**dict.fromkeys((F, RF, TF), ("forward",)), B: ("backward", "operations"), **dict.fromkeys((T, U, S, P, X), KERNEL_UNITS),
+           **dict.fromkeys((R, OPS, D), ("operations",))}  # fmt: skip
 
 
 def flags_of(kind: str) -> list[str]:
