@@ -133,7 +133,7 @@ MUTANTS = [
     Mutant("a segment ends early", U, "min(run_begin(runs, run + 1) - origin, int64_t(runs.tiles))", "min(run_begin(runs, run + 1) - origin, int64_t(runs.tiles) - 1)"),
     Mutant("a segment starts late", U, "max(run_begin(runs, run) - origin, int64_t(0))", "max(run_begin(runs, run) - origin, int64_t(1))"),
     Mutant("arrivals not cleared", R, "p.arrivals[i] = 0;", "p.arrivals[i] = p.arrivals[i];"),
-    Mutant("arrivals of the second direction are those of the first", L, "pass->candidate_arrivals = arrivals(pass->candidate_runs);", "pass->candidate_arrivals = pass->anchor_arrivals;"),
+    Mutant("arrivals of the second launch are those of the first", L, "      next += runs.cut() ? int64_t(runs.row_blocks) * shape.shares : 0;\n", ""),
     Mutant("no barrier before a part counts as written", U, "  __syncthreads();  // every thread's part is written\n", "", "blocks run one after the other"),
     Mutant("no fence before a part counts as written", U, "  __threadfence();\n  __syncthreads();", "  __syncthreads();", "blocks run one after the other"),
     Mutant("forward: a row block's first part not merged", F, "for (int run = sharing.x; run", "for (int run = sharing.x + 1; run"),
