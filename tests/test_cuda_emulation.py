@@ -35,9 +35,12 @@ ASAN_CASES = [
     "bf16-long",
     "f32x3-two-rows",
     "bf16-empty-parts",
+    "bf16-views-candidates",
+    "f32x3-views-own",
+    "f64-views-candidates",
 ]
 ASAN_BROKEN = ["bf16-streamed", "f64-own"]
-TSAN_CASES = ["bf16-own", "f32x3-two-rows", "f64-own", "bf16-shares"]
+TSAN_CASES = ["bf16-own", "f32x3-two-rows", "f64-own", "bf16-shares", "bf16-views-own"]
 SHARES = 6
 FORMATS = ["bf16", "f16", "f32x1", "f32x2", "f32x3", "f64"]
 TENSOR_CORES = ["h100", "a100"]

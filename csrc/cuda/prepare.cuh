@@ -39,9 +39,10 @@ __device__ __forceinline__ bool takes(int64_t& block, int64_t items, int64_t& it
   return false;
 }
 
-// Whether eight numbers of a row are finite, and so small that nothing overflows: no product of two rows
-// exceeds the larger of their squares, which is at most `chunks` times that of eight numbers. Of products, up
-// to 2^31 are added; of similarities, differences are taken.
+// Whether eight numbers of a row are finite, and so small that no similarity in powers of two exceeds
+// kMostBits and no sum of up to 2^31 products overflows: no product of two rows exceeds the larger of their
+// squares, which is at most `chunks` times that of eight numbers.
+constexpr double kMostBits = 1e15;  // beyond, a statistic has no digit left that an exponent needs
 template <class A>
 __device__ __forceinline__ bool usable(const A (&x)[8], A scale, int chunks) {
   const A most = sizeof(A) == 8 ? A(0x1p990) : A(0x1p94);
@@ -49,7 +50,7 @@ __device__ __forceinline__ bool usable(const A (&x)[8], A scale, int chunks) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) square += x[i] * x[i];
   square *= A(chunks);
-  return scale > 0 && square < most && square * scale * A(4 * kLog2e) < A(INFINITY);  // false for NaN
+  return scale > 0 && square < most && square * scale * A(kLog2e) < A(kMostBits);  // false for NaN
 }
 
 // Chunk `at` of part 0 of the sorted copy (see Operand) and its place in the other parts. Returns usable().

@@ -199,6 +199,7 @@ __device__ __forceinline__ void multiply_slice(float (&acc)[MT][NT][4], const ui
       }
 #pragma unroll
     for (int n = 0; n < NT; n += 2) {
+      __syncwarp();  // columns are not mixed, which would need the registers of all
       const int r = b_row + 8 * n + (lane & 7) + ((lane >> 4) << 3);
       uint32_t bf[PARTS][4];
 #pragma unroll
@@ -313,7 +314,8 @@ struct Extremes {
 __device__ __forceinline__ float2 absent() { return {0.f, INFINITY}; }  // 0 * 2^(s - inf), never 0 * inf
 
 // Weights are divided by a power of two above the largest upstream gradient and multiplied by 2^13, so that a
-// 16-bit weight uses the format's range whatever the loss was divided by; |weight| <= 2 before, 2^14 after.
+// 16-bit weight uses the format's range whatever the loss was divided by. A positive's weight has six parts:
+// |weight| <= 6 before, 49,152 after, which f16 holds.
 __device__ __forceinline__ int gradient_exponent(float largest) {
   if (!(largest > 0.f && largest < INFINITY)) return -13;
   int e;

@@ -247,7 +247,7 @@ MUTANTS = [
     Mutant("self_index: anything negative", R, "return j >= -1 && j < cols.count;", "return j < cols.count;"),
     Mutant("self_index: anything large", R, "return j >= -1 && j < cols.count;", "return j >= -1;"),
     Mutant("rows: a scale of any sign", R, "return scale > 0 && square", "return square"),
-    Mutant("rows: a similarity may overflow", R, " && square * scale * A(4 * kLog2e) < A(INFINITY)", ""),
+    Mutant("rows: a similarity may be too large", R, " && square * scale * A(kLog2e) < A(kMostBits)", ""),
     Mutant("rows: a sum of products may overflow", R, "square < most && ", ""),
     Mutant("rows: seven numbers of eight", R, "for (int i = 0; i < 8; ++i) square", "for (int i = 0; i < 7; ++i) square"),
 ]  # fmt: skip
