@@ -180,7 +180,7 @@ class NinjaBuildExt(build_ext):
                 "cxx", "csrc/cpu/kernels.cpp", [*kernel, *flags, f"-DPYSUPCON_ISA={isa}"], f".{isa}"
             )
         have = [f"-DPYSUPCON_HAVE_{isa.upper()}" for isa in isas]
-        for source in ("select", "driver", "class_sums"):
+        for source in ("select", "driver"):
             ninja.compile("cxx", f"csrc/cpu/{source}.cpp", [*kernel, *have])
 
         if toolkit:

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/sort.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -11,7 +12,9 @@
 #include <limits>
 #include <numeric>
 #include <optional>
+#include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -50,30 +53,34 @@ cpu::Type type_of(const Tensor& x, const char* name) {
   }
 }
 
-// The class numbers of both sides by position: equal labels, equal numbers.
-struct ClassNumbers {
+// One side's keys by row, and its rows in their order.
+struct Keys {
+  const int64_t *labels = nullptr, *instances = nullptr, *order = nullptr;
+  int64_t count = 0;
+  std::pair<int64_t, int64_t> at(int64_t position) const {
+    return {labels[order[position]], instances ? instances[order[position]] : 0};
+  }
+};
+// Numbers of both sides by position: equal keys, equal numbers, ascending.
+struct Numbers {
   std::vector<int32_t> anchors, candidates;
 };
-ClassNumbers number_classes(const Tensor& labels, const Tensor& order, const Tensor* other_labels,
-                            const Tensor* other_order) {
-  const int64_t m = labels.size(0), n = other_labels ? other_labels->size(0) : 0;
-  const int64_t *la = labels.const_data_ptr<int64_t>(), *oa = order.const_data_ptr<int64_t>();
-  const int64_t* lb = other_labels ? other_labels->const_data_ptr<int64_t>() : nullptr;
-  const int64_t* ob = other_order ? other_order->const_data_ptr<int64_t>() : nullptr;
-  ClassNumbers c{std::vector<int32_t>(m), std::vector<int32_t>(n)};
+Numbers number(const Keys& a, const Keys& b) {
+  Numbers numbers{std::vector<int32_t>(a.count), std::vector<int32_t>(b.count)};
   int32_t number = -1;
-  int64_t label = 0;
-  for (int64_t i = 0, j = 0; i < m || j < n;) {
-    const bool first = j >= n || (i < m && la[oa[i]] <= lb[ob[j]]);
-    const int64_t next = first ? la[oa[i]] : lb[ob[j]];
-    TORCH_CHECK_VALUE(number < 0 || next >= label,
-                      "pysupcon: order must be the argsort of labels; it puts label ", next, " after ",
-                      label);
-    if (number < 0 || next != label) ++number;
-    label = next;
-    (first ? c.anchors[i++] : c.candidates[j++]) = number;
+  std::pair<int64_t, int64_t> key;
+  for (int64_t i = 0, j = 0; i < a.count || j < b.count;) {
+    const bool first = j >= b.count || (i < a.count && a.at(i) <= b.at(j));
+    const auto next = first ? a.at(i) : b.at(j);
+    TORCH_CHECK_VALUE(number < 0 || next >= key, "pysupcon: order must sort by label",
+                      a.instances ? " and then by instance" : "", "; it puts label ", next.first,
+                      a.instances ? ", instance " + std::to_string(next.second) : "", " after label ",
+                      key.first, a.instances ? ", instance " + std::to_string(key.second) : "");
+    if (number < 0 || next != key) ++number;
+    key = next;
+    (first ? numbers.anchors[i++] : numbers.candidates[j++]) = number;
   }
-  return c;
+  return numbers;
 }
 
 struct Rows {
@@ -82,15 +89,18 @@ struct Rows {
 struct Candidates {
   const Maybe &rows, &labels, &order, &self_index;
 };
+struct Instances {  // of both sides; none: no sum over them is wanted
+  const Maybe anchors, candidates;
+};
 
 // Owns whatever the pointers in `problem` point to.
 struct Call {
-  Tensor x, labels, order, c, c_labels, c_order;
-  ClassNumbers classes;
+  Tensor x, labels, order, c, c_labels, c_order, instances, c_instances;
+  Numbers classes, by_instance;
   std::vector<int32_t> self_position;
   cpu::Problem problem;
 
-  Call(const Rows& a, const Candidates& b) {
+  Call(const Rows& a, const Candidates& b, const Instances& given = {}) {
     TORCH_CHECK_VALUE(a.x.dim() == 2, "pysupcon: x must be [M, D], got shape ", a.x.sizes());
     TORCH_CHECK_VALUE(a.x.size(0) < std::numeric_limits<int32_t>::max(), "pysupcon: at most 2^31 - 1 rows");
     TORCH_CHECK_VALUE(a.scale.dim() == 0, "pysupcon: scale must have no dimensions, got shape ",
@@ -103,10 +113,16 @@ struct Call {
     problem.type = type_of(x, "x");
     problem.dim = x.size(1);
     problem.scale = a.scale.item().toDouble();
+    TORCH_CHECK_VALUE(given.candidates.has_value() == (given.anchors && b.rows),
+                      "pysupcon: candidate_instances go with instances and candidates");
+    if (given.anchors) {
+      check_vector(*given.anchors, a.x.size(0), at::kLong, "instances");
+      instances = given.anchors->contiguous();
+    }
     if (!b.rows) {
-      classes = number_classes(labels, order, nullptr, nullptr);
+      number_both();
       problem.self = true;
-      problem.anchors = problem.candidates = side(x, order, classes.anchors);
+      problem.anchors = problem.candidates = side(x, order, classes.anchors, by_instance.anchors);
       return;
     }
     TORCH_CHECK_VALUE(b.labels && b.order, "pysupcon: candidates need candidate_labels and candidate_order");
@@ -119,16 +135,33 @@ struct Call {
     c = b.rows->stride(1) == 1 ? *b.rows : b.rows->contiguous();
     c_labels = b.labels->contiguous();
     c_order = b.order->contiguous();
-    classes = number_classes(labels, order, &c_labels, &c_order);
-    problem.anchors = side(x, order, classes.anchors);
-    problem.candidates = side(c, c_order, classes.candidates);
+    if (given.candidates) {
+      check_vector(*given.candidates, b.rows->size(0), at::kLong, "candidate_instances");
+      c_instances = given.candidates->contiguous();
+    }
+    number_both();
+    problem.anchors = side(x, order, classes.anchors, by_instance.anchors);
+    problem.candidates = side(c, c_order, classes.candidates, by_instance.candidates);
     if (b.self_index) find_selves(*b.self_index);
   }
 
  private:
-  static cpu::Side side(const Tensor& rows, const Tensor& order, const std::vector<int32_t>& classes) {
-    return {rows.const_data_ptr(), rows.stride(0), rows.size(0), order.const_data_ptr<int64_t>(),
-            classes.data()};
+  static cpu::Side side(const Tensor& rows, const Tensor& order, const std::vector<int32_t>& classes,
+                        const std::vector<int32_t>& by_instance) {
+    return {rows.const_data_ptr(), rows.stride(0),
+            rows.size(0),          order.const_data_ptr<int64_t>(),
+            classes.data(),        by_instance.empty() ? nullptr : by_instance.data()};
+  }
+  static Keys keys(const Tensor& labels, const Tensor& instances, const Tensor& order) {
+    if (!labels.defined()) return {};
+    return {labels.const_data_ptr<int64_t>(),
+            instances.defined() ? instances.const_data_ptr<int64_t>() : nullptr,
+            order.const_data_ptr<int64_t>(), labels.size(0)};
+  }
+  void number_both() {
+    classes = number(keys(labels, Tensor(), order), keys(c_labels, Tensor(), c_order));
+    if (instances.defined())
+      by_instance = number(keys(labels, instances, order), keys(c_labels, c_instances, c_order));
   }
   void find_selves(const Tensor& self_index) {
     check_vector(self_index, x.size(0), at::kLong, "self_index");
@@ -181,7 +214,7 @@ cpu::Gradients gradients(const Call& call, bool column_side, const Tensor& grad_
           grad_candidates ? gradient(call, *grad_candidates, call.c, "grad_candidates") : nullptr};
 }
 
-// A non-finite row shows in every statistic; say which one it was.
+// A non-finite row makes every statistic NaN; say which one it was.
 void check_finite(const Call& call, const Tensor& n) {
   if (n.size(0) == 0 || !std::isnan(n.const_data_ptr<double>()[0])) return;
   for (const Tensor* rows : {&call.x, &call.c}) {
@@ -193,7 +226,8 @@ void check_finite(const Call& call, const Tensor& n) {
   }
   TORCH_CHECK_VALUE(
       false,
-      "features must be small enough for a finite similarity; features . features / temperature overflows");
+      "features must be small enough for their similarities; the largest |features| |features| / temperature "
+      "is beyond 7e14");
 }
 
 // ------------------------------------------------------------------------------------------------ operators
@@ -201,8 +235,12 @@ void check_finite(const Call& call, const Tensor& n) {
 #define CANDIDATE_ARGS                                                                  \
   const Maybe &candidates, const Maybe &candidate_labels, const Maybe &candidate_order, \
       const Maybe &self_index
+#define INSTANCE_ARGS const Maybe &instances, const Maybe &candidate_instances
 #define CALL(name) \
   Call name({x, labels, order, scale}, {candidates, candidate_labels, candidate_order, self_index})
+#define CALL_WITH_INSTANCES(name)                                                                   \
+  Call name({x, labels, order, scale}, {candidates, candidate_labels, candidate_order, self_index}, \
+            {instances, candidate_instances})
 
 // Samples by ascending id, equal ones as they came, and how many samples bear the id of each.
 struct Sorted {
@@ -251,38 +289,59 @@ std::tuple<Tensor, Tensor> order_by_class(const Tensor& given, int64_t views) {
   return {order, others};
 }
 
-std::tuple<Tensor, Tensor> pair_stats(ROWS_ARGS, CANDIDATE_ARGS, bool negatives, bool positives) {
-  CALL(call);
+std::tuple<Tensor, Tensor, Tensor, Tensor> pair_stats(ROWS_ARGS, CANDIDATE_ARGS, INSTANCE_ARGS,
+                                                      bool negatives, bool positives) {
+  CALL_WITH_INSTANCES(call);
   call.problem.negatives = negatives;
   call.problem.positives = positives;
-  Tensor n = new_stats(call.x.size(0)), p = new_stats(call.x.size(0));
-  cpu::pair_stats(call.problem, kThreads, n.mutable_data_ptr<double>(), p.mutable_data_ptr<double>());
+  const int64_t rows = call.x.size(0);
+  Tensor n = new_stats(rows), p = new_stats(rows), positive_sum = new_stats(rows),
+         instance_sum = instances ? new_stats(rows) : at::zeros({rows}, n.options());
+  cpu::pair_stats(
+      call.problem, kThreads,
+      {n.mutable_data_ptr<double>(), p.mutable_data_ptr<double>(), positive_sum.mutable_data_ptr<double>(),
+       instances ? instance_sum.mutable_data_ptr<double>() : nullptr});
   check_finite(call, n);
-  return {n, p};
+  return {n, p, positive_sum, instance_sum};
 }
 
-void pair_stats_backward(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& n, const Tensor& p, const Tensor& grad_n,
-                         const Tensor& grad_p, const Maybe& candidate_n, const Maybe& candidate_p,
-                         const Maybe& candidate_grad_n, const Maybe& candidate_grad_p, bool negatives,
-                         bool positives, const Tensor& grad_x, const Maybe& grad_candidates) {
-  CALL(call);
+void pair_stats_backward(ROWS_ARGS, CANDIDATE_ARGS, INSTANCE_ARGS, const Tensor& n, const Tensor& p,
+                         const Tensor& grad_n, const Tensor& grad_p, const Maybe& grad_positive_sum,
+                         const Maybe& grad_instance_sum, const Maybe& candidate_n, const Maybe& candidate_p,
+                         const Maybe& candidate_grad_n, const Maybe& candidate_grad_p,
+                         const Maybe& candidate_grad_positive_sum, const Maybe& candidate_grad_instance_sum,
+                         bool negatives, bool positives, const Tensor& grad_x, const Maybe& grad_candidates) {
+  CALL_WITH_INSTANCES(call);
   call.problem.negatives = negatives;
   call.problem.positives = positives;
   const bool column_side = candidate_n.has_value();
   TORCH_CHECK_VALUE(
       candidate_p.has_value() == column_side && candidate_grad_n.has_value() == column_side &&
-          candidate_grad_p.has_value() == column_side,
-      "pysupcon: candidate_n, candidate_p, candidate_grad_n and candidate_grad_p come together");
+          candidate_grad_p.has_value() == column_side &&
+          candidate_grad_positive_sum.has_value() == (column_side && grad_positive_sum) &&
+          candidate_grad_instance_sum.has_value() == (column_side && grad_instance_sum),
+      "pysupcon: candidate_n, candidate_p, candidate_grad_n, candidate_grad_p and, where the anchors have "
+      "them, candidate_grad_positive_sum and candidate_grad_instance_sum come together");
+  TORCH_CHECK_VALUE(instances || !grad_instance_sum, "pysupcon: grad_instance_sum needs instances");
   const cpu::Gradients g = gradients(call, column_side, grad_x, grad_candidates);
   const int64_t rows = call.x.size(0), cols = call.c.defined() ? call.c.size(0) : 0;
-  const Tensor a[4] = {as_stats(n, rows, "n"), as_stats(p, rows, "p"), as_stats(grad_n, rows, "grad_n"),
-                       as_stats(grad_p, rows, "grad_p")};
-  const Tensor b[4] = {as_stats(candidate_n, cols, "candidate_n"), as_stats(candidate_p, cols, "candidate_p"),
+  const Tensor a[6] = {as_stats(n, rows, "n"),
+                       as_stats(p, rows, "p"),
+                       as_stats(grad_n, rows, "grad_n"),
+                       as_stats(grad_p, rows, "grad_p"),
+                       as_stats(grad_positive_sum, rows, "grad_positive_sum"),
+                       as_stats(grad_instance_sum, rows, "grad_instance_sum")};
+  const Tensor b[6] = {as_stats(candidate_n, cols, "candidate_n"),
+                       as_stats(candidate_p, cols, "candidate_p"),
                        as_stats(candidate_grad_n, cols, "candidate_grad_n"),
-                       as_stats(candidate_grad_p, cols, "candidate_grad_p")};
-  cpu::pair_stats_backward(call.problem, kThreads,
-                           {pointer(a[0]), pointer(a[1]), pointer(a[2]), pointer(a[3])},
-                           {pointer(b[0]), pointer(b[1]), pointer(b[2]), pointer(b[3])}, g);
+                       as_stats(candidate_grad_p, cols, "candidate_grad_p"),
+                       as_stats(candidate_grad_positive_sum, cols, "candidate_grad_positive_sum"),
+                       as_stats(candidate_grad_instance_sum, cols, "candidate_grad_instance_sum")};
+  const auto side = [](const Tensor(&t)[6]) {
+    return cpu::StatsGrad{pointer(t[0]), pointer(t[1]), pointer(t[2]),
+                          pointer(t[3]), pointer(t[4]), pointer(t[5])};
+  };
+  cpu::pair_stats_backward(call.problem, kThreads, side(a), side(b), g);
 }
 
 Tensor positive_softplus(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& n, double epsilon) {
@@ -315,24 +374,6 @@ Tensor positive_softplus_backward(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& n, do
   return grad_n;
 }
 
-Tensor positive_sum(ROWS_ARGS, CANDIDATE_ARGS) {
-  CALL(call);
-  Tensor total = new_stats(call.x.size(0));
-  cpu::positive_sum(call.problem, kThreads, total.mutable_data_ptr<double>());
-  return total;
-}
-
-void positive_sum_backward(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& grad_total,
-                           const Maybe& candidate_grad_total, const Tensor& grad_x,
-                           const Maybe& grad_candidates) {
-  CALL(call);
-  const cpu::Gradients g = gradients(call, candidate_grad_total.has_value(), grad_x, grad_candidates);
-  const Tensor w = as_stats(grad_total, call.x.size(0), "grad_total");
-  const Tensor other =
-      as_stats(candidate_grad_total, call.c.defined() ? call.c.size(0) : 0, "candidate_grad_total");
-  cpu::positive_sum_backward(call.problem, kThreads, pointer(w), pointer(other), g);
-}
-
 }  // namespace
 }  // namespace pysupcon
 
@@ -342,6 +383,4 @@ TORCH_LIBRARY_IMPL(pysupcon, CPU, m) {
   m.impl("pair_stats_backward", pysupcon::pair_stats_backward);
   m.impl("positive_softplus", pysupcon::positive_softplus);
   m.impl("positive_softplus_backward", pysupcon::positive_softplus_backward);
-  m.impl("positive_sum", pysupcon::positive_sum);
-  m.impl("positive_sum_backward", pysupcon::positive_sum_backward);
 }

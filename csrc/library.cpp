@@ -10,9 +10,9 @@
 TORCH_LIBRARY(pysupcon, m) {
   m.def("order_by_class(Tensor ids, int views) -> (Tensor order, Tensor count)");
 
-  m.def(
-      "pair_stats(" ROWS ", " CANDIDATES ", " INSTANCES
-      ", bool negatives, bool positives) -> (Tensor n, Tensor p, Tensor positive_sum, Tensor instance_sum)");
+  m.def("pair_stats(" ROWS ", " CANDIDATES ", " INSTANCES
+        ", bool negatives, bool positives)"
+        " -> (Tensor n, Tensor p, Tensor positive_sum, Tensor instance_sum)");
   m.def("pair_stats_backward(" ROWS ", " CANDIDATES ", " INSTANCES
         ", Tensor n, Tensor p, Tensor grad_n, Tensor grad_p"
         ", Tensor? grad_positive_sum, Tensor? grad_instance_sum"

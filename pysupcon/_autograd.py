@@ -1,6 +1,6 @@
 """The one differentiable step of every loss: from rows to what is kept per anchor.
 
-:func:`row_statistics` turns embeddings into per-anchor statistics through the six operators of a backend; its
+:func:`row_statistics` turns embeddings into per-anchor statistics through the operators of a backend; its
 backward recomputes the pairs. Everything after it is O(N) and ordinary autograd.
 """
 
@@ -16,17 +16,23 @@ from . import _ops, tiled
 __all__ = ["OPERATORS", "Pairing", "Plan", "RowStatistics", "row_statistics"]
 
 OPERATORS: dict[str, Any] = {"cpu": _ops, "cuda": _ops, "tiled": tiled}
-"""Modules that offer the six operators, by backend."""
+"""Modules that offer the operators, by backend."""
 
 
 class Pairing(NamedTuple):
-    """Who is whose positive: the index arguments of the operators (see :mod:`pysupcon._ops`)."""
+    """Who is whose positive, and which positives are of one instance: the index arguments of the operators
+    (see :mod:`pysupcon._ops`)."""
 
     labels: Tensor
     order: Tensor
-    candidate_labels: Tensor | None
-    candidate_order: Tensor | None
-    self_index: Tensor | None
+    candidate_labels: Tensor | None = None
+    candidate_order: Tensor | None = None
+    self_index: Tensor | None = None
+    instances: Tensor | None = None
+    candidate_instances: Tensor | None = None
+
+
+_NOBODY = Pairing(torch.empty(0), torch.empty(0))
 
 
 class Plan(NamedTuple):
@@ -34,23 +40,10 @@ class Plan(NamedTuple):
 
     backend: str
     pairing: Pairing
-    instances: Pairing | None = None
     mask: tiled.PositiveMask | None = None
     negatives: bool = True
     positives: bool = True
-    denominator: bool = False
-    """One sum over positives and negatives, in place of n and p."""
     epsilon: float | None = None
-    positive_sum: bool = False
-
-    @property
-    def apart(self) -> bool:
-        """Whether the pairs' labels do not matter (those of a mask do: it says who is what)."""
-        return self.denominator and self.mask is None
-
-    @property
-    def mask_arguments(self) -> dict[str, tiled.PositiveMask]:
-        return {} if self.mask is None else {"mask": self.mask}
 
 
 class RowStatistics(NamedTuple):
@@ -60,14 +53,20 @@ class RowStatistics(NamedTuple):
     """log sum over negatives of e^s; -inf where there is none"""
     p: Tensor
     """log sum over positives of e^s; -inf where there is none"""
-    softplus: Tensor
-    """sum over positives of softplus(n - s + epsilon)"""
     positive_sum: Tensor
     """sum over positives of s"""
     instance_sum: Tensor
-    """sum of s over the other rows of the anchor's instance"""
-    denominator: Tensor | None = None
-    """log sum over all candidates of e^s; -inf where there is none"""
+    """sum of s over the positives of the anchor's instance"""
+    softplus: Tensor
+    """sum over positives of softplus(n - s + epsilon)"""
+
+    def without_instances(self) -> RowStatistics:
+        """Every positive is of the anchor's instance."""
+        return self._replace(instance_sum=self.positive_sum)
+
+    def with_one_sum(self) -> RowStatistics:
+        """Of gradients: the two sums are one, whose gradient is that of both."""
+        return self._replace(positive_sum=self.positive_sum + self.instance_sum)
 
 
 class _RefuseSecond(torch.autograd.Function):
@@ -85,54 +84,39 @@ class _RefuseSecond(torch.autograd.Function):
         )
 
 
-def _apart(x: Tensor, pairing: Pairing) -> Pairing:
-    """Every row in a class of its own: positives and negatives of an anchor, all but itself, are then its
-    negatives, in the order in which they lie in memory. No pair asks for its labels, a row has one sum."""
-    anchors = torch.arange(x.shape[0], device=x.device)
-    if pairing.candidate_labels is None:
-        return Pairing(anchors, anchors, None, None, None)
-    candidates = torch.arange(pairing.candidate_labels.shape[0], device=x.device)
-    own = pairing.self_index
-    if own is None:
-        return Pairing(torch.full_like(anchors, -1), anchors, candidates, candidates, None)
-    return Pairing(own, torch.argsort(own, stable=True), candidates, candidates, own)
-
-
 def _operands(x: Tensor, candidates: Tensor | None, scale: Tensor, pairing: Pairing) -> tuple[Any, ...]:
-    """The first eight arguments of every operator."""
-    return (x, pairing.labels, pairing.order, scale, candidates, *pairing[2:])
+    """The first eight arguments of every operator; pair_stats has the rest of the pairing, too."""
+    return (x, pairing.labels, pairing.order, scale, candidates, *pairing[2:5])
 
 
 class _RowStatisticsFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, candidates: Tensor | None, scale: Tensor, plan: Plan) -> Any:
-        ctx.plan = plan
         ctx.set_materialize_grads(False)
-        ops = OPERATORS[plan.backend]
-        rows = _operands(x, candidates, scale, plan.pairing)
-        n = p = softplus = positive_sum = instance_sum = both = None
-        if plan.apart:
-            apart = _operands(x, candidates, scale, _apart(x, plan.pairing))
-            both, _ = ops.pair_stats(*apart, True, False)
-        elif plan.negatives or plan.positives:
-            n, p = ops.pair_stats(*rows, plan.negatives, plan.positives, **plan.mask_arguments)
-            if plan.denominator:
-                both, n, p = torch.logaddexp(n, p), None, None
+        ops, pairing = OPERATORS[plan.backend], plan.pairing
+        rows = _operands(x, candidates, scale, pairing)
+        mask = {} if plan.mask is None else {"mask": plan.mask}
+        n, p, positive_sum, instance_sum = ops.pair_stats(
+            *rows, *pairing[5:], plan.negatives, plan.positives, **mask
+        )
+        softplus = None
         if plan.epsilon is not None:
-            softplus = ops.positive_softplus(*rows, n, plan.epsilon, **plan.mask_arguments)
-        if plan.positive_sum:
-            positive_sum = ops.positive_sum(*rows, **plan.mask_arguments)
-        if plan.instances is not None:
-            instance_sum = ops.positive_sum(*_operands(x, candidates, scale, plan.instances))
-        ctx.save_for_backward(x, candidates, scale, *((both, both) if plan.denominator else (n, p)))
-        return n, p, softplus, positive_sum, instance_sum, both
+            softplus = ops.positive_softplus(*rows, n, plan.epsilon, **mask)
+        # Saved, not kept aside: autograd sees to it that nobody changes them before the backward.
+        ctx.plan = plan._replace(pairing=_NOBODY, mask=None)
+        ctx.masked = plan.mask is not None
+        ctx.save_for_backward(x, candidates, scale, n, p, *pairing, *(plan.mask or ()))
+        return n, p, positive_sum, instance_sum, softplus
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        x, candidates, scale, n, p = ctx.saved_tensors
+        x, candidates, scale, n, p, *indices = ctx.saved_tensors
+        size = len(Pairing._fields)
+        mask = tiled.PositiveMask(*indices[size:]) if ctx.masked else None
+        plan = ctx.plan._replace(pairing=Pairing(*indices[:size]), mask=mask)
         needs = ctx.needs_input_grad
         with torch.no_grad():
-            result = _gradients(ctx.plan, x, candidates, scale, n, p, grads, needs)
+            result = _gradients(plan, x, candidates, scale, n, p, grads, needs)
             # The parts cancel as a loss converges: they were added before they are rounded here.
             dtypes = x.dtype, None if candidates is None else candidates.dtype, scale.dtype
             result = tuple(
@@ -157,33 +141,37 @@ def _gradients(
     """dL/dx, dL/dcandidates, dL/dscale from the upstream gradients of :class:`RowStatistics`, None where the
     loss does not depend on a statistic."""
     ops = OPERATORS[plan.backend]
-    grad_n, grad_p, grad_softplus, grad_positive_sum, grad_instance_sum, grad_both = grads
-    if plan.denominator:  # G_ij = grad_both_i e^(s_ij - both_i), whatever j is
-        grad_n = grad_p = grad_both
+    mask = {} if plan.mask is None else {"mask": plan.mask}
+    grad_n, grad_p, grad_positive_sum, grad_instance_sum, grad_softplus = grads
     rows = _operands(x, candidates, scale, plan.pairing)
     grad_x = _ops.zero_gradients(x)
     grad_candidates = _ops.zero_gradients(candidates) if candidates is not None and needs[1] else None
     into = grad_x, grad_candidates
     if grad_softplus is not None:
         through_n = ops.positive_softplus_backward(
-            *rows, n, plan.epsilon, grad_softplus, None, None, *into, **plan.mask_arguments
+            *rows, n, plan.epsilon, grad_softplus, None, None, *into, **mask
         )
         grad_n = through_n if grad_n is None else grad_n + through_n
-    if grad_n is not None or grad_p is not None:
-        grad_n = torch.zeros_like(n) if grad_n is None else grad_n
-        grad_p = torch.zeros_like(p) if grad_p is None else grad_p
-        pairs, kinds = rows, (plan.negatives, plan.positives)
-        if plan.apart:
-            pairs, kinds = _operands(x, candidates, scale, _apart(x, plan.pairing)), (True, False)
-        ops.pair_stats_backward(
-            *pairs, n, p, grad_n, grad_p, None, None, None, None, *kinds, *into, **plan.mask_arguments
+    of_positives = any(grad is not None for grad in (grad_p, grad_positive_sum, grad_instance_sum))
+    if grad_n is not None or of_positives:
+        own = (
+            torch.zeros_like(n) if grad_n is None else grad_n,
+            torch.zeros_like(p) if grad_p is None else grad_p,
+            grad_positive_sum,
+            grad_instance_sum if plan.pairing.instances is not None else None,
         )
-    if grad_positive_sum is not None:
-        ops.positive_sum_backward(*rows, grad_positive_sum, None, *into, **plan.mask_arguments)
-    if grad_instance_sum is not None:
-        assert plan.instances is not None
-        same_instance = _operands(x, candidates, scale, plan.instances)
-        ops.positive_sum_backward(*same_instance, grad_instance_sum, None, *into)
+        ops.pair_stats_backward(
+            *rows,
+            *plan.pairing[5:],
+            n,
+            p,
+            *own,
+            *(None,) * 6,
+            grad_n is not None,
+            of_positives,
+            *into,
+            **mask,
+        )
     grad_scale = None
     if needs[2]:
         # sum_i x_i . dL/dx_i = sum_ij (G_ij + G_ji) s_ij: every pair twice where the anchors are candidates.
@@ -204,5 +192,4 @@ def row_statistics(x: Tensor, candidates: Tensor | None, scale: Tensor, plan: Pl
     """Statistics of every anchor, differentiable once with respect to ``x`` [M, D], ``candidates`` [N, D] or
     None and ``scale`` (1 / temperature, no dimensions, in the backend's statistics dtype)."""
     result: tuple[Tensor | None, ...] = _RowStatisticsFunction.apply(x, candidates, scale, plan)
-    n, p, softplus, positive_sum, instance_sum = (scale if value is None else value for value in result[:5])
-    return RowStatistics(n, p, softplus, positive_sum, instance_sum, result[5])
+    return RowStatistics(*(scale if value is None else value for value in result))

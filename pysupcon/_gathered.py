@@ -8,8 +8,9 @@ gradient of its own rows, sum_j (G_ij + G_ji) x_j: no gradient of a row travels.
 
 What travels of an anchor in the backward: the upstream gradient g of its loss and, of n, p and dL/dn, what
 the loss needs; the O(N) step from statistics to losses is differentiated again, for everybody's anchors, by
-every process. In bytes, for rows of up to 32 bits: SupCon and InfoNCE (g, n, p) 12, cNCE (g, p) 8, SINCERE
-(g, n, dL/dn) 12, spread (g, n, p) 12, with SINCERE as base (g, n, p, dL/dn) 16; twice that for float64 rows.
+every process. In bytes: SupCon and InfoNCE (g, n, p) 24, cNCE (g, p) 16, SINCERE (g, n, dL/dn) 24, spread
+(g, n, p) 24, with SINCERE as base (g, n, p, dL/dn) 32. They are float64, because the parts of a gradient that
+come from them cancel as a loss converges.
 """
 
 from __future__ import annotations
@@ -30,36 +31,42 @@ __all__ = ["RowLoss", "gathered_losses", "gathered_statistics"]
 
 RowLoss = Callable[[RowStatistics, Tensor, "Tensor | None"], "tuple[Tensor, Tensor]"]
 """(statistics, |P_i|, |A_i|) -> losses per anchor, and which anchors have one (by the counts alone). Linear
-in the sums (softplus, positive_sum, instance_sum): their values do not travel."""
+in the sums (positive_sum, instance_sum, softplus): their values do not travel."""
 
 
 class _Pairing:
     """Who is whose positive, block by block. Every sort is done once."""
 
-    def __init__(self, ids: Tensor, everybody: Everybody) -> None:
-        self.ids, self.everybody = ids, everybody
-        self._sides: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    def __init__(self, everybody: Everybody) -> None:
+        self.everybody = everybody
+        self._sides: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor | None]] = {}
 
-    def _side(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Labels and order of the rows of samples ``start`` to ``stop``."""
+    def _side(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Labels, order and instances of the rows of samples ``start`` to ``stop``."""
         if (start, stop) not in self._sides:
-            ids, views = self.ids[start:stop], self.everybody.views
-            self._sides[start, stop] = _rows_of(ids, views), _sort(ids, views)[1]
+            ids, views = self.everybody.ids[start:stop], self.everybody.views
+            instances = self.everybody.instances
+            if instances is not None:
+                instances = instances[start:stop]  # ascending with the ids
+            order = _sort(ids if instances is None else instances, views)[1]
+            rows = None if instances is None else _rows_of(instances, views)
+            self._sides[start, stop] = _rows_of(ids, views), order, rows
         return self._sides[start, stop]
 
-    def operands(self, rows: Tensor, scale: Tensor, block: Block) -> tuple[Any, ...]:
-        """The operators' first eight arguments: the own rows against a block."""
+    def operands(self, rows: Tensor, scale: Tensor, block: Block) -> tuple[tuple[Any, ...], tuple[Any, Any]]:
+        """The operators' first eight arguments, the own rows against a block; and both sides' instances."""
         start, stop = self.everybody.own
-        own = (rows, *self._side(start, stop), scale)
+        *own, instances = self._side(start, stop)
         if block.rows is None:
-            return (*own, None, None, None, None)
+            return (rows, *own, scale, None, None, None, None), (instances, None)
         count = rows.shape[0]
         if block.start <= start and stop <= block.stop:
             first = (start - block.start) * self.everybody.views
             self_index = torch.arange(first, first + count, device=rows.device)
         else:
             self_index = torch.full((count,), -1, dtype=torch.int64, device=rows.device)
-        return (*own, block.rows, *self._side(block.start, block.stop), self_index)
+        *others, other_instances = self._side(block.start, block.stop)
+        return (rows, *own, scale, block.rows, *others, self_index), (instances, other_instances)
 
 
 class _Plan:
@@ -73,18 +80,11 @@ class _Plan:
         negatives: bool = False,
         positives: bool = False,
         epsilon: float | None = None,
-        positive_sum: bool = False,
-        instance_sum: bool = False,
     ) -> None:
         self.ops = OPERATORS[backend]
         self.everybody, self.loss = everybody, loss
         self.negatives, self.positives, self.epsilon = negatives, positives, epsilon
-        self.positive_sum = positive_sum
-        self.pairing = _Pairing(everybody.ids, everybody)
-        self.instances: _Pairing | None = None
-        if instance_sum and everybody.instances is not None:
-            same = everybody.instances is everybody.ids
-            self.instances = self.pairing if same else _Pairing(everybody.instances, everybody)
+        self.pairing = _Pairing(everybody)
 
     def blocks(self, rows: Tensor, kept: Tensor | None) -> Iterator[Block]:
         """The blocks that hold rows. All are passed on, come what may: the others wait for them."""
@@ -96,21 +96,18 @@ class _Plan:
     def statistics(self, rows: Tensor, scale: Tensor, kept: Tensor | None) -> RowStatistics:
         """Of the own anchors; what was not asked for is -inf (n, p) or 0."""
         n = p = scale.new_full((rows.shape[0],), -math.inf)
-        softplus, positive_sum, instance_sum = (torch.zeros_like(n) for _ in range(3))
+        positive_sum, instance_sum, softplus = (torch.zeros_like(n) for _ in range(3))
         for block in self.blocks(rows, kept):
-            operands = self.pairing.operands(rows, scale, block)
-            more_n, more_p = self.ops.pair_stats(*operands, self.negatives, self.positives)
-            n, p = torch.logaddexp(n, more_n), torch.logaddexp(p, more_p)  # of -inf and -inf: -inf
-            if self.positive_sum:
-                positive_sum += self.ops.positive_sum(*operands)
-            if self.instances is not None:
-                operands = self.instances.operands(rows, scale, block)
-                instance_sum += self.ops.positive_sum(*operands)
+            operands, instances = self.pairing.operands(rows, scale, block)
+            more = self.ops.pair_stats(*operands, *instances, self.negatives, self.positives)
+            n, p = torch.logaddexp(n, more[0]), torch.logaddexp(p, more[1])  # of -inf and -inf: -inf
+            positive_sum, instance_sum = positive_sum + more[2], instance_sum + more[3]
         if self.epsilon is not None:
             for block in self.blocks(rows, kept):
-                operands = self.pairing.operands(rows, scale, block)
+                operands, _ = self.pairing.operands(rows, scale, block)
                 softplus += self.ops.positive_softplus(*operands, n, self.epsilon)
-        return RowStatistics(n, p, softplus, positive_sum, instance_sum)
+        statistics = RowStatistics(n, p, positive_sum, instance_sum, softplus)
+        return statistics if self.everybody.instances is not None else statistics.without_instances()
 
     def upstream(
         self, n: Tensor, p: Tensor, grads: tuple[Tensor, ...], wire: torch.dtype
@@ -148,39 +145,37 @@ class _Plan:
     ) -> Tensor:
         """The complete gradient of the own rows [M, D]."""
         ops, everybody = self.ops, self.everybody
-        wire = torch.float64 if rows.dtype == torch.float64 else torch.float32
-        own, others, all_n, all_p = self.upstream(n, p, grads, wire)
+        own, others, all_n, all_p = self.upstream(n, p, grads, scale.dtype)
+        if everybody.instances is None:  # every positive is of the anchor's instance
+            own, others = own.with_one_sum(), others.with_one_sum()
         # Blocks are added up before the sum is rounded to 16 bits.
         grad_x = zero_gradients(rows)
 
-        def of(block: Block, *columns: Tensor) -> list[Tensor | None]:
+        def of(block: Block, *columns: Tensor | None) -> list[Tensor | None]:
             """What belongs to a block's rows; the operators know the own rows' columns already."""
             start, stop = block.start * everybody.views, block.stop * everybody.views
-            return [None if block.rows is None else column[start:stop] for column in columns]
+            alone = block.rows is None
+            return [None if alone or column is None else column[start:stop] for column in columns]
 
         grad_n = own.n
         if self.epsilon is not None:
             for block in self.blocks(rows, kept):
-                operands = self.pairing.operands(rows, scale, block)
+                operands, _ = self.pairing.operands(rows, scale, block)
                 columns = of(block, all_n, others.softplus)
                 grad_n = grad_n + ops.positive_softplus_backward(
                     *operands, n, self.epsilon, own.softplus, *columns, grad_x, None
                 )
             # Only now does anybody know its own dL/dn.
-            others = others._replace(n=everybody.round.exchange(grad_n.to(wire).unsqueeze(0))[0])
+            others = others._replace(n=everybody.round.exchange(grad_n.unsqueeze(0))[0])
+        with_sums = self.positives and everybody.instances is not None
+        own_sums = own.positive_sum, own.instance_sum if with_sums else None
+        other_sums = others.positive_sum, others.instance_sum if with_sums else None
         for block in self.blocks(rows, kept):
-            operands = self.pairing.operands(rows, scale, block)
-            columns = of(block, all_n, all_p, others.n, others.p)
-            ops.pair_stats_backward(
-                *operands, n, p, grad_n, own.p, *columns, self.negatives, self.positives, grad_x, None
-            )
-            if self.positive_sum:
-                columns = of(block, others.positive_sum)
-                ops.positive_sum_backward(*operands, own.positive_sum, *columns, grad_x, None)
-            if self.instances is not None:
-                operands = self.instances.operands(rows, scale, block)
-                columns = of(block, others.instance_sum)
-                ops.positive_sum_backward(*operands, own.instance_sum, *columns, grad_x, None)
+            operands, instances = self.pairing.operands(rows, scale, block)
+            columns = of(block, all_n, all_p, others.n, others.p, *other_sums)
+            mine = n, p, grad_n, own.p, *own_sums
+            kinds = self.negatives, self.positives
+            ops.pair_stats_backward(*operands, *instances, *mine, *columns, *kinds, grad_x, None)
         return grad_x
 
 

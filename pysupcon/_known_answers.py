@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import tiled
-from ._autograd import Pairing, _apart, _operands
+from ._autograd import Pairing, _operands
 
 __all__ = ["TOLERANCES", "Tolerance", "disagreement"]
 
@@ -57,8 +57,8 @@ _CANDIDATES, _SHARED = 60, 40  # one tile of columns: the only size whose column
 _PROBLEMS = ((72, 16.0), (200, 30.0), (264, 40.0))
 _CLASSES = (150, 60, 40, 25, 15, 5, 3, 1, 1)  # whole tiles of one class, classes within a tile, lone rows
 _EPSILON = 0.25
-# From 8,192 rows on, n alone comes from another kernel (kTriangularRows in csrc/cuda/launch.h). So many pairs
-# are too many for the truth; the answer is held against that of the kernel for n and p.
+# From 8,192 rows on, n of one set of rows comes from another kernel (kTriangularRows in csrc/cuda/launch.h).
+# So many pairs are too many for the truth; the answer is held against that of the kernel for candidates.
 _MANY = 8193
 _START = 0.25  # gradients are added to what is there
 
@@ -75,24 +75,25 @@ class _Question(NamedTuple):
 
 
 class _Columns(NamedTuple):
-    """Per row: statistics, and upstream gradients of n (or the one sum), p and the sums over positives."""
+    """Per row: statistics, and upstream gradients of n, p and the sums over positives."""
 
     n: Tensor
     p: Tensor
     grad_n: Tensor
     grad_p: Tensor
-    grad_total: Tensor
+    grad_positive_sum: Tensor | None
+    grad_instance_sum: Tensor | None
+    grad_softplus: Tensor
 
     def at(self, rows: slice) -> _Columns:
-        return _Columns(*(column[rows].clone() for column in self))
+        columns = (None if column is None else column[rows].clone() for column in self)
+        return _Columns(*columns)  # type: ignore[arg-type]
 
 
-def _stats_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _order(labels: Tensor) -> Tensor:
-    return torch.argsort(labels, stable=True)
+def _order(labels: Tensor, instances: Tensor) -> Tensor:
+    """By label, then by instance."""
+    order = torch.argsort(instances, stable=True)
+    return order[torch.argsort(labels[order], stable=True)]
 
 
 def _questions(width: int, temperature_inverse: float, dtype: torch.dtype, parts: int) -> Iterator[_Question]:
@@ -113,66 +114,76 @@ def _questions(width: int, temperature_inverse: float, dtype: torch.dtype, parts
     labels = labels[torch.randperm(_ROWS, generator=generator)]
     scale = torch.tensor(temperature_inverse, dtype=torch.float64)
 
-    one_set = Pairing(labels, _order(labels), None, None, None)
-    anchors, own = x[_ANCHORS], labels[_ANCHORS]
+    instances = torch.randint(0, _ROWS // 4, (_ROWS,), generator=generator)
+
+    one_set = Pairing(labels, _order(labels, instances), instances=instances)
+    anchors, own, own_instances = x[_ANCHORS], labels[_ANCHORS], instances[_ANCHORS]
+    own_order = _order(own, own_instances)
     # The first candidates are anchors themselves.
     candidates = torch.cat([anchors[:_SHARED], others])
     candidate_labels = torch.cat([own[:_SHARED], labels[: len(others)]])
+    candidate_instances = torch.cat([own_instances[:_SHARED], instances[: len(others)]])
+    candidate_order = _order(candidate_labels, candidate_instances)
     self_index = torch.full_like(own, -1)
     self_index[:_SHARED] = torch.arange(_SHARED)
-    separate = Pairing(own, _order(own), candidate_labels, _order(candidate_labels), self_index)
+    separate = Pairing(
+        own, own_order, candidate_labels, candidate_order, self_index, own_instances, candidate_instances
+    )
     in_everybody = torch.arange(_ROWS)[_ANCHORS]
-    own_rows = Pairing(own, _order(own), labels, one_set.order, in_everybody)
+    own_rows = Pairing(own, own_order, labels, one_set.order, in_everybody, own_instances, instances)
 
-    def columns(rows: tuple[Any, ...], sign: float, kinds: tuple[bool, bool] = (True, True)) -> _Columns:
-        stats = [rounded(value, _stats_dtype(dtype)) for value in _TRUTH.pair_stats(*rows, *kinds)]
-        upstream = [sign * rounded(0.5 + random(rows[0].shape[0]), _stats_dtype(dtype)) for _ in range(3)]
-        return _Columns(*stats, *upstream)
+    def columns(
+        rows: tuple[Any, ...], pairing: Pairing, sign: float, kinds: tuple[bool, bool] = (True, True)
+    ) -> _Columns:
+        n, p, *_ = _TRUTH.pair_stats(*rows, *pairing[5:], *kinds)
+        grads = [sign * (0.5 + random(rows[0].shape[0])) for _ in range(5)]
+        if pairing.instances is None:
+            grads[2:4] = [None, None]  # type: ignore[list-item]
+        return _Columns(n, p, *grads)
 
     def pairs(
-        form: str, rows: tuple[Any, ...], kinds: tuple[bool, bool], c: _Columns, all_: _Columns | None = None
+        form: str,
+        rows: tuple[Any, ...],
+        pairing: Pairing,
+        kinds: tuple[bool, bool],
+        c: _Columns,
+        all_: _Columns | None = None,
     ) -> Iterator[_Question]:
-        back = (None,) * 4 if all_ is None else all_[:4]
-        yield _Question(form, "pair_stats", (*rows, *kinds))
-        arguments = (*rows, *c[:4], *back, *kinds)
+        back = (None,) * 6 if all_ is None else all_[:6]
+        yield _Question(form, "pair_stats", (*rows, *pairing[5:], *kinds))
+        arguments = (*rows, *pairing[5:], *c[:6], *back, *kinds)
         yield _Question(form, "pair_stats_backward", arguments, rows[4] is not None and all_ is None)
 
     def sums(
         form: str, rows: tuple[Any, ...], c: _Columns, all_: _Columns | None = None
     ) -> Iterator[_Question]:
-        back_n, back = (None, None) if all_ is None else (all_.n, all_.grad_total)
+        back_n, back = (None, None) if all_ is None else (all_.n, all_.grad_softplus)
         both = rows[4] is not None and all_ is None
         yield _Question(form, "positive_softplus", (*rows, c.n, _EPSILON))
-        arguments = (*rows, c.n, _EPSILON, c.grad_total, back_n, back)
+        arguments = (*rows, c.n, _EPSILON, c.grad_softplus, back_n, back)
         yield _Question(form, "positive_softplus_backward", arguments, both)
-        yield _Question(form, "positive_sum", rows)
-        yield _Question(form, "positive_sum_backward", (*rows, c.grad_total, back), both)
 
     rows = _operands(x, None, scale, one_set)
-    whole = columns(rows, 1.0)
-    yield from pairs("one set", rows, (True, True), whole)
+    whole = columns(rows, one_set, 1.0)
+    yield from pairs("one set", rows, one_set, (True, True), whole)
     yield from sums("one set", rows, whole)
-    if width == _PROBLEMS[0][0]:  # the kernels of every width see these as two flags
-        for form, kinds in ("negatives only", (True, False)), ("positives only", (False, True)):
-            yield from pairs(form, rows, kinds, columns(rows, -1.0, kinds))
+    if width == _PROBLEMS[0][0]:  # the kernels of every width see these as flags
+        nobody = one_set._replace(instances=None)
+        for form, pairing, kinds in (
+            ("negatives only", nobody, (True, False)),
+            ("positives only", one_set, (False, True)),
+            ("no instances", nobody, (True, True)),
+        ):
+            yield from pairs(form, rows, pairing, kinds, columns(rows, pairing, -1.0, kinds))
 
     rows = _operands(anchors, candidates, scale, separate)
-    c = columns(rows, -1.0)
-    yield from pairs("candidates", rows, (True, True), c)
+    c = columns(rows, separate, -1.0)
+    yield from pairs("candidates", rows, separate, (True, True), c)
     yield from sums("candidates", rows, c)
 
     rows = _operands(anchors, x, scale, own_rows)
-    yield from pairs("rows of one process", rows, (True, True), whole.at(_ANCHORS), whole)
+    yield from pairs("rows of one process", rows, own_rows, (True, True), whole.at(_ANCHORS), whole)
     yield from sums("rows of one process", rows, whole.at(_ANCHORS), whole)
-
-    # SupCon: one sum over positives and negatives; n and p are one tensor, and so are their gradients.
-    for form, z, others_, pairing in (
-        ("one sum", x, None, one_set),
-        ("one sum, candidates", anchors, candidates, separate),
-    ):
-        rows = _operands(z, others_, scale, _apart(z, pairing))
-        c = columns(rows, 1.0, (True, False))
-        yield from pairs(form, rows, (True, False), c._replace(p=c.n, grad_p=c.grad_n))
 
 
 def _answers(
@@ -185,7 +196,7 @@ def _answers(
         if not isinstance(value, Tensor):
             return value
         if id(value) not in moved:
-            wanted = dtype if place in (0, 4) else _stats_dtype(dtype)
+            wanted = dtype if place in (0, 4) else torch.float64
             moved[id(value)] = value.to(device, wanted if value.is_floating_point() else value.dtype)
         return moved[id(value)]
 
@@ -194,9 +205,11 @@ def _answers(
     found: dict[str, Any] = {}
     if not question.operator.endswith("_backward"):
         result = operator(*arguments)
-        found = dict(zip("np", result, strict=True)) if isinstance(result, tuple) else {"the sum": result}
+        names = ("n", "p", "positive_sum", "instance_sum")
+        one = {"the sum": result}
+        found = dict(zip(names, result, strict=True)) if isinstance(result, tuple) else one
     else:
-        wide: dict[str, Any] = {"dtype": _stats_dtype(dtype), "device": device}
+        wide: dict[str, Any] = {"dtype": torch.promote_types(dtype, torch.float32), "device": device}
         grad_x = torch.full(arguments[0].shape, _START, **wide)
         grad_candidates = torch.full(arguments[4].shape, _START, **wide) if question.candidates else None
         grad_n = operator(*arguments, grad_x, grad_candidates)
@@ -231,14 +244,18 @@ def _difference(got: Tensor, want: Tensor, tolerance: float) -> str | None:
 def _of_many(
     operators: Any, device: torch.device, dtype: torch.dtype, rows: int, tolerance: float
 ) -> str | None:
-    """Whether n of many rows is the same where p is asked for, too."""
+    """Whether n of many rows is the same where the rows are their own candidates."""
     generator = torch.Generator().manual_seed(rows)
     x = torch.nn.functional.normalize(0.1 + torch.rand(rows, _PROBLEMS[0][0], generator=generator), dim=1)
     labels = torch.arange(rows, device=device)
-    scale = torch.tensor(_PROBLEMS[0][1], dtype=_stats_dtype(dtype), device=device)
-    arguments = (x.to(device, dtype), labels, labels, scale, None, None, None, None)
-    alone, beside = (operators.pair_stats(*arguments, True, p)[0].cpu().double() for p in (False, True))
-    words = _difference(alone, beside, tolerance)
+    scale = torch.tensor(_PROBLEMS[0][1], dtype=torch.float64, device=device)
+    x = x.to(device, dtype)
+    forms = (None,) * 4, (x, labels, labels, labels)
+    one_set, separate = (
+        operators.pair_stats(x, labels, labels, scale, *form, None, None, True, False)[0].cpu()
+        for form in forms
+    )
+    words = _difference(one_set, separate, tolerance)
     return None if words is None else f"pair_stats (negatives only, {rows} rows): n {words}"
 
 
@@ -248,7 +265,7 @@ def disagreement(
     """The first wrong answer of ``operators``, in words; None if every answer is right.
 
     Args:
-        operators: a module with the six operators of pairs of :mod:`pysupcon._ops`.
+        operators: a module with the operators of pairs of :mod:`pysupcon._ops`.
         device: where they compute.
         dtype: of the rows.
         parts: of float32 rows, how many bfloat16 numbers stand for one number: 3, 2 or 1; 0 otherwise.

@@ -11,20 +11,30 @@ Symbols (similarity ``s_ij = scale * x_i . c_j``, ``scale = 1 / temperature``)
                  the candidates are the anchors themselves and an anchor is not its own candidate (j != i).
     self_index   [M] int64, only with candidates: the candidate row that *is* anchor i and is left out, -1 for
                  none. It must carry the anchor's own label. None: no anchor is among the candidates.
+    instances    [M] int64, and ``candidate_instances`` [N] with candidates; None: nobody asks. ``order`` must
+                 then sort by label and, within a label, by instance.
     P_i, N_i     candidates of the anchor's label without the anchor itself; candidates of another label.
+    A_i          candidates in P_i of the anchor's instance.
 
 Operators
-    pair_stats          n_i = log sum_{N_i} e^{s_ij}, p_i = log sum_{P_i} e^{s_ij}; both [M] in stats_dtype;
-                        -inf where the set is empty. ``negatives=False`` (``positives=False``) leaves n (p)
-                        uncomputed: all -inf.
+    pair_stats          n_i = log sum_{N_i} e^{s_ij}, p_i = log sum_{P_i} e^{s_ij}, -inf where the set is
+                        empty; positive_sum_i = sum_{P_i} s_ij, instance_sum_i = sum_{A_i} s_ij, 0 where it is
+                        empty or ``instances`` is None; all [M] in stats_dtype. ``negatives=False`` leaves n
+                        uncomputed: all -inf; ``positives=False`` p and both sums: -inf and 0. p and the sums
+                        come from the same rounded similarities: p - positive_sum / |P_i| and p - instance_sum
+                        / |A_i|, which go to 0 as a loss converges, keep their digits.
     positive_softplus   sum_{j in P_i} softplus(n_i - s_ij + epsilon), [M] in stats_dtype; n [M] is an input.
                         0 where P_i is empty or n_i = -inf.
-    positive_sum        sum_{j in P_i} s_ij, [M] in stats_dtype; O((M + N) D) work through class sums.
     order_by_class      (ids [B] int64, views) -> the stable argsort of the rows' ids, row b * views + v being
                         view v of sample b, and how many other rows bear a row's id; both [B * views] int64.
                         CPU only: one call where torch needs five, and small batches are all overhead.
 
-Backward operators add to ``grad_x`` (x's shape) and, unless it is None, to ``grad_candidates`` (the
+Rows or a scale that are not finite: on a CPU pair_stats raises a ValueError; on a GPU, where looking would
+make the caller wait, every statistic of the call is NaN. The same for similarities beyond 7e14: a float64
+statistic has no digit left that an exponent needs.
+
+Backward operators take n and p as pair_stats gave them: no similarity is larger than its logsumexp. They add
+to ``grad_x`` (x's shape) and, unless it is None, to ``grad_candidates`` (the
 candidates' shape), contiguous, in x's dtype but at least float32, as :func:`zero_gradients` makes them. The
 parts of a gradient cancel as a loss converges: they share one buffer, which its owner rounds once.
 ``positive_softplus_backward`` returns dL/dn, [M] in stats_dtype. With G_ij = dL/ds_ij from the anchors'
@@ -35,7 +45,9 @@ upstream gradients:
     candidate_... too   statistics and upstream gradients ([N], in the candidates' order): the complete
                         gradient of one process's own rows, when every candidate is an anchor of some process
                         (needs self_index). grad_candidates must then be None.
-An anchor whose n (p) is -inf contributes nothing through n (p), whatever its upstream gradient.
+An anchor whose n (p) is -inf contributes nothing through n (p), whatever its upstream gradient. In
+``pair_stats_backward`` grad_positive_sum and grad_instance_sum may be None, which is 0; the parts of a pair's
+G_ij are added before it meets a row, because they cancel, too.
 
 All results are bitwise reproducible for the same inputs, device and build, for any number of threads.
 """
@@ -47,6 +59,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+NO_FLOAT64 = ("mps",)
+"""Types of devices that know no float64."""
 
 _problem: str | None = None  # why the extension is not usable; None if it is
 try:
@@ -65,8 +80,9 @@ else:
 
 
 def stats_dtype(x: Tensor) -> torch.dtype:
-    """Dtype of the per-row statistics: float64 on the CPU and for float64 rows, float32 otherwise."""
-    return torch.float64 if x.device.type == "cpu" or x.dtype == torch.float64 else torch.float32
+    """Dtype of the per-row statistics: float64, or float32 on devices that have no float64. Losses are small
+    differences of statistics, and M numbers cost nothing beside M x N similarities."""
+    return torch.float32 if x.device.type in NO_FLOAT64 else torch.float64
 
 
 def zero_gradients(rows: Tensor) -> Tensor:
@@ -141,8 +157,6 @@ if _problem is None:
     pair_stats_backward = torch.ops.pysupcon.pair_stats_backward
     positive_softplus = torch.ops.pysupcon.positive_softplus
     positive_softplus_backward = torch.ops.pysupcon.positive_softplus_backward
-    positive_sum = torch.ops.pysupcon.positive_sum
-    positive_sum_backward = torch.ops.pysupcon.positive_sum_backward
 
     def _stats(x: Tensor) -> Tensor:
         return x.new_empty((x.shape[0],), dtype=stats_dtype(x))
@@ -153,8 +167,8 @@ if _problem is None:
         return ids.new_empty((rows,)), ids.new_empty((rows,))
 
     @torch.library.register_fake("pysupcon::pair_stats")
-    def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        return _stats(x), _stats(x)
+    def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return _stats(x), _stats(x), _stats(x), _stats(x)
 
     @torch.library.register_fake("pysupcon::pair_stats_backward")
     def _(*args: Any) -> None:
@@ -167,11 +181,3 @@ if _problem is None:
     @torch.library.register_fake("pysupcon::positive_softplus_backward")
     def _(x: Tensor, *args: Any) -> Tensor:
         return _stats(x)
-
-    @torch.library.register_fake("pysupcon::positive_sum")
-    def _(x: Tensor, *args: Any) -> Tensor:
-        return _stats(x)
-
-    @torch.library.register_fake("pysupcon::positive_sum_backward")
-    def _(*args: Any) -> None:
-        return None

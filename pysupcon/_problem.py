@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import _ops, tiled
@@ -19,12 +18,14 @@ from ._autograd import Pairing, Plan, RowStatistics, row_statistics
 from ._checks import (
     check_choice,
     check_features,
+    check_gather,
     check_ids,
     check_kernels,
     check_mask,
     check_temperature,
     resolve_backend,
 )
+from ._unit import unit_rows
 
 __all__ = ["Block", "Everybody", "Gather", "Problem", "Round", "prepare"]
 
@@ -84,7 +85,7 @@ class Everybody:
     count: Tensor
     """|P_i| of every row [N]"""
     instances: Tensor | None
-    """int64 [S]"""
+    """int64 [S], ascending with the ids; None: nobody asks, or the instances are the ids"""
     instance_count: Tensor | None
     """|A_i| of every row [N]"""
 
@@ -114,7 +115,6 @@ class Problem:
     pairing: Pairing
     count: Tensor
     """|P_i|, int64 [M]"""
-    instances: Pairing | None
     instance_count: Tensor | None
     """|A_i|, int64 [M]"""
     mask: tiled.PositiveMask | None
@@ -137,29 +137,13 @@ class Problem:
         return torch.full((), 1.0 / self.temperature, dtype=dtype, device=self.x.device)
 
     def statistics(
-        self,
-        *,
-        negatives: bool = False,
-        positives: bool = False,
-        denominator: bool = False,
-        epsilon: float | None = None,
-        positive_sum: bool = False,
-        instance_sum: bool = False,
+        self, *, negatives: bool = False, positives: bool = False, epsilon: float | None = None
     ) -> RowStatistics:
         """Exactly the statistics asked for; ``epsilon`` asks for the softplus sum, which needs
-        ``negatives``; ``denominator`` takes the place of n and p, and needs both."""
-        plan = Plan(
-            self.backend,
-            self.pairing,
-            instances=self.instances if instance_sum else None,
-            mask=self.mask,
-            negatives=negatives,
-            positives=positives,
-            denominator=denominator,
-            epsilon=epsilon,
-            positive_sum=positive_sum,
-        )
-        return row_statistics(self.x, self.candidates, self.scale, plan)
+        ``negatives``."""
+        plan = Plan(self.backend, self.pairing, self.mask, negatives, positives, epsilon)
+        statistics = row_statistics(self.x, self.candidates, self.scale, plan)
+        return statistics if self.pairing.instances is not None else statistics.without_instances()
 
 
 def _layout(features: Tensor) -> tuple[Tensor, int]:
@@ -208,7 +192,7 @@ def _pair(
     labels = _rows_of(ids, views)
     if candidate_ids is None:
         order, count = _order_and_count(ids, views)
-        return Pairing(labels, order, None, None, None), count
+        return Pairing(labels, order), count
     order = _sort(ids, views)[1]
     sorted_candidates, candidate_order = _sort(candidate_ids, candidate_views)
     count = _rows_of(_matches(sorted_candidates, ids, candidate_views), views)
@@ -216,6 +200,48 @@ def _pair(
         count = count - 1
     candidate_labels = _rows_of(candidate_ids, candidate_views)
     return Pairing(labels, order, candidate_labels, candidate_order, self_index), count
+
+
+class _Instances(NamedTuple):
+    """Of samples, int64."""
+
+    own: Tensor
+    """[B]"""
+    candidates: Tensor | None
+    """of separate candidates, or of the anchors where they are a part of the candidates; None: nobody else"""
+    given: bool
+    """by the caller; otherwise every sample is its own, and views of a sample are neighbours anyway"""
+
+
+def _by_label(ids: Tensor, other_ids: Tensor | None, given: _Instances) -> _Instances:
+    """Numbers of the pairs (id, instance), ascending by id and then by instance: rows of one number are of
+    one instance and one class, and whoever sorts by the number sorts by the class."""
+    keys, instances = ids, given.own
+    if other_ids is not None and given.candidates is not None:
+        keys, instances = torch.cat([ids, other_ids]), torch.cat([instances, given.candidates])
+    order = torch.argsort(instances, stable=True)
+    order = order.index_select(0, torch.argsort(keys.index_select(0, order), stable=True))
+    keys, instances = keys.index_select(0, order), instances.index_select(0, order)
+    new = (keys[1:] != keys[:-1]) | (instances[1:] != instances[:-1])
+    number = torch.cat([torch.zeros_like(new[:1]), new]).cumsum(0) if len(order) > 1 else order
+    number = torch.empty_like(number).index_copy(0, order, number)
+    own = ids.shape[0]
+    others = None if given.candidates is None else number[own:] if other_ids is not None else number
+    return _Instances(number[:own], others, given=True)
+
+
+def _pair_instances(
+    pairing: Pairing, views: int, candidate_views: int, instances: _Instances
+) -> tuple[Pairing, Tensor]:
+    """Says which positives are of one instance, too; and |A_i| per row."""
+    by_instance, count = _pair(
+        instances.own, views, instances.candidates, candidate_views, pairing.self_index
+    )
+    if instances.given:  # sorted by label and instance
+        pairing = pairing._replace(order=by_instance.order, candidate_order=by_instance.candidate_order)
+    return pairing._replace(
+        instances=by_instance.labels, candidate_instances=by_instance.candidate_labels
+    ), count
 
 
 def _masked(
@@ -227,7 +253,7 @@ def _masked(
     count = tiled.positive_count(positives, self_index, symmetric=not rectangular)
     order, candidate_order = (torch.arange(len(side), device=mask.device) for side in (rows, columns))
     if not rectangular:
-        return Pairing(rows, order, None, None, None), count, positives
+        return Pairing(rows, order), count, positives
     return Pairing(rows, order, columns, candidate_order, self_index), count, positives
 
 
@@ -251,8 +277,7 @@ def _candidate_ids(
 
 
 def _normalized(rows: Tensor) -> Tensor:
-    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    return F.normalize(wide, dim=-1).to(rows.dtype)
+    return unit_rows(rows).to(rows.dtype)
 
 
 def _wants_gradient(features: Tensor, temperature: float | Tensor) -> bool:
@@ -274,8 +299,10 @@ def _everybody(
     count = _pair(ids, views, None, 1, None)[1]
     if not need_instances:
         return Everybody(round, views, ids, count, None, None)
-    instance_count = count if ids is samples else _pair(samples, views, None, 1, None)[1]
-    return Everybody(round, views, ids, count, samples, instance_count)
+    if ids is samples:
+        return Everybody(round, views, ids, count, None, count)
+    samples = _by_label(ids, None, _Instances(samples, None, given=True)).own
+    return Everybody(round, views, ids, count, samples, _pair(samples, views, None, 1, None)[1])
 
 
 def prepare(
@@ -297,7 +324,7 @@ def prepare(
 ) -> Problem:
     """Check everything and lay it out."""
     check_features("features", features)
-    check_temperature("temperature", temperature)
+    temperature = check_temperature("temperature", temperature)
     check_choice("contrast_mode", contrast_mode, ("all", "one"))
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     wish, backend = backend, resolve_backend(backend, features.device, mask is not None)
@@ -311,6 +338,8 @@ def prepare(
         )
     if gather is not None and backend == "reference":
         raise ValueError('gather needs a streaming backend, got backend="reference"')
+    if gather is not None:
+        check_gather(gather)
     separate = candidates is not None
     if candidates is not None:
         check_features("candidates", candidates, like=features)
@@ -386,22 +415,23 @@ def prepare(
         pairing, count, positives = _masked(mask, x_views, mask_views, self_index, others is not None)
     else:
         pairing, count = _pair(ids, x_views, other_ids, other_views, self_index)
-    instance_pairing, instance_count = None, None
-    if need_instances:
-        if ids is sample_ids and positives is None:
-            instance_pairing, instance_count = pairing, count
-        else:
-            assert sample_ids is not None
-            instance_pairing, instance_count = _pair(
-                sample_ids, x_views, other_sample_ids, other_views, self_index
-            )
+    instance_count = None
+    if need_instances and ids is sample_ids and positives is None:
+        instance_count = count  # A_i is P_i
+    elif need_instances:
+        assert sample_ids is not None
+        given = _Instances(sample_ids, other_sample_ids, own_instances is not None)
+        if positives is not None:
+            given = given._replace(given=False)  # nothing is sorted where a mask says who is what
+        elif given.given:
+            given = _by_label(ids, None if other_ids is ids else other_ids, given)
+        pairing, instance_count = _pair_instances(pairing, x_views, other_views, given)
     return Problem(
         x,
         others,
         temperature,
         pairing,
         count,
-        instance_pairing,
         instance_count,
         positives,
         backend,

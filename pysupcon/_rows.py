@@ -22,40 +22,51 @@ def _mean(total: Tensor, count: Tensor) -> Tensor:
     return total / count.clamp(min=1)
 
 
+def _least(gap: Tensor, count: Tensor) -> Tensor:
+    """``gap``, log sum e^s - mean s, where the mean is over ``count`` >= 1 of the terms of the sum, is at
+    least log(count) (Jensen): what is below is rounding."""
+    return torch.maximum(gap, count.to(gap.dtype).log())
+
+
 class _SupConRows(torch.autograd.Function):
-    """log sum - mean of every anchor that has a positive, or, with a ``divisor``, their sum divided by it. By
-    hand what autograd would do with eight nodes: small batches are all overhead."""
+    """log1p(e^(n - p)) + (p - mean) of every anchor that has a positive, or, with a ``divisor``, their sum
+    divided by it. Nothing large cancels: p and the mean have the rounding of s in common. By hand what
+    autograd would do with a dozen nodes: small batches are all overhead."""
 
     @staticmethod
     def forward(
-        ctx: Any, denominator: Tensor, positive_sum: Tensor, count: Tensor, valid: Tensor, divisor: Any
+        ctx: Any, n: Tensor, p: Tensor, positive_sum: Tensor, count: Tensor, valid: Tensor, divisor: Any
     ) -> Tensor:
-        ctx.save_for_backward(count, valid)
+        above = n - torch.where(valid, p, 0.0)
+        gap = _least(p - positive_sum / count, count)
+        loss = torch.logaddexp(above, torch.zeros_like(above)) + torch.where(count == 1, 0.0, gap)
+        loss = torch.where(valid, loss, 0.0)
+        ctx.save_for_backward(above, count)
         ctx.divisor = divisor
-        loss = torch.where(valid, denominator - positive_sum / count, 0.0)
-        return loss if divisor is None else loss.sum().div_(divisor)
+        return loss if divisor is None else loss.sum() / divisor
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        count, valid = ctx.saved_tensors
-        grad = torch.where(valid, grad if ctx.divisor is None else grad / ctx.divisor, 0.0)
-        return grad, grad / -count.clamp(min=1), None, None, None
+        above, count = ctx.saved_tensors
+        grad = torch.where(count > 0, grad if ctx.divisor is None else grad / ctx.divisor, 0.0)
+        grad_n = grad * above.sigmoid()
+        return grad_n, grad - grad_n, grad / -count.clamp(min=1), None, None, None
 
 
 def supcon_rows(statistics: RowStatistics, count: Tensor) -> tuple[Tensor, Tensor]:
     """log sum_{P_i, N_i} e^s - mean_{P_i} s, and which anchors have a positive."""
-    valid = count > 0
-    denominator = torch.logaddexp(statistics.n, torch.where(valid, statistics.p, 0.0))
-    return _SupConRows.apply(denominator, statistics.positive_sum, count, valid, None), valid
+    return _supcon(statistics, count, count > 0, None), count > 0
 
 
 def supcon_reduced(statistics: RowStatistics, count: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
-    """What :func:`reduce_rows` makes of :func:`supcon_rows`, in one step; from the one sum of a row."""
+    """What :func:`reduce_rows` makes of :func:`supcon_rows`, in one step."""
     valid = count > 0
-    assert statistics.denominator is not None
-    divisor = _divisor(valid.sum(), reduction)
-    loss = _SupConRows.apply(statistics.denominator, statistics.positive_sum, count, valid, divisor)
-    return loss.to(dtype)
+    return _supcon(statistics, count, valid, _divisor(valid.sum(), reduction)).to(dtype)
+
+
+def _supcon(s: RowStatistics, count: Tensor, valid: Tensor, divisor: Tensor | int | None) -> Tensor:
+    loss: Tensor = _SupConRows.apply(s.n, s.p, s.positive_sum, count, valid, divisor)
+    return loss
 
 
 def sincere_rows(softplus: Tensor, count: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -66,11 +77,16 @@ def sincere_rows(softplus: Tensor, count: Tensor, epsilon: float) -> tuple[Tenso
 
 
 def cnce_rows(
-    p: Tensor, instance_sum: Tensor, instance_count: Tensor, count: Tensor
+    p: Tensor, instance_sum: Tensor, instance_count: Tensor, count: Tensor, among_positives: bool
 ) -> tuple[Tensor, Tensor]:
-    """p_i - mean_{A_i} s, and which anchors have another row of their instance."""
+    """p_i - mean_{A_i} s, and which anchors have another row of their instance. ``among_positives``: A_i is a
+    part of P_i; a caller's mask may have it otherwise."""
     valid = (instance_count > 0) & (count > 0)
-    return torch.where(valid, p - _mean(instance_sum, instance_count), 0.0), valid
+    gap = torch.where(valid, p - _mean(instance_sum, instance_count), 0.0)
+    if among_positives:
+        value = torch.where(count == 1, 0.0, _least(gap.detach(), instance_count.clamp(min=1)))
+        gap = gap + (value - gap.detach())  # the gradient is that of the gap
+    return torch.where(valid, gap, 0.0), valid
 
 
 def _divisor(anchors: Tensor, reduction: str) -> Tensor | int | None:

@@ -1,5 +1,4 @@
-"""Tiles of the pairs of rows, in label order, and sums of rows per label: what the operators of
-:mod:`pysupcon.tiled` are made of.
+"""Tiles of the pairs of rows, in label order: what the operators of :mod:`pysupcon.tiled` are made of.
 
 Rows are sorted by label first, so that on a CPU whole tiles are known to hold only positives, only negatives,
 or nothing of interest. Without separate candidates only tiles on and above the diagonal are visited, each
@@ -16,10 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import _ops
+
 Slice = tuple[int, int]
 _CPU_TILE = 512  # 1 MiB of float32: a tile and its temporaries stay near the cores
 _DEVICE_TILE = 4096  # enough work per launch
-ROW_CHUNK = 16384
 
 
 class PositiveMask(NamedTuple):
@@ -35,8 +35,8 @@ class PositiveMask(NamedTuple):
 
 
 def stats_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of everything kept per row: float64 on a CPU and for float64 input, float32 otherwise."""
-    return torch.float64 if x.device.type == "cpu" or x.dtype == torch.float64 else torch.float32
+    """The dtype of everything kept per row: float64, or float32 on devices that have no float64."""
+    return _ops.stats_dtype(x)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -54,8 +54,9 @@ def slices(count: int, size: int) -> list[Slice]:
 class Side:
     """Rows of one side in label order, in the compute dtype."""
 
-    def __init__(self, rows: Tensor, labels: Tensor, order: Tensor) -> None:
+    def __init__(self, rows: Tensor, labels: Tensor, order: Tensor, instances: Tensor | None) -> None:
         self.order = order
+        self.instances = None if instances is None else instances.index_select(0, order)
         self.labels = labels.index_select(0, order)
         self.rows = rows.index_select(0, order).to(compute_dtype(rows))
         self.tiles = slices(rows.shape[0], _CPU_TILE if rows.device.type == "cpu" else _DEVICE_TILE)
@@ -77,6 +78,7 @@ class Tile(NamedTuple):
     same: Tensor | bool  # j is in the positives of i
     same_back: Tensor | bool  # i is in the positives of j
     left_out: Tensor | None  # j is i itself
+    instance: Tensor | bool  # j is in A_i, and i in A_j; False where nobody asks
     diagonal: bool  # both sides are the same rows
 
 
@@ -94,15 +96,17 @@ class Pairs:
         candidate_order: Tensor | None,
         self_index: Tensor | None,
         mask: PositiveMask | None,
+        instances: Tensor | None = None,
+        candidate_instances: Tensor | None = None,
     ) -> None:
-        self.anchors = Side(x, labels, order)
+        self.anchors = Side(x, labels, order, instances)
         self.symmetric = candidates is None
         if candidates is None:
             self.candidates = self.anchors
         else:
             assert candidate_labels is not None
             assert candidate_order is not None
-            self.candidates = Side(candidates, candidate_labels, candidate_order)
+            self.candidates = Side(candidates, candidate_labels, candidate_order, candidate_instances)
         self.scale = scale.to(self.anchors.rows.dtype)
         self.self_index = None if self_index is None else self_index.index_select(0, order)
         self.mask = mask
@@ -117,6 +121,13 @@ class Pairs:
                 return True
         i, j = a.tiles[number_i], b.tiles[number_j]
         return a.labels[slice(*i), None] == b.labels[None, slice(*j)]
+
+    def _instance(self, i: Slice, j: Slice, same: Tensor | bool) -> Tensor | bool:
+        a, b = self.anchors.instances, self.candidates.instances
+        if a is None or b is None or same is False:
+            return False
+        alike = a[slice(*i), None] == b[None, slice(*j)]
+        return alike if same is True or self.mask is not None else alike & same
 
     def _left_out(self, i: Slice, j: Slice) -> Tensor | None:
         if self.symmetric:
@@ -149,7 +160,8 @@ class Pairs:
                     same_back = self.mask.mask[columns[None, :], rows[:, None]] if self.symmetric else same
                     left_out = self._left_out(i, j)
                 similarity = scaled @ b.rows[slice(*j)].T
-                yield Tile(i, j, similarity, same, same_back, left_out, diagonal)
+                instance = self._instance(i, j, same)
+                yield Tile(i, j, similarity, same, same_back, left_out, instance, diagonal)
 
 
 def and_not(keep: Tensor | bool, left_out: Tensor | None) -> Tensor | bool:
@@ -183,45 +195,3 @@ def positive_count(mask: PositiveMask, self_index: Tensor | None, symmetric: boo
         return count
     own = mask.mask[mask.rows, mask.columns[self_index.clamp(min=0)]]
     return count - (own & (self_index >= 0)).to(torch.int64)
-
-
-def class_sums(rows: Tensor, weights: Tensor | None, labels: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of (weighted) rows per label: entry k of the table belongs to the label whose run starts at k.
-
-    Returns the table [N, D] and the sorted labels [N] through which :func:`look_up` finds an entry.
-    """
-    sorted_labels = labels.index_select(0, order)
-    dtype = torch.float64 if rows.device.type in ("cpu", "cuda") else compute_dtype(rows)
-    first = torch.searchsorted(sorted_labels, sorted_labels)
-    table = torch.zeros(rows.shape, dtype=dtype, device=rows.device)
-    for start, stop in slices(rows.shape[0], ROW_CHUNK):
-        at = order[start:stop]
-        part = rows.index_select(0, at).to(dtype)
-        if weights is not None:
-            part *= weights.index_select(0, at).to(dtype).unsqueeze(1)
-        if rows.device.type == "cpu":
-            table.index_add_(0, first[start:stop], part)
-        else:  # sorted, hence reproducible, where index_add_ would use atomics
-            table.index_put_((first[start:stop],), part, accumulate=True)
-    return table, sorted_labels
-
-
-def look_up(sums: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
-    table, sorted_labels = sums
-    if not table.shape[0]:
-        return table.new_zeros((labels.shape[0], table.shape[1]))
-    at = torch.searchsorted(sorted_labels, labels).clamp_(max=table.shape[0] - 1)
-    found = sorted_labels.index_select(0, at) == labels
-    return table.index_select(0, at).mul_(found.unsqueeze(1))
-
-
-def own_candidate(
-    x: Tensor, candidates: Tensor | None, self_index: Tensor | None, at: Slice, dtype: torch.dtype
-) -> Tensor | None:
-    """The candidate row that is anchor i, zero where there is none."""
-    if candidates is None:
-        return x[slice(*at)].to(dtype)
-    if self_index is None or not candidates.shape[0]:
-        return None
-    index = self_index[slice(*at)]
-    return candidates.index_select(0, index.clamp(min=0)).to(dtype).mul_((index >= 0).unsqueeze(1))

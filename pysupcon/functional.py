@@ -7,11 +7,14 @@ written down.
 Common arguments
     features      [B, V, D] (V views of B samples) or [N, D]; float64, float32, bfloat16 or float16. Not
                   normalised unless ``normalize=True``.
-    labels        integers [B] or [N], any values. None: the positives of a row are the other rows of its
-                  sample.
+    labels        integers [B] or [N] of any integer dtype, any values (uint64 beyond int64: modulo 2^64).
+                  None: the positives of a row are the other rows of its sample.
     mask          bool [B, B] (or [samples of features, samples of candidates]) instead of labels: row i takes
                   row j as positive where ``mask[i, j]``; need not be symmetric. Runs on the tiled backend.
-    temperature   a number or a tensor of no dimensions, greater than 0; a tensor gets a gradient.
+    temperature   a number, of Python or NumPy, or a tensor of one element; from 1e-12 to 1e12. A tensor gets
+                  a gradient in its own shape; its value is looked at only on a CPU and not while it is traced
+                  (``torch.compile``). ``base_temperature`` likewise. ``epsilon`` (from -1e4 to 1e4) and
+                  ``alpha`` (from 0 to 1) are numbers, or tensors of one element that want no gradient.
     contrast_mode "all": every row is an anchor; "one": only view 0 is.
     candidates    [Nc, D] or [Bc, V, D]: rows to contrast with instead of the features themselves (a queue,
                   another tower). Features are anchors only, and no self is left out. ``candidate_labels``
@@ -20,7 +23,9 @@ Common arguments
                   dimension of features; ``candidate_instances`` likewise.
     reduction     "mean" over the anchors that have a loss (that have a positive), "sum", or "none": one loss
                   per anchor, [B, V] or [N] ([B] for contrast_mode="one"), 0 where there is none.
-    normalize     L2-normalise rows first.
+    normalize     L2-normalise rows first. A row whose norm is below 1e-12 (float16: 2^-14, its smallest
+                  normal number) has no direction: it becomes zero, and so is its gradient. A row whose
+                  squared norm overflows (float64: float64, otherwise float32) counts as not finite.
     backend       "auto": the compiled kernel of the device, or else tiled PyTorch (with one warning); "cpu",
                   "cuda", "tiled", or "reference" (dense, for tests; differentiable twice). The first call
                   with a dtype on a GPU checks the CUDA kernels; if they answer wrongly or cannot run, "auto"
@@ -33,7 +38,8 @@ which no anchor has a positive gives 0, connected to the graph, and on a CPU a w
 order are refused (except by backend="reference").
 
 Errors: ValueError or TypeError naming the argument, what it must be and what came; on a CPU also for features
-that are not finite. RuntimeError for a backend that is not compiled, and for CUDA kernels that answer wrongly
+that are not finite, and where the largest |z| |z| / temperature is beyond 7e14. On a GPU, where looking would
+make the caller wait, the loss is NaN then. RuntimeError for a backend that is not compiled, and for CUDA kernels that answer wrongly
 or cannot run on the device.
 """
 
@@ -46,7 +52,7 @@ from torch import Tensor
 
 from . import reference
 from ._autograd import RowStatistics
-from ._checks import check_choice, check_number, check_temperature
+from ._checks import EPSILONS, check_choice, check_number, check_temperature
 from ._problem import Gather, Problem, prepare
 from ._rows import cnce_rows, reduce_rows, sincere_rows, supcon_reduced, supcon_rows
 from .profiling.ranges import named
@@ -77,9 +83,11 @@ def _dense(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _dense_instances(problem: Problem) -> Tensor:
-    pairing = problem.instances
-    assert pairing is not None
-    return reference.pair_sets(pairing.labels, pairing.candidate_labels, pairing.self_index)[0]
+    pairing = problem.pairing
+    if pairing.instances is None:
+        return _dense(problem)[1]
+    same = reference.pair_sets(pairing.instances, pairing.candidate_instances, pairing.self_index)[0]
+    return same if problem.mask is not None else same & _dense(problem)[1]
 
 
 def _streamed(problem: Problem, rows: RowLoss, **asked: Any) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -108,7 +116,7 @@ def supcon(
     *,
     temperature: float | Tensor = 0.07,
     contrast_mode: str = "all",
-    base_temperature: float | None = None,
+    base_temperature: float | Tensor | None = None,
     candidates: Tensor | None = None,
     candidate_labels: Tensor | None = None,
     instances: Tensor | None = None,
@@ -124,29 +132,31 @@ def supcon(
     where that is given. Without labels it is the multi-view NT-Xent loss. Arguments: see the module.
     """
     if base_temperature is not None:
-        check_temperature("base_temperature", base_temperature)
+        base_temperature = check_temperature("base_temperature", base_temperature)
     problem = prepare(
         features, labels, mask, temperature=temperature, contrast_mode=contrast_mode, candidates=candidates,
         candidate_labels=candidate_labels, instances=instances, candidate_instances=candidate_instances,
         reduction=reduction, normalize=normalize, backend=backend, gather=gather, need_instances=False,
     )  # fmt: skip
     loss = _supcon(problem, reduction)
-    return loss if base_temperature is None else loss * (temperature / base_temperature)
+    if base_temperature is None:
+        return loss
+    factor = problem.temperature / base_temperature
+    return loss * (factor.to(loss) if isinstance(factor, Tensor) else factor)
 
 
 def _supcon(problem: Problem, reduction: str) -> Tensor:
     if problem.backend == "reference":
         return _finish(problem, reference.supcon(*_dense(problem)), problem.count > 0, reduction)
     if problem.everybody is None:
-        s = problem.statistics(negatives=True, positives=True, denominator=True, positive_sum=True)
+        s = problem.statistics(negatives=True, positives=True)
         loss = supcon_reduced(s, problem.count, reduction, problem.loss_dtype)
         return loss.view(problem.shape) if reduction == "none" else loss
 
     def rows(s: RowStatistics, count: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
         return supcon_rows(s, count)
 
-    # What several processes give an anchor is merged as n and p.
-    loss, valid, anchors = _streamed(problem, rows, negatives=True, positives=True, positive_sum=True)
+    loss, valid, anchors = _streamed(problem, rows, negatives=True, positives=True)
     return _finish(problem, loss, valid, reduction, anchors)
 
 
@@ -173,7 +183,7 @@ def sincere(
     -mean_{p in P_i} log( e^{s_ip} / (e^{s_ip - epsilon} + sum_{j in N_i} e^{s_ij}) ). An anchor without a
     negative gives 0 (minus epsilon). Arguments: see the module.
     """
-    check_number("epsilon", epsilon, -1e4, 1e4)
+    epsilon = check_number("epsilon", epsilon, *EPSILONS)
     problem = prepare(
         features, labels, mask, temperature=temperature, contrast_mode=contrast_mode, candidates=candidates,
         candidate_labels=candidate_labels, instances=instances, candidate_instances=candidate_instances,
@@ -227,9 +237,9 @@ def class_conditional_info_nce(
 
     def rows(s: RowStatistics, count: Tensor, instance_count: Tensor | None) -> tuple[Tensor, Tensor]:
         assert instance_count is not None
-        return cnce_rows(s.p, s.instance_sum, instance_count, count)
+        return cnce_rows(s.p, s.instance_sum, instance_count, count, mask is None)
 
-    loss, valid, anchors = _streamed(problem, rows, positives=True, instance_sum=True)
+    loss, valid, anchors = _streamed(problem, rows, positives=True)
     return _finish(problem, loss, valid, reduction, anchors)
 
 
@@ -259,7 +269,7 @@ def spread(
     a positive; one without another row of its sample has no cNCE part. Costs what its base costs. Arguments:
     see the module.
     """
-    check_number("alpha", alpha, 0.0, 1.0)
+    alpha = check_number("alpha", alpha, 0.0, 1.0)
     check_choice("base", base, ("supcon", "sincere"))
     problem = prepare(
         features, labels, mask, temperature=temperature, contrast_mode=contrast_mode, candidates=candidates,
@@ -278,7 +288,7 @@ def spread(
             first, valid = supcon_rows(s, count)
         else:
             first, valid = sincere_rows(s.softplus, count, 0.0)
-        second, _ = cnce_rows(s.p, s.instance_sum, instance_count, count)
+        second, _ = cnce_rows(s.p, s.instance_sum, instance_count, count, mask is None)
         return (1 - alpha) * first + alpha * second, valid
 
     loss, valid, anchors = _streamed(
@@ -287,8 +297,6 @@ def spread(
         negatives=True,
         positives=True,
         epsilon=0.0 if base == "sincere" else None,
-        positive_sum=base == "supcon",
-        instance_sum=True,
     )
     return _finish(problem, loss, valid, reduction, anchors)
 
@@ -348,7 +356,7 @@ def pair_statistics(
     module.
 
     Empty sets are -inf: select (``torch.where``) before using them, or a gradient becomes NaN. Statistics are
-    float64 on a CPU and for float64 features, float32 otherwise.
+    float64 (float32 on devices that have no float64).
     """
     problem = prepare(
         features, labels, mask, temperature=temperature, contrast_mode=contrast_mode, candidates=candidates,
@@ -361,7 +369,7 @@ def pair_statistics(
         n, p = reference.log_sum_exp(s, negatives), reference.log_sum_exp(s, positives)
         total = torch.where(positives, s, 0.0).sum(dim=1)
     else:
-        asked = {"negatives": True, "positives": True, "positive_sum": True}
+        asked = {"negatives": True, "positives": True}
         if problem.everybody is None:
             statistics = problem.statistics(**asked)
         else:

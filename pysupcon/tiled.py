@@ -1,6 +1,6 @@
 """The operators of :mod:`pysupcon._ops` in pure PyTorch: O(N) memory, any device, any floating dtype.
 
-Same six functions, same argument order, same results up to rounding; the contract stands in
+Same functions, same argument order, same results up to rounding; the contract stands in
 ``pysupcon/_ops.py``. This is the path of devices without a compiled kernel and of arbitrary positive masks
 (:class:`PositiveMask`). How pairs are visited: :mod:`pysupcon._tiles`.
 """
@@ -15,20 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._tiles import (
-    ROW_CHUNK,
     Pairs,
     PositiveMask,
     Side,
     Slice,
     Tile,
     and_not,
-    class_sums,
-    look_up,
     negated,
     no_autocast,
-    own_candidate,
     positive_count,
-    slices,
     stats_dtype,
     zero_unless,
 )  # fmt: skip
@@ -40,8 +35,6 @@ __all__ = [
     "positive_count",
     "positive_softplus",
     "positive_softplus_backward",
-    "positive_sum",
-    "positive_sum_backward",
     "stats_dtype",
 ]
 
@@ -53,9 +46,8 @@ class _LogSumExp:
         self.top = torch.full((count,), -math.inf, dtype=dtype, device=like.device)
         self.total = torch.zeros(count, dtype=dtype, device=like.device)
 
-    def add(self, at: Slice, similarity: Tensor, keep: Tensor | bool, dim: int) -> None:
-        if keep is False:
-            return
+    def add(self, at: Slice, similarity: Tensor, keep: Tensor | bool, dim: int) -> Tensor:
+        """Returns what the tile's similarities were measured from, their maximum of every row."""
         s = similarity if keep is True else torch.where(torch.as_tensor(keep), similarity, -math.inf)
         top, total = self.top[slice(*at)], self.total[slice(*at)]
         tile_top = s.amax(dim)
@@ -66,18 +58,66 @@ class _LogSumExp:
         finite = torch.where(new_top == -math.inf, 0.0, new_top)
         total.copy_(total * (top - finite).exp() + tile_total * (tile_top - finite).exp())
         top.copy_(new_top)
+        return reference
 
     def value(self, order: Tensor) -> Tensor:
-        return torch.empty_like(self.top).index_copy_(0, order, self.top + self.total.log())
+        return torch.empty_like(self.top).index_copy(0, order, self.top + self.total.log())
 
 
-def _refuse_non_finite(*statistics: Tensor) -> None:
-    """On a CPU a NaN or an overflow shows here for nothing; elsewhere looking would make the device wait."""
-    for statistic in statistics:
-        if statistic.device.type == "cpu" and not torch.compiler.is_compiling() and statistic.numel():
-            top = statistic.max().item()  # NaN spreads to the maximum
-            if not top < math.inf:
-                raise ValueError(f"features must be finite, got a similarity statistic of {top}")
+class _Sum:
+    """Sum of similarities per row. They come measured from the reference of their logsumexp: that keeps the
+    digits of small differences between the two."""
+
+    def __init__(self, count: int, like: Tensor, dtype: torch.dtype) -> None:
+        self.total = torch.zeros(count, dtype=dtype, device=like.device)
+
+    def add(self, at: Slice, similarity: Tensor, reference: Tensor, keep: Tensor | bool, dim: int) -> None:
+        part = zero_unless(similarity - reference.unsqueeze(dim), keep).sum(dim)
+        many = similarity.shape[dim] if keep is True else torch.as_tensor(keep).sum(dim)
+        self.total[slice(*at)] += part.to(self.total.dtype) + many * reference.to(self.total.dtype)
+
+    def value(self, order: Tensor) -> Tensor:
+        return torch.empty_like(self.total).index_copy(0, order, self.total)
+
+
+_LARGEST = 1e15
+"""A similarity times log2(e) must stay below it: statistics are float64, and keep a digit that an exponent
+needs."""
+
+
+def _poison(x: Tensor, candidates: Tensor | None, scale: Tensor) -> Tensor:
+    """0 if every number is finite. Otherwise an error on a CPU; NaN, to be added to every statistic, where
+    looking would make a device wait or cannot be traced. On a CPU too large similarities are an error, too.
+    """
+    poison = scale * 0.0
+    largest = scale.detach() * math.log2(math.e)
+    for rows in (x, x if candidates is None else candidates):
+        if rows.numel():
+            low, high = torch.aminmax(rows.detach())  # NaN spreads to both
+            poison = poison + (low * 0.0 + high * 0.0).to(scale.dtype)
+            largest = largest * torch.maximum(-low, high).to(scale.dtype)
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or not x.numel():
+        return poison
+    if not math.isfinite(poison):
+        for name, side in (("rows", x), ("candidate rows", candidates)):
+            bad = [] if side is None else side.isfinite().all(1).logical_not().nonzero().flatten().tolist()
+            if side is not None and bad:
+                raise ValueError(
+                    f"features must be finite, got NaN or infinity in {len(bad)} of {side.shape[0]} {name}, "
+                    f"the first of them row {bad[0]}"
+                )
+        raise ValueError(f"1 / temperature must be finite, got {scale.item()}")
+    if not largest * x.shape[1] < _LARGEST:  # perhaps: a row is no longer than its largest number times D
+        norms = [
+            torch.linalg.vector_norm(rows.detach().double(), dim=1).max().item()
+            for rows in (x, x if candidates is None else candidates)
+        ]
+        if not norms[0] * norms[1] * scale.item() * math.log2(math.e) < _LARGEST:
+            raise ValueError(
+                "features must be small enough for their similarities; the largest |features| |features| / "
+                f"temperature is {norms[0] * norms[1] * scale.item():.1e}"
+            )
+    return poison
 
 
 def pair_stats(
@@ -89,65 +129,95 @@ def pair_stats(
     candidate_labels: Tensor | None,
     candidate_order: Tensor | None,
     self_index: Tensor | None,
+    instances: Tensor | None,
+    candidate_instances: Tensor | None,
     negatives: bool,
     positives: bool,
     mask: PositiveMask | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with no_autocast(x), torch.no_grad():
+        poison = _poison(x, candidates, scale)
         pairs = Pairs(
-            x, labels, order, scale, candidates, candidate_labels, candidate_order, self_index, mask
-        )
-        n = _LogSumExp(x.shape[0], x, stats_dtype(x))
-        p = _LogSumExp(x.shape[0], x, stats_dtype(x))
+            x, labels, order, scale, candidates, candidate_labels, candidate_order, self_index, mask,
+            instances, candidate_instances,
+        )  # fmt: skip
+        n, p = (_LogSumExp(x.shape[0], x, stats_dtype(x)) for _ in range(2))
+        positive_sum, instance_sum = (_Sum(x.shape[0], x, stats_dtype(x)) for _ in range(2))
         for tile in pairs.tiles(only_positives=not negatives, only_negatives=not positives):
             both = [(tile.i, tile.same, 1)]
             if pairs.symmetric and not tile.diagonal:
                 both.append((tile.j, tile.same_back, 0))
             for at, same, dim in both:
-                if negatives:
+                if negatives and same is not True:
                     n.add(at, tile.similarity, and_not(negated(same), tile.left_out), dim)
-                if positives:
-                    p.add(at, tile.similarity, and_not(same, tile.left_out), dim)
-        result = n.value(order), p.value(order)
-    _refuse_non_finite(*result)
-    return result
-
-
-def _weights(
-    similarity: Tensor, same: Tensor | bool, n: Tensor, p: Tensor, grad_n: Tensor, grad_p: Tensor
-) -> Tensor:
-    """G_ij before pairs are left out: u_i e^(s_ij - n_i) for negatives, v_i e^(s_ij - p_i) for positives."""
-    if isinstance(same, bool):
-        reference, grad = (p, grad_p) if same else (n, grad_n)
-    else:
-        reference, grad = torch.where(same, p, n), torch.where(same, grad_p, grad_n)
-    return (similarity - reference).exp_().mul_(grad)
+                if not positives or same is False:
+                    continue
+                keep = and_not(same, tile.left_out)
+                reference = p.add(at, tile.similarity, keep, dim)
+                positive_sum.add(at, tile.similarity, reference, keep, dim)
+                if tile.instance is not False:
+                    chosen = and_not(tile.instance, tile.left_out)
+                    instance_sum.add(at, tile.similarity, reference, chosen, dim)
+        result = tuple(column.value(order) for column in (n, p, positive_sum, instance_sum))
+        of_n, of_p, of_positives, of_instances = (column + poison for column in result)
+    return of_n, of_p, of_positives, of_instances
 
 
 class _RowStats(NamedTuple):
+    """Of one side, in label order: references, factors, and what a positive (of the instance) adds."""
+
     n: Tensor
     p: Tensor
-    grad_n: Tensor
-    grad_p: Tensor
+    of_n: Tensor
+    of_p: Tensor
+    constant: Tensor | None
+    instance_constant: Tensor | None
 
-    def at(self, rows: Slice, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        n, p, u, v = (column[slice(*rows)].unsqueeze(dim) for column in self)
-        return n, p, u, v
+    def at(self, rows: Slice, dim: int) -> _RowStats:
+        columns = (None if column is None else column[slice(*rows)].unsqueeze(dim) for column in self)
+        return _RowStats(*columns)  # type: ignore[arg-type]
 
 
-def _row_stats(side: Side, n: Tensor, p: Tensor, grad_n: Tensor, grad_p: Tensor) -> _RowStats:
+def _row_stats(
+    side: Side,
+    n: Tensor,
+    p: Tensor,
+    grad_n: Tensor,
+    grad_p: Tensor,
+    grad_positive_sum: Tensor | None,
+    grad_instance_sum: Tensor | None,
+) -> _RowStats:
     dtype = side.rows.dtype
 
-    def reference(column: Tensor) -> Tensor:
-        # An empty set contributes nothing: e^(s - inf) = 0, where e^(s + inf) would be infinite.
-        return side.sort(torch.where(column == -math.inf, math.inf, column), dtype)
+    def pair(statistic: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        # An empty set contributes nothing: e^(s - inf) = 0, where e^(s + inf) would be infinite. What the
+        # reference loses to rounding, the factor makes good.
+        empty = statistic == -math.inf
+        reference = statistic.to(dtype)
+        factor = grad * (reference.to(statistic.dtype) - statistic).exp()
+        reference, factor = torch.where(empty, math.inf, reference), torch.where(empty, 0.0, factor)
+        return side.sort(reference, dtype), side.sort(factor, dtype)
 
-    return _RowStats(
-        reference(n),
-        reference(p),
-        side.sort(torch.where(n == -math.inf, 0.0, grad_n), dtype),
-        side.sort(torch.where(p == -math.inf, 0.0, grad_p), dtype),
+    (of_n, factor_n), (of_p, factor_p) = pair(n, grad_n), pair(p, grad_p)
+    constants = (
+        None if grad is None else side.sort(grad, dtype) for grad in (grad_positive_sum, grad_instance_sum)
     )
+    return _RowStats(of_n, of_p, factor_n, factor_p, *constants)
+
+
+def _weights(similarity: Tensor, same: Tensor | bool, instance: Tensor | bool, of: _RowStats) -> Tensor:
+    """G_ij before pairs are left out: u_i e^(s_ij - n_i) for negatives, v_i e^(s_ij - p_i) and the constants
+    for positives."""
+    if isinstance(same, bool):
+        reference, factor = (of.p, of.of_p) if same else (of.n, of.of_n)
+    else:
+        reference, factor = torch.where(same, of.p, of.n), torch.where(same, of.of_p, of.of_n)
+    # No term of a sum is larger than the sum, but s_ij and s_ji of one tile are rounded apart.
+    weights = (similarity - reference).clamp_(max=0.0).exp_().mul_(factor)
+    for constant, where in ((of.constant, same), (of.instance_constant, instance)):
+        if constant is not None and where is not False:
+            weights += constant if where is True else torch.where(torch.as_tensor(where), constant, 0.0)
+    return weights
 
 
 class _Gradients:
@@ -186,14 +256,20 @@ def pair_stats_backward(
     candidate_labels: Tensor | None,
     candidate_order: Tensor | None,
     self_index: Tensor | None,
+    instances: Tensor | None,
+    candidate_instances: Tensor | None,
     n: Tensor,
     p: Tensor,
     grad_n: Tensor,
     grad_p: Tensor,
+    grad_positive_sum: Tensor | None,
+    grad_instance_sum: Tensor | None,
     candidate_n: Tensor | None,
     candidate_p: Tensor | None,
     candidate_grad_n: Tensor | None,
     candidate_grad_p: Tensor | None,
+    candidate_grad_positive_sum: Tensor | None,
+    candidate_grad_instance_sum: Tensor | None,
     negatives: bool,
     positives: bool,
     grad_x: Tensor,
@@ -202,20 +278,37 @@ def pair_stats_backward(
 ) -> None:
     with no_autocast(x), torch.no_grad():
         pairs = Pairs(
-            x, labels, order, scale, candidates, candidate_labels, candidate_order, self_index, mask
-        )
-        own = _row_stats(pairs.anchors, n, p, grad_n, grad_p)
+            x, labels, order, scale, candidates, candidate_labels, candidate_order, self_index, mask,
+            instances, candidate_instances,
+        )  # fmt: skip
+
+        def stats(side: Side, *columns: Tensor | None) -> _RowStats:
+            n, p, *grads = columns
+            assert n is not None
+            assert p is not None
+            given = (negatives, positives)
+            none = torch.full_like(n, -math.inf)
+            n, p = (column if wanted else none for column, wanted in zip((n, p), given, strict=True))
+            sums = grads[2:] if positives else [None, None]
+            return _row_stats(side, n, p, *grads[:2], *sums)  # type: ignore[arg-type]
+
+        own = stats(pairs.anchors, n, p, grad_n, grad_p, grad_positive_sum, grad_instance_sum)
         back = own if pairs.symmetric else None
         if candidate_n is not None:
-            assert candidate_p is not None
-            assert candidate_grad_n is not None
-            assert candidate_grad_p is not None
-            back = _row_stats(pairs.candidates, candidate_n, candidate_p, candidate_grad_n, candidate_grad_p)
+            back = stats(
+                pairs.candidates,
+                candidate_n,
+                candidate_p,
+                candidate_grad_n,
+                candidate_grad_p,
+                candidate_grad_positive_sum,
+                candidate_grad_instance_sum,
+            )
         gradients = _Gradients(pairs, grad_candidates is not None)
         for tile in pairs.tiles(only_positives=not negatives, only_negatives=not positives):
-            weights = _weights(tile.similarity, tile.same, *own.at(tile.i, 1))
+            weights = _weights(tile.similarity, tile.same, tile.instance, own.at(tile.i, 1))
             if back is not None:
-                weights += _weights(tile.similarity, tile.same_back, *back.at(tile.j, 0))
+                weights += _weights(tile.similarity, tile.same_back, tile.instance, back.at(tile.j, 0))
             if tile.left_out is not None:
                 weights.masked_fill_(tile.left_out, 0.0)
             gradients.add(tile, weights)
@@ -249,9 +342,7 @@ def positive_softplus(
                 # softplus(a) = -logsigmoid(-a), without a threshold and with softplus(-inf) = 0.
                 terms = F.logsigmoid(tile.similarity - limit[slice(*at)].unsqueeze(dim))
                 total[slice(*at)] -= zero_unless(terms, and_not(same, tile.left_out)).sum(dim)
-        result = torch.empty_like(total).index_copy_(0, order, total)
-    _refuse_non_finite(result)
-    return result
+        return torch.empty_like(total).index_copy(0, order, total)
 
 
 def positive_softplus_backward(
@@ -299,117 +390,4 @@ def positive_softplus_backward(
                 weights = weights + back
             gradients.add(tile, -weights)
         gradients.add_to(grad_x, grad_candidates)
-        return torch.empty_like(grad_n).index_copy_(0, order, grad_n)
-
-
-def positive_sum(
-    x: Tensor,
-    labels: Tensor,
-    order: Tensor,
-    scale: Tensor,
-    candidates: Tensor | None,
-    candidate_labels: Tensor | None,
-    candidate_order: Tensor | None,
-    self_index: Tensor | None,
-    mask: PositiveMask | None = None,
-) -> Tensor:
-    with no_autocast(x), torch.no_grad():
-        total = torch.zeros(x.shape[0], dtype=stats_dtype(x), device=x.device)
-        if mask is not None:
-            pairs = Pairs(
-                x, labels, order, scale, candidates, candidate_labels, candidate_order, self_index, mask
-            )
-            for tile in pairs.tiles(only_positives=True):
-                both = [(tile.i, tile.same, 1)]
-                if pairs.symmetric and not tile.diagonal:
-                    both.append((tile.j, tile.same_back, 0))
-                for at, same, dim in both:
-                    total[slice(*at)] += zero_unless(tile.similarity, and_not(same, tile.left_out)).sum(dim)
-            return torch.empty_like(total).index_copy_(0, order, total)
-        if candidates is None:
-            sums = class_sums(x, None, labels, order)
-        else:
-            assert candidate_labels is not None
-            assert candidate_order is not None
-            sums = class_sums(candidates, None, candidate_labels, candidate_order)
-        for at in slices(x.shape[0], ROW_CHUNK):
-            part = look_up(sums, labels[slice(*at)])
-            own = own_candidate(x, candidates, self_index, at, part.dtype)
-            part = part if own is None else part - own
-            total[slice(*at)] = part.mul_(x[slice(*at)]).sum(1)
-        return total * scale
-
-
-def positive_sum_backward(
-    x: Tensor,
-    labels: Tensor,
-    order: Tensor,
-    scale: Tensor,
-    candidates: Tensor | None,
-    candidate_labels: Tensor | None,
-    candidate_order: Tensor | None,
-    self_index: Tensor | None,
-    grad_total: Tensor,
-    candidate_grad_total: Tensor | None,
-    grad_x: Tensor,
-    grad_candidates: Tensor | None,
-    mask: PositiveMask | None = None,
-) -> None:
-    with no_autocast(x), torch.no_grad():
-        if mask is not None:
-            pairs = Pairs(
-                x, labels, order, scale, candidates, candidate_labels, candidate_order, self_index, mask
-            )
-            gradients = _Gradients(pairs, grad_candidates is not None)
-            grad = pairs.anchors.sort(grad_total, pairs.scale.dtype)
-            for tile in pairs.tiles(only_positives=True):
-                weights = zero_unless(
-                    grad[slice(*tile.i), None].expand_as(tile.similarity), and_not(tile.same, tile.left_out)
-                )
-                if pairs.symmetric:
-                    weights = weights + zero_unless(
-                        grad[None, slice(*tile.j)].expand_as(tile.similarity),
-                        and_not(tile.same_back, tile.left_out),
-                    )
-                gradients.add(tile, weights)
-            gradients.add_to(grad_x, grad_candidates)
-            return
-
-        # grad_x_i += scale * (g_i (C_i - c_i) + (W_i - g_i c_i)), C the class sums of rows, W of rows times g
-        if candidates is None:
-            others, other_labels, other_order, back = x, labels, order, grad_total
-        else:
-            assert candidate_labels is not None
-            assert candidate_order is not None
-            others, other_labels, other_order = candidates, candidate_labels, candidate_order
-            back = candidate_grad_total  # type: ignore[assignment]
-        sums = class_sums(others, None, other_labels, other_order)
-        weighted = None if back is None else class_sums(others, back, other_labels, other_order)
-        dtype = sums[0].dtype
-        for at in slices(x.shape[0], ROW_CHUNK):
-            g = grad_total[slice(*at)].to(dtype).unsqueeze(1)
-            part = look_up(sums, labels[slice(*at)])
-            own = own_candidate(x, candidates, self_index, at, dtype)
-            part = part.mul_(g) if own is None else (part - own).mul_(g)
-            if weighted is not None and own is not None and back is not None:
-                own_back = (
-                    back[slice(*at)] if self_index is None else back[self_index[slice(*at)].clamp(min=0)]
-                )
-                part += look_up(weighted, labels[slice(*at)]) - own * own_back.to(dtype).unsqueeze(1)
-            grad_x[slice(*at)] += part * scale
-        if grad_candidates is None or candidates is None:
-            return
-
-        from_anchors = class_sums(x, grad_total, labels, order)
-        assert candidate_labels is not None
-        total = torch.empty(candidates.shape, dtype=dtype, device=x.device)
-        for at in slices(candidates.shape[0], ROW_CHUNK):
-            total[slice(*at)] = look_up(from_anchors, candidate_labels[slice(*at)])
-        if self_index is not None and candidates.shape[0]:
-            weight = torch.where(self_index >= 0, grad_total, 0.0).to(dtype)
-            own = x.to(dtype) * weight.neg().unsqueeze(1)
-            if x.device.type == "cpu":
-                total.index_add_(0, self_index.clamp(min=0), own)
-            else:
-                total.index_put_((self_index.clamp(min=0),), own, accumulate=True)
-        grad_candidates += total * scale
+        return torch.empty_like(grad_n).index_copy(0, order, grad_n)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in ("driver", "class_sums", "select", "kernels")]
+SOURCES = [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in ("driver", "select", "kernels")]
 DRIVER = ROOT / "tests" / "cpu_sanitizers" / "drive.cpp"
 FLAGS = [
     "-std=c++20", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",

@@ -21,7 +21,7 @@ FORMS = ["self", "candidates", "self index", "own rows"]
 
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[tuple[Any, ...], dict[str, torch.Tensor], str]:
-    """The eight arguments every operator begins with, columns of everybody's statistics, and the form."""
+    """The ten arguments pair_stats begins with, columns of everybody's statistics, and the form."""
     form = draw(st.sampled_from(FORMS), label="form")
     width = draw(st.sampled_from([1, 3, 8, 15, 16, 17, 40, 129]), label="width")
     total = draw(st.integers(0, 150), label="candidates")
@@ -32,27 +32,36 @@ def problems(draw: st.DrawFn) -> tuple[tuple[Any, ...], dict[str, torch.Tensor],
     scale = torch.tensor(draw(st.floats(0.1, 20.0), label="scale"), dtype=torch.float64)
     if draw(st.booleans(), label="strided"):
         candidates = torch.cat([candidates, candidates], dim=1)[:, :width]
-    columns = {name: torch.randn(total, generator=generator, dtype=torch.float64) for name in ("u", "v", "g")}
+    names = ("u", "v", "w", "a", "g")
+    columns = {name: torch.randn(total, generator=generator, dtype=torch.float64) for name in names}
+    many = draw(st.sampled_from([1, 3, 50]), label="instances")
+    instances = torch.randint(0, many, (total,), generator=generator)
+    order = _order(labels, instances)
     if form == "self":
-        return (candidates, labels, _order(labels), scale, None, None, None, None), columns, form
+        return (candidates, labels, order, scale, None, None, None, None, instances, None), columns, form
     if form == "candidates":
         count = draw(st.integers(0, 90), label="anchors")
         x = torch.randn(count, width, generator=generator, dtype=torch.float64)
         own = torch.randint(-classes, classes, (count,), generator=generator)
+        own_instances = torch.randint(0, many, (count,), generator=generator)
         index = None
         columns = {name: torch.randn(count, generator=generator, dtype=torch.float64) for name in columns}
     else:
         index = torch.randperm(total, generator=generator)[: draw(st.integers(0, total), label="anchors")]
-        x, own = candidates[index].clone(), labels[index]
+        x, own, own_instances = candidates[index].clone(), labels[index], instances[index]
         if form == "self index":
             index[::3] = -1
             columns = {name: column[: len(index)] for name, column in columns.items()}
-    rows = (x, own, _order(own), scale, candidates, labels, _order(labels), index)
-    return rows, columns, form
+    rows = (x, own, _order(own, own_instances), scale, candidates, labels, order, index)
+    return (*rows, own_instances, instances), columns, form
 
 
-def _order(labels: torch.Tensor) -> torch.Tensor:
-    return torch.argsort(labels, stable=True)
+def _order(labels: torch.Tensor, instances: torch.Tensor | None = None) -> torch.Tensor:
+    """By label, then by instance."""
+    if instances is None:
+        return torch.argsort(labels, stable=True)
+    order = torch.argsort(instances, stable=True)
+    return order[torch.argsort(labels[order], stable=True)]
 
 
 def _same(name: str, *arguments: Any, **wanted: bool) -> Any:
@@ -68,46 +77,52 @@ def _same(name: str, *arguments: Any, **wanted: bool) -> Any:
     problem=problems(),
     epsilon=st.sampled_from([0.0, 0.25, -3.0]),
     flags=st.sampled_from([(1, 1), (1, 0), (0, 1)]),
+    sums=st.sampled_from(["", "w", "a", "wa"]),
 )
-def test_compiled_operators_equal_their_twins(problem: Any, epsilon: float, flags: tuple[int, int]) -> None:
-    rows, columns, form = problem
+def test_compiled_operators_equal_their_twins(
+    problem: Any, epsilon: float, flags: tuple[int, int], sums: str
+) -> None:
+    (*rows, instances, other_instances), columns, form = problem
+    pairs = *rows, instances, other_instances
     wanted = bool(flags[0]), bool(flags[1])
-    both = _same("pair_stats", *rows, True, True)
+    both = _same("pair_stats", *pairs, True, True)[:2]
     n, p = (
         torch.where(torch.tensor(keep), column, -torch.inf) for keep, column in zip(wanted, both, strict=True)
     )
     softplus_n = both[0]
     _same("positive_softplus", *rows, softplus_n, epsilon)
-    _same("positive_sum", *rows)
     need = form in ("candidates", "self index")
     everybody: dict[str, Any] = {}
     own = columns
     if form == "own rows":  # every candidate is an anchor of somebody: what they all know
-        whole = (*rows[4:7], rows[3], None, None, None, None)
-        all_n, all_p = tiled.pair_stats(*whole, *wanted)
+        whole = (*rows[4:7], rows[3], *(None,) * 6)
+        all_n, all_p, *_ = tiled.pair_stats(*whole, *wanted)
         everybody = {
             "n": all_n,
             "p": all_p,
-            **columns,
+            **{name: column for name, column in columns.items() if name not in "wa" or name in sums},
             "softplus_n": tiled.pair_stats(*whole, True, False)[0],
         }
         own = {name: column[rows[7]] for name, column in columns.items()}
-    _same(
-        "pair_stats_backward", *rows, n, p, own["u"], own["v"], everybody.get("n"), everybody.get("p"),
-        everybody.get("u"), everybody.get("v"), *wanted, candidates=need,
-    )  # fmt: skip
+    own_sums = [own[name] if name in sums else None for name in "wa"]
+    theirs = [everybody.get(name) for name in ("n", "p", "u", "v", "w", "a")]
+    arguments = *pairs, n, p, own["u"], own["v"], *own_sums, *theirs, *wanted
+    _same("pair_stats_backward", *arguments, candidates=need)
     _same(
         "positive_softplus_backward", *rows, softplus_n, epsilon, own["g"], everybody.get("softplus_n"),
         everybody.get("g"), candidates=need,
     )  # fmt: skip
-    _same("positive_sum_backward", *rows, own["g"], everybody.get("g"), candidates=need)
 
 
 @given(problem=problems())
-def test_what_was_not_asked_for_is_minus_infinity(problem: Any) -> None:
-    rows = problem[0]
-    _same("pair_stats", *rows, True, False)
-    _same("pair_stats", *rows, False, True)
+def test_what_was_not_asked_for(problem: Any) -> None:
+    (*rows, instances, other_instances), _, _ = problem
+    _, p, *sums = _same("pair_stats", *rows, instances, other_instances, True, False)
+    assert (p == -torch.inf).all()
+    assert not torch.cat(sums).any()
+    n, _, _, instance_sum = _same("pair_stats", *rows, None, None, False, True)
+    assert (n == -torch.inf).all()
+    assert not instance_sum.any()
 
 
 @pytest.mark.parametrize("count", [4100, pytest.param(16_450, marks=pytest.mark.slow)])
@@ -118,17 +133,20 @@ def test_sets_of_blocks(count: int) -> None:
         torch.randn(count, 300, generator=generator, dtype=torch.float64), dim=1
     )
     labels = torch.randint(0, 40, (count,), generator=generator)
-    rows = (x, labels, _order(labels), torch.tensor(10.0, dtype=torch.float64), None, None, None, None)
-    n, p = _same("pair_stats", *rows, True, True)
-    u, v = torch.randn(2, count, generator=generator, dtype=torch.float64)
+    scale = torch.tensor(10.0, dtype=torch.float64)
+    instances = torch.arange(count) // 2
+    rows = (x, labels, _order(labels), scale, None, None, None, None, instances, None)
+    stats = _same("pair_stats", *rows, True, True)
+    u, v, w, a = torch.randn(4, count, generator=generator, dtype=torch.float64)
     threads, found = torch.get_num_threads(), []
     try:
         for number in (1, 2, 3):
             torch.set_num_threads(number)
-            arguments = (*rows, n, p, u, v, None, None, None, None, True, True)
+            arguments = (*rows, *stats[:2], u, v, w, a, *(None,) * 6, True, True)
             found.append(added(_ops.pair_stats_backward, *arguments)[0])
             assert all(
-                torch.equal(a, b) for a, b in zip(_ops.pair_stats(*rows, True, True), (n, p), strict=True)
+                torch.equal(got, want)
+                for got, want in zip(_ops.pair_stats(*rows, True, True), stats, strict=True)
             )
     finally:
         torch.set_num_threads(threads)

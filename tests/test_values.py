@@ -11,7 +11,7 @@ from tolerances import assert_gradient_close, assert_loss_close, largest_similar
 from torch import Tensor
 
 import pysupcon
-from pysupcon import _tiles, functional, tiled
+from pysupcon import _tiles, functional
 
 B, V, D = 7, 2, 5
 
@@ -94,8 +94,6 @@ def test_every_option_in_float64(name: str, kind: str, where: str, monkeypatch: 
         pytest.skip(pysupcon.backends()[backend]["detail"])
     if where == "small tiles":  # 14 rows in tiles of 3: every kind of tile, and a ragged last one
         monkeypatch.setattr(_tiles, "_CPU_TILE", 3)
-        for module in (tiled, _tiles):
-            monkeypatch.setattr(module, "ROW_CHUNK", 4)
     features = torch.randn(B, V, D, dtype=torch.float64)
     got = _run(LOSSES[name], features, options, 0.3, backend=backend)
     want = _run(lambda x, **k: naive(name, x, **k), features, options, 0.3)

@@ -30,12 +30,13 @@ using Tile = Vec<T>[kRows][kVecs];
 template <class T>
 struct Block {
   const Side* side;
-  int64_t first;      // position of the block's first row
-  int count, padded;  // rows, and rows with padding
-  int chunks;         // of kCols columns; zero padded
-  T* rows;            // [chunks][padded][kCols]: the rows as they are
-  T* panels;          // [padded / kCols][chunks * kCols][kCols]: transposed, times scale * log2(e)
-  LaneInt<T>* cls;    // [padded] class numbers; padding has its own
+  int64_t first;         // position of the block's first row
+  int count, padded;     // rows, and rows with padding
+  int chunks;            // of kCols columns; zero padded
+  T* rows;               // [chunks][padded][kCols]: the rows as they are
+  T* panels;             // [padded / kCols][chunks * kCols][kCols]: transposed, times scale * log2(e)
+  LaneInt<T>* cls;       // [padded] class numbers; padding has its own
+  LaneInt<T>* instance;  // [padded] instance numbers, where they are wanted
 };
 
 // ------------------------------------------------------------------------------------------------ memory of
@@ -59,6 +60,7 @@ PYSUPCON_INLINE Block<T> take_block(Arena& arena, const Plan& plan, bool panels)
   b.rows = arena.take<T>(size);
   if (panels) b.panels = arena.take<T>(size);
   b.cls = arena.take<LaneInt<T>>(b.padded);
+  b.instance = arena.take<LaneInt<T>>(b.padded);
   return b;
 }
 
@@ -162,6 +164,7 @@ void load_block(Block<T>& b, const Plan& plan, LaneInt<T> padding) {
     const bool real = i < b.count;
     if (i + kRowsAhead < b.count) fetch_row(q, side, b.first + i + kRowsAhead);
     b.cls[i] = real ? side.cls[b.first + i] : padding;
+    if (side.instance) b.instance[i] = real ? side.instance[b.first + i] : padding;
     const int64_t row = real ? side.order[b.first + i] : 0;
     for (int c = 0; c < b.chunks; ++c) {
       T* to = b.rows + (int64_t(c) * b.padded + i) * C;

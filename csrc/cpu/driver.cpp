@@ -15,6 +15,7 @@ namespace pysupcon::cpu {
 namespace {
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
+constexpr double kLargest = 1e15;  // of a similarity in base 2, and of the scale
 
 // ------------------------------------------------------------------------------------------------ memory
 // Values of the arithmetic type by position (or by row), for the vector code.
@@ -47,7 +48,7 @@ double largest_norm(const Problem& q, const Side& side, const Threads& threads) 
   });
   double all = 0;
   for (double b : best)
-    if (!(b <= all)) all = b;  // NaN stays: nothing compares with it
+    if (all == all && !(b <= all)) all = b;  // NaN stays
   return std::sqrt(all);
 }
 
@@ -70,7 +71,7 @@ Plan make_plan(const Problem& q) {
   return plan;
 }
 
-// Fills in the reference; false if a similarity may not be finite.
+// Fills in the reference; false if a row or the scale is not finite, or if a similarity could not be.
 bool choose_reference(Plan& plan, const Threads& threads) {
   const Problem& q = plan.problem;
   const double rows = largest_norm(q, q.anchors, threads);
@@ -79,7 +80,8 @@ bool choose_reference(Plan& plan, const Threads& threads) {
   // 2^(t - shift) lies in [2^(-2 shift), 1]: far enough from the smallest normal number (2^-126, 2^-1022) to
   // sum.
   plan.fixed = 2 * plan.shift <= (q.type == Type::f64 ? 900 : 100);
-  return plan.shift < (q.type == Type::f64 ? 1e300 : 1e37);
+  // Statistics are double: beyond kLargest they have no digit left that an exponent needs. NaN is not less.
+  return plan.shift < kLargest && q.scale * kLog2e < kLargest;
 }
 
 template <class Visit>
@@ -103,24 +105,31 @@ void visit_pairs(const Plan& plan, const Threads& threads, const Visit& visit) {
 // ------------------------------------------------------------------------------------------------ weights
 // One side's factors for the vector code; see Weights.
 struct SideWeights {
-  Values ref_n, f_n, ref_p, f_p;  // empty where a side gives nothing
+  Values ref_n, f_n, ref_p, f_p, constant_p, constant_a;  // empty where a side gives nothing
 
   SideWeights(const Plan& plan, const Side& side, const StatsGrad& g)
-      : SideWeights(plan, side.count, g.n && plan.problem.negatives, g.p && plan.problem.positives) {
+      : SideWeights(plan, side.count, g.n && plan.problem.negatives, g.p && plan.problem.positives,
+                    g.w && plan.problem.positives, g.a && plan.problem.positives) {
     for (int64_t at = 0; at < side.count; ++at) {
       const int64_t row = side.order[at];
       if (f_n.data()) fill(plan, at, g.n[row], g.u[row], ref_n, f_n);
       if (f_p.data()) fill(plan, at, g.p[row], g.v[row], ref_p, f_p);
+      if (constant_p.data()) constant_p.set(at, plan.problem.scale * g.w[row]);
+      if (constant_a.data()) constant_a.set(at, plan.problem.scale * g.a[row]);
     }
   }
-  Weights get() const { return {ref_n.data(), f_n.data(), ref_p.data(), f_p.data()}; }
+  Weights get() const {
+    return {ref_n.data(), f_n.data(), ref_p.data(), f_p.data(), constant_p.data(), constant_a.data()};
+  }
 
  private:
-  SideWeights(const Plan& plan, int64_t count, bool n, bool p)
+  SideWeights(const Plan& plan, int64_t count, bool n, bool p, bool w, bool a)
       : ref_n(plan.problem, n && !plan.fixed ? count : 0, 0),
         f_n(plan.problem, n ? count : 0, 0),
         ref_p(plan.problem, p && !plan.fixed ? count : 0, 0),
-        f_p(plan.problem, p ? count : 0, 0) {}
+        f_p(plan.problem, p ? count : 0, 0),
+        constant_p(plan.problem, w ? count : 0, 0),
+        constant_a(plan.problem, a ? count : 0, 0) {}
   // 2^(t - ref) factor = scale u e^(s - stat): what the reference loses to rounding, the factor makes good.
   static void fill(const Plan& plan, int64_t at, double stat, double u, Values& ref, Values& factor) {
     const bool empty = stat == -kInf;
@@ -132,6 +141,26 @@ struct SideWeights {
     factor.set(at, empty || u == 0 ? 0 : plan.problem.scale * u * std::exp2(reference - stat * kLog2e));
   }
 };
+
+// From sums of t, or of t - shift, over the candidates of an anchor's number, to sums of s.
+void finish_sums(const Plan& plan, double* sums, const int32_t* anchor_number,
+                 const int32_t* candidate_number) {
+  const Problem& q = plan.problem;
+  const int64_t n = q.candidates.count;
+  int64_t first = 0, last = 0;
+  for (int64_t i = 0; sums && i < q.anchors.count; ++i) {
+    const int32_t number = anchor_number[i];
+    while (first < n && candidate_number[first] < number) ++first;
+    last = std::max(first, last);
+    while (last < n && candidate_number[last] == number) ++last;
+    const int64_t self = q.self ? i : q.self_position ? q.self_position[i] : -1;
+    const bool own = self >= 0 && candidate_number[self] == number;
+    double& sum = sums[q.anchors.order[i]];
+    if (!q.positives) sum = 0;
+    if (plan.fixed && q.positives) sum += plan.shift * static_cast<double>(last - first - own);
+    sum *= kLn2;
+  }
+}
 
 struct SideSoftplus {
   Values reference, factor;
@@ -152,18 +181,17 @@ struct SideSoftplus {
 
 // ------------------------------------------------------------------------------------------------ entry
 // points
-void pair_stats(const Problem& q, const Threads& threads, double* n, double* p) {
+void pair_stats(const Problem& q, const Threads& threads, const Stats& out) {
   Plan plan = make_plan(q);
-  if (!choose_reference(plan, threads)) {
-    std::fill(n, n + q.anchors.count, kInf - kInf);
-    std::fill(p, p + q.anchors.count, kInf - kInf);
-    return;
-  }
-  const int64_t rows = q.anchors.count, kept = plan.fixed ? 0 : rows;
+  const int64_t rows = q.anchors.count;
+  const bool finite = choose_reference(plan, threads);
+  const double start = finite ? 0 : kInf - kInf;
+  for (double* column : {out.n, out.p, out.positive_sum, out.instance_sum})
+    if (column) std::fill(column, column + rows, start);
+  if (!finite) return;
+  const int64_t kept = plan.fixed ? 0 : rows;
   const Values max_n(q, kept, -kInf), max_p(q, kept, -kInf);
-  std::fill(n, n + rows, 0.0);
-  std::fill(p, p + rows, 0.0);
-  const StatsSums sums{n, p, max_n.data(), max_p.data()};
+  const StatsSums sums{out.n, out.p, out.positive_sum, out.instance_sum, max_n.data(), max_p.data()};
   const auto stats = pair_kernels().stats;
   visit_pairs(plan, threads,
               [&](const BlockPair& b, void* scratch) { stats(plan, sums, b.i, b.j, scratch); });
@@ -173,8 +201,10 @@ void pair_stats(const Problem& q, const Threads& threads, double* n, double* p) 
       stat[i] = some ? ((plan.fixed ? plan.shift : max.get(i)) + std::log2(stat[i])) * kLn2 : -kInf;
     }
   };
-  finish(n, max_n, q.negatives);
-  finish(p, max_p, q.positives);
+  finish(out.n, max_n, q.negatives);
+  finish(out.p, max_p, q.positives);
+  finish_sums(plan, out.positive_sum, q.anchors.cls, q.candidates.cls);
+  finish_sums(plan, out.instance_sum, q.anchors.instance, q.candidates.instance);
 }
 
 void pair_stats_backward(const Problem& q, const Threads& threads, const StatsGrad& anchors,

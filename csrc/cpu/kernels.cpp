@@ -1,6 +1,6 @@
 // The table of vector code for one instruction set (PYSUPCON_ISA); compiled once for each, with its own
 // flags.
-#include "cpu/class_sums.h"
+#include "cpu/norms.h"
 #include "cpu/softplus.h"
 #include "cpu/stats.h"
 
@@ -29,9 +29,9 @@ Scratch<T> lay_out(const Plan& plan, void* memory) {
 template <class T>
 size_t bytes(const Plan& plan) {
   Scratch<T> s = lay_out<T>(plan, nullptr);
-  const size_t sums = 2 * (sizeof(Vec<T>) + sizeof(T)) * s.a.padded, values = 8 * sizeof(T) * s.a.padded;
+  const size_t sums = 4 * (sizeof(Vec<T>) + sizeof(T)) * s.a.padded, values = 12 * sizeof(T) * s.a.padded;
   return reinterpret_cast<size_t>(s.arena.at) + sizeof(T) * kMaxBlock * kTileStride + sums + values +
-         16 * 128;
+         24 * 128;
 }
 
 size_t scratch_bytes(const Plan& plan) {
@@ -111,9 +111,8 @@ void softplus_backward(const Plan& plan, const Softplus& rows, const Softplus& c
 
 const PairKernels& table();
 const PairKernels& table() {
-  static constexpr PairKernels t{scratch_bytes,     stats,          stats_backward,      softplus,
-                                 softplus_backward, largest_square, class_scratch_bytes, class_sum,
-                                 class_sum_backward};
+  static constexpr PairKernels t{scratch_bytes,     stats,         stats_backward, softplus,
+                                 softplus_backward, largest_square};
   return t;
 }
 

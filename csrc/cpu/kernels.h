@@ -13,8 +13,9 @@ struct Side {
   int64_t stride = 0;              // elements
   int64_t count = 0;               //
   const int64_t* order = nullptr;  // [count] position -> row, sorted by label
-  const int32_t* cls =
-      nullptr;  // [count] class number by position, ascending; the same numbers on both sides
+  // [count] numbers by position, ascending, the same on both sides: of the class, and of the instance (null:
+  // no sum over instances is wanted)
+  const int32_t *cls = nullptr, *instance = nullptr;
 };
 
 struct Problem {
@@ -33,10 +34,16 @@ struct Threads {
   void (*run)(int64_t count, void* context, void (*body)(void*, int64_t, int64_t));
 };
 
-// Upstream gradients and statistics of one side, by row, or null: G_ij = u_i e^{s_ij - n_i} | v_i e^{s_ij -
-// p_i}.
+// What pair_stats leaves of every anchor, by row.
+struct Stats {
+  double *n, *p;         // logsumexp over N_i, P_i; -inf where empty or not asked for
+  double* positive_sum;  // sum over P_i of s_ij
+  double* instance_sum;  // the same over the rows of P_i of the anchor's instance; null without instances
+};
+// Upstream gradients and statistics of one side, by row, or null: G_ij = u_i e^{s_ij - n_i} of a negative,
+// v_i e^{s_ij - p_i} + w_i (+ a_i of the same instance) of a positive.
 struct StatsGrad {
-  const double *n = nullptr, *p = nullptr, *u = nullptr, *v = nullptr;
+  const double *n = nullptr, *p = nullptr, *u = nullptr, *v = nullptr, *w = nullptr, *a = nullptr;
 };
 // Of the positive pass: dL/ds_ij = -w_i sigmoid(n_i - s_ij + epsilon).
 struct SoftplusGrad {
@@ -50,9 +57,9 @@ struct Gradients {
 
 // The entry points. Statistics are double and indexed by row. Each returns when every thread is done.
 
-// n, p [anchors]: logsumexp over N_i, P_i; -inf where empty or not asked for. All NaN if a similarity is not
-// finite.
-void pair_stats(const Problem&, const Threads&, double* n, double* p);
+// All NaN if a similarity is not finite. Everything about positives comes from the same rounded similarities,
+// so that p - mean over P_i keeps its digits however small it is.
+void pair_stats(const Problem&, const Threads&, const Stats&);
 
 // Self: gradients.anchors += scale sum_j (G_ij + G_ji) x_j. Otherwise, with G from `anchors`: += scale sum_j
 // G_ij c_j and, if wanted, gradients.candidates += scale sum_i G_ij x_i; a non-null `candidates` adds G_ji to
@@ -67,10 +74,5 @@ void positive_softplus(const Problem&, const Threads&, const double* n, double e
 void positive_softplus_backward(const Problem&, const Threads&, const SoftplusGrad& anchors,
                                 const SoftplusGrad& candidates, double epsilon, const Gradients&,
                                 double* grad_n);
-
-// total [anchors] = sum_{P_i} s_ij through class sums, in double throughout; dL/ds_ij = w_i.
-void positive_sum(const Problem&, const Threads&, double* total);
-void positive_sum_backward(const Problem&, const Threads&, const double* w_anchors,
-                           const double* w_candidates, const Gradients&);
 
 }  // namespace pysupcon::cpu

@@ -23,18 +23,20 @@ struct Plan {
   size_t scratch = 0;  // bytes per thread
 };
 
-// Partial sums over the pairs seen so far, by row. fixed: sum of 2^(t - shift); otherwise of 2^(t - max),
-// with max_n, max_p of the arithmetic type (float or double), -inf where nothing was seen.
+// Partial sums over the pairs seen so far, by row. fixed: n, p of 2^(t - shift), the others of t - shift;
+// otherwise n, p of 2^(t - max), with max_n, max_p of the arithmetic type (float or double), -inf where
+// nothing was seen, and the others of t.
 struct StatsSums {
-  double *n, *p;
+  double *n, *p, *positive_sum, *instance_sum;
   void *max_n, *max_p;
 };
 
 // The weight of pair (i, j) is w_i(t) + w_j(t), w(t) = 2^(t - reference) factor, one (reference, factor) for
-// different and one for same class. By position, of the arithmetic type. fixed: reference is the shift and
-// not stored.
+// different and one for same class; same class adds the constant, same instance the other constant. By
+// position, of the arithmetic type. fixed: reference is the shift and not stored.
 struct Weights {
   const void *reference_n, *factor_n, *reference_p, *factor_p;  // factors null: this side gives nothing
+  const void *constant_p, *constant_a;                          // likewise
 };
 
 // Positive pass: by position, of the arithmetic type; reference = log2(e) (n + epsilon), -kNever for n =
@@ -49,11 +51,6 @@ struct Held {
   int64_t i = -1, j = -1, next_i = -1, next_j = -1;
 };
 
-// Positions of one class on both sides.
-struct ClassRun {
-  int64_t first_anchor, last_anchor, first_candidate, last_candidate;
-};
-
 struct PairKernels {
   size_t (*scratch_bytes)(const Plan&);
   // A pair of blocks (i, j); self: i <= j, for the rows of both. scratch: scratch_bytes, beginning with Held,
@@ -64,13 +61,8 @@ struct PairKernels {
   void (*softplus)(const Plan&, const Softplus&, double* total, int64_t i, int64_t j, void* scratch);
   void (*softplus_backward)(const Plan&, const Softplus& rows, const Softplus& cols, const Gradients&,
                             double* sigma_sum, int64_t i, int64_t j, void* scratch);
-  // O(N D) work, in double. scratch: class_scratch_bytes.
   double (*largest_square)(const Problem&, const Side&, int64_t first_row,
                            int64_t last_row);  // of a row; NaN if one is
-  size_t (*class_scratch_bytes)(const Problem&);
-  void (*class_sum)(const Problem&, const ClassRun&, double* total, void* scratch);
-  void (*class_sum_backward)(const Problem&, const ClassRun&, const double* w, const double* w_candidates,
-                             const Gradients&, void* scratch);
 };
 
 }  // namespace pysupcon::cpu

@@ -101,20 +101,33 @@ constexpr T kMagic = sizeof(T) == 4 ? T(12582912.0) : T(6755399441055744.0);  //
 // 2^(t - shift) to about one unit in the last place, for t - shift between the smallest and the largest
 // exponent of a normal number; magic = kMagic - shift, shift a whole number. t = n + f with n = round(t), |f|
 // <= 1/2, exactly; 2^f by a minimax polynomial (relative error 7.5e-8 in float, 3e-18 in double), 2^(n -
-// shift) by the exponent bits.
+// shift) by the exponent bits. kPrecise: with one term more (1.9e-9 before rounding), for sums in which
+// nothing but equal similarities may stand: there the polynomial's error has one sign.
+template <bool kPrecise = false>
 PYSUPCON_INLINE Vec<float> exp2_normal(Vec<float> t, Vec<float> magic = splat<float>(kMagic<float>)) {
   using V = Vec<float>;
+  using U = unsigned __attribute__((vector_size(sizeof(V))));  // far below, the sum wraps around
   const V shifted = t + magic;
   const V f = t - (shifted - magic);
+  if constexpr (kPrecise) {
+    V p = splat<float>(0.00015345812158740183f);
+    p = p * f + 0.001339993120947414f;
+    p = p * f + 0.009618488956522791f;
+    p = p * f + 0.055503287769976636f;
+    p = p * f + 0.24022646890639573f;
+    p = p * f + 0.6931472057372526f;
+    p = p * f + 1.f;
+    return (V)((U)p + ((U)shifted << 23));
+  }
   V p = splat<float>(0.00132764677993f);
   p = p * f + 0.00967554124829f;
   p = p * f + 0.0555071328665f;
   p = p * f + 0.240221197266f;
   p = p * f + 0.693146967059f;
   p = p * f + 1.00000007165f;
-  using U = unsigned __attribute__((vector_size(sizeof(V))));  // far below, the sum wraps around
   return (V)((U)p + ((U)shifted << 23));
 }
+template <bool kPrecise = false>
 PYSUPCON_INLINE Vec<double> exp2_normal(Vec<double> t, Vec<double> magic = splat<double>(kMagic<double>)) {
   using V = Vec<double>;
   const V shifted = t + magic;
@@ -135,12 +148,18 @@ PYSUPCON_INLINE Vec<double> exp2_normal(Vec<double> t, Vec<double> magic = splat
   return (V)((U)p + ((U)shifted << 52));
 }
 // The same, and 0 for x below the smallest exponent.
-template <class V>
+template <bool kPrecise, class V>
 PYSUPCON_INLINE V exp2_or_zero(V x, V lowest) {
-  return x < lowest ? V{} : exp2_normal(x > lowest ? x : lowest);
+  return x < lowest ? V{} : exp2_normal<kPrecise>(x > lowest ? x : lowest);
 }
-PYSUPCON_INLINE Vec<float> exp2(Vec<float> x) { return exp2_or_zero(x, splat<float>(-126.f)); }
-PYSUPCON_INLINE Vec<double> exp2(Vec<double> x) { return exp2_or_zero(x, splat<double>(-1022.0)); }
+template <bool kPrecise = false>
+PYSUPCON_INLINE Vec<float> exp2(Vec<float> x) {
+  return exp2_or_zero<kPrecise>(x, splat<float>(-126.f));
+}
+template <bool kPrecise = false>
+PYSUPCON_INLINE Vec<double> exp2(Vec<double> x) {
+  return exp2_or_zero<kPrecise>(x, splat<double>(-1022.0));
+}
 
 // log(1 + t) for 0 <= t <= 1 with full relative accuracy: 2 atanh(t / (2 + t)), a series in z^2 <= 1/9.
 template <class T>

@@ -4,51 +4,78 @@
 
 namespace pysupcon::cpu::PYSUPCON_ISA {
 
-// ------------------------------------------------------------------------------------------------ forward,
-// one reference Sums of 2^(t - shift), equations (5) and (6): one exponential serves the row and the column
-// of a pair.
+// ------------------------------------------------------------------------------------------------ forward
+// What is kept of the rows of one side of a pair of blocks: by row (a) Vec<T>, by lane, or by column (b) T.
+template <class V>
+struct Sums {
+  V *n, *p, *positive, *instance;
+
+  static Sums zeros(Arena& arena, int count) {
+    V* all[4];
+    for (V*& sums : all) {
+      sums = arena.take<V>(count);
+      memset(static_cast<void*>(sums), 0, sizeof(V) * count);
+    }
+    return {all[0], all[1], all[2], all[3]};
+  }
+};
+
+// One reference for all: sums of 2^(t - shift), equations (5) and (6), and of t - shift, equation (4). One
+// exponential serves the row and the column of a pair.
 template <class T>
 struct FixedStats {
   const TilePair<T>& pair;
-  Vec<T> magic;          // kMagic - shift
-  Vec<T>*row_n, *row_p;  // [a.padded] sums by lane
-  T *col_n, *col_p;      // [b.padded]
+  Vec<T> magic, shift;  // kMagic - shift
+  Sums<Vec<T>> row;     // [a.padded]
+  Sums<T> col;          // [b.padded]
 
   PYSUPCON_INLINE void skip(int, int) const {}
+  static PYSUPCON_INLINE void add(T* to, Vec<T> v) { store(to, load(to) + v); }
+
   template <Kind kKind>
   PYSUPCON_INLINE void operator()(Tile<T>& tile, int i0, int j0) const {
     constexpr int L = kLanes<T>;
     pair.fetch();
-    Vec<T> n[kVecs] = {}, p[kVecs] = {};
+    Vec<T> n[kVecs] = {}, p[kVecs] = {}, positive[kVecs] = {}, instance[kVecs] = {};
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      Vec<T> rn{}, rp{};
+      Vec<T> rn{}, rp{}, rs{}, ra{};
 #pragma GCC unroll 4
       for (int c = 0; c < kVecs; ++c) {
-        const Vec<T> e = exp2_normal(tile[r][c], magic);
+        const Vec<T> t = tile[r][c], e = exp2_normal<kKind != Kind::negative>(t, magic), d = t - shift;
         if constexpr (kKind == Kind::negative) {
           rn += e;
           n[c] += e;
         } else if constexpr (kKind == Kind::positive) {
           rp += e;
           p[c] += e;
+          rs += d;
+          positive[c] += d;
         } else {
           const auto mask = pair.masks(i0 + r, j0 + c * L);
-          const Vec<T> en = select<T>(mask.negative, e, Vec<T>{}), ep = select<T>(mask.positive, e, Vec<T>{});
+          const Vec<T> en = select<T>(mask.negative, e, Vec<T>{}), ep = select<T>(mask.positive, e, Vec<T>{}),
+                       dp = select<T>(mask.positive, d, Vec<T>{}), da = select<T>(mask.instance, d, Vec<T>{});
           rn += en;
           rp += ep;
+          rs += dp;
+          ra += da;
           n[c] += en;
           p[c] += ep;
+          positive[c] += dp;
+          instance[c] += da;
         }
       }
-      if constexpr (kKind != Kind::positive) row_n[i0 + r] += rn;
-      if constexpr (kKind != Kind::negative) row_p[i0 + r] += rp;
+      if constexpr (kKind != Kind::positive) row.n[i0 + r] += rn;
+      if constexpr (kKind != Kind::negative) row.p[i0 + r] += rp, row.positive[i0 + r] += rs;
+      if constexpr (kKind == Kind::mixed) row.instance[i0 + r] += ra;
     }
     if (!pair.plan.problem.self) return;
 #pragma GCC unroll 4
     for (int c = 0; c < kVecs; ++c) {
-      if constexpr (kKind != Kind::positive) store(col_n + j0 + c * L, load(col_n + j0 + c * L) + n[c]);
-      if constexpr (kKind != Kind::negative) store(col_p + j0 + c * L, load(col_p + j0 + c * L) + p[c]);
+      const int j = j0 + c * L;
+      if constexpr (kKind != Kind::positive) add(col.n + j, n[c]);
+      if constexpr (kKind != Kind::negative) add(col.p + j, p[c]), add(col.positive + j, positive[c]);
+      if constexpr (kKind == Kind::mixed) add(col.instance + j, instance[c]);
     }
   }
 };
@@ -56,27 +83,24 @@ struct FixedStats {
 template <class T>
 void fixed_stats(const Plan& plan, const StatsSums& sums, const TilePair<T>& pair, Arena arena) {
   const Block<T>&a = pair.a, &b = pair.b;
-  FixedStats<T> visit{pair,
-                      splat<T>(static_cast<T>(kMagic<T> - plan.shift)),
-                      arena.take<Vec<T>>(a.padded),
-                      arena.take<Vec<T>>(a.padded),
-                      arena.take<T>(b.padded),
-                      arena.take<T>(b.padded)};
-  memset(static_cast<void*>(visit.row_n), 0, sizeof(Vec<T>) * a.padded);
-  memset(static_cast<void*>(visit.row_p), 0, sizeof(Vec<T>) * a.padded);
-  memset(visit.col_n, 0, sizeof(T) * b.padded);
-  memset(visit.col_p, 0, sizeof(T) * b.padded);
+  const FixedStats<T> visit{pair, splat<T>(static_cast<T>(kMagic<T> - plan.shift)),
+                            splat<T>(static_cast<T>(plan.shift)), Sums<Vec<T>>::zeros(arena, a.padded),
+                            Sums<T>::zeros(arena, b.padded)};
   pair.each(visit);
   for (int i = 0; i < a.count; ++i) {
     const int64_t row = a.side->order[a.first + i];
-    sums.n[row] += sum_lanes<T>(visit.row_n[i]);
-    sums.p[row] += sum_lanes<T>(visit.row_p[i]);
+    sums.n[row] += sum_lanes<T>(visit.row.n[i]);
+    sums.p[row] += sum_lanes<T>(visit.row.p[i]);
+    sums.positive_sum[row] += sum_lanes<T>(visit.row.positive[i]);
+    if (sums.instance_sum) sums.instance_sum[row] += sum_lanes<T>(visit.row.instance[i]);
   }
   if (!pair.plan.problem.self) return;
   for (int j = 0; j < b.count; ++j) {
     const int64_t row = b.side->order[b.first + j];
-    sums.n[row] += visit.col_n[j];
-    sums.p[row] += visit.col_p[j];
+    sums.n[row] += visit.col.n[j];
+    sums.p[row] += visit.col.p[j];
+    sums.positive_sum[row] += visit.col.positive[j];
+    if (sums.instance_sum) sums.instance_sum[row] += visit.col.instance[j];
   }
 }
 
@@ -111,76 +135,125 @@ PYSUPCON_INLINE void merge(double& total, T& top, double sum, T max) {
   }
 }
 
+// The lanes of some kept similarities: rows (or columns) whose maxima are found first, and whose sums are
+// formed afterwards. kPositives: among the pairs there may be a positive.
+template <class T, bool kPositives>
+struct Running {
+  using Masks = typename TilePair<T>::Masks;
+  Vec<T> none = splat<T>(static_cast<T>(-__builtin_inf()));
+  Vec<T> top_n = none, top_p = none;               // -inf where there is none
+  Vec<T> ref_n{}, ref_p{};                         // 0 there
+  Vec<T> n{}, p{};                                 // of 2^(t - ref)
+  Vec<T> positive{}, instance{}, count{}, of_a{};  // of t - ref_p, and how many
+
+  PYSUPCON_INLINE void raise(Vec<T> t, const Masks& mask) {
+    top_n = max<T>(select<T>(mask.negative, t, none), top_n);
+    if constexpr (kPositives) top_p = max<T>(select<T>(mask.positive, t, none), top_p);
+  }
+  PYSUPCON_INLINE void add(Vec<T> t, const Masks& mask) {
+    if constexpr (!kPositives) {
+      n += select<T>(mask.negative, exp2(t - ref_n), Vec<T>{});
+      return;
+    }
+    const Vec<T> one = splat<T>(T(1)), d = t - ref_p;
+    const Vec<T> e = exp2<true>(select<T>(mask.positive, d, t - ref_n));
+    n += select<T>(mask.negative, e, Vec<T>{});
+    p += select<T>(mask.positive, e, Vec<T>{});
+    positive += select<T>(mask.positive, d, Vec<T>{});
+    instance += select<T>(mask.instance, d, Vec<T>{});
+    count += select<T>(mask.positive, one, Vec<T>{});
+    of_a += select<T>(mask.instance, one, Vec<T>{});
+  }
+};
+
+// A row's part of a pair of blocks.
 template <class T>
-void running_stats(const Plan&, const StatsSums& sums, const TilePair<T>& pair, Arena arena) {
+PYSUPCON_INLINE void merge_row(const StatsSums& sums, const Problem& q, int64_t row, T top_n, T n, T top_p,
+                               T p) {
+  if (q.negatives) merge<T>(sums.n[row], static_cast<T*>(sums.max_n)[row], n, top_n);
+  if (q.positives) merge<T>(sums.p[row], static_cast<T*>(sums.max_p)[row], p, top_p);
+}
+// What it has of t, given the sums of t - ref.
+PYSUPCON_INLINE void add_sums(const StatsSums& sums, int64_t row, double ref, double positive, double count,
+                              double instance, double of_a) {
+  sums.positive_sum[row] += positive + count * ref;
+  if (sums.instance_sum) sums.instance_sum[row] += instance + of_a * ref;
+}
+
+template <class T, bool kPositives>
+void running_rows(const StatsSums& sums, const TilePair<T>& pair, const T* kept) {
   constexpr int L = kLanes<T>;
   const Block<T>&a = pair.a, &b = pair.b;
-  const Vec<T> none = splat<T>(static_cast<T>(-__builtin_inf()));
-  T* kept = arena.take<T>(kMaxBlock * kTileStride);
-  pair.each(KeepTile<T>{pair, kept});
-
-  T *top_n = static_cast<T*>(sums.max_n), *top_p = static_cast<T*>(sums.max_p);
   const Problem& q = pair.plan.problem;
   for (int i = 0; i < a.count; ++i) {
-    Vec<T> mn = none, mp = none, en{}, ep{};
+    Running<T, kPositives> s;
     const T* t = kept + i * kTileStride;
-    for (int j = 0; j < b.count; j += L) {
-      const auto mask = pair.masks(i, j);
-      mn = max<T>(select<T>(mask.negative, load(t + j), none), mn);
-      mp = max<T>(select<T>(mask.positive, load(t + j), none), mp);
-    }
-    const T n = max_lanes<T>(mn), p = max_lanes<T>(mp);
-    const Vec<T> vn = splat<T>(n > -__builtin_inf() ? n : T(0)),
-                 vp = splat<T>(p > -__builtin_inf() ? p : T(0));
-    for (int j = 0; j < b.count; j += L) {
-      const auto mask = pair.masks(i, j);
-      const Vec<T> e = exp2(load(t + j) - select<T>(mask.positive, vp, vn));
-      en += select<T>(mask.negative, e, Vec<T>{});
-      ep += select<T>(mask.positive, e, Vec<T>{});
-    }
+    for (int j = 0; j < b.count; j += L) s.raise(load(t + j), pair.masks(i, j));
+    const T n = max_lanes<T>(s.top_n), p = max_lanes<T>(s.top_p);
+    s.ref_n = splat<T>(n > -__builtin_inf() ? n : T(0)), s.ref_p = splat<T>(p > -__builtin_inf() ? p : T(0));
+    for (int j = 0; j < b.count; j += L) s.add(load(t + j), pair.masks(i, j));
     const int64_t row = a.side->order[a.first + i];
-    if (q.negatives) merge<T>(sums.n[row], top_n[row], sum_lanes<T>(en), n);
-    if (q.positives) merge<T>(sums.p[row], top_p[row], sum_lanes<T>(ep), p);
+    merge_row<T>(sums, q, row, n, sum_lanes<T>(s.n), p, sum_lanes<T>(s.p));
+    if constexpr (kPositives)
+      add_sums(sums, row, s.ref_p[0], sum_lanes<T>(s.positive), sum_lanes<T>(s.count),
+               sum_lanes<T>(s.instance), sum_lanes<T>(s.of_a));
   }
-  if (!pair.plan.problem.self) return;
+}
+
+template <class T, bool kPositives>
+void running_columns(const StatsSums& sums, const TilePair<T>& pair, const T* kept) {
+  constexpr int L = kLanes<T>;
+  const Block<T>&a = pair.a, &b = pair.b;
+  const Problem& q = pair.plan.problem;
   for (int j = 0; j < b.count; j += L) {
-    Vec<T> mn = none, mp = none, en{}, ep{};
-    for (int i = 0; i < a.count; ++i) {
-      const auto mask = pair.masks(i, j);
-      const Vec<T> t = load(kept + i * kTileStride + j);
-      mn = max<T>(select<T>(mask.negative, t, none), mn);
-      mp = max<T>(select<T>(mask.positive, t, none), mp);
-    }
-    const Vec<T> vn = select<T>(mn > none, mn, Vec<T>{}), vp = select<T>(mp > none, mp, Vec<T>{});
-    for (int i = 0; i < a.count; ++i) {
-      const auto mask = pair.masks(i, j);
-      const Vec<T> e = exp2(load(kept + i * kTileStride + j) - select<T>(mask.positive, vp, vn));
-      en += select<T>(mask.negative, e, Vec<T>{});
-      ep += select<T>(mask.positive, e, Vec<T>{});
-    }
+    Running<T, kPositives> s;
+    for (int i = 0; i < a.count; ++i) s.raise(load(kept + i * kTileStride + j), pair.masks(i, j));
+    s.ref_n = select<T>(s.top_n > s.none, s.top_n, Vec<T>{});
+    s.ref_p = select<T>(s.top_p > s.none, s.top_p, Vec<T>{});
+    for (int i = 0; i < a.count; ++i) s.add(load(kept + i * kTileStride + j), pair.masks(i, j));
     for (int l = 0; l < L && j + l < b.count; ++l) {
       const int64_t row = b.side->order[b.first + j + l];
-      if (q.negatives) merge<T>(sums.n[row], top_n[row], en[l], mn[l]);
-      if (q.positives) merge<T>(sums.p[row], top_p[row], ep[l], mp[l]);
+      merge_row<T>(sums, q, row, s.top_n[l], s.n[l], s.top_p[l], s.p[l]);
+      if constexpr (kPositives)
+        add_sums(sums, row, s.ref_p[l], s.positive[l], s.count[l], s.instance[l], s.of_a[l]);
     }
   }
 }
 
+template <class T>
+void running_stats(const Plan& plan, const StatsSums& sums, const TilePair<T>& pair, Arena arena) {
+  T* kept = arena.take<T>(kMaxBlock * kTileStride);
+  pair.each(KeepTile<T>{pair, kept});
+  const bool positives = plan.problem.positives && pair.classes_meet();
+  positives ? running_rows<T, true>(sums, pair, kept) : running_rows<T, false>(sums, pair, kept);
+  if (!plan.problem.self) return;
+  positives ? running_columns<T, true>(sums, pair, kept) : running_columns<T, false>(sums, pair, kept);
+}
+
 // ------------------------------------------------------------------------------------------------ backward
-// Weight of pair (i, j), equation (9): 2^(t - ref_i) f_i + 2^(t - ref_j) f_j; with one reference for all, one
-// exponential.
+// Weight of pair (i, j), equation (9): 2^(t - ref_i) f_i + 2^(t - ref_j) f_j, with one reference for all one
+// exponential; and the constants of a positive, which the first part comes close to as a loss converges: they
+// meet here, before anything is rounded that is larger than their difference.
 template <class T, bool kFixed>
 struct StatsWeights {
   const TilePair<T>& pair;
   Vec<T> magic;  // kMagic - shift
   struct Values {
-    T *ref_n, *f_n, *ref_p, *f_p;
+    T *ref_n, *f_n, *ref_p, *f_p, *constant_p, *constant_a;
   } row, col;
   T* w;
 
-  PYSUPCON_INLINE Vec<T> weight(Vec<T> t, T ref_i, T f_i, const T* ref_j, const T* f_j) const {
-    if constexpr (kFixed) return exp2_normal(t, magic) * (f_i + load(f_j));
-    return exp2(t - ref_i) * f_i + exp2(t - load(ref_j)) * load(f_j);
+  PYSUPCON_INLINE Vec<T> negative(Vec<T> t, int i, int j) const {
+    if constexpr (kFixed) return exp2_normal(t, magic) * (row.f_n[i] + load(col.f_n + j));
+    return exp2(t - row.ref_n[i]) * row.f_n[i] + exp2(t - load(col.ref_n + j)) * load(col.f_n + j);
+  }
+  PYSUPCON_INLINE Vec<T> positive(Vec<T> t, int i, int j) const {
+    const Vec<T> constant = row.constant_p[i] + load(col.constant_p + j);
+    if constexpr (kFixed)
+      return exp2_normal<true>(t, magic) * (row.f_p[i] + load(col.f_p + j)) + constant;
+    else  // the constants first, each with its own row's part
+      return (exp2<true>(t - row.ref_p[i]) * row.f_p[i] + row.constant_p[i]) +
+             (exp2<true>(t - load(col.ref_p + j)) * load(col.f_p + j) + load(col.constant_p + j));
   }
 
   PYSUPCON_INLINE void skip(int i0, int j0) const { fill_tile<T>(w, i0, j0, Vec<T>{}); }
@@ -195,15 +268,15 @@ struct StatsWeights {
         const Vec<T> t = tile[r][c];
         Vec<T> out{};
         if constexpr (kKind == Kind::negative) {
-          out = weight(t, row.ref_n[i], row.f_n[i], col.ref_n + j, col.f_n + j);
+          out = negative(t, i, j);
         } else if constexpr (kKind == Kind::positive) {
-          out = weight(t, row.ref_p[i], row.f_p[i], col.ref_p + j, col.f_p + j);
+          out = positive(t, i, j);
         } else {
           const auto mask = pair.masks(i, j);
-          out =
-              select<T>(mask.negative, weight(t, row.ref_n[i], row.f_n[i], col.ref_n + j, col.f_n + j), out);
-          out =
-              select<T>(mask.positive, weight(t, row.ref_p[i], row.f_p[i], col.ref_p + j, col.f_p + j), out);
+          const Vec<T> of_instance = row.constant_a[i] + load(col.constant_a + j);
+          const Vec<T> same = positive(t, i, j) + select<T>(mask.instance, of_instance, Vec<T>{});
+          out = select<T>(mask.negative, negative(t, i, j), out);
+          out = select<T>(mask.positive, same, out);
         }
         store(w + i * kTileStride + j, out);
       }
@@ -216,12 +289,14 @@ void stats_weights(const Plan& plan, const Weights& rows, const Weights& cols, c
   using Visit = StatsWeights<T, kFixed>;
   auto values = [&](const Weights& from, const Block<T>& b) {
     typename Visit::Values v{arena.take<T>(b.padded), arena.take<T>(b.padded), arena.take<T>(b.padded),
-                             arena.take<T>(b.padded)};
+                             arena.take<T>(b.padded), arena.take<T>(b.padded), arena.take<T>(b.padded)};
     const T never = static_cast<T>(kNever);
     load_values<T>(v.ref_n, from.factor_n ? from.reference_n : nullptr, b, never);
     load_values<T>(v.ref_p, from.factor_p ? from.reference_p : nullptr, b, never);
     load_values<T>(v.f_n, from.factor_n, b, T(0));
     load_values<T>(v.f_p, from.factor_p, b, T(0));
+    load_values<T>(v.constant_p, from.constant_p, b, T(0));
+    load_values<T>(v.constant_a, from.constant_a, b, T(0));
     return v;
   };
   const auto row = values(rows, pair.a), col = values(cols, pair.b);

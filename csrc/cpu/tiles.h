@@ -30,6 +30,15 @@ struct TilePair {
     return self && i < a.count ? self[a.first + i] - b.first : -1;
   }
 
+  PYSUPCON_INLINE bool classes_meet() const {
+    return a.cls[0] <= b.cls[b.count - 1] && b.cls[0] <= a.cls[a.count - 1];
+  }
+  // Sorted by class and then by instance: their ranges meet if a pair is of one instance.
+  PYSUPCON_INLINE bool instances_meet(int i0, int i1, int j0, int j1) const {
+    if (!plan.problem.anchors.instance) return false;
+    return a.instance[i0] <= b.instance[j1] && b.instance[j0] <= a.instance[i1];
+  }
+
   PYSUPCON_INLINE Kind kind(int i0, int j0) const {
     const Problem& q = plan.problem;
     const int i1 = i0 + kRows - 1, j1 = j0 + kCols<T> - 1;
@@ -41,7 +50,7 @@ struct TilePair {
       return !q.negatives ? Kind::skip : whole ? Kind::negative : Kind::mixed;
     if (i_low != j_high || j_low != i_high) return Kind::mixed;  // sorted: equal only if all four are
     if (!q.positives) return Kind::skip;
-    if (!whole) return Kind::mixed;
+    if (!whole || instances_meet(i0, i1, j0, j1)) return Kind::mixed;
     for (int r = 0; r < kRows; ++r) {
       const int64_t own = own_column(i0 + r);
       if (own >= j0 && own <= j1) return Kind::mixed;
@@ -49,9 +58,10 @@ struct TilePair {
     return Kind::positive;
   }
 
-  // Which lanes of row i, columns j .. j + lanes - 1, are negatives and positives of the row.
+  // Which lanes of row i, columns j .. j + lanes - 1, are negatives and positives of the row, and which of
+  // the positives are of its instance.
   struct Masks {
-    IVec<T> negative, positive;
+    IVec<T> negative, positive, instance;
   };
   PYSUPCON_INLINE Masks masks(int i, int j) const {
     const IVec<T> cols = load_int<T>(b.cls + j), row = splat_int<T>(a.cls[i]);
@@ -62,7 +72,10 @@ struct TilePair {
     if (diagonal) counts &= column > splat_int<T>(i);
     const int64_t own = own_column(i);
     const IVec<T> other = column != splat_int<T>(own >= 0 && own < kMaxBlock ? own : -1);
-    return {~same & counts, same & counts & other};
+    const IVec<T> positive = same & counts & other;
+    if (!plan.problem.anchors.instance) return {~same & counts, positive, IVec<T>{}};
+    return {~same & counts, positive,
+            positive & (load_int<T>(b.instance + j) == splat_int<T>(a.instance[i]))};
   }
 
   // visit(tile, kind, i0, j0) with kind a compile-time constant, for every tile in which a pair counts;

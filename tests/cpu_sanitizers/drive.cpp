@@ -22,7 +22,7 @@ constexpr Threads kThreads{run_here};
 struct Rows {
   std::vector<char> data;
   std::vector<int64_t> order;
-  std::vector<int32_t> cls;
+  std::vector<int32_t> cls, instance;
   int64_t count, dim;
 
   Rows(Type type, int64_t n, int64_t d, int classes, double size, unsigned seed) : count(n), dim(d) {
@@ -41,16 +41,18 @@ struct Rows {
     order.resize(n);
     std::iota(order.rbegin(), order.rend(), 0);
     for (int64_t i = 0; i < n; ++i) cls.push_back(static_cast<int32_t>(i * classes / n));
+    for (int64_t i = 0; i < n; ++i) instance.push_back(static_cast<int32_t>(i / 2 + cls[i]));
   }
-  Side side() const { return {data.data(), dim, count, order.data(), cls.data()}; }
+  Side side(bool instances) const {
+    return {data.data(), dim, count, order.data(), cls.data(), instances ? instance.data() : nullptr};
+  }
 };
 
 void run(Type type, int64_t m, int64_t n, int64_t dim, int classes, double size, bool candidates) {
   const Rows a(type, m, dim, classes, size, 1), b(type, n, dim, classes, size, 2);
   Problem q;
   q.type = type, q.dim = dim, q.scale = 2, q.self = !candidates;
-  q.anchors = a.side(), q.candidates = candidates ? b.side() : a.side();
-  std::vector<double> stat_n(m), stat_p(m), ones(m, 1. / m), out(m);
+  std::vector<double> stat_n(m), stat_p(m), ones(m, 1. / m), out(m), positive(m), instance(m);
   const int64_t columns = candidates ? n : m;
   const std::vector<double> theirs(columns, 1), their_ones(columns, 1);
   const size_t bytes = type == Type::f64 ? 8 : 4;
@@ -58,20 +60,24 @@ void run(Type type, int64_t m, int64_t n, int64_t dim, int classes, double size,
   for (int form = 0; form < (candidates ? 2 : 1); ++form)
     for (const auto& [negatives, positives] : {std::pair(true, true), {true, false}, {false, true}}) {
       q.negatives = negatives, q.positives = positives;
-      pair_stats(q, kThreads, stat_n.data(), stat_p.data());
-      const bool owners = form == 1;
+      const bool owners = form == 1, instances = dim % 2 == 1;
+      q.anchors = a.side(instances), q.candidates = (candidates ? b : a).side(instances);
+      pair_stats(q, kThreads,
+                 {stat_n.data(), stat_p.data(), positive.data(), instances ? instance.data() : nullptr});
       const Gradients g{gx.data(), candidates && !owners ? gc.data() : nullptr};
-      const StatsGrad mine{stat_n.data(), stat_p.data(), ones.data(), ones.data()};
+      const double *own_a = instances ? ones.data() : nullptr,
+                   *their_a = instances ? their_ones.data() : nullptr;
+      const StatsGrad mine{stat_n.data(), stat_p.data(), ones.data(), ones.data(), ones.data(), own_a};
       StatsGrad other;
-      if (owners) other = {theirs.data(), theirs.data(), their_ones.data(), their_ones.data()};
+      if (owners)
+        other = {theirs.data(),     theirs.data(),     their_ones.data(),
+                 their_ones.data(), their_ones.data(), their_a};
       pair_stats_backward(q, kThreads, mine, other, g);
       q.negatives = false, q.positives = true;
       positive_softplus(q, kThreads, stat_n.data(), 0.25, out.data());
       SoftplusGrad theirs_w;
       if (owners) theirs_w = {theirs.data(), their_ones.data()};
       positive_softplus_backward(q, kThreads, {stat_n.data(), ones.data()}, theirs_w, 0.25, g, out.data());
-      positive_sum(q, kThreads, out.data());
-      positive_sum_backward(q, kThreads, ones.data(), owners ? their_ones.data() : nullptr, g);
     }
 }
 
