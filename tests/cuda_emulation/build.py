@@ -87,7 +87,7 @@ def build(kind: str, driver: str = "emulate.cpp") -> Path:
     """The program of this driver and kind ("plain", "asan", "tsan"), compiled unless it is there already."""
     sources = [*kernel_sources(), *HERE.glob("*.h"), HERE / driver]
     flags = FLAGS[kind]
-    kernels = kernel_objects(kind) if driver == "emulate.cpp" else []
+    kernels = kernel_objects(kind) if driver in ("emulate.cpp", "broken.cpp") else []
     with folder_for(f"{Path(driver).stem}-{kind}", [*sources, *headers()], flags) as out:
         program = out / "program"
         if not program.exists():
