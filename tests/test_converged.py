@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import LOSSES, NEEDS_INSTANCES
+from gradients import added
 
 import pysupcon
 from benchmarks import converged
-from pysupcon import functional
+from pysupcon import _ops, functional, tiled
 
 BACKENDS = ["tiled", *(["cpu"] if pysupcon.backends()["cpu"]["available"] else [])]
 
@@ -74,3 +75,38 @@ def test_the_loss_of_equal_rows_is_the_logarithm_of_their_number(backend: str) -
                 x, torch.zeros(count, dtype=torch.int64), temperature=temperature, backend=backend
             )
             assert loss.item() == pytest.approx(math.log(count - 1), rel=2e-7, abs=1e-9)
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.05, 0.1])
+@pytest.mark.parametrize("views", [2, 8])
+def test_processes_keep_the_digits(views: int, temperature: float, backend: str) -> None:
+    """Own rows against everybody's, as each of two processes has it: the similarities are the same numbers. The
+    bar is that of one process."""
+    ops = tiled if backend == "tiled" else _ops
+    case = converged.Case("converged", temperature, views)
+    features, labels = converged.rows(case, seed=0)
+    x, y = features.flatten(0, 1), labels.repeat_interleave(views)
+    scale, order = torch.tensor(1 / temperature, dtype=torch.float64), torch.argsort(y, stable=True)
+    n, p, positive_sum, _ = ops.pair_stats(x, y, order, scale, *(None,) * 6, True, True)
+    count = (y[:, None] == y).sum(1) - 1
+    leaves = [column.requires_grad_() for column in (n, p, positive_sum)]
+    loss = (torch.logaddexp(n, p) - positive_sum / count).mean()
+    upstream = torch.autograd.grad(loss, leaves)
+    stats = (n.detach(), p.detach(), *upstream, None)
+    found = []
+    for half in torch.arange(len(x)).chunk(2):
+        own_order = torch.argsort(y[half], stable=True)
+        mine = [None if column is None else column[half] for column in stats]
+        rows = (x[half], y[half], own_order, scale, x, y, order, half, None, None)
+        found.append(added(ops.pair_stats_backward, *rows, *mine, *stats, True, True)[0])
+    _, right_gradient = converged.loss_and_gradient(
+        functional.supcon, features.double(), labels, temperature=temperature, backend="reference"
+    )
+    _, dense = converged.loss_and_gradient(
+        functional.supcon, features, labels, temperature=temperature, backend="reference"
+    )
+    gradient = torch.cat(found).double()
+    tangent = gradient - (gradient * x.double()).sum(1, keepdim=True) * x.double()
+    error = (tangent - right_gradient.flatten(0, 1)).norm()
+    size = 1 / temperature / len(x) ** 0.5
+    assert error / size <= converged.ALLOWED * (dense - right_gradient).norm() / size + converged.SLACK
