@@ -1,11 +1,11 @@
-"""Where the CPU kernels' time goes: products, what is done to every pair, class sums, the rest.
+"""Where the CPU kernels' time goes: products, what is done to every pair, the rest.
 
     python benchmarks/breakdown.py [--n 8192] [--json FILE]
 
 A pass over pairs takes T(D) = a + b D: the products (1u forward, 3u backward) grow with the width of the
 rows; what is done to a pair once its similarity is known (exponential, masks, weights, sums) does not. Both
 are fitted to widths at which the blocks have the same size, timed in turns. The rest of a loss is what its
-forward and backward take beyond the four operators.
+forward and backward take beyond the two operators.
 """
 
 from __future__ import annotations
@@ -35,15 +35,14 @@ PRODUCTS = {"pair_stats": 1, "pair_stats_backward": 3}
 
 
 def operators(n: int, width: int) -> dict[str, Callable[[], object]]:
-    """The four operators of SupCon's forward and backward, and the loss, on N unit rows."""
+    """The operators of SupCon's forward and backward, and the loss, on N unit rows."""
     generator = torch.Generator().manual_seed(width)
     x = torch.nn.functional.normalize(torch.randn(n, width, generator=generator), dim=1)
     labels = torch.arange(n) % CLASSES
     scale = torch.tensor(1 / 0.07, dtype=torch.float64)
-    rows = (x, labels, torch.argsort(labels, stable=True), scale, None, None, None, None)
-    apart = (x, torch.arange(n), torch.arange(n), *rows[3:])  # as SupCon has it: every row its own class
-    total, _ = _ops.pair_stats(*apart, True, False)
-    upstream = torch.full_like(total, 1 / n)
+    rows = (x, labels, torch.argsort(labels, stable=True), scale, *(None,) * 6)
+    n_, p, *_ = _ops.pair_stats(*rows, True, True)
+    upstream = torch.full_like(p, 1 / n)
     grad = _ops.zero_gradients(x)
     leaf = x.clone().requires_grad_()
 
@@ -52,12 +51,10 @@ def operators(n: int, width: int) -> dict[str, Callable[[], object]]:
         leaf.grad = None
 
     return {
-        "pair_stats": lambda: _ops.pair_stats(*apart, True, False),
+        "pair_stats": lambda: _ops.pair_stats(*rows, True, True),
         "pair_stats_backward": lambda: _ops.pair_stats_backward(
-            *apart, total, total, upstream, upstream, None, None, None, None, True, False, grad, None
+            *rows, n_, p, *(upstream,) * 3, *(None,) * 7, True, True, grad, None
         ),
-        "positive_sum": lambda: _ops.positive_sum(*rows),
-        "positive_sum_backward": lambda: _ops.positive_sum_backward(*rows, upstream, None, grad, None),
         "loss": loss,
     }
 
@@ -87,10 +84,8 @@ def breakdown(seconds: dict[str, dict[int, float]], n: int) -> dict[str, Any]:
         found["seconds"][f"{name}: every pair"] = float(fixed)
         found["product_flops"][name] = units * n * n / float(slope)
         found["pair_seconds"][name] = 2 * float(fixed) / (n * n)
-    sums = seconds["positive_sum"][SHOWN] + seconds["positive_sum_backward"][SHOWN]
-    found["seconds"]["class sums, both passes"] = sums
     passes = sum(seconds[name][SHOWN] for name in PRODUCTS)
-    found["seconds"]["the rest of the loss"] = seconds["loss"][SHOWN] - passes - sums
+    found["seconds"]["the rest of the loss"] = seconds["loss"][SHOWN] - passes
     found["loss_seconds"] = seconds["loss"][SHOWN]
     return found
 

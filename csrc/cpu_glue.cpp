@@ -226,7 +226,8 @@ void check_finite(const Call& call, const Tensor& n) {
   }
   TORCH_CHECK_VALUE(
       false,
-      "features must be small enough for a finite similarity; features . features / temperature overflows");
+      "features must be small enough for their similarities; the largest |features| |features| / temperature "
+      "is beyond 7e14");
 }
 
 // ------------------------------------------------------------------------------------------------ operators

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import numbers
 import warnings
 from typing import Any
 
@@ -14,55 +14,125 @@ from ._modes import runs_plainly
 
 __all__ = [
     "BACKENDS",
+    "EPSILONS",
+    "TEMPERATURES",
     "check_choice",
     "check_features",
+    "check_gather",
     "check_ids",
     "check_kernels",
     "check_mask",
     "check_number",
     "check_temperature",
+    "describe",
     "resolve_backend",
 ]
 
 BACKENDS = ("auto", "cpu", "cuda", "tiled", "reference")
+TEMPERATURES = 1e-12, 1e12
+"""Smallest and largest. 1 / temperature and its square, which is in the gradient of a temperature, are then
+far from the ends of float32."""
+EPSILONS = -1e4, 1e4
+"""Smallest and largest. Epsilon is added to n_i, in float32 for rows of up to 32 bits: 1e4 costs it 1e-3."""
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_INTEGERS = (
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8,
+)  # fmt: skip
 _warned: set[str] = set()
+_SHOWN = 60  # characters of a value that a message quotes
 
 
-def describe(value: Any) -> str:
+def shorten(text: str, length: int = _SHOWN) -> str:
+    """One line of at most ``length`` characters."""
+    text = " ".join(text[: 2 * length].split())
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def describe(value: Any, depth: int = 2) -> str:
+    """What a value is: type, length, dtype and shape. Only a number or a short text is quoted."""
+    kind = shorten(type(value).__name__)
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} of shape {list(value.shape)}"
-    return f"{type(value).__name__} {value!r}"
+    if value is None or isinstance(value, bool):
+        return repr(value)
+    if isinstance(value, (str, bytes)):
+        length = f" of length {len(value)}," if len(value) > _SHOWN else ""
+        return f"{kind}{length} {shorten(repr(value[:_SHOWN]))}"
+    if isinstance(value, (list, tuple, set, frozenset, dict)):
+        return f"{kind} of length {len(value)}{_first_element(value, depth)}"
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple) and shape and hasattr(value, "dtype"):  # of NumPy, pandas, JAX
+        return f"{kind} of {shorten(str(value.dtype))}, shape {shorten(str(list(shape)))}"
+    if isinstance(value, int) and abs(value) >= 10**_SHOWN:
+        return f"{kind} of {value.bit_length()} bits"
+    return f"{kind} {shorten(repr(value))}"
+
+
+def _first_element(values: Any, depth: int) -> str:
+    if not values or not depth:
+        return ""
+    first = next(iter(values))
+    nested = isinstance(first, (list, tuple, dict)) or hasattr(first, "shape")
+    return f" (first element: {describe(first, depth - 1) if nested else shorten(type(first).__name__)})"
 
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    if not isinstance(value, (str, bool)) or value not in choices:
+        got = repr(value) if isinstance(value, str) and len(value) <= _SHOWN else describe(value)
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {got}")
 
 
-def check_number(name: str, value: Any, low: float, high: float) -> None:
-    """A finite number of [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {describe(value)}")
-    if not low <= value <= high:  # NaN is in no range; math.isfinite takes no symbolic number
-        raise ValueError(f"{name} must be finite and between {low} and {high}, got {value}")
+def _is_real(dtype: torch.dtype) -> bool:
+    return dtype != torch.bool and not dtype.is_complex
 
 
-def check_temperature(name: str, value: Any) -> None:
-    """A positive finite number or a tensor of no dimensions; a tensor's value is looked at only on a CPU."""
+def _as_traced(value: Any) -> Any:
+    """A NumPy number, which torch.compile traces as an array, as a tensor; else the value itself."""
+    if not torch.compiler.is_compiling() or isinstance(value, (Tensor, int, float, str)):
+        return value
+    return torch.as_tensor(value) if hasattr(value, "shape") else value
+
+
+def _number(value: Any) -> Any:
+    """A Python number from a number of Python or NumPy or a tensor of one element; None if it is neither."""
     if isinstance(value, Tensor):
-        if value.dim() != 0 or not value.is_floating_point():
-            raise TypeError(
-                f"{name} must be a number or a float tensor of no dimensions, got {describe(value)}"
-            )
-        if value.device.type != "cpu" or not runs_plainly(value):
-            return
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number or a float tensor of no dimensions, got {describe(value)}")
-    if not 0 < value <= sys.float_info.max:  # a symbolic number is taken to be less than infinity
-        raise ValueError(f"{name} must be finite and greater than 0, got {value}")
+        return value.item() if value.numel() == 1 and _is_real(value.dtype) else None
+    if type(value) in (float, int):
+        return value
+    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else None
+
+
+def _check_range(name: str, value: Any, low: float, high: float) -> None:
+    if not low <= value <= high:  # NaN is in no range
+        got = describe(value) if isinstance(value, int) else value
+        raise ValueError(f"{name} must be from {low:g} to {high:g}, got {got}")
+
+
+def check_number(name: str, value: Any, low: float, high: float) -> float:
+    """A number of [low, high], or a tensor of one element that wants no gradient; returned as a number."""
+    value = _as_traced(value)
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise TypeError(f"{name} gets no gradient, so it must not want one: give {name}.detach()")
+    number = _number(value)
+    if number is None:
+        raise TypeError(f"{name} must be a number or a tensor of one element, got {describe(value)}")
+    _check_range(name, number, low, high)
+    return number
+
+
+def check_temperature(name: str, value: Any) -> float | Tensor:
+    """A number of :data:`TEMPERATURES` or a tensor of one element, whose value is looked at only on a CPU and
+    not while it is traced or transformed; returned as a number or a tensor of no dimensions."""
+    value = _as_traced(value)
+    if isinstance(value, Tensor) and value.numel() == 1 and _is_real(value.dtype):
+        if value.device.type == "cpu" and runs_plainly(value):
+            _check_range(name, value.item(), *TEMPERATURES)
+        return value.reshape(())
+    number = None if isinstance(value, Tensor) else _number(value)
+    if number is None:
+        raise TypeError(f"{name} must be a number or a tensor of one element, got {describe(value)}")
+    _check_range(name, number, *TEMPERATURES)
+    return number
 
 
 def check_features(name: str, value: Any, like: Tensor | None = None) -> None:
@@ -109,6 +179,15 @@ def check_mask(value: Any, features: Tensor, candidates: Tensor) -> None:
         raise ValueError(f"{contract}, got {describe(value)}")
     if value.device != features.device:
         raise ValueError(f"{contract} on {features.device}, got it on {value.device}")
+
+
+def check_gather(value: Any) -> None:
+    """An object of the protocol :class:`pysupcon.functional.Gather`."""
+    if not callable(getattr(value, "begin", None)):
+        raise TypeError(
+            "gather must be an object with a method begin (pysupcon.functional.Gather; of a module also "
+            f"False, True or 'ring'), got {describe(value)}"
+        )
 
 
 def _why_not(backend: str) -> str:

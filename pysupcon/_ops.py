@@ -29,10 +29,12 @@ Operators
                         view v of sample b, and how many other rows bear a row's id; both [B * views] int64.
                         CPU only: one call where torch needs five, and small batches are all overhead.
 
-Rows or a scale that are not finite, and similarities that overflow: on a CPU pair_stats raises a ValueError,
-on a GPU, where looking would make the caller wait, every statistic of the call is NaN.
+Rows or a scale that are not finite: on a CPU pair_stats raises a ValueError; on a GPU, where looking would
+make the caller wait, every statistic of the call is NaN. The same for similarities beyond 7e14: a float64
+statistic has no digit left that an exponent needs.
 
-Backward operators add to ``grad_x`` (x's shape) and, unless it is None, to ``grad_candidates`` (the
+Backward operators take n and p as pair_stats gave them: no similarity is larger than its logsumexp. They add
+to ``grad_x`` (x's shape) and, unless it is None, to ``grad_candidates`` (the
 candidates' shape), contiguous, in x's dtype but at least float32, as :func:`zero_gradients` makes them. The
 parts of a gradient cancel as a loss converges: they share one buffer, which its owner rounds once.
 ``positive_softplus_backward`` returns dL/dn, [M] in stats_dtype. With G_ij = dL/ds_ij from the anchors'

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import _modes, _opaque, _ops, tiled
@@ -19,12 +18,14 @@ from ._autograd import Pairing, Plan, RowStatistics, row_statistics
 from ._checks import (
     check_choice,
     check_features,
+    check_gather,
     check_ids,
     check_kernels,
     check_mask,
     check_temperature,
     resolve_backend,
 )
+from ._unit import unit_rows
 
 __all__ = ["Block", "Everybody", "Gather", "Problem", "Round", "prepare"]
 
@@ -281,8 +282,7 @@ def _candidate_ids(
 
 
 def _normalized(rows: Tensor) -> Tensor:
-    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    return F.normalize(wide, dim=-1).to(rows.dtype)
+    return unit_rows(rows).to(rows.dtype)
 
 
 def _wants_gradient(features: Tensor, temperature: float | Tensor) -> bool:
@@ -329,7 +329,7 @@ def prepare(
 ) -> Problem:
     """Check everything and lay it out."""
     check_features("features", features)
-    check_temperature("temperature", temperature)
+    temperature = check_temperature("temperature", temperature)
     check_choice("contrast_mode", contrast_mode, ("all", "one"))
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     wish, backend = backend, resolve_backend(backend, features.device, mask is not None)
@@ -343,6 +343,8 @@ def prepare(
         )
     if gather is not None and backend == "reference":
         raise ValueError('gather needs a streaming backend, got backend="reference"')
+    if gather is not None:
+        check_gather(gather)
     if backend != "reference":
         _modes.check_mode(features, gather is not None)
     separate = candidates is not None

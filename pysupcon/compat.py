@@ -8,7 +8,9 @@ nothing else.
 ``MetricLearningSupConLoss``
     for ``pytorch_metric_learning.losses.SupConLoss``
 
-Every class takes one more keyword, ``backend`` (see :mod:`pysupcon.functional`).
+Every class takes one more keyword, ``backend`` (see :mod:`pysupcon.functional`). Labels are tensors of any
+real dtype on any device. ``temperature``, ``base_temperature`` and ``epsilon`` are numbers or tensors of one
+element, in the ranges of :mod:`pysupcon.functional`; a temperature that is a parameter gets its gradient.
 
 Intended differences, all classes
     Memory and time. Sums are taken in float32 at least, also for half-precision input and under autocast, and
@@ -22,8 +24,10 @@ Intended differences, all classes
     An anchor without a positive is left out of the mean; there it makes the whole loss NaN.
     ``InfoNCELoss`` accepts embeddings on any device.
 ``MetricLearningSupConLoss``
-    ``indices_tuple`` (miners), ``distance``, ``reducer``, embedding regularisers and records are refused with
-    an error. ``ref_emb`` with the very same ``labels`` object as ``ref_labels`` is refused, because there it
+    ``indices_tuple`` (miners), another ``distance`` or ``reducer`` than the default ones, embedding
+    regularisers and records are refused with an error. Every anchor that has a positive counts in the mean;
+    there an anchor whose loss rounds to 0 does not, so that in a converged batch the mean is over fewer
+    anchors. ``ref_emb`` with the very same ``labels`` object as ``ref_labels`` is refused, because there it
     silently drops each row's own index: pass ``labels.clone()`` for references that are not the rows
     themselves. A batch with a single positive and a single negative pair has a loss; there it is 0. No
     epsilon is added to the number of positives.
@@ -37,7 +41,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from ._checks import BACKENDS, check_choice
+from ._checks import BACKENDS, check_choice, describe, shorten
 from ._modes import runs_plainly
 
 __all__ = [
@@ -51,12 +55,31 @@ __all__ = [
 ]
 
 
-def _class_ids(labels: Tensor, like: Tensor) -> Tensor:
-    """Labels of any dtype, shape and device -> one integer per sample, on the device of ``like``."""
-    labels = labels.reshape(-1).to(like.device)
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        return torch.unique(labels, return_inverse=True)[1]
-    return labels
+def _check_tensor(name: str, value: Any, shape: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape {shape}, got {describe(value)}")
+
+
+def _labels(value: Any, like: Tensor, name: str = "labels") -> Tensor:
+    """Labels of any real dtype, shape and device -> float or int64 [N] on the device of ``like``."""
+    _check_tensor(name, value, "[N]")
+    if value.is_complex():
+        raise TypeError(f"{name} must be real numbers, got {describe(value)}")
+    flat: Tensor = value.reshape(-1).to(like.device)
+    return flat.contiguous() if flat.is_floating_point() else flat.long().contiguous()
+
+
+def _class_ids(labels: Any, like: Tensor) -> Tensor:
+    """Labels -> int64 [N]: equal labels, equal numbers."""
+    flat = _labels(labels, like)
+    return torch.unique(flat, return_inverse=True)[1] if flat.is_floating_point() else flat
+
+
+def _class_ids_of_both(labels: Any, ref_labels: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """One numbering for both sides, also where one is of floats and the other of integers."""
+    first, second = _labels(labels, like), _labels(ref_labels, like, "ref_labels")
+    ids = _class_ids(torch.cat([first, second]), like)
+    return ids[: len(first)], ids[len(first) :]
 
 
 class SupConLoss(nn.Module):
@@ -83,6 +106,7 @@ class SupConLoss(nn.Module):
         self.backend = backend
 
     def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        _check_tensor("features", features, "[bsz, n_views, ...]")
         if features.dim() < 3:
             raise ValueError(
                 "`features` needs to be [bsz, n_views, ...], at least 3 dimensions are required, "
@@ -91,9 +115,10 @@ class SupConLoss(nn.Module):
         if labels is not None and mask is not None:
             raise ValueError("Cannot define both `labels` and `mask`")
         if self.contrast_mode not in ("all", "one"):
-            raise ValueError(f"Unknown mode: {self.contrast_mode}")
+            raise ValueError(f"Unknown mode: {shorten(str(self.contrast_mode))}")
         samples, views = features.shape[:2]
         if mask is not None:
+            _check_tensor("mask", mask, "[bsz, bsz]")
             mask = mask.to(features.device)
             if (
                 mask.device.type == "cpu"
@@ -136,24 +161,28 @@ class SINCERELoss(nn.Module):
         self.temperature = temperature
         self.backend = backend
 
-    def _loss(self, embeds: Tensor, labels: Tensor | None) -> Tensor:
+    def _loss(self, embeds: Tensor, labels: Tensor) -> Tensor:
         return functional.sincere(
             embeds,
-            None if labels is None else _class_ids(labels, embeds),
+            _class_ids(labels, embeds),
             temperature=self.temperature,
             epsilon=self.epsilon,
             backend=self.backend,
         )
 
     def forward(self, embeds: Tensor, labels: Tensor) -> Tensor:
-        if embeds.dim() != 2:
-            raise ValueError(f"embeds must be of shape [B, D], got {list(embeds.shape)}")
+        _check_embeds(embeds, "[B, D]", 2)
         return self._loss(embeds, labels)
 
 
-def _check_views(embeds: Tensor) -> None:
-    if embeds.dim() != 3:
-        raise ValueError(f"embeds must be of shape [B, V, D], got {list(embeds.shape)}")
+def _check_embeds(embeds: Any, shape: str, dimensions: int) -> None:
+    _check_tensor("embeds", embeds, shape)
+    if embeds.dim() != dimensions:
+        raise ValueError(f"embeds must be of shape {shape}, got {list(embeds.shape)}")
+
+
+def _check_views(embeds: Any) -> None:
+    _check_embeds(embeds, "[B, V, D]", 3)
 
 
 class MultiviewSINCERELoss(SINCERELoss):
@@ -190,21 +219,69 @@ class MultiviewEpsSupInfoNCELoss(EpsSupInfoNCELoss):
         return self._loss(embeds, labels)
 
 
+# Attributes of CosineSimilarity() and AvgNonZeroReducer(), the defaults of the original.
+_DISTANCE = {"normalize_embeddings": True, "p": 2, "power": 1, "is_inverted": True, "collect_stats": False}
+_REDUCER = {"low": 0, "high": None, "collect_stats": False}
+
+
+def _check_default(name: str, value: Any, default: str, attributes: dict[str, Any]) -> None:
+    """``value`` must be None or an object like pytorch-metric-learning's ``default``. That is told by the
+    names of its class and by its attributes, so that the package need not be installed."""
+    if value is None:
+        return
+    got = describe(value) if type(value).__name__ != default else None
+    for key, wanted in attributes.items():
+        if got is None and not hasattr(value, key):
+            got = f"a {default} without {key}"
+        elif got is None and getattr(value, key) != wanted:
+            got = f"{default} with {key}={shorten(repr(getattr(value, key)))}"
+    if got is not None:
+        raise NotImplementedError(f"{name} must be the default of SupConLoss, {default}(), got {got}")
+
+
+def _positive_count(labels: Tensor, candidate_labels: Tensor | None) -> Tensor:
+    """|P_i|, int64 [N]."""
+    others = torch.sort(labels if candidate_labels is None else candidate_labels)[0]
+    count = torch.searchsorted(others, labels, right=True) - torch.searchsorted(others, labels)
+    return count - 1 if candidate_labels is None else count
+
+
 class MetricLearningSupConLoss(nn.Module):
     """pytorch-metric-learning: ``SupConLoss(temperature)`` with its default distance and reducer.
 
     ``embeddings`` [N, D] are L2-normalised, ``labels`` [N]; ``ref_emb`` [M, D] with ``ref_labels`` [M] are
-    what to contrast with instead of the embeddings. The mean is over the anchors whose loss is greater than
-    0; a batch without any positive or without any negative pair gives 0.
+    what to contrast with instead of the embeddings.
+
+    The mean is over the anchors that have a positive; a batch without any positive or without any negative
+    pair gives 0. There it is over the anchors whose loss is above 0 after rounding, which is the same in
+    exact arithmetic: only the loss of an anchor whose one candidate is its positive is 0.
+
+    The other keywords of the original are accepted where they say what is the default: ``distance`` None or
+    ``CosineSimilarity()``, ``reducer`` None or ``AvgNonZeroReducer()``, ``embedding_regularizer`` None (with
+    any ``embedding_reg_weight``, which then weighs nothing), ``collect_stats`` None or False. Anything else
+    is a NotImplementedError.
     """
 
-    def __init__(self, temperature: float = 0.1, *, backend: str = "auto", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        *,
+        backend: str = "auto",
+        distance: Any = None,
+        reducer: Any = None,
+        embedding_regularizer: Any = None,
+        embedding_reg_weight: float = 1,
+        collect_stats: bool | None = None,
+    ) -> None:
         super().__init__()
-        if kwargs:
-            raise NotImplementedError(
-                "MetricLearningSupConLoss supports temperature only (cosine similarity, mean over non-zero "
-                f"losses), got {', '.join(sorted(kwargs))}"
-            )
+        _check_default("distance", distance, "CosineSimilarity", _DISTANCE)
+        _check_default("reducer", reducer, "AvgNonZeroReducer", _REDUCER)
+        for name, value in (
+            ("embedding_regularizer", embedding_regularizer),
+            ("collect_stats", collect_stats),
+        ):
+            if value is not None and value is not False:
+                raise NotImplementedError(f"{name} is not supported, got {describe(value)}")
         check_choice("backend", backend, BACKENDS)
         self.temperature = temperature
         self.backend = backend
@@ -225,6 +302,7 @@ class MetricLearningSupConLoss(nn.Module):
             raise ValueError(
                 "labels must be given: indices_tuple, the other source of pairs, is not supported"
             )
+        _check_tensor("embeddings", embeddings, "[N, D]")
         if embeddings.dim() != 2:
             raise ValueError(f"embeddings must be of shape [N, D], got {list(embeddings.shape)}")
         if ref_emb is None or (ref_emb is embeddings and ref_labels is labels):
@@ -237,24 +315,18 @@ class MetricLearningSupConLoss(nn.Module):
                     "ref_labels is the same object as labels: whether row i of ref_emb is row i of "
                     "embeddings cannot be told; pass labels.clone() if it is not, and no ref_emb if it is"
                 )
-            # One numbering for both sides, whatever the labels' dtype.
-            both = torch.cat([labels.reshape(-1), ref_labels.reshape(-1).to(labels.device)])
-            ids = _class_ids(both, embeddings)
-            labels, ref_labels = ids[: labels.numel()], ids[labels.numel() :]
-        stats = functional.pair_statistics(
+            labels, ref_labels = _class_ids_of_both(labels, ref_labels, embeddings)
+        loss = functional.supcon(
             embeddings,
             labels,
             temperature=self.temperature,
             candidates=ref_emb,
             candidate_labels=ref_labels,
+            reduction="none",
             normalize=True,
             backend=self.backend,
         )
-        n, p, mean, count = stats
-        positive = torch.where(count > 0, p, 0.0)
-        loss = torch.where(count > 0, torch.logaddexp(n, positive) - mean, 0.0)
-        # Rounding must not make a loss of 0 (one positive, no negative) count.
-        valid = (loss > 0) & ((n > -torch.inf) | (count > 1))
-        valid &= (count > 0).any() & (n > -torch.inf).any()
-        total = torch.where(valid, loss, 0.0).sum() / valid.sum().clamp(min=1)
-        return total.to(torch.promote_types(embeddings.dtype, torch.float32))
+        count = _positive_count(labels, ref_labels)
+        candidates = labels.numel() - 1 if ref_labels is None else ref_labels.numel()
+        valid = (count > 0) & (count < candidates).any() & (candidates > 1)
+        return torch.where(valid, loss, 0.0).sum() / valid.sum().clamp(min=1)

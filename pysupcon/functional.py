@@ -7,11 +7,14 @@ written down.
 Common arguments
     features      [B, V, D] (V views of B samples) or [N, D]; float64, float32, bfloat16 or float16. Not
                   normalised unless ``normalize=True``.
-    labels        integers [B] or [N], any values. None: the positives of a row are the other rows of its
-                  sample.
+    labels        integers [B] or [N] of any integer dtype, any values (uint64 beyond int64: modulo 2^64).
+                  None: the positives of a row are the other rows of its sample.
     mask          bool [B, B] (or [samples of features, samples of candidates]) instead of labels: row i takes
                   row j as positive where ``mask[i, j]``; need not be symmetric. Runs on the tiled backend.
-    temperature   a number or a tensor of no dimensions, greater than 0; a tensor gets a gradient.
+    temperature   a number, of Python or NumPy, or a tensor of one element; from 1e-12 to 1e12. A tensor gets
+                  a gradient in its own shape; its value is looked at only on a CPU and not while it is traced
+                  (``torch.compile``). ``base_temperature`` likewise. ``epsilon`` (from -1e4 to 1e4) and
+                  ``alpha`` (from 0 to 1) are numbers, or tensors of one element that want no gradient.
     contrast_mode "all": every row is an anchor; "one": only view 0 is.
     candidates    [Nc, D] or [Bc, V, D]: rows to contrast with instead of the features themselves (a queue,
                   another tower). Features are anchors only, and no self is left out. ``candidate_labels``
@@ -20,7 +23,9 @@ Common arguments
                   dimension of features; ``candidate_instances`` likewise.
     reduction     "mean" over the anchors that have a loss (that have a positive), "sum", or "none": one loss
                   per anchor, [B, V] or [N] ([B] for contrast_mode="one"), 0 where there is none.
-    normalize     L2-normalise rows first.
+    normalize     L2-normalise rows first. A row whose norm is below 1e-12 (float16: 2^-14, its smallest
+                  normal number) has no direction: it becomes zero, and so is its gradient. A row whose
+                  squared norm overflows (float64: float64, otherwise float32) counts as not finite.
     backend       "auto": the compiled kernel of the device, or else tiled PyTorch (with one warning); "cpu",
                   "cuda", "tiled", or "reference" (dense, for tests; differentiable twice). The first call
                   with a dtype on a GPU checks the CUDA kernels; if they answer wrongly or cannot run, "auto"
@@ -39,8 +44,9 @@ dual numbers) is refused, except by backend="reference"; of torch.func inside to
 can trace works (it refuses vmap of grad).
 
 Errors: ValueError or TypeError naming the argument, what it must be and what came; on a CPU also for features
-that are not finite. RuntimeError for a backend that is not compiled, and for CUDA kernels that answer wrongly
-or cannot run on the device.
+that are not finite, and where the largest |z| |z| / temperature is beyond 7e14. On a GPU, where looking would
+make the caller wait, the loss is NaN then. RuntimeError for a backend that is not compiled, and for CUDA
+kernels that answer wrongly or cannot run on the device.
 """
 
 from __future__ import annotations
@@ -52,7 +58,7 @@ from torch import Tensor
 
 from . import reference
 from ._autograd import RowStatistics
-from ._checks import check_choice, check_number, check_temperature
+from ._checks import EPSILONS, check_choice, check_number, check_temperature
 from ._problem import Gather, Problem, prepare
 from ._rows import cnce_rows, reduce_rows, sincere_rows, supcon_reduced, supcon_rows
 from .profiling.ranges import named
@@ -116,7 +122,7 @@ def supcon(
     *,
     temperature: float | Tensor = 0.07,
     contrast_mode: str = "all",
-    base_temperature: float | None = None,
+    base_temperature: float | Tensor | None = None,
     candidates: Tensor | None = None,
     candidate_labels: Tensor | None = None,
     instances: Tensor | None = None,
@@ -132,7 +138,7 @@ def supcon(
     where that is given. Without labels it is the multi-view NT-Xent loss. Arguments: see the module.
     """
     if base_temperature is not None:
-        check_temperature("base_temperature", base_temperature)
+        base_temperature = check_temperature("base_temperature", base_temperature)
     problem = prepare(
         features, labels, mask, temperature=temperature, contrast_mode=contrast_mode, candidates=candidates,
         candidate_labels=candidate_labels, instances=instances, candidate_instances=candidate_instances,
@@ -141,9 +147,11 @@ def supcon(
     loss = _supcon(problem, reduction)
     if base_temperature is None:
         return loss
+    temperature = problem.temperature
     if torch.compiler.is_compiling():  # a quotient of numbers would make each of them a graph of its own
-        return loss * (torch.ones_like(loss.detach()) * temperature / base_temperature)
-    return loss * (temperature / base_temperature)
+        temperature = loss.new_ones(()) * temperature
+    factor = temperature / base_temperature
+    return loss * (factor.to(loss) if isinstance(factor, Tensor) else factor)
 
 
 def _supcon(problem: Problem, reduction: str) -> Tensor:
@@ -184,7 +192,7 @@ def sincere(
     -mean_{p in P_i} log( e^{s_ip} / (e^{s_ip - epsilon} + sum_{j in N_i} e^{s_ij}) ). An anchor without a
     negative gives 0 (minus epsilon). Arguments: see the module.
     """
-    check_number("epsilon", epsilon, -1e4, 1e4)
+    epsilon = check_number("epsilon", epsilon, *EPSILONS)
     problem = prepare(
         features, labels, mask, temperature=temperature, contrast_mode=contrast_mode, candidates=candidates,
         candidate_labels=candidate_labels, instances=instances, candidate_instances=candidate_instances,
@@ -270,7 +278,7 @@ def spread(
     a positive; one without another row of its sample has no cNCE part. Costs what its base costs. Arguments:
     see the module.
     """
-    check_number("alpha", alpha, 0.0, 1.0)
+    alpha = check_number("alpha", alpha, 0.0, 1.0)
     check_choice("base", base, ("supcon", "sincere"))
     problem = prepare(
         features, labels, mask, temperature=temperature, contrast_mode=contrast_mode, candidates=candidates,
@@ -357,7 +365,7 @@ def pair_statistics(
     module.
 
     Empty sets are -inf: select (``torch.where``) before using them, or a gradient becomes NaN. Statistics are
-    float64 on a CPU and for float64 features, float32 otherwise.
+    float64 (float32 on devices that have no float64).
     """
     problem = prepare(
         features, labels, mask, temperature=temperature, contrast_mode=contrast_mode, candidates=candidates,

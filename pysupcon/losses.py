@@ -4,6 +4,9 @@
 rows of every process (:mod:`pysupcon.distributed`); an object of the :class:`pysupcon.functional.Gather`
 protocol is used as it is.
 
+``temperature``, ``base_temperature``, ``epsilon`` and ``alpha`` are numbers, of Python or NumPy, or tensors
+of one element that want no gradient; the modules keep them as Python numbers.
+
 ``learnable_temperature=True`` makes the logarithm of the temperature a parameter, ``log_temperature``, which
 starts from ``temperature``; it cannot become negative.
 """
@@ -18,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from ._checks import BACKENDS, check_choice, check_number, check_temperature
+from ._checks import BACKENDS, EPSILONS, TEMPERATURES, check_choice, check_gather, check_number
 
 __all__ = ["ClassConditionalInfoNCELoss", "InfoNCELoss", "SINCERELoss", "SpreadLoss", "SupConLoss"]
 
@@ -26,7 +29,7 @@ GatherArgument = bool | Literal["ring"] | functional.Gather
 
 
 class _Loss(nn.Module):
-    """What all losses share. ``temperature`` must be a positive number."""
+    """What all losses share."""
 
     def __init__(
         self,
@@ -40,15 +43,15 @@ class _Loss(nn.Module):
         learnable_temperature: bool,
     ) -> None:
         super().__init__()
-        if isinstance(temperature, Tensor):
+        if isinstance(temperature, Tensor) and temperature.requires_grad:
             raise TypeError(
-                "temperature must be a number, got a tensor; learnable_temperature=True makes it a parameter"
+                "temperature must be a number, got a tensor that wants a gradient; "
+                "learnable_temperature=True makes it a parameter of the loss"
             )
-        check_temperature("temperature", temperature)
+        self._temperature = float(check_number("temperature", temperature, *TEMPERATURES))
         check_choice("contrast_mode", contrast_mode, ("all", "one"))
         check_choice("reduction", reduction, ("mean", "sum", "none"))
         check_choice("backend", backend, BACKENDS)
-        self._temperature = float(temperature)
         self.contrast_mode = contrast_mode
         self.reduction = reduction
         self.normalize = normalize
@@ -57,7 +60,7 @@ class _Loss(nn.Module):
         self._gather = _resolve_gather(gather)
         self.log_temperature: nn.Parameter | None = None
         if learnable_temperature:
-            self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+            self.log_temperature = nn.Parameter(torch.tensor(math.log(self._temperature)))
 
     @property
     def temperature(self) -> float | Tensor:
@@ -105,6 +108,7 @@ def _resolve_gather(gather: GatherArgument) -> functional.Gather | None:
         distributed = importlib.import_module("pysupcon.distributed")
         resolved: functional.Gather = distributed.resolve(gather)
         return resolved
+    check_gather(gather)
     return gather
 
 
@@ -131,7 +135,7 @@ class SupConLoss(_Loss):
             backend=backend, learnable_temperature=learnable_temperature,
         )  # fmt: skip
         if base_temperature is not None:
-            check_temperature("base_temperature", base_temperature)
+            base_temperature = float(check_number("base_temperature", base_temperature, *TEMPERATURES))
         self.base_temperature = base_temperature
 
     def _own_repr(self) -> str:
@@ -175,8 +179,7 @@ class SINCERELoss(_Loss):
             temperature, contrast_mode, reduction=reduction, normalize=normalize, gather=gather,
             backend=backend, learnable_temperature=learnable_temperature,
         )  # fmt: skip
-        check_number("epsilon", epsilon, -1e4, 1e4)
-        self.epsilon = float(epsilon)
+        self.epsilon = float(check_number("epsilon", epsilon, *EPSILONS))
 
     def _own_repr(self) -> str:
         return f"epsilon={self.epsilon:g}, "
@@ -257,9 +260,8 @@ class SpreadLoss(_Loss):
             temperature, contrast_mode, reduction=reduction, normalize=normalize, gather=gather,
             backend=backend, learnable_temperature=learnable_temperature,
         )  # fmt: skip
-        check_number("alpha", alpha, 0.0, 1.0)
         check_choice("base", base, ("supcon", "sincere"))
-        self.alpha = float(alpha)
+        self.alpha = float(check_number("alpha", alpha, 0.0, 1.0))
         self.base = base
 
     def _own_repr(self) -> str:

@@ -86,37 +86,44 @@ class _Sum:
         return torch.empty_like(self.total).index_copy(0, order, self.total)
 
 
-def _poison(x: Tensor, candidates: Tensor | None, scale: Tensor) -> Tensor | float:
+_LARGEST = 1e15
+"""A similarity times log2(e) must stay below it: statistics are float64, and keep a digit that an exponent
+needs."""
+
+
+def _poison(x: Tensor, candidates: Tensor | None, scale: Tensor) -> Tensor:
     """0 if every number is finite. Otherwise an error on a CPU; NaN, to be added to every statistic, where
-    looking would make a device wait or cannot be traced."""
-    poison: Tensor | float = scale * 0.0
-    for rows in (x, candidates):
-        if rows is not None and rows.numel():
+    looking would make a device wait or cannot be traced. On a CPU too large similarities are an error, too.
+    """
+    poison = scale * 0.0
+    largest = scale.detach() * math.log2(math.e)
+    for rows in (x, x if candidates is None else candidates):
+        if rows.numel():
             low, high = torch.aminmax(rows.detach())  # NaN spreads to both
             poison = poison + (low * 0.0 + high * 0.0).to(scale.dtype)
-    looks = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    if looks and x.numel() and not math.isfinite(poison):
-        for name, rows in (("rows", x), ("candidate rows", candidates)):
-            bad = [] if rows is None else rows.isfinite().all(1).logical_not().nonzero().flatten().tolist()
-            if rows is not None and bad:
+            largest = largest * torch.maximum(-low, high).to(scale.dtype)
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or not x.numel():
+        return poison
+    if not math.isfinite(poison):
+        for name, side in (("rows", x), ("candidate rows", candidates)):
+            bad = [] if side is None else side.isfinite().all(1).logical_not().nonzero().flatten().tolist()
+            if side is not None and bad:
                 raise ValueError(
-                    f"features must be finite, got NaN or infinity in {len(bad)} of {rows.shape[0]} {name}, "
+                    f"features must be finite, got NaN or infinity in {len(bad)} of {side.shape[0]} {name}, "
                     f"the first of them row {bad[0]}"
                 )
         raise ValueError(f"1 / temperature must be finite, got {scale.item()}")
+    if not largest * x.shape[1] < _LARGEST:  # perhaps: a row is no longer than its largest number times D
+        norms = [
+            torch.linalg.vector_norm(rows.detach().double(), dim=1).max().item()
+            for rows in (x, x if candidates is None else candidates)
+        ]
+        if not norms[0] * norms[1] * scale.item() * math.log2(math.e) < _LARGEST:
+            raise ValueError(
+                "features must be small enough for their similarities; the largest |features| |features| / "
+                f"temperature is {norms[0] * norms[1] * scale.item():.1e}"
+            )
     return poison
-
-
-def _refuse_overflow(*statistics: Tensor) -> None:
-    """On a CPU an overflow shows here for nothing; elsewhere looking would make the device wait."""
-    for statistic in statistics:
-        if statistic.device.type == "cpu" and not torch.compiler.is_compiling() and statistic.numel():
-            top = statistic.max().item()  # NaN spreads to the maximum
-            if not top < math.inf:
-                raise ValueError(
-                    "features must be small enough for a finite similarity; features . features / "
-                    f"temperature overflows: got a statistic of {top}"
-                )
 
 
 def pair_stats(
@@ -158,8 +165,6 @@ def pair_stats(
                     chosen = and_not(tile.instance, tile.left_out)
                     instance_sum.add(at, tile.similarity, reference, chosen, dim)
         result = tuple(column.value(order) for column in (n, p, positive_sum, instance_sum))
-        # A sum that overflows to -inf is as wrong as one that overflows to inf, a logsumexp of -inf is not.
-        _refuse_overflow(*result, -result[2], -result[3])
         of_n, of_p, of_positives, of_instances = (column + poison for column in result)
     return of_n, of_p, of_positives, of_instances
 
@@ -213,7 +218,8 @@ def _weights(similarity: Tensor, same: Tensor | bool, instance: Tensor | bool, o
         reference, factor = (of.p, of.of_p) if same else (of.n, of.of_n)
     else:
         reference, factor = torch.where(same, of.p, of.n), torch.where(same, of.of_p, of.of_n)
-    weights = (similarity - reference).exp_().mul_(factor)
+    # No term of a sum is larger than the sum, but s_ij and s_ji of one tile are rounded apart.
+    weights = (similarity - reference).clamp_(max=0.0).exp_().mul_(factor)
     for constant, where in ((of.constant, same), (of.instance_constant, instance)):
         if constant is not None and where is not False:
             weights += zero_unless(constant, where)
@@ -342,9 +348,7 @@ def positive_softplus(
                 # softplus(a) = -logsigmoid(-a), without a threshold and with softplus(-inf) = 0.
                 terms = F.logsigmoid(tile.similarity - limit[slice(*at)].unsqueeze(dim))
                 total[slice(*at)] -= zero_unless(terms, and_not(same, tile.left_out)).sum(dim)
-        result = torch.empty_like(total).index_copy(0, order, total)
-        _refuse_overflow(result)
-    return result
+        return torch.empty_like(total).index_copy(0, order, total)
 
 
 def positive_softplus_backward(

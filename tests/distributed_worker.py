@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import gradcache_wrappers
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -222,6 +223,11 @@ def restless() -> dict[str, Any]:
     }
 
 
+def wrapped(kind: str, batches: str) -> dict[str, Any]:
+    """GradCache with wrapped models of a kind."""
+    return gradcache_wrappers.steps(kind, sizes_of(batches, dist.get_world_size()))
+
+
 COLLECTIVES = (
     "all_gather_single", "all_gather_into_tensor", "batch_isend_irecv", "all_gather", "all_reduce",
     "reduce_scatter", "reduce_scatter_tensor", "all_to_all", "broadcast", "reduce", "gather", "scatter",
@@ -399,7 +405,7 @@ CASES: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
         embeddings, training, restless, traffic, differing, not_finite, no_positive, without_gather, subgroup,
-        compiled, pair_statistics,
+        compiled, pair_statistics, wrapped, gradcache_wrappers.static_graph_twice,
     )
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pysupcon import compat
+from pysupcon import compat, functional
 
 metric_learning = pytest.importorskip("pytorch_metric_learning.losses")
 
@@ -211,11 +211,93 @@ def test_metric_learning_without_positives_or_negatives(labels: Tensor) -> None:
     assert (x.grad == 0).all()
 
 
+def _converged(seed: int) -> tuple[Tensor, Tensor]:
+    """Two views a class that nearly agree, but for two of them: most losses round to 0 in float32."""
+    torch.manual_seed(seed)
+    first = _unit(32, 64)
+    second = first + 0.02 * torch.randn_like(first)
+    second[:2] = torch.randn(2, 64, dtype=torch.float64)
+    return torch.cat([first, second]), torch.arange(32).repeat(2)
+
+
+def test_metric_learning_counts_the_anchors_that_have_a_positive(backend: str) -> None:
+    """Not those whose rounded loss is above 0, whose number says how far the batch has converged."""
+    for seed in range(5):
+        x, labels = _converged(seed)
+        loss = compat.MetricLearningSupConLoss(0.05, backend=backend)
+        want = metric_learning.SupConLoss(0.05)(x, labels).item()  # float64: no loss rounds to 0
+        assert loss(x, labels).item() == pytest.approx(want, rel=1e-9)
+        assert loss(x.float(), labels).item() == pytest.approx(want, rel=1e-5)
+    # Classes whose two rows are the same: there even float64 drops them.
+    same = torch.cat([x[2:4], x[2:4], x[:2], x[32:34]])
+    labels = torch.tensor([8, 9, 8, 9, 0, 1, 0, 1])
+    want = functional.supcon(same, labels, temperature=0.01, normalize=True, backend="reference").item()
+    assert metric_learning.SupConLoss(0.01)(same, labels).item() == pytest.approx(2 * want)
+    assert compat.MetricLearningSupConLoss(0.01, backend=backend)(same, labels).item() == pytest.approx(want)
+
+
+@pytest.mark.filterwarnings("ignore:no anchor of this batch has a positive")
+def test_metric_learning_exact_zeros() -> None:
+    """An anchor whose one candidate is its positive has the loss 0: whether it counts cannot be seen."""
+    x, one = _unit(3, 6), _unit(1, 6)
+    for labels in (torch.tensor([0, 1, 0]), torch.tensor([0, 0, 0]), torch.tensor([1, 1, 1])):
+        for ours, theirs in (
+            (compat.MetricLearningSupConLoss(), metric_learning.SupConLoss()),
+            (compat.MetricLearningSupConLoss(0.01), metric_learning.SupConLoss(0.01)),
+        ):
+            got = ours(x, labels, ref_emb=one, ref_labels=torch.tensor([0]))
+            assert got == theirs(x, labels, ref_emb=one, ref_labels=torch.tensor([0])) == 0
+    two = torch.tensor([0, 0])
+    assert compat.MetricLearningSupConLoss()(x[:2], two) == metric_learning.SupConLoss()(x[:2], two) == 0
+
+
+def test_metric_learning_takes_its_defaults_by_name() -> None:
+    from pytorch_metric_learning import distances, reducers, regularizers
+
+    defaults = {
+        "distance": distances.CosineSimilarity(),
+        "reducer": reducers.AvgNonZeroReducer(),
+        "embedding_regularizer": None,
+        "embedding_reg_weight": 1,
+        "collect_stats": False,
+    }
+    x = torch.randn(9, 6, dtype=torch.float64)
+    for names in ([*defaults], *([name] for name in defaults)):
+        given = {name: defaults[name] for name in names}
+        want = metric_learning.SupConLoss(0.2, **given)(x, LABELS)
+        torch.testing.assert_close(compat.MetricLearningSupConLoss(0.2, **given)(x, LABELS), want)
+    refused: list[tuple[dict[str, Any], str]] = [
+        (
+            {"distance": distances.LpDistance()},
+            "distance must be the default of SupConLoss, CosineSimilarity",
+        ),
+        ({"distance": distances.CosineSimilarity(p=1)}, "got CosineSimilarity with p=1"),
+        ({"distance": distances.CosineSimilarity(power=2)}, "got CosineSimilarity with power=2"),
+        (
+            {"distance": distances.DotProductSimilarity(normalize_embeddings=False)},
+            "got DotProductSimilarity",
+        ),
+        ({"distance": distances.CosineSimilarity(collect_stats=True)}, "with collect_stats=True"),
+        (
+            {"distance": torch.nn.CosineSimilarity()},
+            "got a CosineSimilarity without normalize_embeddings",
+        ),
+        ({"reducer": reducers.MeanReducer()}, "reducer must be the default of SupConLoss, AvgNonZeroReducer"),
+        ({"reducer": reducers.ThresholdReducer(low=0.1)}, "got ThresholdReducer"),
+        ({"embedding_regularizer": regularizers.LpRegularizer()}, "embedding_regularizer is not supported"),
+        ({"collect_stats": True}, "collect_stats is not supported, got True"),
+    ]
+    for options, text in refused:
+        with pytest.raises(NotImplementedError) as caught:
+            compat.MetricLearningSupConLoss(**options)
+        assert text in str(caught.value)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'margin'"):
+        compat.MetricLearningSupConLoss(margin=0.1)  # type: ignore[call-arg]
+
+
 def test_metric_learning_refuses_what_it_does_not_do() -> None:
     x = _unit(9, 6)
     with pytest.raises(NotImplementedError, match="indices_tuple"):
         compat.MetricLearningSupConLoss()(x, LABELS, (LABELS, LABELS, LABELS))
-    with pytest.raises(NotImplementedError, match="got distance, reducer"):
-        compat.MetricLearningSupConLoss(reducer=None, distance=None)
     with pytest.raises(NotImplementedError, match="the same object as labels"):
         compat.MetricLearningSupConLoss()(x, LABELS, ref_emb=_unit(9, 6), ref_labels=LABELS)

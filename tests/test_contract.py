@@ -36,24 +36,26 @@ def _operator_arguments(dtype: torch.dtype, kind: str) -> tuple[Any, ...]:
 
 
 def _all_operators(dtype: torch.dtype, kind: str) -> dict[str, tuple[Any, ...]]:
-    """Arguments of each of the six operators. "own rows" is the third form of the backward."""
+    """Arguments of each of the four operators. "own rows" is the third form of the backward."""
     rows = _operator_arguments(dtype, kind)
     wide = {"dtype": tiled.stats_dtype(rows[0])}
-    n, p = tiled.pair_stats(*rows, True, True)
-    u, v, g = (torch.randn(7, **wide) for _ in range(3))
-    other: tuple[Any, ...] = (None, None, None, None)
+    # Sorted by label; rows of a label are of ascending instances, in the order of the rows.
+    instances = torch.tensor([0, 0, 0, 4, 0, 3, 4]), None if rows[4] is None else torch.arange(9) // 3
+    pairs = *rows, *instances
+    n, p, *_ = tiled.pair_stats(*pairs, True, True)
+    u, v, w, a = (torch.randn(7, **wide) for _ in range(4))
+    other: tuple[Any, ...] = (None,) * 6
     if kind == "own rows":
-        other = tuple(torch.randn(9, **wide) for _ in range(4))
+        other = tuple(torch.randn(9, **wide) for _ in range(6))
+        other = other[0] + 40, other[1] + 40, *other[2:]  # no similarity is larger than its logsumexp
     into = [torch.full_like(_ops.zero_gradients(x), 2.0) for x in (rows[0], rows[4]) if x is not None]
     if kind in ("self", "own rows"):
         into = [into[0], None]
     return {
-        "pair_stats": (*rows, True, True),
-        "pair_stats_backward": (*rows, n, p, u, v, *other, True, True, *into),
+        "pair_stats": (*pairs, True, True),
+        "pair_stats_backward": (*pairs, n, p, u, v, w, a, *other, True, True, *into),
         "positive_softplus": (*rows, n, 0.25),
-        "positive_softplus_backward": (*rows, n, 0.25, g, other[0], other[2], *into),
-        "positive_sum": rows,
-        "positive_sum_backward": (*rows, g, other[2], *into),
+        "positive_softplus_backward": (*rows, n, 0.25, w, other[0], other[2], *into),
     }
 
 
@@ -113,12 +115,12 @@ def test_backward_operators_add(name: str, kind: str, backend: str) -> None:
     ],
 )  # fmt: skip
 def test_gradient_buffers_are_checked(change: Any, message: str) -> None:
-    *rest, grad_x, _ = _all_operators(torch.float32, "self")["positive_sum_backward"]
+    *rest, grad_x, _ = _all_operators(torch.float32, "self")["pair_stats_backward"]
     with pytest.raises(ValueError, match=message):
-        _ops.positive_sum_backward(*rest, change(grad_x), None)
+        _ops.pair_stats_backward(*rest, change(grad_x), None)
 
 
-@pytest.mark.parametrize("name", ["pair_stats", "positive_softplus", "positive_sum"])
+@pytest.mark.parametrize("name", ["pair_stats", "positive_softplus"])
 def test_own_rows_form_is_the_gradient_of_everybody(name: str, backend: str) -> None:
     """Each of two halves, given the other's statistics and upstream gradients, finds its part of the whole
     gradient."""
@@ -126,17 +128,18 @@ def test_own_rows_form_is_the_gradient_of_everybody(name: str, backend: str) -> 
     x, labels = torch.randn(8, 5, dtype=torch.float64), torch.tensor([2, 0, 2, 1, 0, 2, 5, 2])
     order, scale = torch.argsort(labels, stable=True), torch.tensor(2.0, dtype=torch.float64)
     whole = (x, labels, order, scale, None, None, None, None)
-    n, p = ops.pair_stats(*whole, True, True)
-    u, v = torch.randn(8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
-    arguments = {
-        "pair_stats": ((n, p, u, v), (n, p, u, v), (True, True)),
-        "positive_softplus": ((n, 0.25, u), (n, u), ()),
-        "positive_sum": ((u,), (u,), ()),
+    instances = torch.tensor([0, 0, 0, 4, 0, 3, 4, 4])
+    n, p, *_ = ops.pair_stats(*whole, instances, None, True, True)
+    grads = tuple(torch.randn(4, 8, dtype=torch.float64))
+    own, everybody, flags = {
+        "pair_stats": ((n, p, *grads), (n, p, *grads), (True, True)),
+        "positive_softplus": ((n, 0.25, grads[0]), (n, grads[0]), ()),
     }[name]
-    own, everybody, flags = arguments
+    of_pairs = name == "pair_stats"
     backward = getattr(ops, f"{name}_backward")
     nobody = (None,) * len(everybody)
-    want = added(backward, *whole, *own, *nobody, *flags)[0]
+    whole_instances = (instances, None) if of_pairs else ()
+    want = added(backward, *whole, *whole_instances, *own, *nobody, *flags)[0]
     for half in (torch.arange(0, 4), torch.arange(4, 8)):
         mine = [value[half] if isinstance(value, torch.Tensor) else value for value in own]
         rows = (
@@ -148,6 +151,7 @@ def test_own_rows_form_is_the_gradient_of_everybody(name: str, backend: str) -> 
             labels,
             order,
             half,
+            *((instances[half], instances) if of_pairs else ()),
         )
         torch.testing.assert_close(added(backward, *rows, *mine, *everybody, *flags)[0], want[half])
 

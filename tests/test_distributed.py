@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import distributed_worker as worker
+import gradcache_wrappers
 import pytest
 import tolerances
 import torch
@@ -78,12 +79,15 @@ TRAFFIC = [("traffic", name, mode, "float32", "views") for name in worker.LOSSES
     ("traffic", "supcon", "all", "bfloat16", "views"),
     ("traffic", "spread", "all", "float32", "rows"),
 ]
+WRAPPED_BATCHES = ("equal", "ragged", "empty")
 DIFFERING = ("width", "views", "dimensions", "dtype", "labels", "instances", "gradient")
 BEHAVIOUR: list[tuple[Any, ...]] = [
     *[("differing", what) for what in DIFFERING],
     *[("not_finite", mode) for mode in worker.MODES],
     ("no_positive",),
     ("restless",),
+    *[("wrapped", kind, batches) for kind in gradcache_wrappers.KINDS for batches in WRAPPED_BATCHES],
+    ("static_graph_twice",),
     *[("subgroup", mode) for mode in worker.MODES],
     *[("pair_statistics", mode) for mode in worker.MODES],
 ]
@@ -215,6 +219,29 @@ def test_grad_cache_with_dropout_and_batch_norm(world: int, results: list[dict[A
     for result in results:
         for got, truth in zip(*(result["restless",][side] for side in ("got", "truth")), strict=True):
             torch.testing.assert_close(got, truth, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("batches", WRAPPED_BATCHES)
+@pytest.mark.parametrize("kind", gradcache_wrappers.KINDS)
+@pytest.mark.parametrize("world", EVERYDAY)
+def test_grad_cache_in_wrappers(world: int, kind: str, batches: str, results: list[dict[Any, Any]]) -> None:
+    """Static graphs, buffers that are broadcast, several models: the gradients of the whole batch."""
+    for result in results:
+        got = result["wrapped", kind, batches]
+        for tensors, truths in zip(got["got"], got["truth"], strict=True):
+            for one, other in zip(tensors, truths, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+        for gradients in got["truth"][:-1]:
+            assert min(gradient.abs().max() for gradient in gradients) > 1e-6, "nothing to compare"
+        # One synchronisation a step, and one more in the first step of a static graph.
+        synchronisations = gradcache_wrappers.STEPS + kind.startswith("static graph")
+        assert got["reduced"] == synchronisations * got["weights"]
+
+
+@pytest.mark.parametrize("world", EVERYDAY)
+def test_grad_cache_refuses_a_static_graph_twice(world: int, results: list[dict[Any, Any]]) -> None:
+    for result in results:
+        assert "static_graph=True has one graph per step" in result["static_graph_twice",]
 
 
 BACKWARD_BYTES = {

@@ -7,12 +7,13 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import LOSSES
 
 import pysupcon
-from pysupcon import _checks, _ops, functional
+from pysupcon import _checks, _ops, compat, functional
 
 X = torch.randn(4, 2, 3)
 ROWS = torch.randn(4, 3)
@@ -23,7 +24,8 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "features not a tensor": (
         lambda: supcon([[1.0]], Y),
         TypeError,
-        "features must be a float tensor of shape [N, D] or [B, V, D], got list [[1.0]]",
+        "features must be a float tensor of shape [N, D] or [B, V, D], got list of length 1 "
+        "(first element: list of length 1 (first element: float))",
     ),
     "features of one dimension": (
         lambda: supcon(torch.randn(4), Y),
@@ -86,34 +88,38 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "temperature 0": (
         lambda: supcon(X, Y, temperature=0.0),
         ValueError,
-        "temperature must be finite and greater than 0, got 0.0",
+        "temperature must be from 1e-12 to 1e+12, got 0.0",
     ),
-    "temperature below 0": (lambda: supcon(X, Y, temperature=-1), ValueError, "greater than 0, got -1"),
+    "temperature below 0": (
+        lambda: supcon(X, Y, temperature=-1),
+        ValueError,
+        "from 1e-12 to 1e+12, got int -1",
+    ),
     "temperature nan": (
         lambda: supcon(X, Y, temperature=float("nan")),
         ValueError,
-        "greater than 0, got nan",
+        "from 1e-12 to 1e+12, got nan",
     ),
     "temperature infinite": (
         lambda: supcon(X, Y, temperature=float("inf")),
         ValueError,
-        "greater than 0, got inf",
+        "from 1e-12 to 1e+12, got inf",
     ),
     "temperature tensor": (
         lambda: supcon(X, Y, temperature=torch.tensor(-0.5)),
         ValueError,
-        "than 0, got -0.5",
+        "from 1e-12 to 1e+12, got -0.5",
     ),
     "temperature vector": (
         lambda: supcon(X, Y, temperature=torch.ones(4)),
         TypeError,
-        "temperature must be a number or a float tensor of no dimensions, got float32 of shape [4]",
+        "temperature must be a number or a tensor of one element, got float32 of shape [4]",
     ),
-    "temperature text": (lambda: supcon(X, Y, temperature="0.1"), TypeError, "no dimensions, got str '0.1'"),
+    "temperature text": (lambda: supcon(X, Y, temperature="0.1"), TypeError, "of one element, got str '0.1'"),
     "base_temperature": (
         lambda: supcon(X, Y, base_temperature=0),
         ValueError,
-        "base_temperature must be finite and greater than 0, got 0",
+        "base_temperature must be from 1e-12 to 1e+12, got int 0",
     ),
     "contrast_mode": (
         lambda: supcon(X, Y, contrast_mode="each"),
@@ -197,17 +203,37 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "epsilon": (
         lambda: functional.sincere(X, Y, epsilon=float("nan")),
         ValueError,
-        "epsilon must be finite and between -10000.0 and 10000.0, got nan",
+        "epsilon must be from -10000 to 10000, got nan",
     ),
     "epsilon text": (
         lambda: functional.sincere(X, Y, epsilon="1"),
         TypeError,
-        "epsilon must be a number, got str",
+        "epsilon must be a number or a tensor of one element, got str",
+    ),
+    "epsilon with a gradient": (
+        lambda: functional.sincere(X, Y, epsilon=torch.tensor(0.1, requires_grad=True)),
+        TypeError,
+        "epsilon gets no gradient, so it must not want one: give epsilon.detach()",
+    ),
+    "temperature too small": (
+        lambda: supcon(X, Y, temperature=1e-30),
+        ValueError,
+        "temperature must be from 1e-12 to 1e+12, got 1e-30",
+    ),
+    "temperature too large": (
+        lambda: supcon(X, Y, temperature=torch.tensor([1e30], dtype=torch.float64)),
+        ValueError,
+        "temperature must be from 1e-12 to 1e+12, got 1e+30",
+    ),
+    "boolean temperature": (
+        lambda: supcon(X, Y, temperature=torch.tensor(True)),
+        TypeError,
+        "a tensor of one element, got bool of shape []",
     ),
     "alpha": (
         lambda: functional.spread(X, Y, alpha=1.5),
         ValueError,
-        "alpha must be finite and between 0.0 and 1.0, got 1.5",
+        "alpha must be from 0 to 1, got 1.5",
     ),
     "base": (
         lambda: functional.spread(X, Y, base="triplet"),
@@ -217,12 +243,13 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "module temperature": (
         lambda: pysupcon.SupConLoss(0),
         ValueError,
-        "temperature must be finite and greater than 0",
+        "temperature must be from 1e-12 to 1e+12, got int 0",
     ),
     "module temperature tensor": (
-        lambda: pysupcon.SupConLoss(torch.tensor(0.1)),
+        lambda: pysupcon.SupConLoss(torch.tensor(0.1, requires_grad=True)),
         TypeError,
-        "temperature must be a number, got a tensor; learnable_temperature=True makes it a parameter",
+        "temperature must be a number, got a tensor that wants a gradient; learnable_temperature=True makes "
+        "it a parameter of the loss",
     ),
     "module mode": (
         lambda: pysupcon.SINCERELoss(contrast_mode="x"),
@@ -231,18 +258,25 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "module reduction": (lambda: pysupcon.SpreadLoss(reduction="x"), ValueError, "reduction must be one of"),
     "module backend": (lambda: pysupcon.SpreadLoss(backend="x"), ValueError, "backend must be one of"),
-    "module alpha": (lambda: pysupcon.SpreadLoss(alpha=-0.1), ValueError, "alpha must be finite and between"),
+    "module alpha": (lambda: pysupcon.SpreadLoss(alpha=-0.1), ValueError, "alpha must be from 0 to 1"),
     "module base": (lambda: pysupcon.SpreadLoss(base="x"), ValueError, "base must be one of"),
     "module epsilon": (
         lambda: pysupcon.SINCERELoss(epsilon=float("inf")),
         ValueError,
-        "epsilon must be finite",
+        "epsilon must be from -10000 to 10000, got inf",
     ),
     "module gather": (
         lambda: pysupcon.SupConLoss(gather="all"),
         ValueError,
         "gather must be one of False, True, 'ring'",
     ),
+    "module gather of another kind": (
+        lambda: pysupcon.SupConLoss(gather=1),
+        TypeError,
+        "gather must be an object with a method begin (pysupcon.functional.Gather; of a module also False, "
+        "True or 'ring'), got int 1",
+    ),
+    "gather of another kind": (lambda: supcon(X, Y, gather="ring"), TypeError, "got str 'ring'"),
     "InfoNCE with labels": (
         lambda: pysupcon.InfoNCELoss()(X, Y),
         ValueError,
@@ -266,6 +300,92 @@ def test_message(case: str) -> None:
     call, kind, text = CASES[case]
     with pytest.raises(kind, match=re.escape(text)):
         call()
+
+
+class _Verbose:
+    def __repr__(self) -> str:
+        return "many words\n" * 10_000
+
+
+HUGE: dict[str, Any] = {
+    "list": list(range(30_000)),
+    "list of lists": [list(range(100))] * 300,
+    "list of tensors": [torch.zeros(30_000)] * 3,
+    "tuple": (0.5,) * 30_000,
+    "dict": {number: str(number) for number in range(30_000)},
+    "set": set(range(30_000)),
+    "array": np.arange(30_000),
+    "array of text": np.array(["x" * 30_000]),
+    "text": "x" * 30_000,
+    "bytes": b"x" * 30_000,
+    "number": 10**30_000,
+    "tensor": torch.zeros(30_000, 2, 2, 2),
+    "complex": torch.zeros(4, dtype=torch.complex64),
+    "object": _Verbose(),
+    "type": type("A" * 30_000, (), {}),
+}
+ARGUMENTS: dict[str, Callable[[Any], Any]] = {
+    "features": lambda value: supcon(value, Y),
+    "labels": lambda value: supcon(X, value),
+    "mask": lambda value: supcon(X, mask=value),
+    "candidates": lambda value: supcon(X, Y, candidates=value, candidate_labels=Y),
+    "candidate_labels": lambda value: supcon(X, Y, candidates=ROWS, candidate_labels=value),
+    "instances": lambda value: functional.spread(X, Y, instances=value),
+    "temperature": lambda value: supcon(X, Y, temperature=value),
+    "base_temperature": lambda value: supcon(X, Y, base_temperature=value),
+    "epsilon": lambda value: functional.sincere(X, Y, epsilon=value),
+    "alpha": lambda value: functional.spread(X, Y, alpha=value),
+    "base": lambda value: functional.spread(X, Y, base=value),
+    "reduction": lambda value: supcon(X, Y, reduction=value),
+    "contrast_mode": lambda value: supcon(X, Y, contrast_mode=value),
+    "backend": lambda value: supcon(X, Y, backend=value),
+    "module temperature": lambda value: pysupcon.SupConLoss(value),
+    "module base_temperature": lambda value: pysupcon.SupConLoss(base_temperature=value),
+    "module gather": lambda value: pysupcon.SupConLoss(gather=value),
+    "gather": lambda value: supcon(X, Y, gather=value),
+    "compat features": lambda value: compat.SupConLoss()(value, Y),
+    "compat labels": lambda value: compat.SupConLoss()(X, value),
+    "compat mask": lambda value: compat.SupConLoss()(X, mask=value),
+    "compat mode": lambda value: compat.SupConLoss(contrast_mode=value)(X, Y),
+    "compat temperature": lambda value: compat.SupConLoss(value)(X, Y),
+    "compat embeds": lambda value: compat.SINCERELoss()(value, Y),
+    "compat embeds labels": lambda value: compat.SINCERELoss()(ROWS, value),
+    "compat views": lambda value: compat.InfoNCELoss()(value),
+    "compat epsilon": lambda value: compat.EpsSupInfoNCELoss(epsilon=value)(ROWS, Y),
+    "compat embeddings": lambda value: compat.MetricLearningSupConLoss()(value, Y),
+    "compat embeddings labels": lambda value: compat.MetricLearningSupConLoss()(ROWS, value),
+    "compat ref_labels": lambda value: compat.MetricLearningSupConLoss()(ROWS, Y, None, ROWS, value),
+    "compat distance": lambda value: compat.MetricLearningSupConLoss(distance=value),
+    "compat reducer": lambda value: compat.MetricLearningSupConLoss(reducer=value),
+    "compat regularizer": lambda value: compat.MetricLearningSupConLoss(embedding_regularizer=value),
+}
+
+
+@pytest.mark.parametrize("argument", ARGUMENTS)
+def test_a_wrong_value_is_described_and_not_printed(argument: str) -> None:
+    for kind, value in HUGE.items():
+        with pytest.raises((TypeError, ValueError, NotImplementedError)) as caught:
+            ARGUMENTS[argument](value)
+        message = str(caught.value)
+        assert len(message) < 300, f"{kind}: {len(message)} characters: {message[:400]}"
+        assert "\n" not in message, kind
+
+
+def test_what_a_description_says() -> None:
+    said = {
+        "list of length 30000 (first element: int)": HUGE["list"],
+        "list of length 300 (first element: list of length 100 (first element: int))": HUGE["list of lists"],
+        "list of length 3 (first element: float32 of shape [30000])": HUGE["list of tensors"],
+        "dict of length 30000 (first element: int)": HUGE["dict"],
+        "ndarray of int64, shape [30000]": HUGE["array"],
+        "int of 99658 bits": HUGE["number"],
+        "list of length 0": [],
+        "str 'cosine'": "cosine",
+        "None": None,
+        "float 0.5": 0.5,
+    }
+    assert {_checks.describe(value) for value in said.values()} == set(said)
+    assert _checks.describe(HUGE["text"]).startswith("str of length 30000, 'xxx")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

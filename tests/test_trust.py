@@ -100,7 +100,7 @@ def test_parts_of_float32_by_the_newer_setting() -> None:
 
 
 class Slightly:
-    """The operators of :mod:`pysupcon.tiled`; positive_sum is off by 1 % for one dtype of rows."""
+    """The operators of :mod:`pysupcon.tiled`; positive_softplus is off by 1 % for one dtype of rows."""
 
     def __init__(self, wrong_for: torch.dtype | None) -> None:
         self.wrong_for = wrong_for
@@ -108,8 +108,8 @@ class Slightly:
     def __getattr__(self, name: str) -> Any:
         return getattr(tiled, name)
 
-    def positive_sum(self, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
-        result = tiled.positive_sum(x, *arguments)
+    def positive_softplus(self, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        result = tiled.positive_softplus(x, *arguments)
         return result * 1.01 if x.dtype == self.wrong_for else result
 
 
@@ -178,8 +178,8 @@ def backend_of(wish: str = "auto", dtype: torch.dtype = torch.float32, index: in
 
 
 WORDS = (
-    "pysupcon's CUDA kernels are not used for float32 on cuda:0 (Card 0): positive_sum (one set, D=72): the "
-    "sum differs in 298 of 300 places, by 1.0e-02 of the right value at worst, where 2.0e-05 is allowed"
+    "pysupcon's CUDA kernels are not used for float32 on cuda:0 (Card 0): positive_softplus (one set, D=72): "
+    "the sum differs in 298 of 300 places, by 1.0e-02 of the right value at worst, where 2.0e-05 is allowed"
 )
 
 

@@ -15,6 +15,7 @@ namespace pysupcon::cpu {
 namespace {
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
+constexpr double kLargest = 1e15;  // of a similarity in base 2, and of the scale
 
 // ------------------------------------------------------------------------------------------------ memory
 // Values of the arithmetic type by position (or by row), for the vector code.
@@ -79,8 +80,8 @@ bool choose_reference(Plan& plan, const Threads& threads) {
   // 2^(t - shift) lies in [2^(-2 shift), 1]: far enough from the smallest normal number (2^-126, 2^-1022) to
   // sum.
   plan.fixed = 2 * plan.shift <= (q.type == Type::f64 ? 900 : 100);
-  const double most = q.type == Type::f64 ? 1e300 : 1e37;  // NaN is not less
-  return plan.shift < most && q.scale * kLog2e < most;
+  // Statistics are double: beyond kLargest they have no digit left that an exponent needs. NaN is not less.
+  return plan.shift < kLargest && q.scale * kLog2e < kLargest;
 }
 
 template <class Visit>
@@ -152,7 +153,8 @@ void finish_sums(const Plan& plan, double* sums, const int32_t* anchor_number,
     while (first < n && candidate_number[first] < number) ++first;
     last = std::max(first, last);
     while (last < n && candidate_number[last] == number) ++last;
-    const bool own = q.self || (q.self_position && q.self_position[i] >= 0);
+    const int64_t self = q.self ? i : q.self_position ? q.self_position[i] : -1;
+    const bool own = self >= 0 && candidate_number[self] == number;
     double& sum = sums[q.anchors.order[i]];
     if (!q.positives) sum = 0;
     if (plan.fixed && q.positives) sum += plan.shift * static_cast<double>(last - first - own);

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from pysupcon._unit import unit_rows
 
 
 class Concatenation(nn.Module):
@@ -39,9 +40,3 @@ class Concatenation(nn.Module):
 def join(features: Sequence[Tensor]) -> Tensor:
     """Features [B, width] each -> [B, all widths], each part of unit length."""
     return torch.cat([unit_rows(part) for part in features], dim=1)
-
-
-def unit_rows(rows: Tensor) -> Tensor:
-    """Rows of unit length; at least fp32, for under autocast a 16-bit norm would leave rows up to 1e-3 away
-    from it."""
-    return F.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=1)
