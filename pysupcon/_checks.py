@@ -122,7 +122,7 @@ def check_number(name: str, value: Any, low: float, high: float) -> float:
 
 def check_temperature(name: str, value: Any) -> float | Tensor:
     """A number of :data:`TEMPERATURES` or a tensor of one element, whose value is looked at only on a CPU and
-    not while it is traced; returned as a number or a tensor of no dimensions."""
+    not while it is traced or transformed; returned as a number or a tensor of no dimensions."""
     value = _as_traced(value)
     if isinstance(value, Tensor) and value.numel() == 1 and _is_real(value.dtype):
         if value.device.type == "cpu" and runs_plainly(value):

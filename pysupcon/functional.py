@@ -148,9 +148,10 @@ def supcon(
     loss = _supcon(problem, reduction)
     if base_temperature is None:
         return loss
+    temperature = problem.temperature
     if torch.compiler.is_compiling():  # a quotient of numbers would make each of them a graph of its own
-        return loss * (torch.ones_like(loss.detach()) * problem.temperature / base_temperature).to(loss)
-    factor = problem.temperature / base_temperature
+        temperature = loss.new_ones(()) * temperature
+    factor = temperature / base_temperature
     return loss * (factor.to(loss) if isinstance(factor, Tensor) else factor)
 
 

@@ -75,6 +75,11 @@ def test_compiles_without_a_graph_break(name: str, backend: str) -> None:
     torch.testing.assert_close(_results(compiled, model.parameters(), x, labels), _truth(model, x, labels))
 
 
+@pytest.mark.parametrize("name", ["supcon", "spread"])
+def test_the_reference_compiles(name: str) -> None:
+    test_compiles_without_a_graph_break(name, "reference")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("samples", [10, MANY])

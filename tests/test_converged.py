@@ -80,8 +80,8 @@ def test_the_loss_of_equal_rows_is_the_logarithm_of_their_number(backend: str) -
 @pytest.mark.parametrize("temperature", [0.02, 0.05, 0.1])
 @pytest.mark.parametrize("views", [2, 8])
 def test_processes_keep_the_digits(views: int, temperature: float, backend: str) -> None:
-    """Own rows against everybody's, as each of two processes has it: similarities are the same numbers. The bar
-    is that of one process."""
+    """Own rows against everybody's, as each of two processes has it: they are the same numbers. The bar is
+    that of one process."""
     ops = tiled if backend == "tiled" else _ops
     case = converged.Case("converged", temperature, views)
     features, labels = converged.rows(case, seed=0)
