@@ -30,7 +30,7 @@ from pysupcon import functional
 TEMPERATURES = (0.02, 0.05, 0.07, 0.1, 0.5)
 VIEWS = (2, 8)
 SEEDS = 5
-SAMPLES, WIDTH = 256, 128
+ROWS, WIDTH = 1024, 128
 ALLOWED = 2.0
 """times the error of the dense float32 loss"""
 SLACK = 1e-9
@@ -58,17 +58,18 @@ class Errors(NamedTuple):
 
 
 def rows(case: Case, seed: int) -> tuple[Tensor, Tensor]:
-    """Unit rows [256, V, 128] float32 and labels [256]. A converged batch: views of a sample differ by about
-    0.1. Its classes have one sample, or, with 8 views, four samples."""
+    """Unit rows [1024 / V, V, 128] float32 and labels [1024 / V]. A converged batch: views of a sample differ
+    by about 0.1. Classes have one sample, or, with 8 views, four samples."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    x = normal(SAMPLES, case.views, WIDTH)
+    samples = ROWS // case.views
+    x = normal(samples, case.views, WIDTH)
     if case.batch == "converged":
-        x = F.normalize(normal(SAMPLES, 1, WIDTH), dim=-1) + 0.01 * x
-    labels = torch.arange(SAMPLES) // (1 if case.views == 2 else 4)
+        x = F.normalize(normal(samples, 1, WIDTH), dim=-1) + 0.01 * x
+    labels = torch.arange(samples) // (1 if case.views == 2 else 4)
     return F.normalize(x, dim=-1).float(), labels
 
 
