@@ -12,7 +12,7 @@ SOURCES := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*
 NATIVE := $(shell find csrc tests -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: run test test-all lint unit setup cuda-all gpu-check clean
+.PHONY: run test test-all lint unit setup cuda-all gpu-check matrix oldest clean
 .DELETE_ON_ERROR:
 
 run: setup
@@ -52,6 +52,14 @@ cuda-all: setup
 # On a machine with a GPU, nvcc and torch >= 2.11; needs no network and no make setup. ARGS="--minutes 25": more.
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py $(ARGS)
+
+# The losses with every Python and torch that is supported: some minutes a pair, 5 GB at a time. ARGS="--slow": more.
+matrix:
+	$(PYTHON) benchmarks/matrix.py $(ARGS)
+
+# Of these the oldest Python with the oldest torch.
+oldest:
+	$(PYTHON) benchmarks/matrix.py --pairs 3.10:2.11.0 $(ARGS)
 
 clean:
 	rm -rf build pysupcon/*.so

@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "arguments.h"
 #include "cuda/launch.h"
 
 namespace pysupcon {
@@ -67,35 +68,23 @@ struct Instances {
 // the kernels.
 class Call {
  public:
-  Call(Operation operation, const Rows& a, const Candidates& b)
-      : device_(a.x.device()),
-        guard_(device_),
-        gradient_(a.x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat) {
-    TORCH_CHECK_VALUE(a.x.dim() == 2 && a.x.size(1) > 0, "pysupcon: x must be [M, D], got shape ",
-                      a.x.sizes());
+  Call(Operation operation, const Rows& a, const Candidates& b) : device_(a.x.device()), guard_(device_) {
+    check_rows(a.x, "x");
     problem.operation = operation;
     problem.dtype = dtype_of(a.x, "x");
     problem.parts = parts_of_float32();
     problem.width = a.x.size(1);
     problem.negatives = problem.positives = true;
     problem.triangular_rows = cuda::kTriangularRows;
-    TORCH_CHECK_VALUE(a.scale.dim() == 0 && a.scale.device() == device_,
-                      "pysupcon: scale must be a tensor of no dimensions on ", device_, ", got shape ",
-                      a.scale.sizes(), " on ", a.scale.device());
+    check_scale(a.scale, device_);
+    check_candidates(a.x, b.rows, b.labels, b.order, b.self_index);
     scale_ = a.scale.to(at::kDouble);
     problem.scale = scale_.const_data_ptr<double>();
-    problem.anchors = side(a.x, a.labels, a.order, "x", "labels", "order", tensors_);
+    problem.anchors = side(a.x, a.labels, a.order, "labels", "order", tensors_);
     problem.one_set = !b.rows.has_value();
     problem.candidates = problem.anchors;
     if (!problem.one_set) {
-      TORCH_CHECK_VALUE(b.labels && b.order,
-                        "pysupcon: candidates need candidate_labels and candidate_order");
-      TORCH_CHECK_VALUE(
-          b.rows->dim() == 2 && b.rows->size(1) == a.x.size(1) && b.rows->scalar_type() == a.x.scalar_type(),
-          "pysupcon: candidates must be [N, D] with x's D = ", a.x.size(1), " and dtype ", a.x.scalar_type(),
-          ", got ", b.rows->scalar_type(), " of shape ", b.rows->sizes());
-      problem.candidates =
-          side(*b.rows, *b.labels, *b.order, "candidates", "candidate_labels", "candidate_order", others_);
+      problem.candidates = side(*b.rows, *b.labels, *b.order, "candidate_labels", "candidate_order", others_);
       if (b.self_index) {
         self_index_ = indices(*b.self_index, a.x.size(0), "self_index");
         problem.self_index = self_index_.const_data_ptr<int64_t>();
@@ -127,21 +116,19 @@ class Call {
   const double* stat(const Maybe& t, bool of_candidates, const char* name) {
     if (!t) return nullptr;
     const int64_t rows = of_candidates ? problem.candidates.count : problem.anchors.count;
-    TORCH_CHECK_VALUE(t->dim() == 1 && t->size(0) == rows && t->device() == device_, "pysupcon: ", name,
-                      " must be [", rows, "] on ", device_, ", got shape ", t->sizes(), " on ", t->device());
+    check_statistic(*t, rows, device_, name);
     kept_.push_back(t->to(at::kDouble).contiguous());
     return kept_.back().const_data_ptr<double>();
   }
-  // Where gradients are added to.
+  // Where gradients are added to; called after every stat().
   void gradients(bool column_side, const Tensor& grad_x, const Maybe& grad_candidates) {
-    TORCH_CHECK_VALUE(!problem.one_set || (!column_side && !grad_candidates),
-                      "pysupcon: grad_candidates and candidate statistics go with candidates");
-    TORCH_CHECK_VALUE(
-        !column_side || !grad_candidates,
-        "pysupcon: with the candidates' own statistics the gradient of the candidates is their owner's");
-    problem.grad_x = gradient(grad_x, problem.anchors.count, "grad_x");
-    if (grad_candidates && problem.candidates.count)
-      problem.grad_candidates = gradient(*grad_candidates, problem.candidates.count, "grad_candidates");
+    check_form(column_side, !problem.one_set, self_index_.defined(), grad_candidates.has_value());
+    if (grad_candidates) {
+      check_apart(*grad_candidates, "grad_candidates", grad_x);
+      void* const to = gradient(*grad_candidates, others_.x, "grad_candidates");
+      if (problem.candidates.count) problem.grad_candidates = to;
+    }
+    problem.grad_x = gradient(grad_x, tensors_.x, "grad_x");
   }
   void run() {
     if (problem.anchors.count == 0 && !problem.grad_candidates) return;
@@ -162,25 +149,20 @@ class Call {
   Tensor new_tensor(at::IntArrayRef size, at::ScalarType type) const {
     return at::empty(size, at::TensorOptions().dtype(type).device(device_));
   }
-  void* gradient(const Tensor& g, int64_t rows, const char* name) const {
-    TORCH_CHECK_VALUE(g.dim() == 2 && g.size(0) == rows && g.size(1) == problem.width &&
-                          g.scalar_type() == gradient_ && g.is_contiguous() && g.device() == device_,
-                      "pysupcon: ", name, " must be a contiguous tensor of ", gradient_, " and shape [", rows,
-                      ", ", problem.width, "] on ", device_, ", got ", g.scalar_type(), " of shape ",
-                      g.sizes(), " and strides ", g.strides(), " on ", g.device());
-    return g.mutable_data_ptr();
+  void* gradient(const Tensor& g, const Tensor& rows, const char* name) const {
+    void* const to = check_gradient(g, rows, name);
+    check_apart(g, name, {tensors_.x, tensors_.labels, tensors_.order});
+    check_apart(g, name, {others_.x, others_.labels, others_.order, self_index_, scale_});
+    check_apart(g, name, {tensors_.instances, others_.instances});
+    check_apart(g, name, kept_);
+    return to;
   }
   Tensor indices(const Tensor& t, int64_t rows, const char* name) const {
-    TORCH_CHECK_VALUE(
-        t.dim() == 1 && t.size(0) == rows && t.scalar_type() == at::kLong && t.device() == device_,
-        "pysupcon: ", name, " must be int64 of shape [", rows, "] on ", device_, ", got ", t.scalar_type(),
-        " of shape ", t.sizes(), " on ", t.device());
+    check_index(t, rows, device_, name);
     return t.contiguous();
   }
-  cuda::Rows side(const Tensor& x, const Tensor& labels, const Tensor& order, const char* name,
-                  const char* labels_name, const char* order_name, Tensors& keep) const {
-    TORCH_CHECK_VALUE(x.device() == device_, "pysupcon: ", name, " must lie on ", device_, ", got ",
-                      x.device());
+  cuda::Rows side(const Tensor& x, const Tensor& labels, const Tensor& order, const char* labels_name,
+                  const char* order_name, Tensors& keep) const {
     keep.x = x.stride(1) == 1 || x.size(1) == 1 ? x : x.contiguous();
     keep.labels = indices(labels, x.size(0), labels_name);
     keep.order = indices(order, x.size(0), order_name);
@@ -194,7 +176,6 @@ class Call {
 
   c10::Device device_;
   c10::DeviceGuard guard_;
-  at::ScalarType gradient_;
   Tensors tensors_, others_;
   Tensor self_index_, scale_;
   std::vector<Tensor> kept_;
@@ -241,7 +222,6 @@ void pair_stats_backward(ROWS_ARGS, CANDIDATE_ARGS, INSTANCE_ARGS, const Tensor&
       "pysupcon: candidate_n, candidate_p, candidate_grad_n and candidate_grad_p come together");
   TORCH_CHECK_VALUE(column_side || (!candidate_grad_positive_sum && !candidate_grad_instance_sum),
                     "pysupcon: candidate_grad_positive_sum and candidate_grad_instance_sum need candidate_n");
-  call.gradients(column_side, grad_x, grad_candidates);
   Problem& problem = call.problem;
   problem.negatives = negatives;
   problem.positives = positives;
@@ -259,11 +239,13 @@ void pair_stats_backward(ROWS_ARGS, CANDIDATE_ARGS, INSTANCE_ARGS, const Tensor&
       call.stat(candidate_grad_positive_sum, true, "candidate_grad_positive_sum");
   problem.candidate_grad_instance_sum =
       call.stat(candidate_grad_instance_sum, true, "candidate_grad_instance_sum");
+  call.gradients(column_side, grad_x, grad_candidates);
   call.run();
 }
 
 Tensor positive_softplus(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& n, double epsilon) {
   CALL(Operation::positive_softplus);
+  check_epsilon(epsilon);
   const Tensor total = call.new_stats();
   call.problem.n = call.stat(n, false, "n");
   call.problem.epsilon = epsilon;
@@ -280,7 +262,7 @@ Tensor positive_softplus_backward(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& n, do
   const bool column_side = candidate_n.has_value();
   TORCH_CHECK_VALUE(candidate_grad_total.has_value() == column_side,
                     "pysupcon: candidate_n and candidate_grad_total come together");
-  call.gradients(column_side, grad_x, grad_candidates);
+  check_epsilon(epsilon);
   Problem& problem = call.problem;
   const Tensor grad_n = call.new_stats();
   problem.epsilon = epsilon;
@@ -288,6 +270,7 @@ Tensor positive_softplus_backward(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& n, do
   problem.grad_n = call.stat(grad_total, false, "grad_total");
   problem.candidate_n = call.stat(candidate_n, true, "candidate_n");
   problem.candidate_grad_n = call.stat(candidate_grad_total, true, "candidate_grad_total");
+  call.gradients(column_side, grad_x, grad_candidates);
   problem.out_grad_n = grad_n.mutable_data_ptr<double>();
   call.run();
   return grad_n;

@@ -6,14 +6,30 @@ backward recomputes the pairs. Everything after it is O(N) and ordinary autograd
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _ops, tiled
+from ._modes import NO_FORWARD_MODE, runs_plainly
 
-__all__ = ["OPERATORS", "Pairing", "Plan", "RowStatistics", "row_statistics"]
+__all__ = [
+    "ONCE_ONLY",
+    "OPERATORS",
+    "Pairing",
+    "Plan",
+    "RowStatistics",
+    "gradients",
+    "row_statistics",
+    "statistics",
+]
+
+ONCE_ONLY = (
+    "pysupcon's losses can be differentiated once only: autograd cannot follow how their gradient "
+    'depends on its inputs; backend="reference" (dense, small batches) supports second derivatives'
+)
 
 OPERATORS: dict[str, Any] = {"cpu": _ops, "cuda": _ops, "tiled": tiled}
 """Modules that offer the operators, by backend."""
@@ -32,9 +48,6 @@ class Pairing(NamedTuple):
     candidate_instances: Tensor | None = None
 
 
-_NOBODY = Pairing(torch.empty(0), torch.empty(0))
-
-
 class Plan(NamedTuple):
     """What to compute and how."""
 
@@ -43,7 +56,23 @@ class Plan(NamedTuple):
     mask: tiled.PositiveMask | None = None
     negatives: bool = True
     positives: bool = True
-    epsilon: float | None = None
+    epsilon: float | Tensor | None = None
+    """a number, or (:mod:`pysupcon._opaque`) a tensor of no dimensions in the dtype of the statistics"""
+
+    @property
+    def tensors(self) -> tuple[Any, ...]:
+        """All of them, some None: what autograd must keep for a backward. Some may be the caller's own."""
+        return (*self.pairing, *(self.mask or (None,) * len(tiled.PositiveMask._fields)))
+
+    def with_tensors(self, tensors: Sequence[Any]) -> Plan:
+        """The same plan of other :attr:`tensors`, in their order."""
+        size = len(Pairing._fields)
+        mask = None if self.mask is None else tiled.PositiveMask(*tensors[size:])
+        return self._replace(pairing=Pairing(*tensors[:size]), mask=mask)
+
+    @property
+    def mask_arguments(self) -> dict[str, tiled.PositiveMask]:
+        return {} if self.mask is None else {"mask": self.mask}
 
 
 class RowStatistics(NamedTuple):
@@ -78,10 +107,7 @@ class _RefuseSecond(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(
-            "pysupcon's losses can be differentiated once only: autograd cannot follow how their gradient "
-            'depends on its inputs; backend="reference" (dense, small batches) supports second derivatives'
-        )
+        raise RuntimeError(ONCE_ONLY)
 
 
 def _operands(x: Tensor, candidates: Tensor | None, scale: Tensor, pairing: Pairing) -> tuple[Any, ...]:
@@ -89,46 +115,51 @@ def _operands(x: Tensor, candidates: Tensor | None, scale: Tensor, pairing: Pair
     return (x, pairing.labels, pairing.order, scale, candidates, *pairing[2:5])
 
 
+def statistics(x: Tensor, candidates: Tensor | None, scale: Tensor, plan: Plan) -> tuple[Tensor | None, ...]:
+    """The parts of :class:`RowStatistics`, softplus None if the plan does not ask."""
+    ops, pairing = OPERATORS[plan.backend], plan.pairing
+    rows = _operands(x, candidates, scale, pairing)
+    n, p, positive_sum, instance_sum = ops.pair_stats(
+        *rows, *pairing[5:], plan.negatives, plan.positives, **plan.mask_arguments
+    )
+    softplus = None
+    if plan.epsilon is not None:
+        softplus = ops.positive_softplus(*rows, *_limit(n, plan.epsilon), **plan.mask_arguments)
+    return n, p, positive_sum, instance_sum, softplus
+
+
+def _limit(n: Tensor, epsilon: float | Tensor) -> tuple[Tensor, float]:
+    """n and epsilon as operators take them. They see n + epsilon only: a tensor is added here."""
+    return (n + epsilon, 0.0) if isinstance(epsilon, Tensor) else (n, epsilon)
+
+
 class _RowStatisticsFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, candidates: Tensor | None, scale: Tensor, plan: Plan) -> Any:
         ctx.set_materialize_grads(False)
-        ops, pairing = OPERATORS[plan.backend], plan.pairing
-        rows = _operands(x, candidates, scale, pairing)
-        mask = {} if plan.mask is None else {"mask": plan.mask}
-        n, p, positive_sum, instance_sum = ops.pair_stats(
-            *rows, *pairing[5:], plan.negatives, plan.positives, **mask
-        )
-        softplus = None
-        if plan.epsilon is not None:
-            softplus = ops.positive_softplus(*rows, n, plan.epsilon, **mask)
+        result = statistics(x, candidates, scale, plan)
         # Saved, not kept aside: autograd sees to it that nobody changes them before the backward.
-        ctx.plan = plan._replace(pairing=_NOBODY, mask=None)
-        ctx.masked = plan.mask is not None
-        ctx.save_for_backward(x, candidates, scale, n, p, *pairing, *(plan.mask or ()))
-        return n, p, positive_sum, instance_sum, softplus
+        ctx.plan = plan.with_tensors((None,) * len(plan.tensors))
+        ctx.save_for_backward(x, candidates, scale, *result[:2], *plan.tensors)
+        return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        x, candidates, scale, n, p, *indices = ctx.saved_tensors
-        size = len(Pairing._fields)
-        mask = tiled.PositiveMask(*indices[size:]) if ctx.masked else None
-        plan = ctx.plan._replace(pairing=Pairing(*indices[:size]), mask=mask)
-        needs = ctx.needs_input_grad
+        x, candidates, scale, n, p, *tensors = ctx.saved_tensors
+        plan = ctx.plan.with_tensors(tensors)
         with torch.no_grad():
-            result = _gradients(plan, x, candidates, scale, n, p, grads, needs)
-            # The parts cancel as a loss converges: they were added before they are rounded here.
-            dtypes = x.dtype, None if candidates is None else candidates.dtype, scale.dtype
-            result = tuple(
-                None if grad is None else grad.to(dtype) for grad, dtype in zip(result, dtypes, strict=True)
-            )
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            result = gradients(plan, x, candidates, scale, n, p, grads, ctx.needs_input_grad)
+        if torch.is_grad_enabled():
             reasons = [tensor for tensor in (x, candidates, scale, *grads) if tensor is not None]
             return *(None if grad is None else _RefuseSecond.apply(grad, *reasons) for grad in result), None
         return *result, None
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError(NO_FORWARD_MODE)
 
-def _gradients(
+
+def gradients(
     plan: Plan,
     x: Tensor,
     candidates: Tensor | None,
@@ -138,18 +169,18 @@ def _gradients(
     grads: tuple[Tensor | None, ...],
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """dL/dx, dL/dcandidates, dL/dscale from the upstream gradients of :class:`RowStatistics`, None where the
-    loss does not depend on a statistic."""
+    """dL/dx, dL/dcandidates, dL/dscale, None where not needed, from the upstream gradients of
+    :class:`RowStatistics`, None where the loss does not depend on a statistic."""
     ops = OPERATORS[plan.backend]
-    mask = {} if plan.mask is None else {"mask": plan.mask}
     grad_n, grad_p, grad_positive_sum, grad_instance_sum, grad_softplus = grads
     rows = _operands(x, candidates, scale, plan.pairing)
     grad_x = _ops.zero_gradients(x)
     grad_candidates = _ops.zero_gradients(candidates) if candidates is not None and needs[1] else None
     into = grad_x, grad_candidates
     if grad_softplus is not None:
+        assert plan.epsilon is not None
         through_n = ops.positive_softplus_backward(
-            *rows, n, plan.epsilon, grad_softplus, None, None, *into, **mask
+            *rows, *_limit(n, plan.epsilon), grad_softplus, None, None, *into, **plan.mask_arguments
         )
         grad_n = through_n if grad_n is None else grad_n + through_n
     of_positives = any(grad is not None for grad in (grad_p, grad_positive_sum, grad_instance_sum))
@@ -170,14 +201,19 @@ def _gradients(
             grad_n is not None,
             of_positives,
             *into,
-            **mask,
+            **plan.mask_arguments,
         )
     grad_scale = None
     if needs[2]:
         # sum_i x_i . dL/dx_i = sum_ij (G_ij + G_ji) s_ij: every pair twice where the anchors are candidates.
         twice = 2 if candidates is None else 1
         grad_scale = _row_products(x, grad_x, scale.dtype) / (twice * scale)
-    return (grad_x if needs[0] else None), grad_candidates, grad_scale
+    # The parts cancel as a loss converges: they were added before they are rounded here.
+    return (
+        grad_x.to(x.dtype) if needs[0] else None,
+        None if grad_candidates is None or candidates is None else grad_candidates.to(candidates.dtype),
+        None if grad_scale is None else grad_scale.to(scale.dtype),
+    )
 
 
 def _row_products(x: Tensor, y: Tensor, dtype: torch.dtype, chunk: int = 65536) -> Tensor:
@@ -191,5 +227,11 @@ def _row_products(x: Tensor, y: Tensor, dtype: torch.dtype, chunk: int = 65536) 
 def row_statistics(x: Tensor, candidates: Tensor | None, scale: Tensor, plan: Plan) -> RowStatistics:
     """Statistics of every anchor, differentiable once with respect to ``x`` [M, D], ``candidates`` [N, D] or
     None and ``scale`` (1 / temperature, no dimensions, in the backend's statistics dtype)."""
-    result: tuple[Tensor | None, ...] = _RowStatisticsFunction.apply(x, candidates, scale, plan)
+    result: tuple[Tensor | None, ...]
+    if runs_plainly(x):
+        result = _RowStatisticsFunction.apply(x, candidates, scale, plan)
+    else:
+        from . import _opaque  # which wraps the functions of this module
+
+        result = _opaque.row_statistics(x, candidates, scale, plan)
     return RowStatistics(*(scale if value is None else value for value in result))

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from . import _ops, _trust
+from ._modes import runs_plainly
 
 __all__ = [
     "BACKENDS",
@@ -122,11 +122,10 @@ def check_number(name: str, value: Any, low: float, high: float) -> float:
 
 def check_temperature(name: str, value: Any) -> float | Tensor:
     """A number of :data:`TEMPERATURES` or a tensor of one element, whose value is looked at only on a CPU and
-    not while it is traced; returned as a number or a tensor of no dimensions."""
+    not while it is traced or transformed; returned as a number or a tensor of no dimensions."""
     value = _as_traced(value)
     if isinstance(value, Tensor) and value.numel() == 1 and _is_real(value.dtype):
-        traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
-        if value.device.type == "cpu" and not traced:
+        if value.device.type == "cpu" and runs_plainly(value):
             _check_range(name, value.item(), *TEMPERATURES)
         return value.reshape(())
     number = None if isinstance(value, Tensor) else _number(value)
@@ -203,7 +202,7 @@ def resolve_backend(backend: str, device: torch.device, masked: bool) -> str:
             return "tiled"
         if _ops.compiled_for(device.type):
             return device.type
-        if device.type not in _warned and not torch.compiler.is_compiling():
+        if device.type not in (*_warned, "meta") and not torch.compiler.is_compiling():
             _warned.add(device.type)
             warnings.warn(
                 f"pysupcon has no compiled kernel for {device.type} tensors "

@@ -274,6 +274,13 @@ def disagreement(
     Raises:
         torch.OutOfMemoryError: the device has no room left; nothing was learned.
     """
+    with torch.device("cpu"):  # whatever default device the process has set
+        return _disagreement(operators, device, dtype, parts, many)
+
+
+def _disagreement(
+    operators: Any, device: torch.device, dtype: torch.dtype, parts: int, many: int | None
+) -> str | None:
     cpu, tolerances = torch.device("cpu"), TOLERANCES[dtype, parts]
     for width, temperature_inverse in _PROBLEMS:
         for question in _questions(width, temperature_inverse, dtype, parts):

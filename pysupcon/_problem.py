@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from . import _ops, tiled
+from . import _modes, _opaque, _ops, tiled
 from ._autograd import Pairing, Plan, RowStatistics, row_statistics
 from ._checks import (
     check_choice,
@@ -134,6 +134,8 @@ class Problem:
         dtype = tiled.stats_dtype(self.x)
         if isinstance(self.temperature, Tensor):
             return self.temperature.to(device=self.x.device, dtype=dtype).reciprocal()
+        if torch.compiler.is_compiling():  # torch.full would make every number a graph of its own
+            return torch.ones((), dtype=dtype, device=self.x.device) / self.temperature
         return torch.full((), 1.0 / self.temperature, dtype=dtype, device=self.x.device)
 
     def statistics(
@@ -223,7 +225,7 @@ def _by_label(ids: Tensor, other_ids: Tensor | None, given: _Instances) -> _Inst
     order = order.index_select(0, torch.argsort(keys.index_select(0, order), stable=True))
     keys, instances = keys.index_select(0, order), instances.index_select(0, order)
     new = (keys[1:] != keys[:-1]) | (instances[1:] != instances[:-1])
-    number = torch.cat([torch.zeros_like(new[:1]), new]).cumsum(0) if len(order) > 1 else order
+    number = torch.cat([torch.zeros_like(new[:1]), new]).cumsum(0) if order.shape[0] > 1 else order
     number = torch.empty_like(number).index_copy(0, order, number)
     own = ids.shape[0]
     others = None if given.candidates is None else number[own:] if other_ids is not None else number
@@ -250,8 +252,11 @@ def _masked(
     rows = _rows_of(torch.arange(mask.shape[0], device=mask.device), views)
     columns = _rows_of(torch.arange(mask.shape[1], device=mask.device), candidate_views)
     positives = tiled.PositiveMask(mask, rows, columns)
-    count = tiled.positive_count(positives, self_index, symmetric=not rectangular)
-    order, candidate_order = (torch.arange(len(side), device=mask.device) for side in (rows, columns))
+    if _modes.runs_plainly(mask):
+        count = tiled.positive_count(positives, self_index, symmetric=not rectangular)
+    else:
+        count = _opaque.positive_count(*positives, self_index, not rectangular)
+    order, candidate_order = (torch.arange(side.shape[0], device=mask.device) for side in (rows, columns))
     if not rectangular:
         return Pairing(rows, order), count, positives
     return Pairing(rows, order, columns, candidate_order, self_index), count, positives
@@ -340,6 +345,8 @@ def prepare(
         raise ValueError('gather needs a streaming backend, got backend="reference"')
     if gather is not None:
         check_gather(gather)
+    if backend != "reference":
+        _modes.check_mode(features, gather is not None)
     separate = candidates is not None
     if candidates is not None:
         check_features("candidates", candidates, like=features)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ._autograd import RowStatistics
+from ._modes import runs_plainly
 
 __all__ = ["cnce_rows", "reduce_rows", "sincere_rows", "supcon_reduced", "supcon_rows"]
 
@@ -30,8 +31,9 @@ def _least(gap: Tensor, count: Tensor) -> Tensor:
 
 class _SupConRows(torch.autograd.Function):
     """log1p(e^(n - p)) + (p - mean) of every anchor that has a positive, or, with a ``divisor``, their sum
-    divided by it. Nothing large cancels: p and the mean have the rounding of s in common. By hand what
-    autograd would do with a dozen nodes: small batches are all overhead."""
+    divided by it. Nothing large cancels: p and the mean have the rounding of s in common. A single positive
+    is both, and the mean gets p's gradient, too. By hand what autograd would do with a dozen nodes: small
+    batches are all overhead."""
 
     @staticmethod
     def forward(
@@ -49,8 +51,10 @@ class _SupConRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         above, count = ctx.saved_tensors
         grad = torch.where(count > 0, grad if ctx.divisor is None else grad / ctx.divisor, 0.0)
-        grad_n = grad * above.sigmoid()
-        return grad_n, grad - grad_n, grad / -count.clamp(min=1), None, None, None
+        grad_n, single = grad * above.sigmoid(), count == 1
+        grad_p = torch.where(single, 0.0, grad - grad_n)
+        grad_sum = torch.where(single, -grad_n, grad / -count.clamp(min=1))
+        return grad_n, grad_p, grad_sum, None, None, None
 
 
 def supcon_rows(statistics: RowStatistics, count: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,8 +69,22 @@ def supcon_reduced(statistics: RowStatistics, count: Tensor, reduction: str, dty
 
 
 def _supcon(s: RowStatistics, count: Tensor, valid: Tensor, divisor: Tensor | int | None) -> Tensor:
-    loss: Tensor = _SupConRows.apply(s.n, s.p, s.positive_sum, count, valid, divisor)
-    return loss
+    """:class:`_SupConRows`, or in a graph and under transforms the nodes for which it stands."""
+    if runs_plainly(s.n):
+        loss: Tensor = _SupConRows.apply(s.n, s.p, s.positive_sum, count, valid, divisor)
+        return loss
+    above = s.n - torch.where(valid, s.p, 0.0)
+    gap = _gap(s, s.positive_sum, count, count, valid)
+    loss = torch.where(valid, torch.logaddexp(above, torch.zeros_like(above)) + gap, 0.0)
+    return loss if divisor is None else loss.sum() / divisor
+
+
+def _gap(s: RowStatistics, total: Tensor, among: Tensor, count: Tensor, valid: Tensor) -> Tensor:
+    """p - mean, the mean over ``among`` of the ``count`` terms of p, with its least value and without it the
+    gradient; 0 where not valid."""
+    p = torch.where(count == 1, s.positive_sum, s.p)  # the same, without an exponential and its logarithm
+    gap = torch.where(valid, p - _mean(total, among), 0.0)
+    return gap + (_least(gap.detach(), among.clamp(min=1)) - gap.detach())
 
 
 def sincere_rows(softplus: Tensor, count: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -77,15 +95,15 @@ def sincere_rows(softplus: Tensor, count: Tensor, epsilon: float) -> tuple[Tenso
 
 
 def cnce_rows(
-    p: Tensor, instance_sum: Tensor, instance_count: Tensor, count: Tensor, among_positives: bool
+    s: RowStatistics, instance_count: Tensor, count: Tensor, among_positives: bool
 ) -> tuple[Tensor, Tensor]:
     """p_i - mean_{A_i} s, and which anchors have another row of their instance. ``among_positives``: A_i is a
     part of P_i; a caller's mask may have it otherwise."""
     valid = (instance_count > 0) & (count > 0)
-    gap = torch.where(valid, p - _mean(instance_sum, instance_count), 0.0)
     if among_positives:
-        value = torch.where(count == 1, 0.0, _least(gap.detach(), instance_count.clamp(min=1)))
-        gap = gap + (value - gap.detach())  # the gradient is that of the gap
+        gap = _gap(s, s.instance_sum, instance_count, count, valid)
+    else:
+        gap = torch.where(valid, s.p - _mean(s.instance_sum, instance_count), 0.0)
     return torch.where(valid, gap, 0.0), valid
 
 
@@ -93,7 +111,7 @@ def _divisor(anchors: Tensor, reduction: str) -> Tensor | int | None:
     """Of the sum over the anchors that have a loss; None: they stay apart. Warns where there is no anchor, if
     that can be known without waiting for a device."""
     divisor: Tensor | int
-    if anchors.device.type == "cpu" and not torch.compiler.is_compiling():
+    if anchors.device.type == "cpu" and runs_plainly(anchors):
         divisor = int(anchors)
         if not divisor:
             words = "no anchor of this batch has a positive: the loss is 0 and teaches nothing"

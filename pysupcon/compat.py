@@ -42,6 +42,7 @@ from torch import Tensor, nn
 
 from . import functional
 from ._checks import BACKENDS, check_choice, describe, shorten
+from ._modes import runs_plainly
 
 __all__ = [
     "EpsSupInfoNCELoss",
@@ -121,6 +122,7 @@ class SupConLoss(nn.Module):
             mask = mask.to(features.device)
             if (
                 mask.device.type == "cpu"
+                and runs_plainly(mask)
                 and mask.dtype != torch.bool
                 and not ((mask == 0) | (mask == 1)).all()
             ):

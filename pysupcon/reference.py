@@ -14,6 +14,7 @@ L_spread, Chen et al. 2022 (arXiv 2204.07596).
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def similarity(x: Tensor, candidates: Tensor | None, temperature: float | Tensor
     """s_ij [M, N], at least float32."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     others = x if candidates is None else candidates.to(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
         return x @ others.T / temperature
 
 

@@ -24,6 +24,7 @@ from ._tiles import (
     negated,
     no_autocast,
     positive_count,
+    readable,
     stats_dtype,
     zero_unless,
 )  # fmt: skip
@@ -48,7 +49,9 @@ class _LogSumExp:
 
     def add(self, at: Slice, similarity: Tensor, keep: Tensor | bool, dim: int) -> Tensor:
         """Returns what the tile's similarities were measured from, their maximum of every row."""
-        s = similarity if keep is True else torch.where(torch.as_tensor(keep), similarity, -math.inf)
+        s = similarity
+        if keep is not True:
+            s = torch.where(torch.as_tensor(keep, device=s.device), s, -math.inf)
         top, total = self.top[slice(*at)], self.total[slice(*at)]
         tile_top = s.amax(dim)
         # An empty row has no maximum: any finite reference gives exp(-inf) = 0.
@@ -73,7 +76,11 @@ class _Sum:
 
     def add(self, at: Slice, similarity: Tensor, reference: Tensor, keep: Tensor | bool, dim: int) -> None:
         part = zero_unless(similarity - reference.unsqueeze(dim), keep).sum(dim)
-        many = similarity.shape[dim] if keep is True else torch.as_tensor(keep).sum(dim)
+        many = (
+            similarity.shape[dim]
+            if keep is True
+            else torch.as_tensor(keep, device=similarity.device).sum(dim)
+        )
         self.total[slice(*at)] += part.to(self.total.dtype) + many * reference.to(self.total.dtype)
 
     def value(self, order: Tensor) -> Tensor:
@@ -96,7 +103,7 @@ def _poison(x: Tensor, candidates: Tensor | None, scale: Tensor) -> Tensor:
             low, high = torch.aminmax(rows.detach())  # NaN spreads to both
             poison = poison + (low * 0.0 + high * 0.0).to(scale.dtype)
             largest = largest * torch.maximum(-low, high).to(scale.dtype)
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or not x.numel():
+    if not readable(x) or not x.numel():
         return poison
     if not math.isfinite(poison):
         for name, side in (("rows", x), ("candidate rows", candidates)):
@@ -188,6 +195,7 @@ def _row_stats(
     grad_instance_sum: Tensor | None,
 ) -> _RowStats:
     dtype = side.rows.dtype
+    side.check(n, p, grad_n, grad_p)
 
     def pair(statistic: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         # An empty set contributes nothing: e^(s - inf) = 0, where e^(s + inf) would be infinite. What the
@@ -216,7 +224,7 @@ def _weights(similarity: Tensor, same: Tensor | bool, instance: Tensor | bool, o
     weights = (similarity - reference).clamp_(max=0.0).exp_().mul_(factor)
     for constant, where in ((of.constant, same), (of.instance_constant, instance)):
         if constant is not None and where is not False:
-            weights += constant if where is True else torch.where(torch.as_tensor(where), constant, 0.0)
+            weights += zero_unless(constant, where)
     return weights
 
 
@@ -240,6 +248,12 @@ class _Gradients:
 
     def add_to(self, grad_x: Tensor, grad_candidates: Tensor | None) -> None:
         """In the caller's order, once."""
+        for name, into, part in (
+            ("grad_x", grad_x, self.grad_x),
+            ("grad_candidates", grad_candidates, self.grad_candidates),
+        ):
+            if into is not None and part is not None and into.shape != part.shape:
+                raise ValueError(f"{name} must be of shape {list(part.shape)}, got shape {list(into.shape)}")
         # No index comes twice: the order of the additions does not matter.
         grad_x.index_add_(0, self.pairs.anchors.order, self.grad_x.mul_(self.pairs.scale))
         if self.grad_candidates is not None and grad_candidates is not None:

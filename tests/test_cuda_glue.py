@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import platform
+import random
 import shutil
 from typing import Any, NamedTuple
 
 import pytest
+import raw_operators
 import torch
 from cuda_emulation import build
 from gradients import added
@@ -242,9 +244,9 @@ def test_empty_batches(emulated: Any) -> None:
     [
         ({"labels": torch.zeros(5).long()}, r"must be int64 of shape \[6\] on cpu, got Long of shape \[5"),
         ({"labels": torch.zeros(6)}, r"labels must be int64 of shape \[6\] on cpu, got Float"),
-        ({"x": torch.zeros(6)}, r"x must be \[M, D\], got shape \[6\]"),
+        ({"x": torch.zeros(6)}, r"x must be \[rows, D\] with D at least 1, got Float of shape \[6\] on cpu"),
         ({"x": torch.zeros(6, 4, dtype=torch.int32)}, "x must be float32, float64, .* got Int"),
-        ({"scale": torch.ones(1)}, r"scale must be a tensor of no dimensions on cpu, got shape \[1\]"),
+        ({"scale": torch.ones(1)}, r"scale must be .* of no dimensions on cpu, got Float of shape \[1\]"),
     ],
 )  # fmt: skip
 def test_errors_name_argument_contract_and_value(
@@ -274,6 +276,24 @@ def test_candidates_need_instances_where_the_anchors_have_them(emulated: Any) ->
     problem = make_problem(torch.float32, True, True)._replace(candidate_instances=None)
     with pytest.raises(ValueError, match="candidate_instances go with candidates and instances"):
         emulated.pair_stats(*problem, True, True)
+
+
+@pytest.mark.parametrize(
+    "fault", [fault for fault in raw_operators.FAULTS if not fault.on_device], ids=lambda fault: fault.name
+)
+def test_faults_that_the_host_can_see_are_refused(emulated: Any, fault: raw_operators.Fault) -> None:
+    tried = 0
+    for form in raw_operators.FORMS:
+        dice = random.Random(form)
+        for dtype in raw_operators.DTYPES:
+            values = raw_operators.draw(dice, form, dtype)
+            for name, taken in raw_operators.operators("pysupcon_emulated").items():
+                wrong = raw_operators.applied(fault, taken, values)
+                if wrong is not None:
+                    tried += 1
+                    with pytest.raises(ValueError, match=fault.message):
+                        raw_operators.call("pysupcon_emulated", name, wrong)
+    assert tried
 
 
 def test_candidate_statistics_need_candidates(emulated: Any) -> None:

@@ -245,21 +245,20 @@ def test_grad_cache_refuses_a_static_graph_twice(world: int, results: list[dict[
 
 
 BACKWARD_BYTES = {
-    "supcon": 12, "infonce": 12, "sincere": 12, "eps_supinfonce": 12, "cnce": 8, "spread": 12,
-    "spread_sincere": 16,
+    "supcon": 24, "infonce": 24, "sincere": 24, "eps_supinfonce": 24, "cnce": 16, "spread": 24,
+    "spread_sincere": 32,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", TRAFFIC, ids=lambda case: "-".join(case[1:]))
 @pytest.mark.parametrize("world", [2])
 def test_bytes(world: int, case: tuple[Any, ...], results: list[dict[Any, Any]]) -> None:
-    """What one process sends in a step, to the byte: rows once, at most 16 bytes a row in the backward."""
+    """What one process sends in a step, to the byte: rows once, at most 32 bytes a row in the backward."""
     _, name, mode, dtype, layout = case
     samples, views = 4, 2 if layout == "views" else 1
     rows, element = samples * views, {"float64": 8, "float32": 4, "bfloat16": 2}[dtype]
     embeddings, ids = rows * worker.WIDTH * element, 8 * samples
-    scalars = BACKWARD_BYTES[name] * rows * (2 if dtype == "float64" else 1)
-    assert scalars <= 16 * rows * (2 if dtype == "float64" else 1)
+    scalars = BACKWARD_BYTES[name] * rows
     own_pass = "sincere" in name or name == "eps_supinfonce"
     labels = 0 if name == "infonce" else 1
     instances = 1 if layout == "rows" and name in ("cnce", "spread", "spread_sincere") else 0

@@ -23,6 +23,14 @@ def test_right_operators_agree(dtype: torch.dtype, parts: int) -> None:
     assert _known_answers.disagreement(tiled, CPU, dtype, parts) is None
 
 
+def test_the_default_device_moves_no_question() -> None:
+    torch.set_default_device("meta")
+    try:
+        assert _known_answers.disagreement(tiled, CPU, torch.float64, many=0) is None
+    finally:
+        torch.set_default_device(None)
+
+
 @pytest.mark.skipif(not _ops.compiled_for("cpu"), reason="the extension is not built")
 def test_compiled_cpu_operators_agree() -> None:
     assert _known_answers.disagreement(_ops, CPU, torch.float64) is None
