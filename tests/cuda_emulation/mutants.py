@@ -179,7 +179,7 @@ MUTANTS = [
     Mutant("remainder of the rows' split not taken", R, "x[e] -= F::to(F::from(x[e]))", "x[e] -= 0.f"),
     Mutant("remainder of the weights' split not taken", T, "even -= F::to(F::from(even)), odd", "even -= 0.f, odd"),
     # numbers
-    Mutant("gradient accumulated inside the tensor core", B, "multiply<F>(sum[m][half], w[0][m][k], bh, k == 0);", "F::mma(grad[m][c + half], w[0][m][k], bh), memset(sum[m][half], 0, 16);"),
+    Mutant("gradient accumulated inside the tensor core", B, "multiply<F>(sum[m][half], w[part][m][k], bh, k == 0 && part == WEIGHT_PARTS - 1);", "F::mma(grad[m][c + half], w[part][m][k], bh), memset(sum[m][half], 0, 16);"),
     Mutant("similarities of all slices accumulated inside the tensor core", T, FRESH_SLICE, KEPT_SLICE),
     Mutant("running maximum: no rescale", S, "total *= shrink, carry *= shrink, top = new_top;", "top = new_top;"),
     Mutant("empty sum measured from -inf", S, "return top == -INFINITY ? 0.f : top;", "return top;"),
@@ -229,6 +229,7 @@ MUTANTS = [
     Mutant("sums of instances: all of the class", P, "uint32_t(is_counted && instance.same(col)) << c", "uint32_t(is_counted) << c"),
     Mutant("sums of instances: with the row itself", P, "uint32_t(is_counted && instance.same(col)) << c", "uint32_t(instance.same(col)) << c"),
     Mutant("range of instances: that of the class", R, "find_in(cols.instances, found, rows.instances[at])", "found"),
+    Mutant("gradient of positives: 16-bit rows have one number a weight", B, "C::PARTS == 1 && Weights::POSITIVES ? 2 : C::PARTS;", "C::PARTS;"),
     Mutant("gradient of positives: the row's constant left out", P, "weight(sim, power, rest) +", "weight(sim, power, float2{0.f, rest.y}) +"),
     Mutant("gradient of positives: the reference is not whole", R, "power = {in_units(gradient), float(rint(bits))};", "power = {in_units(gradient), float(bits)};"),
     Mutant("gradient of positives: instances ignored", P, "if (instance.same(col)) g +=", "g +="),
