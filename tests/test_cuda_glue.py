@@ -14,7 +14,7 @@ from cuda_emulation import build
 from gradients import added
 from torch import Tensor
 
-from pysupcon import _ops
+from pysupcon import _autograd, _ops, functional
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None or platform.system() != "Linux", reason="the emulation needs g++ on Linux"
@@ -353,3 +353,38 @@ def test_fakes_answer_for_cuda_tensors_without_a_gpu(dtype: torch.dtype) -> None
         )
         assert grad_n.dtype == stats
         assert grad_n.device.type == "cuda"
+
+
+LOSSES = ["supcon", "sincere", "class_conditional_info_nce", "spread", "info_nce"]
+
+
+def evaluate(loss: str, x: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The loss of two views a sample, [B, 2, D], and the gradient."""
+    leaf = x.to(dtype).requires_grad_()
+    ids = {} if loss == "info_nce" else {"labels": labels}
+    value = getattr(functional, loss)(leaf, **ids, backend="cpu")
+    (gradient,) = torch.autograd.grad(value, leaf)
+    return value.detach(), gradient
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_broken_row_makes_every_loss_nan(
+    emulated: Any, monkeypatch: pytest.MonkeyPatch, loss: str, dtype: torch.dtype
+) -> None:
+    """Also a row of a class of its own, and no gradient is plausible. Without it, all is as in float64."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.nn.functional.normalize(torch.randn(35, 2, 20, generator=generator, dtype=torch.float64), dim=2)
+    labels = torch.arange(35) % 3
+    labels[[0, 17, 34]] = torch.tensor([-8, 40, 50])
+    right = evaluate(loss, x.to(dtype), labels, torch.float64)
+    monkeypatch.setitem(_autograd.OPERATORS, "cpu", emulated)
+    for found, want in zip(evaluate(loss, x, labels, dtype), right, strict=True):
+        close(found, want, TOLERANCE[dtype])
+    for row, view, d in ((0, 0, 0), (17, 1, 19), (34, 1, 7), (5, 0, 3)):
+        for value in (torch.nan, torch.inf, -torch.inf, 1e30 if dtype == torch.float64 else 1e15):
+            broken = x.clone()
+            broken[row, view, d] = value
+            found, gradient = evaluate(loss, broken, labels, dtype)
+            assert found.isnan(), (row, value)
+            assert gradient.isnan().all(), (row, value)

@@ -143,7 +143,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Planner:
 
 SLACK = 20 * 256  # every piece starts at a multiple of 256 bytes
 SCANNED = 16 * 256  # extremes of large batches
-VERDICTS = 4 * 4 * 1024  # of the rows and the orders of two sides
+VERDICTS = 8 * 4 * 1024  # of the rows and the orders of two sides
 
 
 def copy_bytes(rows: int, width: int, dtype: str, parts: int = 3) -> int:

@@ -44,6 +44,16 @@ template <int WARPS>
 constexpr int kQuickColumns = WARPS == 4 ? 64 : 32;
 #endif
 constexpr int kSlowColumns = 32;
+// Positives' weights are two numbers each: on sm_120 32 of them do not fit.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 1200
+constexpr int kPositiveColumns = 16;
+#else
+constexpr int kPositiveColumns = 32;
+#endif
+// How many 16-bit numbers stand for a weight. Those of positives have two at least: where the similarities of
+// a class are alike, so are its weights, and would all be rounded alike.
+template <class C, class Weights>
+constexpr int weight_parts = C::PARTS == 1 && Weights::POSITIVES ? 2 : C::PARTS;
 template <int N>
 struct Number {
   static constexpr int value = N;
@@ -134,9 +144,9 @@ __device__ __forceinline__ void clear_coefficients(ColumnCoefficients<C>& dst, c
 // truncate where they add to a large accumulator, and a gradient that grew in one over all columns would
 // shrink: each tile of columns starts a fresh one, which is added with rounding. Several parts as in
 // multiply_slice().
-template <class F, int PARTS, int MT, int NK, int BROWS, int CH>
+template <class F, int WEIGHT_PARTS, int PARTS, int MT, int NK, int BROWS, int CH>
 __device__ __forceinline__ void multiply_weights(float (&grad)[MT][CH][4],
-                                                 const uint32_t (&w)[PARTS][MT][NK][4],
+                                                 const uint32_t (&w)[WEIGHT_PARTS][MT][NK][4],
                                                  const uint4 (&cols)[PARTS][BROWS][CH], int row, int lane) {
   const int r = lane & 15, from = swizzle<CH>(r, lane >> 4);
 #pragma unroll
@@ -154,7 +164,9 @@ __device__ __forceinline__ void multiply_weights(float (&grad)[MT][CH][4],
         for (int m = 0; m < MT; ++m) {
           if constexpr (PARTS == 1) {
             const uint32_t bh[2] = {bf[0][2 * half], bf[0][2 * half + 1]};
-            multiply<F>(sum[m][half], w[0][m][k], bh, k == 0);
+#pragma unroll
+            for (int part = WEIGHT_PARTS - 1; part >= 0; --part)
+              multiply<F>(sum[m][half], w[part][m][k], bh, k == 0 && part == WEIGHT_PARTS - 1);
           } else {
             float fresh[4];
 #pragma unroll
@@ -315,7 +327,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
           if (k == 0 || k < slices)
             multiply_few<F>(acc, s->rows[k][0], 16 * C::MT * (thread / 32), s->cols[tile % 2][k][0], first,
                             thread % 32, k == 0);
-        uint32_t w[1][C::MT][COLUMNS / 16][4];
+        uint32_t w[weight_parts<C, Weights>][C::MT][COLUMNS / 16][4];
         const int at = first + 2 * (s->bounds.thread() % 4);
         const Coefficients cols = s->coefficients.from(tile % 2, at);
         if (quick)
@@ -333,8 +345,9 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
         for (int first = 0; first < C::BN; first += kQuickColumns<C::WARPS>)
           add(Number<kQuickColumns<C::WARPS>>{}, first, true);
       } else if (kind != Weights::SKIPPED) {
+        constexpr int COLUMNS = Weights::POSITIVES ? kPositiveColumns : kSlowColumns;
 #pragma unroll 1
-        for (int first = 0; first < C::BN; first += kSlowColumns) add(Number<kSlowColumns>{}, first, false);
+        for (int first = 0; first < C::BN; first += COLUMNS) add(Number<COLUMNS>{}, first, false);
       }
     }
     gpu::cp_async_wait<0>();  // a block without columns never waited for its rows
@@ -403,7 +416,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
         multiply_slice<F>(acc, s->rows[buffer], 16 * warp, s->cols[buffer], 0);
         buffer ^= 1;
       }
-      uint32_t w[C::PARTS][C::MT][C::NT / 2][4];
+      uint32_t w[weight_parts<C, Weights>][C::MT][C::NT / 2][4];
       const Kind kind = s->bounds.template kind<C::BN>(pairs, tile);
       const int at = 2 * (lane % 4);
       const Coefficients cols = s->coefficients.from(columns, at);

@@ -95,9 +95,9 @@ struct Workspace {
   float* extremes;         // [4] of the upstream gradients and the statistics
   float* extreme_parts;    // [kExtremeBlocks][4], null where every block scans the rows itself
   Tables anchor, candidate;
-  void* parts;        // of row blocks that several runs share; all launches use the same
-  float* row_parts;   // of what softplus has beside its gradient
-  int32_t* verdicts;  // of prepare()'s blocks
+  void* parts;                   // of row blocks that several runs share; all launches use the same
+  float* row_parts;              // of what softplus has beside its gradient
+  unsigned long long* verdicts;  // of prepare()'s blocks
   int32_t* arrivals;
   int64_t arrival_count;
   Pass negatives, positives;
@@ -172,7 +172,7 @@ inline Workspace lay_out(const Problem& p) {
   const bool backward = is_backward(p.operation);
   const int64_t m = p.anchors.count, n = p.candidates.count;
 
-  w.verdicts = arena.take<int32_t>(4 * 4 * kVerdictBlocks);  // rows and order, of two sides
+  w.verdicts = arena.take<unsigned long long>(8 * 4 * kVerdictBlocks);  // rows and order, of two sides
   w.anchor_range = arena.take<int32_t>(8 * m);
   if (p.grad_candidates) w.candidate_range = arena.take<int32_t>(8 * n);
   if (p.anchors.instances && !is_softplus(p.operation)) {

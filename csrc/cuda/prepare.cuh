@@ -66,7 +66,7 @@ __device__ __forceinline__ bool gather_chunk(uint4* out, int64_t part_size, cons
 #pragma unroll
     for (int i = 0; i < 8; ++i) x[i] = d0 + i < width ? to_float(from[d0 + i]) : 0.f;
   }
-  const bool fine = usable(x, scale, slices * CH);
+  const bool fine = usable(x, scale, (width + 7) / 8);
 #pragma unroll
   for (int part = 0; part < PARTS; ++part) {
     uint32_t packed[4];
@@ -163,8 +163,7 @@ struct Ranges {
   }
 };
 
-// Whether place i of the order is right beside the next one: labels, then instances, then rows rise strictly
-// along a stable sort, so that no row can occur twice. Right at every i: a permutation.
+// Whether place i of the order holds a row, and labels, then instances, do not fall to the next one.
 __device__ __forceinline__ bool ordered(const Rows& rows, int64_t i) {
   const int64_t here = rows.order[i];
   if (!is_place(here, rows.count)) return false;
@@ -173,9 +172,7 @@ __device__ __forceinline__ bool ordered(const Rows& rows, int64_t i) {
   if (!is_place(next, rows.count)) return false;
   const int64_t label = rows.labels[here], next_label = rows.labels[next];
   if (label != next_label) return label < next_label;
-  const int64_t instance = rows.instances ? rows.instances[here] : 0,
-                next_instance = rows.instances ? rows.instances[next] : 0;
-  return instance < next_instance || (instance == next_instance && here < next);
+  return !rows.instances || rows.instances[here] <= rows.instances[next];
 }
 
 // One kind of statistic of one side's anchors with its upstream gradients, in the caller's order.
@@ -303,7 +300,7 @@ struct Preparation {
   int64_t arrival_count;
   unsigned long long* sums;  // of the triangular forward
   int64_t sum_count;
-  int* verdicts;       // of the first blocks, which have rows and orders
+  Verdict* verdicts;   // of the first blocks, which have rows and orders
   double* unasked[4];  // n, p and the sums, where pair_stats was not asked for them; [fill_count]
   int64_t fill_count;
 };
@@ -315,9 +312,9 @@ inline int verdict_blocks_of(const Preparation& p) {
   return int(sum);
 }
 
-__device__ __forceinline__ void leave_verdict(int* verdicts, bool fine) {
-  const int broken = __syncthreads_or(!fine);
-  if (threadIdx.x == 0) verdicts[blockIdx.x] = broken;
+__device__ __forceinline__ void leave_verdict(Verdict* verdicts, bool fine, Verdict rest = 0) {
+  const Verdict all = join_block((rest & ~kBroken) | (fine ? 0 : kBroken), int(threadIdx.x), kThreads);
+  if (threadIdx.x == 0) verdicts[blockIdx.x] = all;
 }
 
 // How many blocks prepare() needs.
@@ -355,8 +352,13 @@ __global__ void __launch_bounds__(kThreads, 4) prepare(const __grid_constant__ P
     }
     if (takes(block, rows.count, i, step)) {
       bool fine = true;
-      for (; i < rows.count; i += step) fine &= ordered(rows, i) & p.ranges[k].find(i);
-      leave_verdict(p.verdicts, fine);
+      Verdict rest = 0;
+      const Verdict side = Verdict(k) << 32;  // what one side lacks the other must not make up for
+      for (; i < rows.count; i += step) {
+        fine &= ordered(rows, i) & p.ranges[k].find(i);
+        rest += hash(side + place_of(rows.order, i, rows.count)) - hash(side + i);
+      }
+      leave_verdict(p.verdicts, fine, rest);
       return;
     }
   }

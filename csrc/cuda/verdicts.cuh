@@ -7,8 +7,27 @@
 
 namespace pysupcon::cuda {
 
+// The highest bit: something is broken. The others: a sum of hashes of the order's places, less those of all
+// rows, modulo 2^63. It is 0 over all blocks where every row occurs once, otherwise with a chance of 2^-63.
+using Verdict = unsigned long long;
+constexpr Verdict kBroken = 1ull << 63;
+__host__ __device__ constexpr Verdict join(Verdict a, Verdict b) {
+  return ((a + b) & ~kBroken) | ((a | b) & kBroken);
+}
+// Over the block; every thread gets it. threads: a multiple of 32, at most 256.
+__device__ __forceinline__ Verdict join_block(Verdict mine, int thread, int threads) {
+  __shared__ Verdict warps[8];
+#pragma unroll
+  for (int o = 16; o; o /= 2) mine = join(mine, __shfl_xor_sync(~0u, mine, o));
+  if (thread % 32 == 0) warps[thread / 32] = mine;
+  __syncthreads();
+  Verdict all = 0;
+  for (int i = 0; i < threads / 32; ++i) all = join(all, warps[i]);
+  return all;
+}
+
 struct Verdicts {
-  const int* of;  // not 0: this block of prepare() met something broken
+  const Verdict* of;  // [count] blocks of prepare()
   int count;
   double* results[4];  // [rows] of the call, beside the gradients; null: fewer
   int64_t rows;
@@ -18,9 +37,9 @@ struct Verdicts {
 // tells the compiler that a warp does not part here; without it a kernel loses its uniform registers, and
 // spills.
 __device__ __forceinline__ bool any_broken(const Verdicts& verdicts, int thread, int threads) {
-  int broken = 0;
-  for (int i = thread; i < verdicts.count; i += threads) broken |= verdicts.of[i];
-  return __shfl_sync(~0u, __syncthreads_or(broken), 0);
+  Verdict mine = 0;
+  for (int i = thread; i < verdicts.count; i += threads) mine = join(mine, verdicts.of[i]);
+  return __shfl_sync(~0u, int(join_block(mine, thread, threads) != 0), 0);
 }
 
 // What a launch writes instead, shared by all of its threads: values [0, count), null: there are none.
@@ -40,6 +59,13 @@ __device__ __forceinline__ bool is_place(int64_t at, int64_t count) { return uin
 __device__ __forceinline__ int64_t place_of(const int64_t* order, int64_t i, int64_t count) {
   const int64_t at = order[i];
   return is_place(at, count) ? at : 0;
+}
+// SplitMix64's output function: a row's hash.
+__device__ __forceinline__ Verdict hash(Verdict row) {
+  row += 0x9e3779b97f4a7c15ull;
+  row = (row ^ (row >> 30)) * 0xbf58476d1ce4e5b9ull;
+  row = (row ^ (row >> 27)) * 0x94d049bb133111ebull;
+  return row ^ (row >> 31);
 }
 
 }  // namespace pysupcon::cuda

@@ -207,6 +207,9 @@ std::string number(double x) {
   return text;
 }
 
+// Begins the name of what must change nothing.
+const std::string kFine = "(fine) ";
+
 struct Break {
   std::string what;
   std::function<void(Operands&)> apply;
@@ -245,7 +248,7 @@ std::vector<Break> breaks(const Sizes& shape) {
     add("all places 0 in the order", [](Set& s) { std::fill(s.order.begin(), s.order.end(), 0); });
     add("reversed order", [](Set& s) { std::reverse(s.order.begin(), s.order.end()); });
     add("identity as the order", [](Set& s) { std::iota(s.order.begin(), s.order.end(), 0); });
-    add("an order that is not stable", [](Set& s) {
+    add(kFine + "an order that is not stable", [](Set& s) {
       std::swap(*std::find(s.order.begin(), s.order.end(), 1), *std::find(s.order.begin(), s.order.end(), 7));
     });
     add("a label changed after the sort", [](Set& s) { s.labels[1] = INT64_MIN; });
@@ -257,6 +260,11 @@ std::vector<Break> breaks(const Sizes& shape) {
                        o.scale = shape.dtype == Dtype::f64 ? 1e-290 : 1e-20;
                      }});
   }
+  if (sides == 2)  // each order has the row twice that the other lacks
+    all.push_back({"rows 1 and 7 exchanged between the orders", [](Operands& o) {
+                     *std::find(o.anchors.order.begin(), o.anchors.order.end(), 1) = 7;
+                     *std::find(o.candidates.order.begin(), o.candidates.order.end(), 7) = 1;
+                   }});
   for (const double scale : {kNan, kInfinity, -kInfinity, 0., -5., 1e308, 3e38, 1e16})
     all.push_back({"scale " + number(scale), [=](Operands& o) { o.scale = scale; }});
   for (const int i : {0, shape.anchors / 2, shape.anchors - 1})
@@ -293,7 +301,7 @@ int main(int argc, char** argv) {
     for (const Break& b : list) {
       Operands o = good(shape);
       b.apply(o);
-      judge(b.what, o, true);
+      judge(b.what, o, b.what.compare(0, kFine.size(), kFine) != 0);
     }
     printf("%-16s %4zu ways to break\n", shape.name, list.size());
     fflush(stdout);
