@@ -3,16 +3,17 @@
     python benchmarks/gpu_check.py [--minutes 8] [--json FILE]      # make gpu-check ARGS="--minutes 25"
     python benchmarks/gpu_check.py --minutes 9 --steps counters launches pairs      # a part of the long form
 
-1. builds the extension in place for this GPU, and beside it the kernels' own driver, with the nvcc that
+1. builds the extension in place for this GPU, and beside it the kernels' own drivers, with the nvcc that
    csrc/find_cuda.py finds
 2. a quick look: the driver (tests/cuda_emulation: the kernels against a float64 oracle) on a few cases
 3. first measurements of our kernels (benchmarks/run.py --device cuda)
-4. the driver on all cases, one format a process; tests/test_cuda_gpu.py, one group a process; the driver
-   under compute-sanitizer's memcheck and racecheck
+4. the driver on all cases, one format a process; broken operands; tests/test_cuda_gpu.py, one group a
+   process; the driver under compute-sanitizer's memcheck and racecheck
 5. measurements beside dense losses and torch.compile
 
-With more than eight minutes also: launches a step, ncu's counters of the hot kernels, a short training, and
-the whole table of measurements with the fused losses of other packages (inf_cl, memeff) that are installed.
+With more than eight minutes also: memcheck of broken operands, launches a step, ncu's counters of the hot
+kernels, a short training, and the whole table of measurements with the fused losses of other packages
+(inf_cl, memeff) that are installed.
 
 Every step is tried, whatever became of the others; only what needs a build that failed is not begun. A step
 has a limit, at which all its processes end; the limits together are the minutes. The JSON (default

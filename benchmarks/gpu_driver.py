@@ -1,8 +1,9 @@
-"""Compiles the kernels and their own driver (tests/cuda_emulation) with nvcc, without torch.
+"""Compiles the kernels and their own drivers (tests/cuda_emulation) with nvcc, without torch.
 
     python benchmarks/gpu_driver.py ARCH FOLDER
 
-The program is FOLDER/driver; ARCH is 80, 90, ... csrc/find_cuda.py finds nvcc. Compilers run side by side;
+The programs are FOLDER/driver (against the oracle) and FOLDER/broken (broken operands); ARCH is 80, 90, ...
+csrc/find_cuda.py finds nvcc. Compilers run side by side;
 each one's words are printed. Exit status 1 if one of them failed or there is none.
 """
 
@@ -20,10 +21,13 @@ sys.path.insert(0, str(ROOT / "csrc"))
 
 from find_cuda import Toolkit, find_cuda  # noqa: E402
 
+PROGRAMS = {"driver": "emulate.cpp", "broken": "broken.cpp"}
 
-def commands(toolkit: Toolkit, arch: str, out: Path) -> tuple[list[list[str]], list[str]]:
-    """nvcc calls for the objects (they may run side by side), and the one that links them."""
-    sources = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), EMULATION / "emulate.cpp"]
+
+def commands(toolkit: Toolkit, arch: str, out: Path) -> tuple[list[list[str]], list[list[str]]]:
+    """nvcc calls for the objects (they may run side by side), and those that link the programs."""
+    kernels = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    sources = [*kernels, *(EMULATION / name for name in PROGRAMS.values())]
     flags = [
         "-std=c++17",
         "-O3",
@@ -38,8 +42,10 @@ def commands(toolkit: Toolkit, arch: str, out: Path) -> tuple[list[list[str]], l
         [toolkit.nvcc, *flags, "-x", "cu", "-c", str(source), "-o", str(target)]
         for source, target in zip(sources, objects, strict=True)
     ]
-    link = [toolkit.nvcc, f"-arch=sm_{arch}", f"-L{toolkit.cudart}", *map(str, objects)]
-    return compile_, [*link, "-o", str(out / "driver")]
+    link = [toolkit.nvcc, f"-arch=sm_{arch}", f"-L{toolkit.cudart}", *map(str, objects[: len(kernels)])]
+    return compile_, [
+        [*link, str(out / f"{source}.o"), "-o", str(out / program)] for program, source in PROGRAMS.items()
+    ]
 
 
 def call(command: list[str]) -> bool:
@@ -55,15 +61,16 @@ def call(command: list[str]) -> bool:
 def main(arch: str, folder: str) -> int:
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "driver").unlink(missing_ok=True)
+    for program in PROGRAMS:
+        (out / program).unlink(missing_ok=True)
     toolkit, word = find_cuda()
     if toolkit is None:
         print(word)
         return 1
-    compile_, link = commands(toolkit, arch, out)
+    compile_, links = commands(toolkit, arch, out)
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:
         done = list(pool.map(call, compile_))
-    return 0 if all(done) and call(link) else 1
+    return 0 if all(done) and all(map(call, links)) else 1
 
 
 if __name__ == "__main__":

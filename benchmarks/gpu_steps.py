@@ -30,6 +30,7 @@ SANITIZED = (
     "f32x2-own",
     "f64-own",
 )
+SANITIZED_BROKEN = ("f64-own", "f32x2")
 #: Groups of tests/test_cuda_gpu.py, each in a process of its own: -k expressions. The last one is all others.
 TESTS = {
     "losses, bfloat16": "agree_with_float64 and torch.bfloat16",
@@ -85,14 +86,16 @@ def stages(tools: Tools, arch: str, out: Path, minutes: float) -> list[list[Step
         _build(tools.nvcc, arch, out),
         [_driver("quick look at the kernels", out, QUICK_CASES, 12)],
         [_measured("ours", out, 40, "0.3", ["pysupcon"], *_OURS)],
-        *([_driver(f"kernels against the oracle, {name}", out, [name], 8)] for name in FORMATS),
+        *([_driver(f"kernels against the oracle, {name}", out, [name], 7)] for name in FORMATS),
+        [_driver("broken operands", out, [], 8, "broken")],
         *([step] for step in _tests()),
-        *([step] for step in _sanitizers(tools.sanitizer, out)),
+        *([step] for step in _sanitizers(tools.sanitizer, out)[:2]),
         [_measured("dense", out, 35, "0.3", _DENSE, "small", "speed", "memory")],
         [_measured("compiled", out, 35, "0.3", _COMPILED, "speed", sizes=["16384"])],
     ]
     if minutes > QUICK_MINUTES:
         found += [
+            *([step] for step in _sanitizers(tools.sanitizer, out)[2:]),
             [_launches(out)],
             *([step] for step in _counters(tools.ncu, out)),
             [_training(out)],
@@ -143,8 +146,8 @@ def _build(nvcc: str, arch: str, out: Path) -> list[Step]:
     ]
 
 
-def _driver(name: str, out: Path, cases: Sequence[str], seconds: float) -> Step:
-    return Step(name, [str(out / "driver"), *cases], seconds, needs="driver")
+def _driver(name: str, out: Path, cases: Sequence[str], seconds: float, program: str = "driver") -> Step:
+    return Step(name, [str(out / program), *cases], seconds, needs="driver")
 
 
 def _tests() -> list[Step]:
@@ -162,15 +165,16 @@ def _pytest(words: str) -> list[str]:
 
 def _sanitizers(sanitizer: str | None, out: Path) -> list[Step]:
     missing = "" if sanitizer else "compute-sanitizer is not installed"
+
+    def step(name: str, program: str, cases: Sequence[str], seconds: float) -> Step:
+        command = [str(sanitizer), f"--tool={name.split()[0]}", "--error-exitcode=9"]
+        command += [str(out / program), *cases]
+        return Step(f"compute-sanitizer {name}", command, seconds, "driver", missing)
+
     return [
-        Step(
-            f"compute-sanitizer {tool}",
-            [str(sanitizer), f"--tool={tool}", "--error-exitcode=9", str(out / "driver"), *SANITIZED],
-            25,
-            "driver",
-            missing,
-        )
-        for tool in ("memcheck", "racecheck")
+        step("memcheck", "driver", SANITIZED, 25),
+        step("racecheck", "driver", SANITIZED, 25),
+        step("memcheck of broken operands", "broken", SANITIZED_BROKEN, 15),
     ]
 
 

@@ -9,7 +9,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <numeric>
 #include <optional>
 #include <string>
@@ -17,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "arguments.h"
 #include "cpu/kernels.h"
 
 namespace pysupcon {
@@ -31,12 +31,6 @@ void run_parallel(int64_t count, void* context, void (*body)(void*, int64_t, int
 constexpr cpu::Threads kThreads{run_parallel};
 
 // ------------------------------------------------------------------------------------------------ arguments
-void check_vector(const Tensor& t, int64_t size, at::ScalarType type, const char* name) {
-  TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == size && t.scalar_type() == type && t.device().is_cpu(),
-                    "pysupcon: ", name, " must be a CPU tensor of ", type, " and shape [", size, "], got ",
-                    t.scalar_type(), " of shape ", t.sizes(), " on ", t.device());
-}
-
 cpu::Type type_of(const Tensor& x, const char* name) {
   switch (x.scalar_type()) {
     case at::kFloat:
@@ -65,6 +59,9 @@ struct Keys {
 struct Numbers {
   std::vector<int32_t> anchors, candidates;
 };
+std::string instance(const Keys& keys, const std::pair<int64_t, int64_t>& key) {
+  return keys.instances ? ", instance " + std::to_string(key.second) : "";
+}
 Numbers number(const Keys& a, const Keys& b) {
   Numbers numbers{std::vector<int32_t>(a.count), std::vector<int32_t>(b.count)};
   int32_t number = -1;
@@ -72,10 +69,10 @@ Numbers number(const Keys& a, const Keys& b) {
   for (int64_t i = 0, j = 0; i < a.count || j < b.count;) {
     const bool first = j >= b.count || (i < a.count && a.at(i) <= b.at(j));
     const auto next = first ? a.at(i) : b.at(j);
-    TORCH_CHECK_VALUE(number < 0 || next >= key, "pysupcon: order must sort by label",
-                      a.instances ? " and then by instance" : "", "; it puts label ", next.first,
-                      a.instances ? ", instance " + std::to_string(next.second) : "", " after label ",
-                      key.first, a.instances ? ", instance " + std::to_string(key.second) : "");
+    TORCH_CHECK_VALUE(number < 0 || next >= key, "pysupcon: ", first ? "order" : "candidate_order",
+                      " must be the argsort of ", first ? "labels" : "candidate_labels",
+                      a.instances ? " and, within a label, of instances" : "", "; it puts label ", next.first,
+                      instance(a, next), " after ", key.first, instance(a, key));
     if (number < 0 || next != key) ++number;
     key = next;
     (first ? numbers.anchors[i++] : numbers.candidates[j++]) = number;
@@ -98,51 +95,39 @@ struct Call {
   Tensor x, labels, order, c, c_labels, c_order, instances, c_instances;
   Numbers classes, by_instance;
   std::vector<int32_t> self_position;
+  bool selves = false;  // whether there is a self_index
   cpu::Problem problem;
 
   Call(const Rows& a, const Candidates& b, const Instances& given = {}) {
-    TORCH_CHECK_VALUE(a.x.dim() == 2, "pysupcon: x must be [M, D], got shape ", a.x.sizes());
-    TORCH_CHECK_VALUE(a.x.size(0) < std::numeric_limits<int32_t>::max(), "pysupcon: at most 2^31 - 1 rows");
-    TORCH_CHECK_VALUE(a.scale.dim() == 0, "pysupcon: scale must have no dimensions, got shape ",
-                      a.scale.sizes());
-    check_vector(a.labels, a.x.size(0), at::kLong, "labels");
-    check_vector(a.order, a.x.size(0), at::kLong, "order");
-    x = a.x.stride(1) == 1 ? a.x : a.x.contiguous();
-    labels = a.labels.contiguous();
-    order = a.order.contiguous();
-    problem.type = type_of(x, "x");
-    problem.dim = x.size(1);
-    problem.scale = a.scale.item().toDouble();
+    check_rows(a.x, "x");
+    problem.type = type_of(a.x, "x");
+    check_scale(a.scale, at::kCPU);
+    check_candidates(a.x, b.rows, b.labels, b.order, b.self_index);
     TORCH_CHECK_VALUE(given.candidates.has_value() == (given.anchors && b.rows),
                       "pysupcon: candidate_instances go with instances and candidates");
-    if (given.anchors) {
-      check_vector(*given.anchors, a.x.size(0), at::kLong, "instances");
-      instances = given.anchors->contiguous();
-    }
+    x = with_unit_stride(a.x);
+    labels = index(a.labels, x.size(0), "labels");
+    order = index(a.order, x.size(0), "order");
+    check_order(order, "order");
+    if (given.anchors) instances = index(*given.anchors, x.size(0), "instances");
+    problem.dim = x.size(1);
+    problem.scale = a.scale.item().toDouble();
     if (!b.rows) {
       number_both();
       problem.self = true;
       problem.anchors = problem.candidates = side(x, order, classes.anchors, by_instance.anchors);
       return;
     }
-    TORCH_CHECK_VALUE(b.labels && b.order, "pysupcon: candidates need candidate_labels and candidate_order");
-    TORCH_CHECK_VALUE(
-        b.rows->dim() == 2 && b.rows->size(1) == x.size(1) && b.rows->scalar_type() == x.scalar_type(),
-        "pysupcon: candidates must be [N, D] with x's D = ", x.size(1), " and dtype ", x.scalar_type(),
-        ", got ", b.rows->scalar_type(), " of shape ", b.rows->sizes());
-    check_vector(*b.labels, b.rows->size(0), at::kLong, "candidate_labels");
-    check_vector(*b.order, b.rows->size(0), at::kLong, "candidate_order");
-    c = b.rows->stride(1) == 1 ? *b.rows : b.rows->contiguous();
-    c_labels = b.labels->contiguous();
-    c_order = b.order->contiguous();
-    if (given.candidates) {
-      check_vector(*given.candidates, b.rows->size(0), at::kLong, "candidate_instances");
-      c_instances = given.candidates->contiguous();
-    }
+    c = with_unit_stride(*b.rows);
+    c_labels = index(*b.labels, c.size(0), "candidate_labels");
+    c_order = index(*b.order, c.size(0), "candidate_order");
+    check_order(c_order, "candidate_order");
+    if (given.candidates) c_instances = index(*given.candidates, c.size(0), "candidate_instances");
     number_both();
     problem.anchors = side(x, order, classes.anchors, by_instance.anchors);
     problem.candidates = side(c, c_order, classes.candidates, by_instance.candidates);
-    if (b.self_index) find_selves(*b.self_index);
+    selves = b.self_index.has_value();
+    if (selves) find_selves(*b.self_index);
   }
 
  private:
@@ -163,10 +148,16 @@ struct Call {
     if (instances.defined())
       by_instance = number(keys(labels, instances, order), keys(c_labels, c_instances, c_order));
   }
-  void find_selves(const Tensor& self_index) {
-    check_vector(self_index, x.size(0), at::kLong, "self_index");
-    const Tensor index = self_index.contiguous();
-    const int64_t *self = index.const_data_ptr<int64_t>(), *oa = order.const_data_ptr<int64_t>(),
+  static Tensor with_unit_stride(const Tensor& rows) {
+    return rows.stride(1) == 1 ? rows : rows.contiguous();
+  }
+  static Tensor index(const Tensor& t, int64_t rows, const char* name) {
+    check_index(t, rows, at::kCPU, name);
+    return t.contiguous();
+  }
+  void find_selves(const Tensor& given) {
+    const Tensor self_index = index(given, x.size(0), "self_index");
+    const int64_t *self = self_index.const_data_ptr<int64_t>(), *oa = order.const_data_ptr<int64_t>(),
                   *ob = c_order.const_data_ptr<int64_t>();
     const int64_t m = x.size(0), n = c.size(0);
     std::vector<int32_t> position(n);
@@ -174,8 +165,12 @@ struct Call {
     self_position.resize(m);
     for (int64_t i = 0; i < m; ++i) {
       const int64_t j = self[oa[i]];
-      TORCH_CHECK_VALUE(j >= -1 && j < n, "pysupcon: self_index must lie in [-1, ", n, "), got ", j);
+      TORCH_CHECK_VALUE(j >= -1 && j < n, "pysupcon: self_index must lie in [-1, ", n, "), got ", j,
+                        " for anchor ", oa[i]);
       self_position[i] = j < 0 ? -1 : position[j];
+      TORCH_CHECK_VALUE(j < 0 || classes.candidates[position[j]] == classes.anchors[i],
+                        "pysupcon: self_index must name a candidate of the anchor's own label, got ", j,
+                        " for anchor ", oa[i]);
     }
     problem.self_position = self_position.data();
   }
@@ -184,8 +179,7 @@ struct Call {
 Tensor new_stats(int64_t rows) { return at::empty({rows}, at::TensorOptions().dtype(at::kDouble)); }
 
 Tensor as_stats(const Tensor& t, int64_t rows, const char* name) {
-  TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == rows, "pysupcon: ", name, " must be [", rows,
-                    "], got shape ", t.sizes());
+  check_statistic(t, rows, at::kCPU, name);
   return t.to(at::kDouble).contiguous();
 }
 Tensor as_stats(const Maybe& t, int64_t rows, const char* name) {
@@ -194,24 +188,18 @@ Tensor as_stats(const Maybe& t, int64_t rows, const char* name) {
 const double* pointer(const Tensor& t) { return t.defined() ? t.const_data_ptr<double>() : nullptr; }
 
 // Where gradients are added to. Those of the 16-bit types are float: their owner rounds the sum.
-void* gradient(const Call& call, const Tensor& g, const Tensor& rows, const char* name) {
-  const auto type = call.x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  TORCH_CHECK_VALUE(
-      g.sizes() == rows.sizes() && g.scalar_type() == type && g.is_contiguous() && g.device().is_cpu(),
-      "pysupcon: ", name, " must be a contiguous CPU tensor of ", type, " and shape ", rows.sizes(), ", got ",
-      g.scalar_type(), " of shape ", g.sizes(), " and strides ", g.strides(), " on ", g.device());
-  return g.mutable_data_ptr();
-}
-
-cpu::Gradients gradients(const Call& call, bool column_side, const Tensor& grad_x,
-                         const Maybe& grad_candidates) {
-  TORCH_CHECK_VALUE(call.c.defined() || (!column_side && !grad_candidates),
-                    "pysupcon: grad_candidates and candidate statistics go with candidates");
-  TORCH_CHECK_VALUE(
-      !column_side || !grad_candidates,
-      "pysupcon: with the candidates' own statistics the gradient of the candidates is their owner's");
-  return {gradient(call, grad_x, call.x, "grad_x"),
-          grad_candidates ? gradient(call, *grad_candidates, call.c, "grad_candidates") : nullptr};
+// `statistics`: what is read meanwhile, besides the rows.
+cpu::Gradients gradients(const Call& call, const Tensor& grad_x, const Maybe& grad_candidates,
+                         at::ArrayRef<Tensor> statistics) {
+  const auto gradient = [&](const Tensor& g, const Tensor& rows, const char* name) {
+    void* const to = check_gradient(g, rows, name);
+    check_apart(g, name, {call.x, call.order, call.c, call.c_order});
+    check_apart(g, name, statistics);
+    return to;
+  };
+  if (!grad_candidates) return {gradient(grad_x, call.x, "grad_x"), nullptr};
+  check_apart(*grad_candidates, "grad_candidates", grad_x);
+  return {gradient(grad_x, call.x, "grad_x"), gradient(*grad_candidates, call.c, "grad_candidates")};
 }
 
 // A non-finite row makes every statistic NaN; say which one it was.
@@ -273,8 +261,10 @@ Sorted sort_samples(const Tensor& ids) {
 }
 
 std::tuple<Tensor, Tensor> order_by_class(const Tensor& given, int64_t views) {
-  check_vector(given, given.numel(), at::kLong, "ids");
-  TORCH_CHECK_VALUE(views >= 1, "pysupcon: views must be at least 1, got ", views);
+  check_index(given, given.numel(), at::kCPU, "ids");
+  TORCH_CHECK_VALUE(views >= 1 && views <= kMostRows / std::max<int64_t>(given.numel(), 1),
+                    "pysupcon: views must be at least 1 and ids times views at most ", kMostRows, ", got ",
+                    given.numel(), " times ", views);
   const Tensor ids = given.contiguous();
   const Sorted sorted = sort_samples(ids);
   const int64_t count = ids.size(0), *sample = sorted.samples.const_data_ptr<int64_t>();
@@ -323,7 +313,7 @@ void pair_stats_backward(ROWS_ARGS, CANDIDATE_ARGS, INSTANCE_ARGS, const Tensor&
       "pysupcon: candidate_n, candidate_p, candidate_grad_n, candidate_grad_p and, where the anchors have "
       "them, candidate_grad_positive_sum and candidate_grad_instance_sum come together");
   TORCH_CHECK_VALUE(instances || !grad_instance_sum, "pysupcon: grad_instance_sum needs instances");
-  const cpu::Gradients g = gradients(call, column_side, grad_x, grad_candidates);
+  check_form(column_side, call.c.defined(), call.selves, grad_candidates.has_value());
   const int64_t rows = call.x.size(0), cols = call.c.defined() ? call.c.size(0) : 0;
   const Tensor a[6] = {as_stats(n, rows, "n"),
                        as_stats(p, rows, "p"),
@@ -341,12 +331,16 @@ void pair_stats_backward(ROWS_ARGS, CANDIDATE_ARGS, INSTANCE_ARGS, const Tensor&
     return cpu::StatsGrad{pointer(t[0]), pointer(t[1]), pointer(t[2]),
                           pointer(t[3]), pointer(t[4]), pointer(t[5])};
   };
+  const cpu::Gradients g =
+      gradients(call, grad_x, grad_candidates,
+                {a[0], a[1], a[2], a[3], a[4], a[5], b[0], b[1], b[2], b[3], b[4], b[5]});
   cpu::pair_stats_backward(call.problem, kThreads, side(a), side(b), g);
 }
 
 Tensor positive_softplus(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& n, double epsilon) {
   CALL(call);
   call.problem.negatives = false;
+  check_epsilon(epsilon);
   Tensor total = new_stats(call.x.size(0));
   const Tensor stats = as_stats(n, call.x.size(0), "n");
   cpu::positive_softplus(call.problem, kThreads, pointer(stats), epsilon, total.mutable_data_ptr<double>());
@@ -362,11 +356,13 @@ Tensor positive_softplus_backward(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& n, do
   const bool column_side = candidate_n.has_value();
   TORCH_CHECK_VALUE(candidate_grad_total.has_value() == column_side,
                     "pysupcon: candidate_n and candidate_grad_total come together");
-  const cpu::Gradients g = gradients(call, column_side, grad_x, grad_candidates);
+  check_epsilon(epsilon);
+  check_form(column_side, call.c.defined(), call.selves, grad_candidates.has_value());
   const int64_t rows = call.x.size(0), cols = call.c.defined() ? call.c.size(0) : 0;
   const Tensor stats = as_stats(n, rows, "n"), w = as_stats(grad_total, rows, "grad_total");
   const Tensor other = as_stats(candidate_n, cols, "candidate_n"),
                other_w = as_stats(candidate_grad_total, cols, "candidate_grad_total");
+  const cpu::Gradients g = gradients(call, grad_x, grad_candidates, {stats, w, other, other_w});
   Tensor grad_n = new_stats(rows);
   cpu::positive_softplus_backward(call.problem, kThreads, {pointer(stats), pointer(w)},
                                   {pointer(other), pointer(other_w)}, epsilon, g,

@@ -10,7 +10,9 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
+#include "arguments.h"
 #include "cuda/launch.h"
 
 namespace pysupcon {
@@ -58,40 +60,31 @@ struct Rows {
 struct Candidates {
   const Maybe &rows, &labels, &order, &self_index;
 };
+struct Instances {
+  const Maybe &of_rows, &of_candidates;
+};
 
 // Owns whatever the pointers in `problem` point to; the caching allocator keeps it until the stream is past
 // the kernels.
 class Call {
  public:
-  Call(Operation operation, const Rows& a, const Candidates& b)
-      : device_(a.x.device()),
-        guard_(device_),
-        stats_(a.x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat) {
-    TORCH_CHECK_VALUE(a.x.dim() == 2 && a.x.size(1) > 0, "pysupcon: x must be [M, D], got shape ",
-                      a.x.sizes());
+  Call(Operation operation, const Rows& a, const Candidates& b) : device_(a.x.device()), guard_(device_) {
+    check_rows(a.x, "x");
     problem.operation = operation;
     problem.dtype = dtype_of(a.x, "x");
     problem.parts = parts_of_float32();
     problem.width = a.x.size(1);
     problem.negatives = problem.positives = true;
     problem.triangular_rows = cuda::kTriangularRows;
-    TORCH_CHECK_VALUE(a.scale.dim() == 0 && a.scale.device() == device_,
-                      "pysupcon: scale must be a tensor of no dimensions on ", device_, ", got shape ",
-                      a.scale.sizes(), " on ", a.scale.device());
-    scale_ = a.scale.to(stats_);
-    problem.scale = scale_.const_data_ptr();
-    problem.anchors = side(a.x, a.labels, a.order, "x", "labels", "order", tensors_);
+    check_scale(a.scale, device_);
+    check_candidates(a.x, b.rows, b.labels, b.order, b.self_index);
+    scale_ = a.scale.to(at::kDouble);
+    problem.scale = scale_.const_data_ptr<double>();
+    problem.anchors = side(a.x, a.labels, a.order, "labels", "order", tensors_);
     problem.one_set = !b.rows.has_value();
     problem.candidates = problem.anchors;
     if (!problem.one_set) {
-      TORCH_CHECK_VALUE(b.labels && b.order,
-                        "pysupcon: candidates need candidate_labels and candidate_order");
-      TORCH_CHECK_VALUE(
-          b.rows->dim() == 2 && b.rows->size(1) == a.x.size(1) && b.rows->scalar_type() == a.x.scalar_type(),
-          "pysupcon: candidates must be [N, D] with x's D = ", a.x.size(1), " and dtype ", a.x.scalar_type(),
-          ", got ", b.rows->scalar_type(), " of shape ", b.rows->sizes());
-      problem.candidates =
-          side(*b.rows, *b.labels, *b.order, "candidates", "candidate_labels", "candidate_order", others_);
+      problem.candidates = side(*b.rows, *b.labels, *b.order, "candidate_labels", "candidate_order", others_);
       if (b.self_index) {
         self_index_ = indices(*b.self_index, a.x.size(0), "self_index");
         problem.self_index = self_index_.const_data_ptr<int64_t>();
@@ -101,27 +94,41 @@ class Call {
                                &problem.shared_memory);
   }
 
-  // [rows] in the statistics' dtype.
-  Tensor new_stats() const { return new_tensor({problem.anchors.count}, stats_); }
-  // An upstream gradient or a statistic; kept alive by `keep`.
-  const void* stat(const Maybe& t, bool of_candidates, const char* name, Tensor& keep) const {
+  // Both sets name the rows' instances, or none does.
+  void instances(const Instances& given) {
+    TORCH_CHECK_VALUE(
+        problem.one_set ? !given.of_candidates : given.of_candidates.has_value() == given.of_rows.has_value(),
+        "pysupcon: candidate_instances go with candidates and instances");
+    const auto take = [&](const Maybe& t, cuda::Rows& rows, const char* name, Tensor& keep) {
+      if (!t) return;
+      keep = indices(*t, rows.count, name);
+      rows.instances = keep.const_data_ptr<int64_t>();
+    };
+    take(given.of_rows, problem.anchors, "instances", tensors_.instances);
+    if (problem.one_set)
+      problem.candidates = problem.anchors;
+    else
+      take(given.of_candidates, problem.candidates, "candidate_instances", others_.instances);
+  }
+  // [rows], a statistic.
+  Tensor new_stats() const { return new_tensor({problem.anchors.count}, at::kDouble); }
+  // An upstream gradient or a statistic; kept alive by this call.
+  const double* stat(const Maybe& t, bool of_candidates, const char* name) {
     if (!t) return nullptr;
     const int64_t rows = of_candidates ? problem.candidates.count : problem.anchors.count;
-    TORCH_CHECK_VALUE(t->dim() == 1 && t->size(0) == rows && t->device() == device_, "pysupcon: ", name,
-                      " must be [", rows, "] on ", device_, ", got shape ", t->sizes(), " on ", t->device());
-    keep = t->to(stats_).contiguous();
-    return keep.const_data_ptr();
+    check_statistic(*t, rows, device_, name);
+    kept_.push_back(t->to(at::kDouble).contiguous());
+    return kept_.back().const_data_ptr<double>();
   }
-  // Where gradients are added to.
+  // Where gradients are added to; called after every stat().
   void gradients(bool column_side, const Tensor& grad_x, const Maybe& grad_candidates) {
-    TORCH_CHECK_VALUE(!problem.one_set || (!column_side && !grad_candidates),
-                      "pysupcon: grad_candidates and candidate statistics go with candidates");
-    TORCH_CHECK_VALUE(
-        !column_side || !grad_candidates,
-        "pysupcon: with the candidates' own statistics the gradient of the candidates is their owner's");
-    problem.grad_x = gradient(grad_x, problem.anchors.count, "grad_x");
-    if (grad_candidates && problem.candidates.count)
-      problem.grad_candidates = gradient(*grad_candidates, problem.candidates.count, "grad_candidates");
+    check_form(column_side, !problem.one_set, self_index_.defined(), grad_candidates.has_value());
+    if (grad_candidates) {
+      check_apart(*grad_candidates, "grad_candidates", grad_x);
+      void* const to = gradient(*grad_candidates, others_.x, "grad_candidates");
+      if (problem.candidates.count) problem.grad_candidates = to;
+    }
+    problem.grad_x = gradient(grad_x, tensors_.x, "grad_x");
   }
   void run() {
     if (problem.anchors.count == 0 && !problem.grad_candidates) return;
@@ -137,42 +144,41 @@ class Call {
 
  private:
   struct Tensors {
-    Tensor x, labels, order;
+    Tensor x, labels, order, instances;
   };
   Tensor new_tensor(at::IntArrayRef size, at::ScalarType type) const {
     return at::empty(size, at::TensorOptions().dtype(type).device(device_));
   }
-  void* gradient(const Tensor& g, int64_t rows, const char* name) const {
-    TORCH_CHECK_VALUE(g.dim() == 2 && g.size(0) == rows && g.size(1) == problem.width &&
-                          g.scalar_type() == stats_ && g.is_contiguous() && g.device() == device_,
-                      "pysupcon: ", name, " must be a contiguous tensor of ", stats_, " and shape [", rows,
-                      ", ", problem.width, "] on ", device_, ", got ", g.scalar_type(), " of shape ",
-                      g.sizes(), " and strides ", g.strides(), " on ", g.device());
-    return g.mutable_data_ptr();
+  void* gradient(const Tensor& g, const Tensor& rows, const char* name) const {
+    void* const to = check_gradient(g, rows, name);
+    check_apart(g, name, {tensors_.x, tensors_.labels, tensors_.order});
+    check_apart(g, name, {others_.x, others_.labels, others_.order, self_index_, scale_});
+    check_apart(g, name, {tensors_.instances, others_.instances});
+    check_apart(g, name, kept_);
+    return to;
   }
   Tensor indices(const Tensor& t, int64_t rows, const char* name) const {
-    TORCH_CHECK_VALUE(
-        t.dim() == 1 && t.size(0) == rows && t.scalar_type() == at::kLong && t.device() == device_,
-        "pysupcon: ", name, " must be int64 of shape [", rows, "] on ", device_, ", got ", t.scalar_type(),
-        " of shape ", t.sizes(), " on ", t.device());
+    check_index(t, rows, device_, name);
     return t.contiguous();
   }
-  cuda::Rows side(const Tensor& x, const Tensor& labels, const Tensor& order, const char* name,
-                  const char* labels_name, const char* order_name, Tensors& keep) const {
-    TORCH_CHECK_VALUE(x.device() == device_, "pysupcon: ", name, " must lie on ", device_, ", got ",
-                      x.device());
+  cuda::Rows side(const Tensor& x, const Tensor& labels, const Tensor& order, const char* labels_name,
+                  const char* order_name, Tensors& keep) const {
     keep.x = x.stride(1) == 1 || x.size(1) == 1 ? x : x.contiguous();
     keep.labels = indices(labels, x.size(0), labels_name);
     keep.order = indices(order, x.size(0), order_name);
-    return {keep.x.const_data_ptr(), x.size(0), keep.x.stride(0), keep.labels.const_data_ptr<int64_t>(),
-            keep.order.const_data_ptr<int64_t>()};
+    return {keep.x.const_data_ptr(),
+            x.size(0),
+            keep.x.stride(0),
+            keep.labels.const_data_ptr<int64_t>(),
+            keep.order.const_data_ptr<int64_t>(),
+            nullptr};
   }
 
   c10::Device device_;
   c10::DeviceGuard guard_;
-  at::ScalarType stats_;
   Tensors tensors_, others_;
   Tensor self_index_, scale_;
+  std::vector<Tensor> kept_;
 };
 
 #define ROWS_ARGS const Tensor &x, const Tensor &labels, const Tensor &order, const Tensor &scale
@@ -182,50 +188,68 @@ class Call {
 #define CALL(operation) \
   Call call(operation, {x, labels, order, scale}, {candidates, candidate_labels, candidate_order, self_index})
 
-std::tuple<Tensor, Tensor> pair_stats(ROWS_ARGS, CANDIDATE_ARGS, bool negatives, bool positives) {
+#define INSTANCE_ARGS const Maybe &instances, const Maybe &candidate_instances
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> pair_stats(ROWS_ARGS, CANDIDATE_ARGS, INSTANCE_ARGS,
+                                                      bool negatives, bool positives) {
   CALL(Operation::pair_stats);
-  const Tensor n = call.new_stats(), p = call.new_stats();
-  call.problem.negatives = negatives;
-  call.problem.positives = positives;
-  call.problem.out_n = n.mutable_data_ptr();
-  call.problem.out_p = p.mutable_data_ptr();
+  call.instances({instances, candidate_instances});
+  const Tensor n = call.new_stats(), p = call.new_stats(), positive_sum = call.new_stats(),
+               instance_sum = call.new_stats();
+  Problem& problem = call.problem;
+  problem.negatives = negatives;
+  problem.positives = positives;
+  problem.out_n = n.mutable_data_ptr<double>();
+  problem.out_p = p.mutable_data_ptr<double>();
+  problem.out_positive_sum = positive_sum.mutable_data_ptr<double>();
+  problem.out_instance_sum = instance_sum.mutable_data_ptr<double>();
   call.run();
-  return {n, p};
+  return {n, p, positive_sum, instance_sum};
 }
 
-void pair_stats_backward(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& n, const Tensor& p, const Tensor& grad_n,
-                         const Tensor& grad_p, const Maybe& candidate_n, const Maybe& candidate_p,
-                         const Maybe& candidate_grad_n, const Maybe& candidate_grad_p, bool negatives,
-                         bool positives, const Tensor& grad_x, const Maybe& grad_candidates) {
+void pair_stats_backward(ROWS_ARGS, CANDIDATE_ARGS, INSTANCE_ARGS, const Tensor& n, const Tensor& p,
+                         const Tensor& grad_n, const Tensor& grad_p, const Maybe& grad_positive_sum,
+                         const Maybe& grad_instance_sum, const Maybe& candidate_n, const Maybe& candidate_p,
+                         const Maybe& candidate_grad_n, const Maybe& candidate_grad_p,
+                         const Maybe& candidate_grad_positive_sum, const Maybe& candidate_grad_instance_sum,
+                         bool negatives, bool positives, const Tensor& grad_x, const Maybe& grad_candidates) {
   CALL(Operation::pair_stats_backward);
+  call.instances({instances, candidate_instances});
   const bool column_side = candidate_n.has_value();
   TORCH_CHECK_VALUE(
       candidate_p.has_value() == column_side && candidate_grad_n.has_value() == column_side &&
           candidate_grad_p.has_value() == column_side,
       "pysupcon: candidate_n, candidate_p, candidate_grad_n and candidate_grad_p come together");
-  call.gradients(column_side, grad_x, grad_candidates);
+  TORCH_CHECK_VALUE(column_side || (!candidate_grad_positive_sum && !candidate_grad_instance_sum),
+                    "pysupcon: candidate_grad_positive_sum and candidate_grad_instance_sum need candidate_n");
   Problem& problem = call.problem;
-  Tensor keep[8];
   problem.negatives = negatives;
   problem.positives = positives;
-  problem.n = call.stat(n, false, "n", keep[0]);
-  problem.p = call.stat(p, false, "p", keep[1]);
-  problem.grad_n = call.stat(grad_n, false, "grad_n", keep[2]);
-  problem.grad_p = call.stat(grad_p, false, "grad_p", keep[3]);
-  problem.candidate_n = call.stat(candidate_n, true, "candidate_n", keep[4]);
-  problem.candidate_p = call.stat(candidate_p, true, "candidate_p", keep[5]);
-  problem.candidate_grad_n = call.stat(candidate_grad_n, true, "candidate_grad_n", keep[6]);
-  problem.candidate_grad_p = call.stat(candidate_grad_p, true, "candidate_grad_p", keep[7]);
+  problem.n = call.stat(n, false, "n");
+  problem.p = call.stat(p, false, "p");
+  problem.grad_n = call.stat(grad_n, false, "grad_n");
+  problem.grad_p = call.stat(grad_p, false, "grad_p");
+  problem.grad_positive_sum = call.stat(grad_positive_sum, false, "grad_positive_sum");
+  problem.grad_instance_sum = call.stat(grad_instance_sum, false, "grad_instance_sum");
+  problem.candidate_n = call.stat(candidate_n, true, "candidate_n");
+  problem.candidate_p = call.stat(candidate_p, true, "candidate_p");
+  problem.candidate_grad_n = call.stat(candidate_grad_n, true, "candidate_grad_n");
+  problem.candidate_grad_p = call.stat(candidate_grad_p, true, "candidate_grad_p");
+  problem.candidate_grad_positive_sum =
+      call.stat(candidate_grad_positive_sum, true, "candidate_grad_positive_sum");
+  problem.candidate_grad_instance_sum =
+      call.stat(candidate_grad_instance_sum, true, "candidate_grad_instance_sum");
+  call.gradients(column_side, grad_x, grad_candidates);
   call.run();
 }
 
 Tensor positive_softplus(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& n, double epsilon) {
   CALL(Operation::positive_softplus);
+  check_epsilon(epsilon);
   const Tensor total = call.new_stats();
-  Tensor keep;
-  call.problem.n = call.stat(n, false, "n", keep);
+  call.problem.n = call.stat(n, false, "n");
   call.problem.epsilon = epsilon;
-  call.problem.out_n = total.mutable_data_ptr();
+  call.problem.out_n = total.mutable_data_ptr<double>();
   call.run();
   return total;
 }
@@ -238,37 +262,18 @@ Tensor positive_softplus_backward(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& n, do
   const bool column_side = candidate_n.has_value();
   TORCH_CHECK_VALUE(candidate_grad_total.has_value() == column_side,
                     "pysupcon: candidate_n and candidate_grad_total come together");
-  call.gradients(column_side, grad_x, grad_candidates);
+  check_epsilon(epsilon);
   Problem& problem = call.problem;
   const Tensor grad_n = call.new_stats();
-  Tensor keep[4];
   problem.epsilon = epsilon;
-  problem.n = call.stat(n, false, "n", keep[0]);
-  problem.grad_n = call.stat(grad_total, false, "grad_total", keep[1]);
-  problem.candidate_n = call.stat(candidate_n, true, "candidate_n", keep[2]);
-  problem.candidate_grad_n = call.stat(candidate_grad_total, true, "candidate_grad_total", keep[3]);
-  problem.out_grad_n = grad_n.mutable_data_ptr();
+  problem.n = call.stat(n, false, "n");
+  problem.grad_n = call.stat(grad_total, false, "grad_total");
+  problem.candidate_n = call.stat(candidate_n, true, "candidate_n");
+  problem.candidate_grad_n = call.stat(candidate_grad_total, true, "candidate_grad_total");
+  call.gradients(column_side, grad_x, grad_candidates);
+  problem.out_grad_n = grad_n.mutable_data_ptr<double>();
   call.run();
   return grad_n;
-}
-
-Tensor positive_sum(ROWS_ARGS, CANDIDATE_ARGS) {
-  CALL(Operation::positive_sum);
-  const Tensor total = call.new_stats();
-  call.problem.out_n = total.mutable_data_ptr();
-  call.run();
-  return total;
-}
-
-void positive_sum_backward(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& grad_total,
-                           const Maybe& candidate_grad_total, const Tensor& grad_x,
-                           const Maybe& grad_candidates) {
-  CALL(Operation::positive_sum_backward);
-  call.gradients(candidate_grad_total.has_value(), grad_x, grad_candidates);
-  Tensor keep[2];
-  call.problem.grad_n = call.stat(grad_total, false, "grad_total", keep[0]);
-  call.problem.candidate_grad_n = call.stat(candidate_grad_total, true, "candidate_grad_total", keep[1]);
-  call.run();
 }
 
 }  // namespace
@@ -279,6 +284,4 @@ TORCH_LIBRARY_IMPL(pysupcon, CUDA, m) {
   m.impl("pair_stats_backward", pysupcon::pair_stats_backward);
   m.impl("positive_softplus", pysupcon::positive_softplus);
   m.impl("positive_softplus_backward", pysupcon::positive_softplus_backward);
-  m.impl("positive_sum", pysupcon::positive_sum);
-  m.impl("positive_sum_backward", pysupcon::positive_sum_backward);
 }

@@ -6,6 +6,7 @@ backward recomputes the pairs. Everything after it is O(N) and ordinary autograd
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,9 +48,6 @@ class Pairing(NamedTuple):
     candidate_instances: Tensor | None = None
 
 
-_NOBODY = Pairing(torch.empty(0), torch.empty(0))
-
-
 class Plan(NamedTuple):
     """What to compute and how."""
 
@@ -60,6 +58,21 @@ class Plan(NamedTuple):
     positives: bool = True
     epsilon: float | Tensor | None = None
     """a number, or (:mod:`pysupcon._opaque`) a tensor of no dimensions in the dtype of the statistics"""
+
+    @property
+    def tensors(self) -> tuple[Any, ...]:
+        """All of them, some None: what autograd must keep for a backward. Some may be the caller's own."""
+        return (*self.pairing, *(self.mask or (None,) * len(tiled.PositiveMask._fields)))
+
+    def with_tensors(self, tensors: Sequence[Any]) -> Plan:
+        """The same plan of other :attr:`tensors`, in their order."""
+        size = len(Pairing._fields)
+        mask = None if self.mask is None else tiled.PositiveMask(*tensors[size:])
+        return self._replace(pairing=Pairing(*tensors[:size]), mask=mask)
+
+    @property
+    def mask_arguments(self) -> dict[str, tiled.PositiveMask]:
+        return {} if self.mask is None else {"mask": self.mask}
 
 
 class RowStatistics(NamedTuple):
@@ -106,13 +119,12 @@ def statistics(x: Tensor, candidates: Tensor | None, scale: Tensor, plan: Plan) 
     """The parts of :class:`RowStatistics`, softplus None if the plan does not ask."""
     ops, pairing = OPERATORS[plan.backend], plan.pairing
     rows = _operands(x, candidates, scale, pairing)
-    mask = {} if plan.mask is None else {"mask": plan.mask}
     n, p, positive_sum, instance_sum = ops.pair_stats(
-        *rows, *pairing[5:], plan.negatives, plan.positives, **mask
+        *rows, *pairing[5:], plan.negatives, plan.positives, **plan.mask_arguments
     )
     softplus = None
     if plan.epsilon is not None:
-        softplus = ops.positive_softplus(*rows, *_limit(n, plan.epsilon), **mask)
+        softplus = ops.positive_softplus(*rows, *_limit(n, plan.epsilon), **plan.mask_arguments)
     return n, p, positive_sum, instance_sum, softplus
 
 
@@ -127,17 +139,14 @@ class _RowStatisticsFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         result = statistics(x, candidates, scale, plan)
         # Saved, not kept aside: autograd sees to it that nobody changes them before the backward.
-        ctx.plan = plan._replace(pairing=_NOBODY, mask=None)
-        ctx.masked = plan.mask is not None
-        ctx.save_for_backward(x, candidates, scale, *result[:2], *plan.pairing, *(plan.mask or ()))
+        ctx.plan = plan.with_tensors((None,) * len(plan.tensors))
+        ctx.save_for_backward(x, candidates, scale, *result[:2], *plan.tensors)
         return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        x, candidates, scale, n, p, *indices = ctx.saved_tensors
-        size = len(Pairing._fields)
-        mask = tiled.PositiveMask(*indices[size:]) if ctx.masked else None
-        plan = ctx.plan._replace(pairing=Pairing(*indices[:size]), mask=mask)
+        x, candidates, scale, n, p, *tensors = ctx.saved_tensors
+        plan = ctx.plan.with_tensors(tensors)
         with torch.no_grad():
             result = gradients(plan, x, candidates, scale, n, p, grads, ctx.needs_input_grad)
         if torch.is_grad_enabled():
@@ -163,7 +172,6 @@ def gradients(
     """dL/dx, dL/dcandidates, dL/dscale, None where not needed, from the upstream gradients of
     :class:`RowStatistics`, None where the loss does not depend on a statistic."""
     ops = OPERATORS[plan.backend]
-    mask = {} if plan.mask is None else {"mask": plan.mask}
     grad_n, grad_p, grad_positive_sum, grad_instance_sum, grad_softplus = grads
     rows = _operands(x, candidates, scale, plan.pairing)
     grad_x = _ops.zero_gradients(x)
@@ -172,7 +180,7 @@ def gradients(
     if grad_softplus is not None:
         assert plan.epsilon is not None
         through_n = ops.positive_softplus_backward(
-            *rows, *_limit(n, plan.epsilon), grad_softplus, None, None, *into, **mask
+            *rows, *_limit(n, plan.epsilon), grad_softplus, None, None, *into, **plan.mask_arguments
         )
         grad_n = through_n if grad_n is None else grad_n + through_n
     of_positives = any(grad is not None for grad in (grad_p, grad_positive_sum, grad_instance_sum))
@@ -193,7 +201,7 @@ def gradients(
             grad_n is not None,
             of_positives,
             *into,
-            **mask,
+            **plan.mask_arguments,
         )
     grad_scale = None
     if needs[2]:

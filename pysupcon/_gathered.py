@@ -16,8 +16,9 @@ come from them cancel as a loss converges.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ in the sums (positive_sum, instance_sum, softplus): their values do not travel."
 
 
 class _Pairing:
-    """Who is whose positive, block by block. Every sort is done once."""
+    """Who is whose positive, block by block. Every sort is done once a pass."""
 
     def __init__(self, everybody: Everybody) -> None:
         self.everybody = everybody
@@ -81,10 +82,25 @@ class _Plan:
         positives: bool = False,
         epsilon: float | None = None,
     ) -> None:
-        self.ops = OPERATORS[backend]
+        self.backend, self.ops = backend, OPERATORS[backend]
         self.everybody, self.loss = everybody, loss
         self.negatives, self.positives, self.epsilon = negatives, positives, epsilon
         self.pairing = _Pairing(everybody)
+
+    @property
+    def tensors(self) -> tuple[Any, ...]:
+        """What autograd must keep for the backward besides rows and statistics: ids, counts, instances and
+        their counts."""
+        everybody = self.everybody
+        return everybody.ids, everybody.count, everybody.instances, everybody.instance_count
+
+    def with_tensors(self, tensors: Sequence[Any]) -> _Plan:
+        """The same plan of other :attr:`tensors`, in their order."""
+        ids, count, instances, instance_count = tensors
+        everybody = replace(
+            self.everybody, ids=ids, count=count, instances=instances, instance_count=instance_count
+        )
+        return _Plan(self.backend, everybody, self.loss, self.negatives, self.positives, self.epsilon)
 
     def blocks(self, rows: Tensor, kept: Tensor | None) -> Iterator[Block]:
         """The blocks that hold rows. All are passed on, come what may: the others wait for them."""
@@ -196,19 +212,20 @@ class _Gathered(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, scale: Tensor, plan: _Plan) -> Any:
         kept = plan.everybody.round.keep(rows)
         statistics = plan.statistics(rows, scale, kept)
-        ctx.plan = plan
-        ctx.save_for_backward(rows, scale, kept, statistics.n, statistics.p)
+        ctx.plan = plan.with_tensors((None,) * 4)
+        ctx.save_for_backward(rows, scale, kept, statistics.n, statistics.p, *plan.tensors)
         if plan.loss is None:
             return tuple(statistics)
         return (plan.loss(statistics, *plan.everybody.own_counts)[0],)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        rows, scale, kept, n, p = ctx.saved_tensors
+        rows, scale, kept, n, p, *tensors = ctx.saved_tensors
+        plan = ctx.plan.with_tensors(tensors)
         grad_scale: Tensor | None = None
         result: tuple[Tensor | None, ...]
         with torch.no_grad():
-            grad_x = ctx.plan.gradient(rows, scale, kept, n, p, grads)
+            grad_x = plan.gradient(rows, scale, kept, n, p, grads)
             if ctx.needs_input_grad[1]:
                 # sum_i x_i . dL/dx_i = sum_ij (G_ij + G_ji) s_ij over everybody's i: every pair twice.
                 grad_scale = _row_products(rows, grad_x, scale.dtype) / (2 * scale)

@@ -49,6 +49,11 @@ An anchor whose n (p) is -inf contributes nothing through n (p), whatever its up
 ``pair_stats_backward`` grad_positive_sum and grad_instance_sum may be None, which is 0; the parts of a pair's
 G_ij are added before it meets a row, because they cancel, too.
 
+Arguments that do not fit are refused: ValueError, naming the argument. On a CPU this includes the values of
+``scale``, ``order`` (each row once, sorted by label) and ``self_index``; those of a GPU's tensors are not
+looked at, because the host would have to wait for them. A gradient may not share memory with another
+argument.
+
 All results are bitwise reproducible for the same inputs, device and build, for any number of threads.
 """
 
@@ -158,7 +163,16 @@ if _problem is None:
     positive_softplus = torch.ops.pysupcon.positive_softplus
     positive_softplus_backward = torch.ops.pysupcon.positive_softplus_backward
 
-    def _stats(x: Tensor) -> Tensor:
+    def _on_one_device(x: Tensor, *args: Any) -> None:
+        """One tensor of the meta device brings a call here; results of real rows would then hold anything."""
+        for value in args:
+            if isinstance(value, Tensor) and value.device != x.device:
+                raise ValueError(
+                    f"pysupcon: all tensors must be on x's device, {x.device}, got one on {value.device}"
+                )
+
+    def _stats(x: Tensor, *args: Any) -> Tensor:
+        _on_one_device(x, *args)
         return x.new_empty((x.shape[0],), dtype=stats_dtype(x))
 
     @torch.library.register_fake("pysupcon::order_by_class")
@@ -168,16 +182,16 @@ if _problem is None:
 
     @torch.library.register_fake("pysupcon::pair_stats")
     def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return _stats(x), _stats(x), _stats(x), _stats(x)
+        return _stats(x, *args), _stats(x), _stats(x), _stats(x)
 
     @torch.library.register_fake("pysupcon::pair_stats_backward")
     def _(*args: Any) -> None:
-        return None
+        _on_one_device(*args)
 
     @torch.library.register_fake("pysupcon::positive_softplus")
     def _(x: Tensor, *args: Any) -> Tensor:
-        return _stats(x)
+        return _stats(x, *args)
 
     @torch.library.register_fake("pysupcon::positive_softplus_backward")
     def _(x: Tensor, *args: Any) -> Tensor:
-        return _stats(x)
+        return _stats(x, *args)

@@ -31,8 +31,9 @@ def _least(gap: Tensor, count: Tensor) -> Tensor:
 
 class _SupConRows(torch.autograd.Function):
     """log1p(e^(n - p)) + (p - mean) of every anchor that has a positive, or, with a ``divisor``, their sum
-    divided by it. Nothing large cancels: p and the mean have the rounding of s in common. By hand what
-    autograd would do with a dozen nodes: small batches are all overhead."""
+    divided by it. Nothing large cancels: p and the mean have the rounding of s in common. A single positive
+    is both, and the mean gets p's gradient, too. By hand what autograd would do with a dozen nodes: small
+    batches are all overhead."""
 
     @staticmethod
     def forward(
@@ -50,8 +51,10 @@ class _SupConRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         above, count = ctx.saved_tensors
         grad = torch.where(count > 0, grad if ctx.divisor is None else grad / ctx.divisor, 0.0)
-        grad_n = grad * above.sigmoid()
-        return grad_n, grad - grad_n, grad / -count.clamp(min=1), None, None, None
+        grad_n, single = grad * above.sigmoid(), count == 1
+        grad_p = torch.where(single, 0.0, grad - grad_n)
+        grad_sum = torch.where(single, -grad_n, grad / -count.clamp(min=1))
+        return grad_n, grad_p, grad_sum, None, None, None
 
 
 def supcon_rows(statistics: RowStatistics, count: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,17 +74,17 @@ def _supcon(s: RowStatistics, count: Tensor, valid: Tensor, divisor: Tensor | in
         loss: Tensor = _SupConRows.apply(s.n, s.p, s.positive_sum, count, valid, divisor)
         return loss
     above = s.n - torch.where(valid, s.p, 0.0)
-    gap = _gap(s.p, s.positive_sum, count, count, valid)
+    gap = _gap(s, s.positive_sum, count, count, valid)
     loss = torch.where(valid, torch.logaddexp(above, torch.zeros_like(above)) + gap, 0.0)
     return loss if divisor is None else loss.sum() / divisor
 
 
-def _gap(p: Tensor, total: Tensor, among: Tensor, count: Tensor, valid: Tensor) -> Tensor:
+def _gap(s: RowStatistics, total: Tensor, among: Tensor, count: Tensor, valid: Tensor) -> Tensor:
     """p - mean, the mean over ``among`` of the ``count`` terms of p, with its least value and without it the
     gradient; 0 where not valid."""
+    p = torch.where(count == 1, s.positive_sum, s.p)  # the same, without an exponential and its logarithm
     gap = torch.where(valid, p - _mean(total, among), 0.0)
-    value = torch.where(count == 1, 0.0, _least(gap.detach(), among.clamp(min=1)))
-    return gap + (value - gap.detach())
+    return gap + (_least(gap.detach(), among.clamp(min=1)) - gap.detach())
 
 
 def sincere_rows(softplus: Tensor, count: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -92,15 +95,15 @@ def sincere_rows(softplus: Tensor, count: Tensor, epsilon: float) -> tuple[Tenso
 
 
 def cnce_rows(
-    p: Tensor, instance_sum: Tensor, instance_count: Tensor, count: Tensor, among_positives: bool
+    s: RowStatistics, instance_count: Tensor, count: Tensor, among_positives: bool
 ) -> tuple[Tensor, Tensor]:
     """p_i - mean_{A_i} s, and which anchors have another row of their instance. ``among_positives``: A_i is a
     part of P_i; a caller's mask may have it otherwise."""
     valid = (instance_count > 0) & (count > 0)
     if among_positives:
-        gap = _gap(p, instance_sum, instance_count, count, valid)
+        gap = _gap(s, s.instance_sum, instance_count, count, valid)
     else:
-        gap = torch.where(valid, p - _mean(instance_sum, instance_count), 0.0)
+        gap = torch.where(valid, s.p - _mean(s.instance_sum, instance_count), 0.0)
     return torch.where(valid, gap, 0.0), valid
 
 

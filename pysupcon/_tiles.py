@@ -47,6 +47,96 @@ def no_autocast(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
+def readable(tensor: Tensor) -> bool:
+    """Whether the host may read values: of a GPU it would make the device wait, and it cannot be traced."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_index(name: str, index: Tensor, rows: Tensor) -> None:
+    if index.dtype != torch.int64 or index.shape != rows.shape[:1] or index.device != rows.device:
+        raise ValueError(
+            f"{name} must be int64 of shape [{rows.shape[0]}] on {rows.device}, got {index.dtype} of shape "
+            f"{list(index.shape)} on {index.device}"
+        )
+
+
+def _check_order(prefix: str, labels: Tensor, order: Tensor, labelled: bool) -> None:
+    rows = order.shape[0]
+    name = f"{prefix}order"
+    seen = torch.zeros(rows, dtype=torch.bool)
+    try:
+        in_order = labels.index_select(0, order)  # refuses what is negative or too large
+        once = bool(seen.index_fill_(0, order, True).all())
+    except IndexError:
+        once = False
+    if not once:
+        raise ValueError(f"{name} must hold each of 0 to {rows - 1} once")
+    if labelled and (in_order[1:] < in_order[:-1]).any():
+        raise ValueError(f"{name} must be the argsort of {prefix}labels")
+
+
+def check_operands(
+    x: Tensor,
+    labels: Tensor,
+    order: Tensor,
+    scale: Tensor,
+    candidates: Tensor | None,
+    candidate_labels: Tensor | None,
+    candidate_order: Tensor | None,
+    self_index: Tensor | None,
+    labelled: bool,
+) -> None:
+    """What every operator begins with; values where they can be read for nothing.
+
+    Args:
+        labelled: whether labels say who is a positive, which those beside a mask do not.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if x.dim() != 2 or x.shape[1] == 0 or not x.is_floating_point():
+        raise ValueError(
+            f"x must be floating-point of shape [rows, D] with D at least 1, got {x.dtype} of shape "
+            f"{list(x.shape)}"
+        )
+    if scale.dim() != 0 or not scale.is_floating_point():
+        raise ValueError(
+            f"scale must be a floating-point tensor of no dimensions, got {scale.dtype} of shape "
+            f"{list(scale.shape)}"
+        )
+    if readable(scale) and not 0 < float(scale) < torch.inf:
+        raise ValueError(f"scale must be finite and greater than 0, got {float(scale)}")
+    if candidates is None and not (candidate_labels is candidate_order is self_index is None):
+        raise ValueError("candidate_labels, candidate_order and self_index go with candidates")
+    sides = [("", x, labels, order)]
+    if candidates is not None:
+        if candidate_labels is None or candidate_order is None:
+            raise ValueError("candidates need candidate_labels and candidate_order")
+        if candidates.shape[1:] != x.shape[1:] or candidates.dtype != x.dtype:
+            raise ValueError(
+                f"candidates must be {x.dtype} of shape [N, {x.shape[1]}] as x is, got {candidates.dtype} of "
+                f"shape {list(candidates.shape)}"
+            )
+        sides.append(("candidate_", candidates, candidate_labels, candidate_order))
+    for prefix, rows, its_labels, its_order in sides:
+        _check_index(f"{prefix}labels", its_labels, rows)
+        _check_index(f"{prefix}order", its_order, rows)
+        if readable(its_order) and rows.shape[0]:
+            _check_order(prefix, its_labels, its_order, labelled)
+    if self_index is None or candidates is None or candidate_labels is None:
+        return
+    _check_index("self_index", self_index, x)
+    if readable(self_index) and self_index.numel():
+        count = candidates.shape[0]
+        if int(self_index.min()) < -1 or int(self_index.max()) >= count:
+            raise ValueError(f"self_index must lie in [-1, {count})")
+        there = self_index >= 0
+        if labelled and (candidate_labels[self_index[there]] != labels[there]).any():
+            raise ValueError("self_index must name a candidate of the anchor's own label")
+
+
 def slices(count: int, size: int) -> list[Slice]:
     return [(start, min(start + size, count)) for start in range(0, count, size)]
 
@@ -61,11 +151,20 @@ class Side:
         self.rows = rows.index_select(0, order).to(compute_dtype(rows))
         self.tiles = slices(rows.shape[0], _CPU_TILE if rows.device.type == "cpu" else _DEVICE_TILE)
         self.bounds: list[tuple[int, int]] | None = None
-        # Reading labels on the host would make a GPU wait and cannot be traced.
-        if rows.device.type == "cpu" and not torch.compiler.is_compiling():
+        if readable(rows):
             self.bounds = [(int(self.labels[a]), int(self.labels[b - 1])) for a, b in self.tiles]
 
+    def check(self, *columns: Tensor) -> None:
+        """Statistics of the rows, or their gradients."""
+        for column in columns:
+            if column.shape != self.order.shape or not column.is_floating_point():
+                raise ValueError(
+                    "statistics and their gradients must be floating-point of shape "
+                    f"{list(self.order.shape)}, got {column.dtype} of shape {list(column.shape)}"
+                )
+
     def sort(self, column: Tensor, dtype: torch.dtype) -> Tensor:
+        self.check(column)
         return column.index_select(0, self.order).to(dtype)
 
 
@@ -99,6 +198,9 @@ class Pairs:
         instances: Tensor | None = None,
         candidate_instances: Tensor | None = None,
     ) -> None:
+        check_operands(
+            x, labels, order, scale, candidates, candidate_labels, candidate_order, self_index, mask is None
+        )
         self.anchors = Side(x, labels, order, instances)
         self.symmetric = candidates is None
         if candidates is None:
@@ -142,7 +244,6 @@ class Pairs:
         """``only_positives`` (``only_negatives``): leave out tiles known to hold none."""
         a, b = self.anchors, self.candidates
         for number_i, i in enumerate(a.tiles):
-            scaled = a.rows[slice(*i)] * self.scale
             for number_j, j in enumerate(b.tiles):
                 if self.symmetric and number_j < number_i:
                     continue
@@ -159,7 +260,9 @@ class Pairs:
                     same = self.mask.mask[rows[:, None], columns[None, :]]
                     same_back = self.mask.mask[columns[None, :], rows[:, None]] if self.symmetric else same
                     left_out = self._left_out(i, j)
-                similarity = scaled @ b.rows[slice(*j)].T
+                similarity = (a.rows[slice(*i)] @ b.rows[slice(*j)].T).mul_(self.scale)
+                if diagonal:  # s_ij and s_ji are one number: rounded apart, they would not cancel
+                    similarity = similarity.triu() + similarity.triu(1).T
                 instance = self._instance(i, j, same)
                 yield Tile(i, j, similarity, same, same_back, left_out, instance, diagonal)
 

@@ -44,9 +44,10 @@ dual numbers) is refused, except by backend="reference"; of torch.func inside to
 can trace works (it refuses vmap of grad).
 
 Errors: ValueError or TypeError naming the argument, what it must be and what came; on a CPU also for features
-that are not finite, and where the largest |z| |z| / temperature is beyond 7e14. On a GPU, where looking would
-make the caller wait, the loss is NaN then. RuntimeError for a backend that is not compiled, and for CUDA
-kernels that answer wrongly or cannot run on the device.
+that are not finite, and where the largest |z| |z| / temperature is beyond 7e14 (on a GPU, where looking would
+make the caller wait, the loss is NaN then). RuntimeError for a backend that is not compiled, and for CUDA
+kernels that answer wrongly or cannot run on the device. An argument that is changed in place between forward
+and backward: autograd refuses the backward (RuntimeError), or the change has no effect.
 """
 
 from __future__ import annotations
@@ -147,10 +148,9 @@ def supcon(
     loss = _supcon(problem, reduction)
     if base_temperature is None:
         return loss
-    temperature = problem.temperature
     if torch.compiler.is_compiling():  # a quotient of numbers would make each of them a graph of its own
-        temperature = loss.new_ones(()) * temperature
-    factor = temperature / base_temperature
+        return loss * (torch.ones_like(loss.detach()) * problem.temperature / base_temperature).to(loss)
+    factor = problem.temperature / base_temperature
     return loss * (factor.to(loss) if isinstance(factor, Tensor) else factor)
 
 
@@ -246,7 +246,7 @@ def class_conditional_info_nce(
 
     def rows(s: RowStatistics, count: Tensor, instance_count: Tensor | None) -> tuple[Tensor, Tensor]:
         assert instance_count is not None
-        return cnce_rows(s.p, s.instance_sum, instance_count, count, mask is None)
+        return cnce_rows(s, instance_count, count, mask is None)
 
     loss, valid, anchors = _streamed(problem, rows, positives=True)
     return _finish(problem, loss, valid, reduction, anchors)
@@ -297,7 +297,7 @@ def spread(
             first, valid = supcon_rows(s, count)
         else:
             first, valid = sincere_rows(s.softplus, count, 0.0)
-        second, _ = cnce_rows(s.p, s.instance_sum, instance_count, count, mask is None)
+        second, _ = cnce_rows(s, instance_count, count, mask is None)
         return (1 - alpha) * first + alpha * second, valid
 
     loss, valid, anchors = _streamed(

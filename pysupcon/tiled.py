@@ -24,6 +24,7 @@ from ._tiles import (
     negated,
     no_autocast,
     positive_count,
+    readable,
     stats_dtype,
     zero_unless,
 )  # fmt: skip
@@ -102,7 +103,7 @@ def _poison(x: Tensor, candidates: Tensor | None, scale: Tensor) -> Tensor:
             low, high = torch.aminmax(rows.detach())  # NaN spreads to both
             poison = poison + (low * 0.0 + high * 0.0).to(scale.dtype)
             largest = largest * torch.maximum(-low, high).to(scale.dtype)
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or not x.numel():
+    if not readable(x) or not x.numel():
         return poison
     if not math.isfinite(poison):
         for name, side in (("rows", x), ("candidate rows", candidates)):
@@ -194,6 +195,7 @@ def _row_stats(
     grad_instance_sum: Tensor | None,
 ) -> _RowStats:
     dtype = side.rows.dtype
+    side.check(n, p, grad_n, grad_p)
 
     def pair(statistic: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         # An empty set contributes nothing: e^(s - inf) = 0, where e^(s + inf) would be infinite. What the
@@ -246,6 +248,12 @@ class _Gradients:
 
     def add_to(self, grad_x: Tensor, grad_candidates: Tensor | None) -> None:
         """In the caller's order, once."""
+        for name, into, part in (
+            ("grad_x", grad_x, self.grad_x),
+            ("grad_candidates", grad_candidates, self.grad_candidates),
+        ):
+            if into is not None and part is not None and into.shape != part.shape:
+                raise ValueError(f"{name} must be of shape {list(part.shape)}, got shape {list(into.shape)}")
         # No index comes twice: the order of the additions does not matter.
         grad_x.index_add_(0, self.pairs.anchors.order, self.grad_x.mul_(self.pairs.scale))
         if self.grad_candidates is not None and grad_candidates is not None:

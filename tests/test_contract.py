@@ -108,9 +108,9 @@ def test_backward_operators_add(name: str, kind: str, backend: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda g: g[:5], r"grad_x must be a contiguous CPU tensor of Float and shape \[7, 5\], got Float of "
-                          r"shape \[5, 5\]"),
-        (lambda g: g.double(), r"grad_x must be .* of Float and shape \[7, 5\], got Double"),
+        (lambda g: g[:5], r"grad_x must be a contiguous tensor of Float and shape \[7, 5\] on cpu, got Float "
+                          r"of shape \[5, 5\]"),
+        (lambda g: g.double(), r"grad_x must be .* of Float and shape \[7, 5\] on cpu, got Double"),
         (lambda g: g.new_zeros(5, 7).T, r"got Float of shape \[7, 5\] and strides \[1, 7\]"),
     ],
 )  # fmt: skip

@@ -35,8 +35,12 @@ ASAN_CASES = [
     "bf16-long",
     "f32x3-two-rows",
     "bf16-empty-parts",
+    "bf16-views-candidates",
+    "f32x3-views-own",
+    "f64-views-candidates",
 ]
-TSAN_CASES = ["bf16-own", "f32x3-two-rows", "f64-own", "bf16-shares"]
+ASAN_BROKEN = ["bf16-streamed", "f64-own"]
+TSAN_CASES = ["bf16-own", "f32x3-two-rows", "f64-own", "bf16-shares", "bf16-views-own"]
 SHARES = 6
 FORMATS = ["bf16", "f16", "f32x1", "f32x2", "f32x3", "f64"]
 TENSOR_CORES = ["h100", "a100"]
@@ -73,6 +77,20 @@ def test_thread_sanitizer_is_silent() -> None:
     check("tsan", *TSAN_CASES)
 
 
+def broken(kind: str, *shapes: str) -> None:
+    done = build.run(build.build(kind, "broken.cpp"), *shapes, timeout=1200)
+    passed = done.returncode == 0 and done.stdout.rstrip().endswith("PASS")
+    assert passed, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_broken_operands_give_nan_everywhere() -> None:
+    broken("plain")
+
+
+def test_broken_operands_lead_to_no_access_outside() -> None:
+    broken("asan", *ASAN_BROKEN)
+
+
 def test_emulation_primitives() -> None:
     done = build.run(build.build("plain", "shim_selftest.cpp"))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -106,7 +124,7 @@ def test_unknown_case_is_a_failure() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
-def test_supcon_starts_eight_kernels(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+def test_supcon_starts_six_kernels(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """Forward and backward, through autograd and the operators that ship: a small batch waits for launches.
 
     Kernels and memsets are counted and not run, after a batch that shows that running changes nothing.
@@ -146,9 +164,9 @@ def test_supcon_starts_eight_kernels(monkeypatch: pytest.MonkeyPatch, dtype: tor
     assert launches(64) == ran
     for n in (64, 128, 300, 1000, 2048, 4096):
         found = launches(n)
-        assert list(found) == ["pair_stats", "positive_sum", "pair_stats_backward", "positive_sum_backward"]
+        assert list(found) == ["pair_stats", "pair_stats_backward"]
         assert min(found.values()) >= 1
-        assert sum(found.values()) <= 8, (n, found)
+        assert sum(found.values()) <= 6, (n, found)
         print(n, sum(found.values()), found)
 
 
@@ -205,6 +223,13 @@ def test_every_case_in_every_order(order: str) -> None:
 @pytest.mark.parametrize("prefix", FORMATS)
 def test_every_case_under_every_sanitizer(kind: str, prefix: str) -> None:
     check(kind, prefix)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["asan", "tsan"])
+@pytest.mark.parametrize("prefix", FORMATS)
+def test_broken_operands_under_every_sanitizer(kind: str, prefix: str) -> None:
+    broken(kind, prefix)
 
 
 @pytest.mark.slow

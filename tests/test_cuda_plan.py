@@ -20,8 +20,6 @@ OPERATIONS = {
     "stats_backward": 1,
     "softplus": 2,
     "softplus_backward": 3,
-    "sum": 4,
-    "sum_backward": 5,
 }
 DTYPES = {"f64": 0, "f32": 1, "bf16": 2, "f16": 3}
 LARGE, SMALL = 228 << 10, 100 << 10  # shared memory of a multiprocessor
@@ -34,28 +32,30 @@ void show(const Runs& runs) {
          (long long)runs.parts());
 }
 int main() {
-  int operation, dtype, parts, processors, shared, form, negatives;
+  int operation, dtype, parts, processors, shared, form, negatives, positives, instances;
   long long m, n, width;
-  const char* line = "%d %d %d %d %d %d %d %lld %lld %lld";
-  while (scanf(line, &operation, &dtype, &parts, &processors, &shared, &form, &negatives, &m, &n, &width) ==
-         10) {
+  const char* line = "%d %d %d %d %d %d %d %d %d %lld %lld %lld";
+  while (scanf(line, &operation, &dtype, &parts, &processors, &shared, &form, &negatives, &positives,
+               &instances, &m, &n, &width) == 12) {
     Problem p{};
     p.operation = Operation(operation), p.dtype = Dtype(dtype), p.parts = parts;
-    p.multiprocessors = processors, p.shared_memory = shared, p.negatives = negatives;
+    p.multiprocessors = processors, p.shared_memory = shared;
+    p.negatives = negatives, p.positives = positives;
     p.triangular_rows = kTriangularRows;
     p.width = width, p.anchors.count = m, p.candidates.count = n, p.one_set = form == 0;
     static int64_t word;  // any address says "given"
-    static float n_statistic, p_statistic;
-    p.n = &n_statistic, p.p = &p_statistic;
+    static double statistic;
+    if (instances) p.anchors.instances = p.candidates.instances = &word;
     if (form > 0) p.self_index = &word;
     if (form == 1) p.grad_candidates = &word;
-    if (form == 2) p.candidate_grad_n = &word;
-    p.out_grad_n = &word;
+    if (form == 2) p.candidate_grad_n = &statistic;
+    p.out_grad_n = &statistic;
     const Workspace w = lay_out(p);
     const Shape s = pair_shape(p);
-    printf("%lld %d ", (long long)w.bytes, w.candidate_sums.levels);
+    printf("%lld %lld ", (long long)w.bytes, (long long)w.arrival_count);
     printf("%d %d %d %d %d ", s.rows, s.columns, s.per_multiprocessor, s.shares, s.share_width);
-    show(w.anchor_runs), show(w.candidate_runs), puts("");
+    show(w.negatives.anchor_runs), show(w.negatives.candidate_runs);
+    show(w.positives.anchor_runs), show(w.positives.candidate_runs), puts("");
   }
 }
 """
@@ -76,7 +76,8 @@ class Runs(NamedTuple):
 
 class Plan(NamedTuple):
     bytes: int
-    levels: int
+    arrivals: int
+    """counters of row blocks that several runs share, over all launches"""
     rows: int
     """of a row block"""
     columns: int
@@ -85,11 +86,19 @@ class Plan(NamedTuple):
     shares: int
     share_width: int
     anchors: Runs
+    """of negatives, anchors being the rows"""
     candidates: Runs
+    positive_anchors: Runs
+    """of pairs within classes"""
+    positive_candidates: Runs
 
     def part_bytes(self) -> int:
-        """Of one part of a row block: its gradient or its statistics, and a number beside each row."""
-        return self.rows * (4 * self.share_width * self.shares + 4 if self.share_width else 16)
+        """Of one part of a row block, at most: its gradient and a number for each row, or its statistics."""
+        return self.rows * (4 * self.share_width * self.shares + 4 if self.share_width else 24)
+
+    def part_count(self) -> int:
+        """One launch after the other, all in the same place; at most what the largest has."""
+        return max(runs.parts for runs in self[7:])
 
 
 Planner = Callable[..., Plan]
@@ -117,21 +126,24 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Planner:
         multiprocessors: int = 132,
         shared_memory: int = LARGE,
         negatives: bool = True,
+        positives: bool = True,
+        instances: bool = False,
     ) -> Plan:
         kind = (OPERATIONS[operation], DTYPES[dtype], parts, multiprocessors, shared_memory)
-        line = " ".join(map(str, (*kind, form, int(negatives), m, n, width)))
+        asked = map(int, (form, negatives, positives, instances))
+        line = " ".join(map(str, (*kind, *asked, m, n, width)))
         done = subprocess.run([str(program)], input=line, capture_output=True, text=True, check=True)
         assert not done.stderr
         words = list(map(int, done.stdout.split()))
-        size, levels, rows, columns, blocks, shares, width = words[:7]
-        runs = Runs(*words[7:12]), Runs(*words[12:])
-        return Plan(size, levels, rows, columns, blocks, shares, width, *runs)
+        runs = (Runs(*words[at : at + 5]) for at in range(7, 27, 5))
+        return Plan(*words[:7], *runs)
 
     return ask
 
 
 SLACK = 20 * 256  # every piece starts at a multiple of 256 bytes
 SCANNED = 16 * 256  # extremes of large batches
+VERDICTS = 4 * 4 * 1024  # of the rows and the orders of two sides
 
 
 def copy_bytes(rows: int, width: int, dtype: str, parts: int = 3) -> int:
@@ -144,16 +156,21 @@ def copy_bytes(rows: int, width: int, dtype: str, parts: int = 3) -> int:
 @pytest.mark.parametrize("form", [ONE_SET, CANDIDATES, OWN_ROWS])
 @pytest.mark.parametrize("operation", ["stats", "stats_backward", "softplus", "softplus_backward"])
 @pytest.mark.parametrize(("dtype", "width"), [("bf16", 128), ("f16", 100), ("f32", 33), ("bf16", 1000)])
+@pytest.mark.parametrize("instances", [False, True])
 def test_large_batches_take_the_copy_and_32_bytes_a_row(
-    plan: Planner, operation: str, dtype: str, width: int, form: int
+    plan: Planner, operation: str, dtype: str, width: int, form: int, instances: bool
 ) -> None:
-    sides = 1 if form == ONE_SET else 2
+    """12 more with instances."""
+    sides, each = 1 if form == ONE_SET else 2, 44 if instances else 32
     for rows in (1 << 20, (1 << 20) + 1):
-        found = plan(operation, dtype, rows, rows, width, form)
+        found = plan(operation, dtype, rows, rows, width, form, instances=instances)
         parts = 2 * 132 * found.per_multiprocessor * found.part_bytes() // found.shares
         arrivals = 4 * sides * found.anchors.row_blocks * found.shares
-        extra = parts + arrivals if found.anchors.parts else 0
-        assert found.bytes <= sides * (copy_bytes(rows, width, dtype) + 32 * rows) + extra + SCANNED + SLACK
+        extra = parts + arrivals if found.part_count() else 0
+        assert (
+            found.bytes
+            <= sides * (copy_bytes(rows, width, dtype) + each * rows) + extra + VERDICTS + SCANNED + SLACK
+        )
 
 
 def test_the_copy_in_one_part_is_as_long_as_in_16_bits(plan: Planner) -> None:
@@ -172,13 +189,15 @@ def test_parts_stay_small_whatever_the_batch(
     for operation in ("stats", "stats_backward", "softplus_backward"):
         for dtype in ("bf16", "f32"):
             found = plan(operation, dtype, rows, rows, width, shared_memory=shared_memory)
-            runs, slots = found.anchors, 132 * found.per_multiprocessor // found.shares
-            assert runs.parts in (0, 2 * runs.blocks)
-            assert runs.parts <= 2 * slots
-            most = copy_bytes(rows, width, dtype) + 32 * rows + runs.parts * found.part_bytes()
-            assert found.bytes <= most + 4 * runs.row_blocks * found.shares + SCANNED + SLACK
+            slots = 132 * found.per_multiprocessor // found.shares
+            for runs in (found.anchors, found.positive_anchors):
+                assert runs.parts in (0, 2 * runs.blocks)
+                assert runs.parts <= 2 * slots
+            parts = found.part_count()
+            most = copy_bytes(rows, width, dtype) + 32 * rows + parts * found.part_bytes()
+            assert found.bytes <= most + 4 * found.arrivals + VERDICTS + SCANNED + SLACK
             # a number: 2 parts of at most 128 KiB for each block that runs at the same time
-            assert runs.parts * found.part_bytes() <= 2 * 132 * found.per_multiprocessor * (129 << 10)
+            assert parts * found.part_bytes() <= 2 * 132 * found.per_multiprocessor * (129 << 10)
 
 
 def makespan(runs: Runs, slots: int) -> int:
@@ -232,7 +251,8 @@ def test_pairs_within_classes_stay_in_whole_row_blocks_once_there_are_enough(pla
         for n in (1000, 16_384, 20_000, 65_536):
             found = plan(operation, "bf16", n, n, 768, negatives=negatives)
             slots = 132 * found.per_multiprocessor // found.shares
-            runs = found.anchors
+            runs = found.positive_anchors
+            assert found.anchors.blocks == 0
             assert runs_in_full(runs) == runs.units
             assert runs.blocks == (runs.row_blocks if runs.row_blocks >= slots else min(slots, runs.units))
 
@@ -244,6 +264,15 @@ def test_both_directions_are_shared_out(plan: Planner) -> None:
     for runs in (found.anchors, found.candidates):
         assert runs_in_full(runs) == runs.units
         assert runs.blocks == 264
+    for positives, all_pairs in (
+        (found.positive_anchors, found.anchors),
+        (found.positive_candidates, found.candidates),
+    ):
+        assert positives.units == all_pairs.units
+    # every launch counts its own arrivals
+    cut = [runs.row_blocks for runs in found[7:] if runs.blocks != runs.row_blocks]
+    assert found.arrivals == sum(cut)
+    assert len(cut) == 3
 
 
 RUNS = r"""
@@ -341,18 +370,21 @@ def test_offsets_of_the_largest_batch_are_64_bit(plan: Planner) -> None:
     assert found.anchors.units == -(-rows // 128) * -(-rows // 64)
 
 
-def test_double_precision_needs_ranges_only(plan: Planner) -> None:
-    assert plan("stats_backward", "f64", 1000, 1000, 64).bytes == 8192  # 8000 bytes, rounded up
+def test_pairs_that_are_not_asked_for_have_no_pass(plan: Planner) -> None:
+    for operation in ("stats", "stats_backward"):
+        for negatives, positives in ((True, False), (False, True)):
+            found = plan(operation, "bf16", 1000, 1000, 64, negatives=negatives, positives=positives)
+            assert bool(found.anchors.blocks) == negatives
+            assert bool(found.positive_anchors.blocks) == positives
+    for operation in ("softplus", "softplus_backward"):
+        assert plan(operation, "bf16", 1000, 1000, 64).anchors.blocks == 0
 
 
-@pytest.mark.parametrize(
-    ("rows", "levels"), [(0, 0), (64, 0), (65, 1), (4096, 1), (4097, 2), ((1 << 31) - 256, 5)]
-)
-def test_levels_of_the_tree_of_sums(plan: Planner, rows: int, levels: int) -> None:
-    assert plan("sum", "f32", rows, rows, 4).levels == levels
+def test_double_precision_needs_verdicts_and_ranges_only(plan: Planner) -> None:
+    assert plan("stats_backward", "f64", 1000, 1000, 64).bytes == VERDICTS + 8192  # 8000 bytes, rounded up
 
 
 def test_empty_batches_have_a_plan(plan: Planner) -> None:
     for operation in OPERATIONS:
         for form in (ONE_SET, CANDIDATES, OWN_ROWS):
-            assert plan(operation, "f32", 0, 0, 8, form).bytes <= SLACK
+            assert plan(operation, "f32", 0, 0, 8, form).bytes <= VERDICTS + SLACK

@@ -96,18 +96,21 @@ def test_results_are_named_after_the_device() -> None:
     assert gpu_check.file_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3.json"
 
 
-def test_the_driver_is_made_of_every_kernel_source(tmp_path: Path) -> None:
-    compile_, link = gpu_driver.commands(TOOLKIT, "90", tmp_path)
-    sources = {Path(command[-3]).name for command in compile_}
-    assert sources == {p.name for p in (ROOT / "csrc" / "cuda").glob("*.cu")} | {"emulate.cpp"}
-    assert all(command[-1] in link for command in compile_)
-    assert {command[0] for command in [*compile_, link]} == {TOOLKIT.nvcc}
+def test_the_drivers_are_made_of_every_kernel_source(tmp_path: Path) -> None:
+    compile_, links = gpu_driver.commands(TOOLKIT, "90", tmp_path)
+    kernels = {p.name for p in (ROOT / "csrc" / "cuda").glob("*.cu")}
+    objects = {Path(command[-3]).name: command[-1] for command in compile_}
+    assert set(objects) == kernels | {"emulate.cpp", "broken.cpp"}
+    for link, program, source in zip(links, ("driver", "broken"), ("emulate.cpp", "broken.cpp"), strict=True):
+        assert set(objects.values()) & set(link) == {objects[name] for name in kernels | {source}}
+        assert link[-1] == str(tmp_path / program)
+        assert "-L/elsewhere/lib" in link
+    assert {command[0] for command in [*compile_, *links]} == {TOOLKIT.nvcc}
     assert all("-isystem=/elsewhere/include" in command for command in compile_)
-    assert "-L/elsewhere/lib" in link
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_the_driver_is_built_by_whatever_nvcc_is_named(tmp_path: Path, broken: bool) -> None:
+def test_the_drivers_are_built_by_whatever_nvcc_is_named(tmp_path: Path, broken: bool) -> None:
     """A compiler that writes its target, and one that does not compile one of the sources."""
     fails = 'case "$*" in *emulate.cpp*) echo "no such intrinsic"; exit 3;; esac' if broken else ""
     toolkit = fake_toolkit(tmp_path, fails)
@@ -117,6 +120,7 @@ def test_the_driver_is_built_by_whatever_nvcc_is_named(tmp_path: Path, broken: b
     )  # fmt: skip
     assert done.returncode == int(broken)
     assert (tmp_path / "out" / "driver").exists() is not broken
+    assert (tmp_path / "out" / "broken").exists() is not broken
     assert ("no such intrinsic" in done.stdout) is broken
 
 
@@ -164,8 +168,15 @@ def test_steps_can_be_chosen(tmp_path: Path) -> None:
     assert names == [
         ["build the extension", "build the driver"],
         ["compute-sanitizer memcheck"],
+        ["compute-sanitizer memcheck of broken operands"],
         ["launches a step"],
     ]
+
+
+def test_shapes_of_the_broken_operands_exist() -> None:
+    shapes = (ROOT / "tests/cuda_emulation/broken.cpp").read_text()
+    for name in gpu_steps.SANITIZED_BROKEN:
+        assert f'{{"{name}", Dtype' in shapes
 
 
 def test_cases_of_the_driver_exist() -> None:
@@ -198,7 +209,7 @@ def test_missing_tools_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert missing["compute-sanitizer memcheck"] == "compute-sanitizer is not installed"
     assert sum(word == "ncu is not installed" for word in missing.values()) == 3
     assert missing["train the digits recipe"] == "not installed: no_such_package; see benchmarks/wheels.py"
-    assert len(missing) == 6
+    assert len(missing) == 7
 
 
 # --- steps and their record
@@ -384,7 +395,7 @@ def test_the_hot_kernels_are_profiled() -> None:
     assert len(hot) >= 5
     assert [name for name in hot if not re.search(pattern, name)] == []
     others = [name for names in found.values() for name in names]
-    assert len(others) >= 8
+    assert len(others) >= 6
     assert [name for name in others if re.search(pattern, name)] == []
 
 

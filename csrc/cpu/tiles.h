@@ -82,6 +82,7 @@ struct TilePair {
   // visit.skip(i0, j0) for the others.
   template <class Visit>
   PYSUPCON_INLINE void each(const Visit& visit) const {
+    const T factor = static_cast<T>(plan.problem.scale * kLog2e);
     for (int j0 = 0; j0 < b.count; j0 += kCols<T>)
       for (int i0 = 0; i0 < a.count; i0 += kRows) {
         const Kind k = kind(i0, j0);
@@ -90,7 +91,7 @@ struct TilePair {
           continue;
         }
         Tile<T> tile;
-        similarities<T>(tile, a, b, i0, j0);
+        similarities<T>(tile, a, b, i0, j0, factor);
         if (k == Kind::negative)
           visit.template operator()<Kind::negative>(tile, i0, j0);
         else if (k == Kind::positive)

@@ -11,14 +11,14 @@ struct Gradient {
   float* data;           // [rows, width], in the caller's order; added to
   const int64_t* order;  // of the rows
   int rows, width;
-  const float* scale;
+  const Scale* scale;
   const Extremes* extremes;
   float* parts;      // [parts][shares] of row blocks that several runs share
   float* row_parts;  // [parts][rows of a block], of what the weights keep beside the gradient
   int* arrivals;     // [row blocks][shares]
 
   __device__ __forceinline__ float factor() const {
-    return ldexpf(*scale, gradient_exponent(extremes->largest));
+    return ldexpf(scale->natural, gradient_exponent(extremes->largest));
   }
 };
 
@@ -35,11 +35,13 @@ struct ResidentBackward {
 };
 // Columns that a warp works on at a time: fewer leave more registers, but the rows' fragments are read again
 // for each part. Where a tile needs no mask all columns at once pay on sm_90, whose tensor cores are fast
-// enough for shared memory to matter.
+// enough for shared memory to matter; blocks of eight warps never run there.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+template <int>
 constexpr int kQuickColumns = 32;
 #else
-constexpr int kQuickColumns = 64;
+template <int WARPS>
+constexpr int kQuickColumns = WARPS == 4 ? 64 : 32;
 #endif
 constexpr int kSlowColumns = 32;
 template <int N>
@@ -61,9 +63,15 @@ struct StreamedBackward {
                 "as plan.h says");
 };
 
+// Of the columns of two tiles.
 template <class C>
-struct CoefficientTile {
-  float2 n[C::BN], p[C::BN];
+struct ColumnCoefficients {
+  float2 power[2][C::BN], rest[2][C::BN];
+  float instance[2][C::BN];
+
+  __device__ __forceinline__ Coefficients from(int tile, int col) const {
+    return {power[tile] + col, rest[tile] + col, instance[tile] + col};
+  }
 };
 // A warp's share of the gradient passes through shared memory, 16 rows of a slice at a time, so that whole
 // rows are written. Pair c of row r stands at c + 4 r: what the lanes of a fragment write falls into distinct
@@ -80,7 +88,7 @@ struct ResidentBackwardShared {
     Staging<C> staging;
   };
   uint4 cols[2][C::SLICES][1][C::BN][C::CH];
-  CoefficientTile<C> coefficients[2];
+  ColumnCoefficients<C> coefficients;
   Bounds bounds;
 };
 static_assert(2 * (sizeof(ResidentBackwardShared<ResidentBackward<gpu::Bf16, 4>>) + 1024) <= kTwoBlocks,
@@ -92,26 +100,33 @@ struct StreamedBackwardShared {
     Staging<C> staging;
   };
   uint4 cols[2][C::PARTS][C::BN][C::CH];
-  CoefficientTile<C> coefficients[2];
+  ColumnCoefficients<C> coefficients;
   Bounds bounds;
 };
 
-template <class C, bool USES_P>
-__device__ __forceinline__ void load_coefficients(CoefficientTile<C>& dst, const Coefficients& src,
-                                                  int col0) {
-  const int i = threadIdx.x;  // two coefficients per copy
-  static_assert(C::BN <= C::THREADS && kUnitRows % C::BN == 0, "one copy per thread, none past the padding");
-  if (!src.n) return;
-  if (i < C::BN / 2)
-    gpu::cp_async16(&dst.n[2 * i], src.n + col0 + 2 * i, true);
-  else if (USES_P && src.p && i < C::BN)
-    gpu::cp_async16(&dst.p[2 * i - C::BN], src.p + col0 + 2 * i - C::BN, true);
+template <class C, bool POSITIVES>
+__device__ __forceinline__ void load_coefficients(ColumnCoefficients<C>& dst, int tile,
+                                                  const Coefficients& src, int col0) {
+  constexpr int COPIES = C::BN / 2;  // of two pairs; half as many of four numbers
+  const int i = threadIdx.x;
+  static_assert(5 * COPIES / 2 <= C::THREADS && kUnitRows % C::BN == 0,
+                "one copy per thread, none past the padding");
+  if (!src.power) return;
+  if (i < COPIES)
+    gpu::cp_async16(&dst.power[tile][2 * i], src.power + col0 + 2 * i, true);
+  else if (POSITIVES && i < 2 * COPIES)
+    gpu::cp_async16(&dst.rest[tile][2 * (i - COPIES)], src.rest + col0 + 2 * (i - COPIES), true);
+  else if (POSITIVES && src.instance && i < 5 * COPIES / 2)
+    gpu::cp_async16(&dst.instance[tile][4 * (i - 2 * COPIES)], src.instance + col0 + 4 * (i - 2 * COPIES),
+                    true);
 }
 // Columns that are no anchors: written once, never loaded.
 template <class C>
-__device__ __forceinline__ void clear_coefficients(CoefficientTile<C> (&dst)[2], const Coefficients& src) {
-  if (!src.n && int(threadIdx.x) < C::BN)
-    for (int b = 0; b < 2; ++b) dst[b].n[threadIdx.x] = dst[b].p[threadIdx.x] = absent();
+__device__ __forceinline__ void clear_coefficients(ColumnCoefficients<C>& dst, const Coefficients& src) {
+  const int i = threadIdx.x;
+  if (!src.power && i < C::BN)
+    for (int tile = 0; tile < 2; ++tile)
+      dst.power[tile][i] = absent(), dst.rest[tile][i] = {0.f, 0.f}, dst.instance[tile][i] = 0.f;
 }
 
 // grad[m][c] += W cols over one slice of rows row, row + 1, ...; chunk c of the slice makes the 16 x 8 tiles
@@ -255,6 +270,11 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
     backward_resident(Pairs pairs, Runs runs, typename Weights::Args args, Gradient out) {
   using F = typename C::F;
   DYNAMIC_SHARED(ResidentBackwardShared<C>, s);
+  if (any_broken(pairs.verdicts, int(threadIdx.x), C::THREADS)) {
+    spoil(out.data, int64_t(out.rows) * out.width, int(threadIdx.x), C::THREADS);
+    spoil_results(pairs.verdicts, int(threadIdx.x), C::THREADS);
+    return;
+  }
   const int slices = pairs.rows.slices;
   clear_coefficients<C>(s->coefficients, args.cols);
   for (int block = first_row_block(runs, gpu::block_again());
@@ -268,7 +288,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
 #pragma unroll
         for (int k = 0; k < C::SLICES; ++k)
           if (k < slices) load_slice<C::THREADS>(s->cols[tile % 2][k], pairs.cols, tile * C::BN, k);
-        load_coefficients<C, Weights::USES_P>(s->coefficients[tile % 2], args.cols, tile * C::BN);
+        load_coefficients<C, Weights::POSITIVES>(s->coefficients, tile % 2, args.cols, tile * C::BN);
       }
       gpu::cp_async_commit();
     };
@@ -297,11 +317,12 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
                             thread % 32, k == 0);
         uint32_t w[1][C::MT][COLUMNS / 16][4];
         const int at = first + 2 * (s->bounds.thread() % 4);
-        const float2 *n = s->coefficients[tile % 2].n + at, *p = s->coefficients[tile % 2].p + at;
+        const Coefficients cols = s->coefficients.from(tile % 2, at);
         if (quick)
-          weights.template weigh_quickly<F>(w, acc, kind, n, p);
+          weights.template weigh_quickly<F>(w, acc, cols);
         else
-          weights.template weigh<F>(w, acc, kind, tile * C::BN + at, n, p);
+          weights.template weigh<F>(w, acc, s->bounds.template kind<C::BN>(pairs, tile), tile * C::BN + at,
+                                    cols);
         thread = s->bounds.thread();
 #pragma unroll
         for (int k = 0; k < C::SLICES; ++k)
@@ -309,8 +330,9 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
       };
       if (weights.quick(kind)) {
 #pragma unroll 1
-        for (int first = 0; first < C::BN; first += kQuickColumns) add(Number<kQuickColumns>{}, first, true);
-      } else {
+        for (int first = 0; first < C::BN; first += kQuickColumns<C::WARPS>)
+          add(Number<kQuickColumns<C::WARPS>>{}, first, true);
+      } else if (kind != Weights::SKIPPED) {
 #pragma unroll 1
         for (int first = 0; first < C::BN; first += kSlowColumns) add(Number<kSlowColumns>{}, first, false);
       }
@@ -329,6 +351,11 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
     backward_streamed(Pairs pairs, Runs runs, typename Weights::Args args, Gradient out) {
   using F = typename C::F;
   DYNAMIC_SHARED(StreamedBackwardShared<C>, s);
+  if (any_broken(pairs.verdicts, int(threadIdx.x), C::THREADS)) {
+    spoil(out.data, int64_t(out.rows) * out.width, int(threadIdx.x), C::THREADS);
+    spoil_results(pairs.verdicts, int(threadIdx.x), C::THREADS);
+    return;
+  }
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, slices = pairs.rows.slices;
   const int out0 = int(blockIdx.z) * C::SLICES, outs = min(C::SLICES, slices - out0);
   clear_coefficients<C>(s->coefficients, args.cols);
@@ -338,7 +365,14 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
     const Visit visit =
         visit_columns<C::BM, C::BN>(pairs, segment(runs, gpu::block_again(), block), &s->bounds);
 
-    int load_tile = visit.first, load_step = 0, load_buffer = 0;
+    __syncthreads();  // the bounds are there
+    // The next tile from this one on that is not skipped; none is where only classes are visited.
+    const auto next_tile = [&](int tile) {
+      if (Weights::SKIPPED == Kind::same)
+        while (tile < visit.last && s->bounds.template kind<C::BN>(pairs, tile) == Kind::same) ++tile;
+      return tile;
+    };
+    int load_tile = next_tile(visit.first), load_step = 0, load_buffer = 0, load_columns = 0;
     const auto load_next = [&] {
       if (load_tile < visit.last) {
         const bool scores = load_step < slices;
@@ -346,19 +380,20 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
         load_slice<C::THREADS>(s->cols[load_buffer], pairs.cols, load_tile * C::BN, k);
         if (scores) load_slice<C::THREADS>(s->rows[load_buffer], pairs.rows, row0, k);
         if (load_step == 0)
-          load_coefficients<C, Weights::USES_P>(s->coefficients[load_tile % 2], args.cols, load_tile * C::BN);
-        if (++load_step == slices + outs) load_step = 0, ++load_tile;
+          load_coefficients<C, Weights::POSITIVES>(s->coefficients, load_columns, args.cols,
+                                                   load_tile * C::BN);
+        if (++load_step == slices + outs)
+          load_step = 0, load_columns ^= 1, load_tile = next_tile(load_tile + 1);
         load_buffer ^= 1;
       }
       gpu::cp_async_commit();
     };
-    __syncthreads();  // the bounds are there
     load_next();
 
     typename Weights::template OfThread<2 * C::MT> weights(pairs, args, s->bounds);
     float grad[C::SLICES][C::MT][C::CH][4] = {};
-    int buffer = 0;
-    for (int tile = visit.first; tile < visit.last; ++tile) {
+    int buffer = 0, columns = 0;
+    for (int tile = next_tile(visit.first); tile < visit.last; tile = next_tile(tile + 1)) {
       float acc[C::MT][C::NT][4] = {};
 #pragma unroll 1
       for (int k = 0; k < slices; ++k) {
@@ -368,14 +403,15 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
         multiply_slice<F>(acc, s->rows[buffer], 16 * warp, s->cols[buffer], 0);
         buffer ^= 1;
       }
-      const CoefficientTile<C>& col = s->coefficients[tile % 2];
       uint32_t w[C::PARTS][C::MT][C::NT / 2][4];
       const Kind kind = s->bounds.template kind<C::BN>(pairs, tile);
       const int at = 2 * (lane % 4);
+      const Coefficients cols = s->coefficients.from(columns, at);
+      columns ^= 1;
       if (C::PARTS == 1 && weights.quick(kind))
-        weights.template weigh_quickly<F>(w, acc, kind, col.n + at, col.p + at);
+        weights.template weigh_quickly<F>(w, acc, cols);
       else
-        weights.template weigh<F>(w, acc, kind, tile * C::BN + at, col.n + at, col.p + at);
+        weights.template weigh<F>(w, acc, kind, tile * C::BN + at, cols);
 #pragma unroll
       for (int k = 0; k < C::SLICES; ++k)
         if (k < outs) {

@@ -3,5 +3,6 @@
 
 namespace pysupcon::cuda {
 PYSUPCON_BACKWARD(gpu::Bf16, 1, StatisticsWeights)
+PYSUPCON_BACKWARD(gpu::Bf16, 1, PositiveWeights)
 PYSUPCON_BACKWARD(gpu::Bf16, 1, SoftplusWeights)
 }  // namespace pysupcon::cuda

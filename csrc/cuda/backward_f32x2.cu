@@ -3,5 +3,6 @@
 
 namespace pysupcon::cuda {
 PYSUPCON_BACKWARD(gpu::Bf16, 2, StatisticsWeights)
+PYSUPCON_BACKWARD(gpu::Bf16, 2, PositiveWeights)
 PYSUPCON_BACKWARD(gpu::Bf16, 2, SoftplusWeights)
 }  // namespace pysupcon::cuda

@@ -3,5 +3,6 @@
 
 namespace pysupcon::cuda {
 PYSUPCON_BACKWARD(gpu::Bf16, 3, StatisticsWeights)
+PYSUPCON_BACKWARD(gpu::Bf16, 3, PositiveWeights)
 PYSUPCON_BACKWARD(gpu::Bf16, 3, SoftplusWeights)
 }  // namespace pysupcon::cuda

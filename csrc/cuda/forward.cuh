@@ -1,17 +1,16 @@
 // The forward pass over pairs: blocks of BM rows own their statistics, column tiles of BN stream past. What
-// is made of the similarities is the epilogue's matter (statistics.cuh, positive.cuh).
+// is made of the similarities is the epilogue's matter (statistics.cuh, positive.cuh, softplus.cuh).
 #pragma once
 #include "triangular.cuh"
 
 namespace pysupcon::cuda {
 
-template <class C>
+template <class C, class Epilogue>
 struct ResidentForwardShared {
   union {
     uint4 cols[2][C::SLICES][1][C::BN][C::CH];
-    float4 exchange[C::BM];  // after the last tile
+    typename Epilogue::Part exchange[C::BM];  // after the last tile
   };
-  LogSum positives[2 * C::MT][C::THREADS];
   Bounds bounds;
   float reference;  // of the triangular pass
 };
@@ -31,50 +30,59 @@ struct StreamedForward {
   static constexpr int SLOTS = SLICES > STAGES ? SLICES : STAGES;
   static_assert(BM == kBlockRows, "as plan.h says");
 };
-template <class C>
+template <class C, class Epilogue>
 struct StreamedForwardShared {
   union {
     uint4 cols[C::STAGES][C::PARTS][C::BN][C::CH];
-    float4 exchange[C::WARPS_N][C::BM];  // after the last tile
+    typename Epilogue::Part exchange[C::WARPS_N][C::BM];  // after the last tile
   };
   Bounds bounds;
   uint4 rows[C::SLOTS][C::PARTS][C::BM][C::CH];  // last: a launch pays for the slots it uses
 };
-template <class C>
+template <class C, class Epilogue>
 inline size_t forward_shared_bytes(int slices) {
+  using Shared = StreamedForwardShared<C, Epilogue>;
   const int slots = slices <= C::SLICES ? slices : C::STAGES;
-  return offsetof(StreamedForwardShared<C>, rows) + size_t(slots) * sizeof(StreamedForwardShared<C>::rows[0]);
+  return offsetof(Shared, rows) + size_t(slots) * sizeof(Shared::rows[0]);
 }
 
 // One row block's statistics, row t in thread t: stored, or merged with those of the runs that share the
 // block.
 template <int BM, class Epilogue>
-__device__ __forceinline__ void hand_over(const typename Epilogue::Args& args, const Runs& runs,
-                                          int row_block, int rows, const float4& mine) {
+__device__ __forceinline__ void hand_over(const Pairs& pairs, const typename Epilogue::Args& args,
+                                          const Runs& runs, int row_block,
+                                          const typename Epilogue::Part& mine) {
+  using Part = typename Epilogue::Part;
+  const int rows = pairs.rows.count;
   const Segment here = segment(runs, gpu::block_again(), row_block);
   const int thread = int(threadIdx.x), row = row_block * BM + thread;
   const bool own = thread < BM;
   if (here.whole) {
-    if (own && row < rows) Epilogue::store(args, row, mine);
+    if (own && row < rows) Epilogue::store(pairs, args, row, mine);
     return;
   }
   if (own) args.parts[int64_t(part_of(runs, gpu::block_again(), row_block)) * BM + thread] = mine;
   const int2 sharing = runs_of(runs, row_block);
   if (!last_to_arrive(args.arrivals + row_block, sharing) || !own || row >= rows) return;
-  float4 merged{};
+  Part merged{};
   for (int run = sharing.x; run <= sharing.y; ++run) {
     const int64_t part = part_of(runs, run, row_block);
-    const float4 next = gpu::load_l2(args.parts + part * BM + thread);
-    merged = run == sharing.x ? next : Epilogue::merge(merged, next);
+    const Part next = Epilogue::load(args.parts + part * BM + thread);
+    merged = run == sharing.x ? next : Epilogue::merge(pairs, merged, next);
   }
-  Epilogue::store(args, row, merged);
+  Epilogue::store(pairs, args, row, merged);
 }
 
 // grid (runs)
 template <class C, class Epilogue>
 __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
     forward_resident(Pairs pairs, Runs runs, Triangle triangle, typename Epilogue::Args args) {
-  DYNAMIC_SHARED(ResidentForwardShared<C>, s);
+  using Shared = ResidentForwardShared<C, Epilogue>;
+  DYNAMIC_SHARED(Shared, s);
+  if (any_broken(pairs.verdicts, int(threadIdx.x), C::THREADS)) {
+    spoil_results(pairs.verdicts, int(threadIdx.x), C::THREADS);
+    return;
+  }
   if (Epilogue::TRIANGULAR && triangle.sums) {
     const float reference = common_reference<C::THREADS>(triangle, pairs);
     if (threadIdx.x == 0) s->reference = reference;
@@ -108,15 +116,16 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
     load_tile(visit.first);
 
     // 2. Tile by tile: similarities, summed inside the tensor core over at most 128 numbers; then statistics.
-    typename Epilogue::template OfThread<C::THREADS> epilogue(
-        pairs, args, row0 + 16 * C::MT * warp + lane / 4, &s->positives[0][threadIdx.x]);
+    Epilogue epilogue(pairs, args, row0 + 16 * C::MT * warp + lane / 4);
     for (int tile = visit.first; tile < s->bounds.last; ++tile) {
       gpu::cp_async_wait<0>();
       __syncthreads();  // all copies have landed, and nobody still reads what load_tile() overwrites
       load_tile(tile + 1);
+      const Kind kind = s->bounds.template kind<C::BN>(pairs, tile);
+      if (kind == Epilogue::SKIPPED) continue;
       float acc[C::MT][C::NT][4];
       multiply_resident<C>(acc, rows, s->cols[tile % 2], slices, lane);
-      epilogue.add(acc, s->bounds.template kind<C::BN>(pairs, tile), tile * C::BN + 2 * (lane % 4));
+      epilogue.add(acc, kind, tile * C::BN + 2 * (lane % 4));
     }
 
     // 3. One row's parts: four lanes of a quad, then the runs.
@@ -129,7 +138,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
       if (lane % 4 == 0) s->exchange[16 * C::MT * warp + lane / 4 + 8 * i] = epilogue.part(i);
     }
     __syncthreads();
-    hand_over<C::BM, Epilogue>(args, runs, block, pairs.rows.count, s->exchange[threadIdx.x % C::BM]);
+    hand_over<C::BM, Epilogue>(pairs, args, runs, block, s->exchange[threadIdx.x % C::BM]);
   }
 }
 
@@ -137,7 +146,12 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
 template <class C, class Epilogue>
 __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
     forward_streamed(Pairs pairs, Runs runs, typename Epilogue::Args args) {
-  DYNAMIC_SHARED(StreamedForwardShared<C>, s);
+  using Shared = StreamedForwardShared<C, Epilogue>;
+  DYNAMIC_SHARED(Shared, s);
+  if (any_broken(pairs.verdicts, int(threadIdx.x), C::THREADS)) {
+    spoil_results(pairs.verdicts, int(threadIdx.x), C::THREADS);
+    return;
+  }
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warp_m = warp / C::WARPS_N,
             warp_n = warp % C::WARPS_N, slices = pairs.rows.slices;
   const bool resident = slices <= C::SLICES;
@@ -148,12 +162,19 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
         visit_columns<C::BM, C::BN>(pairs, segment(runs, gpu::block_again(), block), &s->bounds);
 
     // 1. A slice is loaded STAGES - 1 steps before it is multiplied.
-    int load_tile = visit.first, load_k = 0, load_stage = 0;
+    __syncthreads();  // the bounds are there
+    // The next tile from this one on that is not skipped; none is where only classes are visited.
+    const auto next_tile = [&](int tile) {
+      if (Epilogue::SKIPPED == Kind::same)
+        while (tile < visit.last && s->bounds.template kind<C::BN>(pairs, tile) == Kind::same) ++tile;
+      return tile;
+    };
+    int load_tile = next_tile(visit.first), load_k = 0, load_stage = 0;
     const auto load_next = [&] {
       if (load_tile < visit.last) {
         load_slice<C::THREADS>(s->cols[load_stage], pairs.cols, load_tile * C::BN, load_k);
         if (!resident) load_slice<C::THREADS>(s->rows[load_stage], pairs.rows, row0, load_k);
-        if (++load_k == slices) load_k = 0, ++load_tile;
+        if (++load_k == slices) load_k = 0, load_tile = next_tile(load_tile + 1);
         if (++load_stage == C::STAGES) load_stage = 0;
       }
       gpu::cp_async_commit();  // one group per step, possibly empty, so that counting groups counts steps
@@ -163,11 +184,9 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
     for (int i = 0; i < C::STAGES - 1; ++i) load_next();
 
     // 2. Tile by tile: similarities, then statistics.
-    LogSum positives[2 * C::MT];
-    typename Epilogue::template OfThread<1> epilogue(pairs, args, row0 + warp_m * 16 * C::MT + lane / 4,
-                                                     positives);
+    Epilogue epilogue(pairs, args, row0 + warp_m * 16 * C::MT + lane / 4);
     int stage = 0;
-    for (int tile = visit.first; tile < visit.last; ++tile) {
+    for (int tile = next_tile(visit.first); tile < visit.last; tile = next_tile(tile + 1)) {
       float acc[C::MT][C::NT][4] = {};
 #pragma unroll 1
       for (int k = 0; k < slices; ++k) {
@@ -194,8 +213,8 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
     __syncthreads();
     static_assert(C::WARPS_N == 2, "two warps beside each other");
     const int row = threadIdx.x % C::BM;
-    hand_over<C::BM, Epilogue>(args, runs, block, pairs.rows.count,
-                               Epilogue::merge(s->exchange[0][row], s->exchange[1][row]));
+    hand_over<C::BM, Epilogue>(pairs, args, runs, block,
+                               Epilogue::merge(pairs, s->exchange[0][row], s->exchange[1][row]));
     __syncthreads();  // the exchange has been read
   }
 }
@@ -215,11 +234,11 @@ cudaError_t launch_forward(const Pairs& pairs, const Runs& runs, const Triangle&
       }
     if (pairs.rows.slices <= C::SLICES)
       return gpu::launch(forward_resident<C, Epilogue>, grid, dim3(C::THREADS),
-                         sizeof(ResidentForwardShared<C>), stream, pairs, runs, triangle, args);
+                         sizeof(ResidentForwardShared<C, Epilogue>), stream, pairs, runs, triangle, args);
   }
   using C = StreamedForward<F, PARTS>;
   return gpu::launch(forward_streamed<C, Epilogue>, grid, dim3(C::THREADS),
-                     forward_shared_bytes<C>(pairs.rows.slices), stream, pairs, runs, args);
+                     forward_shared_bytes<C, Epilogue>(pairs.rows.slices), stream, pairs, runs, args);
 }
 
 }  // namespace pysupcon::cuda

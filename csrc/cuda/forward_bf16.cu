@@ -3,5 +3,6 @@
 
 namespace pysupcon::cuda {
 PYSUPCON_FORWARD(gpu::Bf16, 1, Statistics)
+PYSUPCON_FORWARD(gpu::Bf16, 1, PositiveStatistics)
 PYSUPCON_FORWARD(gpu::Bf16, 1, SoftplusSum)
 }  // namespace pysupcon::cuda

@@ -3,5 +3,6 @@
 
 namespace pysupcon::cuda {
 PYSUPCON_FORWARD(gpu::Bf16, 2, Statistics)
+PYSUPCON_FORWARD(gpu::Bf16, 2, PositiveStatistics)
 PYSUPCON_FORWARD(gpu::Bf16, 2, SoftplusSum)
 }  // namespace pysupcon::cuda

@@ -3,5 +3,6 @@
 
 namespace pysupcon::cuda {
 PYSUPCON_FORWARD(gpu::Bf16, 3, Statistics)
+PYSUPCON_FORWARD(gpu::Bf16, 3, PositiveStatistics)
 PYSUPCON_FORWARD(gpu::Bf16, 3, SoftplusSum)
 }  // namespace pysupcon::cuda

@@ -10,7 +10,7 @@ constexpr int kMostShared = 99 << 10;
 // What is left of it for the dynamic part. The runtime refuses an allowance that exceeds the chip's limit
 // together with a kernel's static shared memory, which is a few words, and the gap that aligns the dynamic
 // part.
-constexpr int kMostDynamic = kMostShared - 512;
+constexpr int kMostDynamic = kMostShared - 448;
 
 #ifndef CUDA_HOST_SHIM
 #include <cuda_bf16.h>
@@ -106,6 +106,8 @@ __device__ __forceinline__ void atomic_max_nonnegative(float* p, float v) {
 
 // What another block wrote: not from the first-level cache, which does not see it.
 __device__ __forceinline__ float load_l2(const float* p) { return __ldcg(p); }
+__device__ __forceinline__ double load_l2(const double* p) { return __ldcg(p); }
+__device__ __forceinline__ float2 load_l2(const float2* p) { return __ldcg(p); }
 __device__ __forceinline__ float4 load_l2(const float4* p) { return __ldcg(p); }
 
 // blockIdx.x, read anew: cheaper than registers in which what follows from it waits across a loop.
@@ -253,6 +255,8 @@ inline void atomic_max_nonnegative(float* p, float v) { atomicMax(p, v); }
 inline int block_again() { return int(blockIdx.x); }
 inline void keep_order() {}
 inline float load_l2(const float* p) { return *p; }
+inline double load_l2(const double* p) { return *p; }
+inline float2 load_l2(const float2* p) { return *p; }
 inline float4 load_l2(const float4* p) { return *p; }
 
 template <class... P, class... A>

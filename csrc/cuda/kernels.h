@@ -2,6 +2,7 @@
 // they compile in parallel.
 #pragma once
 #include "positive.cuh"
+#include "softplus.cuh"
 #include "statistics.cuh"
 
 namespace pysupcon::cuda {

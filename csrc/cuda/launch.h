@@ -15,21 +15,20 @@ enum class Operation : int32_t {
   pair_stats_backward,
   positive_softplus,
   positive_softplus_backward,
-  positive_sum,
-  positive_sum_backward,
 };
 
 // One side of the similarity matrix as the caller holds it.
 struct Rows {
-  const void* data;       // [count, width] of Problem::dtype; element (i, d) stands at i * stride + d
-  int64_t count;          // below 2^31 - 256
-  int64_t stride;         // elements
-  const int64_t* labels;  // [count]
-  const int64_t* order;   // [count], the stable argsort of labels
+  const void* data;          // [count, width] of Problem::dtype; element (i, d) stands at i * stride + d
+  int64_t count;             // below 2^31 - 256
+  int64_t stride;            // elements
+  const int64_t* labels;     // [count]
+  const int64_t* order;      // [count], sorts the rows by label, then by instance
+  const int64_t* instances;  // [count]; null: there are none
 };
 
-// "stat" pointers are double for Dtype::f64, float otherwise; all lie in device memory and are contiguous.
-// positive_softplus and positive_sum write their total to out_n; their upstream gradient comes in grad_n.
+// All pointers lie in device memory and are contiguous. positive_softplus writes its total to out_n; its
+// upstream gradient comes in grad_n.
 struct Problem {
   Operation operation;
   Dtype dtype;
@@ -42,15 +41,18 @@ struct Problem {
   Rows candidates;            // equal to anchors where one_set
   bool one_set;               // the candidates are the anchors themselves
   const int64_t* self_index;  // [anchors] or null
-  const void* scale;          // stat [1]
+  const double* scale;        // [1]
   double epsilon;
   bool negatives, positives;
 
-  const void *n, *p, *grad_n, *grad_p;                                          // stat [anchors]
-  const void *candidate_n, *candidate_p, *candidate_grad_n, *candidate_grad_p;  // stat [candidates] or null
-  void *out_n, *out_p;                                                          // stat [anchors]
-  void *grad_x, *grad_candidates;  // added to: stat [anchors, width], stat [candidates, width] or null
-  void* out_grad_n;                // stat [anchors] or null
+  const double *n, *p, *grad_n, *grad_p;                                          // [anchors]
+  const double *grad_positive_sum, *grad_instance_sum;                            // [anchors] or null
+  const double *candidate_n, *candidate_p, *candidate_grad_n, *candidate_grad_p;  // [candidates] or null
+  const double *candidate_grad_positive_sum, *candidate_grad_instance_sum;        // [candidates] or null
+  double *out_n, *out_p, *out_positive_sum, *out_instance_sum;                    // [anchors]
+  // Added to: [anchors, width]; [candidates, width] or null; double for Dtype::f64, float otherwise.
+  void *grad_x, *grad_candidates;
+  double* out_grad_n;  // [anchors] or null
 
   void* workspace;  // workspace_bytes(problem) bytes, 256-byte aligned, any contents
   void* stream;     // cudaStream_t

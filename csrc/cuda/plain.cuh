@@ -11,22 +11,26 @@ constexpr int kPlain = 16;
 struct PlainPairs {
   Rows rows, cols;
   int width;
-  const int2* range;
+  const int2 *range, *instance_range;
   const int *row_self, *col_self;
-  bool one_set, within_classes;
+  bool one_set, negatives, positives;  // the two last: which pairs count
   const double* scale;
+  Verdicts verdicts;
 
   __device__ __forceinline__ bool counts(int row, int col) const {
     if (row >= rows.count || col >= cols.count) return false;
     const int self = one_set ? row : row_self ? row_self[row] : -1;
-    return col != self && !(col_self && col_self[col] == row);
+    return col != self && !(col_self && col_self[col] == row) && (same(row, col) ? positives : negatives);
   }
   __device__ __forceinline__ bool same(int row, int col) const {
     return row < rows.count && col >= range[row].x && col < range[row].y;
   }
+  __device__ __forceinline__ bool same_instance(int row, int col) const {
+    return instance_range && col >= instance_range[row].x && col < instance_range[row].y;
+  }
   // Columns [x, y) of the block whose first row is row0.
   __device__ __forceinline__ int2 visit(int row0) const {
-    if (!within_classes) return {0, int(cols.count)};
+    if (negatives) return {0, int(cols.count)};
     const int last = min(row0 + kPlain, int(rows.count)) - 1;
     return {range[row0].x, range[last].y};
   }
@@ -67,14 +71,25 @@ __device__ __forceinline__ void plain_merge(double& top, double& total, double o
   top = t;
 }
 
-// Statistics, or with softplus_n the softplus sum. Grid (row blocks), block (16, 16).
-static __global__ void plain_forward(PlainPairs pairs, double* n, double* p, bool negatives, bool positives,
-                                     const double* softplus_n, double epsilon) {
+struct PlainResults {
+  double *n, *p, *positive_sum, *instance_sum;  // in the caller's order
+};
+
+// Statistics of the pairs that count, or with softplus_n the softplus sum, in n. Grid (row blocks), block
+// (16, 16).
+static __global__ void plain_forward(PlainPairs pairs, PlainResults out, const double* softplus_n,
+                                     double epsilon) {
   __shared__ PlainShared s;
+  const int thread = int(threadIdx.y) * kPlain + int(threadIdx.x);
+  if (any_broken(pairs.verdicts, thread, kPlain * kPlain)) {
+    spoil_results(pairs.verdicts, thread, kPlain * kPlain);
+    return;
+  }
   const int row0 = int(blockIdx.x) * kPlain, row = row0 + int(threadIdx.y);
   const int2 visit = pairs.visit(row0);
   const int64_t at = row < pairs.rows.count ? pairs.rows.order[row] : 0;
   double top_n = -INFINITY, top_p = -INFINITY, total_n = 0, total_p = 0, softplus = 0;
+  double positive_sum = 0, instance_sum = 0;
   for (int col0 = visit.x; col0 < visit.y; col0 += kPlain) {
     const double sim = plain_similarity(s, pairs, row0, col0);
     const int col = col0 + int(threadIdx.x);
@@ -82,9 +97,10 @@ static __global__ void plain_forward(PlainPairs pairs, double* n, double* p, boo
       const bool same = pairs.same(row, col);
       if (softplus_n)
         softplus += same ? plain_softplus(softplus_n[at] + epsilon - sim) : 0.;
-      else if (same)
+      else if (same) {
         plain_merge(top_p, total_p, sim, 1.);
-      else
+        positive_sum += sim, instance_sum += pairs.same_instance(row, col) ? sim : 0.;
+      } else
         plain_merge(top_n, total_n, sim, 1.);
     }
   }
@@ -92,20 +108,24 @@ static __global__ void plain_forward(PlainPairs pairs, double* n, double* p, boo
     plain_merge(top_n, total_n, __shfl_xor_sync(~0u, top_n, o), __shfl_xor_sync(~0u, total_n, o));
     plain_merge(top_p, total_p, __shfl_xor_sync(~0u, top_p, o), __shfl_xor_sync(~0u, total_p, o));
     softplus += __shfl_xor_sync(~0u, softplus, o);
+    positive_sum += __shfl_xor_sync(~0u, positive_sum, o);
+    instance_sum += __shfl_xor_sync(~0u, instance_sum, o);
   }
-  if (threadIdx.x == 0 && row < pairs.rows.count) {
-    n[at] = softplus_n ? softplus : negatives ? top_n + log(total_n) : -INFINITY;
-    if (p) p[at] = positives ? top_p + log(total_p) : -INFINITY;
-  }
+  if (threadIdx.x != 0 || row >= pairs.rows.count) return;
+  if (softplus_n || pairs.negatives) out.n[at] = softplus_n ? softplus : top_n + log(total_n);
+  if (softplus_n || !pairs.positives) return;
+  out.p[at] = top_p + log(total_p);
+  out.positive_sum[at] = positive_sum, out.instance_sum[at] = instance_sum;
 }
 
-// One side's anchors, in the caller's order; n null: no anchors there. p null: softplus.
+// One side's anchors, in the caller's order; n null: no anchors there. p null: softplus. grad_positive_sum,
+// grad_instance_sum null: 0.
 struct PlainAnchors {
-  const double *n, *p, *grad_n, *grad_p;
+  const double *n, *p, *grad_n, *grad_p, *grad_positive_sum, *grad_instance_sum;
   const int64_t* order;
 
   // dL/ds of this anchor's pair; sigmoid: what n receives, per unit of upstream gradient
-  __device__ __forceinline__ double weight(int i, double sim, bool same, double epsilon,
+  __device__ __forceinline__ double weight(int i, double sim, bool same, bool same_instance, double epsilon,
                                            double* sigmoid) const {
     if (!n) return 0.;
     const int64_t at = order[i];
@@ -115,7 +135,11 @@ struct PlainAnchors {
       return -grad_n[at] * *sigmoid;
     }
     const double reference = same ? p[at] : n[at], upstream = same ? grad_p[at] : grad_n[at];
-    return reference == -INFINITY ? 0. : upstream * exp(sim - reference);
+    if (reference == -INFINITY) return 0.;
+    double g = upstream * exp(sim - reference);
+    if (same && grad_positive_sum) g += grad_positive_sum[at];
+    if (same_instance && grad_instance_sum) g += grad_instance_sum[at];
+    return g;
   }
 };
 
@@ -123,6 +147,12 @@ struct PlainAnchors {
 static __global__ void plain_backward(PlainPairs pairs, PlainAnchors rows, PlainAnchors cols, double* grad,
                                       double* grad_n, double epsilon) {
   __shared__ PlainShared s;
+  const int thread = int(threadIdx.y) * kPlain + int(threadIdx.x);
+  if (any_broken(pairs.verdicts, thread, kPlain * kPlain)) {
+    spoil(grad, pairs.rows.count * pairs.width, thread, kPlain * kPlain);
+    spoil_results(pairs.verdicts, thread, kPlain * kPlain);
+    return;
+  }
   const int y = threadIdx.y, x = threadIdx.x, d0 = int(blockIdx.y) * 4 * kPlain;
   const int row0 = int(blockIdx.x) * kPlain, row = row0 + y;
   const int2 visit = pairs.visit(row0);
@@ -131,9 +161,10 @@ static __global__ void plain_backward(PlainPairs pairs, PlainAnchors rows, Plain
     const double sim = plain_similarity(s, pairs, row0, col0);
     double w = 0;
     if (pairs.counts(row, col0 + x)) {
-      const bool same = pairs.same(row, col0 + x);
+      const bool same = pairs.same(row, col0 + x), instance = same && pairs.same_instance(row, col0 + x);
       double mine = 0, theirs = 0;
-      w = rows.weight(row, sim, same, epsilon, &mine) + cols.weight(col0 + x, sim, same, epsilon, &theirs);
+      w = rows.weight(row, sim, same, instance, epsilon, &mine) +
+          cols.weight(col0 + x, sim, same, instance, epsilon, &theirs);
       sigmoids += mine;
     }
     s.w[y][x] = w;

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 
 #include "launch.h"
 
@@ -15,6 +16,7 @@
 namespace pysupcon::cuda {
 
 constexpr int64_t kMaxRows = (int64_t(1) << 31) - 256;
+constexpr int kThreads = 256;          // of a block of the kernels that are not about pairs
 constexpr int kUnitRows = 64;          // rows of a unit of the sorted copy
 constexpr int kBlockRows = 128;        // rows that a thread block of the pair kernels owns
 constexpr int kWideBlockRows = 256;    // the same of backward_resident where shared memory is short
@@ -24,18 +26,17 @@ constexpr int kGradientShare = 256;    // gradient columns that a block accumula
 constexpr int kTwoBlocks = 136 << 10;  // shared memory of a multiprocessor that holds two backward blocks
 constexpr int kScanned = 16384;        // up to so many rows every block looks for the extremes itself
 constexpr int kExtremeBlocks = 256;    // of the kernel that does it otherwise
+constexpr int kVerdictBlocks = 1024;   // that look at the rows of one side, at most; likewise at its order
 constexpr int kTriangleRatio = 2;      // row block by tile of the triangular forward
-constexpr int kFanOut = 64;            // of the tree of sums
-constexpr int kMaxLevels = 6;          // 64^6 > kMaxRows
+constexpr int kNegativePart = 8;       // bytes of a row's part in the forward: of negatives and of softplus
+constexpr int kPositivePart = 24;      // likewise of positives
 
 PYSUPCON_ANYWHERE inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Sums of 64, 64^2, ... consecutive label-sorted rows; level[k] holds divide_up(count, 64^(k + 1)) rows of
-// `width`.
-struct SumTree {
-  void* level[kMaxLevels];
-  int levels;
-};
+PYSUPCON_ANYWHERE inline int64_t verdict_blocks(int64_t items) {
+  const int64_t blocks = divide_up(items, kThreads);
+  return blocks < kVerdictBlocks ? blocks : kVerdictBlocks;
+}
 
 // How a launch shares its units (row block, column tile), row block by row block, among thread blocks: each
 // takes an equal run of them. A row block whose tiles fall into several runs leaves a part in each, at most
@@ -71,20 +72,35 @@ struct Triangle {
   PYSUPCON_ANYWHERE int64_t run_begin(int run) const { return units * run / blocks; }
 };
 
+// A pass over pairs of one kind: a launch for each side that has a result.
+struct Pass {
+  Runs anchor_runs, candidate_runs;  // anchors (candidates) being the rows
+  // How many parts of a row block are written; [row blocks][shares], null where no row block is shared.
+  int32_t *anchor_arrivals, *candidate_arrivals;
+};
+
+// Coefficients of the gradient of one side's anchors, label-sorted and padded; see tiles.cuh.
+struct Tables {
+  float *n, *p, *rest;  // [rows][2]
+  float* instance;      // [rows]
+};
+
 struct Workspace {
   void *anchor_rows, *candidate_rows;       // 16-bit copies; the same where the candidates are the anchors
+  float* scale;                             // [2], see Scale
   int32_t *anchor_range, *candidate_range;  // [rows][2] same-class rows of the other side
+  int32_t *anchor_instance, *candidate_instance;  // [rows][2] likewise of the same instance, or null
   int32_t *anchor_self,
-      *candidate_inverse;     // [anchors] sorted candidate; [candidates] sorted place; self_index only
-  int32_t* candidate_anchor;  // [candidates] sorted anchor, -1; positive_sum_backward only
-  float* extremes;            // [4] of the upstream gradients and the statistics
-  float* extreme_parts;       // [kExtremeBlocks][4], null where every block scans the rows itself
-  float *anchor_n, *anchor_p, *candidate_n, *candidate_p;  // [rows padded][2] gradient coefficients
-  float *parts, *row_parts;                                // of row blocks that several runs share
-  int32_t* arrivals;                                       // how many of a row block's parts are written
+      *candidate_inverse;  // [anchors] sorted candidate; [candidates] sorted place; self_index only
+  float* extremes;         // [4] of the upstream gradients and the statistics
+  float* extreme_parts;    // [kExtremeBlocks][4], null where every block scans the rows itself
+  Tables anchor, candidate;
+  void* parts;        // of row blocks that several runs share; all launches use the same
+  float* row_parts;   // of what softplus has beside its gradient
+  int32_t* verdicts;  // of prepare()'s blocks
+  int32_t* arrivals;
   int64_t arrival_count;
-  SumTree candidate_sums, candidate_weighted, anchor_weighted;
-  Runs anchor_runs, candidate_runs;  // anchors (candidates) being the rows
+  Pass negatives, positives;
   Triangle triangle;
   int64_t bytes;
 };
@@ -114,14 +130,6 @@ struct Arena {
     used += divide_up(bytes, 256) * 256;
     return p;
   }
-  SumTree tree(int64_t count, int64_t row_bytes) {
-    SumTree t{};
-    while (count > kFanOut) {
-      count = divide_up(count, kFanOut);
-      t.level[t.levels++] = take(count * row_bytes);
-    }
-    return t;
-  }
 };
 }  // namespace detail
 
@@ -130,17 +138,18 @@ inline int copy_parts(const Problem& p) { return p.dtype == Dtype::f32 ? p.parts
 inline int64_t row_slices(const Problem& p) { return divide_up(p.width, copy_parts(p) == 1 ? 64 : 32); }
 inline bool resident(const Problem& p) { return copy_parts(p) == 1 && p.width <= kResidentWidth; }
 inline bool is_backward(Operation o) {
-  return o == Operation::pair_stats_backward || o == Operation::positive_softplus_backward ||
-         o == Operation::positive_sum_backward;
+  return o == Operation::pair_stats_backward || o == Operation::positive_softplus_backward;
 }
-inline bool within_classes(const Problem& p) {
-  return p.operation == Operation::positive_softplus ||
-         p.operation == Operation::positive_softplus_backward || !p.negatives;
+inline bool is_softplus(Operation o) {
+  return o == Operation::positive_softplus || o == Operation::positive_softplus_backward;
 }
+// Which pairs are visited.
+inline bool visits_negatives(const Problem& p) { return !is_softplus(p.operation) && p.negatives; }
+inline bool visits_positives(const Problem& p) { return is_softplus(p.operation) || p.positives; }
 
-// Half of the pairs will do, and there are enough of them to pay for two more launches.
+// Half of the negatives will do, and there are enough of them to pay for two more launches.
 inline bool triangular(const Problem& p) {
-  return p.operation == Operation::pair_stats && p.one_set && p.negatives && !p.positives && resident(p) &&
+  return p.operation == Operation::pair_stats && p.one_set && p.negatives && resident(p) &&
          p.anchors.count >= p.triangular_rows;
 }
 
@@ -160,70 +169,75 @@ inline Workspace lay_out(const Problem& p) {
   Workspace w{};
   detail::Arena arena{reinterpret_cast<uintptr_t>(p.workspace)};
   const bool plain = p.dtype == Dtype::f64;
-  const bool sums = p.operation == Operation::positive_sum || p.operation == Operation::positive_sum_backward;
   const bool backward = is_backward(p.operation);
   const int64_t m = p.anchors.count, n = p.candidates.count;
 
+  w.verdicts = arena.take<int32_t>(4 * 4 * kVerdictBlocks);  // rows and order, of two sides
   w.anchor_range = arena.take<int32_t>(8 * m);
   if (p.grad_candidates) w.candidate_range = arena.take<int32_t>(8 * n);
+  if (p.anchors.instances && !is_softplus(p.operation)) {
+    w.anchor_instance = arena.take<int32_t>(8 * m);
+    if (p.grad_candidates) w.candidate_instance = arena.take<int32_t>(8 * n);
+  }
   if (p.self_index) {
     w.anchor_self = arena.take<int32_t>(4 * m);
     w.candidate_inverse = arena.take<int32_t>(4 * n);
   }
-  if (sums) {
-    const int64_t row_bytes = p.width * (plain ? 8 : 4);
-    w.candidate_sums = arena.tree(n, row_bytes);
-    if (backward && (p.one_set || p.candidate_grad_n)) w.candidate_weighted = arena.tree(n, row_bytes);
-    if (p.grad_candidates) {
-      w.anchor_weighted = arena.tree(m, row_bytes);
-      if (p.self_index) w.candidate_anchor = arena.take<int32_t>(4 * n);
-    }
-  } else if (!plain) {
+  if (!plain) {
+    w.scale = arena.take<float>(8);
     const int64_t row_bytes = row_slices(p) * (copy_parts(p) == 1 ? 128 : 64) * copy_parts(p);
     w.anchor_rows = arena.take(divide_up(m, kPadRows) * kPadRows * row_bytes);
     w.candidate_rows = p.one_set ? w.anchor_rows : arena.take(divide_up(n, kPadRows) * kPadRows * row_bytes);
     const Shape shape = pair_shape(p);
-    w.anchor_runs = share_out(m, n, shape, within_classes(p), p.multiprocessors);
-    w.candidate_runs = share_out(n, m, shape, within_classes(p), p.multiprocessors);
-    // one launch after the other: both directions use the same parts
-    int64_t parts = w.anchor_runs.parts();
-    w.arrival_count = w.anchor_runs.row_blocks;
-    if (p.grad_candidates) {
-      if (w.candidate_runs.parts() > parts) parts = w.candidate_runs.parts();
-      w.arrival_count += w.candidate_runs.row_blocks;
-    }
-    w.arrival_count = parts ? w.arrival_count * shape.shares : 0;
+    int64_t part_bytes = 0;  // launch after launch uses the same parts, but arrivals of its own
+    const auto plan = [&](Pass& pass, bool within, int64_t row_part) {
+      pass.anchor_runs = share_out(m, n, shape, within, p.multiprocessors);
+      pass.candidate_runs = share_out(n, m, shape, within, p.multiprocessors);
+      const auto add = [&](const Runs& runs) {
+        const int64_t bytes = row_part * runs.parts() * shape.rows;
+        if (bytes > part_bytes) part_bytes = bytes;
+        if (runs.cut()) w.arrival_count += int64_t(runs.row_blocks) * shape.shares;
+      };
+      add(pass.anchor_runs);
+      if (p.grad_candidates) add(pass.candidate_runs);
+    };
+    const int64_t gradient = int64_t(4) * shape.shares * shape.share_width;
+    const int64_t positive = is_softplus(p.operation) ? kNegativePart : kPositivePart;
+    if (visits_negatives(p)) plan(w.negatives, false, backward ? gradient : kNegativePart);
+    if (visits_positives(p)) plan(w.positives, true, backward ? gradient : positive);
+    w.parts = arena.take(part_bytes);
     w.arrivals = arena.take<int32_t>(4 * w.arrival_count);
+    int32_t* next = w.arrivals;
+    const auto arrivals = [&](const Runs& runs) {
+      int32_t* mine = next;
+      next += runs.cut() ? int64_t(runs.row_blocks) * shape.shares : 0;
+      return runs.cut() ? mine : nullptr;
+    };
+    for (Pass* pass : {&w.negatives, &w.positives}) {
+      pass->anchor_arrivals = arrivals(pass->anchor_runs);
+      if (p.grad_candidates) pass->candidate_arrivals = arrivals(pass->candidate_runs);
+    }
     if (backward) {
-      const int64_t anchors_padded = divide_up(m, kUnitRows) * kUnitRows * 8;
-      const int64_t candidates_padded = divide_up(n, kUnitRows) * kUnitRows * 8;
-      const bool both = p.operation == Operation::pair_stats_backward;
+      const auto tables = [&](Tables& t, int64_t rows) {
+        const int64_t padded = divide_up(rows, kUnitRows) * kUnitRows;
+        const bool positives = visits_positives(p) && !is_softplus(p.operation);
+        if (visits_negatives(p) || !positives) t.n = arena.take<float>(8 * padded);
+        if (positives) t.p = arena.take<float>(8 * padded), t.rest = arena.take<float>(8 * padded);
+        if (positives && p.anchors.instances) t.instance = arena.take<float>(4 * padded);
+      };
+      tables(w.anchor, m);
+      if (p.candidate_grad_n) tables(w.candidate, n);
       w.extremes = arena.take<float>(16);
       if (m > kScanned || (p.candidate_grad_n && n > kScanned))
         w.extreme_parts = arena.take<float>(16 * kExtremeBlocks);
-      w.anchor_n = arena.take<float>(anchors_padded);
-      const bool alike = p.p == p.n && p.grad_p == p.grad_n;  // one sum over both kinds
-      if (both) w.anchor_p = alike ? w.anchor_n : arena.take<float>(anchors_padded);
-      if (p.candidate_grad_n) {
-        w.candidate_n = arena.take<float>(candidates_padded);
-        if (both) w.candidate_p = arena.take<float>(candidates_padded);
-      }
-      w.parts = arena.take<float>(4 * parts * shape.shares * shape.rows * shape.share_width);
-      if (p.out_grad_n) w.row_parts = arena.take<float>(4 * w.anchor_runs.parts() * shape.rows);
-    } else {
-      w.parts = arena.take<float>(16 * parts * shape.rows);
-      if (triangular(p)) {
-        const int blocks = int(divide_up(m, shape.rows)), tiles = int(divide_up(m, shape.columns));
-        w.triangle = {arena.take<unsigned long long>(8 * m),
-                      arena.take<float>(4 * kExtremeBlocks),
-                      blocks,
-                      tiles,
-                      0,
-                      0};
-        w.triangle.units = int64_t(blocks / 2) * w.triangle.span() + (blocks % 2 ? tiles - (blocks - 1) : 0);
-        const int64_t slots = int64_t(p.multiprocessors) * shape.per_multiprocessor;
-        w.triangle.blocks = int(slots < 1 ? 1 : slots < w.triangle.units ? slots : w.triangle.units);
-      }
+      if (p.out_grad_n) w.row_parts = arena.take<float>(4 * w.positives.anchor_runs.parts() * shape.rows);
+    } else if (triangular(p)) {
+      const int blocks = int(divide_up(m, shape.rows)), tiles = int(divide_up(m, shape.columns));
+      w.triangle = {
+          arena.take<unsigned long long>(8 * m), arena.take<float>(4 * kExtremeBlocks), blocks, tiles, 0, 0};
+      w.triangle.units = int64_t(blocks / 2) * w.triangle.span() + (blocks % 2 ? tiles - (blocks - 1) : 0);
+      const int64_t slots = int64_t(p.multiprocessors) * shape.per_multiprocessor;
+      w.triangle.blocks = int(slots < 1 ? 1 : slots < w.triangle.units ? slots : w.triangle.units);
     }
   }
   w.bytes = arena.used;

@@ -1,181 +1,210 @@
-// Equation (3): SINCERE's softplus over the pairs of one class; (8), (11): the weights of its gradient.
+// Equations (2), (4), (7): the logsumexp and the sums of similarities over the pairs of one class; (8): the
+// weights of their gradient. As a loss converges p_i and the mean of s over P_i agree in nearly all their
+// digits, and so do the parts of a weight. So both come from the same s, here, and are subtracted before
+// anything is rounded that need not be.
 #pragma once
 #include "statistics.cuh"
 
 namespace pysupcon::cuda {
 
-struct SoftplusSum {
+// high + low, the rounding errors of its sums in the lower part.
+struct TwoSum {
+  float high = 0.f, low = 0.f;
+
+  __device__ __forceinline__ void add(float x, float rest) {
+    const float sum = high + x, added = sum - high;
+    low += ((high - (sum - added)) + (x - added)) + rest;
+    high = sum;
+  }
+  // count * x + rest
+  __device__ __forceinline__ void add(int count, float x, float rest) {
+    const float product = float(count) * x;
+    add(product, fmaf(float(count), x, -product) + rest);
+  }
+  __device__ __forceinline__ double value() const { return double(high) + double(low); }
+};
+
+// Which columns of a row bear its instance, too.
+struct InstanceMask {
+  int begin = 0, end = 0;
+
+  __device__ __forceinline__ InstanceMask(const Pairs& pairs, int row) {
+    if (pairs.instance_range && row < pairs.rows.count) {
+      const int2 range = pairs.instance_range[row];
+      begin = range.x, end = range.y;
+    }
+  }
+  __device__ __forceinline__ bool same(int col) const { return col >= begin && col < end; }
+};
+
+// Until they are stored similarities have no scale: s = acc * scale, and what is added up is acc.
+struct PositiveStatistics {
+  struct Part {
+    float2 exponentials;      // top, total
+    double sum, of_instance;  // of acc
+  };
   struct Args {
-    float* total;          // in the caller's order
-    const float* n;        // likewise
-    const int64_t* order;  // of the rows
-    float epsilon;
-    float4* parts;  // of row blocks that several runs share
-    int* arrivals;  // [row blocks]
+    double *p, *sum, *of_instance;  // in the caller's order
+    const int64_t* order;           // of the rows
+    Part* parts;                    // of row blocks that several runs share
+    int* arrivals;                  // [row blocks]
   };
   static constexpr int ROWS = 4;  // of a thread
   static constexpr bool TRIANGULAR = false;
-  template <int>
-  struct OfThread;
+  static constexpr Kind SKIPPED = Kind::different;
 
-  static __device__ __forceinline__ float4 merge(float4 a, const float4& b) {
-    a.x += b.x;
-    return a;
-  }
-  static __device__ __forceinline__ void store(const Args& args, int row, const float4& whole) {
-    args.total[args.order[row]] = whole.x;
-  }
-  static __device__ __forceinline__ void store_log2(const Args&, int, float) {}
-};
-
-template <int>
-struct SoftplusSum::OfThread {
   const Pairs& pairs;
   const int row0;  // rows row0 + 8 i are this thread's
   const float scale;
-  float reference[ROWS];  // n_i + epsilon
-  float total[ROWS] = {}, carry[ROWS] = {};
+  LogSum p[ROWS];
+  TwoSum sum[ROWS], of_instance[ROWS];
 
-  __device__ __forceinline__ OfThread(const Pairs& pairs_, const Args& args, int row, LogSum*)
-      : pairs(pairs_), row0(row), scale(*pairs_.scale) {
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i) {
-      const int r = row + 8 * i;
-      reference[i] = r < pairs.rows.count ? args.n[args.order[r]] + args.epsilon : -INFINITY;
-    }
-  }
+  __device__ __forceinline__ PositiveStatistics(const Pairs& pairs_, const Args&, int row)
+      : pairs(pairs_), row0(row), scale(pairs_.scale->base2) {}
 
-  static __device__ __forceinline__ float softplus(float x) {
-    return fmaxf(x, 0.f) + log1pf(gpu::exp2_fast(-fabsf(x) * kLog2e));
-  }
-
+  // As Statistics::add(). Differences from the largest similarity are exact where the similarities nearly
+  // agree: they serve the exponentials and the sums.
   template <int MT, int NT>
   __device__ __forceinline__ void add(const float (&acc)[MT][NT][4], Kind kind, int col0) {
     static_assert(2 * MT == ROWS, "rows per thread");
-    if (kind == Kind::different) return;
+    const bool all = kind == Kind::same;
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
       const int m = i / 2, h = i % 2;
+      __syncwarp();  // rows are not mixed, which would need the registers of all
       const RowMask mask(pairs, row0 + 8 * i);
-      float sum = 0.f;
+      const InstanceMask instance(pairs, row0 + 8 * i);
+      float top = -INFINITY;
+      uint32_t counts = 0, of_same_instance = 0;
 #pragma unroll
       for (int c = 0; c < 2 * NT; ++c) {
         const int col = col0 + 8 * (c / 2) + c % 2;
-        if (mask.same(col) && mask.counts(pairs, col))
-          sum += softplus(reference[i] - acc[m][c / 2][2 * h + c % 2] * scale);
+        const bool is_counted = all || (mask.same(col) && mask.counts(pairs, col));
+        counts |= uint32_t(is_counted) << c;
+        of_same_instance |= uint32_t(is_counted && instance.same(col)) << c;
+        top = fmaxf(top, is_counted ? acc[m][c / 2][2 * h + c % 2] : -INFINITY);
       }
-      const float y = sum + carry[i], t = total[i] + y;  // Kahan
-      carry[i] = y - (t - total[i]);
-      total[i] = t;
+      const float ref = p[i].raise(top, scale);  // scale > 0
+      float exponentials = 0.f, rest = 0.f, rest_of_instance = 0.f;
+#pragma unroll
+      for (int c = 0; c < 2 * NT; ++c) {
+        const float difference = acc[m][c / 2][2 * h + c % 2] - ref, e = gpu::exp2_fast(difference * scale);
+        exponentials += counts >> c & 1 ? e : 0.f;  // a select, after everything that could be inf or NaN
+        rest += counts >> c & 1 ? difference : 0.f;
+        rest_of_instance += of_same_instance >> c & 1 ? difference : 0.f;
+      }
+      p[i].add(exponentials);
+      sum[i].add(__popc(counts), ref, rest);
+      of_instance[i].add(__popc(of_same_instance), ref, rest_of_instance);
     }
   }
 
-  __device__ __forceinline__ float4 part(int i) const { return {total[i] + carry[i], 0.f, 0.f, 0.f}; }
-  __device__ __forceinline__ void merge_quad(int i) {
-    float mine = total[i] + carry[i];
-#pragma unroll
-    for (int o = 1; o < 4; o *= 2) mine += __shfl_xor_sync(~0u, mine, o);
-    total[i] = mine, carry[i] = 0.f;
+  __device__ __forceinline__ Part part(int i) const {
+    return {{p[i].top, p[i].total + p[i].carry}, sum[i].value(), of_instance[i].value()};
   }
+  __device__ __forceinline__ void merge_quad(int i) {
+    Part mine = part(i);
+#pragma unroll
+    for (int o = 1; o < 4; o *= 2) {
+      const Part other{
+          {__shfl_xor_sync(~0u, mine.exponentials.x, o), __shfl_xor_sync(~0u, mine.exponentials.y, o)},
+          __shfl_xor_sync(~0u, mine.sum, o),
+          __shfl_xor_sync(~0u, mine.of_instance, o)};
+      mine = merge(pairs, mine, other);
+    }
+    p[i] = {mine.exponentials.x, mine.exponentials.y, 0.f};
+    sum[i] = split(mine.sum), of_instance[i] = split(mine.of_instance);
+  }
+  static __device__ __forceinline__ TwoSum split(double x) {
+    const float high = float(x);
+    return {high, float(x - double(high))};
+  }
+
+  static __device__ __forceinline__ Part load(const Part* from) {
+    return {gpu::load_l2(&from->exponentials), gpu::load_l2(&from->sum), gpu::load_l2(&from->of_instance)};
+  }
+  static __device__ __forceinline__ Part merge(const Pairs& pairs, const Part& a, const Part& b) {
+    return {LogSum::merge(a.exponentials, b.exponentials, pairs.scale->base2), a.sum + b.sum,
+            a.of_instance + b.of_instance};
+  }
+  // With one positive total is 1 and p and sum the same product.
+  static __device__ __forceinline__ void store(const Pairs& pairs, const Args& args, int row,
+                                               const Part& whole) {
+    const int64_t at = args.order[row];
+    const double unit = double(pairs.scale->base2) * kLn2;
+    args.p[at] = double(whole.exponentials.x) * unit + log(double(whole.exponentials.y));
+    args.sum[at] = whole.sum * unit;
+    args.of_instance[at] = whole.of_instance * unit;
+  }
+  static __device__ __forceinline__ void store_log2(const Args&, int, double) {}
 };
 
-// (8): G_ij = -g_i sigmoid(n_i + epsilon - s_ij) within a class, and what n_i itself receives: g_i sum_j
-// sigmoid(...).
-struct SoftplusWeights {
+// (8) of positives: G_ij + G_ji, where an anchor i brings f 2^(t_ij - p_i log2 e) + c, and a more where j is
+// of its instance. Its reference p_i log2 e is r + l, r whole, so that t - r loses no digit where it matters
+// and the exponential of an anchor's only positive is exactly 1.
+struct PositiveWeights {
   struct Args {
-    Coefficients rows, cols;  // n: (upstream gradient, (n + epsilon) log2 e); p: null
-    const float* grad_total;  // in the caller's order
-    const float* n;
-    const int64_t* order;
-    float* grad_n;  // in the caller's order, or null
-    float* parts;   // [parts][rows of a block]
+    Coefficients rows, cols;
   };
-  static constexpr bool USES_P = false;
-  template <int ROWS>
-  struct OfThread;
-};
+  static constexpr bool POSITIVES = true;
+  static constexpr Kind SKIPPED = Kind::different;
+  template <int>
+  using OfThread = PositiveWeights;
 
-template <int ROWS>
-struct SoftplusWeights::OfThread {
   const Pairs& pairs;
   const Args& args;
   const Bounds& bounds;
-  float sigmoids[ROWS] = {};
 
-  __device__ __forceinline__ OfThread(const Pairs& pairs_, const Args& args_, const Bounds& bounds_)
+  __device__ __forceinline__ PositiveWeights(const Pairs& pairs_, const Args& args_, const Bounds& bounds_)
       : pairs(pairs_), args(args_), bounds(bounds_) {}
 
   __device__ __forceinline__ bool quick(Kind) const { return false; }
   template <class F, class W, class S>
-  __device__ __forceinline__ void weigh_quickly(W&, const S&, Kind, const float2*, const float2*) const {}
+  __device__ __forceinline__ void weigh_quickly(W&, const S&, const Coefficients&) const {}
   // As StatisticsWeights::weigh().
   template <class F, int PARTS, int MT, int NT>
   __device__ __forceinline__ void weigh(uint32_t (&w)[PARTS][MT][NT / 2][4], const float (&s)[MT][NT][4],
-                                        Kind kind, int col0, const float2* col_n, const float2*) {
+                                        Kind kind, int col0, const Coefficients& cols) const {
     const int row0 = first_row<MT>(bounds);  // rows row0 + 8 i are this thread's
-    const float scale = *pairs.scale * kLog2e;
-    const auto sigmoid = [scale](float sim, float reference) {
-      return gpu::reciprocal_fast(1.f + gpu::exp2_fast(fmaf(sim, scale, -reference)));
+    const float scale = pairs.scale->base2;
+    // What cancels is added first.
+    const auto weight = [scale](float sim, float2 power, float2 rest) {
+      return fmaf(power.x, gpu::exp2_fast(fmaf(sim, scale, -power.y) - rest.y), rest.x);
     };
-    const bool uniform = kind == Kind::same;
+    const bool all = kind == Kind::same;
 #pragma unroll
-    for (int i = 0; i < ROWS; ++i) {
+    for (int i = 0; i < 2 * MT; ++i) {
+      __syncwarp();  // rows are not mixed, which would need the registers of all
       const RowMask mask(pairs, row0 + 8 * i);
-      const float2 n = args.rows.n && mask.row < pairs.rows.count ? args.rows.n[mask.row] : absent();
-      float sum = 0.f;
+      const InstanceMask instance(pairs, mask.row);
+      const bool anchor = args.rows.power && mask.row < pairs.rows.count;
+      const float2 power = anchor ? args.rows.power[mask.row] : absent();
+      const float2 rest = anchor ? args.rows.rest[mask.row] : float2{0.f, 0.f};
+      const float of_instance = anchor && pairs.instance_range ? args.rows.instance[mask.row] : 0.f;
 #pragma unroll
       for (int j = 0; j < NT; ++j) {
         gpu::keep_order();
         float v[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const int at = 8 * j + e;
+          const int at = 8 * j + e, col = col0 + at;
           const float sim = s[i / 2][j][2 * (i % 2) + e];
-          const bool counts = uniform || (mask.same(col0 + at) && mask.counts(pairs, col0 + at));
-          const float mine = sigmoid(sim, n.y), theirs = sigmoid(sim, col_n[at].y);
-          v[e] = counts ? -(n.x * mine + col_n[at].x * theirs) : 0.f;
-          sum += counts ? mine : 0.f;
+          float g = weight(sim, power, rest) + weight(sim, cols.power[at], cols.rest[at]);
+          if (instance.same(col)) g += of_instance + cols.instance[at];
+          // after everything that could be inf or NaN
+          v[e] = all || (mask.same(col) && mask.counts(pairs, col)) ? g : 0.f;
         }
         pack_weights<F>(w, i / 2, i % 2, j, v[0], v[1]);
       }
-      sigmoids[i] += sum;
     }
   }
 
-  // What a row block has beside its gradient: these rows' sums, kept as a part where several runs share the
-  // row block, or stored. `part` has a number for every row of the block.
-  __device__ __forceinline__ void reduce() {
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i)
-#pragma unroll
-      for (int o = 1; o < 4; o *= 2) sigmoids[i] += __shfl_xor_sync(~0u, sigmoids[i], o);
-  }
-  __device__ __forceinline__ void keep(float* part) const {
-    const int row0 = first_row<ROWS / 2>(bounds) - bounds.row0;
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i)
-      if (args.grad_n && threadIdx.x % 4 == 0) part[row0 + 8 * i] = sigmoids[i];
-  }
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i) sigmoids[i] = 0.f;
-  }
-  __device__ __forceinline__ void take(const float* part) {
-    const int row0 = first_row<ROWS / 2>(bounds) - bounds.row0;
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i)
-      if (args.grad_n && threadIdx.x % 4 == 0) sigmoids[i] += gpu::load_l2(part + row0 + 8 * i);
-  }
-  __device__ __forceinline__ void store() const {
-    const int row0 = first_row<ROWS / 2>(bounds);
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i) {
-      const int row = row0 + 8 * i;
-      if (!args.grad_n || threadIdx.x % 4 != 0 || row >= pairs.rows.count) continue;
-      const int64_t at = args.order[row];
-      args.grad_n[at] = args.n[at] == -INFINITY ? 0.f : args.grad_total[at] * sigmoids[i];
-    }
-  }
+  // Nothing beside the gradient.
+  __device__ __forceinline__ void reduce() const {}
+  __device__ __forceinline__ void keep(float*) const {}
+  __device__ __forceinline__ void clear() const {}
+  __device__ __forceinline__ void take(const float*) const {}
+  __device__ __forceinline__ void store() const {}
 };
 
 }  // namespace pysupcon::cuda

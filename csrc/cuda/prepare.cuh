@@ -1,16 +1,24 @@
 // What the pair kernels need to know about the rows, made on the device in one launch: a label-sorted 16-bit
-// copy, every row's range of same-class columns, the coefficients of the gradient. O(N D) work.
+// copy, every row's range of same-class columns, the coefficients of the gradient, and whether rows, orders
+// and indices are what they should be (verdicts.cuh). O(N D) work.
 #pragma once
 #include "launch.h"
 #include "tiles.cuh"
+#include "verdicts.cuh"
 
 namespace pysupcon::cuda {
-
-constexpr int kThreads = 256;  // of every kernel here
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+template <class In>
+struct Wide {  // of sums, and of statistics
+  using type = float;
+};
+template <>
+struct Wide<double> {
+  using type = double;
+};
 
 // A launch works through lists one after the other, a thread an item, no block in two of them. True for the
 // blocks of the next list, whose item is then `item`, perhaps past its end; `block` counts the blocks left.
@@ -22,19 +30,43 @@ __device__ __forceinline__ bool takes(int64_t& block, int64_t items, int64_t& it
   return false;
 }
 
-// Chunk `at` of part 0 of the sorted copy (see Operand) and its place in the other parts.
+// The same for lists whose blocks leave a verdict: at most kVerdictBlocks of them, `step` items apart.
+__device__ __forceinline__ bool takes(int64_t& block, int64_t items, int64_t& item, int64_t& step) {
+  const int64_t blocks = verdict_blocks(items);
+  item = block * kThreads + threadIdx.x, step = blocks * kThreads;
+  if (block < blocks) return true;
+  block -= blocks;
+  return false;
+}
+
+// Whether eight numbers of a row are finite, and so small that no similarity in powers of two exceeds
+// kMostBits and no sum of up to 2^31 products overflows: no product of two rows exceeds the larger of their
+// squares, which is at most `chunks` times that of eight numbers.
+constexpr double kMostBits = 1e15;  // beyond, a statistic has no digit left that an exponent needs
+template <class A>
+__device__ __forceinline__ bool usable(const A (&x)[8], A scale, int chunks) {
+  const A most = sizeof(A) == 8 ? A(0x1p990) : A(0x1p94);
+  A square = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) square += x[i] * x[i];
+  square *= A(chunks);
+  return scale > 0 && square < most && square * scale * A(kLog2e) < A(kMostBits);  // false for NaN
+}
+
+// Chunk `at` of part 0 of the sorted copy (see Operand) and its place in the other parts. Returns usable().
 template <class In, class F, int PARTS, int CH>
-__device__ __forceinline__ void gather_chunk(uint4* out, int64_t part_size, const Rows& rows, int width,
-                                             int slices, int64_t at) {
+__device__ __forceinline__ bool gather_chunk(uint4* out, int64_t part_size, const Rows& rows, int width,
+                                             int slices, float scale, int64_t at) {
   const int slot = int(at % CH), r = int(at / CH % kUnitRows);
   const int64_t unit = at / (CH * kUnitRows), row = unit / slices * kUnitRows + r;
   const int d0 = (int(unit % slices) * CH + swizzle<CH>(r, slot)) * 8;
   float x[8] = {};
   if (row < rows.count) {
-    const In* from = static_cast<const In*>(rows.data) + rows.order[row] * rows.stride;
+    const In* from = static_cast<const In*>(rows.data) + place_of(rows.order, row, rows.count) * rows.stride;
 #pragma unroll
     for (int i = 0; i < 8; ++i) x[i] = d0 + i < width ? to_float(from[d0 + i]) : 0.f;
   }
+  const bool fine = usable(x, scale, slices * CH);
 #pragma unroll
   for (int part = 0; part < PARTS; ++part) {
     uint32_t packed[4];
@@ -46,21 +78,32 @@ __device__ __forceinline__ void gather_chunk(uint4* out, int64_t part_size, cons
     }
     out[part * part_size + at] = {packed[0], packed[1], packed[2], packed[3]};
   }
+  return fine;
+}
+
+// Double precision has no copy: chunk `at` of the rows as they lie.
+static __device__ __forceinline__ bool look_at_chunk(const Rows& rows, int width, double scale, int64_t at) {
+  const int chunks = (width + 7) / 8, d0 = int(at % chunks) * 8;
+  const double* from = static_cast<const double*>(rows.data) + at / chunks * rows.stride;
+  double x[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = d0 + i < width ? from[d0 + i] : 0.;
+  return usable(x, scale, chunks);
 }
 
 static __global__ void invert_order(int* inverse, const int64_t* order, int count) {
   const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
-  if (i < count) inverse[order[i]] = i;
+  if (i < count) inverse[place_of(order, i, count)] = i;
 }
 
-// The first sorted row whose label is >= label (UPPER: > label).
+// The first of the sorted rows [lo, hi) whose key is >= key (UPPER: > key).
 template <bool UPPER>
-__device__ __forceinline__ int label_bound(const Rows& rows, int64_t label) {
-  int lo = 0, hi = int(rows.count);
+__device__ __forceinline__ int bound(const int64_t* keys, const int64_t* order, int64_t count, int lo, int hi,
+                                     int64_t key) {
   while (lo < hi) {
     const int mid = lo + (hi - lo) / 2;
-    const int64_t l = rows.labels[rows.order[mid]];
-    if (UPPER ? l <= label : l < label)
+    const int64_t k = keys[place_of(order, mid, count)];
+    if (UPPER ? k <= key : k < key)
       lo = mid + 1;
     else
       hi = mid;
@@ -94,38 +137,64 @@ __global__ void __launch_bounds__(kThreads) find_norms(float* norms, Rows rows, 
 
 // Sorted rows' classes on the other side, and which column a row is.
 struct Ranges {
-  int2* range;  // [rows]; null: not wanted
-  int* self;    // [rows] or null
+  int2* range;           // [rows]; null: not wanted
+  int2* instance_range;  // [rows] or null
+  int* self;             // [rows] or null
   Rows rows, cols;
   const int64_t* self_index;  // [rows], in the caller's order
   const int* inverse;         // [cols] sorted place of a column
 
   __device__ __forceinline__ int64_t count() const { return range ? rows.count : 0; }
-  __device__ __forceinline__ void find(int64_t i) const {
-    if (i >= rows.count) return;
-    const int64_t label = rows.labels[rows.order[i]];
-    range[i] = {label_bound<false>(cols, label), label_bound<true>(cols, label)};
-    if (self) {
-      const int64_t j = self_index[rows.order[i]];
-      self[i] = j < 0 || j >= cols.count ? -1 : inverse[j];
-    }
+  // Returns whether the row's index into the columns is one, or -1.
+  __device__ __forceinline__ bool find(int64_t i) const {
+    if (!range) return true;
+    const int64_t at = place_of(rows.order, i, rows.count);
+    const auto find_in = [&](const int64_t* keys, int2 in, int64_t key) {
+      return int2{bound<false>(keys, cols.order, cols.count, in.x, in.y, key),
+                  bound<true>(keys, cols.order, cols.count, in.x, in.y, key)};
+    };
+    const int2 found = find_in(cols.labels, {0, int(cols.count)}, rows.labels[at]);
+    range[i] = found;
+    if (instance_range) instance_range[i] = find_in(cols.instances, found, rows.instances[at]);
+    if (!self) return true;
+    const int64_t j = self_index[at];
+    self[i] = is_place(j, cols.count) ? inverse[j] : -1;
+    return j >= -1 && j < cols.count;
   }
 };
 
-// One kind of statistic of one side's anchors with its upstream gradient, in the caller's order.
+// Whether place i of the order is right beside the next one: labels, then instances, then rows rise strictly
+// along a stable sort, so that no row can occur twice. Right at every i: a permutation.
+__device__ __forceinline__ bool ordered(const Rows& rows, int64_t i) {
+  const int64_t here = rows.order[i];
+  if (!is_place(here, rows.count)) return false;
+  if (i + 1 == rows.count) return true;
+  const int64_t next = rows.order[i + 1];
+  if (!is_place(next, rows.count)) return false;
+  const int64_t label = rows.labels[here], next_label = rows.labels[next];
+  if (label != next_label) return label < next_label;
+  const int64_t instance = rows.instances ? rows.instances[here] : 0,
+                next_instance = rows.instances ? rows.instances[next] : 0;
+  return instance < next_instance || (instance == next_instance && here < next);
+}
+
+// One kind of statistic of one side's anchors with its upstream gradients, in the caller's order.
 struct Upstream {
-  const float *statistic, *gradient;  // null: there is none
+  const double *statistic, *gradient;
+  const double *constant, *of_instance;  // of positives: of their sums; null: there is none
   const int64_t* order;
   int64_t count;
-  float2* out;  // [count padded to kUnitRows] coefficients of the sorted rows
+  float2 *power, *rest;  // [count padded to kUnitRows], see Coefficients; power null: nothing to do
+  float* instance;
 
   __device__ __forceinline__ int64_t padded() const {
-    return out ? divide_up(count, kUnitRows) * kUnitRows : 0;
+    return power ? divide_up(count, kUnitRows) * kUnitRows : 0;
   }
 };
 struct Upstreams {
   Upstream of[4];  // n and p of the anchors, n and p of the candidates
-  float epsilon;   // added to the statistics
+  double epsilon;  // added to the statistics
+  bool softplus;   // the sigmoids need the statistic itself
   bool one;        // whether the kernel knows what to do with one reference
   float4* parts;   // [kExtremeBlocks] of find_extremes; null: every block looks for itself
   Extremes* extremes;
@@ -142,11 +211,18 @@ __device__ __forceinline__ float4 scan(const Upstreams& upstreams, int64_t first
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     const Upstream& u = upstreams.of[k];
-    if (!u.out) continue;
+    if (!u.power) continue;
+    const auto raise = [&](double gradient) {
+      const float g = fabsf(float(gradient));
+      if (g < INFINITY) found.x = fmaxf(found.x, g);
+    };
 #pragma unroll 4
     for (int64_t i = first; i < u.count; i += step) {
-      const float g = fabsf(u.gradient[i]), s = u.statistic[i];
-      if (g < INFINITY) found.x = fmaxf(found.x, g);
+      raise(u.gradient[i]);
+      if (u.constant) raise(u.constant[i]);
+      if (u.of_instance) raise(u.of_instance[i]);
+      if (u.rest) continue;  // positives have references of their own
+      const float s = float(u.statistic[i]);
       if (fabsf(s) < INFINITY) found.y = fmaxf(found.y, s), found.z = fminf(found.z, s);
     }
   }
@@ -173,90 +249,141 @@ static __global__ void find_extremes(Upstreams upstreams) {
   if (threadIdx.x == 0) upstreams.parts[blockIdx.x] = found;
 }
 
-// One reference r, the highest statistic, serves all anchors where none lies 2^kSpread below it: r exceeds
-// every similarity that a statistic counted; a term that underflows beside r is below 2^-66 of any anchor's
-// sum; and no upstream gradient overflows when it is multiplied by 2^(r - statistic). (Equations (6) and
-// (9).)
+// One reference r, not below the highest statistic, serves all negatives where none lies 2^kSpread below it:
+// r exceeds every similarity that a statistic counted; a term that underflows beside r is below 2^-64 of any
+// anchor's sum; and no upstream gradient overflows when it is multiplied by 2^(r - statistic). (Equations (6)
+// and (9).)
 constexpr float kSpread = 60.f;
 static_assert(kExtremeBlocks == kThreads, "a block reads them all at once");
 
 __device__ __forceinline__ Extremes judge(const Upstreams& upstreams) {
   const float4 found =
       over_block(upstreams.parts ? upstreams.parts[threadIdx.x] : scan(upstreams, threadIdx.x, kThreads));
-  const bool one = upstreams.one && found.y >= found.z && (found.y - found.z) * kLog2e <= kSpread;
-  return {found.x, one ? found.y * kLog2e : INFINITY, found.y, found.z};
+  constexpr float log2e = float(kLog2e);
+  const bool one = upstreams.one && found.y >= found.z && (found.y - found.z) * log2e <= kSpread;
+  return {found.x, one ? ceilf(found.y * log2e) : INFINITY, found.y, found.z};
 }
 
-__device__ __forceinline__ void pack_coefficient(const Upstream& u, float epsilon, const Extremes& extremes,
-                                                 int64_t i) {
-  float2 c = absent();
-  if (i < u.count) {
-    const int64_t at = u.order[i];
-    const float s = u.statistic[at];
-    if (s != -INFINITY) {
-      c = {ldexpf(u.gradient[at], -gradient_exponent(extremes.largest)), (s + epsilon) * kLog2e};
-      if (extremes.reference < INFINITY) c = {c.x * exp2f(extremes.reference - c.y), extremes.reference};
+// Whole references, and what they round away put where no digit is lost: into f, in double, or into l.
+__device__ __forceinline__ void pack_coefficients(const Upstream& u, const Upstreams& all,
+                                                  const Extremes& extremes, int64_t i) {
+  float2 power = absent(), rest{0.f, 0.f};
+  float instance = 0.f;
+  const int64_t at = i < u.count ? place_of(u.order, i, u.count) : 0;
+  if (i < u.count && u.statistic[at] != -INFINITY) {
+    const int unit = -gradient_exponent(extremes.largest);
+    const auto in_units = [&](double x) { return float(ldexp(x, unit)); };
+    const double bits = (u.statistic[at] + all.epsilon) * kLog2e, gradient = u.gradient[at];
+    const float whole = extremes.reference < INFINITY ? extremes.reference : float(rint(bits));
+    if (u.rest) {
+      power = {in_units(gradient), float(rint(bits))};
+      rest = {u.constant ? in_units(u.constant[at]) : 0.f, float(bits - double(power.y))};
+      instance = u.of_instance ? in_units(u.of_instance[at]) : 0.f;
+    } else if (all.softplus) {
+      power = {in_units(gradient), float(bits)};
+    } else {
+      power = {in_units(gradient * exp2(double(whole) - bits)), whole};
     }
   }
-  u.out[i] = c;
+  u.power[i] = power;
+  if (u.rest) u.rest[i] = rest;
+  if (u.instance) u.instance[i] = instance;
 }
 
 struct Preparation {
-  Rows sides[2];  // anchors; candidates where they are others
+  Rows sides[2];  // anchors; candidates where they are others, else none
   uint4* copies[2];
-  int64_t part_size[2];  // chunks of a part of the copy; 0: no copy
+  int64_t part_size[2];  // chunks of a part of the copy, or of the rows where there is none
   int width, slices;
   Ranges ranges[2];
   Upstreams upstreams;
+  const double* scale;
+  Scale* scale_out;
   int* arrivals;
   int64_t arrival_count;
   unsigned long long* sums;  // of the triangular forward
   int64_t sum_count;
+  int* verdicts;       // of the first blocks, which have rows and orders
+  double* unasked[4];  // n, p and the sums, where pair_stats was not asked for them; [fill_count]
+  int64_t fill_count;
 };
 
+// How many blocks of prepare() leave a verdict.
+inline int verdict_blocks_of(const Preparation& p) {
+  int64_t sum = 0;
+  for (int k = 0; k < 2; ++k) sum += verdict_blocks(p.part_size[k]) + verdict_blocks(p.sides[k].count);
+  return int(sum);
+}
+
+__device__ __forceinline__ void leave_verdict(int* verdicts, bool fine) {
+  const int broken = __syncthreads_or(!fine);
+  if (threadIdx.x == 0) verdicts[blockIdx.x] = broken;
+}
+
 // How many blocks prepare() needs.
-template <int CH>
-int64_t preparation_blocks(const Preparation& p) {
+inline int64_t preparation_blocks(const Preparation& p) {
   const auto blocks = [](int64_t items) { return divide_up(items, kThreads); };
-  int64_t sum = blocks(p.arrival_count) + blocks(p.sum_count);
-  for (int k = 0; k < 2; ++k)
-    sum += blocks(p.part_size[k]) + blocks(p.ranges[k].range ? p.ranges[k].rows.count : 0);
+  int64_t sum = verdict_blocks_of(p) + blocks(p.arrival_count) + blocks(p.sum_count) + blocks(p.fill_count);
   for (const Upstream& u : p.upstreams.of)
-    if (u.out) sum += blocks(divide_up(u.count, kUnitRows) * kUnitRows);
+    if (u.power) sum += blocks(divide_up(u.count, kUnitRows) * kUnitRows);
   return sum;
 }
 
+// PARTS 0: no copy, for kernels that read the rows in place, in double. Four blocks a multiprocessor: left to
+// itself nvcc takes 32 registers, and spills.
 template <class In, class F, int PARTS>
-__global__ void __launch_bounds__(kThreads) prepare(const __grid_constant__ Preparation p) {
+__global__ void __launch_bounds__(kThreads, 4) prepare(const __grid_constant__ Preparation p) {
   constexpr int CH = PARTS == 1 ? 8 : 4;
-  int64_t block = blockIdx.x, i;
+  int64_t block = blockIdx.x, i, step;
+  if (p.scale_out && blockIdx.x == 0 && threadIdx.x == 0)
+    *p.scale_out = {float(*p.scale), float(*p.scale * kLog2e)};
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
-    if (takes(block, p.part_size[k], i)) {
-      if (i < p.part_size[k])
-        gather_chunk<In, F, PARTS, CH>(p.copies[k], p.part_size[k], p.sides[k], p.width, p.slices, i);
+    const Rows& rows = p.sides[k];
+    if (takes(block, p.part_size[k], i, step)) {
+      const auto scale = static_cast<typename Wide<In>::type>(*p.scale);
+      bool fine = true;
+      for (; i < p.part_size[k]; i += step) {
+        if constexpr (PARTS == 0)
+          fine &= look_at_chunk(rows, p.width, scale, i);
+        else
+          fine &=
+              gather_chunk<In, F, PARTS, CH>(p.copies[k], p.part_size[k], rows, p.width, p.slices, scale, i);
+      }
+      leave_verdict(p.verdicts, fine);
       return;
     }
-    if (takes(block, p.ranges[k].count(), i)) {
-      p.ranges[k].find(i);
+    if (takes(block, rows.count, i, step)) {
+      bool fine = true;
+      for (; i < rows.count; i += step) fine &= ordered(rows, i) & p.ranges[k].find(i);
+      leave_verdict(p.verdicts, fine);
       return;
     }
   }
+  bool first = true;
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     const Upstream& u = p.upstreams.of[k];
     if (takes(block, u.padded(), i)) {
       const Extremes extremes = judge(p.upstreams);
-      if (k == 0 && i == 0) *p.upstreams.extremes = extremes;
-      if (i < u.padded()) pack_coefficient(u, p.upstreams.epsilon, extremes, i);
+      if (first && i == 0) *p.upstreams.extremes = extremes;
+      if (i < u.padded()) pack_coefficients(u, p.upstreams, extremes, i);
       return;
     }
+    first = first && !u.power;
   }
   if (takes(block, p.arrival_count, i)) {
     if (i < p.arrival_count) p.arrivals[i] = 0;
     return;
   }
-  if (takes(block, p.sum_count, i) && i < p.sum_count) p.sums[i] = 0;
+  if (takes(block, p.sum_count, i)) {
+    if (i < p.sum_count) p.sums[i] = 0;
+    return;
+  }
+  if (takes(block, p.fill_count, i) && i < p.fill_count)
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      if (p.unasked[k]) p.unasked[k][i] = k < 2 ? -INFINITY : 0.;
 }
 
 }  // namespace pysupcon::cuda

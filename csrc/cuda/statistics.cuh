@@ -1,5 +1,4 @@
-// Equations (1), (2), (7): the logsumexp over negatives and over positives; (8), (9): the weights of their
-// gradient.
+// Equations (1), (7): the logsumexp over negatives; (8), (9): the weights of its gradient.
 #pragma once
 #include "tiles.cuh"
 
@@ -13,10 +12,10 @@ struct LogSum {
   // -inf minus -inf must not happen: an empty sum is measured from 0.
   static __device__ __forceinline__ float reference(float top) { return top == -INFINITY ? 0.f : top; }
 
-  __device__ __forceinline__ float raise(
-      float new_top) {  // returns the reference point of what is added next
+  // Returns the reference point of what is added next. `unit`: of top, in powers of two.
+  __device__ __forceinline__ float raise(float new_top, float unit = 1.f) {
     new_top = fmaxf(top, new_top);
-    const float ref = reference(new_top), shrink = gpu::exp2_fast(top - ref);
+    const float ref = reference(new_top), shrink = gpu::exp2_fast((top - ref) * unit);
     total *= shrink, carry *= shrink, top = new_top;
     return ref;
   }
@@ -25,84 +24,59 @@ struct LogSum {
     carry = y - (t - total);
     total = t;
   }
+  // (top, total) of two parts together.
+  static __device__ __forceinline__ float2 merge(const float2& a, const float2& b, float unit = 1.f) {
+    const float top = fmaxf(a.x, b.x), ref = reference(top);
+    return {top, a.y * gpu::exp2_fast((a.x - ref) * unit) + b.y * gpu::exp2_fast((b.x - ref) * unit)};
+  }
 };
 
+// Of negatives; tiles of positives alone are skipped.
 struct Statistics {
+  using Part = float2;  // of a row: top, total
   struct Args {
-    float *n, *p;          // in the caller's order
+    double* n;             // in the caller's order
     const int64_t* order;  // of the rows
-    bool negatives, positives;
-    float4* parts;  // of row blocks that several runs share
-    int* arrivals;  // [row blocks]
+    Part* parts;           // of row blocks that several runs share
+    int* arrivals;         // [row blocks]
   };
   static constexpr int ROWS = 4;  // of a thread
   static constexpr bool TRIANGULAR = true;
-  template <int STRIDE>
-  struct OfThread;
+  static constexpr Kind SKIPPED = Kind::same;
 
-  static __device__ __forceinline__ void merge(float& top, float& total, float other_top, float other_total) {
-    const float new_top = fmaxf(top, other_top), ref = LogSum::reference(new_top);
-    total = total * gpu::exp2_fast(top - ref) + other_total * gpu::exp2_fast(other_top - ref);
-    top = new_top;
-  }
-  static __device__ __forceinline__ float4 merge(float4 a, const float4& b) {
-    merge(a.x, a.y, b.x, b.y), merge(a.z, a.w, b.z, b.w);
-    return a;
-  }
-  static __device__ __forceinline__ void store(const Args& args, int row, const float4& whole) {
-    const int64_t at = args.order[row];
-    args.n[at] = args.negatives ? (whole.x + log2f(whole.y)) * kLn2 : -INFINITY;
-    args.p[at] = args.positives ? (whole.z + log2f(whole.w)) * kLn2 : -INFINITY;
-  }
-  // Of negatives alone: log2 of their sum.
-  static __device__ __forceinline__ void store_log2(const Args& args, int row, float n) {
-    const int64_t at = args.order[row];
-    args.n[at] = n * kLn2;
-    args.p[at] = -INFINITY;
-  }
-};
-
-template <int STRIDE>
-struct Statistics::OfThread {
   const Pairs& pairs;
   const int row0;  // rows row0 + 8 i are this thread's
   const float scale;
   LogSum n[ROWS];
-  LogSum* const p;  // [ROWS], STRIDE apart: most tiles have no positive, so that these need not be registers
 
-  __device__ __forceinline__ OfThread(const Pairs& pairs_, const Args&, int row, LogSum* positives)
-      : pairs(pairs_), row0(row), scale(*pairs_.scale * kLog2e), p(positives) {
-#pragma unroll
-    for (int i = 0; i < ROWS; ++i) p[i * STRIDE] = LogSum();
-  }
+  __device__ __forceinline__ Statistics(const Pairs& pairs_, const Args&, int row)
+      : pairs(pairs_), row0(row), scale(pairs_.scale->base2) {}
 
   // acc[m][j][2 h + e]: row row0 + 16 m + 8 h, column col0 + 8 j + e
   template <int MT, int NT>
   __device__ __forceinline__ void add(const float (&acc)[MT][NT][4], Kind kind, int col0) {
     static_assert(2 * MT == ROWS, "rows per thread");
     if (kind == Kind::different)
-      add_uniform<1>(n, acc);
-    else if (kind == Kind::same)
-      add_uniform<STRIDE>(p, acc);
+      add_uniform(acc);
     else
       add_mixed(acc, col0);
   }
 
-  template <int APART, int MT, int NT>
-  __device__ __forceinline__ void add_uniform(LogSum* sums, const float (&acc)[MT][NT][4]) {
+  template <int MT, int NT>
+  __device__ __forceinline__ void add_uniform(const float (&acc)[MT][NT][4]) {
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
       const int m = i / 2, h = i % 2;
       float top = acc[m][0][2 * h];
 #pragma unroll
       for (int j = 0; j < NT; ++j) top = fmaxf(top, fmaxf(acc[m][j][2 * h], acc[m][j][2 * h + 1]));
-      const float ref = sums[i * APART].raise(top * scale);  // scale > 0
+      const float ref = n[i].raise(top * scale);  // scale > 0
       float sum = 0.f;
 #pragma unroll
       for (int j = 0; j < NT; ++j)
         sum += gpu::exp2_fast(fmaf(acc[m][j][2 * h], scale, -ref)) +
                gpu::exp2_fast(fmaf(acc[m][j][2 * h + 1], scale, -ref));
-      sums[i * APART].add(sum);
+      n[i].add(sum);
     }
   }
 
@@ -113,56 +87,57 @@ struct Statistics::OfThread {
       const int m = i / 2, h = i % 2;
       __syncwarp();  // rows are not mixed, which would need the registers of all
       const RowMask mask(pairs, row0 + 8 * i);
-      float top_n = -INFINITY, top_p = -INFINITY;
-      uint32_t same = 0, counts = 0;
+      float top = -INFINITY;
+      uint32_t counts = 0;
 #pragma unroll
       for (int c = 0; c < 2 * NT; ++c) {
         const int col = col0 + 8 * (c / 2) + c % 2;
-        const float v = acc[m][c / 2][2 * h + c % 2] * scale;
-        const bool is_same = mask.same(col), is_counted = mask.counts(pairs, col);
-        same |= uint32_t(is_same) << c, counts |= uint32_t(is_counted) << c;
-        top_n = fmaxf(top_n, is_counted && !is_same ? v : -INFINITY);
-        top_p = fmaxf(top_p, is_counted && is_same ? v : -INFINITY);
+        const bool is_counted = mask.counts(pairs, col) && !mask.same(col);
+        counts |= uint32_t(is_counted) << c;
+        top = fmaxf(top, is_counted ? acc[m][c / 2][2 * h + c % 2] * scale : -INFINITY);
       }
-      const float ref_n = n[i].raise(top_n), ref_p = p[i * STRIDE].raise(top_p);
-      float sum_n = 0.f, sum_p = 0.f;
+      const float ref = n[i].raise(top);
+      float sum = 0.f;
 #pragma unroll
       for (int c = 0; c < 2 * NT; ++c) {
-        const bool is_same = same >> c & 1, is_counted = counts >> c & 1;
-        const float e = gpu::exp2_fast(fmaf(acc[m][c / 2][2 * h + c % 2], scale, is_same ? -ref_p : -ref_n));
-        sum_n += is_counted && !is_same ? e : 0.f;  // a select, after everything that could be inf or NaN
-        sum_p += is_counted && is_same ? e : 0.f;
+        const float e = gpu::exp2_fast(fmaf(acc[m][c / 2][2 * h + c % 2], scale, -ref));
+        sum += counts >> c & 1 ? e : 0.f;  // a select, after everything that could be inf or NaN
       }
-      n[i].add(sum_n), p[i * STRIDE].add(sum_p);
+      n[i].add(sum);
     }
   }
 
-  // A part of a row: (top, total) of n, (top, total) of p.
-  __device__ __forceinline__ float4 part(int i) const {
-    return {n[i].top, n[i].total + n[i].carry, p[i * STRIDE].top, p[i * STRIDE].total + p[i * STRIDE].carry};
-  }
+  __device__ __forceinline__ Part part(int i) const { return {n[i].top, n[i].total + n[i].carry}; }
   __device__ __forceinline__ void merge_quad(int i) {
-    float4 mine = part(i);
+    Part mine = part(i);
 #pragma unroll
-    for (int o = 1; o < 4; o *= 2) {
-      const float4 other = {__shfl_xor_sync(~0u, mine.x, o), __shfl_xor_sync(~0u, mine.y, o),
-                            __shfl_xor_sync(~0u, mine.z, o), __shfl_xor_sync(~0u, mine.w, o)};
-      mine = merge(mine, other);
-    }
-    n[i] = {mine.x, mine.y, 0.f}, p[i * STRIDE] = {mine.z, mine.w, 0.f};
+    for (int o = 1; o < 4; o *= 2)
+      mine = LogSum::merge(mine, {__shfl_xor_sync(~0u, mine.x, o), __shfl_xor_sync(~0u, mine.y, o)});
+    n[i] = {mine.x, mine.y, 0.f};
+  }
+
+  static __device__ __forceinline__ Part load(const Part* from) { return gpu::load_l2(from); }
+  static __device__ __forceinline__ Part merge(const Pairs&, const Part& a, const Part& b) {
+    return LogSum::merge(a, b);
+  }
+  static __device__ __forceinline__ void store(const Pairs&, const Args& args, int row, const Part& whole) {
+    store_log2(args, row, double(whole.x) + log2(double(whole.y)));
+  }
+  static __device__ __forceinline__ void store_log2(const Args& args, int row, double n) {
+    args.n[args.order[row]] = n * kLn2;
   }
 };
 
-// Equations (8), (9): G_ij + G_ji, with row i and column j each an anchor, or not (its coefficients are then
-// null). Two exponentials a pair, each at most 1; or one, measured from a reference that all anchors share,
-// where prepare.cuh found that their statistics allow it.
+// Equations (8), (9) of negatives: G_ij + G_ji, with row i and column j each an anchor, or not (its
+// coefficients are then null). Two exponentials a pair, each at most sqrt(2); or one, measured from a
+// reference that all anchors share, where prepare.cuh found that their statistics allow it.
 struct StatisticsWeights {
   struct Args {
     Coefficients rows, cols;
-    bool negatives, positives;  // which of them the statistics counted
     const Extremes* extremes;
   };
-  static constexpr bool USES_P = true;
+  static constexpr bool POSITIVES = false;
+  static constexpr Kind SKIPPED = Kind::same;
   template <int>
   using OfThread = StatisticsWeights;
 
@@ -177,67 +152,61 @@ struct StatisticsWeights {
   }
 
   // Read again for every tile, as row0, scale and reference are: registers are dearer than cached loads.
-  __device__ __forceinline__ float2 coefficient(const float2* from, int row) const {
-    return from && row < pairs.rows.count ? from[row] : absent();
+  __device__ __forceinline__ float2 coefficient(int row) const {
+    return args.rows.power && row < pairs.rows.count ? args.rows.power[row] : absent();
   }
 
   // Whether a tile needs no mask and one exponential a pair.
   __device__ __forceinline__ bool quick(Kind kind) const {
-    const bool counted = kind == Kind::different ? args.negatives : kind == Kind::same && args.positives;
-    return counted && bounds.reference < INFINITY;
+    return kind == Kind::different && bounds.reference < INFINITY;
   }
-  // Similarities s[m][j][2 h + e], column 8 j + e from the one on where col_n, col_p start, become the
-  // weights w of tiles j, packed as operands of the next product. Where one reference serves all anchors
-  // it is every coefficient's, and .x is the upstream gradient times 2^(reference - statistic).
+  // Similarities s[m][j][2 h + e], column 8 j + e from the one on where the columns' coefficients start,
+  // become the weights w of tiles j, packed as operands of the next product. Where one reference serves all
+  // anchors it is every coefficient's, and .x is the upstream gradient times 2^(reference - statistic).
   template <class F, int PARTS, int MT, int NT>
   __device__ __forceinline__ void weigh_quickly(uint32_t (&w)[PARTS][MT][NT / 2][4],
-                                                const float (&s)[MT][NT][4], Kind kind, const float2* col_n,
-                                                const float2* col_p) const {
+                                                const float (&s)[MT][NT][4], const Coefficients& cols) const {
     const int row0 = first_row<MT>(bounds);  // rows row0 + 8 i are this thread's
-    const float scale = *pairs.scale * kLog2e, reference = bounds.reference;
+    const float scale = pairs.scale->base2, reference = bounds.reference;
     const auto weight = [&](float sim, float row, float col) {
       return gpu::exp2_fast(fmaf(sim, scale, -reference)) * (row + col);
     };
-    const float2 *rows = kind == Kind::different ? args.rows.n : args.rows.p,
-                 *cols = kind == Kind::different ? col_n : col_p;
 #pragma unroll
     for (int m = 0; m < MT; ++m) {
-      const float low = coefficient(rows, row0 + 16 * m).x, high = coefficient(rows, row0 + 16 * m + 8).x;
+      const float low = coefficient(row0 + 16 * m).x, high = coefficient(row0 + 16 * m + 8).x;
 #pragma unroll
       for (int j = 0; j < NT; ++j) {
-        const float even = cols[8 * j].x, odd = cols[8 * j + 1].x;
+        const float even = cols.power[8 * j].x, odd = cols.power[8 * j + 1].x;
         pack_weights<F>(w, m, 0, j, weight(s[m][j][0], low, even), weight(s[m][j][1], low, odd));
         pack_weights<F>(w, m, 1, j, weight(s[m][j][2], high, even), weight(s[m][j][3], high, odd));
       }
     }
   }
-  // Any tile: two exponentials a pair. The first column is col0.
+  // Any tile that is not skipped: two exponentials a pair. The first column is col0.
   template <class F, int PARTS, int MT, int NT>
   __device__ __forceinline__ void weigh(uint32_t (&w)[PARTS][MT][NT / 2][4], const float (&s)[MT][NT][4],
-                                        Kind kind, int col0, const float2* col_n, const float2* col_p) const {
+                                        Kind kind, int col0, const Coefficients& cols) const {
     const int row0 = first_row<MT>(bounds);  // rows row0 + 8 i are this thread's
-    const float scale = *pairs.scale * kLog2e;
+    const float scale = pairs.scale->base2;
     const auto weight = [&](float sim, float2 row, float2 col) {
       return row.x * gpu::exp2_fast(fmaf(sim, scale, -row.y)) +
              col.x * gpu::exp2_fast(fmaf(sim, scale, -col.y));
     };
-    if (kind != Kind::mixed) {
-      const float2 *rows = kind == Kind::different ? args.rows.n : args.rows.p,
-                   *cols = kind == Kind::different ? col_n : col_p;
+    if (kind == Kind::different) {
 #pragma unroll
       for (int i = 0; i < 2 * MT; ++i) {
-        const float2 row = coefficient(rows, row0 + 8 * i);
+        const float2 row = coefficient(row0 + 8 * i);
 #pragma unroll
         for (int j = 0; j < NT; ++j)
-          pack_weights<F>(w, i / 2, i % 2, j, weight(s[i / 2][j][2 * (i % 2)], row, cols[8 * j]),
-                          weight(s[i / 2][j][2 * (i % 2) + 1], row, cols[8 * j + 1]));
+          pack_weights<F>(w, i / 2, i % 2, j, weight(s[i / 2][j][2 * (i % 2)], row, cols.power[8 * j]),
+                          weight(s[i / 2][j][2 * (i % 2) + 1], row, cols.power[8 * j + 1]));
       }
       return;
     }
 #pragma unroll
     for (int i = 0; i < 2 * MT; ++i) {
       const RowMask mask(pairs, row0 + 8 * i);
-      const float2 n = coefficient(args.rows.n, mask.row), p = coefficient(args.rows.p, mask.row);
+      const float2 row = coefficient(mask.row);
 #pragma unroll
       for (int j = 0; j < NT; ++j) {
         gpu::keep_order();
@@ -245,9 +214,9 @@ struct StatisticsWeights {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int at = 8 * j + e;
-          const bool same = mask.same(col0 + at);
-          const float g = weight(s[i / 2][j][2 * (i % 2) + e], same ? p : n, (same ? col_p : col_n)[at]);
-          v[e] = mask.counts(pairs, col0 + at) ? g : 0.f;  // after everything that could be inf or NaN
+          const float g = weight(s[i / 2][j][2 * (i % 2) + e], row, cols.power[at]);
+          // after everything that could be inf or NaN
+          v[e] = mask.counts(pairs, col0 + at) && !mask.same(col0 + at) ? g : 0.f;
         }
         pack_weights<F>(w, i / 2, i % 2, j, v[0], v[1]);
       }

@@ -3,11 +3,18 @@
 #pragma once
 #include "gpu_ops.cuh"
 #include "runs.cuh"
+#include "verdicts.cuh"
 
 namespace pysupcon::cuda {
 
-constexpr float kLog2e = 1.44269504088896341f;
-constexpr float kLn2 = 0.693147180559945309f;
+constexpr double kLog2e = 1.44269504088896341;
+constexpr double kLn2 = 0.693147180559945309;
+
+// The scale of the similarities as the kernels read it. A pass over pairs knows s as acc * base2, in powers
+// of two; whoever leaves base 2 multiplies by kLn2, in double, so that all of them mean the same s.
+struct Scale {
+  float natural, base2;
+};
 
 // Label-sorted rows as 16-bit numbers, as they shall lie in shared memory: units of kUnitRows rows by one
 // slice of CH chunks of 8 numbers, each row's chunks swizzled; [parts][units of rows][slices][kUnitRows][CH].
@@ -28,12 +35,14 @@ struct Operand {
 // The pairs of one launch: rows are owned by blocks, columns stream past.
 struct Pairs {
   Operand rows, cols;
-  const int2* range;    // [rows] columns of the row's class: [x, y)
-  const int* row_self;  // [rows] the column that is this row, -1 for none; null: see one_set
-  const int* col_self;  // [cols] likewise the row that is this column; null: none
-  bool one_set;         // rows and columns are the same set: column i is row i
-  bool within_classes;  // visit same-class columns only
-  const float* scale;
+  const int2* range;           // [rows] columns of the row's class: [x, y)
+  const int2* instance_range;  // [rows] likewise of its instance, within its class; null: no instances
+  const int* row_self;         // [rows] the column that is this row, -1 for none; null: see one_set
+  const int* col_self;         // [cols] likewise the row that is this column; null: none
+  bool one_set;                // rows and columns are the same set: column i is row i
+  bool within_classes;         // visit same-class columns only
+  const Scale* scale;
+  Verdicts verdicts;
 };
 
 // Where chunk c of row r stands, so that eight consecutive rows of one chunk fall into distinct banks.
@@ -125,8 +134,7 @@ __device__ __forceinline__ void multiply_few(float (&acc)[MT][NT][4], const uint
 
 // acc[m][n] += A B^T over one slice: A rows a_row + 16 m.., B rows b_row + 8 n.. (16 x 8 tiles of
 // mma.m16n8k16). Tensor cores truncate where they add to a large accumulator, so each slice starts a fresh
-// one, which is added to the sum with rounding. Several parts: every product whose parts sum to less than
-// PARTS, smallest first, into a fresh accumulator for each 16 numbers.
+// one, which is added to the sum with rounding.
 template <class F, int MT, int NT, int AROWS, int BROWS, int CH>
 __device__ __forceinline__ void multiply_slice(float (&acc)[MT][NT][4], const uint4 (&a)[1][AROWS][CH],
                                                int a_row, const uint4 (&b)[1][BROWS][CH], int b_row) {
@@ -148,6 +156,32 @@ __device__ __forceinline__ void multiply_slice(float (&acc)[MT][NT][4], const ui
       for (int i = 0; i < 8; ++i) acc[m][n + i / 4][i % 4] += fresh[m][i / 4][i % 4];
   }
 }
+// Several parts: every product whose parts sum to less than PARTS, smallest first, into a fresh accumulator
+// for each 16 numbers. Part p of A with part q of B and q with p meet in an addition of their own, so that
+// s_ij and s_ji are the same bits: the forward pass may see a pair from the one side, the backward from the
+// other.
+template <class F, int PARTS, int MT>
+__device__ __forceinline__ void multiply_parts(float (&sum)[4], const uint32_t (&a)[PARTS][MT][4], int m,
+                                               const uint32_t (&b)[PARTS][4], int half) {
+#pragma unroll
+  for (int order = PARTS - 1; order >= 0; --order) {
+#pragma unroll
+    for (int part = 0; 2 * part < order; ++part) {
+      const uint32_t low[2] = {b[part][2 * half], b[part][2 * half + 1]};
+      const uint32_t high[2] = {b[order - part][2 * half], b[order - part][2 * half + 1]};
+      float one[4], other[4];
+      multiply<F>(one, a[part][m], high, true);
+      multiply<F>(other, a[order - part][m], low, true);
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        sum[i] = order == PARTS - 1 && part == 0 ? one[i] + other[i] : sum[i] + (one[i] + other[i]);
+    }
+    if (order % 2 == 0) {
+      const uint32_t middle[2] = {b[order / 2][2 * half], b[order / 2][2 * half + 1]};
+      multiply<F>(sum, a[order / 2][m], middle, false);
+    }
+  }
+}
 template <class F, int MT, int NT, int PARTS, int AROWS, int BROWS, int CH>
 __device__ __forceinline__ void multiply_slice(float (&acc)[MT][NT][4], const uint4 (&a)[PARTS][AROWS][CH],
                                                int a_row, const uint4 (&b)[PARTS][BROWS][CH], int b_row) {
@@ -165,6 +199,7 @@ __device__ __forceinline__ void multiply_slice(float (&acc)[MT][NT][4], const ui
       }
 #pragma unroll
     for (int n = 0; n < NT; n += 2) {
+      __syncwarp();  // columns are not mixed, which would need the registers of all
       const int r = b_row + 8 * n + (lane & 7) + ((lane >> 4) << 3);
       uint32_t bf[PARTS][4];
 #pragma unroll
@@ -175,13 +210,7 @@ __device__ __forceinline__ void multiply_slice(float (&acc)[MT][NT][4], const ui
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
           float fresh[4];
-#pragma unroll
-          for (int order = PARTS - 1; order >= 0; --order)
-#pragma unroll
-            for (int part = 0; part <= order; ++part) {
-              const uint32_t bh[2] = {bf[order - part][2 * half], bf[order - part][2 * half + 1]};
-              multiply<F>(fresh, af[part][m], bh, order == PARTS - 1 && part == 0);
-            }
+          multiply_parts<F>(fresh, af, m, bf, half);
 #pragma unroll
           for (int i = 0; i < 4; ++i) acc[m][n + half][i] += fresh[i];
         }
@@ -269,10 +298,12 @@ struct RowMask {
   }
 };
 
-// What an anchor brings into the gradient: (upstream gradient in units of gradient_unit, reference in powers
-// of two), label-sorted, padded with absent() to a multiple of kUnitRows rows. Null: the side has no anchors.
+// What an anchor brings into the weights of its pairs, label-sorted, padded to a multiple of kUnitRows rows,
+// all but references in units of 2^gradient_exponent(). Null: the side has no anchors.
 struct Coefficients {
-  const float2 *n, *p;
+  const float2* power;    // (f, r): f 2^(t - r), r in powers of two; padded with absent()
+  const float2* rest;     // of positives: (c, l), the weight f 2^(t - r - l) + c
+  const float* instance;  // of positives: what the pairs of an instance have beside
 };
 // Over all anchors of a launch.
 struct Extremes {
@@ -283,7 +314,8 @@ struct Extremes {
 __device__ __forceinline__ float2 absent() { return {0.f, INFINITY}; }  // 0 * 2^(s - inf), never 0 * inf
 
 // Weights are divided by a power of two above the largest upstream gradient and multiplied by 2^13, so that a
-// 16-bit weight uses the format's range whatever the loss was divided by; |weight| <= 2 before, 2^14 after.
+// 16-bit weight uses the format's range whatever the loss was divided by. A positive's weight has six parts:
+// |weight| <= 6 before, 49,152 after, which f16 holds.
 __device__ __forceinline__ int gradient_exponent(float largest) {
   if (!(largest > 0.f && largest < INFINITY)) return -13;
   int e;

@@ -1,6 +1,5 @@
-// The forward pass over half of the pairs, for rows against themselves when nothing but n is asked for
-// (SupCon's one sum, SINCERE's negatives): s_ij = s_ji, so a tile above the diagonal serves its rows and its
-// columns.
+// The forward pass over half of the negatives, for rows against themselves: s_ij = s_ji, so a tile above the
+// diagonal serves its rows and its columns.
 //
 // One reference r serves all rows (equation (6)): a row's sum is then a plain one, and its parts, which come
 // from many thread blocks, are added as integers, whose sum does not depend on the order: 64 bits a row.
@@ -30,7 +29,7 @@ __device__ __forceinline__ float largest_norm(const float* norms) {
 constexpr float kMostReference = 50.f;
 template <int THREADS>
 __device__ __forceinline__ float common_reference(const Triangle& triangle, const Pairs& pairs) {
-  return ceilf(largest_norm<THREADS>(triangle.norms) * *pairs.scale * kLog2e);
+  return ceilf(largest_norm<THREADS>(triangle.norms) * pairs.scale->base2);
 }
 
 // Fraction bits of the integers: a sum of `count` terms that are at most 1 stays below 2^62.
@@ -44,10 +43,8 @@ __device__ __forceinline__ unsigned long long least_sum(const Triangle& triangle
   return static_cast<unsigned long long>(triangle.row_blocks + 8) << 19;
 }
 // log2 of integer * 2^-bits * 2^reference
-__device__ __forceinline__ float log2_of(unsigned long long sum, int bits, float reference) {
-  int e;
-  const float m = frexpf(__ull2float_rn(sum), &e);
-  return (reference + float(e - bits)) + log2f(m);
+__device__ __forceinline__ double log2_of(unsigned long long sum, int bits, float reference) {
+  return log2(double(sum)) + (double(reference) - double(bits));
 }
 
 // What a thread makes of a tile: sums of its four rows, over all tiles, and of 16 columns, of this tile.
@@ -59,7 +56,7 @@ struct TriangularSums {
   float total[ROWS] = {}, carry[ROWS] = {};
 
   __device__ __forceinline__ TriangularSums(const Pairs& pairs_, float reference_, int row)
-      : pairs(pairs_), row0(row), scale(*pairs_.scale * kLog2e), reference(reference_) {}
+      : pairs(pairs_), row0(row), scale(pairs_.scale->base2), reference(reference_) {}
 
   template <int MT, int NT>
   __device__ __forceinline__ void add(const float (&acc)[MT][NT][4], Kind kind, int col0,
@@ -67,7 +64,6 @@ struct TriangularSums {
     static_assert(2 * MT == ROWS, "rows per thread");
 #pragma unroll
     for (int c = 0; c < 2 * NT; ++c) columns[c] = 0.f;
-    if (kind == Kind::same) return;
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
       float sum = 0.f;
@@ -172,11 +168,14 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS) forward_triangular(Pair
       __syncthreads();  // copies and columns have landed, and nobody still reads what is overwritten
       load_tile(tile + 1);
       add_columns(tile - 1);
-      float acc[C::MT][C::NT][4];
-      multiply_resident<C>(acc, rows, s->cols[tile % 2], slices, lane);
-      float columns[2 * C::NT];
-      sums.add(acc, s->bounds.template kind<C::BN>(pairs, tile), tile * C::BN + 2 * (lane % 4), columns);
-      const float2 mine = sum_columns(columns, lane);
+      const Kind kind = s->bounds.template kind<C::BN>(pairs, tile);
+      float2 mine{0.f, 0.f};
+      if (kind != Kind::same) {
+        float acc[C::MT][C::NT][4], columns[2 * C::NT];
+        multiply_resident<C>(acc, rows, s->cols[tile % 2], slices, lane);
+        sums.add(acc, kind, tile * C::BN + 2 * (lane % 4), columns);
+        mine = sum_columns(columns, lane);
+      }
       *reinterpret_cast<float2*>(&s->columns[tile % 2][warp][2 * lane]) = mine;
     }
     __syncthreads();

@@ -187,7 +187,7 @@ class Data:
         )
 
     def batches(
-        self, *, seed: int, steps: int, start: int = 0, rank: int = 0, world_size: int = 1
+        self, *, seed: int, steps: int, start: int = 0, rank: int = 0, world_size: int = 1, multiple: int = 1
     ) -> ShuffledBatches:
         """The batch sampler of ``data.sampler`` over the training split."""
         kind = ShuffledBatches if self.config.sampler == "shuffled" else BalancedBatches
@@ -197,7 +197,7 @@ class Data:
             labels = self.groups.train
         return kind(
             labels, self.config.batch_size,
-            seed=seed, steps=steps, start=start, rank=rank, world_size=world_size,
+            seed=seed, steps=steps, start=start, rank=rank, world_size=world_size, multiple=multiple,
         )  # fmt: skip
 
     def validation_batches(self, *, seed: int, rank: int = 0, world_size: int = 1) -> ShuffledBatches:

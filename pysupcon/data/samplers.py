@@ -27,9 +27,11 @@ class ShuffledBatches(Sampler[list[Draw]]):
         steps: global batches of the whole training.
         start: first step to draw: of a resumed training, the number of steps already done.
         rank, world_size: this process draws entries rank, rank + world_size, ... of each global batch.
+        multiple: the batches of an epoch are a multiple of it; those left over are left out.
 
     Raises:
-        ConfigError: ``data.batch_size`` exceeds N or is no multiple of ``world_size``.
+        ConfigError: ``data.batch_size`` exceeds N or is no multiple of ``world_size``, or an epoch has fewer
+            batches than ``multiple``.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class ShuffledBatches(Sampler[list[Draw]]):
         start: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        multiple: int = 1,
     ) -> None:
         if batch_size > len(labels):
             raise ConfigError(
@@ -59,7 +62,13 @@ class ShuffledBatches(Sampler[list[Draw]]):
             start,
         )
         self.rank, self.world_size = rank, world_size
-        self.steps_per_epoch = len(labels) // batch_size
+        batches = len(labels) // batch_size
+        if batches < multiple:
+            raise ConfigError(
+                f"trainer.accumulation_steps must be at most the {batches} batches of an epoch, "
+                f"got {multiple}"
+            )
+        self.steps_per_epoch = batches - batches % multiple
 
     def __len__(self) -> int:
         return self.steps - self.start

@@ -36,6 +36,7 @@ FORMAT = 2
 NAME = re.compile(r"step_(\d{8,})")
 LEFTOVER = re.compile(r"(writing|replaced)_.*")
 FIXED = ("seed", "data", "model", "loss", "optimizer")
+HELD = ("trainer.accumulation_steps",)
 FREE = ("data.root", "data.download", "data.workers", "loss.backend", "loss.gather")
 TOLD = ("trainer", "loss", "data")
 SILENT = (
@@ -55,6 +56,7 @@ class Checkpoint:
         random: random states, an entry a process.
         sampler: place in the data: seed, batch_size, epoch, batch (done within the epoch).
         metrics: validation losses at this step.
+        compiled: the backend of torch.compile that trained it, or no.
     """
 
     step: int
@@ -64,6 +66,7 @@ class Checkpoint:
     ema: dict[str, Tensor] | None = None
     sampler: dict[str, int] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    compiled: str = "no"
 
 
 def save_checkpoint(
@@ -144,6 +147,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             ema=safetensors.torch.load(contents[EMA]) if EMA in contents else None,
             sampler=dict(manifest["sampler"]),
             metrics=dict(manifest["metrics"]),
+            compiled=str(manifest.get("compiled", "no")),
         )
     except Exception as error:  # safetensors, zipfile and pickle each raise their own kinds
         raise RunError(f"checkpoint {path} cannot be read: {' '.join(str(error).split())}") from error
@@ -206,7 +210,7 @@ def compare_configs(path: Path, config: Config) -> list[str]:
     """What a resumed run does otherwise than the checkpoint's did: "field: before -> now".
 
     Raises:
-        ConfigError: another seed, data, model, loss or optimiser; names the fields.
+        ConfigError: another seed, data, model, loss or optimiser, or other steps; names the fields.
     """
     before = load_config(path / CONFIG_FILE)
     differing = [
@@ -214,7 +218,8 @@ def compare_configs(path: Path, config: Config) -> list[str]:
         for part in (*FIXED, *TOLD)
         for name, old, new in _differences(part, getattr(before, part), getattr(config, part))
     ]
-    wrong = [name for name, _, _ in differing if name.partition(".")[0] in FIXED and name not in FREE]
+    names = [name for name, _, _ in differing]
+    wrong = [name for name in names if (name.partition(".")[0] in FIXED and name not in FREE) or name in HELD]
     if wrong:
         raise ConfigError(
             f"{', '.join(dict.fromkeys(wrong))} must be as in the checkpoint {path} to resume from it; "
@@ -268,6 +273,7 @@ def _write(folder: Path, checkpoint: Checkpoint, config: Config) -> None:
         "processes": len(checkpoint.random),
         "sampler": checkpoint.sampler,
         "metrics": checkpoint.metrics,
+        "compiled": checkpoint.compiled,
         "versions": {name: metadata.version(name) for name in ("torch", "accelerate", "timm")},
         "files": files,
     }

@@ -207,8 +207,14 @@ class TrainerConfig:
     grows with it instead of data.batch_size, for one more forward. The gradient stays that of the whole
     batch, but BatchNorm normalises each chunk by itself. None puts all through at once."""
 
+    accumulation_steps: int = 1
+    """Batches of data.batch_size in a step, which takes their mean gradient. Each batch is contrasted by
+    itself, so this is no larger contrastive batch: data.batch_size with chunk_size is. Steps are the
+    optimiser's everywhere: in the learning rate, the log, the checkpoints. Batches of an epoch that do not
+    fill a step are left out."""
+
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    """None takes what accelerate launch was told."""
+    """None takes what accelerate launch was told; fp16 is not for CPUs."""
 
     clip_norm: float | None = None
     """Gradients are scaled down to this norm; None leaves them."""
@@ -269,7 +275,7 @@ class TrainerConfig:
             check(self.clip_norm > 0, "trainer.clip_norm", "be greater than 0", self.clip_norm)
         if self.threads is not None:
             check(self.threads >= 1, "trainer.threads", "be at least 1", self.threads)
-        for name in ("chunk_size", "checkpoint_epochs", "checkpoint_steps"):
+        for name in ("chunk_size", "accumulation_steps", "checkpoint_epochs", "checkpoint_steps"):
             value = getattr(self, name)
             check(value is None or value >= 1, f"trainer.{name}", "be at least 1", value)
         steps = self.profile_steps

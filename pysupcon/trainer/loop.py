@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from pysupcon.config import Config, to_yaml
 from pysupcon.data.bundle import Data, load_data
 from pysupcon.errors import Interrupted, RunError, check
 from pysupcon.profiling.recorder import StepRecorder
-from pysupcon.trainer import checkpoint, state
+from pysupcon.trainer import checkpoint, environment, state
 from pysupcon.trainer.files import replace_file
 from pysupcon.trainer.folders import agree_on_folder, restarted
 from pysupcon.trainer.group_dro import build_group_dro
@@ -47,6 +48,7 @@ def train(config: Config, name: str = "run") -> Path:
         Interrupted: a signal came or the time budget is over; a checkpoint is written.
     """
     config.resolve()
+    environment.settle(config)
     stop = StopRequests(config.trainer.time_budget)
     processes = join_processes(config.trainer.cpu)
     set_threads(config, processes)
@@ -66,7 +68,11 @@ def train(config: Config, name: str = "run") -> Path:
 
 
 class Trainer:
-    """State of one run: the prepared objects, and ``done``, the number of steps done."""
+    """State of one run: the prepared objects, and ``done``, the number of the optimiser's steps done.
+
+    ``network`` is the model itself: its weights have the names that checkpoints and evaluation know, whatever
+    Accelerate wraps around it in ``model``, which only the training steps call.
+    """
 
     def __init__(self, config: Config, data: Data, run_dir: Path) -> None:
         self.config, self.data, self.run_dir = config, data, run_dir
@@ -74,7 +80,9 @@ class Trainer:
         self.device = self.accelerator.device
         main = self.accelerator.is_main_process
         ranks = {"rank": self.accelerator.process_index, "world_size": self.accelerator.num_processes}
-        self.steps_per_epoch = data.batches(seed=config.seed, steps=0, **ranks).steps_per_epoch
+        ranks["multiple"] = self.batches_per_step = config.trainer.accumulation_steps
+        batches_per_epoch = data.batches(seed=config.seed, steps=0, **ranks).steps_per_epoch
+        self.steps_per_epoch = batches_per_epoch // self.batches_per_step
         self.steps = config.trainer.epochs * self.steps_per_epoch
         steps = config.trainer.profile_steps
         check(max(steps, default=0) <= self.steps, "trainer.profile_steps", f"end by {self.steps}", steps)
@@ -83,31 +91,40 @@ class Trainer:
 
         set_seed(config.seed)
         with waiting(f"building {config.model.backbone}", shown=main):
-            model = build_model(config, data).to(self.device).to(memory_format=torch.channels_last)
+            network = build_model(config, data).to(self.device).to(memory_format=torch.channels_last)
         if config.trainer.sync_batch_norm:
-            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        self.network: torch.nn.Module = network
         self.ema: Any = None
         if config.trainer.ema_decay is not None:
             from timm.utils import ModelEmaV3
 
-            self.ema = ModelEmaV3(model, decay=config.trainer.ema_decay)
+            self.ema = ModelEmaV3(self.network, decay=config.trainer.ema_decay)
         group_dro = build_group_dro(config, data, self.accelerator)
         self.objective = Objective(config.loss, config.data.views, group_dro).to(self.device)
-        optimizer = build_optimizer(config.optimizer, model, self.objective)
+        optimizer = build_optimizer(config.optimizer, self.network, self.objective)
         scheduler = build_scheduler(
             config.optimizer, optimizer, steps=self.steps, steps_per_epoch=self.steps_per_epoch
         )
-        self.model, self.optimizer, self.scheduler = self.accelerator.prepare(model, optimizer, scheduler)
-        self.step = Step(
-            self.accelerator, config, data, self.model, self.objective, self.optimizer, self.scheduler
+        self.model, self.optimizer, self.scheduler = self.accelerator.prepare(
+            self.network, optimizer, scheduler
         )
+        self.step = Step(
+            self.accelerator, config, data, self.network, self.model, self.objective, self.optimizer,
+            self.scheduler,
+        )  # fmt: skip
         self.validate: Validation | None = None
         if config.trainer.best_by is not None:
             self.validate = Validation(self.accelerator, config, data, self.objective)
         set_seed(config.seed, device_specific=True)  # dropout differs between processes
         if saved is not None:
             state.restore(self, saved)
-        batches = data.batches(seed=config.seed, steps=self.steps, start=self.done, **ranks)
+        batches = data.batches(
+            seed=config.seed,
+            steps=self.steps * self.batches_per_step,
+            start=self.done * self.batches_per_step,
+            **ranks,
+        )
         self.loader = data.loader(batches, pin_memory=self.device.type == "cuda")
 
     def fit(self, stop: StopRequests) -> Path:
@@ -140,7 +157,7 @@ class Trainer:
 
     def weights(self) -> dict[str, Tensor]:
         """Of the model as it is now."""
-        state_dict: dict[str, Tensor] = self.accelerator.unwrap_model(self.model).state_dict()
+        state_dict: dict[str, Tensor] = self.network.state_dict()
         return state_dict
 
     def _loop(self, log: StepLog | None, stop: StopRequests) -> None:
@@ -150,9 +167,10 @@ class Trainer:
         recorder = StepRecorder(recorded, self.run_dir / "profile", self.device)
         self.model.train()
         bar = tqdm(total=self.steps, initial=self.done, desc="train", unit="step", disable=log is None)
-        last = time.perf_counter()
+        images = self.config.data.batch_size * self.config.data.views * self.batches_per_step
+        batches, last = iter(self.loader), time.perf_counter()
         with bar:
-            for views, labels, *groups in self.loader:
+            while self.done < self.steps:
                 learning_rate = self.scheduler.get_last_lr()[0]
                 learnable = (
                     {"temperature": self.objective.temperature}
@@ -160,12 +178,12 @@ class Trainer:
                     else {}
                 )
                 with recorder.step(self.done + 1):
-                    values, asked = self.step(views, labels, self.done + 1, stop.reason is not None, *groups)
+                    together = islice(batches, self.batches_per_step)
+                    values, asked = self.step(together, self.done + 1, stop.reason is not None)
                 self.done += 1
                 if self.ema is not None:
-                    self.ema.update(self.accelerator.unwrap_model(self.model), self.done)
-                now = time.perf_counter()
-                speed = views.shape[0] * views.shape[1] * self.accelerator.num_processes / (now - last)
+                    self.ema.update(self.network, self.done)
+                speed = images / (time.perf_counter() - last)
                 due = self.done % every == 0 or self.done == self.steps
                 metrics = self._validation() if due and not asked else {}
                 line = {
@@ -196,7 +214,7 @@ class Trainer:
         if self.validate is None:
             return {}
         averaged = self.config.trainer.final_weights == "ema"
-        return self.validate(self.ema.module if averaged else self.model)
+        return self.validate(self.ema.module if averaged else self.network)
 
     def _interrupt(self, stop: StopRequests, path: Path) -> None:
         reason = stop.reason or "a signal to another process"

@@ -10,14 +10,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
+from accelerate.utils import GradientAccumulationPlugin
 
 from pysupcon.config import Config
 from pysupcon.errors import ConfigError
+from pysupcon.trainer.environment import check_processes
 
 
 def join_processes(cpu: bool) -> PartialState:
     """Accelerate's view of the processes. After a restart by torchrun addresses of the dead ones may still
-    stand in its store: the new ones meet under a name of their own."""
+    stand in its store: the new ones meet under a name of their own.
+
+    Raises:
+        ConfigError: the launcher started processes that do not join.
+    """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt != "0" and not dist.is_initialized():
         store, rank, processes = next(dist.rendezvous("env://"))
@@ -25,16 +31,18 @@ def join_processes(cpu: bool) -> PartialState:
         dist.init_process_group(
             backend, store=dist.PrefixStore(f"restart_{attempt}", store), rank=rank, world_size=processes
         )
-    return PartialState(cpu=cpu)
+    state = PartialState(cpu=cpu)
+    check_processes(state.num_processes)
+    return state
 
 
 def build_accelerator(config: Config, run_dir: Path) -> Accelerator:
-    """Accelerate's object for a config.
+    """Accelerate's object for a config, after :func:`pysupcon.trainer.environment.settle`.
 
     Raises:
         ConfigError: the precision, a tracker or synchronised batch norm does not fit the machine.
     """
-    trainer = config.trainer
+    trainer, matmul_precision = config.trainer, torch.get_float32_matmul_precision()
     try:
         accelerator = Accelerator(
             cpu=trainer.cpu,
@@ -42,11 +50,19 @@ def build_accelerator(config: Config, run_dir: Path) -> Accelerator:
             log_with=list(trainer.trackers) or None,
             project_dir=str(run_dir),
             step_scheduler_with_optimizer=False,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the step accumulates
         )
     except ValueError as error:
         raise ConfigError(
             f"trainer.mixed_precision or trainer.trackers does not fit here: {error}"
         ) from error
+    # With a compiled model Accelerate allows TF32, in the losses too, which would be another training.
+    torch.set_float32_matmul_precision(matmul_precision)
+    if trainer.mixed_precision == "fp16" and accelerator.scaler is None:
+        raise ConfigError(
+            "trainer.mixed_precision=fp16 is not for this training, which runs on "
+            f"{accelerator.device.type}: take bf16 or no"
+        )
     if trainer.sync_batch_norm and accelerator.device.type != "cuda":
         raise ConfigError(
             "trainer.sync_batch_norm needs CUDA devices, which torch.nn.SyncBatchNorm is written for; this "

@@ -14,6 +14,7 @@ from pysupcon.config import Config
 from pysupcon.errors import ConfigError, RunError
 from pysupcon.trainer import checkpoint
 from pysupcon.trainer.checkpoint import Checkpoint
+from pysupcon.trainer.environment import dynamo_backend
 from pysupcon.trainer.folders import restarted
 from pysupcon.trainer.progress import say, waiting
 
@@ -68,9 +69,10 @@ def save(trainer: Trainer, metrics: dict[str, float]) -> Path:
                 "seed": config.seed,
                 "batch_size": config.data.batch_size,
                 "epoch": epoch,
-                "batch": batch,
+                "batch": batch * trainer.batches_per_step,
             },
             metrics=metrics,
+            compiled=dynamo_backend(),
         )
         try:
             with waiting(f"writing a checkpoint of step {trainer.done}"):
@@ -123,7 +125,7 @@ def restore(trainer: Trainer, saved: Checkpoint) -> None:
     """
     accelerator = trainer.accelerator
     try:
-        accelerator.unwrap_model(trainer.model).load_state_dict(saved.weights)
+        trainer.network.load_state_dict(saved.weights)
         training = saved.training
         trainer.optimizer.load_state_dict(training["optimizer"])
         trainer.scheduler.load_state_dict(training["scheduler"])
@@ -163,6 +165,8 @@ def _find(config: Config, run_dir: Path, which: str, processes: int) -> Checkpoi
     for sentence in refused:
         say(f"refused: {sentence}")
     say(f"going on from {path}, after step {content.step}")
+    if content.compiled != dynamo_backend():
+        changes.append(f"ACCELERATE_DYNAMO_BACKEND: {content.compiled} -> {dynamo_backend()}")
     before = len(content.random)
     if before != processes:
         size = config.data.batch_size

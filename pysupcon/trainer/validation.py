@@ -40,10 +40,12 @@ class Validation:
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Losses of a model, "loss" and its parts; where ``trainer.best_by`` asks for them, also accuracies.
 
+        Args:
+            model: not wrapped.
+
         Raises:
             RunError: a feature is not finite.
         """
-        model = self.accelerator.unwrap_model(model)
         if self.accelerator.num_processes > 1:
             for buffer in model.buffers():
                 buffer.copy_(broadcast(buffer.contiguous()))

@@ -87,7 +87,7 @@ def build(kind: str, driver: str = "emulate.cpp") -> Path:
     """The program of this driver and kind ("plain", "asan", "tsan"), compiled unless it is there already."""
     sources = [*kernel_sources(), *HERE.glob("*.h"), HERE / driver]
     flags = FLAGS[kind]
-    kernels = kernel_objects(kind) if driver == "emulate.cpp" else []
+    kernels = kernel_objects(kind) if driver in ("emulate.cpp", "broken.cpp") else []
     with folder_for(f"{Path(driver).stem}-{kind}", [*sources, *headers()], flags) as out:
         program = out / "program"
         if not program.exists():
@@ -122,6 +122,7 @@ def build_operators() -> Path:
     from torch.utils import cpp_extension
 
     texts = {name: (ROOT / "csrc" / name).read_text() for name in ("library.cpp", "cuda_glue.cpp")}
+    shared = ROOT / "csrc" / "arguments.h"
     renamed = {
         "TORCH_LIBRARY(pysupcon,": "TORCH_LIBRARY(pysupcon_emulated,",
         "TORCH_LIBRARY_IMPL(pysupcon, CUDA,": "TORCH_LIBRARY_IMPL(pysupcon_emulated, CPU,",
@@ -133,7 +134,7 @@ def build_operators() -> Path:
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}",
         f"-DTORCH={torch.__version__}",
     ]
-    sources = [*headers(), *kernel_sources(), *(ROOT / "csrc" / name for name in texts)]
+    sources = [*headers(), shared, *kernel_sources(), *(ROOT / "csrc" / name for name in texts)]
     objects = kernel_objects("plain")
     with folder_for("operators", sources, flags) as out:
         library = out / "operators.so"

@@ -31,6 +31,12 @@ struct Case {
   double epsilon = 0.3;           // of positive_softplus
   double length_bar = 0;          // where set: how much shorter or longer than right a gradient may be
   bool of_candidates = true;      // Form::candidates: their gradient is asked for
+  bool instances = false;         // rows of a class are of several instances
+  bool sums = true;               // the sums of the positives have upstream gradients
+  // Where set, see converged.h: rows in classes of `copies` that nearly agree; how many times the error of a
+  // dense float32 evaluation is allowed in the loss and in the gradient.
+  int copies = 0;
+  double loss_bar = 0, gradient_bar = 0;
 };
 
 inline std::vector<Case> all_cases() {
@@ -54,6 +60,13 @@ inline std::vector<Case> all_cases() {
     Case& own = add("own-rows", 40, 131, 9, 3);        // every anchor is a candidate too; exactly two splits
     own.form = Form::own_rows, own.multiprocessors = 2;
     add("within", 130, 0, 33, 4).negatives = false;  // cNCE: same-class columns only
+    // instances, in all forms; their numbers repeat from class to class
+    Case& views = add("views", 150, 0, 70, 3);
+    views.instances = true, views.multiprocessors = 3;
+    Case& queue = add("views-candidates", 66, 140, 20, 4);
+    queue.form = Form::candidates, queue.instances = true, queue.multiprocessors = 3;
+    Case& gathered = add("views-own-rows", 40, 131, 9, 3);
+    gathered.form = Form::own_rows, gathered.instances = true;
   }
   const Format f = formats[0], x3 = formats[4];
   const auto extra = [&](const char* name, const Format& k, int m, int n, int width, int classes) -> Case& {
@@ -69,8 +82,11 @@ inline std::vector<Case> all_cases() {
   extra("cold", x3, 96, 0, 24, 4).temperature = 0.005;
   extra("cold", f, 96, 0, 24, 4).temperature = 0.005;
   extra("negatives-only", x3, 90, 0, 16, 3).positives = false;
-  extra("apart", f, 150, 0, 70, 150).positives = false;  // SupCon's one sum: every row a class of its own
-  Case& e = extra("no-candidates", x3, 5, 0, 8, 2);      // an empty queue
+  extra("no-sums", x3, 90, 0, 16, 3).sums = false;     // p alone has an upstream gradient
+  extra("apart", f, 150, 0, 70, 150);                  // every row a class of its own
+  Case& nothing = extra("nothing", x3, 40, 0, 16, 3);  // neither n nor p is asked for
+  nothing.negatives = nothing.positives = false;
+  Case& e = extra("no-candidates", x3, 5, 0, 8, 2);  // an empty queue
   e.form = Form::candidates;
   extra("no-candidates", f, 5, 0, 8, 2).form = Form::candidates;  // rows are loaded that nothing waits for
   Case& big = extra("unnormalised", x3, 80, 0, 40, 4);
@@ -81,9 +97,12 @@ inline std::vector<Case> all_cases() {
        {300, 400}) {  // an odd and an even number of row blocks; several runs, one row ragged
     const std::string name = "triangle-" + std::to_string(rows);
     Case& triangle = extra(name.c_str(), f, rows, 0, 70, 4);
-    triangle.positives = false, triangle.triangular_rows = 1, triangle.multiprocessors = rows / 100;
+    triangle.triangular_rows = 1, triangle.multiprocessors = rows / 100;
   }
-  Case& one_sum = extra("triangle-apart", formats[1], 257, 0, 16, 257);  // SupCon's one sum
+  // tiles of one class above the diagonal; the first class has half of the rows
+  Case& skipped = extra("triangle-two-classes", f, 700, 0, 16, 2);
+  skipped.triangular_rows = 1, skipped.positives = false;
+  Case& one_sum = extra("triangle-apart", formats[1], 257, 0, 16, 257);  // no positives
   one_sum.positives = false, one_sum.triangular_rows = 1;
   Case& cold =
       extra("triangle-cold", f, 150, 0, 24, 150);  // no common reference: all is left to the other kernel
@@ -117,7 +136,22 @@ inline std::vector<Case> all_cases() {
   }
   // more anchors than a block scans for the extremes itself
   extra("many-anchors", f, 16400, 6, 4, 2).form = Form::candidates;
-  extra("tree", {"f64", Dtype::f64, 1}, 200, 0, 3, 2);  // sums that use every level
+  // whole tiles of positives are neither loaded nor multiplied, in every schedule
+  extra("two-classes", f, 420, 0, 20, 2).multiprocessors = 2;
+  extra("two-classes", x3, 420, 0, 20, 2).multiprocessors = 3;
+  extra("two-classes-wide", f, 420, 0, 140, 2);
+
+  // Views that nearly agree: the loss and its gradient are small differences of large numbers. Two parts hold
+  // fp32 rows to 2^-17, which the gradient shows.
+  for (const Format& k : formats)
+    for (const int copies : {2, 8})
+      for (const double temperature : {0.02, 0.1}) {
+        if (k.dtype == Dtype::f32 && k.parts == 1) continue;  // rows rounded to 2^-9 do not nearly agree
+        const std::string name = "converged-" + std::to_string(copies) + (temperature < 0.05 ? "-cold" : "");
+        Case& c = extra(name.c_str(), k, 128, 0, 128, 128 / copies);
+        c.copies = copies, c.temperature = temperature;
+        c.loss_bar = 2, c.gradient_bar = k.dtype == Dtype::f32 && k.parts == 2 ? 30 : 2;
+      }
 
   // Tensor cores truncate where they add to a large sum.
   for (const Format& k : {formats[0], formats[1]}) {
@@ -132,11 +166,12 @@ inline std::vector<Case> all_cases() {
     Case& columns = large("columns", 16, bf16 ? 1 << 16 : 1 << 15, 16);
     columns.form = Form::candidates, columns.of_candidates = false;
     columns.temperature = 0.5, columns.mean = 0.3, columns.epsilon = -10;
+    columns.sums = false;  // one weight for all pairs of a row would be rounded alike, too
     columns.length_bar = bf16 ? 2e-5 : 7e-6;
     // Wide rows, similarities near 0.9: one that is summed over all slices inside is too small by 1e-5, which
     // the temperature multiplies by 100. The rounding of the weights of 64 columns leaves 2e-5 (bf16).
     Case& rows = large("rows", 64, 0, 4096);
-    rows.temperature = 0.01, rows.mean = 10. / 3, rows.length_bar = 1.2e-4;
+    rows.temperature = 0.01, rows.mean = 10. / 3, rows.length_bar = 1.2e-4, rows.sums = false;
   }
   return all;
 }

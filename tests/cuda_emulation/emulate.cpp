@@ -5,6 +5,7 @@
 #include <chrono>
 
 #include "cases.h"
+#include "converged.h"
 #include "oracle.h"
 
 using namespace emulation;
@@ -26,7 +27,7 @@ int main(int argc, char** argv) {
     ++ran;
     const auto start = std::chrono::steady_clock::now();
     try {
-      const std::vector<Finding> findings = run_case(c);
+      const std::vector<Finding> findings = c.copies ? ConvergedRun(c).all() : Run(c).all();
       const double ms =
           std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
       printf("%-28s %7.0f ms", c.name.c_str(), ms);

@@ -1,0 +1,135 @@
+// SupCon of views that nearly agree: p_i and the mean of s over P_i agree in nearly all digits, and the
+// gradient is a small difference of large parts. The kernels' error against float64 beside that of a dense
+// evaluation in float32, which subtracts similarities before it exponentiates them.
+#pragma once
+#include "oracle.h"
+
+namespace emulation {
+
+class ConvergedRun : public Run {
+ public:
+  using Run::Run;
+
+  std::vector<Finding> all() {
+    const Result right = dense<double>(), in_float = dense<float>(), mine = kernels();
+    const double rows = a_.count, unit = 1 / c_.temperature / std::sqrt(rows);  // of what cancels
+    const bool bf16 = c_.dtype == Dtype::bf16, f16 = c_.dtype == Dtype::f16, f64 = c_.dtype == Dtype::f64;
+    // What the gradient of 16-bit rows loses is the rounding of the weights; what the loss loses, the
+    // similarities' that are summed inside the tensor core. The rest: where float32 happens to be exact.
+    const double of_weights = bf16 ? 0x1p-9 : f16 ? 0x1p-12 : 0, of_sums = bf16 || f16 ? 0x1p-20 : 0x1p-26;
+    const double least = f64 ? 1e-14 : 1e-9, size = distance(right, Result{0, Vector(right.gradient.size())});
+    const double loss_error = std::abs(in_float.loss - right.loss);
+    findings_.push_back(
+        {"loss", std::abs(mine.loss - right.loss),
+         (f64 ? 0 : c_.loss_bar * loss_error + of_sums / c_.temperature * right.loss) + least});
+    findings_.push_back(
+        {"tangential gradient", distance(mine, right) / unit,
+         (f64 ? 0 : c_.gradient_bar * distance(in_float, right) + of_weights * size) / unit + least});
+    return findings_;
+  }
+
+ private:
+  struct Result {
+    double loss = 0;  // mean
+    Vector gradient;  // [rows, width] of the mean
+  };
+
+  bool same(int i, int j) const { return a_.labels[size_t(i)] == a_.labels[size_t(j)]; }
+
+  // Norm of the difference without what lies along the rows.
+  double distance(const Result& a, const Result& b) const {
+    const int w = c_.width;
+    double square = 0;
+    for (int i = 0; i < a_.count; ++i) {
+      const double* x = &a_.x[size_t(i * w)];
+      double along = 0, size = 0;
+      for (int d = 0; d < w; ++d) {
+        along += (a.gradient[size_t(i * w + d)] - b.gradient[size_t(i * w + d)]) * x[d];
+        size += x[d] * x[d];
+      }
+      for (int d = 0; d < w; ++d) {
+        const double e = a.gradient[size_t(i * w + d)] - b.gradient[size_t(i * w + d)] - along / size * x[d];
+        square += e * e;
+      }
+    }
+    return std::sqrt(square);
+  }
+
+  // x . y as a vector unit sums it, in eight parts.
+  template <class T>
+  static T dot(const double* x, const double* y, int width) {
+    T sum[8] = {};
+    for (int d = 0; d < width; ++d) sum[d % 8] = std::fma(T(x[d]), T(y[d]), sum[d % 8]);
+    for (int half = 4; half; half /= 2)
+      for (int k = 0; k < half; ++k) sum[k] += sum[k + half];
+    return sum[0];
+  }
+
+  template <class T>
+  Result dense() const {
+    const int m = a_.count, w = c_.width;
+    const T scale = T(scale_);
+    std::vector<T> g(size_t(m) * size_t(m));
+    Result out;
+    T loss = 0;
+    for (int i = 0; i < m; ++i) {
+      std::vector<T> s(size_t(m), 0);
+      T top = -INFINITY, total = 0, positives = 0;
+      int count = 0;
+      for (int j = 0; j < m; ++j) {
+        s[size_t(j)] = dot<T>(&a_.x[size_t(i * w)], &a_.x[size_t(j * w)], w) * scale;
+        if (j != i) top = std::max(top, s[size_t(j)]);
+      }
+      for (int j = 0; j < m; ++j) {
+        if (j == i) continue;
+        total += std::exp(s[size_t(j)] - top);
+        if (same(i, j)) positives += s[size_t(j)] - top, ++count;
+      }
+      const T log_total = std::log(total);
+      loss += log_total - positives / T(count);
+      for (int j = 0; j < m; ++j)
+        if (j != i)
+          g[size_t(i * m + j)] =
+              std::exp(s[size_t(j)] - top - log_total) - (same(i, j) ? 1 / T(count) : T(0));
+    }
+    out.loss = double(loss / T(m));
+    for (int i = 0; i < m; ++i) {
+      std::vector<T> sum(size_t(w), 0);
+      for (int j = 0; j < m; ++j)
+        for (int d = 0; d < w; ++d)
+          sum[size_t(d)] = std::fma(g[size_t(i * m + j)] + g[size_t(j * m + i)], T(a_.x[size_t(j * w + d)]),
+                                    sum[size_t(d)]);
+      for (T v : sum) out.gradient.push_back(double(v * scale / T(m)));
+    }
+    return out;
+  }
+
+  // Through the operators, the step between them in double.
+  Result kernels() {
+    const int m = a_.count, w = c_.width;
+    Problem p = problem(Operation::pair_stats);
+    Buffer n(size_t(m) * 8), log_sum(size_t(m) * 8), sum(size_t(m) * 8), instance_sum(size_t(m) * 8);
+    p.out_n = doubles(n), p.out_p = doubles(log_sum);
+    p.out_positive_sum = doubles(sum), p.out_instance_sum = doubles(instance_sum);
+    run(p);
+    Result out;
+    Vector u, v, of_sum;
+    const double positives = c_.copies - 1;
+    for (int i = 0; i < m; ++i) {
+      const double gap = doubles(n)[i] - doubles(log_sum)[i], share = 1 / (1 + std::exp(-gap));
+      out.loss += (std::log1p(std::exp(gap)) + (doubles(log_sum)[i] - doubles(sum)[i] / positives)) / m;
+      u.push_back(share / m), v.push_back((1 - share) / m), of_sum.push_back(-1 / positives / m);
+    }
+    p = problem(Operation::pair_stats_backward);
+    Buffer gradient(size_t(m * w) * gradient_size());
+    memset(gradient.data, 0, gradient.bytes);
+    const Shared grad_n = stats(u), grad_p = stats(v), grad_sum = stats(of_sum);
+    p.n = doubles(n), p.p = doubles(log_sum), p.grad_n = doubles(*grad_n), p.grad_p = doubles(*grad_p);
+    p.grad_positive_sum = doubles(*grad_sum), p.grad_x = gradient.data;
+    run(p);
+    for (int i = 0; i < m * w; ++i) out.gradient.push_back(get(gradient, gradient_, size_t(i)));
+    return out;
+  }
+};
+
+}  // namespace emulation
