@@ -87,7 +87,8 @@ def test_processes_keep_the_digits(views: int, temperature: float, backend: str)
     features, labels = converged.rows(case, seed=0)
     x, y = features.flatten(0, 1), labels.repeat_interleave(views)
     scale, order = torch.tensor(1 / temperature, dtype=torch.float64), torch.argsort(y, stable=True)
-    n, p, positive_sum, _ = ops.pair_stats(x, y, order, scale, *(None,) * 6, True, True)
+    everybody = x, y, order, torch.arange(len(x))
+    n, p, positive_sum, _ = ops.pair_stats(x, y, order, scale, *everybody, None, None, True, True)
     count = (y[:, None] == y).sum(1) - 1
     leaves = [column.requires_grad_() for column in (n, p, positive_sum)]
     loss = (torch.logaddexp(n, p) - positive_sum / count).mean()
