@@ -63,7 +63,7 @@ def _check_index(name: str, index: Tensor, rows: Tensor) -> None:
 def _check_order(prefix: str, labels: Tensor, order: Tensor, labelled: bool) -> None:
     rows = order.shape[0]
     name = f"{prefix}order"
-    seen = torch.zeros(rows, dtype=torch.bool)
+    seen = torch.zeros(rows, dtype=torch.bool, device=order.device)
     try:
         in_order = labels.index_select(0, order)  # refuses what is negative or too large
         once = bool(seen.index_fill_(0, order, True).all())
