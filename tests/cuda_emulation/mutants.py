@@ -171,7 +171,7 @@ MUTANTS = [
     Mutant("remainder of the rows' split not taken", R, "x[e] -= F::to(F::from(x[e]))", "x[e] -= 0.f"),
     Mutant("remainder of the weights' split not taken", T, "even -= F::to(F::from(even)), odd", "even -= 0.f, odd"),
     # numbers
-    Mutant("gradient accumulated inside the tensor core", B, "multiply<F>(sum[m][half], w[0][m][k], bh, k == 0);", "F::mma(grad[m][c + half], w[0][m][k], bh), memset(sum[m][half], 0, 16);"),
+    Mutant("gradient accumulated inside the tensor core", B, "multiply<F>(sum[m][half], w[part][m][k], bh, k == 0 && part == WEIGHT_PARTS - 1);", "F::mma(grad[m][c + half], w[part][m][k], bh), memset(sum[m][half], 0, 16);"),
     Mutant("similarities of all slices accumulated inside the tensor core", T, FRESH_SLICE, KEPT_SLICE),
     Mutant("running maximum: no rescale", S, "total *= shrink, carry *= shrink, top = new_top;", "top = new_top;"),
     Mutant("empty sum measured from -inf", S, "return top == -INFINITY ? 0.f : top;", "return top;"),
@@ -199,6 +199,7 @@ MUTANTS = [
     Mutant("positives: what a product rounds away not added", P, "add(product, fmaf(float(count), x, -product) + rest);", "add(product, rest);"),
     Mutant("positives: sums of other runs dropped", P, "a.sum + b.sum,", "a.sum,"),
     Mutant("positives: statistics rounded before the scale", P, "args.sum[at] = whole.sum * unit;", "args.sum[at] = double(float(whole.sum)) * unit;"),
+    Mutant("positives: a weight of one 16-bit number", B, "C::PARTS == 1 && Weights::POSITIVES ? 2 : C::PARTS", "C::PARTS"),
     Mutant("products of parts not symmetric", T, "multiply<F>(other, a[order - part][m], low, true);", "for (int i = 0; i < 4; ++i) other[i] = one[i], one[i] = 0.f;\n      multiply<F>(other, a[order - part][m], low, false);"),
     Mutant("instances searched in all columns", R, "find_in(cols.instances, found, rows.instances[at])", "find_in(cols.instances, {0, int(cols.count)}, rows.instances[at])"),
     Mutant("sums have no upstream gradient", OPS, "             p.grad_positive_sum,\n", "             nullptr,\n"),
