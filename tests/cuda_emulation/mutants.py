@@ -212,6 +212,7 @@ MUTANTS = [
     Mutant("positives: what a product rounds away not added", P, "add(product, fmaf(float(count), x, -product) + rest);", "add(product, rest);"),
     Mutant("positives: sums of other runs dropped", P, "a.sum + b.sum,", "a.sum,"),
     Mutant("positives: statistics rounded before the scale", P, "args.sum[at] = whole.sum * unit;", "args.sum[at] = double(float(whole.sum)) * unit;"),
+    Mutant("positives: a weight of one 16-bit number", B, "C::PARTS == 1 && Weights::POSITIVES ? 2 : C::PARTS", "C::PARTS"),
     Mutant("products of parts not symmetric", T, "multiply<F>(other, a[order - part][m], low, true);", "for (int i = 0; i < 4; ++i) other[i] = one[i], one[i] = 0.f;\n      multiply<F>(other, a[order - part][m], low, false);"),
     Mutant("instances searched in all columns", R, "find_in(cols.instances, found, rows.instances[at])", "find_in(cols.instances, {0, int(cols.count)}, rows.instances[at])"),
     Mutant("sums have no upstream gradient", OPS, "             p.grad_positive_sum,\n", "             nullptr,\n"),
