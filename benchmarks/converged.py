@@ -5,8 +5,8 @@
 A batch converges when views of a sample nearly agree: the loss is then a small difference of large parts. The
 truth is the dense loss in float64 (``pysupcon.reference``) of the same float32 rows. The peer is the dense
 loss in float32, which rounds every similarity once and takes all parts from it. Errors are the largest over
-the seeds: of the mean loss, absolute; of the gradient's tangential part (what a step on the sphere sees), its
-norm as a share of 1 / (temperature sqrt(N)), the size of the parts that cancel.
+the seeds: of the losses of the anchors, root mean square; of the gradient's tangential part (what a step on
+the sphere sees), its norm as a share of 1 / (temperature sqrt(N)), the size of the parts that cancel.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pysupcon import functional
 TEMPERATURES = (0.02, 0.05, 0.07, 0.1, 0.5)
 VIEWS = (2, 8)
 SEEDS = 5
-SAMPLES, WIDTH = 256, 128
+ROWS, WIDTH = 1024, 128
 ALLOWED = 2.0
 """times the error of the dense float32 loss"""
 SLACK = 1e-9
@@ -57,46 +57,54 @@ class Errors(NamedTuple):
     gradient: float
 
 
-def rows(case: Case, seed: int) -> tuple[Tensor, Tensor]:
-    """Unit rows [256, V, 128] float32 and labels [256]. A converged batch: views of a sample differ by about
-    0.1. Its classes have one sample, or, with 8 views, four samples."""
+WITHIN = {"cnce", "spread", "spread_sincere"}
+"""losses that contrast within a class, which needs several samples"""
+
+
+def rows(case: Case, seed: int, of_class: int = 1) -> tuple[Tensor, Tensor]:
+    """Unit rows [1024 / V, V, 128] float32 and labels [1024 / V], ``of_class`` samples a class. A converged
+    batch: views of a sample differ by about 0.1."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    x = normal(SAMPLES, case.views, WIDTH)
+    samples = ROWS // case.views
+    x = normal(samples, case.views, WIDTH)
     if case.batch == "converged":
-        x = F.normalize(normal(SAMPLES, 1, WIDTH), dim=-1) + 0.01 * x
-    labels = torch.arange(SAMPLES) // (1 if case.views == 2 else 4)
+        x = F.normalize(normal(samples, 1, WIDTH), dim=-1) + 0.01 * x
+    labels = torch.arange(samples) // of_class
     return F.normalize(x, dim=-1).float(), labels
 
 
 def loss_and_gradient(loss: Callable[..., Tensor], x: Tensor, *arguments: Any, **options: Any) -> Any:
+    """Losses of the anchors, and the tangential part of the gradient of their mean; float64."""
     leaf = x.clone().requires_grad_()
-    value = loss(leaf, *arguments, **options)
-    value.backward()
+    losses = loss(leaf, *arguments, reduction="none", **options)
+    losses.mean().backward()
     assert leaf.grad is not None
     along = (leaf.grad.double() * x.double()).sum(-1, keepdim=True) * x.double()
-    return value.item(), leaf.grad.double() - along
+    return losses.detach().double(), leaf.grad.double() - along
 
 
 def errors(name: str, case: Case, backends: list[str], seeds: int = SEEDS) -> tuple[float, dict[str, Errors]]:
-    """The loss of the last seed, and the errors of "dense float32" and of every backend."""
+    """The mean loss of the last seed, and the errors of "dense float32" and of every backend."""
     worst: dict[str, tuple[float, ...]] = {}
-    right = 0.0
+    mean = 0.0
     for seed in range(seeds):
-        x, labels = rows(case, seed)
+        x, labels = rows(case, seed, 4 if name in WITHIN else 1)
         run = LOSSES[name]
         options = {"temperature": case.temperature}
         right, right_gradient = loss_and_gradient(run, x.double(), labels, backend="reference", **options)
+        mean = right.mean().item()
         size = 1 / case.temperature / (x.shape[0] * x.shape[1]) ** 0.5
         for backend in ("reference", *backends):
             value, gradient = loss_and_gradient(run, x, labels, backend=backend, **options)
-            found = abs(value - right), (gradient - right_gradient).norm().item() / size
+            rms = (value - right).square().mean().sqrt().item()
+            found = rms, (gradient - right_gradient).norm().item() / size
             key = "dense float32" if backend == "reference" else backend
             worst[key] = tuple(map(max, worst.get(key, (0.0, 0.0)), found))
-    return right, {key: Errors(*value) for key, value in worst.items()}
+    return mean, {key: Errors(*value) for key, value in worst.items()}
 
 
 def exceeded(found: dict[str, Errors]) -> list[str]:

@@ -11,6 +11,7 @@ import warnings
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._autograd import RowStatistics
@@ -23,12 +24,6 @@ def _mean(total: Tensor, count: Tensor) -> Tensor:
     return total / count.clamp(min=1)
 
 
-def _least(gap: Tensor, count: Tensor) -> Tensor:
-    """``gap``, log sum e^s - mean s, where the mean is over ``count`` >= 1 of the terms of the sum, is at
-    least log(count) (Jensen): what is below is rounding."""
-    return torch.maximum(gap, count.to(gap.dtype).log())
-
-
 class _SupConRows(torch.autograd.Function):
     """log1p(e^(n - p)) + (p - mean) of every anchor that has a positive, or, with a ``divisor``, their sum
     divided by it. Nothing large cancels: p and the mean have the rounding of s in common. A single positive
@@ -39,10 +34,9 @@ class _SupConRows(torch.autograd.Function):
     def forward(
         ctx: Any, n: Tensor, p: Tensor, positive_sum: Tensor, count: Tensor, valid: Tensor, divisor: Any
     ) -> Tensor:
-        above = n - torch.where(valid, p, 0.0)
-        gap = _least(p - positive_sum / count, count)
-        loss = torch.logaddexp(above, torch.zeros_like(above)) + torch.where(count == 1, 0.0, gap)
-        loss = torch.where(valid, loss, 0.0)
+        above = n - p
+        gap = (p - positive_sum / count).clamp_(min=0.0)
+        loss = torch.where(valid, gap.add_(_softplus(above)), 0.0)
         ctx.save_for_backward(above, count)
         ctx.divisor = divisor
         return loss if divisor is None else loss.sum() / divisor
@@ -50,11 +44,17 @@ class _SupConRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         above, count = ctx.saved_tensors
-        grad = torch.where(count > 0, grad if ctx.divisor is None else grad / ctx.divisor, 0.0)
-        grad_n, single = grad * above.sigmoid(), count == 1
-        grad_p = torch.where(single, 0.0, grad - grad_n)
-        grad_sum = torch.where(single, -grad_n, grad / -count.clamp(min=1))
+        grad = grad if ctx.divisor is None else grad / ctx.divisor
+        grad_n = torch.where(count > 0, above.sigmoid() * grad, 0.0)
+        several = count > 1
+        grad_p = torch.where(several, grad - grad_n, 0.0)
+        grad_sum = torch.where(several, -grad / count, -grad_n)
         return grad_n, grad_p, grad_sum, None, None, None
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x); above 40 it is x to the last digit of a float64."""
+    return F.softplus(x, threshold=40.0)
 
 
 def supcon_rows(statistics: RowStatistics, count: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,18 +73,18 @@ def _supcon(s: RowStatistics, count: Tensor, valid: Tensor, divisor: Tensor | in
     if runs_plainly(s.n):
         loss: Tensor = _SupConRows.apply(s.n, s.p, s.positive_sum, count, valid, divisor)
         return loss
-    above = s.n - torch.where(valid, s.p, 0.0)
+    above = torch.where(valid, s.n, 0.0) - torch.where(valid, s.p, 0.0)
     gap = _gap(s, s.positive_sum, count, count, valid)
-    loss = torch.where(valid, torch.logaddexp(above, torch.zeros_like(above)) + gap, 0.0)
+    loss = torch.where(valid, _softplus(above) + gap, 0.0)
     return loss if divisor is None else loss.sum() / divisor
 
 
 def _gap(s: RowStatistics, total: Tensor, among: Tensor, count: Tensor, valid: Tensor) -> Tensor:
-    """p - mean, the mean over ``among`` of the ``count`` terms of p, with its least value and without it the
-    gradient; 0 where not valid."""
+    """p - mean, the mean over ``among`` of the ``count`` terms of p; 0 where not valid. It is not negative
+    (Jensen): what is below 0 is rounding, and has the gradient that it would have above."""
     p = torch.where(count == 1, s.positive_sum, s.p)  # the same, without an exponential and its logarithm
     gap = torch.where(valid, p - _mean(total, among), 0.0)
-    return gap + (_least(gap.detach(), among.clamp(min=1)) - gap.detach())
+    return gap + (gap.detach().clamp(min=0.0) - gap.detach())
 
 
 def sincere_rows(softplus: Tensor, count: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:

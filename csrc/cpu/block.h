@@ -34,7 +34,7 @@ struct Block {
   int count, padded;     // rows, and rows with padding
   int chunks;            // of kCols columns; zero padded
   T* rows;               // [chunks][padded][kCols]: the rows as they are
-  T* panels;             // [padded / kCols][chunks * kCols][kCols]: transposed
+  T* panels;             // [padded / kCols][chunks * kCols][kCols]: transposed; self: times scale * log2(e)
   LaneInt<T>* cls;       // [padded] class numbers; padding has its own
   LaneInt<T>* instance;  // [padded] instance numbers, where they are wanted
 };
@@ -93,7 +93,7 @@ PYSUPCON_INLINE void copy_row(T* to, const Problem& q, const Side& side, int64_t
 // Transposes a square of kLanes x kLanes by log2(kLanes) rounds of interleaving row r with row r + kLanes
 // / 2.
 template <class T>
-PYSUPCON_INLINE void transpose_square(const T* from, int from_stride, T* to, int to_stride) {
+PYSUPCON_INLINE void transpose_square(const T* from, int from_stride, T* to, int to_stride, Vec<T> factor) {
   constexpr int L = kLanes<T>;
 #if defined(__GNUC__) && !defined(__clang__)
   Vec<T> a[L], b[L];
@@ -104,7 +104,7 @@ PYSUPCON_INLINE void transpose_square(const T* from, int from_stride, T* to, int
     high[i] = low[i] + L / 2;
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < L; ++r) a[r] = load(from + r * from_stride);
+  for (int r = 0; r < L; ++r) a[r] = load(from + r * from_stride) * factor;
 #pragma GCC unroll 4
   for (int round = 1; round < L; round *= 2) {
 #pragma GCC unroll 16
@@ -119,7 +119,7 @@ PYSUPCON_INLINE void transpose_square(const T* from, int from_stride, T* to, int
   for (int r = 0; r < L; ++r) store(to + r * to_stride, a[r]);
 #else
   for (int r = 0; r < L; ++r)
-    for (int k = 0; k < L; ++k) to[k * to_stride + r] = from[r * from_stride + k];
+    for (int k = 0; k < L; ++k) to[k * to_stride + r] = from[r * from_stride + k] * factor[0];
 #endif
 }
 
@@ -182,8 +182,9 @@ void load_block(Block<T>& b, const Plan& plan, LaneInt<T> padding) {
 }
 
 template <class T>
-void make_panels(Block<T>& b) {
+void make_panels(Block<T>& b, double factor) {
   constexpr int C = kCols<T>, L = kLanes<T>;
+  const Vec<T> f = splat<T>(static_cast<T>(factor));
   const int used = round_up(b.count, C);
   for (int p = 0; p < used / C; ++p)
     for (int c = 0; c < b.chunks; ++c) {
@@ -191,7 +192,7 @@ void make_panels(Block<T>& b) {
       T* to = b.panels + (int64_t(p) * b.chunks + c) * C * C;
       for (int r = 0; r < kVecs; ++r)
         for (int k = 0; k < kVecs; ++k)
-          transpose_square<T>(from + r * L * C + k * L, C, to + k * L * C + r * L, C);
+          transpose_square<T>(from + r * L * C + k * L, C, to + k * L * C + r * L, C, f);
     }
 }
 
@@ -223,8 +224,9 @@ PYSUPCON_INLINE void clear(Tile<T>& tile) {
 }
 
 // tile = t of rows i0.. of `a` against columns j0.. of `b`. Each chunk of columns is summed by itself: a dot
-// product of 128 terms loses half as many digits in four parts as in one. The factor comes last: t of (i, j)
-// and of (j, i), which two processes compute, are then the same number.
+// product of 128 terms loses half as many digits in four parts as in one. Of two sets of
+// rows the factor comes last: t of (i, j) and of (j, i), which two processes compute, are then the same
+// number. In one set a pair is visited once, and the panels hold the factor.
 template <class T>
 PYSUPCON_INLINE void similarities(Tile<T>& tile, const Block<T>& a, const Block<T>& b, int i0, int j0,
                                   T factor) {
@@ -242,6 +244,7 @@ PYSUPCON_INLINE void similarities(Tile<T>& tile, const Block<T>& a, const Block<
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) tile[r][v] += sum[r][v];
   }
+  if (factor == 1) return;
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4

@@ -142,9 +142,10 @@ struct SideWeights {
   }
 };
 
-// From sums of t, or of t - shift, over the candidates of an anchor's number, to sums of s.
+// From sums of t, or of t - shift, over the candidates of an anchor's number, to sums of s. The logsumexp of
+// one s is s: `single`, or null, gets it without the rounding of an exponential.
 void finish_sums(const Plan& plan, double* sums, const int32_t* anchor_number,
-                 const int32_t* candidate_number) {
+                 const int32_t* candidate_number, double* single) {
   const Problem& q = plan.problem;
   const int64_t n = q.candidates.count;
   int64_t first = 0, last = 0;
@@ -157,8 +158,10 @@ void finish_sums(const Plan& plan, double* sums, const int32_t* anchor_number,
     const bool own = self >= 0 && candidate_number[self] == number;
     double& sum = sums[q.anchors.order[i]];
     if (!q.positives) sum = 0;
-    if (plan.fixed && q.positives) sum += plan.shift * static_cast<double>(last - first - own);
+    const int64_t count = last - first - own;
+    if (plan.fixed && q.positives) sum += plan.shift * static_cast<double>(count);
     sum *= kLn2;
+    if (single && count == 1 && q.positives) single[q.anchors.order[i]] = sum;
   }
 }
 
@@ -203,8 +206,8 @@ void pair_stats(const Problem& q, const Threads& threads, const Stats& out) {
   };
   finish(out.n, max_n, q.negatives);
   finish(out.p, max_p, q.positives);
-  finish_sums(plan, out.positive_sum, q.anchors.cls, q.candidates.cls);
-  finish_sums(plan, out.instance_sum, q.anchors.instance, q.candidates.instance);
+  finish_sums(plan, out.positive_sum, q.anchors.cls, q.candidates.cls, out.p);
+  finish_sums(plan, out.instance_sum, q.anchors.instance, q.candidates.instance, nullptr);
 }
 
 void pair_stats_backward(const Problem& q, const Threads& threads, const StatsGrad& anchors,

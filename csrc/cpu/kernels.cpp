@@ -48,7 +48,7 @@ PYSUPCON_INLINE void with_blocks(const Plan& plan, int64_t i, int64_t j, void* m
   if (s.held->i != i) load_block<T>(s.a, plan, kRowPadding);
   if (s.held->j != j) {
     load_block<T>(s.b, plan, kColPadding);
-    make_panels<T>(s.b);
+    make_panels<T>(s.b, q.self ? q.scale * kLog2e : 1);
   }
   s.held->i = i;
   s.held->j = j;

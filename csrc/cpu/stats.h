@@ -87,20 +87,24 @@ void fixed_stats(const Plan& plan, const StatsSums& sums, const TilePair<T>& pai
                             splat<T>(static_cast<T>(plan.shift)), Sums<Vec<T>>::zeros(arena, a.padded),
                             Sums<T>::zeros(arena, b.padded)};
   pair.each(visit);
+  // Where no pair is a positive (a negative) there is nothing to add.
+  const bool positives = pair.classes_meet(), negatives = !pair.one_class(), instances = sums.instance_sum;
   for (int i = 0; i < a.count; ++i) {
     const int64_t row = a.side->order[a.first + i];
-    sums.n[row] += sum_lanes<T>(visit.row.n[i]);
+    if (negatives) sums.n[row] += sum_lanes<T>(visit.row.n[i]);
+    if (!positives) continue;
     sums.p[row] += sum_lanes<T>(visit.row.p[i]);
     sums.positive_sum[row] += sum_lanes<T>(visit.row.positive[i]);
-    if (sums.instance_sum) sums.instance_sum[row] += sum_lanes<T>(visit.row.instance[i]);
+    if (instances) sums.instance_sum[row] += sum_lanes<T>(visit.row.instance[i]);
   }
   if (!pair.plan.problem.self) return;
   for (int j = 0; j < b.count; ++j) {
     const int64_t row = b.side->order[b.first + j];
-    sums.n[row] += visit.col.n[j];
+    if (negatives) sums.n[row] += visit.col.n[j];
+    if (!positives) continue;
     sums.p[row] += visit.col.p[j];
     sums.positive_sum[row] += visit.col.positive[j];
-    if (sums.instance_sum) sums.instance_sum[row] += visit.col.instance[j];
+    if (instances) sums.instance_sum[row] += visit.col.instance[j];
   }
 }
 

@@ -33,6 +33,9 @@ struct TilePair {
   PYSUPCON_INLINE bool classes_meet() const {
     return a.cls[0] <= b.cls[b.count - 1] && b.cls[0] <= a.cls[a.count - 1];
   }
+  PYSUPCON_INLINE bool one_class() const {
+    return a.cls[0] == a.cls[a.count - 1] && b.cls[0] == b.cls[b.count - 1] && a.cls[0] == b.cls[0];
+  }
   // Sorted by class and then by instance: their ranges meet if a pair is of one instance.
   PYSUPCON_INLINE bool instances_meet(int i0, int i1, int j0, int j1) const {
     if (!plan.problem.anchors.instance) return false;
@@ -82,7 +85,7 @@ struct TilePair {
   // visit.skip(i0, j0) for the others.
   template <class Visit>
   PYSUPCON_INLINE void each(const Visit& visit) const {
-    const T factor = static_cast<T>(plan.problem.scale * kLog2e);
+    const T factor = static_cast<T>(plan.problem.self ? 1 : plan.problem.scale * kLog2e);
     for (int j0 = 0; j0 < b.count; j0 += kCols<T>)
       for (int i0 = 0; i0 < a.count; i0 += kRows) {
         const Kind k = kind(i0, j0);
