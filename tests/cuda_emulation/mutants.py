@@ -230,7 +230,6 @@ MUTANTS = [
     Mutant("sums of instances: all of the class", P, "uint32_t(is_counted && instance.same(col)) << c", "uint32_t(is_counted) << c"),
     Mutant("sums of instances: with the row itself", P, "uint32_t(is_counted && instance.same(col)) << c", "uint32_t(instance.same(col)) << c"),
     Mutant("range of instances: that of the class", R, "find_in(cols.instances, found, rows.instances[at])", "found"),
-    Mutant("gradient of positives: 16-bit rows have one number a weight", B, "C::PARTS == 1 && Weights::POSITIVES ? 2 : C::PARTS;", "C::PARTS;"),
     Mutant("gradient of positives: the row's constant left out", P, "weight(sim, power, rest) +", "weight(sim, power, float2{0.f, rest.y}) +"),
     Mutant("gradient of positives: the reference is not whole", R, "power = {in_units(gradient), float(rint(bits))};", "power = {in_units(gradient), float(bits)};"),
     Mutant("gradient of positives: instances ignored", P, "if (instance.same(col)) g +=", "g +="),
