@@ -20,7 +20,7 @@ estimate made by hand from the SASS of the first kernels on an H100 (forward 2,4
 128 x 128, backward 2,700 - 3,400 a tile of 128 x 64, D = 128). The pipes fp32, alu and l2 enter only
 where one of them is the largest. Time is a multiprocessor's number of tiles * clocks of a tile / clock rate:
 of whole blocks of rows, or an equal share where those would leave some idle. Left out: start-up, sorting,
-tiles that hold the block's own class, global memory, bank conflicts.
+tiles that hold the block's own class, with them the passes over positives, global memory, bank conflicts.
 
 Two counts are ranges. A load of 8 or 16 bytes a thread from shared memory takes one wavefront if lanes share
 addresses, else two or four. Issue slots lie between the shortest path and the one that skips nothing
