@@ -14,9 +14,9 @@ from ._modes import runs_plainly
 
 __all__ = [
     "BACKENDS",
-    "EPSILONS",
     "TEMPERATURES",
     "check_choice",
+    "check_epsilon",
     "check_features",
     "check_gather",
     "check_ids",
@@ -32,8 +32,6 @@ BACKENDS = ("auto", "cpu", "cuda", "tiled", "reference")
 TEMPERATURES = 1e-12, 1e12
 """Smallest and largest. 1 / temperature and its square, which is in the gradient of a temperature, are then
 far from the ends of float32."""
-EPSILONS = -1e4, 1e4
-"""Smallest and largest. Epsilon is added to n_i, in float32 for rows of up to 32 bits: 1e4 costs it 1e-3."""
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = (
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8,
@@ -118,6 +116,11 @@ def check_number(name: str, value: Any, low: float, high: float) -> float:
         raise TypeError(f"{name} must be a number or a tensor of one element, got {describe(value)}")
     _check_range(name, number, low, high)
     return number
+
+
+def check_epsilon(value: Any) -> float:
+    """A number from -1e4 to 1e4. It is added to n_i, in float32 for 32-bit rows: 1e4 costs n_i 1e-3."""
+    return check_number("epsilon", value, -1e4, 1e4)  # constants: a graph takes a module's numbers as inputs
 
 
 def check_temperature(name: str, value: Any) -> float | Tensor:

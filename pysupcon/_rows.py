@@ -91,7 +91,9 @@ def sincere_rows(softplus: Tensor, count: Tensor, epsilon: float) -> tuple[Tenso
     """mean_{P_i} softplus(n_i - s_ip + epsilon) - epsilon, and which anchors have a positive."""
     valid = count > 0
     loss = _mean(softplus, count)
-    return (torch.where(valid, loss - epsilon, 0.0) if epsilon else loss), valid
+    if torch.compiler.is_compiling() or epsilon:  # a graph does not ask: it would be one for this number
+        loss = torch.where(valid, loss - epsilon, 0.0)
+    return loss, valid
 
 
 def cnce_rows(

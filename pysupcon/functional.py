@@ -59,7 +59,7 @@ from torch import Tensor
 
 from . import reference
 from ._autograd import RowStatistics
-from ._checks import EPSILONS, check_choice, check_number, check_temperature
+from ._checks import check_choice, check_epsilon, check_number, check_temperature
 from ._problem import Gather, Problem, prepare
 from ._rows import cnce_rows, reduce_rows, sincere_rows, supcon_reduced, supcon_rows
 from .profiling.ranges import named
@@ -193,7 +193,7 @@ def sincere(
     -mean_{p in P_i} log( e^{s_ip} / (e^{s_ip - epsilon} + sum_{j in N_i} e^{s_ij}) ). An anchor without a
     negative gives 0 (minus epsilon). Arguments: see the module.
     """
-    epsilon = check_number("epsilon", epsilon, *EPSILONS)
+    epsilon = check_epsilon(epsilon)
     problem = prepare(
         features, labels, mask, temperature=temperature, contrast_mode=contrast_mode, candidates=candidates,
         candidate_labels=candidate_labels, instances=instances, candidate_instances=candidate_instances,
@@ -206,7 +206,7 @@ def sincere(
     def rows(s: RowStatistics, count: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
         return sincere_rows(s.softplus, count, epsilon)
 
-    loss, valid, anchors = _streamed(problem, rows, negatives=True, epsilon=float(epsilon))
+    loss, valid, anchors = _streamed(problem, rows, negatives=True, epsilon=epsilon)
     return _finish(problem, loss, valid, reduction, anchors)
 
 

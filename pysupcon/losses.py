@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from ._checks import BACKENDS, EPSILONS, TEMPERATURES, check_choice, check_gather, check_number
+from ._checks import BACKENDS, TEMPERATURES, check_choice, check_epsilon, check_gather, check_number
 
 __all__ = ["ClassConditionalInfoNCELoss", "InfoNCELoss", "SINCERELoss", "SpreadLoss", "SupConLoss"]
 
@@ -179,7 +179,7 @@ class SINCERELoss(_Loss):
             temperature, contrast_mode, reduction=reduction, normalize=normalize, gather=gather,
             backend=backend, learnable_temperature=learnable_temperature,
         )  # fmt: skip
-        self.epsilon = float(check_number("epsilon", epsilon, *EPSILONS))
+        self.epsilon = float(check_epsilon(epsilon))
 
     def _own_repr(self) -> str:
         return f"epsilon={self.epsilon:g}, "
