@@ -95,7 +95,8 @@ class RowStatistics(NamedTuple):
 
     def with_one_sum(self) -> RowStatistics:
         """Of gradients: the two sums are one, whose gradient is that of both."""
-        return self._replace(positive_sum=self.positive_sum + self.instance_sum)
+        total = self.positive_sum + self.instance_sum
+        return self._replace(positive_sum=total, instance_sum=torch.zeros_like(total))
 
 
 class _RefuseSecond(torch.autograd.Function):
@@ -116,7 +117,7 @@ def _operands(x: Tensor, candidates: Tensor | None, scale: Tensor, pairing: Pair
 
 
 def statistics(x: Tensor, candidates: Tensor | None, scale: Tensor, plan: Plan) -> tuple[Tensor | None, ...]:
-    """The parts of :class:`RowStatistics`, softplus None if the plan does not ask."""
+    """The parts of :class:`RowStatistics`; instance_sum and softplus None if the plan does not ask."""
     ops, pairing = OPERATORS[plan.backend], plan.pairing
     rows = _operands(x, candidates, scale, pairing)
     n, p, positive_sum, instance_sum = ops.pair_stats(
@@ -125,7 +126,7 @@ def statistics(x: Tensor, candidates: Tensor | None, scale: Tensor, plan: Plan) 
     softplus = None
     if plan.epsilon is not None:
         softplus = ops.positive_softplus(*rows, *_limit(n, plan.epsilon), **plan.mask_arguments)
-    return n, p, positive_sum, instance_sum, softplus
+    return n, p, positive_sum, None if pairing.instances is None else instance_sum, softplus
 
 
 def _limit(n: Tensor, epsilon: float | Tensor) -> tuple[Tensor, float]:

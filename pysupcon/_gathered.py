@@ -130,13 +130,18 @@ class _Plan:
     ) -> tuple[RowStatistics, RowStatistics, Tensor, Tensor]:
         """dL/dstatistics of the own anchors and of everybody's; everybody's n and p."""
         everybody = self.everybody
+
+        def one_sum(grads: RowStatistics) -> RowStatistics:
+            """Without instances every positive is of the anchor's."""
+            return grads if everybody.instances is not None else grads.with_one_sum()
+
         sent = {"n": n} if self.negatives else {}
         sent |= {"p": p} if self.positives else {}
         if self.loss is None:
-            own = RowStatistics(*grads)
+            own = one_sum(RowStatistics(*grads))
             sent |= {"grad_n": own.n, "grad_p": own.p, "grad_positive_sum": own.positive_sum}
         else:
-            own = _differentiate(self.loss, n, p, grads[0], *everybody.own_counts)
+            own = one_sum(_differentiate(self.loss, n, p, grads[0], *everybody.own_counts))
             sent["g"] = grads[0]
         columns = torch.stack([column.to(wire) for column in sent.values()])
         received = dict(zip(sent, everybody.round.exchange(columns), strict=True))
@@ -147,7 +152,7 @@ class _Plan:
             others = RowStatistics(*(received.get("grad_" + name, zeros) for name in own._fields))
         else:
             counts = everybody.count, everybody.instance_count
-            others = _differentiate(self.loss, all_n, all_p, received["g"], *counts)
+            others = one_sum(_differentiate(self.loss, all_n, all_p, received["g"], *counts))
         return own, others, all_n, all_p
 
     def gradient(
@@ -162,8 +167,6 @@ class _Plan:
         """The complete gradient of the own rows [M, D]."""
         ops, everybody = self.ops, self.everybody
         own, others, all_n, all_p = self.upstream(n, p, grads, scale.dtype)
-        if everybody.instances is None:  # every positive is of the anchor's instance
-            own, others = own.with_one_sum(), others.with_one_sum()
         # Blocks are added up before the sum is rounded to 16 bits.
         grad_x = zero_gradients(rows)
 

@@ -68,9 +68,11 @@ def _statistics(*arguments: Any) -> _Tensors:
 
 
 def _fake_statistics(*arguments: Any) -> _Tensors:
-    x, epsilon = arguments[0], arguments[3]
-    *all_four, softplus = (x.new_empty(x.shape[0], dtype=_tiles.stats_dtype(x)) for _ in range(5))
-    return *all_four, x.new_empty(0) if epsilon is None else softplus
+    x, epsilon, instances = arguments[0], arguments[3], arguments[9]
+    n, p, positive_sum, *others = (x.new_empty(x.shape[0], dtype=_tiles.stats_dtype(x)) for _ in range(5))
+    asked = instances is not None, epsilon is not None
+    some = (value if wanted else x.new_empty(0) for value, wanted in zip(others, asked, strict=True))
+    return n, p, positive_sum, *some
 
 
 def _gradients(*arguments: Any) -> _Tensors:
@@ -243,5 +245,7 @@ def row_statistics(
     if transformed():
         traced = torch.compiler.is_compiling()
         operator = (_TracedTransformableStatistics if traced else _TransformableStatistics).apply
-    *all_four, softplus = operator(*_arguments(x, candidates, scale, plan))
-    return *all_four, None if plan.epsilon is None else softplus
+    n, p, positive_sum, instance_sum, softplus = operator(*_arguments(x, candidates, scale, plan))
+    if plan.pairing.instances is None:
+        instance_sum = None
+    return n, p, positive_sum, instance_sum, None if plan.epsilon is None else softplus

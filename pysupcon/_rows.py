@@ -34,18 +34,17 @@ class _SupConRows(torch.autograd.Function):
     def forward(
         ctx: Any, n: Tensor, p: Tensor, positive_sum: Tensor, count: Tensor, valid: Tensor, divisor: Any
     ) -> Tensor:
-        above = n - p
-        gap = (p - positive_sum / count).clamp_(min=0.0)
-        loss = torch.where(valid, gap.add_(_softplus(above)), 0.0)
-        ctx.save_for_backward(above, count)
+        gap = (positive_sum / count).neg_().add_(p).clamp_(min=0.0)
+        loss = gap.add_(_softplus(n - p)).masked_fill_(valid.logical_not(), 0.0)
+        ctx.save_for_backward(n, p, count)  # which are kept anyway
         ctx.divisor = divisor
         return loss if divisor is None else loss.sum() / divisor
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        above, count = ctx.saved_tensors
+        n, p, count = ctx.saved_tensors
         grad = grad if ctx.divisor is None else grad / ctx.divisor
-        grad_n = torch.where(count > 0, above.sigmoid() * grad, 0.0)
+        grad_n = torch.where(count > 0, (n - p).sigmoid_() * grad, 0.0)
         several = count > 1
         grad_p = torch.where(several, grad - grad_n, 0.0)
         grad_sum = torch.where(several, -grad / count, -grad_n)

@@ -201,6 +201,10 @@ class Pairs:
         check_operands(
             x, labels, order, scale, candidates, candidate_labels, candidate_order, self_index, mask is None
         )
+        if instances is not None:
+            _check_index("instances", instances, x)
+        if candidate_instances is not None and candidates is not None:
+            _check_index("candidate_instances", candidate_instances, candidates)
         self.anchors = Side(x, labels, order, instances)
         self.symmetric = candidates is None
         if candidates is None:

@@ -143,11 +143,11 @@ def pair_stats(
     mask: PositiveMask | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with no_autocast(x), torch.no_grad():
-        poison = _poison(x, candidates, scale)
         pairs = Pairs(
             x, labels, order, scale, candidates, candidate_labels, candidate_order, self_index, mask,
             instances, candidate_instances,
         )  # fmt: skip
+        poison = _poison(x, candidates, scale)
         n, p = (_LogSumExp(x.shape[0], x, stats_dtype(x)) for _ in range(2))
         positive_sum, instance_sum = (_Sum(x.shape[0], x, stats_dtype(x)) for _ in range(2))
         for tile in pairs.tiles(only_positives=not negatives, only_negatives=not positives):
@@ -300,6 +300,7 @@ def pair_stats_backward(
             n, p, *grads = columns
             assert n is not None
             assert p is not None
+            side.check(*(column for column in columns if column is not None))
             given = (negatives, positives)
             none = torch.full_like(n, -math.inf)
             n, p = (column if wanted else none for column, wanted in zip((n, p), given, strict=True))

@@ -21,11 +21,13 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 @functools.cache
 def operators(namespace: str) -> dict[str, list[str]]:
-    """Names of the arguments of every operator that takes rows."""
+    """Names of the arguments of every operator of pairs (others name a backend, and call these)."""
     prefix = namespace + "::"
     schemas = [schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith(prefix)]
     taken = {s.name.removeprefix(prefix): [argument.name for argument in s.arguments] for s in schemas}
-    return {name: taken[name] for name in sorted(taken) if "x" in taken[name]}
+    return {
+        name: taken[name] for name in sorted(taken) if "x" in taken[name] and "backend" not in taken[name]
+    }
 
 
 def call(namespace: str, name: str, values: Values) -> Any:
@@ -33,8 +35,13 @@ def call(namespace: str, name: str, values: Values) -> Any:
     return operator(**{argument: values.get(argument) for argument in operators(namespace)[name]})
 
 
-def sort(labels: Tensor) -> Tensor:
-    return torch.argsort(labels, stable=True)
+STATISTICS = ("n", "p", "grad_n", "grad_p", "grad_positive_sum", "grad_instance_sum", "grad_total")
+
+
+def sort(labels: Tensor, instances: Tensor) -> Tensor:
+    """By label, then by instance."""
+    order = torch.argsort(instances, stable=True)
+    return order[torch.argsort(labels[order], stable=True)]
 
 
 def draw(dice: random.Random, form: str, dtype: torch.dtype, most: int = 40) -> Values:
@@ -66,21 +73,22 @@ def draw(dice: random.Random, form: str, dtype: torch.dtype, most: int = 40) -> 
     count = dice.randint(0, most)
     if form != "self":
         values["candidates"], values["candidate_labels"] = normal(count, width), ids(count)
-        values["candidate_order"] = sort(values["candidate_labels"])
+        values["candidate_instances"] = ids(count)
+        values["candidate_order"] = sort(values["candidate_labels"], values["candidate_instances"])
     if form in ("self index", "own rows"):
         index = torch.randperm(count, generator=generator)[:rows]
         rows = len(index)
         values["x"], values["labels"] = values["candidates"][index], values["candidate_labels"][index]
+        values["instances"] = values["candidate_instances"][index]
         if form == "self index":
             index[::3] = -1
         values["self_index"] = index
     else:
-        values["x"], values["labels"] = normal(rows, width), ids(rows)
-    values["order"] = sort(values["labels"])
-    values |= {name: column(rows) for name in ("n", "p", "grad_n", "grad_p", "grad_total")}
+        values["x"], values["labels"], values["instances"] = normal(rows, width), ids(rows), ids(rows)
+    values["order"] = sort(values["labels"], values["instances"])
+    values |= {name: column(rows) for name in STATISTICS}
     if form == "own rows":
-        names = ("n", "p", "grad_n", "grad_p", "grad_total")
-        values |= {f"candidate_{name}": column(count) for name in names}
+        values |= {f"candidate_{name}": column(count) for name in STATISTICS}
     wide = torch.promote_types(dtype, torch.float32)
     values["grad_x"] = torch.zeros(values["x"].shape, dtype=wide)
     if form in ("candidates", "self index") and dice.random() < 0.8:
@@ -241,8 +249,10 @@ FAULTS = [
         for value, at in ((-2, 0), (10**6, 0), (2**40, 1), (-(2**63), 1))
     ),
     Fault("self_index of another label", "self_index", _other_label, "must name a candidate of the", True),
-    *(fault for name in ("n", "p", "grad_n", "grad_p", "grad_total") for fault in _column_faults(name)),
-    *(fault for name in ("n", "p", "grad_n", "grad_total") for fault in _column_faults(f"candidate_{name}")),
+    *(fault for name in STATISTICS for fault in _column_faults(name)),
+    *(fault for name in STATISTICS for fault in _column_faults(f"candidate_{name}")),
+    *_index_faults("instances"),
+    *_index_faults("candidate_instances"),
     *_row_faults("x"),
     *_row_faults("candidates"),
     Fault("x int32", "x", lambda v: v["x"].int(), "x must be float32, .* or float16, got Int"),

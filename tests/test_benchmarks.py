@@ -208,13 +208,13 @@ def test_peak_memory_of_fresh_processes() -> None:
     assert peaks["written"] == pytest.approx(peers.PEERS["written"].matrices * matrix, rel=0.15)
 
 
-def test_a_row_costs_at_most_64_bytes_beside_its_gradient() -> None:
-    """By the growth from 32k to 64k rows: labels, order, one sum, its gradients, the weights."""
+def test_a_row_costs_at_most_80_bytes_beside_its_gradient() -> None:
+    """By the growth from 32k to 64k rows: order, n, p, the gradients of both and of the mean, the weights."""
     problem = cases.Problem(n=65_536, dim=2, classes=1000)
     half = problem.smaller(problem.n // 2)
     ours = peers.PEERS["pysupcon"]
     large, small = (measure.peak_memory("pysupcon", ours.build(p), p) for p in (problem, half))
-    assert (large - small) / (problem.n - half.n) - 8 <= 64
+    assert (large - small) / (problem.n - half.n) - 8 <= 80
 
 
 def test_a_process_that_dies_is_reported() -> None:

@@ -25,18 +25,19 @@ def _batch(form: str, name: str) -> dict[str, Tensor]:
     count, views = 24, form.startswith("views")
     shape = (count, 2, 5) if views else (count, 5)
     batch = {"features": torch.randn(shape), "temperature": torch.tensor(0.3, dtype=torch.float64)}
+    instances = torch.arange(count) % 4 * 8 + torch.arange(count) // 4 % 3  # three in a class
     if form.endswith("mask"):
         batch["mask"] = torch.arange(count)[:, None] % 4 == torch.arange(count) % 4
     else:
         batch["labels"] = torch.arange(count) % 4
     if name in NEEDS_INSTANCES and not views:
-        batch["instances"] = torch.arange(count) % 8
+        batch["instances"] = instances
     if "candidates" in form:
         batch["candidates"] = torch.randn(count, 2, 5) if views else torch.randn(count, 5)
         if "labels" in batch:
             batch["candidate_labels"] = torch.arange(count) % 4
         if "instances" in batch:
-            batch["candidate_instances"] = torch.arange(count) % 8
+            batch["candidate_instances"] = instances
     return batch
 
 

@@ -201,16 +201,17 @@ def test_no_room_says_nothing_of_the_kernels() -> None:
         _known_answers.disagreement(Wrong("pair_stats", "n", fail), CPU, torch.float16)
 
 
-def test_n_of_many_rows_is_held_against_the_kernel_for_n_and_p() -> None:
-    """As the triangular forward of a GPU would be, were it wrong: from so many rows on, without p."""
+def test_n_of_many_rows_is_held_against_the_kernel_for_candidates() -> None:
+    """As the triangular forward of a GPU would be, were it wrong: from so many rows on, of one set."""
 
     class Half:
         def __getattr__(self, name: str) -> Any:
             return getattr(tiled, name)
 
-        def pair_stats(self, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-            n, p = tiled.pair_stats(x, *arguments)
-            return (n, p) if x.shape[0] < 1000 or arguments[-1] else (_one_element(n), p)
+        def pair_stats(self, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+            n, *others = tiled.pair_stats(x, *arguments)
+            right = x.shape[0] < 1000 or arguments[3] is not None
+            return n if right else _one_element(n), *others
 
     assert _known_answers.disagreement(tiled, CPU, torch.float64, many=1001) is None
     assert _known_answers.disagreement(Half(), CPU, torch.float64) is None
