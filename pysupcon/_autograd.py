@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _ops, tiled
-from ._modes import NO_FORWARD_MODE, runs_plainly
+from ._modes import NO_FORWARD_MODE, batched, runs_plainly
 
 __all__ = [
     "ONCE_ONLY",
@@ -149,7 +149,12 @@ class _RowStatisticsFunction(torch.autograd.Function):
         x, candidates, scale, n, p, *tensors = ctx.saved_tensors
         plan = ctx.plan.with_tensors(tensors)
         with torch.no_grad():
-            result = gradients(plan, x, candidates, scale, n, p, grads, ctx.needs_input_grad)
+            if any(grad is not None and batched(grad) for grad in grads):  # by is_grads_batched
+                from . import _opaque
+
+                result = _opaque.gradients(plan, x, candidates, scale, n, p, grads, ctx.needs_input_grad)
+            else:
+                result = gradients(plan, x, candidates, scale, n, p, grads, ctx.needs_input_grad)
         if torch.is_grad_enabled():
             reasons = [tensor for tensor in (x, candidates, scale, *grads) if tensor is not None]
             return *(None if grad is None else _RefuseSecond.apply(grad, *reasons) for grad in result), None

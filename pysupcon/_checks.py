@@ -129,7 +129,9 @@ def check_temperature(name: str, value: Any) -> float | Tensor:
     value = _as_traced(value)
     if isinstance(value, Tensor) and value.numel() == 1 and _is_real(value.dtype):
         if value.device.type == "cpu" and runs_plainly(value):
-            _check_range(name, value.item(), *TEMPERATURES)
+            low, high = TEMPERATURES  # as rounded to the tensor's dtype
+            slack = torch.finfo(value.dtype).eps if value.is_floating_point() else 0.0
+            _check_range(name, value.item(), low * (1 - slack), high * (1 + slack))
         return value.reshape(())
     number = None if isinstance(value, Tensor) else _number(value)
     if number is None:
@@ -156,6 +158,11 @@ def check_features(name: str, value: Any, like: Tensor | None = None) -> None:
         raise ValueError(f"{name} must be on the device of features, {like.device}, got {value.device}")
 
 
+def _savable(value: Tensor) -> Tensor:
+    """A tensor of torch.inference_mode cannot be saved for a backward: its copy, elsewhere, can."""
+    return value.clone() if not torch.compiler.is_compiling() and value.is_inference() else value
+
+
 def check_ids(name: str, value: Any, features: Tensor) -> Tensor:
     """One integer per sample; returned as int64."""
     count = features.shape[0]
@@ -170,10 +177,11 @@ def check_ids(name: str, value: Any, features: Tensor) -> Tensor:
         raise ValueError(f"{contract()}, got {describe(value)}")
     if value.device != features.device:
         raise ValueError(f"{contract()} on {features.device}, got it on {value.device}")
-    return value if value.dtype == torch.int64 and value.is_contiguous() else value.long().contiguous()
+    return _savable(value if value.dtype == torch.int64 else value.long()).contiguous()
 
 
-def check_mask(value: Any, features: Tensor, candidates: Tensor) -> None:
+def check_mask(value: Any, features: Tensor, candidates: Tensor) -> Tensor:
+    """Who is a positive of whom; returned as it may be saved for a backward."""
     shape = [features.shape[0], candidates.shape[0]]
     contract = f"mask must be bool of shape {shape} (samples of features x samples of candidates)"
     if not isinstance(value, Tensor):
@@ -182,6 +190,7 @@ def check_mask(value: Any, features: Tensor, candidates: Tensor) -> None:
         raise ValueError(f"{contract}, got {describe(value)}")
     if value.device != features.device:
         raise ValueError(f"{contract} on {features.device}, got it on {value.device}")
+    return _savable(value)
 
 
 def check_gather(value: Any) -> None:

@@ -9,12 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["NO_FORWARD_MODE", "check_mode", "runs_plainly", "transformed"]
+__all__ = ["NO_FORWARD_MODE", "batched", "check_mode", "runs_plainly", "transformed"]
 
 NO_FORWARD_MODE = (
     "pysupcon's kernels have no forward-mode derivative (jvp, jacfwd, hessian, linearize, dual numbers): "
     'backend="reference" (dense, small batches) has; reverse mode (backward, torch.func.grad, jacrev) works '
     "with every backend"
+)
+_JIT = (
+    "pysupcon's kernels cannot be traced by torch.jit.trace: torch.export and torch.compile can trace them, "
+    'and torch.jit.trace can trace backend="reference" (dense, small batches)'
 )
 _GATHER = (
     "gather works with backward(), not under torch.func's transforms (grad, vmap, jvp, ...): the rows of the "
@@ -25,6 +29,12 @@ _GATHER = (
 def transformed() -> bool:
     """Whether torch.func.grad, vmap, jvp or another functional transform is at work."""
     return bool(torch._C._are_functorch_transforms_active())
+
+
+def batched(tensor: Tensor) -> bool:
+    """Whether it stands for several tensors: of vmap, or of torch.autograd.grad(is_grads_batched=True)."""
+    functorch = torch._C._functorch
+    return bool(functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor))
 
 
 def runs_plainly(tensor: Tensor) -> bool:
@@ -46,6 +56,8 @@ def check_mode(features: Tensor, gathered: bool) -> None:
     Plainly, the autograd.Function refuses them.
     """
     if runs_plainly(features):
+        if torch.jit.is_tracing():
+            raise RuntimeError(_JIT)
         return
     if torch.autograd.forward_ad._current_level >= 0:
         raise RuntimeError(NO_FORWARD_MODE)

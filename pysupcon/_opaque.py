@@ -21,7 +21,7 @@ from torch import Tensor
 from . import _autograd, _tiles
 from ._modes import transformed
 
-__all__ = ["positive_count", "row_statistics"]
+__all__ = ["gradients", "positive_count", "row_statistics"]
 
 _Tensors = tuple[Tensor, ...]
 _PROBLEM = (
@@ -249,3 +249,19 @@ def row_statistics(
     if plan.pairing.instances is None:
         instance_sum = None
     return n, p, positive_sum, instance_sum, None if plan.epsilon is None else softplus
+
+
+def gradients(
+    plan: _autograd.Plan,
+    x: Tensor,
+    candidates: Tensor | None,
+    scale: Tensor,
+    n: Tensor,
+    p: Tensor,
+    grads: tuple[Tensor | None, ...],
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """What :func:`pysupcon._autograd.gradients` returns, for upstream gradients that vmap has batched."""
+    arguments = _arguments(x, candidates, scale, plan)
+    needed = list(needs[:_DIFFERENTIABLE])
+    return _differentiate(_backward, arguments, n, p, grads, needed)[:_DIFFERENTIABLE]

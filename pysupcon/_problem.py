@@ -176,7 +176,9 @@ def _matches(sorted_ids: Tensor, ids: Tensor, views: int) -> Tensor:
 
 def _order_and_count(ids: Tensor, views: int) -> tuple[Tensor, Tensor]:
     """The stable argsort of the rows [B * V], and how many other rows bear a row's id."""
-    if ids.device.type == "cpu" and _ops.compiled_for("cpu"):
+    # Under vmap torch's own operators, which have a rule for it.
+    whole = torch.compiler.is_compiling() or not _modes.transformed()
+    if ids.device.type == "cpu" and _ops.compiled_for("cpu") and whole:
         order, count = _ops.order_by_class(ids, views)
         return order, count
     sorted_ids, order = _sort(ids, views)
@@ -351,7 +353,7 @@ def prepare(
     if candidates is not None:
         check_features("candidates", candidates, like=features)
     if mask is not None:
-        check_mask(mask, features, features if candidates is None else candidates)
+        mask = check_mask(mask, features, features if candidates is None else candidates)
     samples = features.shape[0]
     own_labels = None if labels is None else check_ids("labels", labels, features)
     own_instances = None if instances is None else check_ids("instances", instances, features)

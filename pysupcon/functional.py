@@ -40,14 +40,15 @@ order are refused (except by backend="reference").
 torch.compile(fullgraph=True), torch.export, make_fx, fake and meta tensors see one operator,
 ``pysupcon::row_statistics``: batch sizes and numbers (temperature, alpha, epsilon, base_temperature) may
 change without a graph for each. torch.func's grad, vmap and jacrev work. Forward mode (jvp, jacfwd, hessian,
-dual numbers) is refused, except by backend="reference"; of torch.func inside torch.compile only what torch
-can trace works (it refuses vmap of grad).
+dual numbers) and torch.jit.trace are refused, except by backend="reference"; of torch.func inside
+torch.compile only what torch can trace works (it refuses vmap of grad).
 
 Errors: ValueError or TypeError naming the argument, what it must be and what came; on a CPU also for features
 that are not finite, and where the largest |z| |z| / temperature is beyond 7e14 (on a GPU, where looking would
 make the caller wait, the loss is NaN then). RuntimeError for a backend that is not compiled, and for CUDA
 kernels that answer wrongly or cannot run on the device. An argument that is changed in place between forward
-and backward: autograd refuses the backward (RuntimeError), or the change has no effect.
+and backward: autograd refuses the backward (RuntimeError), or the change has no effect. It sees no change
+that is made through NumPy or ``.data``.
 """
 
 from __future__ import annotations

@@ -238,3 +238,19 @@ def test_index_tensors_are_let_go_of(gather: Any, backend: str) -> None:
     del labels
     assert value.grad_fn is not None
     assert held() is None
+
+
+@pytest.mark.parametrize("backend", ["cpu", "tiled"])
+def test_labels_and_masks_of_inference_mode(backend: str) -> None:
+    """Autograd cannot save them; a loader may give them."""
+    x = torch.randn(8, 4, requires_grad=True)
+    with torch.inference_mode():
+        labels = torch.arange(8) // 2
+        mask = labels[:, None] == labels
+    given = [{"labels": labels}, {"candidates": x.detach(), "labels": labels, "candidate_labels": labels}]
+    for options in [*given, *([{"mask": mask}] if backend == "tiled" else [])]:
+        got, want = (
+            torch.autograd.grad(functional.supcon(x, backend=one, **options), x)[0]
+            for one in (backend, "reference")
+        )
+        torch.testing.assert_close(got, want)

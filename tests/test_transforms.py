@@ -181,3 +181,22 @@ def test_transforms_in_a_graph(name: str, backend: str) -> None:
     torch.testing.assert_close(compiled(x[0]), _gradient(dense, x[0]))
     compiled = torch.compile(vmap(loss), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), torch.stack([dense(rows) for rows in x]))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_several_upstream_gradients_at_once(name: str, backend: str) -> None:
+    """is_grads_batched, which torch.autograd.functional.jacobian(vectorize=True) uses."""
+    x = torch.randn(6, 2, 4, dtype=torch.float64, requires_grad=True)
+    labels = torch.arange(6) // 2
+
+    def jacobian(backend: str) -> torch.Tensor:
+        losses = LOSSES[name](x, labels, temperature=0.5, reduction="none", backend=backend).flatten()
+        return torch.autograd.grad(losses, x, torch.eye(12, dtype=torch.float64), is_grads_batched=True)[0]
+
+    torch.testing.assert_close(jacobian(backend), jacobian("reference"))
+
+
+def test_jit_trace_is_refused_by_name(backend: str) -> None:
+    x, labels = torch.randn(6, 4), torch.arange(6) // 2
+    with pytest.raises(RuntimeError, match=r"cannot be traced by torch.jit.trace.*backend=\"reference\""):
+        torch.jit.trace(lambda v: functional.supcon(v, labels, backend=backend), (x,))
