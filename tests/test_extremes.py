@@ -19,7 +19,7 @@ from torch import Tensor
 from pysupcon import functional
 from pysupcon._checks import TEMPERATURES
 
-_ROOM = {torch.float32: 1e7, torch.float64: 1e15}
+_ROOM = {torch.float32: 1e7, torch.float64: 5e14}
 """S up to which every backend must give an answer: eps * S is about 1 there, and beyond it a similarity is
 known to no digit behind the point."""
 _KINDS: dict[str, tuple[dict[str, float], str, dict[str, Any]]] = {
