@@ -33,7 +33,10 @@ pytestmark = [
     pytest.mark.skipif(not _cuda["available"], reason=f"backend cuda: {_cuda['detail']}"),
 ]
 
-NONE = (None, None, None, None)
+ALONE = (None,) * 6
+"""no candidates, no instances"""
+NO_SUMS = (None,) * 8
+"""no gradients of sums, no statistics of candidates"""
 MANY = 1 << 20
 LOSSES: dict[str, Any] = {
     "supcon": functional.supcon,
@@ -177,17 +180,16 @@ def row_problem(
 def test_own_rows_gradient_is_complete(dtype: torch.dtype) -> None:
     """Half of the rows as anchors, with every row's statistics: their part of the whole batch's gradient."""
     x, labels, order, scale = row_problem(301, 96, dtype, 4)
-    n, p = _ops.pair_stats(x, labels, order, scale, *NONE, True, True)
+    n, p, *_ = _ops.pair_stats(x, labels, order, scale, *ALONE, True, True)
     u, v = torch.randn_like(n), torch.randn_like(p)
-    own = (None, None, None, None)
     backward = _ops.pair_stats_backward
-    whole = added(backward, x, labels, order, scale, *NONE, n, p, u, v, *own, True, True)[0]
+    whole = added(backward, x, labels, order, scale, *ALONE, n, p, u, v, *NO_SUMS, True, True)[0]
     half = 150
     mine = labels[:half]
     candidates = (x, labels, order, torch.arange(half, device="cuda"))
     part, _, _ = added(
         backward, x[:half], mine, torch.argsort(mine, stable=True), scale, *candidates,
-        n[:half], p[:half], u[:half], v[:half], n, p, u, v, True, True,
+        None, None, n[:half], p[:half], u[:half], v[:half], None, None, n, p, u, v, None, None, True, True,
     )  # fmt: skip
     # Both err, by float32 sums and by weights of 16 bits.
     bar = 2 * (TABLE[dtype].gradient + TABLE[dtype].output)
@@ -227,12 +229,13 @@ def test_few_anchors_and_many_candidates(few: int, dtype: torch.dtype) -> None:
     order, c_order = torch.arange(few, device="cuda"), torch.arange(MANY, device="cuda")
     scale = torch.tensor(10.0, device="cuda")
     candidates = (c, c_labels, c_order, None)
-    n, p = _ops.pair_stats(x, labels, order, scale, *candidates, True, False)
+    n, p, *_ = _ops.pair_stats(x, labels, order, scale, *candidates, None, None, True, False)
     s = 10.0 * (x.double() @ c.double().T)
     want_n = s.logsumexp(1)
     torch.testing.assert_close(n.double(), want_n, rtol=TABLE[dtype].loss, atol=TABLE[dtype].loss)
     u = torch.rand(few, device="cuda") + 0.5
-    arguments = (x, labels, order, scale, *candidates, n, p, u, torch.zeros_like(u), *NONE, True, False)
+    grads = (n, p, u, torch.zeros_like(u), *NO_SUMS)
+    arguments = (x, labels, order, scale, *candidates, None, None, *grads, True, False)
     grad = added(_ops.pair_stats_backward, *arguments)[0]
     assert grad.dtype == torch.float32
     want = 10.0 * u.double()[:, None] * (s.softmax(1) @ c.double())
@@ -249,9 +252,10 @@ def test_many_anchors_and_few_candidates(few: int, dtype: torch.dtype) -> None:
     order, c_order = torch.arange(MANY, device="cuda"), torch.arange(few, device="cuda")
     scale = torch.tensor(10.0, device="cuda")
     candidates = (c, c_labels, c_order, None)
-    n, p = _ops.pair_stats(x, labels, order, scale, *candidates, True, False)
+    n, p, *_ = _ops.pair_stats(x, labels, order, scale, *candidates, None, None, True, False)
     u = torch.full((MANY,), 1 / MANY, device="cuda")
-    arguments = (x, labels, order, scale, *candidates, n, p, u, torch.zeros_like(u), *NONE, True, False)
+    grads = (n, p, u, torch.zeros_like(u), *NO_SUMS)
+    arguments = (x, labels, order, scale, *candidates, None, None, *grads, True, False)
     _, grad, _ = added(_ops.pair_stats_backward, *arguments, candidates=True)
     assert grad.dtype == torch.float32
     weights = (10.0 * (x.double() @ c.double().T)).softmax(1) / MANY
@@ -268,7 +272,7 @@ def test_wide_rows_that_are_alike() -> None:
     x = torch.nn.functional.normalize(x, dim=1).to("cuda", torch.bfloat16)
     labels = torch.arange(count, device="cuda")
     scale = torch.tensor(1 / temperature, device="cuda")
-    n, _ = _ops.pair_stats(x, labels, labels, scale, *NONE, True, False)
+    n, *_ = _ops.pair_stats(x, labels, labels, scale, *ALONE, True, False)
     s = scale.double() * (x.double() @ x.double().T)
     want = s.fill_diagonal_(-torch.inf).logsumexp(1)
     assert abs((n.double() - want).mean().item()) <= tolerances.BIAS_OF_N
@@ -282,15 +286,15 @@ def test_threads_with_rows_of_different_widths() -> None:
 
     def work(width: int) -> int:
         x, labels, order, scale = row_problem(700, width, torch.bfloat16, 5)
-        n, p = _ops.pair_stats(x, labels, order, scale, *NONE, True, True)
-        arguments = (x, labels, order, scale, *NONE, n, p, n, p, *NONE, True, True)
+        n, p, *_ = _ops.pair_stats(x, labels, order, scale, *ALONE, True, True)
+        arguments = (x, labels, order, scale, *ALONE, n, p, n, p, *NO_SUMS, True, True)
         grad = added(_ops.pair_stats_backward, *arguments)[0]
         torch.cuda.synchronize()
         start.wait(timeout=60)
         wrong = 0
         with torch.cuda.stream(torch.cuda.Stream()):
             for _ in range(repetitions):
-                again_n, again_p = _ops.pair_stats(x, labels, order, scale, *NONE, True, True)
+                again_n, again_p, *_ = _ops.pair_stats(x, labels, order, scale, *ALONE, True, True)
                 again = added(_ops.pair_stats_backward, *arguments)[0]
                 pairs = ((again_n, n), (again_p, p), (again, grad))
                 wrong += not all(torch.equal(a, b) for a, b in pairs)
@@ -306,7 +310,7 @@ def in_a_fresh_process(body: str) -> None:
 import torch
 from pysupcon import _ops
 
-none = (None,) * 4
+none = (None,) * 8
 
 def problem(dtype):
     torch.manual_seed(0)
@@ -317,10 +321,10 @@ def problem(dtype):
     return x, labels, torch.argsort(labels, stable=True), scale, one
 
 def step(x, labels, order, scale, one):
-    n, p = _ops.pair_stats(x, labels, order, scale, *none, True, True)
+    n, p, *_ = _ops.pair_stats(x, labels, order, scale, *none[:6], True, True)
     grad = torch.zeros(x.shape, device="cuda")
     _ops.pair_stats_backward(
-        x, labels, order, scale, *none, n, p, one, one, *none, True, True, grad, None
+        x, labels, order, scale, *none[:6], n, p, one, one, *none, True, True, grad, None
     )
     return n, p, grad
 
@@ -376,13 +380,12 @@ assert same(step(*inputs), wanted)
 
 def test_a_cuda_graph_can_hold_it() -> None:
     x, labels, order, scale = row_problem(400, 64, torch.bfloat16, 5)
-    own = (None, None, None, None)
 
     def run() -> tuple[Tensor, Tensor]:
-        n, p = _ops.pair_stats(x, labels, order, scale, *NONE, True, True)
+        n, p, *_ = _ops.pair_stats(x, labels, order, scale, *ALONE, True, True)
         one = torch.ones_like(n)
         backward = _ops.pair_stats_backward
-        return n, added(backward, x, labels, order, scale, *NONE, n, p, one, one, *own, True, True)[0]
+        return n, added(backward, x, labels, order, scale, *ALONE, n, p, one, one, *NO_SUMS, True, True)[0]
 
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -400,14 +403,14 @@ def test_a_cuda_graph_can_hold_it() -> None:
 
 def test_other_streams() -> None:
     x, labels, order, scale = row_problem(2000, 128, torch.bfloat16, 5)
-    want = _ops.pair_stats(x, labels, order, scale, *NONE, True, True)
+    want = _ops.pair_stats(x, labels, order, scale, *ALONE, True, True)
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         y = torch.zeros_like(x)
         torch.cuda._sleep(20_000_000)  # a kernel on the wrong stream reads zeros
         y.copy_(x)
-        got = _ops.pair_stats(y, labels, order, scale, *NONE, True, True)
+        got = _ops.pair_stats(y, labels, order, scale, *ALONE, True, True)
     torch.cuda.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
@@ -440,13 +443,12 @@ def test_extra_memory() -> None:
     """At most 32 bytes a row beside the sorted copy, the results, and a scratch that does not grow with N."""
     count, width = 1 << 17, 64
     x, labels, order, scale = row_problem(count, width, torch.bfloat16, 1000)
-    n, p = _ops.pair_stats(x, labels, order, scale, *NONE, True, True)
-    own = (None, None, None, None)
+    n, p, *_ = _ops.pair_stats(x, labels, order, scale, *ALONE, True, True)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     backward = _ops.pair_stats_backward
-    grad = added(backward, x, labels, order, scale, *NONE, n, p, n, p, *own, True, True)[0]
+    grad = added(backward, x, labels, order, scale, *ALONE, n, p, n, p, *NO_SUMS, True, True)[0]
     extra = torch.cuda.max_memory_allocated() - before - grad.nbytes - x.nbytes
     assert extra <= 32 * count + (1 << 21)
 
@@ -461,10 +463,9 @@ def test_offsets_beyond_32_bits() -> None:
     labels[-1] = labels[-2]
     order = torch.arange(count, device="cuda")
     scale = torch.tensor(2.0, device="cuda")
-    _, p = _ops.pair_stats(x, labels, order, scale, *NONE, False, True)
-    own = (None, None, None, None)
+    _, p, *_ = _ops.pair_stats(x, labels, order, scale, *ALONE, False, True)
     one = torch.ones_like(p)
-    arguments = (x, labels, order, scale, *NONE, p - torch.inf, p, one, one, *own, False, True)
+    arguments = (x, labels, order, scale, *ALONE, p - torch.inf, p, one, one, *NO_SUMS, False, True)
     grad = added(_ops.pair_stats_backward, *arguments)[0]
     for i in (0, (1 << 23) + 1, count - 20_001, count - 6):
         j = i ^ 1
@@ -483,9 +484,9 @@ def test_half_of_the_pairs(dtype: torch.dtype, count: int, temperature: float) -
     scale = torch.tensor(1 / temperature, device="cuda")
     apart = torch.arange(count, device="cuda")
     for own, sequence in ((labels, order), (apart, apart)):
-        n, p = _ops.pair_stats(x, own, sequence, scale, *NONE, True, False)
-        again, _ = _ops.pair_stats(x, own, sequence, scale, *NONE, True, False)
-        want, _ = tiled.pair_stats(x.double(), own, sequence, scale.double(), *NONE, True, False)
+        n, p, *_ = _ops.pair_stats(x, own, sequence, scale, *ALONE, True, False)
+        again, *_ = _ops.pair_stats(x, own, sequence, scale, *ALONE, True, False)
+        want, *_ = tiled.pair_stats(x.double(), own, sequence, scale.double(), *ALONE, True, False)
         assert torch.equal(n, again)
         assert bool((p == -torch.inf).all())
         bar = TABLE[torch.float32].loss
@@ -494,9 +495,9 @@ def test_half_of_the_pairs(dtype: torch.dtype, count: int, temperature: float) -
 
 def test_large_batch_against_tiled() -> None:
     x, labels, order, scale = row_problem(20_000, 128, torch.float32, 50)
-    n, p = _ops.pair_stats(x, labels, order, scale, *NONE, True, True)
+    n, p, *_ = _ops.pair_stats(x, labels, order, scale, *ALONE, True, True)
     double = (x.double(), labels, order, scale.double())
-    want_n, want_p = tiled.pair_stats(*double, *NONE, True, True)
+    want_n, want_p, *_ = tiled.pair_stats(*double, *ALONE, True, True)
     bar = TABLE[torch.float32].loss
     torch.testing.assert_close(n.double(), want_n, rtol=bar, atol=bar)
     torch.testing.assert_close(p.double(), want_p, rtol=bar, atol=bar)
