@@ -241,10 +241,16 @@ def _pair_instances(
     by_instance, count = _pair(
         instances.own, views, instances.candidates, candidate_views, pairing.self_index
     )
-    if instances.given:  # sorted by label and instance
-        pairing = pairing._replace(order=by_instance.order, candidate_order=by_instance.candidate_order)
-    return pairing._replace(
-        instances=by_instance.labels, candidate_instances=by_instance.candidate_labels
+    source = by_instance if instances.given else pairing  # by label and instance, if that makes a difference
+    # Spelt out: Dynamo of torch 2.11 loses fields that _replace changed.
+    return Pairing(
+        pairing.labels,
+        source.order,
+        pairing.candidate_labels,
+        source.candidate_order,
+        pairing.self_index,
+        by_instance.labels,
+        by_instance.candidate_labels,
     ), count
 
 
