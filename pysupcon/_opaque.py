@@ -170,10 +170,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: _Tensors) -> None:
     ctx.constants = inputs[_CONSTANTS]
 
 
-def _pull_back(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def _pull_back(
+    ctx: Any, *grads: Tensor | None, operator: Callable[..., Any] | None = None
+) -> tuple[Tensor | None, ...]:
+    """``operator``: in place of the backward's own."""
     *tensors, n, p = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:_DIFFERENTIABLE])
-    return _differentiate(_backward, (*tensors, *ctx.constants), n, p, grads, needs)
+    return _differentiate(operator or _backward, (*tensors, *ctx.constants), n, p, grads, needs)
 
 
 def _refuse_second(ctx: Any, *grads: Tensor) -> Any:
@@ -213,10 +216,7 @@ class _TransformableStatistics(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        *tensors, n, p = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[:_DIFFERENTIABLE])
-        arguments = (*tensors, *ctx.constants)
-        return _differentiate(_TransformableGradients.apply, arguments, n, p, grads, needs)
+        return _pull_back(ctx, *grads, operator=_TransformableGradients.apply)
 
 
 class _TracedTransformableStatistics(torch.autograd.Function):
@@ -224,17 +224,13 @@ class _TracedTransformableStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
-        ctx.set_materialize_grads(False)
         result = _forward(*arguments)
-        ctx.save_for_backward(*arguments[: _CONSTANTS.start], *result[:2])
-        ctx.constants = arguments[_CONSTANTS]
+        _save(ctx, arguments, result)
         return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        *tensors, n, p = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[:_DIFFERENTIABLE])
-        return _differentiate(_backward, (*tensors, *ctx.constants), n, p, grads, needs)
+        return _pull_back(ctx, *grads)
 
 
 def row_statistics(

@@ -27,7 +27,7 @@ from ._checks import (
 )
 from ._unit import unit_rows
 
-__all__ = ["Block", "Everybody", "Gather", "Problem", "Round", "prepare"]
+__all__ = ["Block", "Everybody", "Gather", "Problem", "Round", "matches", "prepare"]
 
 
 class Block(NamedTuple):
@@ -168,7 +168,7 @@ def _sort(ids: Tensor, views: int) -> tuple[Tensor, Tensor]:
     return sorted_ids, order
 
 
-def _matches(sorted_ids: Tensor, ids: Tensor, views: int) -> Tensor:
+def matches(sorted_ids: Tensor, ids: Tensor, views: int = 1) -> Tensor:
     """How many rows bear each id."""
     rows = torch.searchsorted(sorted_ids, ids, right=True).sub_(torch.searchsorted(sorted_ids, ids))
     return rows if views == 1 else rows.mul_(views)
@@ -182,7 +182,7 @@ def _order_and_count(ids: Tensor, views: int) -> tuple[Tensor, Tensor]:
         order, count = _ops.order_by_class(ids, views)
         return order, count
     sorted_ids, order = _sort(ids, views)
-    return order, _rows_of(_matches(sorted_ids, ids, views).sub_(1), views)
+    return order, _rows_of(matches(sorted_ids, ids, views).sub_(1), views)
 
 
 def _pair(
@@ -199,7 +199,7 @@ def _pair(
         return Pairing(labels, order), count
     order = _sort(ids, views)[1]
     sorted_candidates, candidate_order = _sort(candidate_ids, candidate_views)
-    count = _rows_of(_matches(sorted_candidates, ids, candidate_views), views)
+    count = _rows_of(matches(sorted_candidates, ids, candidate_views), views)
     if self_index is not None:
         count = count - 1
     candidate_labels = _rows_of(candidate_ids, candidate_views)

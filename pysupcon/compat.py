@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from . import functional
 from ._checks import BACKENDS, check_choice, describe, shorten
 from ._modes import runs_plainly
+from ._problem import matches
 
 __all__ = [
     "EpsSupInfoNCELoss",
@@ -239,13 +240,6 @@ def _check_default(name: str, value: Any, default: str, attributes: dict[str, An
         raise NotImplementedError(f"{name} must be the default of SupConLoss, {default}(), got {got}")
 
 
-def _positive_count(labels: Tensor, candidate_labels: Tensor | None) -> Tensor:
-    """|P_i|, int64 [N]."""
-    others = torch.sort(labels if candidate_labels is None else candidate_labels)[0]
-    count = torch.searchsorted(others, labels, right=True) - torch.searchsorted(others, labels)
-    return count - 1 if candidate_labels is None else count
-
-
 class MetricLearningSupConLoss(nn.Module):
     """pytorch-metric-learning: ``SupConLoss(temperature)`` with its default distance and reducer.
 
@@ -326,7 +320,8 @@ class MetricLearningSupConLoss(nn.Module):
             normalize=True,
             backend=self.backend,
         )
-        count = _positive_count(labels, ref_labels)
-        candidates = labels.numel() - 1 if ref_labels is None else ref_labels.numel()
+        others, itself = (labels, 1) if ref_labels is None else (ref_labels, 0)
+        count = matches(torch.sort(others)[0], labels) - itself
+        candidates = others.numel() - itself
         valid = (count > 0) & (count < candidates).any() & (candidates > 1)
         return torch.where(valid, loss, 0.0).sum() / valid.sum().clamp(min=1)

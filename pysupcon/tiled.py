@@ -195,7 +195,6 @@ def _row_stats(
     grad_instance_sum: Tensor | None,
 ) -> _RowStats:
     dtype = side.rows.dtype
-    side.check(n, p, grad_n, grad_p)
 
     def pair(statistic: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         # An empty set contributes nothing: e^(s - inf) = 0, where e^(s + inf) would be infinite. What the
@@ -220,7 +219,8 @@ def _weights(similarity: Tensor, same: Tensor | bool, instance: Tensor | bool, o
         reference, factor = (of.p, of.of_p) if same else (of.n, of.of_n)
     else:
         reference, factor = torch.where(same, of.p, of.n), torch.where(same, of.of_p, of.of_n)
-    # No term of a sum is larger than the sum, but s_ij and s_ji of one tile are rounded apart.
+    # No term of a sum is larger than the sum; but a candidate's n was formed by another process, in a product
+    # of another shape, which may round s_ij otherwise.
     weights = (similarity - reference).clamp_(max=0.0).exp_().mul_(factor)
     for constant, where in ((of.constant, same), (of.instance_constant, instance)):
         if constant is not None and where is not False:
