@@ -104,6 +104,11 @@ __device__ __forceinline__ void atomic_max_nonnegative(float* p, float v) {
   atomicMax(reinterpret_cast<int*>(p), __float_as_int(v));
 }
 
+// Threads that store to the same place at the same time: one of their values stays.
+__device__ __forceinline__ void store_one_of(int* p, int v) {
+  asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+
 // What another block wrote: not from the first-level cache, which does not see it.
 __device__ __forceinline__ float load_l2(const float* p) { return __ldcg(p); }
 __device__ __forceinline__ double load_l2(const double* p) { return __ldcg(p); }
@@ -252,6 +257,7 @@ inline float exp2_fast(float x) { return std::exp2(x); }
 inline float reciprocal_fast(float x) { return 1.0f / x; }
 inline void atomic_max_nonnegative(float* p, float v) { atomicMax(p, v); }
 
+inline void store_one_of(int* p, int v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
 inline int block_again() { return int(blockIdx.x); }
 inline void keep_order() {}
 inline float load_l2(const float* p) { return *p; }

@@ -91,9 +91,10 @@ static __device__ __forceinline__ bool look_at_chunk(const Rows& rows, int width
   return usable(x, scale, chunks);
 }
 
+// A broken order may hold a row twice.
 static __global__ void invert_order(int* inverse, const int64_t* order, int count) {
   const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
-  if (i < count) inverse[place_of(order, i, count)] = i;
+  if (i < count) gpu::store_one_of(&inverse[place_of(order, i, count)], i);
 }
 
 // The first of the sorted rows [lo, hi) whose key is >= key (UPPER: > key).

@@ -2,6 +2,8 @@
 // rows or a scale whose similarities overflow; an order or an index that is none. Every result must be NaN
 // then, whatever the operator, and under the address sanitizer nothing may be read or written outside.
 //   broken              every shape;   broken NAME...   the shapes whose name starts with one of these
+//   broken -order ...   only the broken orders and indices: the operands that decide who reads and writes
+//   what
 #include <functional>
 #include <limits>
 
@@ -278,6 +280,8 @@ std::vector<Break> breaks(const Sizes& shape) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  const bool places_only = argc > 1 && !strcmp(argv[1], "-order");
+  if (places_only) --argc, ++argv;
   bool bad = false;
   int ran = 0;
   for (const Sizes& shape : shapes) {
@@ -285,7 +289,11 @@ int main(int argc, char** argv) {
     for (int i = 1; i < argc; ++i) wanted |= !strncmp(shape.name, argv[i], strlen(argv[i]));
     if (!wanted) continue;
     Calls calls(shape);
-    const std::vector<Break> list = breaks(shape);
+    std::vector<Break> list;
+    for (const Break& b : breaks(shape))
+      if (!places_only || b.what.find("order") != std::string::npos ||
+          b.what.find("self_index") != std::string::npos)
+        list.push_back(b);
     const auto judge = [&](const std::string& what, const Operands& o, bool broken) {
       ++ran;
       try {

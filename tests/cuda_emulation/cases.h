@@ -33,6 +33,7 @@ struct Case {
   bool of_candidates = true;      // Form::candidates: their gradient is asked for
   bool instances = false;         // rows of a class are of several instances
   bool sums = true;               // the sums of the positives have upstream gradients
+  double other_gradients = 1;     // factor of the upstream gradients of all but positive_sum
   // Where set, see converged.h: rows in classes of `copies` that nearly agree; how many times the error of a
   // dense float32 evaluation is allowed in the loss and in the gradient.
   int copies = 0;
@@ -82,7 +83,9 @@ inline std::vector<Case> all_cases() {
   extra("cold", x3, 96, 0, 24, 4).temperature = 0.005;
   extra("cold", f, 96, 0, 24, 4).temperature = 0.005;
   extra("negatives-only", x3, 90, 0, 16, 3).positives = false;
-  extra("no-sums", x3, 90, 0, 16, 3).sums = false;     // p alone has an upstream gradient
+  extra("no-sums", x3, 90, 0, 16, 3).sums = false;  // p alone has an upstream gradient
+  // SupCon that has converged: the gradient of positive_sum exceeds the others by more than f16 can hold
+  for (const Format& k : {f, formats[1], x3}) extra("sums-only", k, 90, 0, 16, 3).other_gradients = 1e-20;
   extra("apart", f, 150, 0, 70, 150);                  // every row a class of its own
   Case& nothing = extra("nothing", x3, 40, 0, 16, 3);  // neither n nor p is asked for
   nothing.negatives = nothing.positives = false;
@@ -112,6 +115,8 @@ inline std::vector<Case> all_cases() {
   Case& coarse =
       extra("triangle-coarse", f, 20, 0, 128, 20);  // sums so small that the integers are too coarse
   coarse.positives = false, coarse.triangular_rows = 1, coarse.temperature = 0.03;
+  Case& opposite = extra("triangle-opposite", f, 3, 0, 1, 3);  // the row of the other sign: an integer of 0
+  opposite.positives = false, opposite.triangular_rows = 1, opposite.temperature = 0.03;
   Case& wide = extra("wide-runs", f, 520, 0, 70, 3);  // the same, each shared by two runs
   wide.shared_memory = 100 << 10, wide.multiprocessors = 2;
   extra("two-slices", f, 140, 0, 65, 3);

@@ -145,8 +145,9 @@ class Run {
     compare("pair_stats instance_sum", out_part, Dtype::f64, part, stat_tolerance(), false);
 
     // pair_stats_backward
-    upstream(a_, want_n, want_p);
-    if (c_.form == Form::own_rows) upstream(b_, own_statistics(true), own_statistics(false));
+    upstream(a_, want_n, want_p, c_.other_gradients);
+    if (c_.form == Form::own_rows)
+      upstream(b_, own_statistics(true), own_statistics(false), c_.other_gradients);
     const auto weight = [&](const Side& side, int i, double sim, bool is_same, bool is_instance) {
       const double ref = is_same ? side.p[size_t(i)] : side.n[size_t(i)];
       if (ref == -INFINITY) return 0.;
@@ -262,7 +263,7 @@ class Run {
     s.instances_buffer = integers(s.instances);
   }
   // One part of fp32 is a rounding of the rows, for the pair operators only.
-  void upstream(Side& s, const Vector& n, const Vector& p) {
+  void upstream(Side& s, const Vector& n, const Vector& p, double others = 1) {
     std::normal_distribution<double> normal;
     s.n = n, s.p = p;
     for (Vector* v : {&s.u, &s.v, &s.w, &s.a}) v->clear();
@@ -272,8 +273,10 @@ class Run {
           return 1e-3 * (c_.length_bar > 0 ? 1 + std::abs(x) / 4 : x);
         };
     for (int i = 0; i < s.count; ++i) {
-      s.u.push_back(i % 5 ? draw() : 0.);
-      for (Vector* v : {&s.v, &s.w, &s.a}) v->push_back(draw());
+      s.u.push_back(i % 5 ? others * draw() : 0.);
+      s.v.push_back(others * draw());
+      s.w.push_back(draw());
+      s.a.push_back(others * draw());
     }
     s.bn = stats(s.n), s.bp = stats(s.p), s.bu = stats(s.u), s.bv = stats(s.v);
     s.bw = stats(s.w), s.ba = stats(s.a);

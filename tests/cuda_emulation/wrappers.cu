@@ -53,12 +53,13 @@ __global__ void multiply_tiles(const uint4* a, const uint4* b, float* c) {
   }
 }
 
-__global__ void scalars(const float* x, float* exp2, float* reciprocal, float* largest, int n) {
+__global__ void scalars(const float* x, float* exp2, float* reciprocal, float* largest, int* one_of, int n) {
   const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
   if (i >= n) return;
   exp2[i] = gpu::exp2_fast(x[i]);
   reciprocal[i] = gpu::reciprocal_fast(x[i]);
   if (x[i] >= 0.f && x[i] < INFINITY) gpu::atomic_max_nonnegative(largest, x[i]);
+  gpu::store_one_of(&one_of[i % 7], i);
 }
 
 int failures = 0;
@@ -119,14 +120,17 @@ int main() {
   constexpr int n = 1003;
   float *x = managed<float>(n), *e = managed<float>(n), *r = managed<float>(n), *top = managed<float>(1);
   for (int i = 0; i < n; ++i) x[i] = float(i - 500) * 0.2f;
+  int* one_of = managed<int>(7);
+  for (int i = 0; i < 7; ++i) one_of[i] = -1;
   x[0] = -INFINITY, x[1] = INFINITY, *top = 0.f;
-  done(gpu::launch(scalars, dim3(4), dim3(256), 0, nullptr, x, e, r, top, n), "scalars");
+  done(gpu::launch(scalars, dim3(4), dim3(256), 0, nullptr, x, e, r, top, one_of, n), "scalars");
   check(e[0] == 0.f && e[1] == INFINITY && r[1] == 0.f, "exp2(-inf), exp2(inf), 1 / inf");
   for (int i = 2; i < n; ++i) {
     check(std::abs(e[i] - std::exp2(x[i])) <= 4e-7f * std::exp2(x[i]), "exp2");
     if (x[i] != 0.f) check(std::abs(r[i] * x[i] - 1.f) <= 4e-7f, "reciprocal");
   }
   check(*top == x[n - 1], "atomic maximum");
+  for (int i = 0; i < 7; ++i) check(one_of[i] >= 0 && one_of[i] % 7 == i, "one of several stores");
   puts(failures ? "FAIL" : "PASS");
   return failures != 0;
 }
