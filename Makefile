@@ -51,7 +51,7 @@ cuda-all: setup
 
 # On a machine with a GPU, nvcc and torch >= 2.11; needs no network and no make setup. ARGS="--minutes 25": more.
 gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py $(ARGS)
+	$(PYTHON) benchmarks/gpu/gpu_check.py $(ARGS)
 
 # The losses with every Python and torch that is supported: some minutes a pair, 5 GB at a time. ARGS="--slow": more.
 matrix:

@@ -139,7 +139,7 @@ def examine(result: Result, folder: Path, tests: Sequence[str], slow: bool, work
     run([python, "-c", code], log, "import", cwd=package, env=variables)
     result.imported = True
     report = folder / "tests.xml"
-    files = [str(ROOT / "tests" / f"test_{name}.py") for name in tests]
+    files = [str(path) for name in tests for path in ROOT.glob(f"tests/*/test_{name}.py")]
     options = ["-q", "-n", workers, "-p", "no:cacheprovider", *([] if slow else ["-m", "not slow"])]
     options += [f"--rootdir={ROOT}", "-c", str(ROOT / "pyproject.toml"), f"--junitxml={report}"]
     try:
@@ -167,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--pairs", nargs="+", default=all_pairs(), metavar="PYTHON:TORCH")
     parser.add_argument(
-        "--tests", nargs="+", default=list(TESTS), metavar="NAME", help="of tests/test_NAME.py"
+        "--tests", nargs="+", default=list(TESTS), metavar="NAME", help="of tests/*/test_NAME.py"
     )
     parser.add_argument("--slow", action="store_true", help="the slow tests, too")
     parser.add_argument("--workers", default=str(os.cpu_count() or 1), help="processes that test")

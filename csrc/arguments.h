@@ -1,6 +1,6 @@
 // What both glues ask of the operators' arguments. Every message names the argument, what it must be and what
 // came. Values of a GPU's index tensors are not looked at: the host would have to wait for them.
-// Contracts of the operators: pysupcon/_ops.py.
+// Contracts of the operators: pysupcon/pairs/ops.py.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -111,7 +111,7 @@ inline void check_apart(const at::Tensor& gradient, const char* name, at::ArrayR
                       " must not share memory with another argument");
 }
 
-// Which forms of the backward there are: see pysupcon/_ops.py. column_side: the candidates' own statistics
+// Which forms of the backward there are: see pysupcon/pairs/ops.py. column_side: the candidates' own statistics
 // are given.
 inline void check_form(bool column_side, bool candidates, bool self_index, bool grad_candidates) {
   TORCH_CHECK_VALUE(candidates || (!column_side && !grad_candidates),

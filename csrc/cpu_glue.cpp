@@ -1,5 +1,5 @@
 // Tensors to pointers for the CPU kernels, and their registration with the dispatcher. No mathematics here.
-// Contracts of the operators: pysupcon/_ops.py.
+// Contracts of the operators: pysupcon/pairs/ops.py.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>

@@ -1,6 +1,6 @@
 // Tensors to pointers for the CUDA kernels, and their registration with the dispatcher. No mathematics here,
 // and no CUDA header: stream and device come through c10, so that this file compiles against any build of
-// torch. Contracts of the operators: pysupcon/_ops.py.
+// torch. Contracts of the operators: pysupcon/pairs/ops.py.
 #include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>

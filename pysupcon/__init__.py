@@ -9,10 +9,10 @@ are missing; ``backends(check=True)`` asks the CUDA kernels for known answers fi
 
 from __future__ import annotations
 
-from . import functional
-from ._ops import backends
-from .gradcache import GradCache
-from .losses import ClassConditionalInfoNCELoss, InfoNCELoss, SINCERELoss, SpreadLoss, SupConLoss
+from pysupcon import functional
+from pysupcon.gradcache import GradCache
+from pysupcon.losses import ClassConditionalInfoNCELoss, InfoNCELoss, SINCERELoss, SpreadLoss, SupConLoss
+from pysupcon.pairs.ops import backends
 
 __all__ = [
     "ClassConditionalInfoNCELoss",

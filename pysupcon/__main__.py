@@ -7,21 +7,21 @@ from collections.abc import Sequence
 from importlib import import_module
 
 COMMANDS = {
-    "evaluate": ("pysupcon.evaluation", "run the evaluators on a finished run and write its report"),
-    "export": ("pysupcon.export", "write a finished run's backbone in timm's layout, with a model card"),
-    "compare": ("pysupcon.compare", "compare evaluated runs: paired differences, seeds, tables, pictures"),
-    "transfer": ("pysupcon.transfer", "judge a finished run's encoder on another data set"),
-    "concatenate": ("pysupcon.concatenate", "put the frozen encoders of two runs side by side, as one run"),
-    "circle": ("pysupcon.circle", "show how spread follows alpha and temperature on the circle"),
-    "infer-groups": ("pysupcon.infer_groups", "infer subgroups of the classes from runs, to train with"),
-    "profile": ("pysupcon.profiling.command", "predict and measure what a large batch costs"),
+    "evaluate": "run the evaluators on a finished run and write its report",
+    "export": "write a finished run's backbone in timm's layout, with a model card",
+    "compare": "compare evaluated runs: paired differences, seeds, tables, pictures",
+    "transfer": "judge a finished run's encoder on another data set",
+    "concatenate": "put the frozen encoders of two runs side by side, as one run",
+    "circle": "show how spread follows alpha and temperature on the circle",
+    "infer-groups": "infer subgroups of the classes from runs, to train with",
+    "profile": "predict and measure what a large batch costs",
 }
 
 
 def usage() -> str:
     """The commands, one a line."""
     width = max(map(len, COMMANDS))
-    lines = [f"  {name.ljust(width)}  {purpose}" for name, (_, purpose) in COMMANDS.items()]
+    lines = [f"  {name.ljust(width)}  {purpose}" for name, purpose in COMMANDS.items()]
     return "\n".join(
         ["usage: python -m pysupcon COMMAND ...", "", *lines, "", "COMMAND --help explains its arguments."]
     )
@@ -39,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"pysupcon: COMMAND must be one of {', '.join(COMMANDS)}; {given}\n\n{usage()}", file=sys.stderr
         )
         return 2
-    module, _ = COMMANDS[arguments[0]]
-    return import_module(module).main(arguments[1:])
+    module = arguments[0].replace("-", "_")
+    return import_module(f"pysupcon.commands.{module}").main(arguments[1:])
 
 
 if __name__ == "__main__":

@@ -40,10 +40,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import functional
-from ._checks import BACKENDS, check_choice, describe, shorten
-from ._modes import runs_plainly
-from ._problem import matches
+from pysupcon import functional
+from pysupcon.pairs.checks import BACKENDS, check_choice, describe, shorten
+from pysupcon.pairs.modes import runs_plainly
+from pysupcon.pairs.problem import matches
 
 __all__ = [
     "EpsSupInfoNCELoss",

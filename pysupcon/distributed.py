@@ -27,9 +27,9 @@ it, or do so by hand.
 What travels, per process and step, with N rows of D elements of e bytes in all, M of them its own; counted
 are bytes received (as many are sent around a ring): (N - M) D e for the rows, once (a ring: once more in the
 backward; SINCERE: twice each way); 8 a sample of another process for labels, as many for given instances; in
-the backward at most 16 a row (32 for float64 rows; see :mod:`pysupcon._gathered`); and from each process one
-message of 64 in which they agree on their sizes. Gradients of rows never travel. Batches of unequal size are
-padded to the largest, except around a ring.
+the backward at most 16 a row (32 for float64 rows; see :mod:`pysupcon.pairs.gathered`); and from each process
+one message of 64 in which they agree on their sizes. Gradients of rows never travel. Batches of unequal size
+are padded to the largest, except around a ring.
 
 Every process must call the loss, and its backward, equally often. Under ``torch.compile`` this is a graph
 break. The message about sizes is read by the host: on a GPU that means waiting for it, unless the process
@@ -47,8 +47,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._problem import Block
-from .profiling.ranges import named, region
+from pysupcon.pairs.problem import Block
+from pysupcon.profiling.ranges import named, region
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -71,7 +71,7 @@ class AllGather:
 
     @torch.compiler.disable
     def begin(self, features: Tensor, alike: dict[str, int]) -> _Round | None:
-        """See :class:`pysupcon._problem.Gather`."""
+        """See :class:`pysupcon.pairs.problem.Gather`."""
         if _processes(self.group) == 1:
             return None
         views = features.shape[1] if features.dim() == 3 else 1
@@ -96,7 +96,7 @@ class Ring(AllGather):
 
 
 class _Round:
-    """See :class:`pysupcon._problem.Round`."""
+    """See :class:`pysupcon.pairs.problem.Round`."""
 
     def __init__(self, samples: tuple[int, ...], views: int, group: ProcessGroup | None) -> None:
         self.samples = samples

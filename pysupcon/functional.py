@@ -58,15 +58,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
-from ._autograd import RowStatistics
-from ._checks import check_choice, check_epsilon, check_number, check_temperature
-from ._problem import Gather, Problem, prepare
-from ._rows import cnce_rows, reduce_rows, sincere_rows, supcon_reduced, supcon_rows
-from .profiling.ranges import named
+from pysupcon.pairs import reference
+from pysupcon.pairs.autograd import RowStatistics
+from pysupcon.pairs.checks import check_choice, check_epsilon, check_number, check_temperature
+from pysupcon.pairs.problem import Gather, Problem, prepare
+from pysupcon.pairs.rows import cnce_rows, reduce_rows, sincere_rows, supcon_reduced, supcon_rows
+from pysupcon.profiling.ranges import named
 
 if TYPE_CHECKING:
-    from ._gathered import RowLoss
+    from pysupcon.pairs.gathered import RowLoss
 
 __all__ = [
     "Gather",
@@ -101,7 +101,9 @@ def _dense_instances(problem: Problem) -> Tensor:
 def _streamed(problem: Problem, rows: RowLoss, **asked: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     """Losses [M], which anchors have one, and, of several processes, how many anchors of all have one."""
     if problem.everybody is not None:
-        from ._gathered import gathered_losses  # brings torch._dynamo with it: seconds, for those who gather
+        from pysupcon.pairs.gathered import (
+            gathered_losses,  # brings torch._dynamo with it: seconds, for those who gather
+        )
 
         return gathered_losses(problem, rows, asked)
     return *rows(problem.statistics(**asked), problem.count, problem.instance_count), None
@@ -384,7 +386,7 @@ def pair_statistics(
         if problem.everybody is None:
             statistics = problem.statistics(**asked)
         else:
-            from ._gathered import gathered_statistics
+            from pysupcon.pairs.gathered import gathered_statistics
 
             statistics = gathered_statistics(problem, asked)
         n, p, total = statistics.n, statistics.p, statistics.positive_sum

@@ -20,8 +20,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from . import functional
-from ._checks import BACKENDS, TEMPERATURES, check_choice, check_epsilon, check_gather, check_number
+from pysupcon import functional
+from pysupcon.pairs.checks import (
+    BACKENDS,
+    TEMPERATURES,
+    check_choice,
+    check_epsilon,
+    check_gather,
+    check_number,
+)
 
 __all__ = ["ClassConditionalInfoNCELoss", "InfoNCELoss", "SINCERELoss", "SpreadLoss", "SupConLoss"]
 

@@ -40,7 +40,7 @@ def main(args: Sequence[str] | None = None) -> int:
             print(f"train.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     if config.evaluate and _is_main():
-        from pysupcon.evaluation import evaluate_run
+        from pysupcon.commands.evaluate import evaluate_run
 
         try:
             report = evaluate_run(run_dir)

@@ -1,5 +1,5 @@
 // The only file with inline PTX. Each operation has a device version and a host twin of the same signature,
-// which the emulation under tests/cuda_emulation runs. Fragment layouts: PTX ISA, "Matrix fragments for
+// which the emulation under tests/cuda/cuda_emulation runs. Fragment layouts: PTX ISA, "Matrix fragments for
 // mma.m16n8k16 with floating point type" (group g = lane / 4, member t = lane % 4).
 #pragma once
 #include <cstddef>

@@ -1,5 +1,5 @@
 // What the caller hands over: pointers, sizes, strides, a stream. Plain C++; no tensor is known here or
-// below. The meaning of every operator stands in pysupcon/_ops.py.
+// below. The meaning of every operator stands in pysupcon/pairs/ops.py.
 #pragma once
 #include <cstdint>
 

@@ -11,21 +11,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from .base import Evaluator, FeatureSet, FeatureSplits, Level, LinearHead, Result
-from .bootstrap import BootstrapConfig, with_intervals
-from .coarse_to_fine import CoarseToFine, CoarseToFineConfig
-from .geometry import Geometry, GeometryConfig
-from .group_dro import GroupDRO, HeadConfig
-from .invariance import permutation_change
-from .knn import KNN, KNNConfig
-from .linear_probe import LinearProbe, LinearProbeConfig, ProbeConfig
-from .pairs import Pairs, PairsConfig, kl_bound, loss_floors, pair_table
-from .projection import ProjectionConfig, project
-from .separation import Separation, SeparationConfig
-from .statistics import Resampled, resampled
-from .subgroups import SubgroupConfig, Subgroups, infer_groups, recovery
-from .transfer import Transfer, TransferConfig
-from .worst_group import WorstGroup, WorstGroupConfig
+from pysupcon.evaluators.base import Evaluator, FeatureSet, FeatureSplits, Level, LinearHead, Result
+from pysupcon.evaluators.bootstrap import BootstrapConfig, with_intervals
+from pysupcon.evaluators.coarse_to_fine import CoarseToFine, CoarseToFineConfig
+from pysupcon.evaluators.geometry import Geometry, GeometryConfig
+from pysupcon.evaluators.group_dro import GroupDRO, HeadConfig
+from pysupcon.evaluators.invariance import permutation_change
+from pysupcon.evaluators.knn import KNN, KNNConfig
+from pysupcon.evaluators.linear_probe import LinearProbe, LinearProbeConfig, ProbeConfig
+from pysupcon.evaluators.pairs import Pairs, PairsConfig, kl_bound, loss_floors, pair_table
+from pysupcon.evaluators.projection import ProjectionConfig, project
+from pysupcon.evaluators.separation import Separation, SeparationConfig
+from pysupcon.evaluators.statistics import Resampled, resampled
+from pysupcon.evaluators.subgroups import SubgroupConfig, Subgroups, infer_groups, recovery
+from pysupcon.evaluators.transfer import Transfer, TransferConfig
+from pysupcon.evaluators.worst_group import WorstGroup, WorstGroupConfig
 
 __all__ = [
     "KNN",

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Result
-from .statistics import STATISTICS, Resampled, resampled
+from pysupcon.evaluators.base import Result
+from pysupcon.evaluators.statistics import STATISTICS, Resampled, resampled
 
 _CHUNK_ELEMENTS = 1 << 22
 

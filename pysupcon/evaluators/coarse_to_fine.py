@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import FeatureSplits, Level, Result, accuracy_results
-from .linear_probe import FittedProbe, ProbeConfig, fit_probe
+from pysupcon.evaluators.base import FeatureSplits, Level, Result, accuracy_results
+from pysupcon.evaluators.linear_probe import FittedProbe, ProbeConfig, fit_probe
 
 
 @dataclass

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import FeatureSplits, Result
+from pysupcon.evaluators.base import FeatureSplits, Result
 
 
 @dataclass

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import LinearHead
-from .linear_probe import _bar, _standardization
-from .statistics import worst_group
+from pysupcon.evaluators.base import LinearHead
+from pysupcon.evaluators.linear_probe import _bar, _standardization
+from pysupcon.evaluators.statistics import worst_group
 
 
 class GroupDRO(nn.Module):

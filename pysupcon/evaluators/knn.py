@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import LEVELS, FeatureSplits, Result, accuracy_results, class_index
+from pysupcon.evaluators.base import LEVELS, FeatureSplits, Result, accuracy_results, class_index
 
 
 @dataclass

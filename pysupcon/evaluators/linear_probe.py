@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import FeatureSet, FeatureSplits, Level, Result, accuracy_results, class_index
+from pysupcon.evaluators.base import FeatureSet, FeatureSplits, Level, Result, accuracy_results, class_index
 
 Solver = Literal["logistic", "sgd", "adamw"]
 _THREADS_FROM = 1 << 26

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import LEVELS, FeatureSplits, Result
-from .knn import similarity_chunks
-from .statistics import figure_results
+from pysupcon.evaluators.base import LEVELS, FeatureSplits, Result
+from pysupcon.evaluators.knn import similarity_chunks
+from pysupcon.evaluators.statistics import figure_results
 
 
 @dataclass

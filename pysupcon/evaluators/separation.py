@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import LEVELS, FeatureSet, FeatureSplits, Level, Result
-from .knn import similarity_chunks
-from .statistics import figure_results
+from pysupcon.evaluators.base import LEVELS, FeatureSet, FeatureSplits, Level, Result
+from pysupcon.evaluators.knn import similarity_chunks
+from pysupcon.evaluators.statistics import figure_results
 
 
 @dataclass

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .base import Result
+from pysupcon.evaluators.base import Result
 
 
 def roc_auc(positive: Tensor, negative: Tensor) -> Tensor:

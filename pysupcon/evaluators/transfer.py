@@ -14,8 +14,8 @@ from typing import ClassVar
 
 import torch
 
-from .base import FeatureSet, FeatureSplits, Result, accuracy_results
-from .linear_probe import FittedProbe, ProbeConfig, fit_probe
+from pysupcon.evaluators.base import FeatureSet, FeatureSplits, Result, accuracy_results
+from pysupcon.evaluators.linear_probe import FittedProbe, ProbeConfig, fit_probe
 
 
 @dataclass

@@ -14,10 +14,10 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .base import FeatureSet, FeatureSplits, LinearHead, Result, class_index
-from .group_dro import Head, HeadConfig, Labelled, fit_head
-from .statistics import figure_results
-from .subgroups import SubgroupConfig, Subgroups, infer_groups, recovery
+from pysupcon.evaluators.base import FeatureSet, FeatureSplits, LinearHead, Result, class_index
+from pysupcon.evaluators.group_dro import Head, HeadConfig, Labelled, fit_head
+from pysupcon.evaluators.statistics import figure_results
+from pysupcon.evaluators.subgroups import SubgroupConfig, Subgroups, infer_groups, recovery
 
 Method = Literal["trained", "erm", "dro_inferred", "dro_true"]
 METHODS: tuple[Method, ...] = ("trained", "erm", "dro_inferred", "dro_true")

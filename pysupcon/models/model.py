@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from pysupcon._unit import unit_rows
 from pysupcon.models.backbones import build_backbone
 from pysupcon.models.concatenation import Concatenation, join
 from pysupcon.models.config import DEFAULT_PROJECTION, ModelConfig
 from pysupcon.models.decoder import build_decoder
+from pysupcon.pairs.unit import unit_rows
 
 
 class Outputs(NamedTuple):

@@ -1,0 +1,390 @@
+"""Predicts, without a GPU, how long the pair kernels take on one: counts what their tile loops issue.
+
+    python benchmarks/gpu/gpu_model.py --card h100
+    python benchmarks/gpu/gpu_model.py --card rtx4090 --compare ../before/csrc/cuda --json model.json
+
+1. compiles csrc/cuda (or --kernels DIR) with nvcc for the card's architecture and disassembles it
+2. follows the path of a tile whose columns all belong to other classes, which almost every tile is, through
+   the tile loop (benchmarks/gpu/sass.py), and counts instructions
+3. converts them to clocks of each pipe for a tile on one multiprocessor
+4. predicts times, beside measured ones where benchmarks/results/ has a JSON of the card
+   (benchmarks/kernels/run.py)
+
+A path counts only if its products on tensor cores are those that the tile's size demands, it has one or two
+exponentials a pair and copies the tile's columns; if there is none, the program fails. Where a kernel has
+paths of one and of two exponentials a pair, both are shown.
+
+**Everything here is a prediction.** The formula for a tile: the largest pipe, plus a share of 10 to 22 % of
+the sum of the other pipes among tensor, shared, issue and ex2. The share stands for what eight warps a
+multiprocessor cannot overlap. It is not measured: it was chosen so that the ranges agree, within 7 %, with an
+estimate made by hand from the SASS of the first kernels on an H100 (forward 2,400 - 2,900 clocks a tile of
+128 x 128, backward 2,700 - 3,400 a tile of 128 x 64, D = 128). The pipes fp32, alu and l2 enter only
+where one of them is the largest. Time is a multiprocessor's number of tiles * clocks of a tile / clock rate:
+of whole blocks of rows, or an equal share where those would leave some idle. Left out: start-up, sorting,
+tiles that hold the block's own class, with them the passes over positives, global memory, bank conflicts.
+
+Two counts are ranges. A load of 8 or 16 bytes a thread from shared memory takes one wavefront if lanes share
+addresses, else two or four. Issue slots lie between the shortest path and the one that skips nothing
+(``sass_paths.without_skips``). "Copies not followed": no path copies something in every step, so issue slots
+may be those of a path that no run takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks import table
+from benchmarks.gpu.gpu_counts import Counts, count
+from benchmarks.gpu.gpu_kernels import Kernel, ModelError, compile_kernels, demand
+
+ROOT = Path(__file__).resolve().parents[2]
+SCHEMA = 1
+SHARE = (0.10, 0.22)
+"""of the other pipes that is not hidden behind the largest: low and high end of the prediction"""
+WAVEFRONT = 128
+"""bytes that shared memory serves in a clock"""
+
+
+class Card(NamedTuple):
+    """A GPU. Rates are per clock and multiprocessor, from NVIDIA's data sheets where not said otherwise."""
+
+    arch: str
+    pattern: str
+    """regular expression for the device's name, as benchmarks/machine.py stores it"""
+    multiprocessors: int
+    ghz: float
+    """boost clock; H100 and H200: assumed clock under load"""
+    multiply_adds: int
+    """dense 16-bit products with fp32 accumulation by mma.sync"""
+    fp32: int
+    """lanes"""
+    l2_bytes: int
+    """second-level cache; assumed, from published microbenchmarks"""
+
+
+#: mma.sync reaches 63.5 % of what wgmma does (2,048) on Hopper; GeForce halves the rate of fp32 accumulation.
+CARDS = {
+    "h100": Card("sm_90", r"H100(?!.*PCIe)|GH200", 132, 1.70, 1300, 128, 24),
+    "h200": Card("sm_90", r"H200", 132, 1.70, 1300, 128, 24),
+    "a100": Card("sm_80", r"A100", 108, 1.41, 1024, 64, 28),
+    "a10": Card("sm_86", r"A10\b|A10G", 72, 1.69, 512, 128, 16),
+    "rtx3090": Card("sm_86", r"RTX 3090(?! Ti)", 82, 1.70, 256, 128, 16),
+    "l4": Card("sm_89", r"L4\b", 58, 2.04, 512, 128, 16),
+    "l40s": Card("sm_89", r"L40S", 142, 2.52, 512, 128, 16),
+    "rtx4090": Card("sm_89", r"RTX 4090(?! D)", 128, 2.52, 256, 128, 16),
+    "rtx5090": Card("sm_120", r"RTX 5090(?! D)", 170, 2.41, 256, 128, 16),
+}
+ISSUE, EX2, ALU = 4, 16, 64
+"""warp instructions, special functions, integer operations per clock and multiprocessor, every card"""
+
+FORMATS = {"bf16": "bfloat16", "f16": "float16", "f32x2": None, "f32x3": "float32"}
+"""dtype of measured rows; benchmarks/kernels/run.py measures float32 at the default precision, three parts"""
+
+Range = tuple[float, float]
+OVERLAPPING = ("tensor", "shared", "issue", "ex2")
+
+
+def pipes(counts: Counts, card: Card) -> dict[str, Range]:
+    """Clocks of each pipe of a multiprocessor for one column tile, low and high."""
+    number = Counter(counts.instructions)
+    special = number["MUFU.EX2"] + number["MUFU other"]
+    fp32 = (number["FP32"] + number["IMAD"]) * 32 / card.fp32
+    alu = (number["integer"] + number["FMNMX, F2FP"]) * 32 / ALU
+    found = {
+        "tensor": counts.multiply_adds / card.multiply_adds,
+        "shared": counts.wavefronts,
+        "issue": (counts.issued[0] / ISSUE, counts.issued[1] / ISSUE),
+        "ex2": special * 32 / EX2,
+        "fp32": fp32,
+        "alu": alu,
+        "l2": counts.copied / card.l2_bytes,
+    }
+    return {name: value if isinstance(value, tuple) else (value, value) for name, value in found.items()}
+
+
+def binding(clocks: Mapping[str, Range]) -> str:
+    return max(clocks, key=lambda name: sum(clocks[name]))
+
+
+def tile_clocks(clocks: Mapping[str, Range]) -> Range:
+    """Largest pipe plus SHARE of the sum of the other OVERLAPPING pipes."""
+
+    def end(at: int) -> float:
+        largest = max(clocks, key=lambda name: clocks[name][at])
+        others = sum(clocks[name][at] for name in OVERLAPPING if name != largest)
+        return clocks[largest][at] + SHARE[at] * others
+
+    return end(0), end(1)
+
+
+def seconds(clocks: Range, kernel: Kernel, card: Card, n: int, dim: int) -> Range:
+    """Of N rows against themselves, shared out as share_out() of csrc/cuda/plan.h does it."""
+    blocks, slots = kernel.config.BLOCKS, card.multiprocessors * kernel.config.BLOCKS
+    if kernel.base == "forward_triangular":  # equal runs of the tiles from the diagonal on
+        row_blocks, columns = -(-n // kernel.config.BM), -(-n // kernel.config.BN)
+        tiles = (row_blocks * columns - row_blocks * (row_blocks - 1)) / card.multiprocessors
+        return tiles * clocks[0] / (card.ghz * 1e9), tiles * clocks[1] / (card.ghz * 1e9)
+    row_blocks = -(-n // kernel.config.BM) * kernel.shares(dim)
+    waves = -(-row_blocks // slots)
+    idle = waves * slots * 16 > row_blocks * 17
+    work = row_blocks / card.multiprocessors if idle else waves * blocks
+    tiles = work * -(-n // kernel.config.BN)
+    return tiles * clocks[0] / (card.ghz * 1e9), tiles * clocks[1] / (card.ghz * 1e9)
+
+
+class Line(NamedTuple):
+    """One kernel at one D on one card."""
+
+    kernel: Kernel
+    dim: int
+    counts: Counts
+    clocks: dict[str, Range]
+    tile: Range
+    times: dict[int, Range]
+    """seconds by N"""
+
+
+def model(kernels: Sequence[Kernel], card: Card, dims: Sequence[int], sizes: Sequence[int]) -> list[Line]:
+    lines = []
+    for dim in dims:
+        for kernel in kernels:
+            if not kernel.runs_at(dim):
+                continue
+            need = demand(kernel.base, kernel.config, dim)
+            for counts in count(kernel.function, kernel.config.warps, need):
+                clocks = pipes(counts, card)
+                tile = tile_clocks(clocks)
+                times = {n: seconds(tile, kernel, card, n, dim) for n in sizes}
+                lines.append(Line(kernel, dim, counts, clocks, tile, times))
+    return sorted(lines, key=lambda line: (line.dim, direction(line) != "forward"))
+
+
+def direction(line: Line) -> str:
+    return "forward" if line.kernel.base.startswith("forward") else "backward"
+
+
+def totals(lines: Sequence[Line]) -> list[tuple[Line, int, Range]]:
+    """(backward, N, seconds of forward plus backward) for each backward, with the fastest forward."""
+    found = []
+    for line in lines:
+        if direction(line) == "backward":
+            forwards = [f for f in lines if f.dim == line.dim and direction(f) == "forward"]
+            for n, (low, high) in line.times.items():
+                first = min(forward.times[n] for forward in forwards)
+                found.append((line, n, (first[0] + low, first[1] + high)))
+    return found
+
+
+def measured(folder: Path, card: Card, dtype: str | None) -> dict[tuple[str, int, int], float]:
+    """Seconds by ("forward", "backward" or "both", D, N) of SupCon in those results of
+    benchmarks/kernels/run.py that are of the card and the dtype; where several have a point, the fastest."""
+    found: dict[tuple[str, int, int], float] = {}
+    for path in sorted(folder.glob("*.json")):
+        results = json.loads(path.read_text(encoding="utf-8"))
+        about = results.get("machine", {}) if isinstance(results, dict) else {}
+        if about.get("device") != "cuda" or not re.search(card.pattern, about.get("gpu", "")):
+            continue
+        for row in results["rows"]:
+            known = (row["implementation"], row["loss"], row["dtype"])
+            if known != ("pysupcon", "supcon", dtype) or "failed" in row:
+                continue
+            for way in ("forward", "backward", "both"):
+                if f"{way}_s" in row:
+                    key = (way, row["dim"], row["n"])
+                    found[key] = min(found.get(key, math.inf), row[f"{way}_s"])
+    return found
+
+
+# ---- text
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    """Names of templates as code: Markdown takes <...> for HTML."""
+    code = [[re.sub(r"\w+<.*>", r"`\g<0>`", cell) for cell in line] for line in lines]
+    return table.markdown(code)
+
+
+def _range(value: Range) -> str:
+    low, high = (f"{end:,.0f}" for end in value)
+    return low if low == high else f"{low} - {high}"
+
+
+def _span(value: Range) -> str:
+    return f"{table.seconds(value[0])} - {table.seconds(value[1])}"
+
+
+def _label(line: Line) -> str:
+    unsure = "" if line.counts.even else ", copies not followed"
+    return f"{line.kernel.name}, D={line.dim}, {line.counts.exponentials} exp{unsure}"
+
+
+def _tile(line: Line) -> str:
+    return f"{line.kernel.config.BM} x {line.kernel.config.BN}"
+
+
+_COUNT_HEAD = "per column tile and block"
+
+
+def clock_table(lines: Sequence[Line]) -> list[list[str]]:
+    names = list(lines[0].clocks)
+    head = ["kernel", "tile", *names, "binds", "expected", "registers/spilled/stack"]
+    return [head] + [
+        [
+            _label(line),
+            _tile(line),
+            *(_range(line.clocks[name]) for name in names),
+            binding(line.clocks),
+            _range(line.tile),
+            f"{line.kernel.registers}/{line.kernel.spilled}/{line.kernel.stack}",
+        ]
+        for line in lines
+    ]
+
+
+def time_table(lines: Sequence[Line], known: Mapping[tuple[str, int, int], float]) -> list[list[str]]:
+    found = [(line, n, direction(line), span) for line in lines for n, span in line.times.items()]
+    found += [(line, n, "both", span) for line, n, span in totals(lines)]
+    found.sort(key=lambda row: (row[0].dim, row[1], ("forward", "backward", "both").index(row[2])))
+    rows = [["D", "N", "pass", "kernel", "predicted", "measured"]]
+    for line, n, way, span in found:
+        name = f"{line.kernel.name}, {line.counts.exponentials} exp"
+        there = table.seconds(known.get((way, line.dim, n)))
+        if way == "both":
+            name = f"with {name}"
+        rows.append([str(line.dim), f"{n:,}", way, name, _span(span), there])
+    return rows
+
+
+def counterpart(line: Line, before: Sequence[Line]) -> Line | None:
+    """The same kernel at the same D in other sources, with the same template arguments if possible."""
+    alike = [old for old in before if (old.kernel.base, old.dim) == (line.kernel.base, line.dim)]
+    return max(
+        alike,
+        key=lambda old: (
+            old.kernel.name == line.kernel.name,
+            old.counts.exponentials == line.counts.exponentials,
+        ),
+        default=None,
+    )
+
+
+def count_table(lines: Sequence[Line], before: Sequence[Line] = ()) -> list[list[str]]:
+    """Warp instructions of a block for one column tile; with ``before``: before -> after."""
+    columns = [(counterpart(line, before), line) for line in lines]
+
+    def row(title: str, value: Callable[[Line], str]) -> list[str]:
+        cells = [title]
+        for old, new in columns:
+            words = [value(line) for line in (old, new) if line is not None]
+            same_name = title == _COUNT_HEAD and len(set(words)) == 1
+            cells.append(words[-1] if same_name else " -> ".join(words))
+        return cells
+
+    def numbers(title: str, of: Callable[[Counts], float]) -> list[str]:
+        return row(title, lambda line: f"{of(line.counts):,.0f}")
+
+    def of_class(name: str) -> list[str]:
+        return numbers(name, lambda counts: counts.instructions.get(name, 0))
+
+    everything = [line for pair in columns for line in pair if line is not None]
+    names = sorted({name for line in everything for name in line.counts.instructions})
+    return [
+        row(_COUNT_HEAD, _label),
+        row("rows x columns of the tile", _tile),
+        *map(of_class, names),
+        numbers("issue slots, low", lambda c: c.issued[0]),
+        numbers("issue slots, high", lambda c: c.issued[1]),
+        numbers("shared wavefronts, low", lambda c: c.wavefronts[0]),
+        numbers("shared wavefronts, high", lambda c: c.wavefronts[1]),
+        numbers("bytes of cp.async", lambda c: c.copied),
+        numbers("multiply-adds on tensor cores", lambda c: c.multiply_adds),
+    ]
+
+
+def to_json(lines: Sequence[Line]) -> list[dict[str, Any]]:
+    return [
+        {
+            "kernel": line.kernel.name,
+            "dim": line.dim,
+            "config": line.kernel.config._asdict(),
+            "registers": line.kernel.registers,
+            "spilled_bytes": line.kernel.spilled,
+            "stack_bytes": line.kernel.stack,
+            "counts": line.counts._asdict(),
+            "clocks": line.clocks,
+            "binds": binding(line.clocks),
+            "tile_clocks": line.tile,
+            "predicted_s": {str(n): span for n, span in line.times.items()},
+        }
+        for line in lines
+    ]
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--card", choices=list(CARDS), default="h100")
+    found.add_argument("--arch", help="compile for this one, sm_90 (default: the card's)")
+    found.add_argument(
+        "--kernels", type=Path, default=ROOT / "csrc" / "cuda", metavar="DIR", help="the sources"
+    )
+    found.add_argument("--compare", type=Path, metavar="DIR", help="sources of before, counted beside them")
+    found.add_argument(
+        "--format", choices=list(FORMATS), default="bf16", help="of the rows (default %(default)s)"
+    )
+    found.add_argument("--dims", type=int, nargs="+", default=[128, 768], metavar="D")
+    found.add_argument("--sizes", type=int, nargs="+", default=[65_536, 1_048_576], metavar="N")
+    found.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", metavar="DIR",
+                       help="JSON files of benchmarks/kernels/run.py with measured times")  # fmt: skip
+    found.add_argument("--json", type=Path, metavar="FILE", help="write counts, clocks and times there")
+    found.add_argument("--markdown", action="store_true", help="print Markdown tables")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    card = CARDS[options.card]
+    arch = options.arch or card.arch
+    lines: dict[str, list[Line]] = {}
+    try:
+        for name, folder in (("before", options.compare), ("now", options.kernels)):
+            if folder is not None:
+                kernels = compile_kernels(folder.resolve(), arch, options.format)
+                lines[name] = model(kernels, card, options.dims, options.sizes)
+    except ModelError as error:
+        print(error, file=sys.stderr)
+        return 2
+    known = measured(options.results, card, FORMATS[options.format])
+    show = _markdown if options.markdown else table.align
+    print(
+        f"Predicted, not measured: {options.card} ({card.multiprocessors} multiprocessors, {card.ghz} GHz), "
+        f"code for {arch}, {options.format}. Clocks of a multiprocessor for one column tile:"
+    )
+    for name, found in lines.items():
+        head = f"\n{name}:\n" if len(lines) > 1 else ""
+        print(f"{head}\n{show(clock_table(found))}\n\n{show(time_table(found, known))}")
+    print(f"\n{show(count_table(lines['now'], lines.get('before', ())))}")
+    if options.json is not None:
+        about = {
+            "schema": SCHEMA,
+            "card": options.card,
+            "arch": arch,
+            "format": options.format,
+            "predicted": True,
+        }
+        results = about | {"share": SHARE} | {name: to_json(found) for name, found in lines.items()}
+        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""The truth in float64, a few anchors at a time, and how far a result is from it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.kernels.cases import TWO_SETS, Problem
+from pysupcon.pairs import reference
+from pysupcon.profiling.workload import Inputs
+
+SPREAD_ALPHA = 0.5  # the default of functional.spread
+
+
+class Truth(NamedTuple):
+    loss: float
+    gradient: Tensor
+    """[N, D] float64"""
+
+    @property
+    def norm(self) -> float:
+        """Of the gradient."""
+        return torch.linalg.vector_norm(self.gradient).item()
+
+
+def truth(problem: Problem, inputs: Inputs, anchors: int = 256) -> Truth:
+    """Loss and gradient of the very rows that the implementations get (rounded to their dtype), in float64.
+
+    Memory is O(anchors N): the dense reference on ``anchors`` rows of the matrix at a time.
+    """
+    x = inputs.features.detach().to(torch.float64).requires_grad_()
+    total = 0.0
+    if problem.loss in TWO_SETS:
+        sets = [(0, 1)] if problem.loss == "infonce" else [(0, 1), (1, 0)]
+        for queries, candidates in sets:
+            for start in range(0, problem.anchors, anchors):
+                own = torch.arange(start, min(start + anchors, problem.anchors), device=x.device)
+                s = reference.similarity(x[queries::2][own], x[candidates::2], problem.temperature)
+                part = torch.nn.functional.cross_entropy(s, own, reduction="sum")
+                part = part / (problem.anchors * len(sets))
+                part.backward()
+                total += part.item()
+        assert x.grad is not None
+        return Truth(total, x.grad)
+    for start in range(0, problem.n, anchors):
+        rows = slice(start, min(start + anchors, problem.n))
+        own = torch.arange(rows.start, rows.stop, device=x.device)
+        s = reference.similarity(x[rows], x, problem.temperature)
+        positives, negatives = reference.pair_sets(inputs.labels[rows], inputs.labels, own)
+        same, _ = reference.pair_sets(inputs.instances[rows], inputs.instances, own)
+        if problem.loss == "supcon":
+            loss = reference.supcon(s, positives, negatives)
+        elif problem.loss == "sincere":
+            loss = reference.sincere(s, positives, negatives)
+        elif problem.loss == "cnce":
+            loss = reference.class_conditional_info_nce(s, positives, same)
+        else:
+            loss = reference.spread(s, positives, negatives, same, SPREAD_ALPHA, "supcon")
+        part = loss.sum() / problem.n  # every row has its other view as a positive
+        part.backward()
+        total += part.item()
+    assert x.grad is not None
+    return Truth(total, x.grad)
+
+
+def tangent(gradient: Tensor, features: Tensor) -> Tensor:
+    """Gradient with respect to unit rows that the loss itself normalises: without the part along a row."""
+    rows = features.detach().to(gradient.dtype)
+    return gradient - (gradient * rows).sum(dim=1, keepdim=True) * rows
+
+
+class Errors(NamedTuple):
+    """Relative errors; absolute where the truth is 0."""
+
+    loss: float
+    gradient: float
+    """norm of the difference over the norm of the truth"""
+
+
+def errors(loss: Tensor, gradient: Tensor, expected: Truth) -> Errors:
+    """NaN wherever something is not finite, so that no comparison passes by accident."""
+    difference = gradient.to(torch.float64) - expected.gradient
+    return Errors(
+        abs(loss.item() - expected.loss) / (abs(expected.loss) or 1.0),
+        torch.linalg.vector_norm(difference).item() / (expected.norm or 1.0),
+    )

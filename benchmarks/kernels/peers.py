@@ -1,0 +1,222 @@
+"""The implementations that are compared: ours, and what people use instead.
+
+Each is a function of :class:`~benchmarks.kernels.cases.Inputs` that gives a loss to call backward on. A dense
+one says how many N x N matrices it holds at its peak, so that a run can leave it out, with the number, where
+it would not fit.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.kernels.cases import DTYPES, LOSSES, TWO_SETS, VIEWS, Problem
+from pysupcon import functional
+from pysupcon.pairs import ops
+from pysupcon.profiling.workload import Inputs, loss_function
+
+Implementation = Callable[[Inputs], Tensor]
+
+
+def _of_pairs(problem: Problem, loss: Callable[[Tensor, Tensor], Tensor]) -> Implementation:
+    """A loss of (queries, candidates) as one of interleaved views; "clip" is the mean of both directions."""
+
+    def one(i: Inputs) -> Tensor:
+        return loss(i.features[0::VIEWS], i.features[1::VIEWS])
+
+    def both(i: Inputs) -> Tensor:
+        first, second = i.features[0::VIEWS], i.features[1::VIEWS]
+        return (loss(first, second) + loss(second, first)) / 2
+
+    return one if problem.loss == "infonce" else both
+
+
+def _functional(problem: Problem, backend: str) -> Implementation:
+    if problem.loss in TWO_SETS:
+        return _of_pairs(
+            problem,
+            lambda queries, candidates: functional.supcon(
+                queries, candidates=candidates, temperature=problem.temperature, backend=backend
+            ),
+        )
+    return loss_function(problem.loss, problem.temperature, backend)
+
+
+def written_supcon(features: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """SupCon as most code bases carry it: similarities, less their largest, masks of floats, exp and log."""
+    same = (labels.unsqueeze(1) == labels.unsqueeze(0)).to(features.dtype)
+    similarities = torch.matmul(features, features.T) / temperature
+    largest = similarities.max(dim=1, keepdim=True).values
+    shifted = similarities - largest.detach()
+    others = 1 - torch.eye(len(labels), dtype=features.dtype, device=features.device)
+    positives = same * others
+    weights = torch.exp(shifted) * others
+    log_probabilities = shifted - torch.log(weights.sum(1, keepdim=True))
+    per_anchor = (positives * log_probabilities).sum(1) / positives.sum(1)
+    return -per_anchor.mean()
+
+
+def written_sincere(features: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """SINCERE in the dense form: each positive against the sum over the negatives."""
+    similarities = torch.matmul(features, features.T) / temperature
+    same = labels.unsqueeze(1) == labels.unsqueeze(0)
+    negatives = torch.where(same, -torch.inf, similarities).logsumexp(dim=1, keepdim=True)
+    positives = same & ~torch.eye(len(labels), dtype=torch.bool, device=features.device)
+    pairs = torch.logaddexp(similarities, negatives) - similarities
+    per_anchor = torch.where(positives, pairs, 0.0).sum(1) / positives.sum(1)
+    return per_anchor.mean()
+
+
+def written_info_nce(queries: Tensor, candidates: Tensor, temperature: float) -> Tensor:
+    """InfoNCE of two sets as most code bases carry it: cross entropy, with the diagonal as the labels."""
+    similarities = torch.matmul(queries, candidates.T) / temperature
+    own = torch.arange(len(queries), device=queries.device)
+    return torch.nn.functional.cross_entropy(similarities, own)
+
+
+def _written_by(
+    problem: Problem, wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+) -> Implementation:
+    if problem.loss in TWO_SETS:
+        pairs = wrap(written_info_nce)
+        return _of_pairs(problem, lambda first, second: pairs(first, second, problem.temperature))
+    function = wrap(written_supcon if problem.loss == "supcon" else written_sincere)
+    return lambda i: function(i.features, i.labels, problem.temperature)
+
+
+def _written(problem: Problem) -> Implementation:
+    return _written_by(problem, lambda function: function)
+
+
+def _compiled(problem: Problem) -> Implementation:
+    torch._dynamo.reset()  # every problem is compiled for its own, fixed, shape
+    return _written_by(problem, lambda function: torch.compile(function, dynamic=False))
+
+
+def _inf_cl(problem: Problem) -> Implementation:
+    """The package computes in float32 (TF32 products); its argument ``scale`` needs several processes."""
+    from inf_cl import cal_inf_loss  # type: ignore[import-not-found]
+
+    head = math.gcd(problem.dim, 256)  # the kernel walks a row in heads of a power of two, at least 16
+    if head < 16:
+        raise ValueError(f"inf_cl needs a multiple of 16 dimensions, got {problem.dim}")
+
+    def loss(queries: Tensor, candidates: Tensor) -> Tensor:
+        scaled = (queries.float() / problem.temperature).contiguous()
+        result: Tensor = cal_inf_loss(scaled, candidates.float().contiguous(), head_dim=head)
+        return result
+
+    return _of_pairs(problem, loss)
+
+
+def _memeff(problem: Problem) -> Implementation:
+    """The textbook gradient (stable=False), and no false-negative mask (margin=2 switches it off)."""
+    import memeff  # type: ignore[import-not-found]
+
+    common = {"temperature": problem.temperature, "normalized_inputs": True, "stable": False}
+    if problem.loss == "infonce":
+        return _of_pairs(problem, memeff.MemoryEfficientQwen3Loss(margin=2.0, **common))
+    clip = memeff.MemoryEfficientCLIPLoss(**common)
+    return lambda i: clip(i.features[0::VIEWS], i.features[1::VIEWS])
+
+
+def _metric_learning(problem: Problem) -> Implementation:
+    from pytorch_metric_learning.losses import SupConLoss
+
+    module = SupConLoss(temperature=problem.temperature)
+    return lambda i: module(i.features, i.labels)
+
+
+def _keops(problem: Problem) -> Implementation:
+    from pykeops.torch import LazyTensor  # type: ignore[import-not-found]
+
+    def loss(i: Inputs) -> Tensor:
+        x = (i.features / problem.temperature**0.5).contiguous()
+        classes = i.labels.to(x.dtype)[:, None]
+        rows = torch.arange(len(x), device=x.device, dtype=x.dtype)[:, None]
+        s = (LazyTensor(x[:, None, :]) * LazyTensor(x[None, :, :])).sum(-1)
+        # Squares of integers: 0 for the same class (row), at least 1 otherwise.
+        other_class = (LazyTensor(classes[:, None, :]) - LazyTensor(classes[None, :, :])).square()
+        self_pair = (LazyTensor(rows[:, None, :]) - LazyTensor(rows[None, :, :])).square()
+        not_self = (self_pair - 0.5).step()
+        total = s.logsumexp(dim=1, weight=not_self).view(-1)
+        positive = not_self * (0.5 - other_class).step()
+        mean = (positive * s).sum(dim=1).view(-1) / positive.sum(dim=1).view(-1)
+        return (total - mean).mean()
+
+    return loss
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One implementation."""
+
+    name: str
+    detail: str
+    losses: tuple[str, ...]
+    build: Callable[[Problem], Implementation]
+    matrices: float = 0.0
+    """N x N matrices at the peak of forward and backward, of float32 (float64 for float64 rows); 0: none"""
+    module: str | None = None
+    """package that must be installed"""
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    normalizes: bool = False
+    """normalises rows itself: its gradient has no part along a row"""
+
+    def bytes_needed(self, problem: Problem) -> float:
+        """Of the matrices; rows and constants are small beside them."""
+        size = 8 if problem.dtype == "float64" else 4
+        return self.matrices * problem.anchors * problem.anchors * size
+
+    def missing(self, problem: Problem, memory: float) -> str | None:
+        """Why it cannot run on this machine or problem, in the words of the table; None if it can.
+
+        Args:
+            memory: bytes that a process can have.
+        """
+        if problem.loss not in self.losses:
+            return f"no {problem.loss}"
+        if problem.dtype not in self.dtypes:
+            return f"no {problem.dtype}"
+        if problem.device not in self.devices:
+            return f"no {problem.device}"
+        if self.module is not None and importlib.util.find_spec(self.module) is None:
+            return f"{self.module} is not installed"
+        if self.name == "pysupcon" and not ops.compiled_for(problem.device):
+            return str(ops.backends()[problem.device]["detail"])
+        if self.bytes_needed(problem) > memory:
+            return f"needs {self.bytes_needed(problem) / 2**30:.0f} GiB"
+        return None
+
+
+_FAMILY = LOSSES + TWO_SETS
+_WRITTEN = ("supcon", "sincere", *TWO_SETS)
+_SINGLE = ("float64", "float32")
+_HALF = ("bfloat16", "float16")
+_CUDA = ("cuda",)
+
+PEERS = {
+    peer.name: peer
+    for peer in (
+        Peer("pysupcon", "the compiled operators", _FAMILY, lambda p: _functional(p, "auto")),
+        Peer("tiled", "pysupcon in pure PyTorch", _FAMILY, lambda p: _functional(p, "tiled")),
+        Peer("dense", "pysupcon's dense reference", _FAMILY, lambda p: _functional(p, "reference"), 6),
+        Peer("written", "the dense loss as users write it", _WRITTEN, _written, 9.1),
+        Peer("compiled", "torch.compile of it", _WRITTEN, _compiled, 1.1),
+        Peer(
+            "metric-learning", "pytorch-metric-learning", ("supcon",), _metric_learning, 11.5,
+            "pytorch_metric_learning", normalizes=True,
+        ),
+        Peer("keops", "KeOps map-reduce", ("supcon",), _keops, module="pykeops", dtypes=_SINGLE),
+        Peer(
+            "inf-cl", "Inf-CL (inf_cl)", TWO_SETS, _inf_cl, module="inf_cl", dtypes=_HALF, devices=_CUDA
+        ),
+        Peer("memeff", "memeff", TWO_SETS, _memeff, module="memeff", dtypes=_HALF, devices=_CUDA),
+    )
+}  # fmt: skip

@@ -1,0 +1,287 @@
+"""Worst-group accuracy on coloured digits: ERM, and GroupDRO over groups that were inferred from embeddings.
+
+    nice -n 5 python benchmarks/papers/worst_group.py  # whatever is missing of three seeds, then the table
+    python benchmarks/papers/worst_group.py --collect  # train nothing, store and print what is there
+    python benchmarks/papers/worst_group.py --print  # the table of the stored results
+
+For each seed: ERM, SupCon and Thanos's two encoders; the groups inferred from each, and from Thanos's side by
+side; GroupDRO over the true groups and over those of ERM, SupCon and Thanos. Trainings are those of
+configs/worst_group/coloured_mnist5k_*.yaml, one after the other, on one thread, in runs/worst_group; one that
+is finished is not done again. ERM and GroupDRO keep the epoch whose worst validation group (of the true ones)
+is best.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+
+from benchmarks import machine
+from pysupcon.commands.evaluate import FOLDER as EVALUATION
+from pysupcon.commands.evaluate import METRICS_FILE
+from pysupcon.evaluators import BootstrapConfig, resampled
+from pysupcon.evaluators.bootstrap import percentile_interval, resampled_values
+from pysupcon.reports.evaluated_runs import read_run
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs" / "worst_group"
+DATA = "coloured_mnist5k"
+RESULTS = ROOT / "benchmarks" / "results" / "worst_group.json"
+RUNS = ROOT / "runs" / "worst_group"
+SEEDS = (0, 1, 2)
+COST = "seconds.json"
+
+ENCODERS = ("supcon", "supcon_cnce", "ce_autoencoder")
+GROUPS: dict[str, tuple[str, ...]] = {
+    "erm": ("erm",),
+    "supcon": ("supcon",),
+    "supcon_cnce": ("supcon_cnce",),
+    "ce_autoencoder": ("ce_autoencoder",),
+    "thanos": ("supcon_cnce", "ce_autoencoder"),
+}
+"""Runs from whose embeddings, side by side, groups are inferred."""
+CLASSIFIERS = {
+    "erm": "ERM",
+    "group_dro_erm": "GroupDRO, groups of ERM",
+    "group_dro_supcon": "GroupDRO, groups of SupCon",
+    "group_dro_thanos": "GroupDRO, groups of Thanos",
+    "group_dro_annotated": "GroupDRO, true groups",
+}
+SOURCES = {
+    "erm": "ERM",
+    "supcon": "SupCon",
+    "supcon_cnce": "SupCon + cNCE",
+    "ce_autoencoder": "autoencoder",
+    "thanos": "Thanos: SupCon + cNCE beside autoencoder",
+}
+FIGURES = ("accuracy", "worst_group_accuracy")
+
+
+def run_seed(seed: int, runs: Path) -> None:
+    """Everything of one seed that is not there yet."""
+    for name in ("erm", *ENCODERS, "group_dro_annotated"):
+        _train(name, seed, runs)
+    for source, encoders in GROUPS.items():
+        _infer(source, encoders, seed, runs)
+    for source in ("erm", "supcon", "thanos"):
+        groups = str(_folder(f"groups_{source}", seed, runs) / "groups.safetensors")
+        _train(f"group_dro_{source}", seed, runs, "--data.groups", groups)
+
+
+def _folder(name: str, seed: int, runs: Path) -> Path:
+    return runs / f"{name}_seed{seed}"
+
+
+def _train(name: str, seed: int, runs: Path, *more: str) -> None:
+    from pysupcon.commands.evaluate import evaluate_run
+    from pysupcon.config import parse_args
+    from pysupcon.evaluators import EvaluationConfig, ProjectionConfig, WorstGroupConfig
+    from pysupcon.trainer.loop import train
+
+    folder = _folder(name, seed, runs)
+    if (folder / COST).exists():
+        return
+    print(f"{name}, seed {seed}", file=sys.stderr, flush=True)
+    start = time.process_time()
+    config, _ = parse_args(
+        [
+            "--config", str(CONFIGS / f"{DATA}_{name}.yaml"), "--seed", str(seed),
+            "--output_dir", str(folder), "--trainer.threads", "1", "--trainer.cpu", "true",
+            "--resume_from_checkpoint", "auto", *more,
+        ]
+    )  # fmt: skip
+    train(config)
+    trained = time.process_time() - start
+    if name in CLASSIFIERS:
+        own = EvaluationConfig(evaluators=["worst_group"], device="cpu", progress=False)
+        own.worst_group = WorstGroupConfig(methods=["trained"])
+        own.projection = ProjectionConfig(method="pca")
+        evaluate_run(folder, own)
+    _write(folder / COST, {"train": round(trained, 1), "all": round(time.process_time() - start, 1)})
+
+
+def _infer(source: str, encoders: Sequence[str], seed: int, runs: Path) -> None:
+    from pysupcon.commands.infer_groups import InferenceArguments, infer_from_runs
+
+    folder = _folder(f"groups_{source}", seed, runs)
+    if (folder / COST).exists():
+        return
+    start = time.process_time()
+    arguments = InferenceArguments(device="cpu", progress=False)
+    found = infer_from_runs(
+        [_folder(name, seed, runs) for name in encoders], folder / "groups.safetensors", arguments
+    )
+    record = {
+        "f1": found.f1,
+        "purity": found.purity,
+        "silhouette": mean(found.silhouettes.values()),
+        "counts": found.groups.counts.tolist(),
+        "seconds": round(time.process_time() - start, 1),
+    }
+    _write(folder / "found.json", record)
+    _write(folder / COST, {"all": record["seconds"]})
+
+
+def _write(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def collect(seeds: Sequence[int], runs: Path) -> dict[str, Any]:
+    """All figures of finished runs; mean, spread and intervals over the test samples for each classifier."""
+    bootstrap = BootstrapConfig()
+    classifiers: dict[str, Any] = {}
+    drawn: dict[tuple[str, str], torch.Tensor] = {}
+    for name, title in CLASSIFIERS.items():
+        entry: dict[str, Any] = {"title": title, "seeds": {}}
+        found = [read_run(_folder(name, seed, runs)) for seed in seeds]
+        for seed, run in zip(seeds, found, strict=True):
+            entry["seeds"][str(seed)] = _one(run.dir)
+        for figure in FIGURES:
+            samples = []
+            for run in found:
+                outcome = resampled(f"worst_group/trained/{figure}", run.outcomes)
+                assert outcome is not None, f"{run.dir} has no {figure}"
+                samples.append(resampled_values(outcome, bootstrap))
+            drawn[name, figure] = torch.stack(samples).mean(dim=0)
+            values = [entry["seeds"][str(seed)][figure] for seed in seeds]
+            interval = percentile_interval(drawn[name, figure], bootstrap.confidence)
+            entry[figure] = _summary(values, interval)
+            change = drawn[name, figure] - drawn["erm", figure]
+            low, high = percentile_interval(change, bootstrap.confidence)
+            value = entry[figure]["mean"] - classifiers.get("erm", entry)[figure]["mean"]
+            entry[figure]["above_erm"] = {"value": value, "low": low, "high": high}
+        classifiers[name] = entry
+    inference = {}
+    for source, title in SOURCES.items():
+        records = {
+            str(seed): json.loads((_folder(f"groups_{source}", seed, runs) / "found.json").read_text())
+            for seed in seeds
+        }
+        inference[source] = {"title": title, "seeds": records} | {
+            name: _summary([record[name] for record in records.values()])
+            for name in ("f1", "purity", "silhouette")
+        }
+    costs = [json.loads(path.read_text())["all"] for path in runs.glob(f"*/{COST}")]
+    return {
+        "machine": machine.describe("cpu"),
+        "data": DATA,
+        "confidence": bootstrap.confidence,
+        "core_seconds": round(sum(costs), 1),
+        "classifiers": classifiers,
+        "inference": inference,
+    }
+
+
+def _one(folder: Path) -> dict[str, Any]:
+    """Figures of one classifier: by true group too, and which epoch was kept."""
+    from pysupcon.trainer.run import read_log
+
+    prefix = "worst_group/trained/"
+    metrics = json.loads((folder / EVALUATION / METRICS_FILE).read_text())["metrics"]
+    figures = {
+        name.removeprefix(prefix): metric["value"] for name, metric in metrics.items() if prefix in name
+    }
+    checked = [line for line in read_log(folder / "log.jsonl") if "val_worst_group" in line]
+    best = max(checked, key=lambda line: line["val_worst_group"])  # the first of equal ones
+    kept = {
+        name: best[name] for name in ("epoch", "val_worst_group", "val_worst_known_group") if name in best
+    }
+    return figures | kept | {"seconds": json.loads((folder / COST).read_text())["train"]}
+
+
+def _summary(values: Sequence[float], interval: tuple[float, float] | None = None) -> dict[str, Any]:
+    found: dict[str, Any] = {"mean": mean(values), "spread": stdev(values) if len(values) > 1 else None}
+    return found if interval is None else found | {"low": interval[0], "high": interval[1]}
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: the classifiers, then how well their groups tell the true ones."""
+    seeds = list(results["classifiers"]["erm"]["seeds"])
+    rows = [
+        ("training", "accuracy, %", "worst group, %", "worst group above ERM, points", "by seed"),
+        ("---",) * 5,
+    ]
+    for name, entry in results["classifiers"].items():
+        worst, change = entry["worst_group_accuracy"], entry["worst_group_accuracy"]["above_erm"]
+        above = "" if name == "erm" else f"{_show(change['value'], True)} {_interval(change, True)}"
+        by_seed = ", ".join(_show(entry["seeds"][seed]["worst_group_accuracy"]) for seed in seeds)
+        rows.append((entry["title"], _cell(entry["accuracy"]), _cell(worst), above, by_seed))
+    lines = _markdown(rows)
+    lines += [
+        "",
+        f"{results['data']}, 1,000 test images of four groups, {len(seeds)} seeds: mean of the seeds ± their "
+        f"standard deviation [{100 * results['confidence']:g} % interval over the test images, paired for "
+        "the difference].",
+        "",
+    ]
+    rows = [("groups from", "F1, %", "purity, %", "silhouette", "groups by seed"), ("---",) * 5]
+    for entry in results["inference"].values():
+        counts = ", ".join(str(len(entry["seeds"][seed]["counts"])) for seed in seeds)
+        rows.append(
+            (
+                entry["title"], _cell(entry["f1"]), _cell(entry["purity"]),
+                f"{entry['silhouette']['mean']:.2f}", counts,
+            )
+        )  # fmt: skip
+    lines += _markdown(rows)
+    place = machine.name(results["machine"])
+    lines += [
+        "",
+        f"{place}; commit {results['machine']['commit']}; {results['core_seconds']:.0f} core seconds.",
+    ]
+    return "\n".join(lines)
+
+
+def _markdown(rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _show(value: float, sign: bool = False) -> str:
+    return f"{100 * value:{'+' if sign else ''}.1f}"
+
+
+def _interval(entry: dict[str, Any], sign: bool = False) -> str:
+    return f"[{_show(entry['low'], sign)}, {_show(entry['high'], sign)}]"
+
+
+def _cell(entry: dict[str, Any]) -> str:
+    text = _show(entry["mean"]) + ("" if entry["spread"] is None else f" ± {_show(entry['spread'])}")
+    return f"{text} {_interval(entry)}" if "low" in entry else text
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train what is missing, store, print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument(
+        "--runs", type=Path, default=RUNS, help="folder of the runs (default: runs/worst_group)"
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS, help="the results, JSON")
+    parser.add_argument("--collect", action="store_true", help="train nothing, store what is there")
+    parser.add_argument("--print", action="store_true", help="train and store nothing, print what is stored")
+    chosen = parser.parse_args(arguments)
+    if not chosen.print:
+        torch.set_num_threads(1)
+        if not chosen.collect:
+            for seed in chosen.seeds:
+                run_seed(seed, chosen.runs)
+        results = collect(chosen.seeds, chosen.runs)
+        chosen.output.parent.mkdir(parents=True, exist_ok=True)
+        _write(chosen.output, results)
+    print(table(json.loads(chosen.output.read_text(encoding="utf-8"))))
+
+
+if __name__ == "__main__":
+    main()

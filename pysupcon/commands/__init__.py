@@ -1,0 +1,1 @@
+"""``python -m pysupcon COMMAND``: one module a command, each with ``main(arguments) -> status``."""

@@ -1,0 +1,262 @@
+"""``python -m pysupcon export RUN_DIR --output DIR``: a trained backbone in timm's layout for model hubs.
+
+DIR gets model.safetensors, config.json and a model card, README.md. Where timm can build the backbone itself,
+``timm.create_model("local-dir:DIR", pretrained=True)`` (or ``hf-hub:...`` once it is uploaded) gives it with
+its weights; else the card says how to load it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pysupcon.commands.concatenate import training_of
+from pysupcon.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from pysupcon.models import ModelConfig
+    from pysupcon.trainer.run import Run
+
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+METRICS = Path("evaluation") / "metrics.json"
+FINAL = {"last": "of the last step", "best": "of the least validation loss", "ema": "averaged"}
+
+
+def export_run(run_dir: str | Path, output: str | Path) -> Path:
+    """Write the backbone of a finished run.
+
+    Args:
+        run_dir: folder of the run.
+        output: folder to be made; it must not exist, or be empty.
+
+    Returns:
+        ``output``.
+
+    Raises:
+        RunError: the run is not finished or damaged, its metrics are damaged, or ``output`` holds something.
+    """
+    from pysupcon.models.spectral import plain_weights
+    from pysupcon.trainer.checkpoint import pack_weights
+    from pysupcon.trainer.files import check_vacant, new_folder
+    from pysupcon.trainer.run import load_run
+
+    run, output = load_run(run_dir), Path(output)
+    check_vacant(output)
+    weights = {name: value.contiguous() for name, value in plain_weights(run.model.backbone).items()}
+    metrics = _metrics(run)
+    with new_folder(output) as folder:
+        (folder / WEIGHTS).write_bytes(pack_weights(weights))
+        (folder / CONFIG).write_text(json.dumps(hub_config(run), indent=2) + "\n", encoding="utf-8")
+        (folder / CARD).write_text(model_card(run, metrics, output.resolve().name), encoding="utf-8")
+    return output
+
+
+def timm_builds(run: Run) -> bool:
+    """Whether timm.create_model builds this backbone: not the small CNN, nor one whose stem was replaced, nor
+    several side by side."""
+    model = run.config.model
+    return not (model.backbone == "small_cnn" or model.small_stem or _several(run))
+
+
+def _several(run: Run) -> bool:
+    return _two(run.config.model) or bool(run.config.model.concatenated)
+
+
+def _built_by(model: ModelConfig) -> dict[str, Any]:
+    """The fields that say how the backbone is built, its weights being plain."""
+    if model.concatenated:
+        return {"concatenated": [{"model": _built_by(part)} for part in model.parts()]}
+    plain = type(model)()
+    named = ("width", "small_stem", "timm_args", "encoders")
+    found = {name: getattr(model, name) for name in named if getattr(model, name) != getattr(plain, name)}
+    return {"backbone": model.backbone, **found, **({"decoder": model.decoder} if _two(model) else {})}
+
+
+def _two(model: ModelConfig) -> bool:
+    return model.encoders == "two"
+
+
+def hub_config(run: Run) -> dict[str, Any]:
+    """config.json of timm's hub layout; for other backbones without "architecture"."""
+    data, model = run.data, run.config.model
+    size = [data.channels, data.image_size, data.image_size]
+    config: dict[str, Any] = {
+        "num_classes": 0,
+        "num_features": run.model.embedding_dim,
+        "pretrained_cfg": {
+            "num_classes": 0,
+            "input_size": size,
+            "fixed_input_size": False,
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+            "mean": data.normalize.mean.flatten().tolist(),
+            "std": data.normalize.std.flatten().tolist(),
+        },
+    }
+    if not timm_builds(run):
+        return config | {"pysupcon": _built_by(model)}
+    name, _, tag = model.backbone.partition(".")
+    arguments = {"in_chans": data.channels, **model.timm_args}
+    first: Any = (
+        run.model.backbone.pretrained_cfg
+    )  # names of the layers that other channels or classes replace
+    config["pretrained_cfg"] |= {key: first[key] for key in ("first_conv", "classifier") if key in first}
+    return {"architecture": name, **({"tag": tag} if tag else {}), **config, "model_args": arguments}
+
+
+def model_card(run: Run, metrics: dict[str, Any] | None, name: str) -> str:
+    """README.md: what it is, how to load it, how it was trained, what its evaluation found."""
+    config, data = run.config, run.data
+    head = ["---", "tags:", "- image-feature-extraction", "- contrastive-learning", "- pysupcon"]
+    head += ["- timm", "library_name: timm"] if timm_builds(run) else []
+    head += ["pipeline_tag: image-feature-extraction", "---", ""]
+    training = {
+        "data": f"{config.data.dataset}, {config.data.labels} labels ({', '.join(data.class_names[:12])}"
+        + (", ...)" if len(data.class_names) > 12 else ")"),
+        "loss": _by_part(run, lambda part: _loss(part["loss"])),
+        "batch": f"{config.data.batch_size} samples, {config.data.views} views each",
+        "optimiser": _by_part(
+            run,
+            lambda part: (
+                f"{part['optimizer']['name']}, learning rate "
+                f"{part['optimizer']['learning_rate']:g}, {part['epochs']} epochs"
+            ),
+        ),
+        "weights": _by_part(run, lambda part: FINAL[part["final_weights"]]),
+        "images": f"{data.channels} x {data.image_size} x {data.image_size}, scaled to [0, 1], minus "
+        f"{_numbers(data.normalize.mean)}, divided by {_numbers(data.normalize.std)}",
+        "embedding": f"{run.model.embedding_dim} dimensions",
+    }
+    lines = [
+        *head,
+        f"# {name}",
+        "",
+        f"{_what(run)}, trained by pysupcon.",
+        "",
+        "## Use",
+        "",
+        *_usage(run),
+        "",
+        "## Training",
+        "",
+        "| | |",
+        "| --- | --- |",
+        *(f"| {key} | {value} |" for key, value in training.items()),
+        "",
+        "## Evaluation",
+        "",
+    ]
+    if metrics is None:
+        lines.append("The run was not evaluated: `python -m pysupcon evaluate RUN_DIR` does so.")
+    else:
+        lines += _table(metrics)
+    return "\n".join(lines) + "\n"
+
+
+def _what(run: Run) -> str:
+    model = run.config.model
+    if model.concatenated:
+        return "Frozen, side by side: " + " and ".join(f"a {part.backbone}" for part in model.parts())
+    return f"Two {model.backbone} side by side" if _two(model) else f"A {model.backbone}"
+
+
+def _by_part(run: Run, words: Callable[[dict[str, Any]], str]) -> str:
+    """How the run was trained, or each of those that it was put together from."""
+    config = run.config
+    if config.model.concatenated:
+        return "; ".join(f"{words(part)} (part {i})" for i, part in enumerate(config.model.concatenated, 1))
+    return words(training_of(config))
+
+
+def _loss(loss: dict[str, Any]) -> str:
+    learned = " (learned from there)" if loss["learnable_temperature"] else ""
+    parts = (
+        [] if loss["name"] == "none" else [f"{loss['name']}, temperature {loss['temperature']:g}{learned}"]
+    )
+    named = {"infonce": "InfoNCE", "cross_entropy": "cross-entropy", "reconstruction": "reconstruction"}
+    weights = {words: loss[f"{name}_weight"] for name, words in named.items()}
+    return ", ".join([*parts, *(f"{words} weight {weight:g}" for words, weight in weights.items() if weight)])
+
+
+def _usage(run: Run) -> list[str]:
+    if timm_builds(run):
+        return [
+            "```python",
+            "import timm",
+            "",
+            'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # FOLDER: of this file',
+            "embedding = model(images)",
+            "```",
+        ]
+    what = "its stem was replaced for small images" if run.config.model.small_stem else "it is pysupcon's own"
+    if _several(run):
+        what = "it is two side by side"
+    arguments = ", ".join(f"{key}={value!r}" for key, value in _built_by(run.config.model).items())
+    return [
+        f"timm.create_model cannot build this backbone: {what}. With pysupcon installed:",
+        "",
+        "```python",
+        "from pysupcon.models import ModelConfig",
+        "from pysupcon.models.backbones import build_backbone",
+        "from safetensors.torch import load_file",
+        "",
+        f"config = ModelConfig({arguments})",
+        f"model, _ = build_backbone(config, channels={run.data.channels}, image_size={run.data.image_size})",
+        f'model.load_state_dict(load_file("{WEIGHTS}"))',
+        "embedding = model.eval()(images)",
+        "```",
+    ]
+
+
+def _metrics(run: Run) -> dict[str, Any] | None:
+    path = run.dir / METRICS
+    if not path.is_file():
+        return None
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        _table(content)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{path} is damaged: {error!r}") from error
+    return content
+
+
+def _table(content: dict[str, Any]) -> list[str]:
+    """The metrics; those of single classes and groups stay in the run's report."""
+    lines = ["| metric | value | unit |", "| --- | --- | --- |"]
+    for name, metric in content["metrics"].items():
+        if "class=" in name or "group=" in name:
+            continue
+        fraction = metric.get("unit") == "fraction"
+        numbers = [metric["value"], *(metric[end] for end in ("low", "high") if metric.get(end) is not None)]
+        shown = [f"{100 * number:.2f}" if fraction else f"{number:.4g}" for number in numbers]
+        interval = f" [{shown[1]}, {shown[2]}]" if len(shown) == 3 else ""
+        lines.append(f"| {name} | {shown[0]}{interval} | {'%' if fraction else metric.get('unit', '')} |")
+    return lines
+
+
+def _numbers(tensor: Any) -> str:
+    return ", ".join(f"{number:.4g}" for number in tensor.flatten().tolist())
+
+
+def main(arguments: Sequence[str]) -> int:
+    """``python -m pysupcon export RUN_DIR --output DIR``; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pysupcon export",
+        description="Write the trained backbone of a run in timm's layout: model.safetensors, config.json, "
+        "and a model card.",
+    )
+    parser.add_argument("run_dir", help="folder of a finished run")
+    parser.add_argument("--output", required=True, help="folder to be made")
+    given = parser.parse_args(arguments)
+    try:
+        output = export_run(given.run_dir, given.output)
+    except (RunError, ConfigError) as error:
+        print(f"pysupcon export: {error}", file=sys.stderr)
+        return 1
+    print(f"written to {output}: {WEIGHTS}, {CONFIG}, {CARD}")
+    return 0

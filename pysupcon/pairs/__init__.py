@@ -1,0 +1,1 @@
+"""From embeddings to statistics per anchor: checks, operators, their derivatives, several processes."""

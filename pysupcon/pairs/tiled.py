@@ -1,0 +1,408 @@
+"""The operators of :mod:`pysupcon.pairs.ops` in pure PyTorch: O(N) memory, any device, any floating dtype.
+
+Same functions, same argument order, same results up to rounding; the contract stands in
+``pysupcon/pairs/ops.py``. This is the path of devices without a compiled kernel and of arbitrary positive
+masks (:class:`PositiveMask`). How pairs are visited: :mod:`pysupcon.pairs.tiles`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pysupcon.pairs.tiles import (  # fmt: skip
+    Pairs,
+    PositiveMask,
+    Side,
+    Slice,
+    Tile,
+    and_not,
+    negated,
+    no_autocast,
+    positive_count,
+    readable,
+    stats_dtype,
+    zero_unless,
+)
+
+__all__ = [
+    "PositiveMask",
+    "pair_stats",
+    "pair_stats_backward",
+    "positive_count",
+    "positive_softplus",
+    "positive_softplus_backward",
+    "stats_dtype",
+]
+
+
+class _LogSumExp:
+    """Running maximum and sum of exponentials per row; merging two empty parts gives empty."""
+
+    def __init__(self, count: int, like: Tensor, dtype: torch.dtype) -> None:
+        self.top = torch.full((count,), -math.inf, dtype=dtype, device=like.device)
+        self.total = torch.zeros(count, dtype=dtype, device=like.device)
+
+    def add(self, at: Slice, similarity: Tensor, keep: Tensor | bool, dim: int) -> Tensor:
+        """Returns what the tile's similarities were measured from, their maximum of every row."""
+        s = similarity
+        if keep is not True:
+            s = torch.where(torch.as_tensor(keep, device=s.device), s, -math.inf)
+        top, total = self.top[slice(*at)], self.total[slice(*at)]
+        tile_top = s.amax(dim)
+        # An empty row has no maximum: any finite reference gives exp(-inf) = 0.
+        reference = torch.where(tile_top == -math.inf, 0.0, tile_top)
+        tile_total = (s - reference.unsqueeze(dim)).exp_().sum(dim)
+        new_top = torch.maximum(top, tile_top)
+        finite = torch.where(new_top == -math.inf, 0.0, new_top)
+        total.copy_(total * (top - finite).exp() + tile_total * (tile_top - finite).exp())
+        top.copy_(new_top)
+        return reference
+
+    def value(self, order: Tensor) -> Tensor:
+        return torch.empty_like(self.top).index_copy(0, order, self.top + self.total.log())
+
+
+class _Sum:
+    """Sum of similarities per row. They come measured from the reference of their logsumexp: that keeps the
+    digits of small differences between the two."""
+
+    def __init__(self, count: int, like: Tensor, dtype: torch.dtype) -> None:
+        self.total = torch.zeros(count, dtype=dtype, device=like.device)
+
+    def add(self, at: Slice, similarity: Tensor, reference: Tensor, keep: Tensor | bool, dim: int) -> None:
+        part = zero_unless(similarity - reference.unsqueeze(dim), keep).sum(dim)
+        many = (
+            similarity.shape[dim]
+            if keep is True
+            else torch.as_tensor(keep, device=similarity.device).sum(dim)
+        )
+        self.total[slice(*at)] += part.to(self.total.dtype) + many * reference.to(self.total.dtype)
+
+    def value(self, order: Tensor) -> Tensor:
+        return torch.empty_like(self.total).index_copy(0, order, self.total)
+
+
+_LARGEST = 1e15
+"""A similarity times log2(e) must stay below it: statistics are float64, and keep a digit that an exponent
+needs."""
+
+
+def _poison(x: Tensor, candidates: Tensor | None, scale: Tensor) -> Tensor:
+    """0 if every number is finite. Otherwise an error on a CPU; NaN, to be added to every statistic, where
+    looking would make a device wait or cannot be traced. On a CPU too large similarities are an error, too.
+    """
+    poison = scale * 0.0
+    largest = scale.detach() * math.log2(math.e)
+    for rows in (x, x if candidates is None else candidates):
+        if rows.numel():
+            low, high = torch.aminmax(rows.detach())  # NaN spreads to both
+            poison = poison + (low * 0.0 + high * 0.0).to(scale.dtype)
+            largest = largest * torch.maximum(-low, high).to(scale.dtype)
+    if not readable(x) or not x.numel():
+        return poison
+    if not math.isfinite(poison):
+        for name, side in (("rows", x), ("candidate rows", candidates)):
+            bad = [] if side is None else side.isfinite().all(1).logical_not().nonzero().flatten().tolist()
+            if side is not None and bad:
+                raise ValueError(
+                    f"features must be finite, got NaN or infinity in {len(bad)} of {side.shape[0]} {name}, "
+                    f"the first of them row {bad[0]}"
+                )
+        raise ValueError(f"1 / temperature must be finite, got {scale.item()}")
+    if not largest * x.shape[1] < _LARGEST:  # perhaps: a row is no longer than its largest number times D
+        norms = [
+            torch.linalg.vector_norm(rows.detach().double(), dim=1).max().item()
+            for rows in (x, x if candidates is None else candidates)
+        ]
+        if not norms[0] * norms[1] * scale.item() * math.log2(math.e) < _LARGEST:
+            raise ValueError(
+                "features must be small enough for their similarities; the largest |features| |features| / "
+                f"temperature is {norms[0] * norms[1] * scale.item():.1e}"
+            )
+    return poison
+
+
+def pair_stats(
+    x: Tensor,
+    labels: Tensor,
+    order: Tensor,
+    scale: Tensor,
+    candidates: Tensor | None,
+    candidate_labels: Tensor | None,
+    candidate_order: Tensor | None,
+    self_index: Tensor | None,
+    instances: Tensor | None,
+    candidate_instances: Tensor | None,
+    negatives: bool,
+    positives: bool,
+    mask: PositiveMask | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with no_autocast(x), torch.no_grad():
+        pairs = Pairs(
+            x, labels, order, scale, candidates, candidate_labels, candidate_order, self_index, mask,
+            instances, candidate_instances,
+        )  # fmt: skip
+        poison = _poison(x, candidates, scale)
+        n, p = (_LogSumExp(x.shape[0], x, stats_dtype(x)) for _ in range(2))
+        positive_sum, instance_sum = (_Sum(x.shape[0], x, stats_dtype(x)) for _ in range(2))
+        for tile in pairs.tiles(only_positives=not negatives, only_negatives=not positives):
+            both = [(tile.i, tile.same, 1)]
+            if pairs.symmetric and not tile.diagonal:
+                both.append((tile.j, tile.same_back, 0))
+            for at, same, dim in both:
+                if negatives and same is not True:
+                    n.add(at, tile.similarity, and_not(negated(same), tile.left_out), dim)
+                if not positives or same is False:
+                    continue
+                keep = and_not(same, tile.left_out)
+                reference = p.add(at, tile.similarity, keep, dim)
+                positive_sum.add(at, tile.similarity, reference, keep, dim)
+                if tile.instance is not False:
+                    chosen = and_not(tile.instance, tile.left_out)
+                    instance_sum.add(at, tile.similarity, reference, chosen, dim)
+        result = tuple(column.value(order) for column in (n, p, positive_sum, instance_sum))
+        of_n, of_p, of_positives, of_instances = (column + poison for column in result)
+    return of_n, of_p, of_positives, of_instances
+
+
+class _RowStats(NamedTuple):
+    """Of one side, in label order: references, factors, and what a positive (of the instance) adds."""
+
+    n: Tensor
+    p: Tensor
+    of_n: Tensor
+    of_p: Tensor
+    constant: Tensor | None
+    instance_constant: Tensor | None
+
+    def at(self, rows: Slice, dim: int) -> _RowStats:
+        columns = (None if column is None else column[slice(*rows)].unsqueeze(dim) for column in self)
+        return _RowStats(*columns)  # type: ignore[arg-type]
+
+
+def _row_stats(
+    side: Side,
+    n: Tensor,
+    p: Tensor,
+    grad_n: Tensor,
+    grad_p: Tensor,
+    grad_positive_sum: Tensor | None,
+    grad_instance_sum: Tensor | None,
+) -> _RowStats:
+    dtype = side.rows.dtype
+
+    def pair(statistic: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        # An empty set contributes nothing: e^(s - inf) = 0, where e^(s + inf) would be infinite. What the
+        # reference loses to rounding, the factor makes good.
+        empty = statistic == -math.inf
+        reference = statistic.to(dtype)
+        factor = grad * (reference.to(statistic.dtype) - statistic).exp()
+        reference, factor = torch.where(empty, math.inf, reference), torch.where(empty, 0.0, factor)
+        return side.sort(reference, dtype), side.sort(factor, dtype)
+
+    (of_n, factor_n), (of_p, factor_p) = pair(n, grad_n), pair(p, grad_p)
+    constants = (
+        None if grad is None else side.sort(grad, dtype) for grad in (grad_positive_sum, grad_instance_sum)
+    )
+    return _RowStats(of_n, of_p, factor_n, factor_p, *constants)
+
+
+def _weights(similarity: Tensor, same: Tensor | bool, instance: Tensor | bool, of: _RowStats) -> Tensor:
+    """G_ij before pairs are left out: u_i e^(s_ij - n_i) for negatives, v_i e^(s_ij - p_i) and the constants
+    for positives."""
+    if isinstance(same, bool):
+        reference, factor = (of.p, of.of_p) if same else (of.n, of.of_n)
+    else:
+        reference, factor = torch.where(same, of.p, of.n), torch.where(same, of.of_p, of.of_n)
+    # No term of a sum is larger than the sum; but a candidate's n was formed by another process, in a product
+    # of another shape, which may round s_ij otherwise.
+    weights = (similarity - reference).clamp_(max=0.0).exp_().mul_(factor)
+    for constant, where in ((of.constant, same), (of.instance_constant, instance)):
+        if constant is not None and where is not False:
+            weights += zero_unless(constant, where)
+    return weights
+
+
+class _Gradients:
+    """Accumulates dL/dx and dL/dcandidates from tiles of G in label order."""
+
+    def __init__(self, pairs: Pairs, need_candidates: bool) -> None:
+        self.pairs = pairs
+        self.grad_x = torch.zeros_like(pairs.anchors.rows)
+        self.grad_candidates = torch.zeros_like(pairs.candidates.rows) if need_candidates else None
+
+    def add(self, tile: Tile, weights: Tensor) -> None:
+        """``weights`` [i, j]: in the symmetric case G_ij + G_ji already."""
+        i, j = slice(*tile.i), slice(*tile.j)
+        self.grad_x[i].addmm_(weights, self.pairs.candidates.rows[j])
+        if self.pairs.symmetric:
+            if not tile.diagonal:
+                self.grad_x[j].addmm_(weights.T, self.pairs.anchors.rows[i])
+        elif self.grad_candidates is not None:
+            self.grad_candidates[j].addmm_(weights.T, self.pairs.anchors.rows[i])
+
+    def add_to(self, grad_x: Tensor, grad_candidates: Tensor | None) -> None:
+        """In the caller's order, once."""
+        for name, into, part in (
+            ("grad_x", grad_x, self.grad_x),
+            ("grad_candidates", grad_candidates, self.grad_candidates),
+        ):
+            if into is not None and part is not None and into.shape != part.shape:
+                raise ValueError(f"{name} must be of shape {list(part.shape)}, got shape {list(into.shape)}")
+        # No index comes twice: the order of the additions does not matter.
+        grad_x.index_add_(0, self.pairs.anchors.order, self.grad_x.mul_(self.pairs.scale))
+        if self.grad_candidates is not None and grad_candidates is not None:
+            part = self.grad_candidates.mul_(self.pairs.scale)
+            grad_candidates.index_add_(0, self.pairs.candidates.order, part)
+
+
+def pair_stats_backward(
+    x: Tensor,
+    labels: Tensor,
+    order: Tensor,
+    scale: Tensor,
+    candidates: Tensor | None,
+    candidate_labels: Tensor | None,
+    candidate_order: Tensor | None,
+    self_index: Tensor | None,
+    instances: Tensor | None,
+    candidate_instances: Tensor | None,
+    n: Tensor,
+    p: Tensor,
+    grad_n: Tensor,
+    grad_p: Tensor,
+    grad_positive_sum: Tensor | None,
+    grad_instance_sum: Tensor | None,
+    candidate_n: Tensor | None,
+    candidate_p: Tensor | None,
+    candidate_grad_n: Tensor | None,
+    candidate_grad_p: Tensor | None,
+    candidate_grad_positive_sum: Tensor | None,
+    candidate_grad_instance_sum: Tensor | None,
+    negatives: bool,
+    positives: bool,
+    grad_x: Tensor,
+    grad_candidates: Tensor | None,
+    mask: PositiveMask | None = None,
+) -> None:
+    with no_autocast(x), torch.no_grad():
+        pairs = Pairs(
+            x, labels, order, scale, candidates, candidate_labels, candidate_order, self_index, mask,
+            instances, candidate_instances,
+        )  # fmt: skip
+
+        def stats(side: Side, *columns: Tensor | None) -> _RowStats:
+            n, p, *grads = columns
+            assert n is not None
+            assert p is not None
+            side.check(*(column for column in columns if column is not None))
+            given = (negatives, positives)
+            none = torch.full_like(n, -math.inf)
+            n, p = (column if wanted else none for column, wanted in zip((n, p), given, strict=True))
+            sums = grads[2:] if positives else [None, None]
+            return _row_stats(side, n, p, *grads[:2], *sums)  # type: ignore[arg-type]
+
+        own = stats(pairs.anchors, n, p, grad_n, grad_p, grad_positive_sum, grad_instance_sum)
+        back = own if pairs.symmetric else None
+        if candidate_n is not None:
+            back = stats(
+                pairs.candidates,
+                candidate_n,
+                candidate_p,
+                candidate_grad_n,
+                candidate_grad_p,
+                candidate_grad_positive_sum,
+                candidate_grad_instance_sum,
+            )
+        gradients = _Gradients(pairs, grad_candidates is not None)
+        for tile in pairs.tiles(only_positives=not negatives, only_negatives=not positives):
+            weights = _weights(tile.similarity, tile.same, tile.instance, own.at(tile.i, 1))
+            if back is not None:
+                weights += _weights(tile.similarity, tile.same_back, tile.instance, back.at(tile.j, 0))
+            if tile.left_out is not None:
+                weights.masked_fill_(tile.left_out, 0.0)
+            gradients.add(tile, weights)
+        gradients.add_to(grad_x, grad_candidates)
+
+
+def positive_softplus(
+    x: Tensor,
+    labels: Tensor,
+    order: Tensor,
+    scale: Tensor,
+    candidates: Tensor | None,
+    candidate_labels: Tensor | None,
+    candidate_order: Tensor | None,
+    self_index: Tensor | None,
+    n: Tensor,
+    epsilon: float,
+    mask: PositiveMask | None = None,
+) -> Tensor:
+    with no_autocast(x), torch.no_grad():
+        pairs = Pairs(
+            x, labels, order, scale, candidates, candidate_labels, candidate_order, self_index, mask
+        )
+        limit = pairs.anchors.sort(n, pairs.scale.dtype) + epsilon
+        total = torch.zeros(x.shape[0], dtype=stats_dtype(x), device=x.device)
+        for tile in pairs.tiles(only_positives=True):
+            both = [(tile.i, tile.same, 1)]
+            if pairs.symmetric and not tile.diagonal:
+                both.append((tile.j, tile.same_back, 0))
+            for at, same, dim in both:
+                # softplus(a) = -logsigmoid(-a), without a threshold and with softplus(-inf) = 0.
+                terms = F.logsigmoid(tile.similarity - limit[slice(*at)].unsqueeze(dim))
+                total[slice(*at)] -= zero_unless(terms, and_not(same, tile.left_out)).sum(dim)
+        return torch.empty_like(total).index_copy(0, order, total)
+
+
+def positive_softplus_backward(
+    x: Tensor,
+    labels: Tensor,
+    order: Tensor,
+    scale: Tensor,
+    candidates: Tensor | None,
+    candidate_labels: Tensor | None,
+    candidate_order: Tensor | None,
+    self_index: Tensor | None,
+    n: Tensor,
+    epsilon: float,
+    grad_total: Tensor,
+    candidate_n: Tensor | None,
+    candidate_grad_total: Tensor | None,
+    grad_x: Tensor,
+    grad_candidates: Tensor | None,
+    mask: PositiveMask | None = None,
+) -> Tensor:
+    with no_autocast(x), torch.no_grad():
+        pairs = Pairs(
+            x, labels, order, scale, candidates, candidate_labels, candidate_order, self_index, mask
+        )
+        dtype = pairs.scale.dtype
+        limit, grad = pairs.anchors.sort(n, dtype) + epsilon, pairs.anchors.sort(grad_total, dtype)
+        back_limit, back_grad = (limit, grad) if pairs.symmetric else (None, None)
+        if candidate_n is not None:
+            assert candidate_grad_total is not None
+            back_limit = pairs.candidates.sort(candidate_n, dtype) + epsilon
+            back_grad = pairs.candidates.sort(candidate_grad_total, dtype)
+        grad_n = torch.zeros(x.shape[0], dtype=stats_dtype(x), device=x.device)
+        gradients = _Gradients(pairs, grad_candidates is not None)
+        for tile in pairs.tiles(only_positives=True):
+            # dl_i/dn_i = sum_j sigma_ij and dl_i/ds_ij = -sigma_ij, sigma_ij = sigmoid(n_i - s_ij + epsilon)
+            i, j = slice(*tile.i), slice(*tile.j)
+            weights = torch.sigmoid(limit[i, None] - tile.similarity).mul_(grad[i, None])
+            weights = zero_unless(weights, and_not(tile.same, tile.left_out))
+            grad_n[i] += weights.sum(1)
+            if back_limit is not None and back_grad is not None:
+                back = torch.sigmoid(back_limit[None, j] - tile.similarity).mul_(back_grad[None, j])
+                back = zero_unless(back, and_not(tile.same_back, tile.left_out))
+                if pairs.symmetric and not tile.diagonal:
+                    grad_n[j] += back.sum(0)
+                weights = weights + back
+            gradients.add(tile, -weights)
+        gradients.add_to(grad_x, grad_candidates)
+        return torch.empty_like(grad_n).index_copy(0, order, grad_n)

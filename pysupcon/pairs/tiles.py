@@ -1,0 +1,304 @@
+"""Tiles of the pairs of rows, in label order: what the operators of :mod:`pysupcon.pairs.tiled` are made of.
+
+Rows are sorted by label first, so that on a CPU whole tiles are known to hold only positives, only negatives,
+or nothing of interest. Without separate candidates only tiles on and above the diagonal are visited, each
+serving both of its sides. Tiles are float32 (float64 for float64 input); what is kept per row is
+:func:`stats_dtype`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pysupcon.pairs import ops
+
+Slice = tuple[int, int]
+_CPU_TILE = 512  # 1 MiB of float32: a tile and its temporaries stay near the cores
+_DEVICE_TILE = 4096  # enough work per launch
+
+
+class PositiveMask(NamedTuple):
+    """Positives pair by pair: candidate row j is a positive of row i where ``mask[rows[i], columns[j]]``.
+
+    ``mask`` is bool [S, T] (need not be symmetric), ``rows`` int64 [M], ``columns`` int64 [N]: views of one
+    sample share an entry, so the mask is never expanded to rows x candidates. Labels are not looked at.
+    """
+
+    mask: Tensor
+    rows: Tensor
+    columns: Tensor
+
+
+def stats_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of everything kept per row: float64, or float32 on devices that have no float64."""
+    return ops.stats_dtype(x)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[object]:
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether the host may read values: of a GPU it would make the device wait, and it cannot be traced."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_index(name: str, index: Tensor, rows: Tensor) -> None:
+    if index.dtype != torch.int64 or index.shape != rows.shape[:1] or index.device != rows.device:
+        raise ValueError(
+            f"{name} must be int64 of shape [{rows.shape[0]}] on {rows.device}, got {index.dtype} of shape "
+            f"{list(index.shape)} on {index.device}"
+        )
+
+
+def _check_order(prefix: str, labels: Tensor, order: Tensor, labelled: bool) -> None:
+    rows = order.shape[0]
+    name = f"{prefix}order"
+    seen = torch.zeros(rows, dtype=torch.bool, device=order.device)
+    try:
+        in_order = labels.index_select(0, order)  # refuses what is negative or too large
+        once = bool(seen.index_fill_(0, order, True).all())
+    except IndexError:
+        once = False
+    if not once:
+        raise ValueError(f"{name} must hold each of 0 to {rows - 1} once")
+    if labelled and (in_order[1:] < in_order[:-1]).any():
+        raise ValueError(f"{name} must be the argsort of {prefix}labels")
+
+
+def check_operands(
+    x: Tensor,
+    labels: Tensor,
+    order: Tensor,
+    scale: Tensor,
+    candidates: Tensor | None,
+    candidate_labels: Tensor | None,
+    candidate_order: Tensor | None,
+    self_index: Tensor | None,
+    labelled: bool,
+) -> None:
+    """What every operator begins with; values where they can be read for nothing.
+
+    Args:
+        labelled: whether labels say who is a positive, which those beside a mask do not.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if x.dim() != 2 or x.shape[1] == 0 or not x.is_floating_point():
+        raise ValueError(
+            f"x must be floating-point of shape [rows, D] with D at least 1, got {x.dtype} of shape "
+            f"{list(x.shape)}"
+        )
+    if scale.dim() != 0 or not scale.is_floating_point():
+        raise ValueError(
+            f"scale must be a floating-point tensor of no dimensions, got {scale.dtype} of shape "
+            f"{list(scale.shape)}"
+        )
+    if readable(scale) and not 0 < float(scale) < torch.inf:
+        raise ValueError(f"scale must be finite and greater than 0, got {float(scale)}")
+    if candidates is None and not (candidate_labels is candidate_order is self_index is None):
+        raise ValueError("candidate_labels, candidate_order and self_index go with candidates")
+    sides = [("", x, labels, order)]
+    if candidates is not None:
+        if candidate_labels is None or candidate_order is None:
+            raise ValueError("candidates need candidate_labels and candidate_order")
+        if candidates.shape[1:] != x.shape[1:] or candidates.dtype != x.dtype:
+            raise ValueError(
+                f"candidates must be {x.dtype} of shape [N, {x.shape[1]}] as x is, got {candidates.dtype} of "
+                f"shape {list(candidates.shape)}"
+            )
+        sides.append(("candidate_", candidates, candidate_labels, candidate_order))
+    for prefix, rows, its_labels, its_order in sides:
+        _check_index(f"{prefix}labels", its_labels, rows)
+        _check_index(f"{prefix}order", its_order, rows)
+        if readable(its_order) and rows.shape[0]:
+            _check_order(prefix, its_labels, its_order, labelled)
+    if self_index is None or candidates is None or candidate_labels is None:
+        return
+    _check_index("self_index", self_index, x)
+    if readable(self_index) and self_index.numel():
+        count = candidates.shape[0]
+        if int(self_index.min()) < -1 or int(self_index.max()) >= count:
+            raise ValueError(f"self_index must lie in [-1, {count})")
+        there = self_index >= 0
+        if labelled and (candidate_labels[self_index[there]] != labels[there]).any():
+            raise ValueError("self_index must name a candidate of the anchor's own label")
+
+
+def slices(count: int, size: int) -> list[Slice]:
+    return [(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+class Side:
+    """Rows of one side in label order, in the compute dtype."""
+
+    def __init__(self, rows: Tensor, labels: Tensor, order: Tensor, instances: Tensor | None) -> None:
+        self.order = order
+        self.instances = None if instances is None else instances.index_select(0, order)
+        self.labels = labels.index_select(0, order)
+        self.rows = rows.index_select(0, order).to(compute_dtype(rows))
+        self.tiles = slices(rows.shape[0], _CPU_TILE if rows.device.type == "cpu" else _DEVICE_TILE)
+        self.bounds: list[tuple[int, int]] | None = None
+        if readable(rows):
+            self.bounds = [(int(self.labels[a]), int(self.labels[b - 1])) for a, b in self.tiles]
+
+    def check(self, *columns: Tensor) -> None:
+        """Statistics of the rows, or their gradients."""
+        for column in columns:
+            if column.shape != self.order.shape or not column.is_floating_point():
+                raise ValueError(
+                    "statistics and their gradients must be floating-point of shape "
+                    f"{list(self.order.shape)}, got {column.dtype} of shape {list(column.shape)}"
+                )
+
+    def sort(self, column: Tensor, dtype: torch.dtype) -> Tensor:
+        self.check(column)
+        return column.index_select(0, self.order).to(dtype)
+
+
+class Tile(NamedTuple):
+    """Pairs of anchors ``i`` (rows) and candidates ``j`` (columns); ``same`` is a bool where all agree."""
+
+    i: Slice
+    j: Slice
+    similarity: Tensor
+    same: Tensor | bool  # j is in the positives of i
+    same_back: Tensor | bool  # i is in the positives of j
+    left_out: Tensor | None  # j is i itself
+    instance: Tensor | bool  # j is in A_i, and i in A_j; False where nobody asks
+    diagonal: bool  # both sides are the same rows
+
+
+class Pairs:
+    """All tiles of a problem, in a fixed order."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        order: Tensor,
+        scale: Tensor,
+        candidates: Tensor | None,
+        candidate_labels: Tensor | None,
+        candidate_order: Tensor | None,
+        self_index: Tensor | None,
+        mask: PositiveMask | None,
+        instances: Tensor | None = None,
+        candidate_instances: Tensor | None = None,
+    ) -> None:
+        check_operands(
+            x, labels, order, scale, candidates, candidate_labels, candidate_order, self_index, mask is None
+        )
+        if instances is not None:
+            _check_index("instances", instances, x)
+        if candidate_instances is not None and candidates is not None:
+            _check_index("candidate_instances", candidate_instances, candidates)
+        self.anchors = Side(x, labels, order, instances)
+        self.symmetric = candidates is None
+        if candidates is None:
+            self.candidates = self.anchors
+        else:
+            assert candidate_labels is not None
+            assert candidate_order is not None
+            self.candidates = Side(candidates, candidate_labels, candidate_order, candidate_instances)
+        self.scale = scale.to(self.anchors.rows.dtype)
+        self.self_index = None if self_index is None else self_index.index_select(0, order)
+        self.mask = mask
+
+    def _relation(self, number_i: int, number_j: int) -> Tensor | bool:
+        a, b = self.anchors, self.candidates
+        if a.bounds is not None and b.bounds is not None:
+            (first_i, last_i), (first_j, last_j) = a.bounds[number_i], b.bounds[number_j]
+            if last_i < first_j or last_j < first_i:
+                return False
+            if first_i == last_i == first_j == last_j:
+                return True
+        i, j = a.tiles[number_i], b.tiles[number_j]
+        return a.labels[slice(*i), None] == b.labels[None, slice(*j)]
+
+    def _instance(self, i: Slice, j: Slice, same: Tensor | bool) -> Tensor | bool:
+        a, b = self.anchors.instances, self.candidates.instances
+        if a is None or b is None or same is False:
+            return False
+        alike = a[slice(*i), None] == b[None, slice(*j)]
+        return alike if same is True or self.mask is not None else alike & same
+
+    def _left_out(self, i: Slice, j: Slice) -> Tensor | None:
+        if self.symmetric:
+            if i != j:
+                return None
+            return torch.eye(i[1] - i[0], dtype=torch.bool, device=self.scale.device)
+        if self.self_index is None:
+            return None
+        return self.self_index[slice(*i), None] == self.candidates.order[None, slice(*j)]
+
+    def tiles(self, *, only_positives: bool = False, only_negatives: bool = False) -> Iterator[Tile]:
+        """``only_positives`` (``only_negatives``): leave out tiles known to hold none."""
+        a, b = self.anchors, self.candidates
+        for number_i, i in enumerate(a.tiles):
+            for number_j, j in enumerate(b.tiles):
+                if self.symmetric and number_j < number_i:
+                    continue
+                diagonal = self.symmetric and i == j
+                if self.mask is None:
+                    same = same_back = self._relation(number_i, number_j)
+                    if (only_positives and same is False) or (only_negatives and same is True):
+                        continue
+                    # An anchor and itself share a label.
+                    left_out = None if same is False else self._left_out(i, j)
+                else:
+                    rows = self.mask.rows.index_select(0, a.order[slice(*i)])
+                    columns = self.mask.columns.index_select(0, b.order[slice(*j)])
+                    same = self.mask.mask[rows[:, None], columns[None, :]]
+                    same_back = self.mask.mask[columns[None, :], rows[:, None]] if self.symmetric else same
+                    left_out = self._left_out(i, j)
+                similarity = (a.rows[slice(*i)] @ b.rows[slice(*j)].T).mul_(self.scale)
+                if diagonal:  # s_ij and s_ji are one number: rounded apart, they would not cancel
+                    similarity = similarity.triu() + similarity.triu(1).T
+                instance = self._instance(i, j, same)
+                yield Tile(i, j, similarity, same, same_back, left_out, instance, diagonal)
+
+
+def and_not(keep: Tensor | bool, left_out: Tensor | None) -> Tensor | bool:
+    if keep is False or left_out is None:
+        return keep
+    return ~left_out if keep is True else keep & ~left_out
+
+
+def negated(keep: Tensor | bool) -> Tensor | bool:
+    return not keep if isinstance(keep, bool) else ~keep
+
+
+def zero_unless(values: Tensor, keep: Tensor | bool) -> Tensor:
+    """Select after every multiplication: what is left out may be infinite."""
+    return values if keep is True else torch.where(torch.as_tensor(keep, device=values.device), values, 0.0)
+
+
+def positive_count(mask: PositiveMask, self_index: Tensor | None, symmetric: bool) -> Tensor:
+    """|P_i| under a mask, int64 [M]. ``symmetric``: the candidates are the anchors."""
+    # The columns of one sample share an entry: count each sample once, by how many rows it has.
+    rows_of = torch.zeros(mask.mask.shape[1], dtype=torch.float64, device=mask.mask.device)
+    rows_of.index_add_(0, mask.columns, torch.ones_like(mask.columns, dtype=torch.float64))
+    per_sample = torch.cat(
+        [mask.mask[a:b].to(torch.float64) @ rows_of for a, b in slices(mask.mask.shape[0], 256)]
+        or [rows_of.new_zeros(0)]
+    )
+    count = per_sample.index_select(0, mask.rows).to(torch.int64)
+    if symmetric:
+        return count - mask.mask[mask.rows, mask.columns].to(torch.int64)
+    if self_index is None:
+        return count
+    own = mask.mask[mask.rows, mask.columns[self_index.clamp(min=0)]]
+    return count - (own & (self_index >= 0)).to(torch.int64)

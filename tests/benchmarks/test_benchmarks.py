@@ -1,0 +1,465 @@
+"""The benchmark scripts, run at tiny sizes: what they measure is right, and what is wrong they catch."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import guard  # noqa: E402
+from benchmarks.kernels import bars, cases, compare, measure, oracle, peers, readme_table, run, suite  # noqa: E402
+from pysupcon import functional  # noqa: E402
+from pysupcon.profiling.workload import Inputs  # noqa: E402
+
+TINY = ["--sizes", "256", "--seconds", "0.05"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("results")
+    arguments = ["--cases", "small", "losses", "threads", "rate", "--json", str(folder / "r.json")]
+    implementations = ["--implementations", "pysupcon", "tiled", "written", "metric-learning"]
+    assert run.main([*arguments, *TINY, *implementations, "--plot", str(folder)]) == 0
+    return folder, json.loads((folder / "r.json").read_text(encoding="utf-8"))
+
+
+def test_every_row_is_validated_and_timed(results: tuple[Path, dict[str, Any]]) -> None:
+    _, stored = results
+    measured = [row for row in stored["rows"] if "skipped" not in row]
+    assert {row["loss"] for row in measured} == set(cases.LOSSES)
+    for row in measured:
+        assert row["validated_n"] == 256
+        assert row["loss_error"] < 1e-4
+        assert row["gradient_error"] < 1e-3
+        assert row["forward_s"] > 0
+        assert row["backward_s"] > 0
+        assert row["repetitions"] >= 3
+        assert row["quartiles_s"][0] <= row["both_s"] <= row["quartiles_s"][1]
+
+
+def test_the_machine_and_the_commit_stand_beside_the_numbers(results: tuple[Path, dict[str, Any]]) -> None:
+    machine = results[1]["machine"]
+    assert machine["versions"]["torch"] == torch.__version__.split("+")[0] or "+" in torch.__version__
+    assert machine["cores"] >= 1
+    assert machine["threads"] == torch.get_num_threads()
+    assert machine["processor"]
+    assert machine["commit"] is None or len(machine["commit"].rstrip("+")) == 12
+
+
+def test_others_have_no_such_loss(results: tuple[Path, dict[str, Any]]) -> None:
+    found = {
+        (row["implementation"], row["loss"]): row.get("skipped")
+        for row in results[1]["rows"]
+        if row["case"] == "losses"
+    }
+    assert found["metric-learning", "spread"] == "no spread"
+    assert found["metric-learning", "supcon"] is None
+    assert found["tiled", "cnce"] is None
+    problem = cases.Problem(loss="clip", n=64)
+    assert peers.PEERS["inf-cl"].missing(problem, 2**30) == "no float32"
+    assert peers.PEERS["memeff"].missing(replace(problem, dtype="bfloat16"), 2**30) == "no cpu"
+
+
+def test_bits_do_not_depend_on_threads(results: tuple[Path, dict[str, Any]]) -> None:
+    rows = [r for r in results[1]["rows"] if r["case"] == "threads" and r["implementation"] == "pysupcon"]
+    assert {row["threads"] for row in rows} == {1, 2}
+    for loss in ("supcon", "sincere"):
+        assert len({row["bits"] for row in rows if row["loss"] == loss}) == 1
+    assert len({row["bits"] for row in rows}) == 2
+
+
+def test_rate_is_that_of_the_formula(results: tuple[Path, dict[str, Any]]) -> None:
+    (row,) = [r for r in results[1]["rows"] if "rate_ratio" in r]
+    assert row["case"] == "rate"
+    assert row["rate_ratio"] == pytest.approx(row["rate_flops"] / row["mm_flops"])
+    assert cases.Problem(n=256, dim=128).flops == 4 * 256 * 256 * 128
+
+
+def test_pictures_are_drawn(results: tuple[Path, dict[str, Any]]) -> None:
+    picture = (results[0] / "time.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 10_000
+
+
+def test_a_wrong_loss_is_caught(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def almost(problem: cases.Problem) -> peers.Implementation:
+        def loss(i: Inputs) -> torch.Tensor:
+            right = functional.supcon(i.features, i.labels, temperature=problem.temperature)
+            return right + 1e-3 * right.detach() * (1 + i.features.sum() - i.features.detach().sum())
+
+        return loss
+
+    monkeypatch.setitem(peers.PEERS, "pysupcon", replace(peers.PEERS["pysupcon"], build=almost))
+    arguments = ["--cases", "small", *TINY, "--implementations", "pysupcon"]
+    assert run.main(arguments) == 1
+    output = capsys.readouterr().out
+    assert "FAILED: loss error 1.0e-03 > 2e-06" in output
+    assert "gradient error" in output
+
+
+def test_nan_is_never_within_tolerance() -> None:
+    nan = float("nan")
+    problem = cases.Problem(n=256)
+    expected = oracle.Truth(3.0, torch.ones(256, 128, dtype=torch.float64))
+    for implementation, errors, words in (
+        ("pysupcon", oracle.Errors(nan, 0.0), "loss error nan > 2e-06"),
+        ("written", oracle.Errors(0.0, nan), "gradient error nan > 1e-03"),
+        ("pysupcon", oracle.Errors(1e-6, 1e-6), None),
+    ):
+        assert suite.wrong(implementation, problem, expected, errors) == words
+
+
+def test_a_gradient_that_vanishes_has_an_absolute_bar() -> None:
+    """One sample of two views: SupCon's loss and gradient are 0, what is computed is not quite."""
+    problem = cases.Problem(n=2, dim=8, classes=1)
+    expected = oracle.Truth(0.0, torch.zeros(2, 8, dtype=torch.float64))
+    close = oracle.errors(torch.tensor(1e-8), torch.full((2, 8), 1e-7), expected)
+    assert suite.wrong("pysupcon", problem, expected, close) is None
+    far = oracle.errors(torch.tensor(1e-8), torch.full((2, 8), 1e-4), expected)
+    assert "gradient error 4.0e-04" in str(suite.wrong("pysupcon", problem, expected, far))
+
+
+def test_wide_rows_of_16_bits_are_within_two_roundings() -> None:
+    """What rounding the weights and the result to bfloat16 gives at D = 768, 100 classes: 4.2e-3."""
+    problem = cases.Problem(n=1024, dim=768, dtype="bfloat16")
+    inputs = cases.make_inputs(problem, seed=0)
+    x, expected = inputs.features.detach().double(), oracle.truth(problem, inputs)
+    s = (x @ x.T / problem.temperature).fill_diagonal_(-torch.inf)
+    weights = (s.softmax(1) + s.softmax(1).T) / problem.n
+    rounded = weights.mul(2.0**20).to(torch.bfloat16).double().div(2.0**20)
+    gradient = expected.gradient + (rounded - weights) @ x / problem.temperature
+    found = oracle.errors(torch.tensor(expected.loss), gradient.to(torch.bfloat16), expected)
+    assert found.gradient > 2e-3
+    assert suite.wrong("pysupcon", problem, expected, found) is None
+    doubled = found._replace(gradient=4 * found.gradient)
+    assert suite.wrong("pysupcon", problem, expected, doubled) is not None
+
+
+@pytest.mark.parametrize("loss", cases.LOSSES + cases.TWO_SETS)
+def test_the_truth_in_chunks_is_the_dense_loss(loss: str) -> None:
+    problem = cases.Problem(loss=loss, n=58, dim=9, classes=5, dtype="float64", temperature=0.3)
+    inputs = cases.make_inputs(problem, seed=3)
+    expected = measure.evaluate(peers.PEERS["dense"].build(problem), inputs)
+    found = oracle.truth(problem, inputs, anchors=7)  # 58 = 8 * 7 + 2
+    assert found.loss == pytest.approx(expected.loss.item(), rel=1e-12)
+    torch.testing.assert_close(found.gradient, expected.gradient, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", ["supcon", "sincere", *cases.TWO_SETS])
+def test_what_users_write_is_the_loss(loss: str) -> None:
+    problem = cases.Problem(loss=loss, n=60, dim=8, classes=6, dtype="float64")
+    inputs = cases.make_inputs(problem, seed=0)
+    found = measure.evaluate(peers.PEERS["written"].build(problem), inputs)
+    errors = oracle.errors(*found, oracle.truth(problem, inputs))
+    assert errors.loss < 1e-12
+    assert errors.gradient < 1e-12
+
+
+def test_inputs_are_random_unit_rows_of_two_views() -> None:
+    problem = cases.Problem(n=400, dim=64, classes=10)
+    first, second = cases.make_inputs(problem, 0), cases.make_inputs(problem, 1)
+    assert not torch.equal(first.features, second.features)
+    assert torch.equal(first.features, cases.make_inputs(problem, 0).features)
+    torch.testing.assert_close(first.features.norm(dim=1), torch.ones(400))
+    assert first.labels.bincount().tolist() == [40] * 10
+    assert first.instances.bincount().tolist() == [2] * 200
+    assert torch.equal(first.labels[0::2], first.labels[1::2])
+    assert first.labels[::2].tolist() != sorted(first.labels[::2].tolist())
+
+
+def test_functions_take_turns_until_each_has_its_repetitions() -> None:
+    problem = cases.Problem(n=4, dim=2, classes=1)
+    inputs = [cases.make_inputs(problem, seed) for seed in range(2)]
+    calls: list[tuple[str, int]] = []
+
+    def make(name: str) -> peers.Implementation:
+        def loss(i: Inputs) -> torch.Tensor:
+            calls.append((name, 0 if i is inputs[0] else 1))
+            return i.features.sum()
+
+        return loss
+
+    found, _ = measure.interleaved({"a": make("a"), "b": make("b")}, inputs, seconds=0.0, least=3)
+    assert calls == [("a", 0), ("a", 1), ("b", 0), ("b", 1), *[(n, k % 2) for k in range(3) for n in "ab"]]
+    assert all(len(timing.both) == 3 for timing in found.values())
+
+
+def test_peak_memory_of_fresh_processes() -> None:
+    """The dense loss holds the matrices it says; ours stays below a single one."""
+    problem = cases.Problem(n=2048, dim=64)
+    matrix = 4 * problem.n**2
+    peaks = {
+        name: measure.peak_memory(name, peers.PEERS[name].build(problem), problem)
+        for name in ("pysupcon", "written")
+    }
+    assert peaks["pysupcon"] < matrix / 2
+    # The gradient must be there: so much at least was seen.
+    assert peaks["pysupcon"] > problem.input_bytes / 2
+    assert peaks["written"] == pytest.approx(peers.PEERS["written"].matrices * matrix, rel=0.15)
+
+
+def test_a_row_costs_at_most_80_bytes_beside_its_gradient() -> None:
+    """By the growth from 32k to 64k rows: order, n, p, the gradients of both and of the mean, the weights."""
+    problem = cases.Problem(n=65_536, dim=2, classes=1000)
+    half = problem.smaller(problem.n // 2)
+    ours = peers.PEERS["pysupcon"]
+    large, small = (measure.peak_memory("pysupcon", ours.build(p), p) for p in (problem, half))
+    assert (large - small) / (problem.n - half.n) - 8 <= 80
+
+
+def test_a_process_that_dies_is_reported() -> None:
+    with pytest.raises(MemoryError, match="nobody"):
+        measure.peak_memory("nobody", lambda i: i.features.sum(), cases.Problem(n=4, dim=2))
+
+
+def test_what_does_not_fit_is_left_out_with_the_number() -> None:
+    problem = cases.Problem(n=65_536)
+    assert peers.PEERS["written"].missing(problem, 100 * 2**30) == "needs 146 GiB"
+    assert peers.PEERS["written"].missing(problem, 150 * 2**30) is None
+    assert peers.PEERS["pysupcon"].missing(problem, 2**20) is None
+
+
+def _row(**changes: Any) -> dict[str, Any]:
+    row = {**cases.Problem(n=16_384).to_dict(), "case": "speed", "implementation": "pysupcon", "threads": 2}
+    return row | changes
+
+
+def _stored(*rows: dict[str, Any], processor: str = "a") -> dict[str, Any]:
+    return {"machine": {"processor": processor}, "rows": list(rows)}
+
+
+@pytest.mark.parametrize(
+    ("implementation", "measure_name", "new", "slower"),
+    [
+        ("pysupcon", "both_s", 1.3, True),
+        ("pysupcon", "both_s", 1.2, False),
+        ("pysupcon", "peak_bytes", 1.3, True),
+        ("written", "both_s", 2.0, False),  # theirs cannot regress
+    ],
+)
+def test_compare(implementation: str, measure_name: str, new: float, slower: bool) -> None:
+    old_row = _row(implementation=implementation, **{measure_name: 1.0})
+    new_row = _row(implementation=implementation, **{measure_name: new})
+    found = compare.regressions(_stored(old_row), _stored(new_row))
+    assert found.slower is slower
+    assert ("REGRESSED" in found.text) is slower
+    assert f"{new:.2f}" in found.text
+
+
+def test_compare_looks_at_equal_points_only() -> None:
+    found = compare.regressions(_stored(_row(both_s=1.0)), _stored(_row(both_s=9.0, n=8192)))
+    assert not found.slower
+    assert "no point is in both" in found.text
+    other = compare.regressions(_stored(_row(both_s=1.0), processor="b"), _stored(_row(both_s=1.0)))
+    assert "another machine (b)" in other.text
+
+
+def test_run_fails_on_a_regression(results: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    stored = json.loads(json.dumps(results[1]))
+    for row in stored["rows"]:
+        if "both_s" in row:
+            row["both_s"] /= 1000
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps(stored), encoding="utf-8")
+    arguments = ["--cases", "small", *TINY, "--implementations", "pysupcon", "--compare", str(old)]
+    assert run.main(arguments) == 1
+    assert run.main([*arguments, "--tolerance", "1e9"]) == 0
+
+
+def test_arguments_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["--compare", str(tmp_path / "none.json")]) == 2
+    assert "none.json" in capsys.readouterr().err
+    assert run.main(["--sizes", "255"]) == 2
+    assert "n must be even" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert run.main(["--device", "cuda"]) == 2
+        assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_bars() -> None:
+    rows = [
+        _row(both_s=1.0),
+        _row(implementation="written", both_s=30.0),
+        _row(implementation="compiled", both_s=4.0),
+        _row(case="memory", peak_bytes=2.0**20),
+        _row(case="memory", implementation="written", peak_bytes=2.0**27),
+        _row(case="memory65k", n=65_536, peak_bytes=2.0**20, bytes_a_row=100.0),
+        _row(case="threads", bits="a", threads=1),
+        _row(case="threads", bits="b", threads=2),
+    ]
+    found = {bar.name: bar for bar in bars.measured(rows)}
+    met = [bar.met for bar in found.values()]
+    assert [bar.value for bar in found.values()] == [30.0, 4.0, 128.0, 2.0**20, 100.0, 1.0]
+    assert met == [True, False, True, True, False, False]
+    assert bars.lines(list(found.values()))[2][-1] == "MISSED"
+    assert bars.measured([_row(device="cuda", both_s=1.0)]) == []
+
+
+def test_readme_table(results: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{readme_table.BEGIN}\nold\n{readme_table.END}\nafter\n", encoding="utf-8")
+    arguments = [str(results[0] / "r.json"), "--readme", str(readme)]
+    assert readme_table.main([*arguments, "--check"]) == 1
+    assert "old" in readme.read_text(encoding="utf-8")
+    assert readme_table.main(arguments) == 0
+    text = readme.read_text(encoding="utf-8")
+    assert text.startswith(f"before\n{readme_table.BEGIN}\n")
+    assert text.endswith(f"{readme_table.END}\nafter\n")
+    assert "| **pysupcon** |" in text
+    assert "N = 256" in text
+    assert results[1]["machine"]["processor"] in text
+    assert readme_table.main([*arguments, "--check"]) == 0
+    readme.write_text("no markers", encoding="utf-8")
+    assert readme_table.main(arguments) == 2
+
+
+def test_the_readme_shows_the_stored_results() -> None:
+    stored = [json.loads(path.read_text(encoding="utf-8")) for path in readme_table.RESULTS.glob("*.json")]
+    if not any("schema" in results for results in stored):
+        pytest.skip("no results are stored in benchmarks/results")
+    assert readme_table.main(["--check"]) == 0
+
+
+def _run_with(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, loss: Any, *more: str
+) -> tuple[int, dict[str, Any]]:
+    """Exit status and JSON of run.py where the implementation ``name`` is ``loss``."""
+    monkeypatch.setitem(peers.PEERS, name, replace(peers.PEERS[name], build=lambda problem: loss))
+    path = tmp_path / "r.json"
+    arguments = [*TINY, "--implementations", "pysupcon", name, "tiled", *more, "--json", str(path)]
+    status = run.main(arguments)
+    return status, json.loads(path.read_text(encoding="utf-8"))
+
+
+def _rows(stored: dict[str, Any], implementation: str) -> list[dict[str, Any]]:
+    return [row for row in stored["rows"] if row["implementation"] == implementation]
+
+
+def test_an_implementation_that_fails_does_not_stop_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It raises when it is validated, when it is timed, and for lack of memory."""
+    right = peers.PEERS["written"].build(cases.Problem(n=256))
+    for call, error, words in (
+        (1, ValueError("no such shape\nsecond line"), "ValueError: no such shape"),
+        (3, torch.OutOfMemoryError("tried to allocate 20 GiB"), "out of memory: tried to allocate 20 GiB"),
+    ):
+        calls = []
+
+        def loss(i: Inputs, call: int = call, error: Exception = error, calls: Any = calls) -> torch.Tensor:
+            calls.append(0)
+            if len(calls) >= call:
+                raise error
+            return right(i)
+
+        status, stored = _run_with(monkeypatch, tmp_path, "written", loss, "--cases", "small")
+        assert status == 1
+        assert [row["failed"] for row in _rows(stored, "written")] == [words]
+        for name in ("pysupcon", "tiled"):
+            assert all(row["both_s"] > 0 for row in _rows(stored, name))
+        assert "ended" not in stored
+
+
+@pytest.mark.parametrize(("number", "call"), [(signal.SIGINT, 1), (signal.SIGTERM, 5)])
+def test_a_signal_leaves_what_was_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: signal.Signals, call: int
+) -> None:
+    """In the second of two cases: while it is validated (call 1), and among its repetitions (call 5)."""
+    right = peers.PEERS["written"].build(cases.Problem(n=256))
+    wide: list[int] = []
+
+    def loss(i: Inputs) -> torch.Tensor:
+        if i.features.shape[1] == 64:
+            wide.append(0)
+            if len(wide) == call:
+                os.kill(os.getpid(), number)
+        return right(i)
+
+    status, stored = _run_with(monkeypatch, tmp_path, "written", loss, "--cases", "small", "dims")
+    assert status == 130
+    assert stored["ended"] == f"interrupted by {number.name}"
+    done = [row for row in stored["rows"] if row["dim"] != 64]
+    assert {(row["case"], row["dim"]) for row in done} == {("small", 128), ("dims", 32)}
+    assert all(row["both_s"] > 0 for row in done)
+    cut = [row for row in stored["rows"] if row["dim"] == 64]
+    assert len(cut) == 3
+    if call == 1:
+        assert all(row["failed"] == f"no time: KeyboardInterrupt: {number.name}" for row in cut)
+        assert "loss_error" in cut[0]
+    else:
+        assert all(row["repetitions"] >= 1 and row["both_s"] > 0 for row in cut)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_lost_device_ends_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """After an illegal address every later CUDA call fails: no further row can be measured."""
+    lost: list[int] = []
+    right = peers.PEERS["written"].build(cases.Problem(n=256))
+
+    def loss(i: Inputs) -> torch.Tensor:
+        if i.features.shape[1] == 64:
+            lost.append(0)
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return right(i)
+
+    def check_device() -> None:
+        if lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    # A device that has the CPU's tensors and a GPU's way to die.
+    monkeypatch.setattr(guard, "check_device", check_device)
+    attempt = guard.attempt
+    monkeypatch.setattr(guard, "attempt", lambda call, device: attempt(call, "cuda"))
+    status, stored = _run_with(monkeypatch, tmp_path, "written", loss, "--cases", "dims", "small")
+    assert status == 3
+    assert stored["ended"].startswith("the GPU cannot be used by this process any more: RuntimeError: CUDA")
+    assert len(lost) == 1
+    assert {row["dim"] for row in stored["rows"]} == {32, 64}
+    assert all(row["both_s"] > 0 for row in stored["rows"] if row["dim"] == 32)
+    assert all("illegal memory access" in row["failed"] for row in stored["rows"] if row["dim"] == 64)
+
+
+def test_a_failed_call_holds_no_memory_when_the_device_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its frames, and so its tensors, are gone before the GPU's cache is emptied for the next."""
+    kept: list[weakref.ref[torch.Tensor]] = []
+    alive: list[torch.Tensor | None] = []
+
+    def call() -> None:
+        tensor = torch.ones(3)
+        kept.append(weakref.ref(tensor))
+        raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+
+    monkeypatch.setattr(guard, "check_device", lambda: alive.append(kept[0]()))
+    assert guard.attempt(call, "cuda") == (None, "out of memory: tried to allocate 20 GiB")
+    assert alive == [None]
+
+
+def test_results_are_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "r.json"
+    guard.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        guard.write_json(path, {"a": object()})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": 1}
+    assert [p.name for p in path.parent.iterdir()] == ["r.json"]
+
+
+@pytest.mark.slow
+def test_every_implementation_and_case_at_a_small_size(tmp_path: Path) -> None:
+    arguments = ["--sizes", "512", "--seconds", "0.05", "--json", str(tmp_path / "r.json")]
+    assert run.main([*arguments, "--plot", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["rows"]
+    compiled = [row for row in rows if row["implementation"] == "compiled" and row["case"] == "small"]
+    assert compiled
+    assert all(row["both_s"] > 0 for row in compiled)
+    assert (tmp_path / "memory.png").exists()

@@ -1,0 +1,229 @@
+"""The report's three forms say the same, and its pictures decode and show what they were given."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from pysupcon.reports.pictures import draw_embedding, draw_loss, smoothed
+from pysupcon.reports.report import Metric, Picture, Report, metrics_of
+
+UNITS = {"knn/k=1/accuracy": "fraction", "geometry/spread": "distance"}
+
+
+def report(**changed) -> Report:
+    content = {
+        "title": "Evaluation of a|b",
+        "metrics": {
+            "knn/k=1/accuracy": Metric(0.9512345, "fraction", 0.94, 0.9625),
+            "geometry/spread": Metric(1.23456789, "distance"),
+            "knn/k=5/accuracy": Metric(1.0, "fraction", 1.0, 1.0),
+            "alone": Metric(-3.0),
+        },
+        "metadata": {"seconds": {"knn": 0.125}, "samples": 7, "device": "cpu"},
+        "warnings": ["class collapse"],
+        "pictures": [Picture("embedding.png", "Features")],
+        "confidence": 0.9,
+    }
+    return Report(**(content | changed))
+
+
+def test_results_fold_into_metrics():
+    results = [
+        ("knn/k=1/accuracy", 0.5),
+        ("knn/k=1/accuracy/high", 0.75),
+        ("geometry/spread", 2.0),
+        ("knn/k=1/accuracy/low", 0.25),
+    ]
+    assert metrics_of(results, lambda name: UNITS.get(name, "")) == {
+        "knn/k=1/accuracy": Metric(0.5, "fraction", 0.25, 0.75),
+        "geometry/spread": Metric(2.0, "distance"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("results", "message"),
+    [
+        ([("a", 1.0), ("a", 2.0)], "metric 'a' came twice"),
+        ([("a/low", 1.0)], "metric 'a/low' is the end of an interval, but there is no 'a'"),
+        ([("a", 1.0), ("a/low", 0.0)], "metric 'a': a metric needs both ends of its interval or neither"),
+        ([("a", math.nan)], r"metric 'a': a metric must be finite, got \[nan\]"),
+        (
+            [("a", 1.0), ("a/low", 0.0), ("a/high", math.inf)],
+            r"metric 'a': a metric must be finite, got .*inf",
+        ),
+    ],
+)
+def test_broken_results_are_refused_by_name(results, message):
+    with pytest.raises(ValueError, match=message):
+        metrics_of(results, lambda name: "")
+
+
+def test_json_round_trip_is_exact_and_sorted():
+    text = report().to_json()
+    assert Report.from_json(text) == report()
+    content = json.loads(text)
+    assert list(content) == sorted(content)
+    assert list(content["metrics"]) == sorted(content["metrics"])
+    assert content["metrics"]["knn/k=1/accuracy"] == {
+        "value": 0.9512345,
+        "unit": "fraction",
+        "low": 0.94,
+        "high": 0.9625,
+    }
+    assert text.endswith("}\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"schema": 2}', "a JSON object with schema 1, got 2"),
+        ("[]", "a JSON object with schema 1, got 'list'"),
+        ('{"schema": 1', "Expecting"),
+    ],
+)
+def test_other_json_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        Report.from_json(text)
+
+
+def parse_markdown(text: str) -> dict[str, list[list[str]]]:
+    """Rows of the table under each heading, escapes undone."""
+    tables: dict[str, list[list[str]]] = {}
+    heading = ""
+    for line in text.splitlines():
+        if line.startswith("#"):
+            heading = line.lstrip("# ")
+            tables[heading] = []
+        elif line.startswith("|"):
+            cells = line.replace("\\|", "\0").strip("|").split("|")
+            tables[heading].append([cell.strip().replace("\0", "|") for cell in cells])
+    return {name: rows[2:] for name, rows in tables.items()}
+
+
+def test_markdown_tables_hold_every_number():
+    text = report().to_markdown()
+    tables = parse_markdown(text)
+    assert tables["knn"] == [
+        ["k=1/accuracy", "95.12", "[94.00, 96.25]", "%"],
+        ["k=5/accuracy", "100.00", "[100.00, 100.00]", "%"],
+    ]
+    assert tables["geometry"] == [["spread", "1.235", "", "distance"]]
+    assert tables["alone"] == [["alone", "-3", "", ""]]
+    assert tables["How it was made"] == [["seconds.knn", "0.125"], ["samples", "7"], ["device", "cpu"]]
+    assert "# Evaluation of a\\|b" in text
+    assert "90 % interval" in text
+    assert "> **Warning:** class collapse" in text
+    assert "![Features](embedding.png)" in text
+
+
+def test_markdown_cells_with_pipes_and_breaks_stay_one_cell():
+    odd = report(metrics={"knn/a|b": Metric(1.0, "x\ny")}, metadata={})
+    assert parse_markdown(odd.to_markdown())["knn"] == [["a|b", "1", "", "x y"]]
+
+
+def test_table_is_aligned_and_whole():
+    lines = report().table().splitlines()
+    assert lines[0] == "Evaluation of a|b"
+    rows = {line.split()[0]: line for line in lines[3:]}
+    first, second = rows["k=1/accuracy"], rows["k=5/accuracy"]
+    assert first.split() == ["k=1/accuracy", "95.12", "[94.00,", "96.25]", "%"]
+    assert first.index("95.12") + 5 == second.index("100.00") + 6  # right-aligned
+    assert first.index("%") == second.index("%")
+    # A group stands where its first metric came.
+    heads = [line for line in lines[3:] if not line.startswith(" ")]
+    assert heads == ["knn", "geometry", "alone", "warning: class collapse"]
+    assert all(line == line.rstrip() for line in lines)
+
+
+def test_a_report_without_metrics_still_has_its_forms():
+    empty = Report("nothing", {})
+    assert Report.from_json(empty.to_json()) == empty
+    assert empty.table().startswith("nothing")
+    assert empty.to_markdown().startswith("# nothing")
+
+
+# Pictures
+
+
+def pixels(path) -> np.ndarray:
+    """[H, W, 3] uint8 of a PNG file, decoded by another library than the one that wrote it."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        image.load()
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB"))
+
+
+def count_colour(image: np.ndarray, colour: tuple[int, int, int], slack: int = 60) -> int:
+    return int((np.abs(image.astype(int) - colour).max(axis=2) <= slack).sum())
+
+
+def test_embedding_picture_shows_every_class(tmp_path):
+    points = np.random.default_rng(0).normal(size=(120, 2)) + 8 * np.arange(120)[:, None] // 40
+    fine = np.arange(120) // 40
+    arguments = {"title": "Features", "axes": ("t-SNE 1", "t-SNE 2")}
+    path = tmp_path / "embedding.png"
+    draw_embedding(path, points, fine, fine // 2, **arguments)
+    image = pixels(path)
+    assert image.shape[0] > 500
+    assert image.shape[1] > 800
+    for colour in ((63, 144, 218), (255, 169, 14), (189, 31, 1)):
+        assert count_colour(image, colour) > 300
+    draw_embedding(tmp_path / "again.png", points, fine, fine // 2, **arguments)
+    assert np.array_equal(pixels(tmp_path / "again.png"), image)
+    # Another labelling of the same points is another picture.
+    draw_embedding(tmp_path / "other.png", points, fine[::-1], fine[::-1] // 2, **arguments)
+    assert not np.array_equal(pixels(tmp_path / "other.png"), image)
+
+
+@pytest.mark.parametrize("classes", [1, 10, 100])  # one colour, the last palette with a legend, a gradient
+def test_embedding_picture_of_few_and_many_classes(tmp_path, classes):
+    points = np.random.default_rng(0).normal(size=(200, 2))
+    fine = np.arange(200) % classes
+    path = tmp_path / "embedding.png"
+    names = {label: f"name {label}" for label in range(classes)}
+    draw_embedding(path, points, fine, fine // 5, title="", axes=("", ""), fine_names=names)
+    assert (pixels(path) < 250).any(axis=2).mean() > 0.01
+
+
+def test_embedding_picture_refuses_mismatched_labels(tmp_path):
+    with pytest.raises(ValueError, match=r"got \[3, 2\], \[2\] and \[3\]"):
+        draw_embedding(tmp_path / "x.png", np.zeros((3, 2)), [0, 1], [0, 0, 0], title="", axes=("", ""))
+    assert not list(tmp_path.iterdir())
+
+
+def test_loss_picture_shows_every_curve(tmp_path):
+    steps = np.arange(300)
+    curves = {"contrastive": 5 - steps / 100, "cross_entropy": np.exp(-steps / 100)}
+    draw_loss(tmp_path / "a.png", steps, curves, title="Loss", chance={"contrastive": np.full(300, 5.5)})
+    draw_loss(tmp_path / "b.png", steps, curves, title="Loss")
+    with_chance, without = pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png")
+    for image in (with_chance, without):
+        assert count_colour(image, (63, 144, 218)) > 300
+        assert count_colour(image, (255, 169, 14)) > 300
+    assert not np.array_equal(with_chance, without)
+
+
+@pytest.mark.parametrize("values", [[2.0], [2.0, math.nan, 1.0], [math.nan]])  # one step, a gap, nothing
+def test_loss_picture_of_few_steps(tmp_path, values):
+    draw_loss(tmp_path / "loss.png", range(len(values)), {"loss": values}, title="Loss")
+    assert pixels(tmp_path / "loss.png").shape[2] == 3
+
+
+def test_loss_picture_refuses_a_curve_of_another_length(tmp_path):
+    with pytest.raises(ValueError, match=r"loss 'ce' must have shape \[S\]=\[3\], got \[2\]"):
+        draw_loss(tmp_path / "x.png", [1, 2, 3], {"ce": [0.0, 0.0]}, title="")
+
+
+def test_running_mean():
+    values = np.array([1.0, 2.0, 6.0, 7.0, 9.0])
+    assert smoothed(values, 3) == pytest.approx([1, 3, 5, 22 / 3, 9])
+    assert smoothed(values, 1) == pytest.approx(values)
+    assert smoothed(values, 99) == pytest.approx([1, 3, 5, 22 / 3, 9])  # only the middle could reach further
+    assert smoothed(np.arange(50.0), 9) == pytest.approx(np.arange(50))  # a line stays a line
+    assert smoothed(np.array([]), 3).shape == (0,)

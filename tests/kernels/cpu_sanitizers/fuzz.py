@@ -1,0 +1,103 @@
+"""Calls the raw operators of a sanitized library with valid and with wrong arguments, and counts what comes.
+
+    python fuzz.py LIBRARY NAMESPACE CALLS SEED
+
+Stops with an error at a valid problem that is refused, at a fault that is accepted, and at an error that is
+not a sentence of the library; the sanitizers stop it where memory is read or written outside.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from helpers.raw_operators import DTYPES, FAULTS, FORMS, Values, applied, call, draw, operators
+
+SIZES = [1, 3, 40, 40, 40, 140]
+
+
+def spoil(dice: random.Random, values: Values) -> bool:
+    """Sometimes a number that is no number, or too large: accepted or refused, but never a crash."""
+    if dice.random() < 0.8:
+        return False
+    name = dice.choice(
+        [name for name in ("x", "candidates", "n", "p", "grad_n", "epsilon") if name in values]
+    )
+    bad = dice.choice([float("nan"), float("inf"), -float("inf"), 1e30])
+    if name == "epsilon":
+        values[name] = 1e30
+        return True
+    values[name] = values[name].clone(memory_format=torch.contiguous_format)
+    if values[name].numel():
+        values[name].view(-1)[dice.randrange(values[name].numel())] = bad
+    return True
+
+
+def order_by_class(namespace: str, dice: random.Random) -> None:
+    """Ids of any size; wrong ones are refused."""
+    operator = getattr(torch.ops, namespace).order_by_class
+    count, views = dice.choice(SIZES), dice.choice([1, 2, 3])
+    ids = torch.tensor([dice.randint(-(2 ** dice.choice([2, 8, 63])), 2) for _ in range(count)])
+    order, others = operator(ids, views)
+    rows = ids.repeat_interleave(views)
+    assert torch.equal(order, torch.argsort(rows, stable=True))
+    assert torch.equal(others, (rows[:, None] == rows).sum(1) - 1)
+    for wrong in ((ids.int(), views), (ids[None], views), (ids, -views), (ids, 2**40)):
+        try:
+            operator(*wrong)
+        except ValueError as error:
+            if not str(error).startswith("pysupcon: "):
+                raise
+        else:
+            raise AssertionError(f"accepted: {wrong}")
+
+
+def main(library: str, namespace: str, calls: str, seed: str) -> None:
+    torch.ops.load_library(library)
+    torch.set_num_threads(2)
+    dice, refused, accepted, spoiled = random.Random(int(seed)), Counter[str](), 0, 0
+    taken = operators(namespace)
+    for number in range(int(calls)):
+        name = dice.choice(list(taken))
+        values = draw(dice, dice.choice(FORMS), dice.choice(DTYPES), dice.choice(SIZES))
+        anything = spoil(dice, values)
+        wrong: dict[str, Any] = {}
+        faults = []
+        for fault in dice.sample(FAULTS, dice.choice([0, 8])):
+            changed = applied(fault, taken[name], values)
+            if changed is not None and fault.argument not in wrong and len(faults) < 1 + (number % 8 == 0):
+                wrong[fault.argument] = changed[fault.argument]
+                faults.append(fault)
+        values |= wrong
+        if number % 100 == 0:
+            order_by_class(namespace, dice)
+        try:
+            call(namespace, name, values)
+        except ValueError as error:
+            words = str(error).split("\n")[0]
+            if not words.startswith(("pysupcon: ", "features must be ")):
+                raise
+            if not faults and not anything:
+                raise
+            if len(faults) == 1 and not anything and not re.search(faults[0].message, words):
+                raise
+            refused[re.sub(r"-?\d+", "#", words.split(", got")[0])] += 1
+        else:
+            if faults:
+                raise AssertionError(f"{name} accepted {[fault.name for fault in faults]}")
+            accepted += 1
+            spoiled += anything
+    print(f"{calls} calls: {accepted} accepted ({spoiled} of strange numbers), {refused.total()} refused")
+    for words, count in refused.most_common():
+        print(f"{count:6} {words}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,122 @@
+"""The CPU kernels on exactly allocated memory, and the operators with arguments of any kind, under the
+address and undefined-behaviour sanitizers."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in ("driver", "select", "kernels")]
+DRIVER = ROOT / "tests" / "kernels" / "cpu_sanitizers" / "drive.cpp"
+FUZZ = ROOT / "tests" / "kernels" / "cpu_sanitizers" / "fuzz.py"
+NAMESPACE = "pysupcon_sanitized"
+FLAGS = [
+    "-std=c++20", "-O1", "-g1", "-fPIC", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
+    "-DPYSUPCON_ISA=generic", "-I", str(ROOT / "csrc"), "-Wno-psabi",
+]  # fmt: skip
+
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        shutil.which("g++") is None or platform.system() != "Linux",
+        reason="needs g++ and its sanitizers on Linux",
+    ),
+]
+
+
+def compiled(folder: Path, sources: list[Path], flags: list[str]) -> list[str]:
+    def one(source: Path) -> str:
+        target = folder / f"{source.stem}.o"
+        subprocess.run(["g++", *FLAGS, *flags, "-c", str(source), "-o", str(target)], check=True)
+        return str(target)
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(one, sources))
+
+
+def build(folder: Path, sources: list[Path]) -> Path:
+    objects, program = compiled(folder, sources, []), folder / "drive"
+    subprocess.run(["g++", *FLAGS, *objects, "-o", str(program)], check=True)
+    return program
+
+
+def build_operators(folder: Path, unchecked: bool) -> Path:
+    """A library of the operators under another name. ``unchecked``: an order is taken as it comes."""
+    renamed = {"library.cpp": "TORCH_LIBRARY(pysupcon,", "cpu_glue.cpp": "TORCH_LIBRARY_IMPL(pysupcon,"}
+    for name, registration in renamed.items():
+        text = (ROOT / "csrc" / name).read_text()
+        assert text.count(registration) == 1
+        text = text.replace(registration, registration.replace("pysupcon", NAMESPACE))
+        if unchecked and name == "cpu_glue.cpp":
+            assert "check_order(" in text
+            text = text.replace("check_order(", "static_cast<void>(")
+        (folder / name).write_text(text)
+    glue = [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}", "-fvisibility=hidden"]
+    glue += [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    objects = compiled(folder, SOURCES, []) + compiled(folder, [folder / name for name in renamed], glue)
+    library = folder / "operators.so"
+    link = [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch", "-ltorch_cpu", "-lc10"]
+    subprocess.run(["g++", "-shared", *FLAGS, *objects, *link, "-o", str(library)], check=True)
+    return library
+
+
+def fuzz(library: Path, calls: int, seed: int) -> subprocess.CompletedProcess[str]:
+    # The sanitizers' libraries come first, and that of C++ with them: they look for its throw as they start.
+    names = ("libasan.so", "libubsan.so", "libstdc++.so")
+    found = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+        for name in names
+    ]
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(done.stdout.strip() for done in found),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python keeps what it has
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    command = [sys.executable, str(FUZZ), str(library), NAMESPACE, str(calls), str(seed)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.mark.parametrize("bug", [False, True])
+def test_address_and_undefined_behaviour_sanitizers_are_silent(bug: bool, tmp_path: Path) -> None:
+    """With a bug that was there once, references that are read where none are stored, they are not."""
+    sources = [*SOURCES, DRIVER]
+    if bug:
+        text = SOURCES[0].read_text()
+        guarded = "memory_(count ? new char[count * (wide_ ? 8 : 4)] : nullptr)"
+        assert guarded in text
+        sources[0] = tmp_path / "driver.cpp"
+        sources[0].write_text(text.replace(guarded, "memory_(new char[count * (wide_ ? 8 : 4)])"))
+    done = subprocess.run([build(tmp_path, sources)], capture_output=True, text=True, check=False)
+    if bug:
+        assert "heap-buffer-overflow" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout == "288 cases\n"
+
+
+@pytest.mark.parametrize("unchecked", [False, True])
+def test_operators_read_and_write_inside_whatever_comes(unchecked: bool, tmp_path: Path) -> None:
+    """10,000 calls. Without the check of an order it takes few to find a read outside."""
+    done = fuzz(build_operators(tmp_path, unchecked), 10_000, seed=0)
+    if unchecked:
+        assert "AddressSanitizer" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not done.stderr.count("runtime error"), done.stderr[-3000:]
+    print(done.stdout)
+    counts = re.match(r"10000 calls: (\d+) accepted .*, (\d+) refused", done.stdout)
+    assert counts is not None
+    assert min(map(int, counts.groups())) > 2000
