@@ -111,8 +111,8 @@ inline void check_apart(const at::Tensor& gradient, const char* name, at::ArrayR
                       " must not share memory with another argument");
 }
 
-// Which forms of the backward there are: see pysupcon/pairs/ops.py. column_side: the candidates' own statistics
-// are given.
+// Which forms of the backward there are: see pysupcon/pairs/ops.py. column_side: the candidates' own
+// statistics are given.
 inline void check_form(bool column_side, bool candidates, bool self_index, bool grad_candidates) {
   TORCH_CHECK_VALUE(candidates || (!column_side && !grad_candidates),
                     "pysupcon: grad_candidates and candidate statistics go with candidates");

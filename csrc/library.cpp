@@ -1,5 +1,6 @@
 // The operator schemas of pysupcon, all in one place. Kernels register themselves per device in cpu/ and
-// cuda/; fakes for tracing stand in pysupcon/pairs/ops.py. Contracts (shapes, dtypes, meaning): pysupcon/pairs/ops.py.
+// cuda/; fakes for tracing stand in pysupcon/pairs/ops.py. Contracts (shapes, dtypes, meaning):
+// pysupcon/pairs/ops.py.
 #include <torch/library.h>
 
 #define ROWS "Tensor x, Tensor labels, Tensor order, Tensor scale"

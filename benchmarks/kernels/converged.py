@@ -5,8 +5,8 @@
 A batch converges when views of a sample nearly agree: the loss is then a small difference of large parts. The
 truth is the dense loss in float64 (``pysupcon.pairs.reference``) of the same float32 rows. The peer is the
 dense loss in float32, which rounds every similarity once and takes all parts from it. Errors are the largest
-over the seeds: of the losses of the anchors, root mean square; of the gradient's tangential part (what a step on
-the sphere sees), its norm as a share of 1 / (temperature sqrt(N)), the size of the parts that cancel.
+over the seeds: of the losses of the anchors, root mean square; of the gradient's tangential part (what a step
+on the sphere sees), its norm as a share of 1 / (temperature sqrt(N)), the size of the parts that cancel.
 """
 
 from __future__ import annotations

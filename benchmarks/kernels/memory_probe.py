@@ -2,9 +2,9 @@
 
 PROBLEM is the JSON of :class:`benchmarks.kernels.cases.Problem`. Prints one line of JSON. What is counted is
 the growth of the resident set over the interpreter with torch and the inputs, through one forward and
-backward: the gradient and an implementation's own workspace are in it. Libraries and the threads of torch are warmed
-up by a small dense loss, not by the implementation itself, whose first call is the one that is measured
-(torch.compile excepted: what its compiler takes is no part of the loss).
+backward: the gradient and an implementation's own workspace are in it. Libraries and the threads of torch are
+warmed up by a small dense loss, not by the implementation itself, whose first call is the one that is
+measured (torch.compile excepted: what its compiler takes is no part of the loss).
 """
 
 from __future__ import annotations

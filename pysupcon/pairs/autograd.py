@@ -118,14 +118,14 @@ def _operands(x: Tensor, candidates: Tensor | None, scale: Tensor, pairing: Pair
 
 def statistics(x: Tensor, candidates: Tensor | None, scale: Tensor, plan: Plan) -> tuple[Tensor | None, ...]:
     """The parts of :class:`RowStatistics`; instance_sum and softplus None if the plan does not ask."""
-    ops, pairing = OPERATORS[plan.backend], plan.pairing
+    operators, pairing = OPERATORS[plan.backend], plan.pairing
     rows = _operands(x, candidates, scale, pairing)
-    n, p, positive_sum, instance_sum = ops.pair_stats(
+    n, p, positive_sum, instance_sum = operators.pair_stats(
         *rows, *pairing[5:], plan.negatives, plan.positives, **plan.mask_arguments
     )
     softplus = None
     if plan.epsilon is not None:
-        softplus = ops.positive_softplus(*rows, *_limit(n, plan.epsilon), **plan.mask_arguments)
+        softplus = operators.positive_softplus(*rows, *_limit(n, plan.epsilon), **plan.mask_arguments)
     return n, p, positive_sum, None if pairing.instances is None else instance_sum, softplus
 
 
@@ -177,7 +177,7 @@ def gradients(
 ) -> tuple[Tensor | None, ...]:
     """dL/dx, dL/dcandidates, dL/dscale, None where not needed, from the upstream gradients of
     :class:`RowStatistics`, None where the loss does not depend on a statistic."""
-    ops = OPERATORS[plan.backend]
+    operators = OPERATORS[plan.backend]
     grad_n, grad_p, grad_positive_sum, grad_instance_sum, grad_softplus = grads
     rows = _operands(x, candidates, scale, plan.pairing)
     grad_x = ops.zero_gradients(x)
@@ -185,7 +185,7 @@ def gradients(
     into = grad_x, grad_candidates
     if grad_softplus is not None:
         assert plan.epsilon is not None
-        through_n = ops.positive_softplus_backward(
+        through_n = operators.positive_softplus_backward(
             *rows, *_limit(n, plan.epsilon), grad_softplus, None, None, *into, **plan.mask_arguments
         )
         grad_n = through_n if grad_n is None else grad_n + through_n
@@ -197,7 +197,7 @@ def gradients(
             grad_positive_sum,
             grad_instance_sum if plan.pairing.instances is not None else None,
         )
-        ops.pair_stats_backward(
+        operators.pair_stats_backward(
             *rows,
             *plan.pairing[5:],
             n,

@@ -69,7 +69,7 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run_dir(trained, tmp_path) -> Path:
-    return Path(shutil.copytree(trained, tmp_path / "digits", ignore=shutil.ignore_patterns("evaluate")))
+    return Path(shutil.copytree(trained, tmp_path / "digits", ignore=shutil.ignore_patterns("evaluation")))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -110,7 +110,7 @@ def test_the_whole_evaluation(run_dir, capsys):
     """With the defaults of every evaluator but for k, which the run's config says."""
     assert main(["evaluate", str(run_dir), "--progress", "false"]) == 0
     printed = capsys.readouterr()
-    folder = run_dir / "evaluate"
+    folder = run_dir / "evaluation"
     pictures = {f"{kind}_{level}.png" for kind in ("separation", "curves") for level in ("fine", "coarse")}
     assert set(contents(folder)) == FILES | CONFUSIONS | pictures
     assert not [path for path in run_dir.iterdir() if path.name.startswith(".")]
@@ -150,7 +150,7 @@ def test_the_whole_evaluation(run_dir, capsys):
 def test_the_command_line_overrides_the_run(run_dir, capsys):
     arguments = ["--evaluators", "[knn]", "--knn.temperature", "0.5", "--projection.method", "pca"]
     assert main(["evaluate", str(run_dir), *arguments, "--bootstrap.confidence", "0.8"]) == 0
-    report = Report.from_json((run_dir / "evaluate" / "metrics.json").read_text())
+    report = Report.from_json((run_dir / "evaluation" / "metrics.json").read_text())
     assert set(report.metrics) == {"knn/k=3/fine/accuracy", "knn/k=3/coarse/accuracy"}
     assert report.metadata["arguments"]["knn"] | {"chunk_bytes": 0} == {
         "k": [3],
@@ -162,15 +162,15 @@ def test_the_command_line_overrides_the_run(run_dir, capsys):
 
 def test_evaluating_twice_gives_the_same_numbers_and_drops_what_is_stale(run_dir):
     first = evaluate_run(run_dir, QUICK)
-    outcomes = (run_dir / "evaluate" / "outcomes.safetensors").read_bytes()
+    outcomes = (run_dir / "evaluation" / "outcomes.safetensors").read_bytes()
     (run_dir / "log.jsonl").unlink()
-    (run_dir / "evaluate" / "note.txt").write_text("mine")
+    (run_dir / "evaluation" / "note.txt").write_text("mine")
     second = evaluate_run(str(run_dir), QUICK)
     assert second.metrics == first.metrics
-    assert (run_dir / "evaluate" / "outcomes.safetensors").read_bytes() == outcomes
+    assert (run_dir / "evaluation" / "outcomes.safetensors").read_bytes() == outcomes
     # No log, no curve: said, and the old curve is not left beside the new numbers. A user's own file is.
     assert second.warnings == [f"no loss curve: {run_dir / 'log.jsonl'} is missing"]
-    assert set(contents(run_dir / "evaluate")) == (FILES | CONFUSIONS | {"note.txt"}) - {"loss.png"}
+    assert set(contents(run_dir / "evaluation")) == (FILES | CONFUSIONS | {"note.txt"}) - {"loss.png"}
 
 
 def test_features_are_those_before_the_head_without_augmentation(run_dir):
@@ -192,11 +192,11 @@ def test_collapse_is_shouted(run_dir):
     config = EvaluationConfig(["geometry"], geometry=geometry, projection=QUICK.projection, progress=False)
     report = evaluate_run(run_dir, config)
     assert [warning.partition(":")[0] for warning in report.warnings] == ["complete collapse"]
-    assert "complete collapse" in (run_dir / "evaluate" / "report.md").read_text()
+    assert "complete collapse" in (run_dir / "evaluation" / "report.md").read_text()
     assert "warning: complete collapse" in report.table()
 
 
-# Bad input. An earlier evaluate must survive every failure.
+# Bad input. An earlier evaluation must survive every failure.
 
 
 def break_nothing_there(run_dir: Path) -> str:
@@ -252,7 +252,7 @@ def break_nan_weights(run_dir: Path) -> str:
     ],
 )
 def test_broken_runs_are_named_and_earlier_results_stay(run_dir, breakage, capsys):
-    evaluated = run_dir / "evaluate"
+    evaluated = run_dir / "evaluation"
     evaluated.mkdir()
     (evaluated / "metrics.json").write_text("earlier")
     message = breakage(run_dir)
@@ -265,7 +265,7 @@ def test_broken_runs_are_named_and_earlier_results_stay(run_dir, breakage, capsy
 
 def test_a_failure_at_the_very_end_leaves_the_earlier_evaluation_whole(run_dir, monkeypatch):
     evaluate_run(run_dir, QUICK)
-    before = contents(run_dir / "evaluate")
+    before = contents(run_dir / "evaluation")
 
     def full_disk(*arguments: object) -> None:
         raise OSError("no space left on device")
@@ -273,7 +273,7 @@ def test_a_failure_at_the_very_end_leaves_the_earlier_evaluation_whole(run_dir, 
     monkeypatch.setattr(evaluate, "_save_outcomes", full_disk)
     with pytest.raises(OSError, match="no space left"):
         evaluate_run(run_dir, QUICK)
-    assert contents(run_dir / "evaluate") == before
+    assert contents(run_dir / "evaluation") == before
     assert not [path for path in run_dir.iterdir() if path.name.startswith(".")]
 
 
@@ -308,7 +308,7 @@ def test_bad_arguments_name_the_field(run_dir, capsys, arguments, status, messag
         found = error.code
     assert found == status
     assert message in capsys.readouterr().err
-    assert not (run_dir / "evaluate").exists()
+    assert not (run_dir / "evaluation").exists()
 
 
 def test_the_dispatcher_explains_itself(capsys):

@@ -1,4 +1,4 @@
-"""pysupcon/known_answers.py: right operators pass, and every kind of wrong answer is noticed."""
+"""pysupcon/pairs/known_answers.py: right operators pass, and every kind of wrong answer is noticed."""
 
 from __future__ import annotations
 

@@ -66,8 +66,8 @@ def _order(labels: torch.Tensor, instances: torch.Tensor | None = None) -> torch
 
 def _same(name: str, *arguments: Any, **wanted: bool) -> Any:
     got, want = (
-        added(getattr(ops, name), *arguments, **wanted) if wanted else getattr(ops, name)(*arguments)
-        for ops in (ops, tiled)
+        added(getattr(twin, name), *arguments, **wanted) if wanted else getattr(twin, name)(*arguments)
+        for twin in (ops, tiled)
     )
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
     return got

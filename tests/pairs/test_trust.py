@@ -1,4 +1,4 @@
-"""pysupcon/trust.py without a GPU: which cards a build runs on, and what follows from wrong answers.
+"""pysupcon/pairs/trust.py without a GPU: which cards a build runs on, and what follows from wrong answers.
 
 Cards are the monkeypatched queries of torch.cuda; the "kernels" are operators for CPU tensors; the rows of a
 loss are fake CUDA tensors.
