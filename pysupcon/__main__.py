@@ -1,4 +1,4 @@
-"""``python -m pysupcon COMMAND ...``: runs a module's ``main(arguments) -> status``, imported when used."""
+"""``pysupcon COMMAND``, also as ``python -m pysupcon COMMAND``: run one of the commands."""
 
 from __future__ import annotations
 
@@ -6,29 +6,44 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from pysupcon.commands import program
+
 COMMANDS = {
-    "evaluate": "run the evaluators on a finished run and write its report",
-    "export": "write a finished run's backbone in timm's layout, with a model card",
-    "compare": "compare evaluated runs: paired differences, seeds, tables, pictures",
-    "transfer": "judge a finished run's encoder on another data set",
-    "concatenate": "put the frozen encoders of two runs side by side, as one run",
-    "circle": "show how spread follows alpha and temperature on the circle",
-    "infer-groups": "infer subgroups of the classes from runs, to train with",
-    "profile": "predict and measure what a large batch costs",
+    "evaluate": "run the evaluators on a finished run and write a report",
+    "export": "write a run's backbone in timm's layout, with a model card",
+    "compare": "compare evaluated runs: paired differences, tables, pictures",
+    "transfer": "evaluate a finished run's encoder on another data set",
+    "concatenate": "concatenate the frozen encoders of two runs into one run",
+    "circle": "show how class spread depends on alpha and temperature",
+    "infer-groups": "infer subgroups of the classes, for group-robust training",
+    "profile": "predict and measure time and memory of a large batch",
 }
 
 
 def usage() -> str:
-    """The commands, one a line."""
+    """Return the usage text: one line per command."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name.ljust(width)}  {purpose}" for name, purpose in COMMANDS.items()]
     return "\n".join(
-        ["usage: python -m pysupcon COMMAND ...", "", *lines, "", "COMMAND --help explains its arguments."]
+        [
+            f"usage: {program()} COMMAND ...",
+            "",
+            *lines,
+            "",
+            f"{program()} COMMAND --help explains the arguments of a command.",
+        ]
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit status, 2 where there is no such command."""
+    """Run one command.
+
+    Args:
+        arguments: the command and its arguments; None means ``sys.argv[1:]``.
+
+    Returns:
+        The exit status of the command; 2 if there is no such command.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[0] in ("-h", "--help"):
         print(usage())
@@ -40,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     module = arguments[0].replace("-", "_")
-    return import_module(f"pysupcon.commands.{module}").main(arguments[1:])
+    status: int = import_module(f"pysupcon.commands.{module}").main(arguments[1:])
+    return status
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""The one typed config of a training: composed of the components' own arguments, read from YAML and command
-line."""
+"""The typed config of a training. It is composed of the components' own sections and is read from YAML files
+and the command line."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ class Config:
     """A training run."""
 
     output_dir: str | None = None
-    """Folder of the run. None means runs/NAME, with NAME the config file's, or runs/LOSS-DATASET; a number is
-    added if that folder already holds a run."""
+    """Folder of the run. None means runs/NAME, where NAME is the name of the config file or LOSS-DATASET; a
+    number is appended if that folder already holds a run."""
 
     seed: int = 0
-    """Seed of the initial weights, the batches and the views."""
+    """Seed of the initial weights, the batches and the augmentation."""
 
     evaluate: bool = True
-    """Run the evaluators when the training is done."""
+    """Run the evaluators after the training."""
 
     resume_from_checkpoint: str | None = None
-    """Go on from a checkpoint: latest, its folder, or auto, which is latest if there is one, else the start.
-    Processes that torchrun starts again after one of them died do so of themselves."""
+    """Resume from a checkpoint: the folder of a checkpoint; latest; or auto, which is latest if there is a
+    checkpoint, else a start from the beginning. Processes that torchrun restarts after a failure use auto."""
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -46,16 +46,16 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def resolve(self) -> None:
-        """Refuse values, and combinations of values, that cannot run; write the values that None stands for.
+        """Check the values and their combinations, and replace None by the default that it stands for.
 
         Raises:
-            ConfigError: names the field.
+            ConfigError: a value is not valid; the message names the field.
         """
         for part in (self.data, self.model, self.loss, self.optimizer, self.trainer):
             part.check()
-        if not self.model.concatenated:  # nothing is trained
+        if not self.model.concatenated:  # a concatenation is not trained
             self._check_views()
-            self._check_parts_of_the_loss()
+            self._check_loss_terms()
             self._check_groups()
             self._check_best_by()
         if self.optimizer.warmup_epochs > self.trainer.epochs:
@@ -63,8 +63,18 @@ class Config:
                 f"optimizer.warmup_epochs must be at most trainer.epochs={self.trainer.epochs}, "
                 f"got {self.optimizer.warmup_epochs}"
             )
-        for filled in (self.data, self.model, self.loss, self.optimizer):
-            filled.resolve()
+        for section in (self.data, self.model, self.loss, self.optimizer):
+            section.resolve()
+
+    def as_concatenated_part(self) -> dict[str, Any]:
+        """Return the entry of ``model.concatenated`` that describes this run."""
+        return {
+            "model": asdict(self.model),
+            "loss": asdict(self.loss),
+            "optimizer": asdict(self.optimizer),
+            "epochs": self.trainer.epochs,
+            "final_weights": self.trainer.final_weights,
+        }
 
     def _check_views(self) -> None:
         loss, views = self.loss, self.data.views
@@ -80,8 +90,8 @@ class Config:
         if loss.pairing == "cross" and views != 2:
             raise ConfigError(f"loss.pairing=cross needs data.views of 2, got {views}")
 
-    def _check_parts_of_the_loss(self) -> None:
-        """No head without a weight, no weight without a head."""
+    def _check_loss_terms(self) -> None:
+        """Every head needs a loss weight, and every weight needs a head."""
         loss, model = self.loss, self.model
         if loss.cross_entropy_weight > 0 and not model.classifier:
             raise ConfigError(
@@ -90,8 +100,7 @@ class Config:
             )
         if model.classifier and loss.cross_entropy_weight == 0:
             raise ConfigError(
-                "model.classifier is true, but loss.cross_entropy_weight is 0: the head would never be "
-                "trained"
+                "model.classifier is true, but loss.cross_entropy_weight is 0: the head would not be trained"
             )
         if loss.reconstruction_weight > 0 and model.decoder == "none":
             raise ConfigError(
@@ -101,7 +110,7 @@ class Config:
         if model.decoder != "none" and loss.reconstruction_weight == 0:
             raise ConfigError(
                 f"model.decoder is {model.decoder}, but loss.reconstruction_weight is 0: the decoder would "
-                "never be trained"
+                "not be trained"
             )
         if loss.name != "none":
             return
@@ -114,10 +123,10 @@ class Config:
             raise ConfigError(
                 "model.encoders=two needs a contrastive loss for the first backbone, got loss.name=none"
             )
-        for name, wrong in (("projection", model.projection != "none"), ("normalize", not model.normalize)):
-            if wrong:
+        for name, given in (("projection", model.projection != "none"), ("normalize", not model.normalize)):
+            if given:
                 raise ConfigError(
-                    f"model.{name} has no effect with loss.name=none, for which no row is contrasted: leave "
+                    f"model.{name} has no effect with loss.name=none, which has no contrastive term: leave "
                     "it out"
                 )
 
@@ -152,47 +161,49 @@ def parse_args(args: Sequence[str] | None = None) -> tuple[Config, str]:
     """Read the command line: ``--config FILE.yaml`` (see :func:`compose`) and ``--FIELD VALUE`` overrides.
 
     Args:
-        args: the arguments; None takes ``sys.argv``. ``--help`` and ``--print_config`` print and exit.
+        args: the arguments; None means ``sys.argv[1:]``. ``--help`` and ``--print_config`` print and exit.
 
     Returns:
-        The checked config, and the name of the run: the stem of the config file, or loss-dataset.
+        The resolved config, and the name of the run: the stem of the config file, or loss-dataset.
 
     Raises:
-        ConfigError: an unknown field, a wrong type, a broken file, an impossible combination.
+        ConfigError: a field is unknown, a type is wrong, a file cannot be read, or values contradict each
+            other.
     """
     parser = _parser()
     config, parsed = _instantiate(parser, lambda: parser.parse_args(args))
     if config.model.concatenated:
-        raise ConfigError("model.concatenated describes backbones that are frozen: it cannot be trained")
+        raise ConfigError("model.concatenated describes backbones that are frozen: they cannot be trained")
     files = parsed.get("config") or []
     name = Path(str(files[-1])).stem if files else f"{config.loss.name}-{config.data.dataset}"
     return config, name
 
 
 def compose(path: str | Path) -> dict[str, Any]:
-    """The fields of a config file, on top of those of the files that its ``config`` names.
+    """Read a config file and the files that it extends.
 
-    ``config: FILE``, or ``config: [FILE, FILE]``, relative to the file itself, may stand anywhere in it. The
-    named files come first, in order, then the file's own fields; sections are merged, whatever else is said
-    twice is what is said last. The named files may name files in turn.
+    A file extends others with ``config: FILE`` or ``config: [FILE, FILE]``, with paths relative to the file.
+    The extended files are merged in order, then the file's own fields. Sections are merged recursively; for
+    other fields the last value wins. Extended files may extend files in turn.
 
     Raises:
-        ConfigError: a file is missing, broken, no mapping, or names itself; the message names it.
+        ConfigError: a file is missing, is not YAML, is not a mapping, or extends itself; the message names
+            it.
     """
     return _compose(Path(path), ())
 
 
-def _compose(path: Path, within: tuple[Path, ...]) -> dict[str, Any]:
+def _compose(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
     from jsonargparse import get_loader
 
-    place = path.resolve()
-    if place in within:
+    resolved = path.resolve()
+    if resolved in extending:
         raise ConfigError(f"{path}: config must not lead back to the file itself")
     try:
         own = get_loader("yaml")(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        asked = f" (named by {within[-1]})" if within else ""
-        raise ConfigError(f"{path}{asked} cannot be read as YAML: {_one_line(error)}") from error
+        named_by = f" (named by {extending[-1]})" if extending else ""
+        raise ConfigError(f"{path}{named_by} cannot be read as YAML: {_one_line(error)}") from error
     own = {} if own is None else own
     if not isinstance(own, dict):
         raise ConfigError(f"{path} must hold a mapping of config fields, got {type(own).__name__}")
@@ -202,27 +213,27 @@ def _compose(path: Path, within: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"{path}: config must be a file or a list of files, got {named!r}")
     fields: dict[str, Any] = {}
     for name in named:
-        _merge(fields, _compose(path.parent / name, (*within, place)))
+        _merge(fields, _compose(path.parent / name, (*extending, resolved)))
     _merge(fields, own)
     return fields
 
 
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> None:
-    for key, value in above.items():
-        if isinstance(value, dict) and isinstance(below.get(key), dict):
-            _merge(below[key], value)
+def _merge(fields: dict[str, Any], overrides: dict[str, Any]) -> None:
+    for key, value in overrides.items():
+        if isinstance(value, dict) and isinstance(fields.get(key), dict):
+            _merge(fields[key], value)
         else:
-            below[key] = value
+            fields[key] = value
 
 
 def load_config(path: str | Path) -> Config:
-    """Read a stored config.
+    """Read the config of a run.
 
-    An evaluation section that this version cannot read (a run may be older, or newer, than the evaluators) is
-    warned of; the rest of it, or the defaults, take its place.
+    The run may be older or newer than the evaluators. Unknown fields of its evaluation section are ignored
+    with a warning; a section that is still not valid is replaced by the defaults with a warning.
 
     Raises:
-        ConfigError: the file is missing or broken, or not a valid config; the message names file and field.
+        ConfigError: the file is missing, is not YAML or not a valid config; the message names file and field.
     """
     path = Path(path)
     try:
@@ -235,7 +246,7 @@ def load_config(path: str | Path) -> Config:
     if isinstance(evaluation, dict):
         unknown = _drop_unknown(EvaluationConfig, evaluation, "evaluation")
         if unknown:
-            warnings.warn(f"{path}: {', '.join(unknown)} is unknown and passed over", stacklevel=2)
+            warnings.warn(f"{path}: {', '.join(unknown)} is unknown and ignored", stacklevel=2)
     parser = _parser()
     try:
         return _instantiate(parser, lambda: parser.parse_object(text))[0]
@@ -243,41 +254,41 @@ def load_config(path: str | Path) -> Config:
         if "evaluation" not in str(error) or not text.pop("evaluation", None):
             raise ConfigError(f"{path}: {error}") from error
         config = _instantiate(parser, lambda: parser.parse_object(text))[0]
-        warnings.warn(f"{path}: the defaults are taken for evaluation: {error}", stacklevel=2)
+        warnings.warn(f"{path}: the defaults are used for evaluation: {error}", stacklevel=2)
         return config
 
 
 def to_yaml(config: Config) -> str:
-    """The config with all defaults written out, as :func:`load_config` reads it."""
+    """Return the config as YAML with all defaults, for :func:`load_config`."""
     return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
 
 
 def _drop_unknown(kind: type, values: dict[str, Any], name: str) -> list[str]:
-    """Remove keys that are no fields of a dataclass, in the sections below too; returns their names."""
+    """Remove keys that are not fields of the dataclass ``kind``, recursively; return their names."""
     types = get_type_hints(kind)
     unknown = [key for key in values if key not in types]
     for key in unknown:
         del values[key]
-    found = [f"{name}.{key}" for key in unknown]
+    dropped = [f"{name}.{key}" for key in unknown]
     for key, value in values.items():
         if isinstance(value, dict) and is_dataclass(types[key]):
-            found += _drop_unknown(types[key], value, f"{name}.{key}")
-    return found
+            dropped += _drop_unknown(types[key], value, f"{name}.{key}")
+    return dropped
 
 
-@lru_cache(maxsize=1)  # reading the docstrings takes a while
+@lru_cache(maxsize=1)  # parsing the docstrings is slow
 def _parser() -> Any:
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
         prog="train.py", exit_on_error=False,
-        description="Train a representation with a contrastive loss. Fields come from --config FILE.yaml; "
-        "arguments after it override the file, e.g. --loss.temperature 0.1.",
+        description="Train a representation with a contrastive loss. --config FILE.yaml sets the fields; "
+        "later arguments override the file, e.g. --loss.temperature 0.1.",
     )  # fmt: skip
 
     class ComposedFile(jsonargparse.ActionConfigFile):
-        """What jsonargparse offers for a ``config`` in a file takes one file, and replaces whole sections."""
+        """Like jsonargparse's own action, but a file may extend several files, and sections are merged."""
 
         def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
             self.apply_config(parser, cfg, self.dest, yaml.safe_dump(compose(values), sort_keys=False))
@@ -285,7 +296,7 @@ def _parser() -> Any:
 
     parser.add_argument(
         "--config", action=ComposedFile,
-        help="A YAML file with any of the fields below, and config: the files it extends, relative to it.",
+        help="YAML file with any of the fields below. Its field config names the files that it extends.",
     )  # fmt: skip
     parser.add_class_arguments(Config)
     return parser
@@ -303,21 +314,21 @@ def _instantiate(parser: Any, parse: Any) -> tuple[Config, Any]:
         raise
     except (argparse.ArgumentError, TypeError, KeyError, yaml.YAMLError) as error:
         raise ConfigError(_one_line(error)) from error
-    except ValueError as error:  # of a component that checks itself
+    except ValueError as error:  # only the evaluators raise ValueError
         raise ConfigError(f"evaluation: {_one_line(error)}") from error
     config.resolve()
     return config, parsed
 
 
 def _one_line(error: Exception) -> str:
-    """The message without line breaks, in our words where jsonargparse's hide what matters."""
+    """Return the message on one line; type errors of jsonargparse become "FIELD must be TYPE, got VALUE"."""
     text = " ".join(str(error).split())
-    found = re.match(r'Parser key "(?P<field>[^"]+)": (?P<rest>.*)', text)
-    if found is None:
+    match = re.match(r'Parser key "(?P<field>[^"]+)": (?P<rest>.*)', text)
+    if match is None:
         return text
-    expected = re.findall(r"Expected an? (.+?)(?= - |\. Got| Given|$)", found["rest"])
-    got = re.search(r"(?:Got|Given) value: (.*)", found["rest"])
+    expected = re.findall(r"Expected an? (.+?)(?= - |\. Got| Given|$)", match["rest"])
+    got = re.search(r"(?:Got|Given) value: (.*)", match["rest"])
     if not expected or got is None:
-        return f"{found['field']}: {found['rest']}"
+        return f"{match['field']}: {match['rest']}"
     names = [re.sub(r"<class '(\w+)'>|typing\.", r"\1", name) for name in expected]
-    return f"{found['field']} must be {' or '.join(names)}, got {got[1]!r}"
+    return f"{match['field']} must be {' or '.join(names)}, got {got[1]!r}"

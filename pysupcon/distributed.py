@@ -48,7 +48,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pysupcon.pairs.problem import Block
-from pysupcon.profiling.ranges import named, region
+from pysupcon.ranges import named, region
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -1,27 +1,37 @@
-"""Errors that are the user's to mend: one message, no traceback."""
+"""Errors that the user can fix. The command line prints their message without a traceback."""
 
 from __future__ import annotations
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot run: the message names the field, the contract and what came."""
+    """The config is not valid. The message names the field, the requirement and the value."""
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on, or cannot be read: the message names the file or the step.
+    """A run cannot continue or cannot be read. The message names the file or the step.
 
     Attributes:
-        of_one_process: other processes do not raise it: whichever does must tell.
+        on_one_process: only one process raises the error, so that process must print it.
     """
 
-    of_one_process = False
+    on_one_process = False
 
 
 class Interrupted(RunError):
-    """A training that stopped as it was asked to, its state saved: the message says why and how to go on."""
+    """The training was asked to stop and has saved a checkpoint. The message says why and how to resume."""
 
 
 def check(condition: bool, field: str, contract: str, got: object) -> None:
-    """Raise :class:`ConfigError` ``"<field> must <contract>, got <got>"`` unless ``condition`` holds."""
+    """Check one requirement of a config field.
+
+    Args:
+        condition: whether the requirement holds.
+        field: name of the field.
+        contract: the requirement, e.g. "be greater than 0".
+        got: value of the field.
+
+    Raises:
+        ConfigError: ``condition`` is false; the message is "<field> must <contract>, got <got>".
+    """
     if not condition:
         raise ConfigError(f"{field} must {contract}, got {got!r}")

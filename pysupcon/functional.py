@@ -63,7 +63,7 @@ from pysupcon.pairs.autograd import RowStatistics
 from pysupcon.pairs.checks import check_choice, check_epsilon, check_number, check_temperature
 from pysupcon.pairs.problem import Gather, Problem, prepare
 from pysupcon.pairs.rows import cnce_rows, reduce_rows, sincere_rows, supcon_reduced, supcon_rows
-from pysupcon.profiling.ranges import named
+from pysupcon.ranges import named
 
 if TYPE_CHECKING:
     from pysupcon.pairs.gathered import RowLoss

@@ -1,7 +1,7 @@
 """Train: ``accelerate launch pysupcon/train.py --config configs/FILE.yaml [--FIELD VALUE ...]``.
 
-Also under ``torchrun``, or as plain ``python pysupcon/train.py``. ``--help`` explains every field. Exit
-status: 0 done; 1 the run cannot go on; 2 the config cannot run; 75 stopped as asked, to be resumed.
+``torchrun`` and plain ``python pysupcon/train.py`` work too. ``--help`` explains every field. Exit status: 0
+the run is finished; 1 the run failed; 2 the config is not valid; 75 the run was stopped and can be resumed.
 """
 
 from __future__ import annotations
@@ -11,17 +11,23 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-TRY_AGAIN = 75
-"""sysexits.h: EX_TEMPFAIL."""
+EX_TEMPFAIL = 75
+"""Exit status of an interrupted run, from sysexits.h."""
 
 if __name__ == "__main__":
-    # A file started by its path puts its folder first on sys.path: modules there would hide their namesakes.
+    # Python puts the folder of a script first on sys.path. Modules in it would shadow others of the same
+    # name.
     here = Path(__file__).resolve().parent
     sys.path[:] = [str(here.parent), *(entry for entry in sys.path if Path(entry or ".").resolve() != here)]
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Train and evaluate; returns the exit code. A mistake of the user's gives one line on stderr."""
+    """Train and evaluate; return the exit status. A :class:`ConfigError` or :class:`RunError` is printed as
+    one line on stderr.
+
+    Args:
+        args: the command line; None means ``sys.argv[1:]``.
+    """
     from pysupcon.config import parse_args
     from pysupcon.errors import ConfigError, Interrupted, RunError
 
@@ -33,14 +39,14 @@ def main(args: Sequence[str] | None = None) -> int:
     except Interrupted as stopped:
         if _is_main():
             print(f"train.py: {stopped}", file=sys.stderr)
-        # torchrun would take any other status for a failure and start the processes again
-        return 0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 else TRY_AGAIN
+        # torchrun treats any other status as a failure and restarts the processes.
+        return 0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 else EX_TEMPFAIL
     except (ConfigError, RunError) as error:
-        if _is_main() or getattr(error, "of_one_process", False):
+        if _is_main() or getattr(error, "on_one_process", False):
             print(f"train.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     if config.evaluate and _is_main():
-        from pysupcon.commands.evaluate import evaluate_run
+        from pysupcon.evaluation.evaluate import evaluate_run
 
         try:
             report = evaluate_run(run_dir)
@@ -61,5 +67,5 @@ def _is_main() -> bool:
 
 if __name__ == "__main__":
     if _is_main():
-        print("train.py: starting ...", file=sys.stderr)  # imports take seconds
+        print("train.py: starting ...", file=sys.stderr)  # the imports take seconds
     sys.exit(main())

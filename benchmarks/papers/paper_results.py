@@ -64,8 +64,8 @@ def do(job: Job, runs: Path, arguments: list[str]) -> str:
     import torch
 
     from pysupcon.commands.concatenate import concatenate_runs
-    from pysupcon.commands.evaluate import evaluate_run
     from pysupcon.config import parse_args
+    from pysupcon.evaluation.evaluate import evaluate_run
     from pysupcon.trainer.loop import train
 
     torch.set_num_threads(1)

@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from benchmarks import machine
-from pysupcon.commands.evaluate import FOLDER as EVALUATION
-from pysupcon.commands.evaluate import METRICS_FILE
+from pysupcon.evaluation.evaluate import FOLDER as EVALUATION
+from pysupcon.evaluation.evaluate import METRICS_FILE
 from pysupcon.evaluators import BootstrapConfig, resampled
 from pysupcon.evaluators.bootstrap import percentile_interval, resampled_values
 from pysupcon.reports.evaluated_runs import read_run
@@ -85,8 +85,8 @@ def _folder(name: str, seed: int, runs: Path) -> Path:
 
 
 def _train(name: str, seed: int, runs: Path, *more: str) -> None:
-    from pysupcon.commands.evaluate import evaluate_run
     from pysupcon.config import parse_args
+    from pysupcon.evaluation.evaluate import evaluate_run
     from pysupcon.evaluators import EvaluationConfig, ProjectionConfig, WorstGroupConfig
     from pysupcon.trainer.loop import train
 

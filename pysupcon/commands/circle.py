@@ -1,8 +1,8 @@
-"""``python -m pysupcon circle``: how far a class spreads when points on a circle minimise L_spread.
+"""``pysupcon circle``: how much a class spreads when points on a circle minimise L_spread.
 
-The setting of Thanos's geometry (arXiv 2204.07596) in the smallest dimension: every sample is one point of
-the unit circle, free to move, both of its views at the same place. SupCon and SINCERE pull a class to a
-point; class-conditional InfoNCE pushes its samples apart; alpha and the temperature say who wins.
+This is the setting of Thanos's geometry (arXiv 2204.07596) in two dimensions: every sample is a free point on
+the unit circle, and both of its views are equal. SupCon and SINCERE contract a class to a point, and
+class-conditional InfoNCE separates its samples. Alpha and the temperature control the balance.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pysupcon import functional
+from pysupcon.commands import program
 
 JSON_FILE = "circle.json"
 PICTURE_FILE = "circle.png"
@@ -25,16 +26,16 @@ PICTURE_FILE = "circle.png"
 
 @dataclass
 class CircleConfig:
-    """Points on a circle under (1 - alpha) * base + alpha * class-conditional InfoNCE."""
+    """Points on a circle that minimise (1 - alpha) * base + alpha * class-conditional InfoNCE."""
 
     alphas: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.65, 0.8, 0.95])
-    """Weights of cNCE, in [0, 1]."""
+    """Weights of class-conditional InfoNCE, in [0, 1]."""
 
     temperatures: list[float] = field(default_factory=lambda: [0.1, 0.25, 0.5])
-    """Temperatures, > 0."""
+    """Temperatures, greater than 0."""
 
     base: Literal["sincere", "supcon"] = "sincere"
-    """The other loss."""
+    """The base loss, with weight 1 - alpha."""
 
     classes: int = 3
     """Number of classes, 2 or more."""
@@ -43,19 +44,19 @@ class CircleConfig:
     """Samples of each class, 2 or more."""
 
     steps: int = 400
-    """Steps of Adam; the rate falls along a cosine."""
+    """Steps of Adam, with cosine decay of the learning rate."""
 
     learning_rate: float = 0.05
-    """Of the angles, in radians."""
+    """Learning rate of the angles, in radians."""
 
     seed: int = 0
-    """Of the first angles."""
+    """Seed of the initial angles."""
 
     output: str = "circle"
     """Folder of circle.json and circle.png."""
 
     progress: bool = True
-    """A bar."""
+    """Show a progress bar."""
 
     def __post_init__(self) -> None:
         if not self.alphas or any(not 0 <= alpha <= 1 for alpha in self.alphas):
@@ -71,15 +72,15 @@ class CircleConfig:
 
 @dataclass(frozen=True)
 class Circle:
-    """The points that one alpha and one temperature lead to.
+    """The optimised points for one alpha and one temperature.
 
     Attributes:
-        alpha, temperature: of the loss.
-        loss: at the end.
-        spread: mean distance of a sample to the mean of its class, from 0 (a point) to 1.
-        separation: smallest angle between two class means, degrees.
-        points: [N, 2], samples of a class together.
-        labels: [N].
+        alpha, temperature: parameters of the loss.
+        loss: final loss.
+        spread: mean distance of a sample to its class mean, from 0 (a point) to 1.
+        separation: smallest angle between two class means, in degrees.
+        points: [N, 2], ordered by class.
+        labels: [N] classes.
     """
 
     alpha: float
@@ -92,23 +93,23 @@ class Circle:
 
 
 def on_circle(angles: Tensor) -> Tensor:
-    """[N] angles to points [N, 2]."""
+    """Convert angles [N] to points [N, 2]."""
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
 def _starts(config: CircleConfig) -> list[Tensor]:
-    """First angles [N]: all mixed over the whole circle, and each class near its own place. A low temperature
-    knows local minima."""
+    """Two sets of initial angles [N], because of local minima at low temperatures: uniform, and classes
+    apart."""
     generator = torch.Generator().manual_seed(config.seed)
     count = config.classes * config.samples
-    mixed = 2 * torch.pi * torch.rand(count, generator=generator, dtype=torch.float64)
-    places = 2 * torch.pi * torch.arange(config.classes).double() / config.classes
+    uniform = 2 * torch.pi * torch.rand(count, generator=generator, dtype=torch.float64)
+    centres = 2 * torch.pi * torch.arange(config.classes).double() / config.classes
     noise = torch.randn(count, generator=generator, dtype=torch.float64) / config.classes
-    return [mixed, places.repeat_interleave(config.samples) + noise]
+    return [uniform, centres.repeat_interleave(config.samples) + noise]
 
 
-def settle(config: CircleConfig, alpha: float, temperature: float) -> Circle:
-    """Minimises the loss from seeded random angles; of two starts the one that ends lower is kept."""
+def minimise(config: CircleConfig, alpha: float, temperature: float) -> Circle:
+    """Minimise the loss from two seeded initial positions and return the result with the lower loss."""
     labels = torch.arange(config.classes).repeat_interleave(config.samples)
 
     def loss(angles: Tensor) -> Tensor:
@@ -140,24 +141,24 @@ def settle(config: CircleConfig, alpha: float, temperature: float) -> Circle:
     return Circle(alpha, temperature, value, spread, separation, points.tolist(), labels.tolist())
 
 
-def settle_all(config: CircleConfig) -> list[Circle]:
-    """Every temperature with every alpha."""
+def minimise_all(config: CircleConfig) -> list[Circle]:
+    """Minimise the loss for every temperature and every alpha."""
     grid = [(alpha, temperature) for temperature in config.temperatures for alpha in config.alphas]
     steps: Any = grid
     if config.progress:
         from tqdm import tqdm
 
         steps = tqdm(grid, desc="circle", leave=False, delay=2)
-    return [settle(config, alpha, temperature) for alpha, temperature in steps]
+    return [minimise(config, alpha, temperature) for alpha, temperature in steps]
 
 
 def draw(path: Path, circles: Sequence[Circle], config: CircleConfig) -> None:
-    """A circle for every alpha (columns) and temperature (rows), and the spread against alpha."""
+    """Draw a circle for every alpha (columns) and temperature (rows), and the spread against alpha."""
     import numpy as np
     from matplotlib.figure import Figure
 
     from pysupcon.reports.charts import scatter_circle
-    from pysupcon.reports.pictures import _colours
+    from pysupcon.reports.pictures import palette
 
     rows, columns = len(config.temperatures), len(config.alphas)
     figure = Figure(figsize=(1.9 * columns + 4.2, max(2.1 * rows + 0.6, 3.6)), dpi=120, layout="constrained")
@@ -168,7 +169,7 @@ def draw(path: Path, circles: Sequence[Circle], config: CircleConfig) -> None:
         plot = figure.add_subplot(grid[row, column])
         scatter_circle(plot, np.array(circle.points), np.array(circle.labels), title=title)
     plot = figure.add_subplot(grid[:, columns:])
-    for rank, (colour, temperature) in enumerate(zip(_colours(rows), config.temperatures, strict=True)):
+    for rank, (colour, temperature) in enumerate(zip(palette(rows), config.temperatures, strict=True)):
         spreads = [circle.spread for circle in circles[rank * columns : (rank + 1) * columns]]
         marker = "o^sDvP*X<>"[rank % 10]
         plot.plot(config.alphas, spreads, color=colour, marker=marker, label=f"temperature {temperature:g}")
@@ -181,13 +182,14 @@ def draw(path: Path, circles: Sequence[Circle], config: CircleConfig) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prints a table; writes circle.json and circle.png; returns the exit status."""
+    """Print a table and write circle.json and circle.png; return the exit status."""
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
-        prog="python -m pysupcon circle",
-        description="Points on a circle minimise L_spread: how a class spreads with alpha and temperature.",
+        prog=f"{program()} circle",
+        description="Minimise L_spread over points on a circle and show how class spread depends on alpha "
+        "and temperature.",
     )
     parser.add_class_arguments(CircleConfig)
     try:
@@ -195,7 +197,7 @@ def main(arguments: Sequence[str]) -> int:
     except ValueError as error:
         print(f"pysupcon circle: {error}", file=sys.stderr)
         return 1
-    circles = settle_all(config)
+    circles = minimise_all(config)
     folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     content = {"schema": 1, "config": asdict(config), "circles": [asdict(circle) for circle in circles]}

@@ -1,8 +1,8 @@
-"""``python -m pysupcon compare RUN RUN ...``: evaluated runs against each other, sample by sample.
+"""``pysupcon compare RUN RUN ...``: compare evaluated runs on the same test samples.
 
-Runs whose configs differ in nothing but their seed are one configuration: its figure is the mean over the
-seeds. A difference of two configurations is resampled over the test samples, the same for all runs (a paired
-bootstrap); how much a figure varies from seed to seed is stated beside it.
+Runs whose configs differ only in the seed form one configuration. Its figure is the mean over the seeds, and
+the table shows the standard deviation over the seeds. Confidence intervals of differences come from a paired
+bootstrap: every run is resampled with the same test samples.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pysupcon.commands import program
 from pysupcon.errors import RunError
 from pysupcon.evaluators import BootstrapConfig, resampled, unit_of
 from pysupcon.evaluators.bootstrap import percentile_interval, resampled_values
@@ -30,7 +31,7 @@ from pysupcon.reports.evaluated_runs import (
     configurations,
     read_run,
 )
-from pysupcon.reports.report import _markdown_table
+from pysupcon.reports.report import markdown_table
 
 TABLE_FILE = "compare.md"
 JSON_FILE = "compare.json"
@@ -55,9 +56,9 @@ class Value:
     """A figure of one configuration.
 
     Attributes:
-        mean: over its seeds.
+        mean: mean over the seeds.
         spread: standard deviation over the seeds, None for one seed.
-        low, high: percentile interval of the mean, over the test samples.
+        low, high: bootstrap percentile interval of the mean over the test samples.
         seeds: the figure of each run.
     """
 
@@ -70,28 +71,28 @@ class Value:
 
 @dataclass(frozen=True)
 class Difference:
-    """A figure of one configuration less that of the baseline, with its paired interval."""
+    """A figure of one configuration minus that of the baseline, with its paired bootstrap interval."""
 
     value: float
     low: float
     high: float
 
     @property
-    def sure(self) -> bool:
-        """The interval does not hold 0."""
+    def significant(self) -> bool:
+        """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What :func:`compare` found.
+    """Result of :func:`compare`.
 
     Attributes:
-        configurations: in order.
-        baseline: the name of one of them.
-        values: by figure and configuration.
-        differences: by figure and configuration, without the baseline.
-        confidence: of the intervals.
+        configurations: the configurations in order.
+        baseline: name of the baseline configuration.
+        values: figures by name and configuration.
+        differences: differences to the baseline by name and configuration.
+        confidence: confidence level of the intervals.
     """
 
     configurations: list[Configuration]
@@ -102,14 +103,18 @@ class Comparison:
 
 
 def common_figures(runs: Sequence[EvaluatedRun], patterns: Sequence[str] | None = None) -> list[str]:
-    """Figures that every run has, and that follow from its outcomes, in the first run's order.
+    """Find the figures that every run has and that can be computed from its outcomes.
 
     Args:
-        patterns: regular expressions of which one must be found in the name; None means all figures but
-            those of single classes and groups.
+        runs: the evaluated runs.
+        patterns: regular expressions; a figure is chosen if one of them matches a part of its name. None
+            chooses all figures except those of single classes and groups.
+
+    Returns:
+        The names in the order of the first run.
 
     Raises:
-        RunError: there is none.
+        RunError: there is no such figure.
     """
     shared = [
         name
@@ -121,9 +126,9 @@ def common_figures(runs: Sequence[EvaluatedRun], patterns: Sequence[str] | None 
     else:
         chosen = [name for name in shared if any(re.search(pattern, name) for pattern in patterns)]
     if not chosen:
-        asked = "" if patterns is None else f" that match {list(patterns)}"
+        matching = "" if patterns is None else f" that match {list(patterns)}"
         raise RunError(
-            f"the runs have no figures in common{asked}; evaluate them with the same evaluators. "
+            f"the runs have no figures in common{matching}; evaluate them with the same evaluators. "
             f"Shared by all: {', '.join(shared) or 'nothing'}"
         )
     return chosen
@@ -137,26 +142,30 @@ def compare(
     bootstrap: BootstrapConfig | None = None,
     progress: bool = False,
 ) -> Comparison:
-    """Every configuration's figures, and their paired differences to the baseline's.
+    """Compare the figures of every configuration with those of the baseline.
 
     Args:
-        runs: two or more, tested on the same samples.
-        baseline: a run of the configuration that the others are compared with; None means the first one's.
+        runs: two or more runs with the same test samples.
+        baseline: a run of the baseline configuration; None means the first run.
         figures: regular expressions of names; see :func:`common_figures`.
-        bootstrap: of the intervals.
+        bootstrap: arguments of the intervals.
+        progress: show a progress bar.
+
+    Returns:
+        The figures and their paired differences to the baseline.
 
     Raises:
-        RunError: fewer than two runs, other test samples, no common figure.
+        RunError: there are fewer than two runs, their test samples differ, or they share no figure.
     """
     bootstrap = bootstrap or BootstrapConfig()
-    everybody = list({run.dir.resolve(): run for run in [*runs, *([baseline] if baseline else [])]}.values())
-    if len(everybody) < 2:
-        raise RunError(f"compare needs two or more runs, got {', '.join(str(run.dir) for run in everybody)}")
-    check_same_test_set(everybody)
-    groups = configurations(everybody)
-    reference = baseline or everybody[0]
+    all_runs = list({run.dir.resolve(): run for run in [*runs, *([baseline] if baseline else [])]}.values())
+    if len(all_runs) < 2:
+        raise RunError(f"compare needs two or more runs, got {', '.join(str(run.dir) for run in all_runs)}")
+    check_same_test_set(all_runs)
+    groups = configurations(all_runs)
+    reference = baseline or all_runs[0]
     base = next(group.name for group in groups if reference in group.runs)
-    names = common_figures(everybody, figures)
+    names = common_figures(all_runs, figures)
     values: dict[str, dict[str, Value]] = {}
     differences: dict[str, dict[str, Difference]] = {}
     for name in _bar(names, progress):
@@ -204,7 +213,7 @@ def _value_cell(value: Value, unit: str) -> str:
 def _difference_cell(difference: Difference, unit: str) -> str:
     low, high = _show(difference.low, unit, sign=True), _show(difference.high, unit, sign=True)
     text = f"{_show(difference.value, unit, sign=True)} [{low}, {high}]"
-    return f"**{text}**" if difference.sure else text
+    return f"**{text}**" if difference.significant else text
 
 
 def _heading(name: str) -> str:
@@ -214,7 +223,7 @@ def _heading(name: str) -> str:
 
 
 def to_markdown(comparison: Comparison) -> str:
-    """The tables: headlines with a configuration a row, then every figure with its differences."""
+    """Return the tables: headline figures by configuration, then every figure with its differences."""
     headlines = [name for name in HEADLINES if name in comparison.values] or list(comparison.values)[:6]
     lines = ["# Comparison", ""]
     rows = [
@@ -225,7 +234,7 @@ def to_markdown(comparison: Comparison) -> str:
         )
         for group in comparison.configurations
     ]
-    lines += _markdown_table(("configuration", "seeds", *map(_heading, headlines)), rows)
+    lines += markdown_table(("configuration", "seeds", *map(_heading, headlines)), rows)
     lines += ["", "Mean over the seeds ± their standard deviation.", "", "## Differences", ""]
     others = [group.name for group in comparison.configurations if group.name != comparison.baseline]
     if others:
@@ -238,23 +247,23 @@ def to_markdown(comparison: Comparison) -> str:
             for name in comparison.values
         ]
         header = ("figure", comparison.baseline, *(f"{o} - {comparison.baseline}" for o in others))
-        lines += _markdown_table(header, rows)
+        lines += markdown_table(header, rows)
         lines += [
             "",
             f"Difference of the means over the seeds, with its {100 * comparison.confidence:g} % percentile "
-            "interval over the test samples (paired bootstrap). Bold: the interval does not hold 0.",
+            "interval over the test samples (paired bootstrap). Bold: the interval excludes 0.",
             "",
         ]
     else:
-        lines += ["There is one configuration only: its seeds are averaged, and nothing is compared.", ""]
+        lines += ["There is only one configuration: its seeds are averaged, and nothing is compared.", ""]
     lines += ["## Runs", ""]
     members = ((group.name, ", ".join(run.name for run in group.runs)) for group in comparison.configurations)
-    lines += [*_markdown_table(("configuration", "runs"), members), ""]
+    lines += [*markdown_table(("configuration", "runs"), members), ""]
     return "\n".join(lines)
 
 
 def to_json(comparison: Comparison) -> str:
-    """Everything in full precision, sorted by name."""
+    """Return everything as JSON in full precision, sorted by name."""
     content = {
         "schema": 1,
         "baseline": comparison.baseline,
@@ -276,7 +285,11 @@ def to_json(comparison: Comparison) -> str:
 
 
 def write(comparison: Comparison, folder: Path) -> list[Path]:
-    """compare.json, compare.md and the pictures of the differences, one a unit, into ``folder``."""
+    """Write compare.json, compare.md and one picture of the differences per unit into ``folder``.
+
+    Returns:
+        The paths of the files.
+    """
     from pysupcon.reports.charts import draw_differences
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -300,22 +313,22 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prints the tables and writes them; returns the exit status."""
+    """Print the tables and write them to files; return the exit status."""
     import argparse
 
     parser = argparse.ArgumentParser(
-        prog="python -m pysupcon compare",
-        description="Compare evaluated runs: paired bootstrap differences, seeds of one config as one.",
+        prog=f"{program()} compare",
+        description="Compare evaluated runs: differences with paired bootstrap intervals, means over seeds.",
     )
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folder of an evaluated run")
-    add("--baseline", metavar="RUN", help="what the others are compared with; default: the first run")
-    add("--of", default=EVALUATION, metavar="PART", help="%(default)s, or transfer/NAME, of every run")
+    add("--baseline", metavar="RUN", help="run of the baseline configuration (default: the first run)")
+    add("--of", default=EVALUATION, metavar="PART", help="results to compare: %(default)s or transfer/NAME")
     add("--output", default="comparison", help="folder of the results (default: %(default)s)")
-    add("--figures", nargs="+", metavar="REGEX", help="which; default: all but those of single classes")
-    add("--resamples", type=int, default=1000, help="of the test set (default: %(default)s)")
-    add("--confidence", type=float, default=0.95, help="of the intervals (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of the resamples (default: %(default)s)")
+    add("--figures", nargs="+", metavar="REGEX", help="figures to compare (default: all but single classes)")
+    add("--resamples", type=int, default=1000, help="bootstrap resamples (default: %(default)s)")
+    add("--confidence", type=float, default=0.95, help="confidence level (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the bootstrap (default: %(default)s)")
     parsed = parser.parse_intermixed_args(arguments)
     try:
         bootstrap = BootstrapConfig(parsed.resamples, parsed.confidence, parsed.seed)

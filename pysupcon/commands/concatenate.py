@@ -1,9 +1,9 @@
-"""``python -m pysupcon concatenate RUN RUN --output DIR``: two frozen encoders side by side, as one run.
+"""``pysupcon concatenate RUN RUN --output DIR``: concatenate the frozen encoders of two runs into one run.
 
-Thanos in the form of its paper (Chen et al. 2022, "Perfectly Balanced", arXiv 2204.07596): one backbone
-trained with cross-entropy and L_spread, one with cross-entropy and reconstruction, and judged together. DIR
-is a run that is not trained: config.yaml and model.safetensors, with the configs of both runs beside them.
-Its embedding is that of :class:`pysupcon.models.concatenation.Concatenation`, each part of unit length.
+This gives Thanos as in its paper (Chen et al. 2022, "Perfectly Balanced", arXiv 2204.07596): one backbone is
+trained with cross-entropy and L_spread, the other with cross-entropy and reconstruction, and both are
+evaluated together. DIR is a run without a training: config.yaml, model.safetensors, and the configs of both
+runs. Its embedding is a :class:`pysupcon.models.concatenation.Concatenation` of parts of unit length.
 """
 
 from __future__ import annotations
@@ -11,53 +11,53 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from pysupcon.commands import program
 from pysupcon.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pysupcon.config import Config
     from pysupcon.trainer.run import Run
 
 PARTS = ("first.yaml", "second.yaml")
 FREE = ("root", "download", "workers", "views", "augmentation", "batch_size", "sampler", "groups")
-"""Fields of the data that say how images are read and drawn in training, not which images and labels"""
+"""Fields of the data config that may differ: they do not affect the images, labels and splits."""
 
 
 def concatenate_runs(first: str | Path, second: str | Path, output: str | Path) -> Path:
-    """Write a run whose embedding is that of two finished runs, one after the other.
+    """Write a run whose embedding is the concatenation of the embeddings of two finished runs.
 
     Args:
-        first, second: folders of the runs; data and split must be the same.
-        output: folder to be made; it must not exist, or be empty.
+        first, second: folders of the runs; they must have the same data and splits.
+        output: folder to create; it must not exist or must be empty.
 
     Returns:
         ``output``.
 
     Raises:
-        RunError: a run is not finished or damaged, their data differ, or ``output`` holds something.
-        ConfigError: the config of a run is broken.
+        RunError: a run is not finished or damaged, the data differ, or ``output`` is not empty.
+        ConfigError: the config of a run is not valid.
     """
     from pysupcon.config import Config, to_yaml
     from pysupcon.models import ModelConfig
     from pysupcon.trainer import LossConfig
     from pysupcon.trainer.checkpoint import pack_weights
-    from pysupcon.trainer.files import check_vacant, new_folder
+    from pysupcon.trainer.files import check_new_or_empty, new_folder
     from pysupcon.trainer.run import CONFIG_FILE, WEIGHTS_FILE, build_model, load_run
 
     runs, output = [load_run(first), load_run(second)], Path(output)
-    check_vacant(output)
+    check_new_or_empty(output)
     check_same_data(*runs)
     one = runs[0].config
     config = Config(
         output_dir=str(output),
         seed=one.seed,
         data=replace(one.data),
-        model=ModelConfig(concatenated=[training_of(run.config) for run in runs]),
+        model=ModelConfig(concatenated=[run.config.as_concatenated_part() for run in runs]),
         loss=LossConfig(name="none"),
         evaluation=one.evaluation,
     )
@@ -75,31 +75,21 @@ def concatenate_runs(first: str | Path, second: str | Path, output: str | Path) 
 
 
 def check_same_data(one: Run, other: Run) -> None:
-    """Refuse runs of other images, labels or splits: the test images of one may be the other's training
-    images.
+    """Check that two runs have the same images, labels and splits.
+
+    With different splits, test images of one run could be training images of the other.
 
     Raises:
-        RunError: names the field.
+        RunError: the data differ; the message names the field.
     """
-    mine, theirs = one.config.data, other.config.data
-    for field in fields(mine):
-        values = getattr(mine, field.name), getattr(theirs, field.name)
+    first, second = one.config.data, other.config.data
+    for field in fields(first):
+        values = getattr(first, field.name), getattr(second, field.name)
         if field.name not in FREE and values[0] != values[1]:
             raise RunError(
                 f"the runs must share their data and their split, but data.{field.name} is {values[0]!r} in "
                 f"{one.dir} and {values[1]!r} in {other.dir}"
             )
-
-
-def training_of(config: Config) -> dict[str, Any]:
-    """What ``model.concatenated`` says of a run."""
-    return {
-        "model": asdict(config.model),
-        "loss": asdict(config.loss),
-        "optimizer": asdict(config.optimizer),
-        "epochs": config.trainer.epochs,
-        "final_weights": config.trainer.final_weights,
-    }
 
 
 def _weights(run: Run) -> dict[str, Tensor]:
@@ -109,20 +99,20 @@ def _weights(run: Run) -> dict[str, Tensor]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """``python -m pysupcon concatenate RUN RUN --output DIR``; returns the exit status."""
+    """Write the run; return the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m pysupcon concatenate",
-        description="Put the frozen encoders of two runs of the same data side by side: a run whose "
-        "embedding is both, of unit length each. evaluate, compare, transfer and export take it like any "
-        "other.",
+        prog=f"{program()} concatenate",
+        description="Concatenate the frozen encoders of two runs with the same data. The result is a run "
+        "whose embedding consists of both embeddings, each scaled to unit length. The commands evaluate, "
+        "compare, transfer and export accept it.",
     )
     parser.add_argument("runs", nargs=2, metavar="RUN", help="folder of a finished run")
-    parser.add_argument("--output", required=True, help="folder to be made")
+    parser.add_argument("--output", required=True, help="folder to create")
     given = parser.parse_args(arguments)
     try:
         output = concatenate_runs(given.runs[0], given.runs[1], given.output)
     except (RunError, ConfigError) as error:
         print(f"pysupcon concatenate: {error}", file=sys.stderr)
         return 1
-    print(f"written to {output}; judge it with: python -m pysupcon evaluate {output}")
+    print(f"written to {output}; evaluate it with: {program()} evaluate {output}")
     return 0

@@ -1,8 +1,8 @@
-"""``python -m pysupcon export RUN_DIR --output DIR``: a trained backbone in timm's layout for model hubs.
+"""``pysupcon export RUN --output DIR``: write a trained backbone in timm's layout for model hubs.
 
-DIR gets model.safetensors, config.json and a model card, README.md. Where timm can build the backbone itself,
-``timm.create_model("local-dir:DIR", pretrained=True)`` (or ``hf-hub:...`` once it is uploaded) gives it with
-its weights; else the card says how to load it.
+DIR gets model.safetensors, config.json and a model card, README.md. If timm can build the backbone,
+``timm.create_model("local-dir:DIR", pretrained=True)`` loads it (``hf-hub:...`` after an upload). Otherwise
+the card shows how to load it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pysupcon.commands.concatenate import training_of
+from pysupcon.commands import program
 from pysupcon.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 METRICS = Path("evaluation") / "metrics.json"
-FINAL = {"last": "of the last step", "best": "of the least validation loss", "ema": "averaged"}
+FINAL_WEIGHTS = {
+    "last": "last step",
+    "best": "best checkpoint on the validation split",
+    "ema": "moving average",
+}
 
 
 def export_run(run_dir: str | Path, output: str | Path) -> Path:
@@ -31,21 +35,22 @@ def export_run(run_dir: str | Path, output: str | Path) -> Path:
 
     Args:
         run_dir: folder of the run.
-        output: folder to be made; it must not exist, or be empty.
+        output: folder to create; it must not exist or must be empty.
 
     Returns:
         ``output``.
 
     Raises:
-        RunError: the run is not finished or damaged, its metrics are damaged, or ``output`` holds something.
+        RunError: the run is not finished or damaged, its metrics are damaged, or ``output`` is not empty.
+        ConfigError: the config of the run is not valid.
     """
     from pysupcon.models.spectral import plain_weights
     from pysupcon.trainer.checkpoint import pack_weights
-    from pysupcon.trainer.files import check_vacant, new_folder
+    from pysupcon.trainer.files import check_new_or_empty, new_folder
     from pysupcon.trainer.run import load_run
 
     run, output = load_run(run_dir), Path(output)
-    check_vacant(output)
+    check_new_or_empty(output)
     weights = {name: value.contiguous() for name, value in plain_weights(run.model.backbone).items()}
     metrics = _metrics(run)
     with new_folder(output) as folder:
@@ -56,32 +61,37 @@ def export_run(run_dir: str | Path, output: str | Path) -> Path:
 
 
 def timm_builds(run: Run) -> bool:
-    """Whether timm.create_model builds this backbone: not the small CNN, nor one whose stem was replaced, nor
-    several side by side."""
+    """Return whether timm.create_model can build this backbone.
+
+    It cannot build the small CNN, a backbone with a small stem, or several backbones.
+    """
     model = run.config.model
-    return not (model.backbone == "small_cnn" or model.small_stem or _several(run))
+    return not (model.backbone == "small_cnn" or model.small_stem or _has_several_backbones(run))
 
 
-def _several(run: Run) -> bool:
-    return _two(run.config.model) or bool(run.config.model.concatenated)
+def _has_several_backbones(run: Run) -> bool:
+    return _has_two_encoders(run.config.model) or bool(run.config.model.concatenated)
 
 
-def _built_by(model: ModelConfig) -> dict[str, Any]:
-    """The fields that say how the backbone is built, its weights being plain."""
+def _backbone_arguments(model: ModelConfig) -> dict[str, Any]:
+    """The arguments of ModelConfig that build the backbone."""
     if model.concatenated:
-        return {"concatenated": [{"model": _built_by(part)} for part in model.parts()]}
-    plain = type(model)()
-    named = ("width", "small_stem", "timm_args", "encoders")
-    found = {name: getattr(model, name) for name in named if getattr(model, name) != getattr(plain, name)}
-    return {"backbone": model.backbone, **found, **({"decoder": model.decoder} if _two(model) else {})}
+        return {"concatenated": [{"model": _backbone_arguments(part)} for part in model.parts()]}
+    default = type(model)()
+    optional = ("width", "small_stem", "timm_args", "encoders")
+    given = {
+        name: getattr(model, name) for name in optional if getattr(model, name) != getattr(default, name)
+    }
+    decoder = {"decoder": model.decoder} if _has_two_encoders(model) else {}
+    return {"backbone": model.backbone, **given, **decoder}
 
 
-def _two(model: ModelConfig) -> bool:
+def _has_two_encoders(model: ModelConfig) -> bool:
     return model.encoders == "two"
 
 
 def hub_config(run: Run) -> dict[str, Any]:
-    """config.json of timm's hub layout; for other backbones without "architecture"."""
+    """Return config.json in timm's hub layout; without "architecture" if timm cannot build the backbone."""
     data, model = run.data, run.config.model
     size = [data.channels, data.image_size, data.image_size]
     config: dict[str, Any] = {
@@ -99,18 +109,24 @@ def hub_config(run: Run) -> dict[str, Any]:
         },
     }
     if not timm_builds(run):
-        return config | {"pysupcon": _built_by(model)}
+        return config | {"pysupcon": _backbone_arguments(model)}
     name, _, tag = model.backbone.partition(".")
     arguments = {"in_chans": data.channels, **model.timm_args}
-    first: Any = (
-        run.model.backbone.pretrained_cfg
-    )  # names of the layers that other channels or classes replace
-    config["pretrained_cfg"] |= {key: first[key] for key in ("first_conv", "classifier") if key in first}
+    # timm replaces the layers of these names for other channels or classes.
+    timm_config: Any = run.model.backbone.pretrained_cfg
+    layers = ("first_conv", "classifier")
+    config["pretrained_cfg"] |= {key: timm_config[key] for key in layers if key in timm_config}
     return {"architecture": name, **({"tag": tag} if tag else {}), **config, "model_args": arguments}
 
 
 def model_card(run: Run, metrics: dict[str, Any] | None, name: str) -> str:
-    """README.md: what it is, how to load it, how it was trained, what its evaluation found."""
+    """Return README.md: usage, training and evaluation of the backbone.
+
+    Args:
+        run: the run.
+        metrics: content of its metrics.json; None if the run was not evaluated.
+        name: name of the model.
+    """
     config, data = run.config, run.data
     head = ["---", "tags:", "- image-feature-extraction", "- contrastive-learning", "- pysupcon"]
     head += ["- timm", "library_name: timm"] if timm_builds(run) else []
@@ -127,7 +143,7 @@ def model_card(run: Run, metrics: dict[str, Any] | None, name: str) -> str:
                 f"{part['optimizer']['learning_rate']:g}, {part['epochs']} epochs"
             ),
         ),
-        "weights": _by_part(run, lambda part: FINAL[part["final_weights"]]),
+        "weights": _by_part(run, lambda part: FINAL_WEIGHTS[part["final_weights"]]),
         "images": f"{data.channels} x {data.image_size} x {data.image_size}, scaled to [0, 1], minus "
         f"{_numbers(data.normalize.mean)}, divided by {_numbers(data.normalize.std)}",
         "embedding": f"{run.model.embedding_dim} dimensions",
@@ -136,7 +152,7 @@ def model_card(run: Run, metrics: dict[str, Any] | None, name: str) -> str:
         *head,
         f"# {name}",
         "",
-        f"{_what(run)}, trained by pysupcon.",
+        f"{_summary(run)}, trained by pysupcon.",
         "",
         "## Use",
         "",
@@ -152,29 +168,30 @@ def model_card(run: Run, metrics: dict[str, Any] | None, name: str) -> str:
         "",
     ]
     if metrics is None:
-        lines.append("The run was not evaluated: `python -m pysupcon evaluate RUN_DIR` does so.")
+        lines.append("The run was not evaluated; use `pysupcon evaluate RUN`.")
     else:
         lines += _table(metrics)
     return "\n".join(lines) + "\n"
 
 
-def _what(run: Run) -> str:
+def _summary(run: Run) -> str:
     model = run.config.model
     if model.concatenated:
-        return "Frozen, side by side: " + " and ".join(f"a {part.backbone}" for part in model.parts())
-    return f"Two {model.backbone} side by side" if _two(model) else f"A {model.backbone}"
+        return "Concatenation of " + " and ".join(f"a {part.backbone}" for part in model.parts())
+    return f"Two concatenated {model.backbone}" if _has_two_encoders(model) else f"A {model.backbone}"
 
 
-def _by_part(run: Run, words: Callable[[dict[str, Any]], str]) -> str:
-    """How the run was trained, or each of those that it was put together from."""
+def _by_part(run: Run, describe: Callable[[dict[str, Any]], str]) -> str:
+    """Describe the training of the run, or of each run of a concatenation."""
     config = run.config
     if config.model.concatenated:
-        return "; ".join(f"{words(part)} (part {i})" for i, part in enumerate(config.model.concatenated, 1))
-    return words(training_of(config))
+        parts = enumerate(config.model.concatenated, 1)
+        return "; ".join(f"{describe(part)} (part {i})" for i, part in parts)
+    return describe(config.as_concatenated_part())
 
 
 def _loss(loss: dict[str, Any]) -> str:
-    learned = " (learned from there)" if loss["learnable_temperature"] else ""
+    learned = " (initial value, learned)" if loss["learnable_temperature"] else ""
     parts = (
         [] if loss["name"] == "none" else [f"{loss['name']}, temperature {loss['temperature']:g}{learned}"]
     )
@@ -189,16 +206,16 @@ def _usage(run: Run) -> list[str]:
             "```python",
             "import timm",
             "",
-            'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # FOLDER: of this file',
+            'model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # folder of this file',
             "embedding = model(images)",
             "```",
         ]
-    what = "its stem was replaced for small images" if run.config.model.small_stem else "it is pysupcon's own"
-    if _several(run):
-        what = "it is two side by side"
-    arguments = ", ".join(f"{key}={value!r}" for key, value in _built_by(run.config.model).items())
+    reason = "its stem is for small images" if run.config.model.small_stem else "it is part of pysupcon"
+    if _has_several_backbones(run):
+        reason = "it consists of two backbones"
+    arguments = ", ".join(f"{key}={value!r}" for key, value in _backbone_arguments(run.config.model).items())
     return [
-        f"timm.create_model cannot build this backbone: {what}. With pysupcon installed:",
+        f"timm.create_model cannot build this backbone: {reason}. With pysupcon installed:",
         "",
         "```python",
         "from pysupcon.models import ModelConfig",
@@ -226,7 +243,7 @@ def _metrics(run: Run) -> dict[str, Any] | None:
 
 
 def _table(content: dict[str, Any]) -> list[str]:
-    """The metrics; those of single classes and groups stay in the run's report."""
+    """The table of metrics, without those of single classes and groups."""
     lines = ["| metric | value | unit |", "| --- | --- | --- |"]
     for name, metric in content["metrics"].items():
         if "class=" in name or "group=" in name:
@@ -244,14 +261,14 @@ def _numbers(tensor: Any) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """``python -m pysupcon export RUN_DIR --output DIR``; returns the exit status."""
+    """Write the backbone; return the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m pysupcon export",
-        description="Write the trained backbone of a run in timm's layout: model.safetensors, config.json, "
+        prog=f"{program()} export",
+        description="Write the trained backbone of a run in timm's layout: model.safetensors, config.json "
         "and a model card.",
     )
     parser.add_argument("run_dir", help="folder of a finished run")
-    parser.add_argument("--output", required=True, help="folder to be made")
+    parser.add_argument("--output", required=True, help="folder to create")
     given = parser.parse_args(arguments)
     try:
         output = export_run(given.run_dir, given.output)

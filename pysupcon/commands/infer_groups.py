@@ -1,9 +1,9 @@
-"""``python -m pysupcon infer-groups RUN [RUN ...] --output FILE``: hidden subgroups of the classes.
+"""``pysupcon infer-groups RUN [RUN ...] --output FILE``: infer hidden subgroups of the classes.
 
-The second step of Sohoni et al. 2020 (arXiv 2011.12945), with the features of one run or, as Thanos has them
-(arXiv 2204.07596), of several side by side: within each class of the training split they are reduced and
-clustered, and the clusters are written to a file that ``data.groups`` takes. The validation samples get the
-group of their class that they fit best.
+This is the second step of Sohoni et al. 2020 (arXiv 2011.12945). The features come from one run, or from
+several runs whose features are concatenated, as in Thanos (arXiv 2204.07596). The features of each class of
+the training split are reduced and clustered, and the clusters are written to a file for ``data.groups``. Each
+validation sample is assigned to the best-fitting group of its class.
 """
 
 from __future__ import annotations
@@ -14,54 +14,52 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pysupcon.commands.evaluate import _device, extract_features, open_run
+from pysupcon.commands import program
+from pysupcon.data.bundle import Data
 from pysupcon.data.group_files import Groups, fingerprint, write_groups
 from pysupcon.errors import ConfigError, RunError
+from pysupcon.evaluation.features import extract_features, resolve_device
 from pysupcon.evaluators import SubgroupConfig, infer_groups, recovery
-
-if TYPE_CHECKING:
-    from pysupcon.data.bundle import Data
-    from pysupcon.trainer.run import Run
+from pysupcon.trainer.run import WEIGHTS_FILE, Run, open_run
 
 SPLITS = ("train", "val")
-_DATA = ("dataset", "labels", "split_seed", "val_fraction", "test_fraction", "spurious_rate")
+_RECORDED_DATA_FIELDS = ("dataset", "labels", "split_seed", "val_fraction", "test_fraction", "spurious_rate")
 
 
 @dataclass
 class InferenceArguments:
-    """How groups are inferred."""
+    """Arguments of the inference of groups."""
 
     subgroups: SubgroupConfig = field(default_factory=SubgroupConfig)
-    """Reducing and clustering the features of a class."""
+    """Reduction and clustering of the features of a class."""
 
     batch_size: int = 256
-    """Images the encoder takes at once."""
+    """Images per forward pass of the encoder."""
 
     device: str = "auto"
-    """Where the encoder runs: cpu, cuda, ...; auto is an accelerator if any."""
+    """Device of the encoder: cpu, cuda, ...; auto is the accelerator if there is one, else the CPU."""
 
     progress: bool = True
-    """Bars for what takes seconds."""
+    """Show progress bars."""
 
 
 @dataclass(frozen=True)
 class Inference:
-    """What :func:`infer_from_runs` found.
+    """Result of :func:`infer_from_runs`.
 
     Attributes:
-        groups: as a training takes them.
+        groups: the inferred groups.
         truth: [N] int64, the true group of every training sample.
-        class_names: of the classes, by their labels.
-        group_names: class and fine label of every true group, by its number.
-        silhouettes: of each class, by its label.
-        f1, purity: how well the groups tell the true ones; see
-            :func:`pysupcon.evaluators.recovery`.
+        class_names: names of the classes by label.
+        group_names: class and fine label of every true group by its number.
+        silhouettes: silhouette score of each class by label.
+        f1, purity: agreement with the true groups; see :func:`pysupcon.evaluators.recovery`.
     """
 
     groups: Groups
@@ -73,18 +71,18 @@ class Inference:
     purity: float
 
     def table(self) -> str:
-        """Sizes, silhouettes and recovery, as text."""
+        """Return sizes, silhouettes and recovery as text."""
         lines = [
             f"{'group':>5}  {'samples':>7}  {'silhouette':>10}  {'pure':>6}  class; most frequent true group"
         ]
         for group, label in enumerate(self.groups.parent.tolist()):
             members = self.truth[self.groups.train == group]
             true, counts = members.unique(return_counts=True)
-            most = int(counts.argmax())
+            largest = int(counts.argmax())
             lines.append(
                 f"{group:>5}  {len(members):>7}  {self.silhouettes[label]:>10.3f}  "
-                f"{100 * int(counts[most]) / len(members):>5.1f}%  {self.class_names[label]}; "
-                f"{self.group_names[int(true[most])]}"
+                f"{100 * int(counts[largest]) / len(members):>5.1f}%  {self.class_names[label]}; "
+                f"{self.group_names[int(true[largest])]}"
             )
         lines += [
             "",
@@ -97,33 +95,36 @@ class Inference:
 def infer_from_runs(
     runs: Sequence[Run | str | Path], output: str | Path, arguments: InferenceArguments | None = None
 ) -> Inference:
-    """Groups from the embeddings of finished runs, written to ``output``.
+    """Infer groups from the embeddings of finished runs and write them to ``output``.
 
     Args:
-        runs: one, or several whose embeddings are put side by side (each of unit length, if
-            ``subgroups.normalize``); all trained on the same samples.
-        output: the groups file.
+        runs: one or more runs, all trained on the same samples. The embeddings of several runs are
+            concatenated, each scaled to unit length if ``subgroups.normalize``.
+        output: path of the groups file.
         arguments: None means the defaults.
 
+    Returns:
+        The groups and their agreement with the true groups.
+
     Raises:
-        RunError: a run is not finished or damaged, the runs have other samples, or the file cannot be
+        RunError: a run is not finished or damaged, the runs have different samples, or the file cannot be
             written.
-        ConfigError: a run's config is broken.
+        ConfigError: a run's config is not valid.
     """
     arguments = arguments or InferenceArguments()
     opened = [open_run(run) for run in runs]
     if not opened:
         raise RunError("infer-groups needs a run, got none")
     data = opened[0].data
-    labels = _classes(data)
+    labels = _training_labels(data)
     made_for = {name: fingerprint(data.splits[name], labels[name]) for name in SPLITS}
     for run in opened[1:]:
-        other, theirs = run.data, _classes(run.data)
+        other, other_labels = run.data, _training_labels(run.data)
         for name in SPLITS:
-            if fingerprint(other.splits[name], theirs[name]) != made_for[name]:
+            if fingerprint(other.splits[name], other_labels[name]) != made_for[name]:
                 raise RunError(
-                    f"the runs must have the same {name} samples and classes for their embeddings to be put "
-                    f"side by side; those of {run.dir} are others than those of {opened[0].dir}"
+                    f"the runs must have the same {name} samples and classes to concatenate their "
+                    f"embeddings; those of {run.dir} differ from those of {opened[0].dir}"
                 )
     parts = [_embeddings(run, arguments) for run in opened]
     features = {name: torch.cat([part[name] for part in parts], dim=1) for name in SPLITS}
@@ -134,7 +135,7 @@ def infer_from_runs(
         found.assign(features["val"], labels["val"]),
         found.parent,
         made_from={
-            "data": {name: getattr(data.config, name) for name in _DATA},
+            "data": {name: getattr(data.config, name) for name in _RECORDED_DATA_FIELDS},
             "runs": [_identity(run) for run in opened],
             "subgroups": asdict(arguments.subgroups),
             "silhouettes": found.silhouettes,
@@ -161,15 +162,15 @@ def infer_from_runs(
     )
 
 
-def _classes(data: Data) -> dict[str, Tensor]:
-    """The labels that are trained on, int64 [N] by split."""
+def _training_labels(data: Data) -> dict[str, Tensor]:
+    """The labels that the run was trained on, int64 [N] by split."""
     fine = data.config.labels == "fine"
     return {name: samples.fine if fine else samples.coarse for name, samples in data.splits.items()}
 
 
 def _embeddings(run: Run, arguments: InferenceArguments) -> dict[str, Tensor]:
-    """[N, D] fp64 on the CPU, by split."""
-    device = _device(arguments.device)
+    """Embeddings [N, D] by split, float64 on the CPU."""
+    device = resolve_device(arguments.device)
     backbone, datasets = run.model.to(device).backbone, run.splits()
     features = {}
     for name in SPLITS:
@@ -191,9 +192,7 @@ def _embeddings(run: Run, arguments: InferenceArguments) -> dict[str, Tensor]:
 
 
 def _identity(run: Run) -> dict[str, Any]:
-    """Name, loss and weights of a run: what tells it from others, wherever it lies."""
-    from pysupcon.trainer.run import WEIGHTS_FILE
-
+    """Name, seed, loss and weights checksum: they identify a run independently of its path."""
     weights = hashlib.sha256((run.dir / WEIGHTS_FILE).read_bytes()).hexdigest()
     return {
         "name": run.dir.resolve().name,
@@ -204,17 +203,17 @@ def _identity(run: Run) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prints the groups' table and writes the file; returns the exit status."""
+    """Write the groups file and print its table; return the exit status."""
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
-        prog="python -m pysupcon infer-groups",
+        prog=f"{program()} infer-groups",
         description="Infer subgroups of the classes from the embeddings of one or more finished runs, for "
         "training with data.groups.",
     )
     parser.add_argument("runs", type=str, nargs="+", metavar="RUN", help="folder of a finished run")
-    parser.add_argument("--output", type=str, required=True, metavar="FILE", help="the groups file")
+    parser.add_argument("--output", type=str, required=True, metavar="FILE", help="groups file to write")
     parser.add_class_arguments(InferenceArguments)
     try:
         parsed = parser.instantiate(parser.parse_args(arguments))

@@ -1,14 +1,14 @@
-"""``python -m pysupcon profile``: what a large batch costs, predicted and then measured.
+"""Predict and measure the time and the memory of a large batch.
 
-    python -m pysupcon profile --loss supcon --n 65536 --dim 128
-    python -m pysupcon profile --n 4096 --encoder resnet18 --image-size 32 --chunk 256 --output runs/profile
-    python -m pysupcon profile --n 1048576 --predict
+    pysupcon profile --loss supcon --n 65536 --dim 128
+    pysupcon profile --n 4096 --encoder resnet18 --image-size 32 --chunk 256 --output runs/profile
+    pysupcon profile --n 1048576 --predict
 
-Prints time and peak memory of the loss and, with --encoder, of a training step around it; the table of
-torch.profiler; the largest batch that fits. Writes into --output: profile.json, and of each thing measured a
-Chrome trace (trace.json; chrome://tracing, Perfetto), the operators (operators.txt) and a picture of the
-memory over time (memory.png), on a GPU also the allocator's snapshot (memory_snapshot.pickle, for
-pytorch.org/memory_viz).
+Prints time and peak memory of the loss and, with --encoder, of a training step; the operator table of
+torch.profiler; and the largest batch that fits into memory. Writes profile.json into --output and, for each
+measurement, a Chrome trace (trace.json, for chrome://tracing or Perfetto), the operator table (operators.txt)
+and a picture of the memory over time (memory.png). On a GPU it also writes the allocator's snapshot
+(memory_snapshot.pickle, for pytorch.org/memory_viz).
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from pathlib import Path
 
 import torch
 
+from pysupcon.commands import program
 from pysupcon.errors import ConfigError
 from pysupcon.pairs.checks import BACKENDS
-from pysupcon.profiling.report import Report, text
-from pysupcon.profiling.run import Asked, profile_loss, profile_step
+from pysupcon.profiling.report import Report, format_report
+from pysupcon.profiling.run import ProfileRequest, profile_loss, profile_step
 from pysupcon.profiling.workload import LOSSES, VIEWS
 
 DTYPES = {
@@ -37,47 +38,42 @@ DTYPES = {
 RESULT_FILE = "profile.json"
 
 
-def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
-        prog="python -m pysupcon profile",
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog=f"{program()} profile",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    found.add_argument("--loss", choices=LOSSES, default="supcon")
-    found.add_argument("--n", type=int, required=True, help="rows: all views of all samples (two of each)")
-    found.add_argument("--dim", type=int, default=128, help="dimensions of a row (default %(default)s)")
-    found.add_argument("--classes", type=int, default=100, help="of equal size (default %(default)s)")
-    found.add_argument("--temperature", type=float, default=0.07, help="default %(default)s")
-    found.add_argument("--dtype", choices=DTYPES, default="float32", help="of the rows (default %(default)s)")
-    found.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    found.add_argument(
-        "--backend", choices=BACKENDS, default="auto", help="of the loss (default %(default)s)"
-    )
-    found.add_argument(
-        "--encoder", metavar="NAME", help="small_cnn or a timm model: profile a training step too"
-    )
-    found.add_argument("--image-size", type=int, help="pixels, with --encoder (default 32)")
-    found.add_argument(
-        "--chunk", type=int, help="images per pass of the encoder, with --encoder: gradient caching"
-    )
-    found.add_argument("--predict", action="store_true", help="predict only: run nothing of the full size")
-    found.add_argument(
-        "--output", type=Path, default=Path("runs/profile"), metavar="DIR", help="default %(default)s"
-    )
-    return found
+    add = parser.add_argument
+    add("--loss", choices=LOSSES, default="supcon", help="loss to profile (default %(default)s)")
+    add("--n", type=int, required=True, help="number of rows N: two views of each sample")
+    add("--dim", type=int, default=128, help="dimensions of a row (default %(default)s)")
+    add("--classes", type=int, default=100, help="number of classes of equal size (default %(default)s)")
+    add("--temperature", type=float, default=0.07, help="temperature (default %(default)s)")
+    add("--dtype", choices=DTYPES, default="float32", help="dtype of the rows (default %(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
+    add("--backend", choices=BACKENDS, default="auto", help="backend of the loss (default %(default)s)")
+    add("--encoder", metavar="NAME", help="small_cnn or a timm model: profile a training step too")
+    add("--image-size", type=int, help="image size in pixels, with --encoder (default 32)")
+    add("--chunk", type=int, help="images per forward pass of the encoder (GradCache), with --encoder")
+    add("--predict", action="store_true", help="only predict: do not run the full size")
+    add("--output", type=Path, default=Path("runs/profile"), metavar="DIR", help="default %(default)s")
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
+    """Print the report and write profile.json; return the exit status."""
+    options = build_parser().parse_args(arguments)
     try:
-        asked = _asked(options)
-        report = Report(asked.device, asked.describe(), profile_loss(asked))
-        if asked.encoder is not None:
-            report.step = profile_step(asked, report.loss)
+        request = _request(options)
+        report = Report(request.device, request.describe(), profile_loss(request))
+        if request.encoder is not None:
+            report.step = profile_step(request, report.loss)
     except ConfigError as error:
         print(f"pysupcon profile: {error}", file=sys.stderr)
         return 2
-    print(text(report))
+    print(format_report(report))
     options.output.mkdir(parents=True, exist_ok=True)
     stored = json.dumps(asdict(report), indent=1, default=str) + "\n"
     (options.output / RESULT_FILE).write_text(stored, encoding="utf-8")
@@ -85,11 +81,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _asked(options: argparse.Namespace) -> Asked:
-    """Checked.
+def _request(options: argparse.Namespace) -> ProfileRequest:
+    """Check the command line.
 
     Raises:
-        ConfigError: names the argument.
+        ConfigError: an argument is not valid; the message names it.
     """
     for name in ("dim", "classes", "image_size", "chunk"):
         value = getattr(options, name)
@@ -104,7 +100,7 @@ def _asked(options: argparse.Namespace) -> Asked:
             if getattr(options, name) is not None:
                 raise ConfigError(f"--{name.replace('_', '-')} needs --encoder")
     if options.encoder is not None and options.dtype != "float32":
-        raise ConfigError("--dtype must be float32 with --encoder, whose rows are float32")
+        raise ConfigError("--dtype must be float32 with --encoder: the rows of an encoder are float32")
     try:
         device = torch.device(options.device)
         torch.empty(1, device=device)
@@ -112,7 +108,7 @@ def _asked(options: argparse.Namespace) -> Asked:
         raise ConfigError(
             f"--device {options.device} cannot be used: {str(error).splitlines()[0]}"
         ) from error
-    return Asked(
+    return ProfileRequest(
         loss=options.loss,
         n=options.n,
         dim=options.dim,

@@ -1,7 +1,8 @@
-"""``python -m pysupcon transfer RUN --data.dataset NAME ...``: a finished run's encoder on another data set.
+"""``pysupcon transfer RUN --data.dataset NAME``: evaluate a finished run's encoder on another data set.
 
-The encoder stays frozen; a linear head for the fine labels is chosen on validation samples and trained once
-more on training and validation samples together. The results go to RUN/transfer/NAME.
+The encoder stays frozen. The hyperparameters of a linear head for the fine labels are chosen on the
+validation samples; the head is then trained on the training and validation samples together. The results are
+written to RUN/transfer/NAME.
 """
 
 from __future__ import annotations
@@ -11,24 +12,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from pysupcon.commands.evaluate import (
-    METRICS_FILE,
-    OUTCOMES_FILE,
-    REPORT_FILE,
-    SPLITS,
-    _device,
-    _save_outcomes,
-    extract_features,
-    open_run,
-)
+from pysupcon.commands import program
+from pysupcon.data.bundle import Data, PlainDataset
 from pysupcon.data.config import DataConfig
 from pysupcon.errors import ConfigError, RunError
+from pysupcon.evaluation.evaluate import write_results
+from pysupcon.evaluation.features import SPLITS, extract_features, resolve_device
 from pysupcon.evaluators import (
     BootstrapConfig,
+    FeatureSet,
     FeatureSplits,
     Transfer,
     TransferConfig,
@@ -37,9 +32,7 @@ from pysupcon.evaluators import (
 )
 from pysupcon.reports.charts import draw_confusion
 from pysupcon.reports.report import Picture, Report, metrics_of
-
-if TYPE_CHECKING:
-    from pysupcon.trainer.run import Run
+from pysupcon.trainer.run import Run, open_run
 
 FOLDER = "transfer"
 CONFUSION_FILE = "confusion.png"
@@ -47,37 +40,42 @@ CONFUSION_FILE = "confusion.png"
 
 @dataclass
 class TransferArguments:
-    """Another data set for a frozen encoder."""
+    """Arguments of the transfer to another data set."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    """The data set. Its images are resized to the size that the encoder was trained on; the head learns its
-    fine labels."""
+    """The data set. Its images are resized to the image size of the run; the head is trained on its fine
+    labels."""
 
     probe: TransferConfig = field(default_factory=TransferConfig)
     """The linear head."""
 
     bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
-    """The interval of the accuracy."""
+    """The confidence interval of the accuracy."""
 
     batch_size: int = 256
-    """Images the encoder takes at once."""
+    """Images per forward pass of the encoder."""
 
     device: str = "auto"
-    """Where the encoder runs: cpu, cuda, ...; auto is an accelerator if any."""
+    """Device of the encoder: cpu, cuda, ...; auto is the accelerator if there is one, else the CPU."""
 
     progress: bool = True
-    """Bars for what takes seconds."""
+    """Show progress bars."""
 
 
-def transfer_features(run: Run, arguments: TransferArguments) -> tuple[FeatureSplits, Any]:
-    """Frozen features of the data set's three splits, and its test split.
+def transfer_features(run: Run, arguments: TransferArguments) -> tuple[FeatureSplits, Data]:
+    """Compute the frozen features of another data set.
+
+    Args:
+        run: the run of the encoder.
+        arguments: the data set, batch size and device.
+
+    Returns:
+        Features of the three splits, and the data.
 
     Raises:
-        ConfigError: the data set cannot be read, or has another number of channels than the encoder takes.
-        RunError: the encoder gave something that is not finite.
+        ConfigError: the data set cannot be read, or its number of channels does not fit the encoder.
+        RunError: a feature is not finite.
     """
-    from pysupcon.data.bundle import Data, PlainDataset
-
     config = arguments.data
     size, channels = run.data.image_size, run.data.channels
     if config.image_size not in (None, size):
@@ -94,15 +92,16 @@ def transfer_features(run: Run, arguments: TransferArguments) -> tuple[FeatureSp
             f"data.dataset={config.dataset} has {data.channels} channels, but the encoder of {run.dir} was "
             f"trained on {channels}"
         )
-    device = _device(arguments.device)
+    device = resolve_device(arguments.device)
     backbone = run.model.to(device).backbone
 
     def encode(images: Tensor) -> Tensor:
-        return backbone(images.expand(-1, channels, -1, -1))  # grey images for an encoder of colours
+        embedding: Tensor = backbone(images.expand(-1, channels, -1, -1))  # greyscale to RGB
+        return embedding
 
-    features: dict[str, Any] = {}
+    features: dict[str, FeatureSet] = {}
     for name in SPLITS:
-        # Normalised as the encoder's own training images were, not by the new data's statistics.
+        # The images are normalised by the statistics of the run's training images, not by their own.
         dataset = PlainDataset(
             data.splits[name], size, run.data.normalize, data.coarse_names, data.fine_names
         )
@@ -122,11 +121,18 @@ def transfer_features(run: Run, arguments: TransferArguments) -> tuple[FeatureSp
 
 
 def transfer_run(run: Run | str | Path, arguments: TransferArguments) -> Report:
-    """Judges the run's frozen encoder on another data set and writes RUN/transfer/NAME.
+    """Evaluate the run's frozen encoder on another data set and write RUN/transfer/NAME.
+
+    Args:
+        run: a finished run or its folder.
+        arguments: the data set and the linear head.
+
+    Returns:
+        The report that was written.
 
     Raises:
         RunError, ConfigError: see :func:`transfer_features` and
-            :func:`pysupcon.commands.evaluate.evaluate_run`.
+            :func:`pysupcon.evaluation.evaluate.evaluate_run`.
     """
     run = open_run(run)
     start = time.perf_counter()
@@ -161,24 +167,22 @@ def transfer_run(run: Run | str | Path, arguments: TransferArguments) -> Report:
             "seconds": round(time.perf_counter() - start, 3),
             "arguments": {"data": asdict(arguments.data), "probe": asdict(arguments.probe)},
         },
-        pictures=[Picture(CONFUSION_FILE, f"Confusion of the classes of {dataset} by the linear head.")],
+        pictures=[Picture(CONFUSION_FILE, f"Confusion matrix of the linear head on {dataset}.")],
         confidence=arguments.bootstrap.confidence,
     )
-    _save_outcomes(folder / OUTCOMES_FILE, outcomes)
-    (folder / REPORT_FILE).write_text(report.to_markdown(), encoding="utf-8")
-    (folder / METRICS_FILE).write_text(report.to_json(), encoding="utf-8")
+    write_results(folder, report, outcomes)
     return report
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prints the table; returns the exit status."""
+    """Print the table of results; return the exit status."""
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
-        prog="python -m pysupcon transfer",
-        description="Judge a finished run's frozen encoder on another data set; "
-        f"the results go to RUN/{FOLDER}.",
+        prog=f"{program()} transfer",
+        description="Evaluate a finished run's frozen encoder on another data set and write the results to "
+        f"RUN/{FOLDER}/NAME.",
     )
     parser.add_argument("run_dir", type=str, help="folder of the run")
     parser.add_class_arguments(TransferArguments)

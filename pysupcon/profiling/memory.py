@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work, and how much there is."""
+"""Measure the peak memory of a function, and the free memory."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ _REFERENCES = Path("/proc/self/clear_refs")
 
 
 def peak_bytes(device: torch.device, work: Callable[[], object]) -> int:
-    """Bytes that ``work`` adds at its peak to what is there when it starts.
+    """Return the peak memory of ``work`` in bytes, relative to the memory in use before it.
 
-    On CUDA what torch allocates. Elsewhere resident memory of the process, freed blocks given back to the
-    system first; all of the process's threads count, and libraries that ``work`` is the first to use do too.
+    On CUDA this is memory allocated by torch. Elsewhere it is the resident memory of the process, after freed
+    blocks are returned to the system; it includes libraries that ``work`` loads.
+
+    Args:
+        device: device of the work.
+        work: function to run.
 
     Raises:
-        OSError: there is no /proc to read the resident memory from.
+        OSError: the resident memory cannot be read from /proc.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -31,16 +35,16 @@ def peak_bytes(device: torch.device, work: Callable[[], object]) -> int:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     _return_free_memory()
-    marked = _forget_peak()
+    has_peak = _reset_peak()
     before = resident_bytes()
-    sampler = None if marked else _Sampler()
+    sampler = None if has_peak else _Sampler()
     work()
     peak = resident_bytes("VmHWM") if sampler is None else sampler.finish()
     return max(peak - before, 0)
 
 
 def available_bytes(device: torch.device) -> int:
-    """Free on the device; on the CPU what the system could still give."""
+    """Return the free memory of the device in bytes; for the CPU the available system memory."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     found = re.search(r"^MemAvailable:\s+(\d+) kB$", _read(Path("/proc/meminfo")), re.MULTILINE)
@@ -50,7 +54,8 @@ def available_bytes(device: torch.device) -> int:
 
 
 def resident_bytes(field: str = "VmRSS") -> int:
-    """``VmRSS``: resident now; ``VmHWM``: at most, since the process started or since it was reset."""
+    """Return the resident memory in bytes: ``VmRSS`` is the current value, ``VmHWM`` the peak since its
+    reset."""
     found = re.search(rf"^{field}:\s+(\d+) kB$", _read(_STATUS), re.MULTILINE)
     if found is None:
         raise OSError(f"{_STATUS} has no {field}")
@@ -61,8 +66,8 @@ def _read(path: Path) -> str:
     return path.read_text(encoding="ascii")
 
 
-def _forget_peak() -> bool:
-    """Makes VmHWM start from what is resident now; False where the kernel refuses."""
+def _reset_peak() -> bool:
+    """Reset VmHWM to the current resident memory; return False if the system does not allow it."""
     try:
         _REFERENCES.write_text("5", encoding="ascii")
     except OSError:
@@ -71,7 +76,7 @@ def _forget_peak() -> bool:
 
 
 def _return_free_memory() -> None:
-    """So that freed blocks, which would be used again, are not counted as there already."""
+    """Return freed blocks to the system: their reuse would not show as an increase."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):
@@ -79,7 +84,7 @@ def _return_free_memory() -> None:
 
 
 class _Sampler(threading.Thread):
-    """The highest resident set, looked at every millisecond: for kernels that keep no mark to reset."""
+    """Poll the resident memory every millisecond, for systems where VmHWM cannot be reset."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)

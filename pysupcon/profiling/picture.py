@@ -1,4 +1,4 @@
-"""The memory that torch has allocated, over time, drawn from a trace."""
+"""Draw the memory allocated by torch over time from a trace."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from typing import Any, NamedTuple
 
 _CPU = 0
 _MEMORY_EVENT = "[memory]"
-#: Ranges worth marking above the curve.
 _MARKED = ("pysupcon::loss", "pysupcon::gather", "encoder", "optimizer")
+"""Ranges that are shown in the picture."""
 _BACKWARD = "_RowStatisticsFunctionBackward"
 
 
 class Allocated(NamedTuple):
-    """Of one device, in the order of time."""
+    """Allocated memory of one device over time."""
 
     seconds: list[float]
-    """since the first event"""
+    """Time since the first event."""
     bytes: list[int]
-    """allocated by torch; since the record began on the CPU, in all on other devices"""
+    """Bytes allocated by torch; on the CPU since the start of the record."""
     spans: list[tuple[str, float, float]]
-    """named ranges: name, start, end"""
+    """Named ranges: name, start, end."""
 
 
 def read_allocated(trace: Path, device_type: str) -> Allocated:
-    """From a Chrome trace that torch.profiler wrote with ``profile_memory``."""
+    """Read a Chrome trace of torch.profiler with ``profile_memory``."""
     events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
     found = [event for event in events if event.get("name") == _MEMORY_EVENT and _of(event, device_type)]
     found.sort(key=lambda event: event["ts"])
@@ -34,7 +34,7 @@ def read_allocated(trace: Path, device_type: str) -> Allocated:
     start = found[0]["ts"]
     seconds = [(event["ts"] - start) / 1e6 for event in found]
     if device_type == "cpu":
-        # The CPU's allocator keeps no total: add up what it gave and took.
+        # The CPU allocator does not record totals: sum the allocations and frees.
         total, totals = 0, []
         for event in found:
             total += int(event["args"]["Bytes"])
@@ -61,7 +61,11 @@ def _spans(events: list[dict[str, Any]], start: float) -> list[tuple[str, float,
 
 
 def draw_memory(trace: Path, picture: Path, device_type: str, title: str = "") -> bool:
-    """Draws PNG; False, and no file, where the trace holds no allocation."""
+    """Draw the memory over time as a PNG file.
+
+    Returns:
+        False if the trace holds no allocation; then no file is written.
+    """
     from matplotlib.figure import Figure
 
     found = read_allocated(trace, device_type)
@@ -86,5 +90,5 @@ def draw_memory(trace: Path, picture: Path, device_type: str, title: str = "") -
     return True
 
 
-# Chosen for all kinds of colour vision (Petroff 2021, arXiv 2107.02270).
 _COLOURS = ("#bd1f01", "#832db6", "#94a4a2", "#a96b59", "#ffa90e")
+"""Colours for all kinds of colour vision (Petroff 2021, arXiv 2107.02270)."""

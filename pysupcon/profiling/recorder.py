@@ -1,4 +1,4 @@
-"""torch.profiler around chosen stretches of work, and what is left of it on disk."""
+"""Record selected steps with torch.profiler and write the results to disk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SNAPSHOT_FILE = "memory_snapshot.pickle"
 
 @contextmanager
 def recorded(device: torch.device) -> Iterator[profile]:
-    """Records operators and memory of what happens inside."""
+    """Record the operators and the memory of the block."""
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
@@ -28,14 +28,14 @@ def recorded(device: torch.device) -> Iterator[profile]:
 
 
 def operator_table(found: profile, device: torch.device, rows: int = 25) -> str:
-    """The operators and ranges that took longest."""
+    """Return the table of the slowest operators and ranges."""
     key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    # An operator counts in its range as well: by its own time the table adds up to the whole.
+    # The total time of a range includes its operators. Self times sum up to the whole.
     return found.key_averages().table(sort_by=key, row_limit=rows, max_name_column_width=48)
 
 
 def write_record(found: profile, device: torch.device, folder: Path) -> None:
-    """TRACE_FILE (Chrome, Perfetto), TABLE_FILE and, if it holds what was allocated, MEMORY_FILE."""
+    """Write TRACE_FILE (Chrome, Perfetto), TABLE_FILE and, if the trace holds allocations, MEMORY_FILE."""
     from pysupcon.profiling.picture import draw_memory
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,12 +45,12 @@ def write_record(found: profile, device: torch.device, folder: Path) -> None:
 
 
 class StepRecorder:
-    """Records the steps of a training that were asked for.
+    """Record selected steps of a training.
 
     Args:
-        steps: their numbers, from 1.
-        folder: gets a folder ``step-N`` for each.
-        device: of the training.
+        steps: numbers of the steps, from 1.
+        folder: parent of the folders ``step-N``.
+        device: device of the training.
     """
 
     def __init__(self, steps: Sequence[int], folder: Path, device: torch.device) -> None:
@@ -60,7 +60,7 @@ class StepRecorder:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around one step."""
+        """Context manager around step ``number``; records it if it is selected."""
         if number not in self.steps:
             yield
             return

@@ -1,4 +1,4 @@
-"""What a profile found, and its text."""
+"""Results of a profile and their text form."""
 
 from __future__ import annotations
 
@@ -9,48 +9,48 @@ import torch
 
 @dataclass
 class Cost:
-    """Seconds and bytes; None where a thing has no such part."""
+    """Seconds and bytes. A training step has no separate forward and backward."""
 
     forward: float | None
     backward: float | None
     both: float
     peak_bytes: float
-    """added to the inputs (and the weights) at the peak"""
+    """Peak memory in addition to the inputs and the weights."""
 
 
 @dataclass
 class Largest:
-    """The batch that fits."""
+    """The largest batch that fits into memory."""
 
     available_bytes: int
     rows: int
     seconds: float
-    """predicted"""
+    """Predicted time."""
     bytes_a_row: float
-    """of peak memory and inputs"""
+    """Peak memory and inputs per row."""
     dense_bytes_a_pair: float | None
-    """measured, of the dense reference"""
+    """Measured memory of the dense reference per pair of rows."""
     dense_rows: int | None = None
 
 
 @dataclass
 class Profile:
-    """Of a loss, or of a training step."""
+    """Profile of a loss or of a training step."""
 
     calibrated_rows: tuple[int, int]
     flops: float
-    """4 u of the loss"""
+    """Floating-point operations of the loss (4 u)."""
     predicted: Cost
     largest: Largest
     measured: Cost | None = None
     table: str | None = None
     recorded_rows: int | None = None
-    """of the trace, where they are not N"""
+    """Rows of the trace if they differ from N."""
 
 
 @dataclass
 class Report:
-    """Of one command."""
+    """Results of one command; ``asked`` describes its arguments."""
 
     device: torch.device
     asked: str
@@ -58,8 +58,8 @@ class Report:
     step: Profile | None = None
 
 
-def text(report: Report) -> str:
-    """For a terminal."""
+def format_report(report: Report) -> str:
+    """Return the report as text for a terminal."""
     parts = [f"{report.asked}, on {_device(report.device)}", "", *_profile("loss", report.loss)]
     if report.step is not None:
         parts += ["", *_profile("training step", report.step)]
@@ -93,14 +93,14 @@ def _profile(name: str, found: Profile) -> list[str]:
 
 def _largest(found: Largest) -> list[str]:
     line = (
-        f"  largest batch in the {_memory(found.available_bytes)} that are free: {found.rows:,} rows "
-        f"({found.bytes_a_row:,.0f} bytes a row with its input), {_seconds(found.seconds)}"
+        f"  largest batch in {_memory(found.available_bytes)} of free memory: {found.rows:,} rows "
+        f"({found.bytes_a_row:,.0f} bytes per row with its input), {_seconds(found.seconds)}"
     )
     if found.dense_bytes_a_pair is None or found.dense_rows is None:
         return [line]
     return [
         line,
-        f"  the dense loss: {found.dense_rows:,} rows ({found.dense_bytes_a_pair:.1f} bytes a pair of rows)",
+        f"  dense loss: {found.dense_rows:,} rows ({found.dense_bytes_a_pair:.1f} bytes per pair of rows)",
     ]
 
 

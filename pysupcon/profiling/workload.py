@@ -1,4 +1,4 @@
-"""Work to be measured: random inputs, a loss, a training step around it."""
+"""Work to measure: random inputs, a loss, and a training step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pysupcon import functional
-from pysupcon.profiling.ranges import region
+from pysupcon.ranges import region
 
 VIEWS = 2
 LOSSES = ("supcon", "sincere", "cnce", "spread", "infonce")
@@ -23,18 +23,20 @@ class Inputs(NamedTuple):
     """Arguments of a loss."""
 
     features: Tensor
-    """[N, D], unit rows, requires a gradient"""
+    """[N, D], rows of unit length, with requires_grad."""
     labels: Tensor
-    """[N] int64"""
+    """[N] int64 classes."""
     instances: Tensor
-    """[N] int64, the sample of each row"""
+    """[N] int64, the sample of each row."""
 
 
 def unit_rows(
     n: int, dim: int, classes: int, *, dtype: torch.dtype, device: torch.device | str, seed: int
 ) -> Inputs:
-    """Two views of n / 2 samples in classes of equal size, in random order: rows around the centre of their
-    class (cosine about 0.5)."""
+    """Return two views of n / 2 samples in classes of equal size, in random order.
+
+    The rows are scattered around the centre of their class with a cosine of about 0.5.
+    """
     generator = torch.Generator().manual_seed(seed)
     samples = n // VIEWS
     of_sample = (torch.arange(samples) % classes)[torch.randperm(samples, generator=generator)]
@@ -48,7 +50,7 @@ def unit_rows(
 
 
 def loss_function(name: str, temperature: float, backend: str = "auto") -> Callable[[Inputs], Tensor]:
-    """One of LOSSES as a function of its inputs."""
+    """Return the loss ``name`` of LOSSES as a function of its inputs."""
 
     def loss(i: Inputs) -> Tensor:
         common: dict[str, Any] = {"temperature": temperature, "backend": backend}
@@ -68,7 +70,7 @@ def loss_function(name: str, temperature: float, backend: str = "auto") -> Calla
 
 
 class Seconds(NamedTuple):
-    """Medians."""
+    """Median times in seconds."""
 
     forward: float
     backward: float
@@ -92,7 +94,7 @@ class LossWork:
         self.inputs.features.grad = None
 
     def seconds(self, budget: float) -> Seconds:
-        """Medians of as many repetitions as fit into ``budget`` seconds, of at least one."""
+        """Return medians over up to 20 repetitions within ``budget`` seconds, at least one."""
         forward: list[float] = []
         backward: list[float] = []
         spent = 0.0
@@ -112,11 +114,15 @@ class LossWork:
 
 
 class StepWork:
-    """A training step on N images: encoder, loss, backward and optimiser. Leaves no gradient behind.
+    """A training step on N images: encoder, loss, backward, optimizer step. The gradients are cleared.
 
     Args:
-        model: images [N, 3, S, S] -> unit rows [N, D].
-        chunk: images per pass through the encoder (gradient caching); None: all at once.
+        model: maps images [N, 3, S, S] to rows [N, D] of unit length.
+        optimizer: optimizer of the model.
+        loss: the loss.
+        images: [N, 3, S, S].
+        inputs: labels and instances; its features are replaced by the model's output.
+        chunk: images per forward pass of the encoder (GradCache); None disables chunks.
     """
 
     def __init__(
@@ -138,20 +144,20 @@ class StepWork:
 
     def __call__(self) -> None:
         if self.cache is not None:
-            self.cache(self.images, self._of_embeddings)
+            self.cache(self.images, self._loss)
         else:
-            self._of_embeddings(_encode(self.model, self.images)).backward()
+            self._loss(_encode(self.model, self.images)).backward()
         with region("optimizer"):
             self.optimizer.step()
         self.optimizer.zero_grad()
 
     def seconds(self) -> float:
-        """Of one step."""
+        """Return the time of one step."""
         start = _now(self.images.device)
         self()
         return _now(self.images.device) - start
 
-    def _of_embeddings(self, embeddings: Tensor) -> Tensor:
+    def _loss(self, embeddings: Tensor) -> Tensor:
         return self.loss(self.inputs._replace(features=embeddings))
 
 
@@ -162,7 +168,7 @@ def _encode(model: nn.Module, images: Tensor) -> Tensor:
 
 
 class Encoder(nn.Module):
-    """A timm model, a linear head to ``dim`` dimensions, rows of unit length."""
+    """A timm model with a linear head to ``dim`` dimensions; its output rows have unit length."""
 
     def __init__(self, name: str, dim: int, image_size: int) -> None:
         super().__init__()

@@ -1,5 +1,5 @@
-"""Pictures of outcomes and comparisons, as PNG files: histograms, ROC and PR curves, confusion matrices,
-groups, paired differences. Knows numbers only."""
+"""Pictures of outcomes and comparisons as PNG files: histograms, ROC and PR curves, confusion matrices, group
+accuracies, paired differences. The functions take arrays and know nothing about runs."""
 
 from __future__ import annotations
 
@@ -10,26 +10,32 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pysupcon.reports.pictures import _MARKERS, _colours, _figure
+from pysupcon.reports.pictures import MARKERS, new_figure, palette
 from pysupcon.reports.report import Picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Names = Mapping[int, str]
-_NUMBERS_UP_TO = 20
-_CURVES_UP_TO = 20
+_MAX_CLASSES_WITH_COUNTS = 20
+_MAX_CLASSES_WITH_CURVES = 20
 _LEVELS = ("fine", "coarse")
-#: Every file that :func:`draw_outcomes` may write.
 OUTCOME_FILES = (
     *(f"{kind}_{level}.png" for level in _LEVELS for kind in ("separation", "curves", "confusion")),
     "groups.png",
 )
+"""Every file that :func:`draw_outcomes` may write."""
 
 
 def draw_separation(path: str | Path, target: NDArray[Any], noise: NDArray[Any], *, title: str) -> None:
-    """Histograms of target and noise cosines [N] each, NaN left out, with their medians and the margin."""
-    figure, plot = _figure(8.0, 4.5)
+    """Draw histograms of target and noise cosines with their medians and the margin.
+
+    Args:
+        path: path of the PNG file.
+        target, noise: [N] cosines; NaN is skipped.
+        title: title of the picture.
+    """
+    figure, plot = new_figure(8.0, 4.5)
     values = {"target: same class": target, "noise: other class": noise}
     known = {name: value[np.isfinite(value)] for name, value in values.items()}
     low = min(value.min() for value in known.values())
@@ -37,7 +43,7 @@ def draw_separation(path: str | Path, target: NDArray[Any], noise: NDArray[Any],
     pad = max(0.02 * (high - low), 1e-3)
     bins = np.linspace(low - pad, min(high + pad, 1.0 + pad), 61).tolist()
     medians = []
-    for colour, (name, value) in zip(_colours(2), known.items(), strict=True):
+    for colour, (name, value) in zip(palette(2), known.items(), strict=True):
         plot.hist(value, bins=bins, color=colour, alpha=0.55, label=name)
         plot.hist(value, bins=bins, color=colour, histtype="step", linewidth=1.4)
         medians.append(float(np.median(value)))
@@ -67,12 +73,14 @@ def draw_curves(
     title: str,
     names: Names | None = None,
 ) -> None:
-    """ROC and PR curves of telling target from noise cosines, per class and (black) of all.
+    """Draw ROC and PR curves of the separation of target from noise cosines, per class and for all samples.
 
     Args:
-        target, noise: [N] scores, NaN left out.
-        labels: [N] the class of each sample; beyond twenty classes only the curve of all is drawn.
-        names: of the classes.
+        path: path of the PNG file.
+        target, noise: [N] scores; NaN is skipped.
+        labels: [N] classes. With more than 20 classes only the curve of all samples is drawn.
+        title: title of the picture.
+        names: names of the classes by label.
     """
     from matplotlib.figure import Figure
     from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
@@ -81,8 +89,8 @@ def draw_curves(
     target, noise, labels = target[known], noise[known], labels[known]
     classes = sorted({int(label) for label in labels})
     parts: list[tuple[str, Any, NDArray[Any]]] = []
-    if len(classes) <= _CURVES_UP_TO:
-        colours = _colours(len(classes))
+    if len(classes) <= _MAX_CLASSES_WITH_CURVES:
+        colours = palette(len(classes))
         for colour, label in zip(colours, classes, strict=True):
             parts.append(((names or {}).get(label, f"class {label}"), colour, labels == label))
     parts.append(("all", "black", np.ones(len(labels), dtype=bool)))
@@ -100,7 +108,7 @@ def draw_curves(
         pr.step(recall, precision, where="post", color=colour, linewidth=width, label=text)
     roc.plot([0, 1], [0, 1], color="grey", linestyle=":", linewidth=1)
     pr.axhline(0.5, color="grey", linestyle=":", linewidth=1)
-    roc.set(title="ROC", xlabel="noise taken for target", ylabel="target found")
+    roc.set(title="ROC", xlabel="false positive rate", ylabel="true positive rate")
     pr.set(title="PR", xlabel="recall", ylabel="precision", ylim=(min(0.45, pr.get_ylim()[0]), 1.02))
     for plot in (roc, pr):
         plot.grid(alpha=0.25)
@@ -113,11 +121,16 @@ def draw_curves(
 def draw_confusion(
     path: str | Path, truth: NDArray[Any], predicted: NDArray[Any], *, title: str, names: Names | None = None
 ) -> None:
-    """The confusion matrix of labels [N] each: rows true, columns predicted, coloured by the share of the
-    row.
+    """Draw the confusion matrix: rows are true classes, columns predicted ones.
 
-    Counts are written into the cells of up to twenty classes. Colours are of the square root of the share, so
-    that a few errors among many right ones are seen.
+    With up to 20 classes the cells show counts. The colour is the square root of the share of the row, so
+    that rare errors are visible.
+
+    Args:
+        path: path of the PNG file.
+        truth, predicted: [N] labels.
+        title: title of the picture.
+        names: names of the classes by label.
     """
     from matplotlib.colors import PowerNorm
 
@@ -127,12 +140,12 @@ def draw_confusion(
     np.add.at(matrix, (flat[: len(truth)], flat[len(truth) :]), 1)
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     side = min(4.0 + 0.42 * size, 12.0)
-    figure, plot = _figure(side + 1.5, side)
+    figure, plot = new_figure(side + 1.5, side)
     image = plot.imshow(share, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
-    bar = figure.colorbar(image, ax=plot, label="share of the true class", shrink=0.8)
+    bar = figure.colorbar(image, ax=plot, label="fraction of the true class", shrink=0.8)
     bar.set_ticks([0, 0.01, 0.05, 0.2, 0.5, 1.0])
     texts = [str((names or {}).get(int(label), int(label))) for label in classes]
-    if size <= _NUMBERS_UP_TO:
+    if size <= _MAX_CLASSES_WITH_COUNTS:
         ticks = range(size)
         for row in range(size):
             for column in range(size):
@@ -143,11 +156,11 @@ def draw_confusion(
                     )
     else:
         ticks = range(0, size, -(-size // 25))
-    turn = 90 if max(len(texts[tick]) for tick in ticks) > 4 else 0
-    plot.set_xticks(list(ticks), [texts[tick] for tick in ticks], rotation=turn)
+    rotation = 90 if max(len(texts[tick]) for tick in ticks) > 4 else 0
+    plot.set_xticks(list(ticks), [texts[tick] for tick in ticks], rotation=rotation)
     plot.set_yticks(list(ticks), [texts[tick] for tick in ticks])
     accuracy = 100 * np.trace(matrix) / max(matrix.sum(), 1)
-    plot.set(title=f"{title}: {accuracy:.1f} % right", xlabel="predicted", ylabel="true")
+    plot.set(title=f"{title}: accuracy {accuracy:.1f} %", xlabel="predicted", ylabel="true")
     figure.savefig(path, format="png")
 
 
@@ -159,26 +172,28 @@ def draw_groups(
     title: str,
     names: Names | None = None,
 ) -> None:
-    """Accuracy of every group by method, as bars; each method's worst group and mean are drawn as lines.
+    """Draw the accuracy of every group by method as bars, with a line at each method's worst group.
 
     Args:
-        correct: by method, [N] bool.
-        group: [N] labels.
-        names: of the groups.
+        path: path of the PNG file.
+        correct: [N] bool by method: whether each sample is classified correctly.
+        group: [N] groups.
+        title: title of the picture.
+        names: names of the groups by number.
     """
     groups = np.unique(group)
-    figure, plot = _figure(min(3.5 + 0.8 * len(groups), 14.0), 4.8)
+    figure, plot = new_figure(min(3.5 + 0.8 * len(groups), 14.0), 4.8)
     width = 0.8 / len(correct)
-    colours = _colours(len(correct))
+    colours = palette(len(correct))
     for rank, (method, values) in enumerate(correct.items()):
         accuracies = [100 * values[group == g].mean() for g in groups]
-        at = np.arange(len(groups)) + (rank - (len(correct) - 1) / 2) * width
+        positions = np.arange(len(groups)) + (rank - (len(correct) - 1) / 2) * width
         label = f"{method}: mean {100 * values.mean():.1f} %, worst group {min(accuracies):.1f} %"
-        plot.bar(at, accuracies, width=0.92 * width, color=colours[rank], label=label)
+        plot.bar(positions, accuracies, width=0.92 * width, color=colours[rank], label=label)
         plot.axhline(min(accuracies), color=colours[rank], linestyle="--", linewidth=1)
     labels = [f"{(names or {}).get(int(g), f'group {g}')}\nn={int((group == g).sum())}" for g in groups]
-    turn = 90 if len(groups) > 8 else 0
-    plot.set_xticks(range(len(groups)), labels, fontsize=8, rotation=turn)
+    rotation = 90 if len(groups) > 8 else 0
+    plot.set_xticks(range(len(groups)), labels, fontsize=8, rotation=rotation)
     plot.set(title=title, ylabel="test accuracy (%); dashed: worst group", ylim=(0, 102))
     plot.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", frameon=False, fontsize=9)
@@ -192,22 +207,24 @@ def draw_differences(
     title: str,
     unit: str,
 ) -> None:
-    """Differences with their intervals, one line each; hollow where the interval holds 0.
+    """Draw differences with their intervals; the marker is hollow if the interval contains 0.
 
     Args:
-        rows: (figure, configuration, difference, low, high), rows of one figure together.
-        unit: of the differences.
+        path: path of the PNG file.
+        rows: (figure, configuration, difference, low, high), grouped by figure.
+        title: title of the picture.
+        unit: unit of the differences.
     """
-    figure, plot = _figure(9.0, min(1.6 + 0.32 * len(rows), 24.0))
+    figure, plot = new_figure(9.0, min(1.6 + 0.32 * len(rows), 24.0))
     configurations = list(dict.fromkeys(row[1] for row in rows))
-    colours = dict(zip(configurations, _colours(len(configurations)), strict=True))
+    colours = dict(zip(configurations, palette(len(configurations)), strict=True))
     seen: set[str] = set()
     for position, (_, configuration, difference, low, high) in enumerate(rows):
-        colour, sure = colours[configuration], low > 0 or high < 0
+        colour, significant = colours[configuration], low > 0 or high < 0
         label = None if configuration in seen else configuration
         seen.add(configuration)
         plot.plot([low, high], [position, position], color=colour, linewidth=2)
-        face = colour if sure else "white"
+        face = colour if significant else "white"
         plot.plot(difference, position, "o", color=colour, markerfacecolor=face, markersize=7, label=label)
     starts = [i for i, row in enumerate(rows) if i == 0 or rows[i - 1][0] != row[0]]
     ends = [*starts[1:], len(rows)]
@@ -216,7 +233,7 @@ def draw_differences(
     for start in starts[1:]:
         plot.axhline(start - 0.5, color="grey", linewidth=0.4)
     plot.axvline(0, color="black", linewidth=1)
-    plot.set(title=title, xlabel=f"difference ({unit}); hollow: the interval holds 0")
+    plot.set(title=title, xlabel=f"difference ({unit}); hollow: the interval contains 0")
     plot.set_ylim(len(rows) - 0.5, -0.5)
     plot.grid(axis="x", alpha=0.25)
     plot.spines[["top", "right", "left"]].set_visible(False)
@@ -225,11 +242,11 @@ def draw_differences(
 
 
 def scatter_circle(plot: Axes, points: NDArray[Any], labels: NDArray[Any], *, title: str) -> None:
-    """Points [N, 2] of the unit circle, one colour a class, on ``plot``."""
+    """Draw points [N, 2] of the unit circle on ``plot``, one colour per class."""
     angle = np.linspace(0, 2 * np.pi, 200)
     plot.plot(np.cos(angle), np.sin(angle), color="lightgrey", linewidth=1, zorder=0)
     classes = np.unique(labels)
-    for colour, marker, label in zip(_colours(len(classes)), _MARKERS * len(classes), classes, strict=False):
+    for colour, marker, label in zip(palette(len(classes)), MARKERS * len(classes), classes, strict=False):
         chosen = points[labels == label]
         plot.scatter(chosen[:, 0], chosen[:, 1], s=26, color=colour, marker=marker, alpha=0.75, linewidths=0)
     plot.set_title(title, fontsize=9)
@@ -240,11 +257,15 @@ def scatter_circle(plot: Axes, points: NDArray[Any], labels: NDArray[Any], *, ti
 def draw_outcomes(
     folder: Path, outcomes: Mapping[str, NDArray[Any]], names: Mapping[str, Names]
 ) -> list[Picture]:
-    """Every picture that ``outcomes`` ([N_test] each, by name) allow, into ``folder``.
+    """Draw every picture for which ``outcomes`` hold the data.
 
     Args:
-        outcomes: with ``labels/fine`` and ``labels/coarse``.
-        names: of the labels, by level, "fine" and "coarse".
+        folder: folder of the PNG files.
+        outcomes: results per test sample by name, [N_test] each, with ``labels/fine`` and ``labels/coarse``.
+        names: names of the labels by level, "fine" and "coarse".
+
+    Returns:
+        The pictures with their captions.
     """
     pictures = []
     one_level = np.array_equal(outcomes["labels/fine"], outcomes["labels/coarse"])
@@ -262,17 +283,17 @@ def draw_outcomes(
                 )
             )
             draw_curves(folder / f"curves_{level}.png", target, noise, truth, title=title, names=names[level])
-            caption = f"Telling target from noise cosines, by {level} class: ROC and precision-recall curves."
+            caption = f"Target against noise cosines by {level} class: ROC and precision-recall curves."
             pictures.append(Picture(f"curves_{level}.png", caption))
-        judge = _first_judge(outcomes, level)
-        if judge is not None:
-            predicted = outcomes[f"{judge}/predicted"]
-            title = judge.rpartition("/")[0]
+        classifier = _select_classifier(outcomes, level)
+        if classifier is not None:
+            predicted = outcomes[f"{classifier}/predicted"]
+            title = classifier.rpartition("/")[0]
             draw_confusion(
                 folder / f"confusion_{level}.png", truth, predicted, title=title, names=names[level]
             )
             pictures.append(
-                Picture(f"confusion_{level}.png", f"Confusion of the {level} classes by {title}.")
+                Picture(f"confusion_{level}.png", f"Confusion matrix of the {level} classes by {title}.")
             )
     methods = {
         name.split("/")[1]: values
@@ -286,15 +307,15 @@ def draw_outcomes(
             at = int(np.flatnonzero(group == g)[0])
             label = {level: int(outcomes[f"labels/{level}"][at]) for level in _LEVELS}
             coarse, fine = (str(names[level].get(label[level], label[level])) for level in ("coarse", "fine"))
-            # A group's name often begins with its class's.
+            # The name of a group often starts with the name of its class.
             labels[int(g)] = fine.replace(", ", "\n") if fine.startswith(coarse) else f"{coarse}\n{fine}"
         draw_groups(folder / "groups.png", methods, group, title="Accuracy by true group", names=labels)
-        pictures.append(Picture("groups.png", "Test accuracy by true group and by how the head was trained."))
+        pictures.append(Picture("groups.png", "Test accuracy by true group and training method of the head."))
     return pictures
 
 
-def _first_judge(outcomes: Mapping[str, Any], level: str) -> str | None:
-    """The classifier whose confusion is shown: a linear probe, or else the fewest neighbours."""
+def _select_classifier(outcomes: Mapping[str, Any], level: str) -> str | None:
+    """The classifier of the confusion matrix: a linear probe, else k-NN with the smallest k."""
     neighbours = [
         name for name in outcomes if name.startswith("knn/") and name.endswith(f"/{level}/predicted")
     ]

@@ -1,4 +1,4 @@
-"""Evaluated runs as they lie on the disk, and which of them are seeds of one configuration."""
+"""Read evaluated runs from disk and group the runs that differ only in the seed."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ __all__ = [
 ]
 
 EVALUATION = "evaluation"
-#: Fields of the config that do not make another configuration.
 _SEED_FIELDS = ("seed", "output_dir", "resume_from_checkpoint", "evaluate", "evaluation")
-#: Fields that say which images are tested.
+"""Fields of the config in which runs of one configuration may differ."""
 _TEST_FIELDS = ("dataset", "root", "test_fraction", "split_seed")
+"""Fields that determine the test samples."""
 
 
 @dataclass(frozen=True)
 class EvaluatedRun:
-    """What a finished evaluation left of a run.
+    """A run with the results of its evaluation.
 
     Attributes:
-        dir: its folder.
-        config: of the run, as plain values.
-        outcomes: by name, [N_test] each.
+        dir: folder of the run.
+        config: config of the run as plain values.
+        outcomes: results per test sample by name, [N_test] each.
         figures: names of all metrics.
-        part: the folder within it that they come from.
+        part: subfolder of the results.
     """
 
     dir: Path
@@ -53,15 +53,19 @@ class EvaluatedRun:
 
     @property
     def name(self) -> str:
-        """The last part of its folder."""
+        """Name of the run's folder."""
         return self.dir.resolve().name
 
 
 def read_run(folder: str | Path, part: str = EVALUATION) -> EvaluatedRun:
-    """Reads RUN/config.yaml and RUN/PART: its evaluation, or its transfer to another data set.
+    """Read RUN/config.yaml and the results in RUN/PART.
+
+    Args:
+        folder: folder of the run.
+        part: "evaluation", or "transfer/NAME" for the transfer to another data set.
 
     Raises:
-        RunError: a file is missing or damaged; names it, and what to do.
+        RunError: a file is missing or damaged; the message names it and the command that writes it.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -72,10 +76,12 @@ def read_run(folder: str | Path, part: str = EVALUATION) -> EvaluatedRun:
     outcomes = folder / part / "outcomes.safetensors"
     metrics = folder / part / "metrics.json"
     command, _, dataset = part.partition("/")
-    made_by = f"evaluate {folder}" if part == EVALUATION else f"{command} {folder} --data.dataset {dataset}"
+    written_by = (
+        f"evaluate {folder}" if part == EVALUATION else f"{command} {folder} --data.dataset {dataset}"
+    )
     for path in (outcomes, metrics):
         if not path.is_file():
-            raise RunError(f"{path} is missing: run `python -m pysupcon {made_by}` first")
+            raise RunError(f"{path} is missing: run `python -m pysupcon {written_by}` first")
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -85,11 +91,11 @@ def read_run(folder: str | Path, part: str = EVALUATION) -> EvaluatedRun:
     try:
         tensors = load_file(outcomes)
     except (SafetensorError, OSError) as error:
-        raise RunError(f"{outcomes} is truncated or no safetensors file: {error}") from error
+        raise RunError(f"{outcomes} is truncated or not a safetensors file: {error}") from error
     try:
         figures = list(json.loads(metrics.read_text(encoding="utf-8"))["metrics"])
     except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{metrics} is no report: {error}") from error
+        raise RunError(f"{metrics} is not a report: {error}") from error
     for label in ("labels/fine", "labels/coarse"):
         if label not in tensors:
             raise RunError(f"{outcomes} holds no {label}: evaluate {folder} again")
@@ -97,15 +103,15 @@ def read_run(folder: str | Path, part: str = EVALUATION) -> EvaluatedRun:
 
 
 def check_same_test_set(runs: Sequence[EvaluatedRun]) -> None:
-    """Refuses runs whose outcomes cannot be paired.
+    """Check that all runs have the same test samples, so that their outcomes can be paired.
 
     Raises:
-        RunError: names two runs and what differs.
+        RunError: two runs differ; the message names them and the difference.
     """
     first = runs[0]
     for run in runs[1:]:
         mine, other = first.config.get("data", {}), run.config.get("data", {})
-        # Of a transfer, the run's own data say how the encoder was trained, not what it is tested on.
+        # The config describes the training data; a transfer is tested on other data.
         for name in _TEST_FIELDS if run.part == EVALUATION else ():
             if mine.get(name) != other.get(name):
                 raise RunError(
@@ -127,7 +133,7 @@ def check_same_test_set(runs: Sequence[EvaluatedRun]) -> None:
 
 
 def config_key(config: dict[str, Any]) -> str:
-    """Equal for runs that differ in their seed only. How a run is evaluated does not belong to it."""
+    """Return a key that is equal for runs which differ only in the seed or in the evaluation."""
     plain = json.loads(json.dumps(config, default=str))
     for name in _SEED_FIELDS:
         plain.pop(name, None)
@@ -136,14 +142,14 @@ def config_key(config: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Configuration:
-    """Runs of one config, of different seeds."""
+    """Runs of one config with different seeds."""
 
     name: str
     runs: list[EvaluatedRun]
 
 
 def configurations(runs: Sequence[EvaluatedRun]) -> list[Configuration]:
-    """The runs by config, in the order in which they came; named by what their folders' names share."""
+    """Group the runs by config, in order of first occurrence, named by the common prefix of their folders."""
     by_key: dict[str, list[EvaluatedRun]] = {}
     for run in runs:
         by_key.setdefault(config_key(run.config), []).append(run)

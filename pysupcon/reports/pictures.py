@@ -1,7 +1,7 @@
-"""Pictures of an evaluation, as PNG files: the embedding in two dimensions, and the course of the loss.
+"""Pictures of an evaluation as PNG files: the embedding in two dimensions, and the training loss.
 
-Knows numbers only. Colours can be told apart with any kind of colour vision; what they say is also said by
-markers and by text.
+The functions take arrays and know nothing about runs. The colours suit all kinds of colour vision, and
+markers and text repeat their information.
 """
 
 from __future__ import annotations
@@ -30,20 +30,21 @@ _COLOURS = (
     "#717581",
     "#92dadd",
 )
-_MARKERS = "o^sDvP*X<>ph"
+MARKERS = "o^sDvP*X<>ph"
 _LEGEND_LIMIT = 24
 _LABEL_LIMIT = 24
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure outside of pyplot: no global state, no display needed."""
+def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """Create a figure without pyplot, so without global state and without a display."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     return figure, figure.add_subplot()
 
 
-def _colours(count: int) -> list[Any]:
+def palette(count: int) -> list[Any]:
+    """Return ``count`` distinct colours."""
     if count <= len(_COLOURS):
         return list(_COLOURS[:count])
     from matplotlib import colormaps
@@ -62,15 +63,18 @@ def draw_embedding(
     fine_names: Mapping[int, str] | None = None,
     coarse_names: Mapping[int, str] | None = None,
 ) -> None:
-    """Draws ``points`` [M, 2], one colour for each fine class, one marker for each coarse class.
+    """Draw points with one colour per fine class and one marker per coarse class.
 
     Args:
-        path: of the PNG file.
+        path: path of the PNG file.
         points: [M, 2], finite.
         fine, coarse: [M] labels of the points.
-        title: of the picture.
-        axes: names of the two directions.
-        fine_names, coarse_names: what to call a label; "class <label>" where it has none.
+        title: title of the picture.
+        axes: labels of the two axes.
+        fine_names, coarse_names: names by label; a label without a name is shown as "class <label>".
+
+    Raises:
+        ValueError: the shapes do not fit together.
     """
     points, fine, coarse = np.asarray(points), np.asarray(fine), np.asarray(coarse)
     if (
@@ -84,13 +88,13 @@ def draw_embedding(
             f"got {list(points.shape)}, {list(fine.shape)} and {list(coarse.shape)}"
         )
     fine_names, coarse_names = fine_names or {}, coarse_names or {}
-    figure, plot = _figure(9.0, 6.5)
+    figure, plot = new_figure(9.0, 6.5)
     parts = sorted({(int(c), int(f)) for c, f in zip(coarse, fine, strict=True)})
     classes = sorted({c for c, _ in parts})
-    markers = {c: _MARKERS[rank % len(_MARKERS)] for rank, c in enumerate(classes)}
+    markers = {c: MARKERS[rank % len(MARKERS)] for rank, c in enumerate(classes)}
     one_level = all(c == f for c, f in parts)
     legend = len(parts) <= _LEGEND_LIMIT
-    colours = dict(zip(parts, _colours(len(parts)), strict=True))
+    colours = dict(zip(parts, palette(len(parts)), strict=True))
     for (c, f), colour in colours.items():
         chosen = points[(coarse == c) & (fine == f)]
         name = str(fine_names.get(f, f"class {f}"))
@@ -137,9 +141,10 @@ def _name_at(plot: Axes, position: NDArray[Any], name: str) -> None:
 
 
 def smoothed(values: NDArray[Any], window: int) -> NDArray[Any]:
-    """Means of ``values`` [S] over themselves and ``window // 2`` neighbours on either side, [S] fp64.
+    """Return centred running means of ``values`` [S] over ``window // 2`` neighbours on each side, [S]
+    float64.
 
-    Towards the ends fewer, but as many on one side as on the other: the curve neither lags nor bends.
+    Near the ends the window shrinks symmetrically, so that the curve is not biased.
     """
     sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=np.float64))])
     middle = np.arange(len(sums) - 1)
@@ -155,14 +160,17 @@ def draw_loss(
     title: str,
     chance: Mapping[str, Sequence[float] | NDArray[Any]] | None = None,
 ) -> None:
-    """Draws losses over optimiser steps: faintly as they came, and as means over a twenty-fifth of them.
+    """Draw losses over optimizer steps: raw values in a light colour, and running means.
 
     Args:
-        path: of the PNG file.
-        steps: [S] numbers of the steps, ascending.
-        losses: by name, [S] each; a NaN is a gap.
-        title: of the picture.
-        chance: by the same names, [S]: the loss of an encoder that knows nothing, drawn dashed.
+        path: path of the PNG file.
+        steps: [S] step numbers, ascending.
+        losses: [S] losses by name; NaN is a gap.
+        title: title of the picture.
+        chance: [S] chance levels by the same names, drawn as dashed lines.
+
+    Raises:
+        ValueError: a shape does not fit ``steps``.
     """
     steps = np.asarray(steps)
     for name, values in {**losses, **(chance or {})}.items():
@@ -170,20 +178,22 @@ def draw_loss(
             raise ValueError(
                 f"loss {name!r} must have shape [S]=[{len(steps)}], got {list(np.shape(values))}"
             )
-    figure, plot = _figure(9.0, 5.0)
+    figure, plot = new_figure(9.0, 5.0)
     window = max(1, len(steps) // 25)
-    for colour, (name, values) in zip(_colours(max(len(losses), 1)), losses.items(), strict=False):
+    for colour, (name, values) in zip(palette(max(len(losses), 1)), losses.items(), strict=False):
         known = np.isfinite(np.asarray(values, dtype=np.float64))
-        at, curve = steps[known], np.asarray(values, dtype=np.float64)[known]
+        known_steps, curve = steps[known], np.asarray(values, dtype=np.float64)[known]
         if window > 1:
-            plot.plot(at, curve, color=colour, alpha=0.25, linewidth=0.8)
-        marker = "o" if len(at) == 1 else None
-        plot.plot(at, smoothed(curve, window), color=colour, linewidth=1.8, marker=marker, label=name)
+            plot.plot(known_steps, curve, color=colour, alpha=0.25, linewidth=0.8)
+        marker = "o" if len(known_steps) == 1 else None
+        plot.plot(
+            known_steps, smoothed(curve, window), color=colour, linewidth=1.8, marker=marker, label=name
+        )
         if chance and name in chance:
             plot.plot(
                 steps, chance[name], color=colour, linestyle="--", linewidth=1.2, label=f"{name}: chance"
             )
-    plot.set(title=title, xlabel="optimiser step", ylabel="loss (nats)")
+    plot.set(title=title, xlabel="optimizer step", ylabel="loss (nats)")
     plot.grid(alpha=0.25)
     plot.spines[["top", "right"]].set_visible(False)
     plot.legend(frameon=False)

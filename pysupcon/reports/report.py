@@ -1,6 +1,6 @@
-"""A report: named numbers with units and intervals, as JSON, as Markdown and as a table for the terminal.
+"""A report of named metrics with units and intervals, as JSON, as Markdown and as a table for the terminal.
 
-Knows numbers and text only. A metric's name is parts separated by "/", of which the first groups the tables.
+The name of a metric consists of parts separated by "/". Tables are grouped by the first part.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ class Metric:
 
     Attributes:
         value: finite.
-        unit: "fraction" is shown in per cent; any other unit is shown beside the number.
-        low, high: the interval, both or neither.
+        unit: "fraction" is shown in per cent; any other unit is shown next to the number.
+        low, high: ends of the interval, both or neither.
+
+    Raises:
+        ValueError: a number is not finite, or one end of the interval is missing.
     """
 
     value: float
@@ -49,18 +52,21 @@ class Metric:
         return f"{value:.4g}"
 
     def columns(self) -> tuple[str, str, str]:
-        """Value, interval ("" if none) and unit, for people."""
+        """Return value, interval ("" if there is none) and unit as text."""
         interval = "" if self.low is None else f"[{self._number(self.low)}, {self._number(self.high)}]"
         return self._number(self.value), interval, "%" if self.unit == "fraction" else self.unit
 
 
 def metrics_of(results: Iterable[tuple[str, float]], unit_of: Callable[[str], str]) -> dict[str, Metric]:
-    """Metrics from (name, value) pairs, with ``name/low`` and ``name/high`` folded into ``name``.
+    """Build metrics from (name, value) pairs; ``name/low`` and ``name/high`` become the interval of ``name``.
+
+    Args:
+        results: names and values.
+        unit_of: maps a name to its unit.
 
     Raises:
-        ValueError: a name that came twice, an end of an interval without its metric, or a number that is not
-        finite;
-            the message gives the name.
+        ValueError: a name occurs twice, an interval has no metric, or a number is not finite; the message
+            gives the name.
     """
     values: dict[str, float] = {}
     for name, value in results:
@@ -88,7 +94,7 @@ def metrics_of(results: Iterable[tuple[str, float]], unit_of: Callable[[str], st
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that lies beside the report: its file's name, and what it shows."""
+    """A picture in the folder of the report: its file name and its caption."""
 
     file: str
     caption: str
@@ -96,15 +102,15 @@ class Picture:
 
 @dataclass
 class Report:
-    """What an evaluation found.
+    """Results of an evaluation.
 
     Attributes:
         title: one line.
-        metrics: by name.
-        metadata: what the numbers depend on; values of JSON types, nested mappings allowed.
-        warnings: sentences the reader must not miss.
-        pictures: shown by the Markdown form.
-        confidence: of the metrics' intervals, in (0, 1).
+        metrics: metrics by name.
+        metadata: settings behind the numbers; JSON types, nested mappings allowed.
+        warnings: sentences that are shown first.
+        pictures: shown in the Markdown form.
+        confidence: confidence level of the intervals, in (0, 1).
     """
 
     title: str
@@ -115,7 +121,7 @@ class Report:
     confidence: float = 0.95
 
     def _groups(self) -> list[tuple[str, list[tuple[str, tuple[str, str, str]]]]]:
-        """Metrics by their first part, in the order in which they came."""
+        """Metrics grouped by the first part of the name, in order of first occurrence."""
         pairs = [(*name.partition("/")[::2], metric.columns()) for name, metric in self.metrics.items()]
         order = {group: rank for rank, group in reversed(list(enumerate(group for group, _, _ in pairs)))}
         pairs.sort(key=lambda pair: order[pair[0]])
@@ -125,7 +131,7 @@ class Report:
         ]
 
     def to_json(self) -> str:
-        """Sorted by name, numbers in full precision; :meth:`from_json` gives the report back, so sorted."""
+        """Return the report as JSON, sorted by name, with numbers in full precision."""
         metrics = {}
         for name, metric in self.metrics.items():
             entry: dict[str, Any] = {"value": metric.value, "unit": metric.unit}
@@ -145,10 +151,10 @@ class Report:
 
     @classmethod
     def from_json(cls, text: str) -> Report:
-        """Reads what :meth:`to_json` wrote.
+        """Read the output of :meth:`to_json`.
 
         Raises:
-            ValueError: not JSON, or of another schema.
+            ValueError: the text is not JSON or has another schema.
         """
         content = json.loads(text)
         if not isinstance(content, dict) or content.get("schema") != SCHEMA:
@@ -164,7 +170,7 @@ class Report:
         )
 
     def to_markdown(self) -> str:
-        """The report for people, with its pictures."""
+        """Return the report as Markdown, with its pictures."""
         lines = [f"# {_escape(self.title)}", ""]
         for warning in self.warnings:
             lines += [f"> **Warning:** {_escape(warning)}", ""]
@@ -173,20 +179,20 @@ class Report:
             lines += [
                 f"## {_escape(group)}",
                 "",
-                *_markdown_table(header, ((name, *row) for name, row in members)),
+                *markdown_table(header, ((name, *row) for name, row in members)),
                 "",
             ]
         for picture in self.pictures:
             lines += [f"![{_escape(picture.caption)}]({picture.file})", "", _escape(picture.caption), ""]
         if self.metadata:
             rows = ((name, _plain(value)) for name, value in _flatten(self.metadata))
-            lines += ["## How it was made", "", *_markdown_table(("", ""), rows), ""]
+            lines += ["## Settings", "", *markdown_table(("", ""), rows), ""]
         return "\n".join(lines)
 
     def table(self) -> str:
-        """The metrics as aligned text for a terminal, without a newline at its end.
+        """Return the metrics as an aligned table for a terminal, without a final newline.
 
-        Those of single classes and groups (a part of the name like ``class=3``) are counted, not shown.
+        Metrics of single classes and groups (a part of the name like ``class=3``) are only counted.
         """
         header = ("", "value", f"{100 * self.confidence:g} % interval", "unit")
         groups = [
@@ -211,7 +217,7 @@ class Report:
         for group, members in groups:
             lines += [group, *(line((f"  {name}", *columns)) for name, columns in members)]
         if hidden:
-            lines.append(f"({hidden} more of single classes and groups: in the report)")
+            lines.append(f"({hidden} more metrics of single classes and groups are in the report)")
         lines += [f"warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
@@ -220,7 +226,8 @@ def _escape(text: str) -> str:
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
 
 
-def _markdown_table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
+def markdown_table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """Return the lines of a Markdown table; cells of ``rows`` are escaped."""
     lines = ["| " + " | ".join(header) + " |", "| " + " | ".join("---" for _ in header) + " |"]
     return lines + ["| " + " | ".join(_escape(cell) for cell in row) + " |" for row in rows]
 

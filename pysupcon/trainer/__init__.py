@@ -1,7 +1,6 @@
-"""The trainer: one Accelerate loop with its optimiser, log, checkpoints, and the reader of finished runs.
+"""Training: the Accelerate loop with its optimizer, log and checkpoints, and the reader of finished runs.
 
-Accelerate, timm and torchvision are imported by the modules that use them, not here: ``--help`` needs none of
-them."""
+This module does not import Accelerate, timm or torchvision, so that ``--help`` works without them."""
 
 from pysupcon.trainer.config import LossConfig, OptimizerConfig, TrainerConfig
 

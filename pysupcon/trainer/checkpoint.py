@@ -1,9 +1,11 @@
-"""Checkpoints: a folder a step, written aside, synced, renamed when whole; checked byte for byte when read.
+"""Checkpoints of a training: one folder per checkpoint, published atomically and verified by checksums.
 
-A folder holds model.safetensors, with an average of weights ema.safetensors, training.pt (optimiser,
-scheduler, scaler, loss), random.pt (of every process), config.yaml, and manifest.json: step, processes, place
-in the data, validation losses, versions, and size and SHA-256 of every file and of itself. Reading runs no
-code that a file brings along: safetensors, JSON, and torch.load with weights_only.
+A checkpoint is written to a temporary folder, synced to disk and renamed. It holds model.safetensors,
+ema.safetensors (if weights are averaged), training.pt (optimizer, scheduler, gradient scaler, loss),
+random.pt (random states of every process), config.yaml, and manifest.json. The manifest holds the step, the
+number of processes, the position in the data, validation losses, versions, and the size and SHA-256 of every
+file and of itself. Reading a checkpoint never runs code from its files: it uses safetensors, JSON, and
+torch.load with weights_only.
 """
 
 from __future__ import annotations
@@ -35,11 +37,13 @@ WEIGHTS, EMA, TRAINING, RANDOM = "model.safetensors", "ema.safetensors", "traini
 FORMAT = 2
 NAME = re.compile(r"step_(\d{8,})")
 LEFTOVER = re.compile(r"(writing|replaced)_.*")
-FIXED = ("seed", "data", "model", "loss", "optimizer")
-HELD = ("trainer.accumulation_steps",)
-FREE = ("data.root", "data.download", "data.workers", "loss.backend", "loss.gather")
-TOLD = ("trainer", "loss", "data")
-SILENT = (
+FIXED_SECTIONS = ("seed", "data", "model", "loss", "optimizer")
+"""Parts of the config that a resumed training must not change, except for FREE_FIELDS."""
+FIXED_FIELDS = ("trainer.accumulation_steps",)
+FREE_FIELDS = ("data.root", "data.download", "data.workers", "loss.backend", "loss.gather")
+REPORTED_SECTIONS = ("trainer", "loss", "data")
+"""Parts of the config whose changes are printed, except for UNREPORTED_FIELDS."""
+UNREPORTED_FIELDS = (
     "trainer.threads", "trainer.trackers", "trainer.time_budget", "trainer.checkpoint_epochs",
     "trainer.checkpoint_steps", "trainer.keep_checkpoints", "trainer.profile_steps",
 )  # fmt: skip
@@ -47,16 +51,16 @@ SILENT = (
 
 @dataclass
 class Checkpoint:
-    """What stands in a checkpoint.
+    """Content of a checkpoint.
 
     Attributes:
-        step: steps done.
-        weights, ema: state of the model, and of the average of its weights.
-        training: states by name; tensors, numbers, strings, lists, tuples, dicts.
-        random: random states, an entry a process.
-        sampler: place in the data: seed, batch_size, epoch, batch (done within the epoch).
+        step: number of finished steps.
+        weights, ema: state dicts of the model and of its averaged weights.
+        training: states by name, made of tensors, numbers, strings, lists, tuples and dicts.
+        random: random states, one entry per process.
+        sampler: position in the data: seed, batch_size, epoch, batch (finished batches of the epoch).
         metrics: validation losses at this step.
-        compiled: the backend of torch.compile that trained it, or no.
+        compiled: backend of torch.compile in this training, or "no".
     """
 
     step: int
@@ -74,26 +78,39 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint, then delete all but the last ``keep`` and the best by ``best_by``.
 
-    Later checkpoints than this, of a course of the training that was left, go too.
+    Checkpoints of later steps are deleted too: the training was resumed from before them.
+
+    Args:
+        run_dir: folder of the run.
+        checkpoint: the content.
+        config: config of the training.
+        keep: number of checkpoints to keep.
+        best_by: name of the metric that selects the best checkpoint, or None.
+
+    Returns:
+        The folder of the checkpoint.
 
     Raises:
-        RunError: it could not be written, e.g. for want of space; what was there before is whole.
+        RunError: the checkpoint could not be written, e.g. because the disk is full; earlier checkpoints are
+            unchanged.
     """
     folder = run_dir / FOLDER
     final = folder / f"step_{checkpoint.step:08d}"
-    aside = folder / f"writing_{final.name}"
+    temporary = folder / f"writing_{final.name}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
-        aside.mkdir()
-        _write(aside, checkpoint, config)
-        publish_folder(aside, final)
+        temporary.mkdir()
+        _write(temporary, checkpoint, config)
+        publish_folder(temporary, final)
     except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        last = checkpoints(run_dir)
-        before = f"the one before it, {last[-1]}, is whole" if last else "there is none before it"
+        shutil.rmtree(temporary, ignore_errors=True)
+        earlier = checkpoints(run_dir)
+        previous = (
+            f"the previous one, {earlier[-1]}, is complete" if earlier else "there is no earlier checkpoint"
+        )
         raise RunError(
-            f"checkpoint {final} could not be written: {error.strerror or error}; {before}"
+            f"checkpoint {final} could not be written: {error.strerror or error}; {previous}"
         ) from error
     kept = [path for path in checkpoints(run_dir) if step_of(path) <= checkpoint.step][-keep:]
     best = best_checkpoint(run_dir, best_by, checkpoint.step)
@@ -104,7 +121,7 @@ def save_checkpoint(
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoints of a run, by step; not looked into."""
+    """Return the checkpoint folders of a run, ordered by step, without reading them."""
     folder = run_dir / FOLDER
     if not folder.is_dir():
         return []
@@ -112,9 +129,17 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def best_checkpoint(run_dir: Path, best_by: str | None, up_to: int) -> Path | None:
-    """The checkpoint of the least validation loss of that name, or of the greatest accuracy, among those of
-    ``up_to`` steps at most; of equal ones the first."""
-    best, least = None, math.inf
+    """Find the checkpoint with the lowest validation loss, or the highest accuracy.
+
+    Args:
+        run_dir: folder of the run.
+        best_by: name of the loss or of the accuracy; None finds nothing.
+        up_to: the last step to consider.
+
+    Returns:
+        The folder of the checkpoint, of the first of equal ones; None if no checkpoint has the metric.
+    """
+    best, lowest = None, math.inf
     for path in checkpoints(run_dir):
         if best_by is None or step_of(path) > up_to:
             continue
@@ -125,16 +150,16 @@ def best_checkpoint(run_dir: Path, best_by: str | None, up_to: int) -> Path | No
         if value is None:
             continue
         value = -value if best_by in GROUP_ACCURACIES else value
-        if value < least:
-            best, least = path, value
+        if value < lowest:
+            best, lowest = path, value
     return best
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint, every byte compared with what was written.
+    """Read a checkpoint and verify the checksum of every file.
 
     Raises:
-        RunError: something is missing, truncated, changed or unreadable; names the file.
+        RunError: a file is missing, truncated, changed or unreadable; the message names it.
     """
     manifest = read_manifest(path)
     contents = {name: _checked(path / name, entry) for name, entry in manifest["files"].items()}
@@ -149,15 +174,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
             metrics=dict(manifest["metrics"]),
             compiled=str(manifest.get("compiled", "no")),
         )
-    except Exception as error:  # safetensors, zipfile and pickle each raise their own kinds
+    except Exception as error:  # safetensors, zipfile and pickle each raise errors of their own
         raise RunError(f"checkpoint {path} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, checked against its own checksum.
+    """Read the manifest of a checkpoint and verify its checksum.
 
     Raises:
-        RunError: it is missing or damaged; names the file.
+        RunError: the manifest is missing or damaged; the message names the file.
     """
     file = path / MANIFEST
     try:
@@ -165,25 +190,25 @@ def read_manifest(path: Path) -> dict[str, Any]:
         if manifest.get("format") != FORMAT:
             raise RunError(f"{file} has the format {manifest.get('format')}; this version reads {FORMAT}")
         if manifest.get("sha256") != _digest(manifest):
-            raise RunError(f"{file} is damaged: its content does not have its checksum")
+            raise RunError(f"{file} is damaged: its content does not match its checksum")
     except (OSError, ValueError, AttributeError) as error:
         raise RunError(f"{file} is missing or damaged: {error}") from error
     return manifest
 
 
 def find_checkpoint(run_dir: Path, which: str) -> tuple[Path, Checkpoint, list[str]] | None:
-    """The checkpoint that ``resume_from_checkpoint`` means.
+    """Find and read the checkpoint that ``resume_from_checkpoint`` names.
 
     Args:
-        run_dir: of the run.
-        which: a checkpoint's folder; latest, the newest whole one of ``run_dir``; or auto: that, or None if
-            there is no checkpoint at all.
+        run_dir: folder of the run.
+        which: a checkpoint's folder; "latest", the newest complete checkpoint of ``run_dir``; or "auto", the
+            same, but None if the run has no checkpoint.
 
     Returns:
-        Its folder, its content, and what was wrong with newer ones, a sentence each.
+        The folder, the content, and for each newer checkpoint that was rejected the reason.
 
     Raises:
-        RunError: there is none, or none is whole.
+        RunError: there is no checkpoint, or none is complete.
     """
     if which not in ("latest", "auto"):
         path = Path(which)
@@ -192,48 +217,58 @@ def find_checkpoint(run_dir: Path, which: str) -> tuple[Path, Checkpoint, list[s
         try:
             return path, read_checkpoint(path), []
         except RunError as error:
-            raise RunError(f"{error}{_instead(path)}") from error
-    refused: list[str] = []
+            raise RunError(f"{error}{_earlier_checkpoint_hint(path)}") from error
+    rejected: list[str] = []
     for path in reversed(checkpoints(run_dir)):
         try:
-            return path, read_checkpoint(path), refused
+            return path, read_checkpoint(path), rejected
         except RunError as error:
-            refused.append(str(error))
-    if refused:
-        raise RunError(f"resume_from_checkpoint {which}: no checkpoint is whole: {'; '.join(refused)}")
+            rejected.append(str(error))
+    if rejected:
+        raise RunError(f"resume_from_checkpoint {which}: no checkpoint is complete: {'; '.join(rejected)}")
     if which == "latest":
         raise RunError(f"resume_from_checkpoint latest: {run_dir / FOLDER} holds no checkpoint")
     return None
 
 
 def compare_configs(path: Path, config: Config) -> list[str]:
-    """What a resumed run does otherwise than the checkpoint's did: "field: before -> now".
+    """Compare the config of a resumed training with that of its checkpoint.
+
+    Args:
+        path: folder of the checkpoint.
+        config: config of the resumed training.
+
+    Returns:
+        The changes to report, each as "field: before -> now".
 
     Raises:
-        ConfigError: another seed, data, model, loss or optimiser, or other steps; names the fields.
+        ConfigError: seed, data, model, loss, optimizer or accumulation differ; the message names the fields.
     """
     before = load_config(path / CONFIG_FILE)
     differing = [
         (name, old, new)
-        for part in (*FIXED, *TOLD)
+        for part in (*FIXED_SECTIONS, *REPORTED_SECTIONS)
         for name, old, new in _differences(part, getattr(before, part), getattr(config, part))
     ]
-    names = [name for name, _, _ in differing]
-    wrong = [name for name in names if (name.partition(".")[0] in FIXED and name not in FREE) or name in HELD]
-    if wrong:
+    refused = [
+        name
+        for name, _, _ in differing
+        if name in FIXED_FIELDS or (name.partition(".")[0] in FIXED_SECTIONS and name not in FREE_FIELDS)
+    ]
+    if refused:
         raise ConfigError(
-            f"{', '.join(dict.fromkeys(wrong))} must be as in the checkpoint {path} to resume from it; "
-            f"its values stand in {path / CONFIG_FILE}"
+            f"{', '.join(dict.fromkeys(refused))} must be as in the checkpoint {path} to resume from it; "
+            f"{path / CONFIG_FILE} holds the values"
         )
-    told = [f"{name}: {old} -> {new}" for name, old, new in differing if name not in SILENT]
-    return list(dict.fromkeys(told))
+    changes = [f"{name}: {old} -> {new}" for name, old, new in differing if name not in UNREPORTED_FIELDS]
+    return list(dict.fromkeys(changes))
 
 
 def save_weights(weights: dict[str, Tensor], path: Path) -> None:
-    """Write weights as safetensors, aside first.
+    """Write weights as a safetensors file, atomically.
 
     Raises:
-        RunError: they could not be written.
+        RunError: the file could not be written.
     """
     try:
         replace_file(path, pack_weights(weights))
@@ -242,14 +277,14 @@ def save_weights(weights: dict[str, Tensor], path: Path) -> None:
 
 
 def pack_weights(weights: dict[str, Tensor]) -> bytes:
-    """A safetensors file of a state dict; tensors that share memory are written one by one."""
+    """Serialise a state dict in the safetensors format; shared memory is copied."""
     return safetensors.torch.save(
         {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}
     )
 
 
 def step_of(path: Path) -> int:
-    """Steps done, by a checkpoint's name; -1 if it is none."""
+    """Return the step in a checkpoint folder's name; -1 if the name is not a checkpoint's."""
     found = NAME.fullmatch(path.name)
     return int(found[1]) if found else -1
 
@@ -319,10 +354,10 @@ def _remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _instead(path: Path) -> str:
+def _earlier_checkpoint_hint(path: Path) -> str:
     for other in reversed(checkpoints(path.parent.parent)):
         if step_of(other) < step_of(path):
-            return f"; an earlier checkpoint is there: --resume_from_checkpoint {other}"
+            return f"; an earlier checkpoint exists: --resume_from_checkpoint {other}"
     return ""
 
 

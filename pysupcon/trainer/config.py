@@ -1,4 +1,4 @@
-"""Arguments of the loss, the optimiser and the loop."""
+"""Sections of the config for the loss, the optimizer and the training loop."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CONTRASTIVE = (
 )  # fmt: skip
 """Fields without effect where there is no contrastive loss"""
 GROUP_ACCURACIES = ("worst_group", "worst_known_group")
-"""What best_by may ask for of which more is better"""
+"""Values of best_by that are maximised; the others are minimised."""
 
 
 @dataclass
@@ -151,34 +151,34 @@ class LossConfig:
 
 @dataclass
 class OptimizerConfig:
-    """Optimiser and learning rate."""
+    """Optimizer and learning rate."""
 
     name: Literal["sgd", "adamw", "lars"] = "adamw"
-    """sgd and lars have momentum."""
+    """Optimizer; sgd and lars use momentum."""
 
     learning_rate: float = 1e-3
-    """Its greatest value, reached at the end of the warm-up."""
+    """Maximum learning rate, reached at the end of the warm-up."""
 
     weight_decay: float = 1e-4
-    """Of weights; biases and normalisation parameters have none."""
+    """Weight decay of the weights; biases and normalisation parameters are not decayed."""
 
     momentum: float | None = None
     """sgd and lars only; None means 0.9."""
 
     warmup_epochs: float = 0.0
-    """Epochs over which the learning rate rises linearly from warmup_start."""
+    """Epochs of linear warm-up from warmup_start."""
 
     warmup_start: float = 0.0
-    """Learning rate at the first step of the warm-up, as a share of learning_rate."""
+    """Learning rate of the first warm-up step, as a fraction of learning_rate."""
 
     final: float = 0.0
-    """Learning rate at the end of the cosine, as a share of learning_rate."""
+    """Learning rate at the end of the cosine decay, as a fraction of learning_rate."""
 
     def check(self) -> None:
-        """Refuse values that cannot run.
+        """Check the values.
 
         Raises:
-            ConfigError: names the field.
+            ConfigError: a value is not valid; the message names the field.
         """
         check(self.learning_rate > 0, "optimizer.learning_rate", "be greater than 0", self.learning_rate)
         check(self.weight_decay >= 0, "optimizer.weight_decay", "be at least 0", self.weight_decay)
@@ -190,85 +190,83 @@ class OptimizerConfig:
         check(0 <= self.final <= 1, "optimizer.final", "lie in [0, 1]", self.final)
 
     def resolve(self) -> None:
-        """Write the values that None stands for."""
+        """Replace None by the defaults of the optimizer."""
         if self.name != "adamw" and self.momentum is None:
             self.momentum = 0.9
 
 
 @dataclass
 class TrainerConfig:
-    """The loop, its log and its checkpoints."""
+    """Training loop, log and checkpoints."""
 
     epochs: int = 10
     """Passes over the training split."""
 
     chunk_size: int | None = None
-    """Samples, with all their views, that each process puts through the model at once (GradCache): memory
-    grows with it instead of data.batch_size, for one more forward. The gradient stays that of the whole
-    batch, but BatchNorm normalises each chunk by itself. None puts all through at once."""
+    """Samples, with all their views, per forward pass of a process (GradCache). Memory then depends on
+    chunk_size instead of data.batch_size, at the cost of one more forward pass. The gradient is that of the
+    whole batch, but BatchNorm normalises each chunk separately. None disables chunks."""
 
     accumulation_steps: int = 1
-    """Batches of data.batch_size in a step, which takes their mean gradient. Each batch is contrasted by
-    itself, so this is no larger contrastive batch: data.batch_size with chunk_size is. Steps are the
-    optimiser's everywhere: in the learning rate, the log, the checkpoints. Batches of an epoch that do not
-    fill a step are left out."""
+    """Batches of data.batch_size per optimizer step, which uses their mean gradient. Each batch is contrasted
+    separately; for a larger contrastive batch use data.batch_size with chunk_size. Learning rate, log and
+    checkpoints count optimizer steps. Batches at the end of an epoch that do not fill a step are skipped."""
 
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    """None takes what accelerate launch was told; fp16 is not for CPUs."""
+    """None uses the setting of accelerate launch; fp16 does not work on CPUs."""
 
     clip_norm: float | None = None
-    """Gradients are scaled down to this norm; None leaves them."""
+    """Maximum norm of the gradient; None disables clipping."""
 
     cpu: bool = False
-    """Train on the CPU even where there is an accelerator."""
+    """Train on the CPU even if there is an accelerator."""
 
     sync_batch_norm: bool = False
-    """BatchNorm normalises by the statistics of all processes; CUDA only."""
+    """Synchronise the BatchNorm statistics of all processes; CUDA only."""
 
     ema_decay: float | None = None
-    """Average the weights over the steps, exponentially, e.g. 0.999: the share of the average that stays in a
-    step. None keeps no average."""
+    """Decay per step of an exponential moving average of the weights, e.g. 0.999. None keeps no average."""
 
     final_weights: Literal["last", "best", "ema"] = "last"
-    """Which weights the run ends with, to be evaluated and exported: of the last step, of the checkpoint that
-    best_by chooses, or the average."""
+    """Weights that are evaluated and exported: those of the last step, of the checkpoint that best_by
+    selects, or the moving average."""
 
     profile_steps: list[int] = field(default_factory=list)
-    """Steps, counted from 1, that torch.profiler records on the main process: a Chrome trace, the operators
-    and a picture of the memory in RUN/profile/step-N."""
+    """Steps, counted from 1, that torch.profiler records on the main process: a Chrome trace, a table of
+    operators and a picture of the memory in RUN/profile/step-N."""
 
     threads: int | None = None
-    """CPU threads of each process; None divides the machine's cores among its processes."""
+    """CPU threads per process; None divides the cores of the machine among its processes."""
 
     trackers: list[str] = field(default_factory=list)
-    """Accelerate trackers beside log.jsonl, e.g. [tensorboard]."""
+    """Accelerate trackers in addition to log.jsonl, e.g. [tensorboard]."""
 
     checkpoint_epochs: int = 1
-    """Epochs between checkpoints; the last step always gets one."""
+    """Epochs between checkpoints; the last step is always saved."""
 
     checkpoint_steps: int | None = None
-    """Steps between checkpoints, instead of epochs."""
+    """Steps between checkpoints; overrides checkpoint_epochs."""
 
     keep_checkpoints: int = 2
-    """Older checkpoints are deleted, but for the best."""
+    """Number of latest checkpoints to keep; the best one is kept too."""
 
     best_by: Literal[
         "loss", "contrastive", "cross_entropy", "reconstruction", "worst_group", "worst_known_group"
     ] | None = "loss"  # fmt: skip
-    """At each checkpoint, log the losses on the validation split, and keep the checkpoint of the least one of
-    that name (of the averaged weights, if those are final). worst_group: of the greatest accuracy of the
-    classification head in the worst of the data's own groups; worst_known_group: of the groups of
-    data.groups. None does not validate."""
+    """Validation metric that selects the best checkpoint: a loss (lowest), or the accuracy of the
+    classification head in the worst group (highest). worst_group uses the data's own groups,
+    worst_known_group those of data.groups. Each checkpoint is validated, with the averaged weights if
+    final_weights is ema. None disables validation."""
 
     time_budget: float | None = None
-    """Minutes after which the training writes a checkpoint and stops, to be resumed; None: no end. SIGTERM
-    and SIGUSR1 do the same."""
+    """Minutes after which the training writes a checkpoint and stops; it can be resumed. None: no limit.
+    SIGTERM and SIGUSR1 stop it in the same way."""
 
     def check(self) -> None:
-        """Refuse values that cannot run.
+        """Check the values.
 
         Raises:
-            ConfigError: names the field.
+            ConfigError: a value is not valid; the message names the field.
         """
         check(self.epochs >= 1, "trainer.epochs", "be at least 1", self.epochs)
         if self.clip_norm is not None:

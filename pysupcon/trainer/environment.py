@@ -1,8 +1,8 @@
-"""The environment in which a training starts, checked before Accelerate's objects read it.
+"""Check the environment variables of Accelerate before its objects read them.
 
-What :mod:`pysupcon.trainer.variables` calls refused is refused, what it calls honoured is checked against the
-config and the rest of the environment. Precision and CPU are written to the config, so that a run's folder
-says how it was trained.
+Variables that :mod:`pysupcon.trainer.variables` lists as refused raise an error. Honoured variables are
+checked against the config and against each other. The precision and the use of the CPU are written to the
+config, so that the folder of a run records them.
 """
 
 from __future__ import annotations
@@ -14,38 +14,38 @@ from accelerate.utils import is_torch_xla_available
 
 from pysupcon.config import Config
 from pysupcon.errors import ConfigError
-from pysupcon.trainer.progress import say
-from pysupcon.trainer.variables import find
+from pysupcon.trainer.progress import print_line
+from pysupcon.trainer.variables import lookup
 
 ON = ("y", "yes", "t", "true", "on", "1")
 OFF = ("n", "no", "f", "false", "off", "0")
 BACKENDS = ("no", "eager", "aot_eager", "inductor")
-"""of Dynamo, that train; the others are for inference or for other devices"""
+"""Dynamo backends that can train; the others are for inference or for other devices."""
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
-"""modes that keep a model's outputs only until it runs again"""
+"""Modes in which the next run of a model overwrites its outputs."""
 PROCESSES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-"""How many processes there are, as launchers say it"""
+"""Variables in which launchers pass the number of processes."""
 
 
-def settle(config: Config) -> None:
-    """Refuse what cannot be honoured, and write to the config what the environment decides.
+def apply_environment(config: Config) -> None:
+    """Refuse unsupported variables and write the environment's choices to the config.
 
-    Every process calls it, before it makes any of Accelerate's objects.
+    Every process calls this before it creates an object of Accelerate.
 
     Raises:
-        ConfigError: names the variable.
+        ConfigError: a variable is not supported or contradicts the config; the message names it.
     """
     for name, value in sorted(os.environ.items()):
-        variable = find(name)
+        variable = lookup(name)
         if variable is None:
             if name.startswith("ACCELERATE_") and os.environ.get("RANK", "0") == "0":
-                say(f"{name}={value} is unknown here: what it does to a training is not tested")
+                print_line(f"{name}={value} is not known to pysupcon: its effect on a training is not tested")
         elif variable.kind == "refused" and value.lower() not in (*OFF, "", "none"):
             raise ConfigError(f"{name}={value} is not supported: {variable.text}")
     if is_torch_xla_available():
         raise ConfigError("torch_xla is installed and XLA devices are not supported: set USE_TORCH_XLA=0")
-    _settle_precision(config)
+    _apply_precision(config)
     config.trainer.cpu = _flag("ACCELERATE_USE_CPU") or config.trainer.cpu
     _check_device(config)
     _check_agreement("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "accumulation_steps", config)
@@ -54,21 +54,24 @@ def settle(config: Config) -> None:
 
 
 def dynamo_backend() -> str:
-    """By which the model is compiled; "no": it is not."""
+    """Return the torch.compile backend of the model; "no" if the model is not compiled."""
     return os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
 
 
 def check_processes(joined: int) -> None:
-    """Refuse processes that would each train by themselves.
+    """Refuse processes that would train independently.
+
+    Args:
+        joined: number of processes in the process group.
 
     Raises:
-        ConfigError: a launcher started another number of processes than the ``joined`` ones.
+        ConfigError: the launcher started another number of processes.
     """
     for name in PROCESSES:
         if os.environ.get(name, "1") not in ("1", str(joined)):
             raise ConfigError(
-                f"{name}={os.environ[name]}, but {joined} joined: processes on CPUs need --trainer.cpu true, "
-                "and a single process needs the variable unset"
+                f"{name}={os.environ[name]}, but {joined} joined: several processes on CPUs need "
+                "--trainer.cpu true; for a single process unset the variable"
             )
 
 
@@ -83,18 +86,18 @@ def _several_processes() -> bool:
     return any(os.environ.get(name, "1") != "1" for name in PROCESSES)
 
 
-def _settle_precision(config: Config) -> None:
+def _apply_precision(config: Config) -> None:
     name, trainer = "ACCELERATE_MIXED_PRECISION", config.trainer
-    told = os.environ.get(name, "no").lower()
-    if told not in ("no", "bf16", "fp16"):
-        raise ConfigError(f"{name}={told} is not supported: the precisions are no, bf16 and fp16")
-    if trainer.mixed_precision is not None and told not in ("no", trainer.mixed_precision):
+    value = os.environ.get(name, "no").lower()
+    if value not in ("no", "bf16", "fp16"):
+        raise ConfigError(f"{name}={value} is not supported: the precisions are no, bf16 and fp16")
+    if trainer.mixed_precision is not None and value not in ("no", trainer.mixed_precision):
         raise ConfigError(
-            f"{name}={told} contradicts trainer.mixed_precision={trainer.mixed_precision}: leave one of them "
-            "out"
+            f"{name}={value} contradicts trainer.mixed_precision={trainer.mixed_precision}: leave one of "
+            "them out"
         )
     if trainer.mixed_precision is None:
-        trainer.mixed_precision = told  # type: ignore[assignment]
+        trainer.mixed_precision = value  # type: ignore[assignment]
 
 
 def _check_device(config: Config) -> None:
@@ -105,30 +108,30 @@ def _check_device(config: Config) -> None:
     try:
         kind = torch.device(value).type
     except RuntimeError as error:
-        raise ConfigError(f"{name}={value} is no device: {' '.join(str(error).split())}") from error
-    here = torch.accelerator.current_accelerator()
-    kinds = {"cpu"} if config.trainer.cpu or here is None else {"cpu", here.type}
+        raise ConfigError(f"{name}={value} is not a device: {' '.join(str(error).split())}") from error
+    accelerator = torch.accelerator.current_accelerator()
+    kinds = {"cpu"} if config.trainer.cpu or accelerator is None else {"cpu", accelerator.type}
     if kind not in kinds:
         raise ConfigError(
-            f"{name}={value} must be of {' or '.join(sorted(kinds))} here, with "
+            f"{name}={value} must be a {' or '.join(sorted(kinds))} device on this machine with "
             f"trainer.cpu={config.trainer.cpu}"
         )
     if _several_processes():
         raise ConfigError(
-            f"{name}={value} would give the same device to every process: leave it out, and choose with "
-            "CUDA_VISIBLE_DEVICES"
+            f"{name}={value} would give the same device to every process: leave it out and select devices "
+            "with CUDA_VISIBLE_DEVICES"
         )
 
 
 def _check_agreement(name: str, field: str, config: Config) -> None:
-    told, own = os.environ.get(name), getattr(config.trainer, field)
+    value, own = os.environ.get(name), getattr(config.trainer, field)
     try:
-        agrees = told is None or (own is None if told.lower() in ("", "none") else float(told) == own)
+        agrees = value is None or (own is None if value.lower() in ("", "none") else float(value) == own)
     except ValueError:
         agrees = False
     if not agrees:
         raise ConfigError(
-            f"{name}={told} does not agree with trainer.{field}={own}: set the field, and leave the variable "
+            f"{name}={value} does not agree with trainer.{field}={own}: set the field and leave the variable "
             "out"
         )
 
@@ -157,17 +160,17 @@ def _check_dynamo(config: Config) -> None:
         ):
             if several:
                 raise ConfigError(
-                    f"{prefix}MODE={mode} runs CUDA graphs, which do not go with trainer.{field}: the model "
-                    "runs several times a step; take max-autotune-no-cudagraphs or default"
+                    f"{prefix}MODE={mode} uses CUDA graphs, which do not work with trainer.{field}: the "
+                    "model runs several times per step; use max-autotune-no-cudagraphs or default"
                 )
     regional = f"{prefix}USE_REGIONAL_COMPILATION" in used
     if f"{prefix}USE_FULLGRAPH" in used and _several_processes() and not regional:
         raise ConfigError(
-            f"{prefix}USE_FULLGRAPH does not go with several processes: DistributedDataParallel is no part "
-            "of a graph"
+            f"{prefix}USE_FULLGRAPH does not work with several processes: DistributedDataParallel breaks the "
+            "graph"
         )
     if regional and config.model.spectral_norm:
         raise ConfigError(
-            f"{prefix}USE_REGIONAL_COMPILATION does not go with model.spectral_norm, whose parts Accelerate "
-            "takes for repeated blocks"
+            f"{prefix}USE_REGIONAL_COMPILATION does not work with model.spectral_norm: Accelerate would "
+            "compile its modules as repeated blocks"
         )

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there, whatever happens in between."""
+"""Atomic writes: a file or folder is either complete or absent, also after a crash."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pysupcon.errors import RunError
 
 
 def write_file(path: Path, content: bytes) -> str:
-    """Write a file and have it on the disk on return.
+    """Write a file and sync it to disk.
 
     Returns:
-        The SHA-256 of ``content``, hexadecimal.
+        The SHA-256 of ``content`` in hexadecimal.
     """
     with path.open("wb") as file:
         file.write(content)
@@ -26,33 +26,33 @@ def write_file(path: Path, content: bytes) -> str:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file aside and rename it: a reader finds the old content or the new one."""
-    aside = path.with_name("writing_" + path.name)
+    """Write a temporary file and rename it to ``path``: readers see either the old or the new content."""
+    temporary = path.with_name("writing_" + path.name)
     try:
-        write_file(aside, content)
-        os.replace(aside, path)
+        write_file(temporary, content)
+        os.replace(temporary, path)
     except OSError:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 
 
-def publish_folder(aside: Path, final: Path) -> None:
-    """Rename a folder whose files are on the disk to ``final``; a folder of that name gives way."""
-    sync_folder(aside)
+def publish_folder(temporary: Path, final: Path) -> None:
+    """Rename a folder whose files are synced to ``final``; an existing folder of that name is replaced."""
+    sync_folder(temporary)
     if final.exists():
-        former = final.with_name("replaced_" + final.name)
-        shutil.rmtree(former, ignore_errors=True)
-        os.replace(final, former)
-        os.replace(aside, final)
-        shutil.rmtree(former)
+        replaced = final.with_name("replaced_" + final.name)
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.replace(final, replaced)
+        os.replace(temporary, final)
+        shutil.rmtree(replaced)
     else:
-        os.replace(aside, final)
+        os.replace(temporary, final)
     sync_folder(final.parent)
 
 
 def sync_folder(path: Path) -> None:
-    """Have the names in a folder on the disk."""
+    """Sync the directory entries of a folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -60,32 +60,32 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def check_vacant(output: Path) -> None:
-    """Refuse a folder that holds something, before work is put into what shall be written there.
+def check_new_or_empty(output: Path) -> None:
+    """Check an output folder before work is spent on its content.
 
     Raises:
-        RunError: it does.
+        RunError: ``output`` is a file or a folder with content.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise RunError(f"--output {output} must be a new or an empty folder; it holds something")
+        raise RunError(f"--output {output} must be a new or an empty folder; it is not empty")
 
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes ``output`` if nothing goes wrong.
+    """Yield a temporary folder that is renamed to ``output`` if the block succeeds.
 
     Raises:
         RunError: ``output`` cannot be written.
     """
-    aside = output.with_name(f".writing_{output.name}")
+    temporary = output.with_name(f".writing_{output.name}")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        yield aside
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
         if output.exists():
             output.rmdir()
-        aside.rename(output)
+        temporary.rename(output)
     except OSError as error:
         raise RunError(f"--output {output} could not be written: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Which folder a run is in, and whether it goes on from something."""
+"""Select the folder of a run."""
 
 from __future__ import annotations
 
@@ -14,37 +14,43 @@ from pysupcon.trainer.checkpoint import FOLDER
 from pysupcon.trainer.run import CONFIG_FILE, LOG_FILE, WEIGHTS_FILE
 
 
-def restarted() -> bool:
-    """Whether torchrun has started these processes again after one of them died."""
+def is_restart() -> bool:
+    """Return whether torchrun restarted these processes after a failure."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
-def agree_on_folder(config: Config, name: str, state: PartialState) -> Path:
-    """The main process chooses, so that all name the same; an error of its is everybody's.
+def select_run_dir(config: Config, name: str, state: PartialState) -> Path:
+    """Select the folder of the run on the main process and broadcast it. Every process calls this.
+
+    Args:
+        config: resolved config.
+        name: name of the folder under runs/ if ``config.output_dir`` is None.
+        state: Accelerate's state of the processes.
 
     Raises:
-        ConfigError: ``output_dir`` holds a run already, and it is not to be continued.
+        ConfigError: ``output_dir`` already holds a run and the config does not resume it; raised on every
+            process.
     """
-    choice: list[str | None] = [None, None]
+    outcome: list[str | None] = [None, None]
     if state.is_main_process:
         try:
-            choice[0] = str(choose_folder(config, name))
+            outcome[0] = str(choose_run_dir(config, name))
         except ConfigError as error:
-            choice[1] = str(error)
-    choice = broadcast_object_list(choice)
-    if choice[0] is None:
-        raise ConfigError(choice[1])
-    return Path(choice[0])
+            outcome[1] = str(error)
+    outcome = broadcast_object_list(outcome)
+    if outcome[0] is None:
+        raise ConfigError(outcome[1])
+    return Path(outcome[0])
 
 
-def choose_folder(config: Config, name: str) -> Path:
-    """``output_dir``, the folder of the checkpoint to go on from, or a folder under runs/."""
+def choose_run_dir(config: Config, name: str) -> Path:
+    """``output_dir``, the run of the checkpoint to resume from, or a folder under runs/."""
     resume = config.resume_from_checkpoint
     if config.output_dir is not None:
         folder = Path(config.output_dir)
         if _holds_run(folder) and resume is None:
             raise ConfigError(
-                f"output_dir {folder} already holds a run; continue it with --resume_from_checkpoint latest, "
+                f"output_dir {folder} already holds a run; continue it with --resume_from_checkpoint latest "
                 "or choose another folder"
             )
         return folder

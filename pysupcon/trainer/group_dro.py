@@ -1,4 +1,4 @@
-"""Groups in the training: GroupDRO's loss among all processes, and accuracy by group on the validation
+"""Groups in the training: the GroupDRO loss over all processes, and group accuracies on the validation
 split."""
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ from pysupcon.evaluators import GroupDRO
 
 
 def build_group_dro(config: Config, data: Data, accelerator: Accelerator) -> GroupDRO | None:
-    """The robust loss of ``loss.group_dro`` over the groups of ``data.groups``; None without it."""
+    """Build the GroupDRO loss of ``loss.group_dro`` over the groups of ``data.groups``.
+
+    Returns:
+        The loss, or None if ``loss.group_dro`` is None.
+    """
     options = config.loss.group_dro
     if options is None:
         return None
@@ -35,9 +39,14 @@ def build_group_dro(config: Config, data: Data, accelerator: Accelerator) -> Gro
 
 
 class GroupAccuracy:
-    """How often the classification head is right, in the worst group of the validation split and on average.
+    """Accuracy of the classification head on the validation split: mean and worst group.
 
-    All images of the split, without augmentation, every process its share. No random state moves.
+    The images are not augmented and are divided among the processes. No random state changes.
+
+    Args:
+        accelerator: the Accelerate object of this process.
+        config: resolved config.
+        data: the data of the config.
     """
 
     def __init__(self, accelerator: Accelerator, config: Config, data: Data) -> None:
@@ -54,38 +63,41 @@ class GroupAccuracy:
             Subset(plain, mine.tolist()),
             batch_size=config.trainer.chunk_size or batch,
             num_workers=config.data.workers,
-            generator=torch.Generator(),  # or each pass would draw a seed from the global one
+            generator=torch.Generator(),  # without it each pass draws a seed from the global generator
         )
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """``accuracy``; ``worst_group``, of the true groups; and ``worst_known_group``, of those of
-        ``data.groups``, if any.
+        """Compute the accuracies.
 
         Args:
-            model: not wrapped, in eval mode.
+            model: the model in eval mode, without Accelerate's wrappers.
+
+        Returns:
+            ``accuracy``; ``worst_group``, the lowest accuracy of a true group; and ``worst_known_group``, the
+            lowest of a group of ``data.groups``, if given.
         """
         device = self.accelerator.device
-        found = []
+        hits = []
         for images, coarse, fine in self.loader:
             labels = (fine if self.fine else coarse).to(device)
             with self.accelerator.autocast():
                 logits = model(images.to(device).contiguous(memory_format=torch.channels_last), labels).logits
-            found.append(logits.argmax(dim=1) == labels)
-        correct = torch.cat(found).to("cpu", torch.float64) if found else torch.zeros(0, dtype=torch.float64)
-        counted = [correct.new_tensor([correct.sum().item(), len(correct)])]
+            hits.append(logits.argmax(dim=1) == labels)
+        correct = torch.cat(hits).to("cpu", torch.float64) if hits else torch.zeros(0, dtype=torch.float64)
+        counts = [correct.new_tensor([correct.sum().item(), len(correct)])]
         for name, groups in self.groups.items():
             known = groups >= 0
             for values in (correct, torch.ones_like(correct)):
-                counted.append(
+                counts.append(
                     torch.zeros(self.sizes[name], dtype=torch.float64).index_add(
                         0, groups[known], values[known]
                     )
                 )
-        sizes = [len(part) for part in counted]
-        total: Tensor = self.accelerator.reduce(torch.cat(counted).to(device), "sum")
+        sizes = [len(part) for part in counts]
+        total: Tensor = self.accelerator.reduce(torch.cat(counts).to(device), "sum")
         (right, samples), *by_group = total.cpu().split(sizes)
-        figures = {"accuracy": float(right / samples)}
-        for name, part, whole in zip(self.groups, by_group[::2], by_group[1::2], strict=True):
-            figures[name] = float((part[whole > 0] / whole[whole > 0]).min())
-        return figures
+        accuracies = {"accuracy": float(right / samples)}
+        for name, right, samples in zip(self.groups, by_group[::2], by_group[1::2], strict=True):
+            accuracies[name] = float((right[samples > 0] / samples[samples > 0]).min())
+        return accuracies

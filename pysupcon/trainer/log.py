@@ -1,4 +1,4 @@
-"""The log of a run: one JSON line a step."""
+"""The log of a run: one JSON line per step."""
 
 from __future__ import annotations
 
@@ -17,20 +17,25 @@ from pysupcon.trainer.run import read_log
 
 
 class StepLog:
-    """Appends lines to ``log.jsonl``; every line is on its way to the file when :meth:`write` returns.
+    """Append lines to ``log.jsonl``; :meth:`write` flushes each line.
 
-    The loop writes: step and epoch (done), loss and its parts (means over processes), gradient_norm (before
-    clipping), temperature (if it is learnable: before the step), group=G/loss (of the last batch that held
-    group G) and group=G/weight (GroupDRO), val_loss and its parts (at checkpoints), val_accuracy and
-    val_worst_group (if trainer.best_by asks for groups),
-    valid_anchors (of all processes: anchors that have a positive) and chance (the contrastive loss if all
-    rows were one point) where there is a contrastive loss, learning_rate (of this step), images_per_second
-    (views, of all processes), peak_memory_mib (of the main process).
+    Fields of a line:
+        step, epoch: progress after the step.
+        loss and its terms: means over the processes.
+        gradient_norm: before clipping.
+        temperature: before the step, if it is learnable.
+        group=G/loss, group=G/weight: with GroupDRO; the loss is that of the last batch with samples of G.
+        valid_anchors: anchors with a positive, summed over the processes, if there is a contrastive loss.
+        chance: the contrastive loss if all embeddings were equal.
+        val_loss and its terms: at checkpoints.
+        val_accuracy, val_worst_group: at checkpoints, if ``trainer.best_by`` is a group accuracy.
+        learning_rate: of this step.
+        images_per_second: views per second of all processes.
+        peak_memory_mib: of the main process.
 
     Args:
-        path: of the file; created if missing.
-        resumed_step: steps already done. Lines of later steps, from before an interruption, are dropped:
-            these steps are done again.
+        path: path of the file; created if missing.
+        resumed_step: number of finished steps. Lines of later steps are dropped: these steps are repeated.
     """
 
     def __init__(self, path: Path, resumed_step: int = 0) -> None:
@@ -43,7 +48,7 @@ class StepLog:
         """Append one line.
 
         Raises:
-            RunError: it could not be written.
+            RunError: the line could not be written.
         """
         try:
             self._file.write(json.dumps(values) + "\n")
@@ -52,18 +57,18 @@ class StepLog:
             raise RunError(f"{self._path} could not be written: {error.strerror or error}") from error
 
     def sync(self) -> None:
-        """Have all lines on the disk."""
+        """Sync all lines to disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
-        with suppress(OSError):  # what could not be written was said by write
+        with suppress(OSError):  # write has already reported an error
             self._file.close()
 
 
 def _drop_after(path: Path, step: int) -> None:
     text = path.read_text(encoding="utf-8")
-    if not text.endswith("\n"):  # the process died within a line
+    if not text.endswith("\n"):  # the process died while it wrote a line
         text = text[: text.rfind("\n") + 1]
     kept = path.with_suffix(".kept")
     kept.write_text(text, encoding="utf-8")
@@ -73,8 +78,8 @@ def _drop_after(path: Path, step: int) -> None:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Greatest memory so far, MiB: allocated by torch on a CUDA device, resident in the process elsewhere."""
+    """Return the peak memory so far in MiB: allocated by torch on a CUDA device, else resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -1,4 +1,4 @@
-"""The one training loop."""
+"""The training loop."""
 
 from __future__ import annotations
 
@@ -16,51 +16,53 @@ from pysupcon.config import Config, to_yaml
 from pysupcon.data.bundle import Data, load_data
 from pysupcon.errors import Interrupted, RunError, check
 from pysupcon.profiling.recorder import StepRecorder
-from pysupcon.trainer import checkpoint, environment, state
+from pysupcon.trainer import checkpoint
+from pysupcon.trainer.environment import apply_environment
 from pysupcon.trainer.files import replace_file
-from pysupcon.trainer.folders import agree_on_folder, restarted
+from pysupcon.trainer.folders import is_restart, select_run_dir
 from pysupcon.trainer.group_dro import build_group_dro
 from pysupcon.trainer.log import StepLog, peak_memory
 from pysupcon.trainer.objective import Objective
 from pysupcon.trainer.optim import build_optimizer, build_scheduler
-from pysupcon.trainer.progress import waiting
+from pysupcon.trainer.progress import report_if_slow
 from pysupcon.trainer.run import CONFIG_FILE, LOG_FILE, WEIGHTS_FILE, build_model
 from pysupcon.trainer.setup import build_accelerator, join_processes, set_threads, start_trackers
-from pysupcon.trainer.step import Step
+from pysupcon.trainer.state import TrainingState, find_resume_checkpoint
+from pysupcon.trainer.step import TrainingStep
 from pysupcon.trainer.stop import StopRequests
 from pysupcon.trainer.validation import Validation
 
 
 def train(config: Config, name: str = "run") -> Path:
-    """Train, log, write checkpoints and the final weights; every process calls it.
+    """Train; write the log, the checkpoints and the final weights. Every process calls this.
 
     Args:
-        config: of the run; resolved here.
-        name: of the run's folder under runs/, if ``config.output_dir`` is None.
+        config: config of the run; resolved here.
+        name: name of the run's folder under runs/ if ``config.output_dir`` is None.
 
     Returns:
         The folder of the run.
 
     Raises:
-        ConfigError: the config cannot run; nothing has been written.
-        RunError: the loss or the gradient is not finite, a checkpoint is damaged, or the disk is full; what
-            was written stays.
-        Interrupted: a signal came or the time budget is over; a checkpoint is written.
+        ConfigError: the config is not valid; nothing has been written.
+        RunError: the loss or the gradient is not finite, a checkpoint is damaged, or the disk is full; files
+            that were written stay.
+        Interrupted: a signal arrived or the time budget is used up; a checkpoint has been written.
     """
     config.resolve()
-    environment.settle(config)
+    apply_environment(config)
     stop = StopRequests(config.trainer.time_budget)
     processes = join_processes(config.trainer.cpu)
     set_threads(config, processes)
-    with waiting(f"reading {config.data.dataset}", shown=processes.is_main_process):
+    with report_if_slow(f"reading {config.data.dataset}", enabled=processes.is_main_process):
         if config.data.download:
             with processes.main_process_first():
                 data = load_data(config.data)
         else:
             data = load_data(config.data)
-    if restarted() and config.resume_from_checkpoint is None:
+    if is_restart() and config.resume_from_checkpoint is None:
         config.resume_from_checkpoint = "auto"
-    run_dir = agree_on_folder(config, name, processes)
+    run_dir = select_run_dir(config, name, processes)
     config.output_dir = str(run_dir)
     trainer = Trainer(config, data, run_dir)
     with stop:
@@ -68,10 +70,15 @@ def train(config: Config, name: str = "run") -> Path:
 
 
 class Trainer:
-    """State of one run: the prepared objects, and ``done``, the number of the optimiser's steps done.
+    """The objects of one training.
 
-    ``network`` is the model itself: its weights have the names that checkpoints and evaluation know, whatever
-    Accelerate wraps around it in ``model``, which only the training steps call.
+    ``network`` is the model itself; checkpoints and evaluation use the names of its weights. ``model`` is the
+    network with the wrappers of Accelerate, and only the training steps call it.
+
+    Args:
+        config: resolved config.
+        data: the data of the config.
+        run_dir: folder of the run.
     """
 
     def __init__(self, config: Config, data: Data, run_dir: Path) -> None:
@@ -86,11 +93,10 @@ class Trainer:
         self.steps = config.trainer.epochs * self.steps_per_epoch
         steps = config.trainer.profile_steps
         check(max(steps, default=0) <= self.steps, "trainer.profile_steps", f"end by {self.steps}", steps)
-        self.done = 0
-        saved = state.find(self.accelerator, config, run_dir)
+        saved = find_resume_checkpoint(self.accelerator, config, run_dir)
 
         set_seed(config.seed)
-        with waiting(f"building {config.model.backbone}", shown=main):
+        with report_if_slow(f"building {config.model.backbone}", enabled=main):
             network = build_model(config, data).to(self.device).to(memory_format=torch.channels_last)
         if config.trainer.sync_batch_norm:
             network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
@@ -106,36 +112,45 @@ class Trainer:
         scheduler = build_scheduler(
             config.optimizer, optimizer, steps=self.steps, steps_per_epoch=self.steps_per_epoch
         )
-        self.model, self.optimizer, self.scheduler = self.accelerator.prepare(
-            self.network, optimizer, scheduler
-        )
-        self.step = Step(
-            self.accelerator, config, data, self.network, self.model, self.objective, self.optimizer,
+        self.model, optimizer, self.scheduler = self.accelerator.prepare(self.network, optimizer, scheduler)
+        self.step = TrainingStep(
+            self.accelerator, config, data, self.network, self.model, self.objective, optimizer,
             self.scheduler,
+        )  # fmt: skip
+        self.state = TrainingState(
+            self.accelerator, config, run_dir, self.steps_per_epoch, self.network, self.objective, optimizer,
+            self.scheduler, self.ema,
         )  # fmt: skip
         self.validate: Validation | None = None
         if config.trainer.best_by is not None:
             self.validate = Validation(self.accelerator, config, data, self.objective)
         set_seed(config.seed, device_specific=True)  # dropout differs between processes
         if saved is not None:
-            state.restore(self, saved)
+            self.state.restore(saved)
         batches = data.batches(
             seed=config.seed,
             steps=self.steps * self.batches_per_step,
-            start=self.done * self.batches_per_step,
+            start=self.state.done * self.batches_per_step,
             **ranks,
         )
         self.loader = data.loader(batches, pin_memory=self.device.type == "cuda")
 
     def fit(self, stop: StopRequests) -> Path:
-        """Train to the end, or until ``stop`` has a reason."""
+        """Train to the end, or until ``stop`` requests it.
+
+        Returns:
+            The folder of the run.
+
+        Raises:
+            RunError, Interrupted: see :func:`train`.
+        """
         main = self.accelerator.is_main_process
         log: StepLog | None = None
         if main:
             try:
                 self.run_dir.mkdir(parents=True, exist_ok=True)
                 replace_file(self.run_dir / CONFIG_FILE, to_yaml(self.config).encode())
-                log = StepLog(self.run_dir / LOG_FILE, self.done)
+                log = StepLog(self.run_dir / LOG_FILE, self.state.done)
             except OSError as error:
                 raise RunError(f"{self.run_dir} cannot be written to: {error}") from error
         start_trackers(self.accelerator, self.config)
@@ -155,42 +170,37 @@ class Trainer:
         self.accelerator.end_training()
         return self.run_dir
 
-    def weights(self) -> dict[str, Tensor]:
-        """Of the model as it is now."""
-        state_dict: dict[str, Tensor] = self.network.state_dict()
-        return state_dict
-
     def _loop(self, log: StepLog | None, stop: StopRequests) -> None:
-        trainer = self.config.trainer
+        trainer, state = self.config.trainer, self.state
         every = trainer.checkpoint_steps or trainer.checkpoint_epochs * self.steps_per_epoch
-        recorded = trainer.profile_steps if self.accelerator.is_main_process else ()
-        recorder = StepRecorder(recorded, self.run_dir / "profile", self.device)
+        profile_steps = trainer.profile_steps if self.accelerator.is_main_process else ()
+        recorder = StepRecorder(profile_steps, self.run_dir / "profile", self.device)
         self.model.train()
-        bar = tqdm(total=self.steps, initial=self.done, desc="train", unit="step", disable=log is None)
-        images = self.config.data.batch_size * self.config.data.views * self.batches_per_step
-        batches, last = iter(self.loader), time.perf_counter()
+        bar = tqdm(total=self.steps, initial=state.done, desc="train", unit="step", disable=log is None)
+        images_per_step = self.config.data.batch_size * self.config.data.views * self.batches_per_step
+        batches, start = iter(self.loader), time.perf_counter()
         with bar:
-            while self.done < self.steps:
+            while state.done < self.steps:
                 learning_rate = self.scheduler.get_last_lr()[0]
-                learnable = (
+                temperature = (
                     {"temperature": self.objective.temperature}
                     if self.config.loss.learnable_temperature
                     else {}
                 )
-                with recorder.step(self.done + 1):
-                    together = islice(batches, self.batches_per_step)
-                    values, asked = self.step(together, self.done + 1, stop.reason is not None)
-                self.done += 1
+                with recorder.step(state.done + 1):
+                    step_batches = islice(batches, self.batches_per_step)
+                    values, stopping = self.step(step_batches, state.done + 1, stop.reason is not None)
+                state.done += 1
                 if self.ema is not None:
-                    self.ema.update(self.network, self.done)
-                speed = images / (time.perf_counter() - last)
-                due = self.done % every == 0 or self.done == self.steps
-                metrics = self._validation() if due and not asked else {}
+                    self.ema.update(self.network, state.done)
+                speed = images_per_step / (time.perf_counter() - start)
+                due = state.done % every == 0 or state.done == self.steps
+                metrics = self._validation() if due and not stopping else {}
                 line = {
-                    "step": self.done,
-                    "epoch": self.done / self.steps_per_epoch,
+                    "step": state.done,
+                    "epoch": state.done / self.steps_per_epoch,
                     **values,
-                    **learnable,
+                    **temperature,
                     **{f"val_{name}": value for name, value in metrics.items()},
                     "learning_rate": learning_rate,
                     "images_per_second": speed,
@@ -199,16 +209,16 @@ class Trainer:
                 if log is not None:
                     log.write(line)
                 if self.accelerator.trackers:
-                    self.accelerator.log({key: line[key] for key in line if key != "step"}, step=self.done)
+                    self.accelerator.log({key: line[key] for key in line if key != "step"}, step=state.done)
                 bar.update()
                 bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:,.0f} images/s", refresh=False)
-                if due or asked:
+                if due or stopping:
                     if log is not None:
                         log.sync()
-                    path = state.save(self, metrics)
-                    if asked:
+                    path = state.save(metrics)
+                    if stopping:
                         self._interrupt(stop, path)
-                last = time.perf_counter()
+                start = time.perf_counter()
 
     def _validation(self) -> dict[str, float]:
         if self.validate is None:
@@ -219,20 +229,19 @@ class Trainer:
     def _interrupt(self, stop: StopRequests, path: Path) -> None:
         reason = stop.reason or "a signal to another process"
         raise Interrupted(
-            f"stopped by {reason} after step {self.done} of {self.steps}; "
-            f"checkpoint {path} is whole; go on with --resume_from_checkpoint latest "
+            f"stopped by {reason} after step {self.state.done} of {self.steps}; "
+            f"checkpoint {path} is complete; resume with --resume_from_checkpoint latest "
             f"--output_dir {self.run_dir}"
         )
 
     def _final_weights(self) -> dict[str, Tensor]:
-        """As trainer.final_weights says; on the main process."""
+        """The weights that ``trainer.final_weights`` selects; called on the main process."""
         final = self.config.trainer.final_weights
-        if final == "ema":
-            averaged: dict[str, Tensor] = self.ema.module.state_dict()
-            return averaged
         if final == "best":
-            best = checkpoint.best_checkpoint(self.run_dir, self.config.trainer.best_by, self.done)
+            best = checkpoint.best_checkpoint(self.run_dir, self.config.trainer.best_by, self.state.done)
             if best is None:
                 raise RunError(f"{self.run_dir} holds no checkpoint with a finite validation loss")
             return checkpoint.read_checkpoint(best).weights
-        return self.weights()
+        network = self.ema.module if final == "ema" else self.network
+        weights: dict[str, Tensor] = network.state_dict()
+        return weights

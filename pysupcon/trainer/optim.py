@@ -1,4 +1,4 @@
-"""Optimiser and learning rate."""
+"""Optimizer and learning rate schedule."""
 
 from __future__ import annotations
 
@@ -18,8 +18,13 @@ TIMM_NAME = {"sgd": "momentum", "adamw": "adamw", "lars": "lars"}  # timm's "sgd
 def build_optimizer(
     config: OptimizerConfig, model: nn.Module, objective: nn.Module | None = None
 ) -> Optimizer:
-    """timm's optimiser of that name; biases, normalisation parameters and those of ``objective`` are not
-    decayed."""
+    """Build timm's optimizer without weight decay for biases, normalisation layers and ``objective``.
+
+    Args:
+        config: resolved section of the config.
+        model: the model.
+        objective: the loss, if it has parameters.
+    """
     from timm.optim import create_optimizer_v2
 
     momentum: dict[str, Any] = {} if config.momentum is None else {"momentum": config.momentum}
@@ -38,12 +43,12 @@ def build_optimizer(
 
 
 def learning_rate_factor(step: int, *, config: OptimizerConfig, steps: int, steps_per_epoch: int) -> float:
-    """Learning rate of a step, as a share of its greatest value: linear warm-up, then half a cosine.
+    """Return the learning rate of a step relative to its maximum: linear warm-up, then cosine decay.
 
     Args:
-        step: 0 for the first.
-        config: shares and length of the warm-up.
-        steps, steps_per_epoch: of the training.
+        step: number of the step, from 0.
+        config: length of the warm-up, and its first and the final value.
+        steps, steps_per_epoch: length of the training and of an epoch in steps.
     """
     warmup = round(config.warmup_epochs * steps_per_epoch)
     if step < warmup:
@@ -55,6 +60,6 @@ def learning_rate_factor(step: int, *, config: OptimizerConfig, steps: int, step
 def build_scheduler(
     config: OptimizerConfig, optimizer: Optimizer, *, steps: int, steps_per_epoch: int
 ) -> LambdaLR:
-    """Scheduler to be stepped once after every step of the optimiser."""
+    """Build the scheduler, which is stepped once after each optimizer step."""
     factor = partial(learning_rate_factor, config=config, steps=steps, steps_per_epoch=steps_per_epoch)
     return LambdaLR(optimizer, factor)

@@ -1,4 +1,4 @@
-"""A word on whatever takes longer than a second or two."""
+"""Progress messages on stderr."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 DELAY = 1.0
-"""Seconds before a word is said."""
+"""Seconds after which :func:`report_if_slow` prints its message."""
 
 
 @contextmanager
-def waiting(text: str, *, shown: bool = True) -> Iterator[None]:
-    """Say ``text ...`` on stderr if the block takes longer than :data:`DELAY`; only if ``shown``."""
-    timer = threading.Timer(DELAY, say, (f"{text} ...",))
+def report_if_slow(text: str, *, enabled: bool = True) -> Iterator[None]:
+    """Print ``text ...`` if the block takes longer than :data:`DELAY` and ``enabled`` is true."""
+    timer = threading.Timer(DELAY, print_line, (f"{text} ...",))
     timer.daemon = True
-    if shown:
+    if enabled:
         timer.start()
     try:
         yield
@@ -24,8 +24,8 @@ def waiting(text: str, *, shown: bool = True) -> Iterator[None]:
         timer.cancel()
 
 
-def say(text: str) -> None:
-    """A line on stderr, above the bars."""
+def print_line(text: str) -> None:
+    """Print a line on stderr, above the progress bars."""
     from tqdm import tqdm
 
     tqdm.write(text, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Read a run back: config, trained model, data, log. Needs neither accelerate nor the training loop."""
+"""Read a finished run: config, data, trained model, log. Does not need accelerate or the training loop."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Run:
     """A finished run.
 
     Attributes:
-        dir: its folder.
-        config: as resolved when it was trained.
+        dir: folder of the run.
+        config: the resolved config of the training.
     """
 
     dir: Path
@@ -36,39 +36,42 @@ class Run:
 
     @cached_property
     def data(self) -> Data:
-        """The data, split as in training."""
+        """The data with the splits of the training."""
         return load_data(self.config.data)
 
     @cached_property
     def model(self) -> ContrastiveModel:
-        """The trained model, on the CPU, in eval mode; ``model.backbone(images)`` gives the embedding [B, E].
+        """The trained model on the CPU in eval mode; ``model.backbone(images)`` returns embeddings [B, E].
 
         Raises:
-            RunError: the weights are missing, truncated or of another model; names the file.
+            RunError: the weights are missing, truncated or of another model; the message names the file.
         """
         model = build_model(self.config, self.data)
         load_weights(model, self.dir / WEIGHTS_FILE)
         return model.eval()
 
     def splits(self) -> dict[str, PlainDataset]:
-        """ "train", "val" and "test" without augmentation; item: (image float32 [C, S, S], coarse, fine)."""
+        """Return the splits "train", "val" and "test" without augmentation.
+
+        Their items are (image float32 [C, S, S], coarse label, fine label).
+        """
         return {name: self.data.plain(name) for name in self.data.splits}
 
     def log(self) -> list[dict[str, Any]]:
-        """The lines of ``log.jsonl``, one a step, in order.
+        """Return the lines of ``log.jsonl``, one per step, in order.
 
         Raises:
-            RunError: there is no log, or a line is broken; names file and line.
+            RunError: there is no log, or a line is not JSON; the message names the file and the line.
         """
         return read_log(self.dir / LOG_FILE)
 
 
 def load_run(run_dir: str | Path) -> Run:
-    """Open a run. Model and data are read when first asked for.
+    """Open a run. The model and the data are read at their first use.
 
     Raises:
         RunError: the folder holds no run.
-        ConfigError: its config is broken.
+        ConfigError: the run's config is not valid.
     """
     run_dir = Path(run_dir)
     if not (run_dir / CONFIG_FILE).is_file():
@@ -76,8 +79,22 @@ def load_run(run_dir: str | Path) -> Run:
     return Run(run_dir, load_config(run_dir / CONFIG_FILE))
 
 
+def open_run(run: Run | str | Path) -> Run:
+    """Return ``run`` itself, or open the run in the folder ``run``.
+
+    Raises:
+        RunError: the folder does not exist or holds no run.
+        ConfigError: the run's config is not valid.
+    """
+    if not isinstance(run, (str, Path)):
+        return run
+    if not Path(run).is_dir():
+        raise RunError(f"{run} must be the folder of a run, but there is no such folder")
+    return load_run(run)
+
+
 def build_model(config: Config, data: Data) -> ContrastiveModel:
-    """The untrained model of a config, for its data."""
+    """Build the untrained model of a config for its data."""
     return ContrastiveModel(
         config.model, channels=data.channels, image_size=data.image_size, classes=len(data.class_names)
     )
@@ -87,14 +104,14 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
     """Load a safetensors file into ``model``.
 
     Raises:
-        RunError: the file is missing, truncated or of another model; names the file.
+        RunError: the file is missing, truncated or of another model; the message names the file.
     """
     if not path.is_file():
         raise RunError(f"{path} is missing: the run has not finished, or is no run")
     try:
         model.load_state_dict(load_file(path))
     except SafetensorError as error:
-        raise RunError(f"{path} is truncated or no safetensors file: {error}") from error
+        raise RunError(f"{path} is truncated or not a safetensors file: {error}") from error
     except RuntimeError as error:
         raise RunError(
             f"{path} holds the weights of another model: {' '.join(str(error).split())}"
@@ -102,10 +119,10 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL file.
+    """Read the lines of a JSONL file.
 
     Raises:
-        RunError: the file is missing or a line is broken; names file and line.
+        RunError: the file is missing or a line is not JSON; the message names the file and the line.
     """
     if not path.is_file():
         raise RunError(f"{path} is missing")
@@ -114,5 +131,5 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         try:
             lines.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise RunError(f"{path}, line {number}, is no JSON: {error}") from error
+            raise RunError(f"{path}, line {number}, is not JSON: {error}") from error
     return lines

@@ -1,4 +1,4 @@
-"""What a training stands on: accelerator, trackers, threads."""
+"""Set up the process group, Accelerate, the trackers and the CPU threads of a training."""
 
 from __future__ import annotations
 
@@ -18,8 +18,16 @@ from pysupcon.trainer.environment import check_processes
 
 
 def join_processes(cpu: bool) -> PartialState:
-    """Accelerate's view of the processes. After a restart by torchrun addresses of the dead ones may still
-    stand in its store: the new ones meet under a name of their own.
+    """Join the process group of the launcher.
+
+    After a restart by torchrun its store may still hold addresses of the dead processes, so each restart uses
+    a key prefix of its own.
+
+    Args:
+        cpu: train on CPUs even if there is an accelerator.
+
+    Returns:
+        Accelerate's state of the processes.
 
     Raises:
         ConfigError: the launcher started processes that do not join.
@@ -37,10 +45,14 @@ def join_processes(cpu: bool) -> PartialState:
 
 
 def build_accelerator(config: Config, run_dir: Path) -> Accelerator:
-    """Accelerate's object for a config, after :func:`pysupcon.trainer.environment.settle`.
+    """Create the Accelerate object of a config, after :func:`pysupcon.trainer.environment.apply_environment`.
+
+    Args:
+        config: resolved config.
+        run_dir: folder of the run.
 
     Raises:
-        ConfigError: the precision, a tracker or synchronised batch norm does not fit the machine.
+        ConfigError: the machine does not support the precision, a tracker or synchronised batch norm.
     """
     trainer, matmul_precision = config.trainer, torch.get_float32_matmul_precision()
     try:
@@ -50,29 +62,28 @@ def build_accelerator(config: Config, run_dir: Path) -> Accelerator:
             log_with=list(trainer.trackers) or None,
             project_dir=str(run_dir),
             step_scheduler_with_optimizer=False,
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # the step accumulates
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # TrainingStep accumulates
         )
     except ValueError as error:
         raise ConfigError(
-            f"trainer.mixed_precision or trainer.trackers does not fit here: {error}"
+            f"trainer.mixed_precision or trainer.trackers is not supported here: {error}"
         ) from error
-    # With a compiled model Accelerate allows TF32, in the losses too, which would be another training.
+    # Accelerate allows TF32 if the model is compiled. That would change the numerics of the losses too.
     torch.set_float32_matmul_precision(matmul_precision)
     if trainer.mixed_precision == "fp16" and accelerator.scaler is None:
         raise ConfigError(
-            "trainer.mixed_precision=fp16 is not for this training, which runs on "
-            f"{accelerator.device.type}: take bf16 or no"
+            f"trainer.mixed_precision=fp16 does not work on {accelerator.device.type}: use bf16 or no"
         )
     if trainer.sync_batch_norm and accelerator.device.type != "cuda":
         raise ConfigError(
-            "trainer.sync_batch_norm needs CUDA devices, which torch.nn.SyncBatchNorm is written for; this "
-            f"training runs on {accelerator.device.type}: leave it out"
+            "trainer.sync_batch_norm needs CUDA devices, as torch.nn.SyncBatchNorm does; this training runs "
+            f"on {accelerator.device.type}: leave it out"
         )
     return accelerator
 
 
 def start_trackers(accelerator: Accelerator, config: Config) -> None:
-    """Start the trackers with the config as the run's parameters; on the main process only.
+    """Start the trackers and pass them the config as the run's parameters.
 
     Raises:
         ConfigError: a tracker is not installed.
@@ -91,7 +102,7 @@ def start_trackers(accelerator: Accelerator, config: Config) -> None:
 
 
 def set_threads(config: Config, state: PartialState) -> None:
-    """accelerate launch gives a process one thread; on a CPU that leaves the other cores idle."""
+    """Set the CPU threads of this process. ``accelerate launch`` gives each process one thread only."""
     threads = config.trainer.threads
     if threads is None and state.device.type == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

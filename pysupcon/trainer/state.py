@@ -1,32 +1,32 @@
-"""From live objects to a checkpoint and back, among all processes."""
+"""The state of a training: what a checkpoint stores, and how all processes save and restore it."""
 
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from torch import nn
 
 from pysupcon.config import Config
 from pysupcon.errors import ConfigError, RunError
 from pysupcon.trainer import checkpoint
 from pysupcon.trainer.checkpoint import Checkpoint
 from pysupcon.trainer.environment import dynamo_backend
-from pysupcon.trainer.folders import restarted
-from pysupcon.trainer.progress import say, waiting
+from pysupcon.trainer.folders import is_restart
+from pysupcon.trainer.progress import print_line, report_if_slow
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from pysupcon.trainer.loop import Trainer
-
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Of Python, NumPy, torch, and the device, as numbers and tensors."""
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002  # the global one is what libraries draw from
+    """Return the random states of Python, NumPy, torch and ``device`` as numbers and tensors."""
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002  # libraries draw from the global generator
     state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
@@ -38,7 +38,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """The inverse of :func:`random_state`."""
+    """Restore what :func:`random_state` returned."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     name, keys, *rest = state["numpy"]
@@ -48,65 +48,144 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
         torch.get_device_module(device).set_rng_state(state[device.type], device)
 
 
-def save(trainer: Trainer, metrics: dict[str, float]) -> Path:
-    """Write a checkpoint of a trainer; every process calls it, the main process writes.
+@dataclass
+class TrainingState:
+    """The objects of a training that change from step to step.
 
-    Raises:
-        RunError: it could not be written; on every process.
+    Attributes:
+        accelerator: the Accelerate object of this process.
+        config: the resolved config.
+        run_dir: folder of the run.
+        steps_per_epoch: optimizer steps per epoch.
+        network: the model without the wrappers of Accelerate.
+        objective: the loss with its parameters.
+        optimizer, scheduler: prepared by Accelerate.
+        ema: timm's ``ModelEmaV3``, or None.
+        done: number of finished steps.
     """
-    accelerator, config = trainer.accelerator, trainer.config
-    states = gather_object([random_state(trainer.device)])
-    outcome: list[str | None] = [None, None]
-    if accelerator.is_main_process:
-        epoch, batch = divmod(trainer.done, trainer.steps_per_epoch)
-        content = Checkpoint(
-            step=trainer.done,
-            weights=trainer.weights(),
-            training=_training(trainer),
-            random=states,
-            ema=None if trainer.ema is None else trainer.ema.module.state_dict(),
-            sampler={
-                "seed": config.seed,
-                "batch_size": config.data.batch_size,
-                "epoch": epoch,
-                "batch": batch * trainer.batches_per_step,
-            },
-            metrics=metrics,
-            compiled=dynamo_backend(),
-        )
+
+    accelerator: Accelerator
+    config: Config
+    run_dir: Path
+    steps_per_epoch: int
+    network: nn.Module
+    objective: nn.Module
+    optimizer: Any
+    scheduler: Any
+    ema: Any = None
+    done: int = 0
+
+    def save(self, metrics: dict[str, float]) -> Path:
+        """Write a checkpoint. Every process calls this; the main process writes.
+
+        Args:
+            metrics: validation results at this step.
+
+        Returns:
+            The folder of the checkpoint.
+
+        Raises:
+            RunError: the checkpoint could not be written; raised on every process.
+        """
+        accelerator, config = self.accelerator, self.config
+        random_states = gather_object([random_state(accelerator.device)])
+        outcome: list[str | None] = [None, None]
+        if accelerator.is_main_process:
+            epoch, step = divmod(self.done, self.steps_per_epoch)
+            content = Checkpoint(
+                step=self.done,
+                weights=self.network.state_dict(),
+                training=self._training(),
+                random=random_states,
+                ema=None if self.ema is None else self.ema.module.state_dict(),
+                sampler={
+                    "seed": config.seed,
+                    "batch_size": config.data.batch_size,
+                    "epoch": epoch,
+                    "batch": step * config.trainer.accumulation_steps,
+                },
+                metrics=metrics,
+                compiled=dynamo_backend(),
+            )
+            try:
+                with report_if_slow(f"writing a checkpoint of step {self.done}"):
+                    keep, best_by = config.trainer.keep_checkpoints, config.trainer.best_by
+                    path = checkpoint.save_checkpoint(
+                        self.run_dir, content, config, keep=keep, best_by=best_by
+                    )
+                outcome[0] = str(path)
+            except RunError as error:
+                outcome[1] = str(error)
+        outcome = broadcast_object_list(outcome)
+        if outcome[0] is None:
+            raise RunError(outcome[1])
+        return Path(outcome[0])
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Load a checkpoint. Every process calls this.
+
+        Raises:
+            RunError: the checkpoint does not fit the model, the optimizer or the objective.
+        """
+        accelerator, device = self.accelerator, self.accelerator.device
         try:
-            with waiting(f"writing a checkpoint of step {trainer.done}"):
-                keep, best_by = config.trainer.keep_checkpoints, config.trainer.best_by
-                path = checkpoint.save_checkpoint(
-                    trainer.run_dir, content, config, keep=keep, best_by=best_by
-                )
-            outcome[0] = str(path)
-        except RunError as error:
-            outcome[1] = str(error)
-    outcome = broadcast_object_list(outcome)
-    if outcome[0] is None:
-        raise RunError(outcome[1])
-    return Path(outcome[0])
+            self.network.load_state_dict(saved.weights)
+            training = saved.training
+            self.optimizer.load_state_dict(training["optimizer"])
+            self.scheduler.load_state_dict(training["scheduler"])
+            self.objective.load_state_dict(training["objective"])
+            if accelerator.scaler is not None and training["scaler"] is not None:
+                accelerator.scaler.load_state_dict(training["scaler"])
+            if self.ema is not None:  # a checkpoint without an average starts it from its weights
+                self.ema.module.load_state_dict(saved.weights if saved.ema is None else saved.ema)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise RunError(
+                f"the checkpoint of step {saved.step} does not fit: {' '.join(str(error).split())}"
+            ) from error
+        rank = accelerator.process_index
+        if rank < len(saved.random):
+            set_random_state(saved.random[rank], device)
+        else:  # the checkpoint was written by fewer processes
+            set_seed(self.config.seed + 1_000_003 * saved.step, device_specific=True)
+        self.done = saved.step
+
+    def _training(self) -> dict[str, Any]:
+        scaler = self.accelerator.scaler
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "objective": self.objective.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
 
 
-def find(accelerator: Accelerator, config: Config, run_dir: Path) -> Checkpoint | None:
-    """The checkpoint to go on from, as the main process finds it; every process calls it.
+def find_resume_checkpoint(accelerator: Accelerator, config: Config, run_dir: Path) -> Checkpoint | None:
+    """Read the checkpoint to resume from. Every process calls this.
 
-    Only the main process reads files, so the others may be on machines that do not see them.
+    Only the main process reads files: the other processes may run on machines without access to them.
+
+    Args:
+        accelerator: the Accelerate object of this process.
+        config: the resolved config.
+        run_dir: folder of the run.
+
+    Returns:
+        The checkpoint, or None if the training starts from the beginning.
 
     Raises:
-        ConfigError, RunError: there is none, none is whole, or it is of another training; on every process.
+        ConfigError, RunError: there is no checkpoint, none is complete, or it does not match the config;
+            raised on every process.
     """
     which = config.resume_from_checkpoint
-    if restarted():
+    if is_restart():
         which = "auto" if which is None or checkpoint.checkpoints(run_dir) else which
     if which is None:
         return None
     found: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
-            with waiting("reading the checkpoint"):
-                found[0] = _find(config, run_dir, which, accelerator.num_processes)
+            with report_if_slow("reading the checkpoint"):
+                found[0] = _read_and_report(config, run_dir, which, accelerator.num_processes)
         except (ConfigError, RunError) as error:
             found[1] = error
     if accelerator.num_processes > 1:
@@ -117,54 +196,16 @@ def find(accelerator: Accelerator, config: Config, run_dir: Path) -> Checkpoint 
     return content
 
 
-def restore(trainer: Trainer, saved: Checkpoint) -> None:
-    """Put a checkpoint's state into a trainer's objects. Every process calls it.
-
-    Raises:
-        RunError: the state is of other objects.
-    """
-    accelerator = trainer.accelerator
-    try:
-        trainer.network.load_state_dict(saved.weights)
-        training = saved.training
-        trainer.optimizer.load_state_dict(training["optimizer"])
-        trainer.scheduler.load_state_dict(training["scheduler"])
-        trainer.objective.load_state_dict(training["objective"])
-        if accelerator.scaler is not None and training["scaler"] is not None:
-            accelerator.scaler.load_state_dict(training["scaler"])
-        if trainer.ema is not None:  # switched on since: it starts from the weights as they are
-            trainer.ema.module.load_state_dict(saved.weights if saved.ema is None else saved.ema)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise RunError(
-            f"the checkpoint of step {saved.step} does not fit: {' '.join(str(error).split())}"
-        ) from error
-    rank = accelerator.process_index
-    if rank < len(saved.random):
-        set_random_state(saved.random[rank], trainer.device)
-    else:  # a process more than there were
-        set_seed(trainer.config.seed + 1_000_003 * saved.step, device_specific=True)
-    trainer.done = saved.step
-
-
-def _training(trainer: Trainer) -> dict[str, Any]:
-    scaler = trainer.accelerator.scaler
-    return {
-        "optimizer": trainer.optimizer.state_dict(),
-        "scheduler": trainer.scheduler.state_dict(),
-        "objective": trainer.objective.state_dict(),
-        "scaler": None if scaler is None else scaler.state_dict(),
-    }
-
-
-def _find(config: Config, run_dir: Path, which: str, processes: int) -> Checkpoint | None:
+def _read_and_report(config: Config, run_dir: Path, which: str, processes: int) -> Checkpoint | None:
+    """Read the checkpoint and print what differs from the interrupted training."""
     found = checkpoint.find_checkpoint(run_dir, which)
     if found is None:
         return None
-    path, content, refused = found
+    path, content, rejected = found
     changes = checkpoint.compare_configs(path, config)
-    for sentence in refused:
-        say(f"refused: {sentence}")
-    say(f"going on from {path}, after step {content.step}")
+    for reason in rejected:
+        print_line(f"rejected: {reason}")
+    print_line(f"resuming from {path}, after step {content.step}")
     if content.compiled != dynamo_backend():
         changes.append(f"ACCELERATE_DYNAMO_BACKEND: {content.compiled} -> {dynamo_backend()}")
     before = len(content.random)
@@ -172,14 +213,14 @@ def _find(config: Config, run_dir: Path, which: str, processes: int) -> Checkpoi
         size = config.data.batch_size
         changes.append(
             f"processes: {before} -> {processes}: each takes {size // processes} samples of a global batch "
-            f"of {size} instead of {size // before}; batches, learning rate and epochs stay as they were"
+            f"of {size} instead of {size // before}; batches, learning rate and epochs are unchanged"
         )
         if config.loss.gather is False:
             changes.append(
-                "loss.gather is false: each process contrasts with its own rows only, so the loss changes"
+                "loss.gather is false: each process contrasts its own rows only, so the loss changes"
             )
         if processes > before:
             changes.append(f"processes {before} to {processes - 1} start from new random states")
-    for sentence in changes:
-        say(f"  changed: {sentence}")
+    for change in changes:
+        print_line(f"  changed: {change}")
     return content

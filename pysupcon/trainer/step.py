@@ -1,4 +1,4 @@
-"""One step of the optimiser: forward, backward (whole, or chunk by chunk) of its batches, update, numbers."""
+"""One optimizer step: forward and backward of its batches, update, and the values for the log."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from pysupcon.errors import RunError
 from pysupcon.gradcache import GradCache
 from pysupcon.models.model import Outputs
 from pysupcon.models.spectral import power_iteration
-from pysupcon.profiling.ranges import region
+from pysupcon.ranges import region
 from pysupcon.trainer.environment import dynamo_backend
 from pysupcon.trainer.objective import Objective, batch_statistics
-from pysupcon.trainer.progress import say
+from pysupcon.trainer.progress import print_line
 
 MAX_SKIPPED = 25
-"""fp16 steps in a row that the gradient scaler may skip: from 2^16 its scale has then fallen out of use."""
+"""Consecutive fp16 steps that the gradient scaler may skip; its scale of 2^16 is then below 1."""
 
 
-class Step:
-    """``values, stop = step(batches, number, stop)``.
+class TrainingStep:
+    """Callable that runs one optimizer step.
 
     Args:
-        accelerator: that prepared the rest.
-        config: resolved.
-        data: normalises the views.
-        network: the model itself, without what Accelerate wraps around it: neither compiled nor among
-            processes.
-        model, optimizer, scheduler: prepared; ``model`` runs ``network``.
-        objective: on the model's device; its parameters' gradients are averaged over the processes here.
+        accelerator: the Accelerate object of this process.
+        config: resolved config.
+        data: the data; normalises the views.
+        network: the model without the wrappers of Accelerate.
+        model, optimizer, scheduler: prepared by Accelerate; ``model`` wraps ``network``.
+        objective: the loss, on the model's device. This class averages the gradients of its parameters over
+            the processes.
     """
 
     def __init__(
@@ -58,19 +58,18 @@ class Step:
         if chunk_size is not None:
             self.cache = GradCache(model, chunk_size, forward=self._forward, scaler=accelerator.scaler)
             share = config.data.batch_size // accelerator.num_processes
-            normed = any(isinstance(module, _BatchNorm) for module in network.modules())
-            if normed and chunk_size < share and accelerator.is_main_process:
-                say(
-                    f"trainer.chunk_size {chunk_size}: BatchNorm normalises each chunk by itself: the step "
-                    f"is not quite that of {share} samples at once"
+            batch_norm = any(isinstance(module, _BatchNorm) for module in network.modules())
+            if batch_norm and chunk_size < share and accelerator.is_main_process:
+                print_line(
+                    f"trainer.chunk_size {chunk_size}: BatchNorm normalises each chunk separately: the step "
+                    f"differs slightly from a step without chunks of {share} samples"
                 )
         batches = config.trainer.accumulation_steps
         if batches > 1 and config.loss.name != "none" and accelerator.is_main_process:
-            say(
+            print_line(
                 f"trainer.accumulation_steps {batches}: a step takes the mean gradient of {batches} batches "
-                f"of {config.data.batch_size} samples, each contrasted by itself. This is no larger "
-                "contrastive batch: for that raise data.batch_size, with trainer.chunk_size if memory is "
-                "short"
+                f"of {config.data.batch_size} samples; each batch is contrasted separately. For a larger "
+                "contrastive batch raise data.batch_size, and set trainer.chunk_size if memory is short"
             )
         self.parameters = [*network.parameters(), *objective.parameters()]
         self.skipped = 0
@@ -78,32 +77,32 @@ class Step:
     def __call__(
         self, batches: Iterable[Sequence[Tensor]], number: int, stop: bool
     ) -> tuple[dict[str, float], bool]:
-        """One step.
+        """Run one step.
 
         Args:
-            batches: ``trainer.accumulation_steps`` of them, each of this process's views uint8
-                [b, V, C, S, S], labels int64 [b] and, for GroupDRO, groups int64 [b].
-            number: of the step, for messages.
-            stop: whether this process wants the training to stop.
+            batches: ``trainer.accumulation_steps`` batches of this process: views uint8 [b, V, C, S, S],
+                labels int64 [b] and, for GroupDRO, groups int64 [b].
+            number: number of the step, for messages.
+            stop: whether this process requests the training to stop.
 
         Returns:
-            Means over the processes and batches (of the valid anchors, the sum), and whether any process
-            wants to stop.
+            Values for the log, averaged over processes and batches (valid_anchors is summed), and whether any
+            process requests a stop.
 
         Raises:
-            RunError: loss or gradient is not finite.
+            RunError: the loss or the gradient is not finite.
         """
         if self.config.model.spectral_norm:
             power_iteration(self.network)
         parts, statistics = self._accumulate(batches, number)
-        for parameter in self.objective.parameters():  # not DistributedDataParallel's
+        for parameter in self.objective.parameters():  # DistributedDataParallel does not reduce these
             grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = self.accelerator.reduce(grad, "mean")
         self.accelerator.unscale_gradients()
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         values = self._values({**parts, "gradient_norm": norm, **statistics}, stop)
         stop = values.pop("stop") > 0
-        self._refuse_non_finite(values, number)
+        self._check_finite(values, number)
         if self.config.trainer.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.trainer.clip_norm, norm)
         with region("optimizer"):
@@ -115,21 +114,21 @@ class Step:
     def _accumulate(
         self, batches: Iterable[Sequence[Tensor]], number: int
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Forward and backward of each batch; the gradients become their mean.
+        """Run forward and backward of each batch; the gradients add up to their mean.
 
         Returns:
-            The mean parts of the loss, and the batches' statistics.
+            The mean loss terms, and the statistics of the batches.
         """
         device, count = self.accelerator.device, self.config.trainer.accumulation_steps
         parts: dict[str, Tensor] = {}
         statistics: dict[str, Tensor] = {}
         for index, batch in enumerate(batches, start=1):
             views, labels, *groups = (tensor.to(device, non_blocking=True) for tensor in batch)
-            # The processes exchange gradients once a step: in the backward of the last batch.
-            among_processes = nullcontext if index == count else getattr(self.model, "no_sync", nullcontext)
-            with among_processes(), self._named_if_compiled(number):
-                found = self._backward(views, labels, number, groups[0] if groups else None)
-            for name, value in found.items():
+            # The processes exchange gradients once per step, in the backward of the last batch.
+            sync_context = nullcontext if index == count else getattr(self.model, "no_sync", nullcontext)
+            with sync_context(), self._explain_compile_errors(number):
+                terms = self._backward(views, labels, number, groups[0] if groups else None)
+            for name, value in terms.items():
                 parts[name] = parts.get(name, 0.0) + value.to(torch.float64) / count
             if self.config.loss.name != "none":
                 valid, chance = self._batch_statistics(labels)
@@ -165,28 +164,28 @@ class Step:
         return {name: value.detach() for name, value in parts.items()}
 
     def _values(self, tensors: dict[str, Tensor], stop: bool) -> dict[str, float]:
-        """All numbers of a step, in one transfer from the device."""
+        """Average all values of a step over the processes, with a single transfer from the device."""
         scalars = [value.detach().to(torch.float64) for value in tensors.values()]
-        wish = scalars[0].new_tensor(float(stop))
-        together = self.accelerator.reduce(torch.stack([*scalars, wish]), "mean").tolist()
-        values = dict(zip([*tensors, "stop"], together, strict=True))
+        stop_request = scalars[0].new_tensor(float(stop))
+        means = self.accelerator.reduce(torch.stack([*scalars, stop_request]), "mean").tolist()
+        values = dict(zip([*tensors, "stop"], means, strict=True))
         if "valid_anchors" in values:
             values["valid_anchors"] *= self.accelerator.num_processes
         return values
 
     def _batch_statistics(self, labels: Tensor) -> Tensor:
-        counts = one_hot(labels, len(self.data.class_names)).sum(0)  # bincount would wait for the device
+        counts = one_hot(labels, len(self.data.class_names)).sum(0)  # bincount would synchronise
         if self.config.loss.gather is not False:
             counts = self.accelerator.reduce(counts, "sum")
         return batch_statistics(self.config.loss, labels, counts, self.config.data.views)
 
-    def _refuse_non_finite(self, values: dict[str, float], number: int) -> None:
-        wrong = [name for name, value in values.items() if not abs(value) < float("inf")]
-        if wrong == ["gradient_norm"] and self.accelerator.scaler is not None:
-            self.skipped += 1  # the scaler lowers its scale and leaves this step out
+    def _check_finite(self, values: dict[str, float], number: int) -> None:
+        non_finite = [name for name, value in values.items() if not abs(value) < float("inf")]
+        if non_finite == ["gradient_norm"] and self.accelerator.scaler is not None:
+            self.skipped += 1  # the scaler lowers its scale and skips this step
             if self.skipped < MAX_SKIPPED:
                 return
-        elif not wrong:
+        elif not non_finite:
             self.skipped = 0
             return
         parameters = [
@@ -194,14 +193,14 @@ class Step:
             for name, parameter in (*self.network.named_parameters(), *self.objective.named_parameters())
             if parameter.grad is not None and not bool(parameter.grad.isfinite().all())
         ]
-        found = ", ".join(f"{name} = {values[name]}" for name in wrong)
+        shown = ", ".join(f"{name} = {values[name]}" for name in non_finite)
         where = f"; gradients that are not finite: {', '.join(parameters[:4])}" if parameters else ""
         more = f" and {len(parameters) - 4} more" if len(parameters) > 4 else ""
-        raise RunError(f"step {number}: {found}{where}{more}")
+        raise RunError(f"step {number}: {shown}{where}{more}")
 
     @contextmanager
-    def _named_if_compiled(self, number: int) -> Iterator[None]:
-        """Say of what fails in a compiled model that it is compiled, and by which variable."""
+    def _explain_compile_errors(self, number: int) -> Iterator[None]:
+        """If the model is compiled, name the variable that does so in the error message."""
         try:
             yield
         except RuntimeError as error:
@@ -210,13 +209,13 @@ class Step:
                 raise
             reason = str(error).strip().partition("\n")[0]
             raise self._error(
-                f"step {number} fails with the model compiled by ACCELERATE_DYNAMO_BACKEND={backend}: leave "
-                f"that out or take another backend ({type(error).__name__}: {reason})"
+                f"step {number} failed in the model compiled by ACCELERATE_DYNAMO_BACKEND={backend}: leave "
+                f"that out or use another backend ({type(error).__name__}: {reason})"
             ) from error
 
     def _error(self, text: str) -> RunError:
-        """Of this process, which the others may not share: to be told by whichever it is."""
+        """Create an error that the other processes may not raise, so that this process prints it."""
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         error = RunError(text + (f" in process {rank}" if processes > 1 else ""))
-        error.of_one_process = True
+        error.on_one_process = True
         return error

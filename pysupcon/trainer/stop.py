@@ -1,4 +1,4 @@
-"""Requests to stop: a signal, or the end of the time budget."""
+"""Requests to stop a training: a signal, or the end of the time budget."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""SIGUSR1 is what clusters send before the end of a job's time (Slurm: ``--signal=USR1@120``)."""
+"""Clusters send SIGUSR1 before a job's time limit (Slurm: ``--signal=USR1@120``)."""
 
 
 class StopRequests:
-    """Within ``with``, SIGTERM and SIGUSR1 are remembered instead of ending the process.
+    """Context manager that records SIGTERM and SIGUSR1 instead of ending the process.
 
     Args:
-        budget: minutes from now; None means no end.
+        budget: minutes from now until a stop is requested; None means no limit.
     """
 
     def __init__(self, budget: float | None) -> None:
         self._budget = budget
         self._start = time.monotonic()
         self._signal: signal.Signals | None = None
-        self._former: dict[signal.Signals, Any] = {}
+        self._previous_handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequests:
-        if threading.current_thread() is threading.main_thread():  # nobody else may set handlers
-            self._former = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        if threading.current_thread() is threading.main_thread():  # other threads cannot set handlers
+            self._previous_handlers = {number: signal.signal(number, self._record) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._former.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
-    def _remember(self, number: int, _: FrameType | None) -> None:
+    def _record(self, number: int, _: FrameType | None) -> None:
         self._signal = signal.Signals(number)
 
     @property
     def reason(self) -> str | None:
-        """Why this process wants to stop; None if it does not."""
+        """The reason to stop; None if there is no request."""
         if self._signal is not None:
             return self._signal.name
         if self._budget is not None and time.monotonic() - self._start > 60 * self._budget:

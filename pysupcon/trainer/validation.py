@@ -1,4 +1,4 @@
-"""The training's own loss on the validation split, and accuracy by group."""
+"""Losses and group accuracies on the validation split during a training."""
 
 from __future__ import annotations
 
@@ -21,10 +21,16 @@ from pysupcon.trainer.objective import Objective
 
 
 class Validation:
-    """Means of the losses over the validation split, every process its share of each batch.
+    """Mean losses over the validation split, with each batch divided among the processes.
 
-    The views are the same each time, made as in training; the model is in eval mode, its buffers those of the
-    main process. No random state moves.
+    The views are augmented as in training and are the same in each validation. The model is in eval mode with
+    the buffers of the main process. No random state changes.
+
+    Args:
+        accelerator: the Accelerate object of this process.
+        config: resolved config.
+        data: the data of the config.
+        objective: the loss.
     """
 
     def __init__(self, accelerator: Accelerator, config: Config, data: Data, objective: Objective) -> None:
@@ -38,10 +44,13 @@ class Validation:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """Losses of a model, "loss" and its parts; where ``trainer.best_by`` asks for them, also accuracies.
+        """Compute the losses.
 
         Args:
-            model: not wrapped.
+            model: the model without Accelerate's wrappers.
+
+        Returns:
+            "loss" and its terms; also accuracies if ``trainer.best_by`` is a group accuracy.
 
         Raises:
             RunError: a feature is not finite.
@@ -63,8 +72,8 @@ class Validation:
                 accuracies = self.group_accuracy(model)
         finally:
             model.train(training)
-        together = self.accelerator.reduce(torch.stack(list(totals.values())), "mean").tolist()
-        return dict(zip(totals, together, strict=True)) | accuracies
+        means = self.accelerator.reduce(torch.stack(list(totals.values())), "mean").tolist()
+        return dict(zip(totals, means, strict=True)) | accuracies
 
     def _losses(self, model: nn.Module, views: Tensor, labels: Tensor) -> dict[str, Tensor]:
         views, labels = views.to(self.accelerator.device), labels.to(self.accelerator.device)

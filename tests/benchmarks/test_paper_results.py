@@ -49,7 +49,7 @@ def trained_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paper_runs, "CONFIGS", folder)
         patch.setattr(
-            "pysupcon.commands.evaluate._draw", lambda *_: ([], [])
+            "pysupcon.evaluation.pictures.draw_pictures", lambda *_: ([], [])
         )  # takes longer than all the rest
         for method in METHODS:
             job = Job(TABLE, method, 0)

@@ -86,7 +86,7 @@ def test_differences_are_paired_and_seeds_averaged(tmp_path):
     error = each.std() / math.sqrt(N)
     assert difference.low == pytest.approx(0.05 - 1.96 * error, abs=0.45 * error)
     assert difference.high == pytest.approx(0.05 + 1.96 * error, abs=0.45 * error)
-    assert difference.sure
+    assert difference.significant
     # The very same cosines but for a shift: the paired difference of margins is the shift, without doubt.
     margin = found.differences["separation/fine/margin"]["sincere"]
     assert (margin.value, margin.low, margin.high) == pytest.approx((0.25, 0.25, 0.25), abs=1e-6)
@@ -98,7 +98,7 @@ def test_differences_are_paired_and_seeds_averaged(tmp_path):
 def test_equal_runs_differ_by_nothing(tmp_path):
     runs = [read_run(write_run(tmp_path / loss, errors=50, loss=loss)) for loss in ("a", "b")]
     difference = compare(runs).differences["knn/k=1/fine/accuracy"]["b"]
-    assert (difference.value, difference.low, difference.high, difference.sure) == (0, 0, 0, False)
+    assert (difference.value, difference.low, difference.high, difference.significant) == (0, 0, 0, False)
 
 
 def test_figures_are_chosen_by_pattern_and_the_bootstrap_by_arguments(tmp_path):
@@ -163,7 +163,7 @@ def test_seeds_of_one_config_alone_are_averaged(tmp_path):
     runs = [read_run(write_run(tmp_path / f"s{s}", errors=40 + s, seed=s)) for s in range(3)]
     found = compare(runs)
     assert found.differences[FIGURES[0]] == {}
-    assert "one configuration only" in to_markdown(found)
+    assert "only one configuration" in to_markdown(found)
 
 
 def test_transfers_are_compared_whatever_the_encoders_were_trained_on(tmp_path, capsys):
@@ -219,12 +219,12 @@ def not_evaluated(folder: Path) -> str:
 def truncated(folder: Path) -> str:
     path = folder / "evaluation" / "outcomes.safetensors"
     path.write_bytes(path.read_bytes()[:50])
-    return f"{path} is truncated or no safetensors file"
+    return f"{path} is truncated or not a safetensors file"
 
 
 def broken_metrics(folder: Path) -> str:
     (folder / "evaluation" / "metrics.json").write_text("{")
-    return "metrics.json is no report"
+    return "metrics.json is not a report"
 
 
 def broken_config(folder: Path) -> str:

@@ -118,7 +118,7 @@ def test_runs_of_other_data_are_refused(
     (tmp_path / "augmented/config.yaml").write_text(text)
     concatenate_runs(runs[0], tmp_path / "augmented", tmp_path / "out")
     assert main(["concatenate", *map(str, runs), "--output", str(tmp_path / "out")]) == 1
-    assert "must be a new or an empty folder; it holds something" in capsys.readouterr().err
+    assert "must be a new or an empty folder; it is not empty" in capsys.readouterr().err
     (tmp_path / "augmented/model.safetensors").unlink()
     assert main(["concatenate", *map(str, runs[:1]), str(tmp_path / "augmented"), "--output", "x"]) == 1
     assert "model.safetensors is missing: the run has not finished" in capsys.readouterr().err
@@ -129,6 +129,6 @@ def test_exported_weights_are_plain(runs: tuple[Path, Path], both: Path, tmp_pat
     assert not any("parametrizations" in name for name in load_file(tmp_path / "bounded/model.safetensors"))
     main(["export", str(both), "--output", str(tmp_path / "both")])
     card = (tmp_path / "both/README.md").read_text()
-    assert "Frozen, side by side: a small_cnn and a small_cnn, trained by pysupcon." in card
+    assert "Concatenation of a small_cnn and a small_cnn, trained by pysupcon." in card
     loss = "spread, temperature 0.5 (part 1); cross-entropy weight 1, reconstruction weight 1 (part 2)"
     assert f"| loss | {loss} |" in card

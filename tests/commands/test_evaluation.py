@@ -14,11 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from pysupcon.__main__ import main
-from pysupcon.commands import evaluate
-from pysupcon.commands.evaluate import evaluate_run, extract_features, loss_curves
+from pysupcon.__main__ import COMMANDS, main
 from pysupcon.config import Config, load_config, to_yaml
 from pysupcon.errors import RunError
+from pysupcon.evaluation import evaluate
+from pysupcon.evaluation.evaluate import evaluate_run
+from pysupcon.evaluation.features import extract_features
+from pysupcon.evaluation.pictures import loss_curves
 from pysupcon.evaluators import EvaluationConfig, GeometryConfig, KNNConfig, ProjectionConfig
 from pysupcon.reports.report import Report
 from pysupcon.trainer.run import build_model, load_data, load_run
@@ -270,7 +272,7 @@ def test_a_failure_at_the_very_end_leaves_the_earlier_evaluation_whole(run_dir, 
     def full_disk(*arguments: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(evaluate, "_save_outcomes", full_disk)
+    monkeypatch.setattr(evaluate, "write_results", full_disk)
     with pytest.raises(OSError, match="no space left"):
         evaluate_run(run_dir, QUICK)
     assert contents(run_dir / "evaluation") == before
@@ -309,6 +311,24 @@ def test_bad_arguments_name_the_field(run_dir, capsys, arguments, status, messag
     assert found == status
     assert message in capsys.readouterr().err
     assert not (run_dir / "evaluation").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv0", "program"),
+    [
+        ("/some/bin/pysupcon", "pysupcon"),
+        ("C:\\Scripts\\pysupcon.exe", "pysupcon"),
+        ("/some/pysupcon/__main__.py", "python -m pysupcon"),
+    ],
+)
+def test_the_usage_names_the_program_as_it_was_started(capsys, monkeypatch, argv0, program):
+    monkeypatch.setattr("sys.argv", [argv0.replace("\\", "/"), "--help"])
+    assert main() == 0
+    assert f"usage: {program} COMMAND" in capsys.readouterr().out
+    for command in COMMANDS:
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert f"usage: {program} {command}" in capsys.readouterr().out
 
 
 def test_the_dispatcher_explains_itself(capsys):

@@ -117,9 +117,7 @@ def test_the_card_tells_the_metrics(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run_of(tmp_path / "run")
-    with pytest.raises(
-        RunError, match=r"--output .*run must be a new or an empty folder; it holds something"
-    ):
+    with pytest.raises(RunError, match=r"--output .*run must be a new or an empty folder; it is not empty"):
         export_run(folder, folder)
     (folder / "evaluation/metrics.json").write_text('{"metrics": {"a": 3}}')
     with pytest.raises(RunError, match=r"metrics.json is damaged"):

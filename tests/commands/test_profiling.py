@@ -16,9 +16,9 @@ from pysupcon.errors import ConfigError
 from pysupcon.profiling.cost import Line, largest_dense_rows, largest_rows, loss_flops
 from pysupcon.profiling.memory import available_bytes, peak_bytes, resident_bytes
 from pysupcon.profiling.picture import draw_memory, read_allocated
-from pysupcon.profiling.ranges import named, region
 from pysupcon.profiling.recorder import recorded, write_record
 from pysupcon.profiling.workload import LOSSES, LossWork, loss_function, unit_rows
+from pysupcon.ranges import named, region
 
 CPU = torch.device("cpu")
 MIB = 2**20

@@ -113,7 +113,7 @@ def test_markdown_tables_hold_every_number():
     ]
     assert tables["geometry"] == [["spread", "1.235", "", "distance"]]
     assert tables["alone"] == [["alone", "-3", "", ""]]
-    assert tables["How it was made"] == [["seconds.knn", "0.125"], ["samples", "7"], ["device", "cpu"]]
+    assert tables["Settings"] == [["seconds.knn", "0.125"], ["samples", "7"], ["device", "cpu"]]
     assert "# Evaluation of a\\|b" in text
     assert "90 % interval" in text
     assert "> **Warning:** class collapse" in text

@@ -15,7 +15,7 @@ from test_published import dtd
 
 from pysupcon.__main__ import main
 from pysupcon.commands import circle
-from pysupcon.commands.circle import CircleConfig, on_circle, settle
+from pysupcon.commands.circle import CircleConfig, minimise, on_circle
 from pysupcon.commands.transfer import TransferArguments, transfer_features
 from pysupcon.config import Config, to_yaml
 from pysupcon.data.config import DataConfig
@@ -177,19 +177,19 @@ def test_data_that_cannot_be_transferred_to_are_refused(tmp_path, capsys):
 
 def test_alpha_and_temperature_decide_on_collapse_or_spread():
     config = CircleConfig(classes=2, samples=4, steps=150)
-    collapsed, spread = (settle(config, alpha, 0.5) for alpha in (0.0, 0.95))
+    collapsed, spread = (minimise(config, alpha, 0.5) for alpha in (0.0, 0.95))
     assert collapsed.spread < 0.02
     assert collapsed.separation == pytest.approx(180, abs=2)
     # SINCERE's floor: all positives together, all negatives opposite. Both views of a sample count.
     assert collapsed.loss == pytest.approx(math.log1p(8 * math.exp(-2 / 0.5)), rel=1e-2)
     assert spread.spread == pytest.approx(1.0, abs=0.02)  # the class mean is the centre
     # cNCE alone spreads a class of four evenly: neighbours a quarter of a turn apart.
-    alone = settle(config, 1.0, 0.5)
+    alone = minimise(config, 1.0, 0.5)
     points = torch.tensor(alone.points[:4], dtype=torch.float64)
     turned = points[torch.atan2(points[:, 1], points[:, 0]).argsort()]
     steps = (turned * turned.roll(1, dims=0)).sum(dim=1)
     assert steps.abs().max() < 0.05
-    assert settle(config, 0.0, 0.5) == collapsed
+    assert minimise(config, 0.0, 0.5) == collapsed
 
 
 def test_the_better_of_both_starts_is_kept(monkeypatch):
@@ -197,7 +197,7 @@ def test_the_better_of_both_starts_is_kept(monkeypatch):
     good, bad = torch.tensor([0, 0, torch.pi, torch.pi]), torch.tensor([0, torch.pi, 0, torch.pi])
     for starts in ([good, bad], [bad, good]):
         monkeypatch.setattr(circle, "_starts", lambda _, s=starts: [a.double().clone() for a in s])
-        kept = settle(config, 0.0, 0.5)
+        kept = minimise(config, 0.0, 0.5)
         torch.testing.assert_close(
             torch.tensor(kept.points), on_circle(good.double()).float(), atol=1e-5, rtol=0
         )

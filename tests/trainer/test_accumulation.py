@@ -47,7 +47,7 @@ def test_the_step_is_that_of_the_mean_gradient(
     whole = config(tmp_path, *options)
     whole.trainer.clip_norm, whole.trainer.chunk_size = clip_norm, chunk_size
     whole.resolve()
-    environment.settle(whole)
+    environment.apply_environment(whole)
     data = load_data(whole.data)
     trainer = Trainer(whole, data, tmp_path)
     trainer.model.train()
@@ -96,7 +96,7 @@ def test_everything_is_counted_in_steps(tmp_path: Path, capsys: pytest.CaptureFi
     assert (sampler["epoch"], sampler["batch"]) == (2, 0)
     said = capsys.readouterr().err
     assert said.count("trainer.accumulation_steps 3: a step takes the mean gradient of 3 batches of 128") == 1
-    assert said.count("This is no larger contrastive batch") == 1
+    assert said.count("For a larger contrastive batch raise data.batch_size") == 1
 
 
 def test_no_word_where_nothing_is_contrasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

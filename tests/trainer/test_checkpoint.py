@@ -110,9 +110,7 @@ def test_an_earlier_checkpoint_is_offered(finished: Path, tmp_path: Path) -> Non
     shutil.copytree(finished, folder)
     torn = folder / "checkpoints/step_00000030"
     (torn / "training.pt").unlink()
-    offer = (
-        r"training.pt is missing; an earlier checkpoint is there: --resume_from_checkpoint .*step_00000020"
-    )
+    offer = r"training.pt is missing; an earlier checkpoint exists: --resume_from_checkpoint .*step_00000020"
     with pytest.raises(RunError, match=offer):
         train(config(folder, "--resume_from_checkpoint", str(torn)))
 
@@ -129,22 +127,22 @@ def test_the_checkpoint_before_a_damaged_one_is_used(
     content = file.read_bytes()
     if damage == "a bit":
         file.write_bytes(content[:1000] + bytes([content[1000] ^ 1]) + content[1001:])
-        message = f"refused: checkpoint file {file} is damaged: its content is not what was written"
+        message = f"rejected: checkpoint file {file} is damaged: its content is not what was written"
     elif damage == "tampered manifest":
         file.write_bytes(content.replace(b'"step": 30', b'"step": 29'))
-        message = f"refused: {file} is damaged: its content does not have its checksum"
+        message = f"rejected: {file} is damaged: its content does not match its checksum"
     elif damage == "truncated":
         file.write_bytes(content[:-7])
         message = (
-            f"refused: checkpoint file {file} is truncated or damaged: {len(content)} bytes were written"
+            f"rejected: checkpoint file {file} is truncated or damaged: {len(content)} bytes were written"
         )
     else:
         file.unlink()
-        message = f"refused: checkpoint file {file} is missing"
+        message = f"rejected: checkpoint file {file} is missing"
     train(config(folder, "--resume_from_checkpoint", "latest"))
     said = capsys.readouterr().err
     assert message in said
-    assert f"going on from {folder}/checkpoints/step_00000020, after step 20" in said
+    assert f"resuming from {folder}/checkpoints/step_00000020, after step 20" in said
     assert_same_weights(folder, finished)
     assert read_checkpoint(torn).step == 30
 
@@ -251,11 +249,11 @@ def test_load_run_names_what_is_wrong(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, folder)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(RunError, match=r"run/model.safetensors is truncated or no safetensors file"):
+    with pytest.raises(RunError, match=r"run/model.safetensors is truncated or not a safetensors file"):
         _ = load_run(folder).model
     weights.unlink()
     with pytest.raises(RunError, match=r"run/model.safetensors is missing: the run has not finished"):
         _ = load_run(folder).model
     (folder / "log.jsonl").write_text(json.dumps({"step": 1}) + "\n{")
-    with pytest.raises(RunError, match=r"log.jsonl, line 2, is no JSON"):
+    with pytest.raises(RunError, match=r"log.jsonl, line 2, is not JSON"):
         load_run(folder).log()

@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from test_processes import agree
 from test_processes import arguments as several
 
-from pysupcon.commands.evaluate import evaluate_run
 from pysupcon.commands.export import export_run
 from pysupcon.config import Config, parse_args
 from pysupcon.errors import RunError
-from pysupcon.train import TRY_AGAIN
+from pysupcon.evaluation.evaluate import evaluate_run
+from pysupcon.train import EX_TEMPFAIL
 from pysupcon.trainer import loop
 from pysupcon.trainer.checkpoint import checkpoints, read_checkpoint, read_manifest
 from pysupcon.trainer.loop import train
@@ -181,7 +181,7 @@ def test_what_does_not_compile_is_named(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(loop, "build_model", with_a_break)
     compile_with(monkeypatch, "eager", USE_FULLGRAPH="True")
-    message = r"^step 1 fails with the model compiled by ACCELERATE_DYNAMO_BACKEND=eager: .*Unsupported"
+    message = r"^step 1 failed in the model compiled by ACCELERATE_DYNAMO_BACKEND=eager: .*Unsupported"
     with pytest.raises(RunError, match=message):
         train(config(tmp_path / "run"))
 
@@ -217,7 +217,7 @@ def test_accelerate_launch_with_inductor(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "knn" in done.stdout
     stopped = command(*launch, *fixed.split(), "--output_dir", folder, "--trainer.time_budget", "1e-6")
-    assert f"exit status {TRY_AGAIN}" in stopped.stderr
+    assert f"exit status {EX_TEMPFAIL}" in stopped.stderr
     resumed = command(*launch, *fixed.split(), "--output_dir", folder, "--resume_from_checkpoint", "latest")
     assert resumed.returncode == 0, resumed.stderr
     assert_same(tmp_path / "run", tmp_path / "whole")

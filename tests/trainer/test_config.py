@@ -226,7 +226,7 @@ def test_evaluators_that_this_version_does_not_know_leave_a_run_readable(tmp_pat
         config = load_config(path)
     assert (config.loss.temperature, config.evaluation.batch_size) == (0.3, 33)
     path = stored(tmp_path, "evaluation:\n  batch_size: 33\n  evaluators: [oracle]\n")
-    with pytest.warns(UserWarning, match=r"config.yaml: the defaults are taken for evaluation: .*oracle"):
+    with pytest.warns(UserWarning, match=r"config.yaml: the defaults are used for evaluation: .*oracle"):
         config = load_config(path)
     assert config.evaluation == Config().evaluation
     assert config.loss.temperature == 0.3

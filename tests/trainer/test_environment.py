@@ -19,7 +19,7 @@ from accelerate.utils import launch as launchers
 from pysupcon.config import Config, load_config, parse_args
 from pysupcon.errors import ConfigError
 from pysupcon.trainer import environment, loop, setup
-from pysupcon.trainer.variables import VARIABLES, find
+from pysupcon.trainer.variables import VARIABLES, lookup
 
 READERS = ("parse_flag_from_env", "parse_choice_from_env", "get_int_from_env", "getenv")
 FOREIGN = (
@@ -116,7 +116,7 @@ def test_every_variable_that_accelerate_reads_is_in_the_table() -> None:
         reads.visit(ast.parse(path.read_text(encoding="utf-8")))
     assert len(files) > 50
     assert {"ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND", "FSDP_VERSION"} <= reads.names
-    assert {name for name in reads.names if find(name) is None} == set()
+    assert {name for name in reads.names if lookup(name) is None} == set()
     # Arguments of the functions that read: their callers were seen above.
     assert reads.unclear <= {"e", "key", "env_var_name", "env_var", "self.cpu_ram_efficient_loading"}
 
@@ -149,15 +149,15 @@ def test_every_variable_that_the_launcher_sets_is_in_the_table(
         after = launchers.prepare_multi_gpu_env(args)
     names = {name for name, value in after.items() if os.environ.get(name) != value}
     assert "ACCELERATE_MIXED_PRECISION" in names
-    assert {name for name in names if find(name) is None and name not in FOREIGN} == set()
+    assert {name for name in names if lookup(name) is None and name not in FOREIGN} == set()
 
 
 def test_every_entry_says_why() -> None:
     assert {variable.kind for variable in VARIABLES.values()} == {"honoured", "refused", "harmless"}
     assert all(variable.text for variable in VARIABLES.values())
-    assert find("ACCELERATE_FP8_MARGIN") is VARIABLES["ACCELERATE_FP8_*"]
-    assert find("ACCELERATE_FP8_BACKEND") is VARIABLES["ACCELERATE_FP8_BACKEND"]
-    assert find("PATH") is None
+    assert lookup("ACCELERATE_FP8_MARGIN") is VARIABLES["ACCELERATE_FP8_*"]
+    assert lookup("ACCELERATE_FP8_BACKEND") is VARIABLES["ACCELERATE_FP8_BACKEND"]
+    assert lookup("PATH") is None
 
 
 # --- refused, by name, before anything is made
@@ -173,7 +173,7 @@ def test_what_is_refused_is_named(name: str, monkeypatch: pytest.MonkeyPatch, tm
         loop.train(config("--trainer.cpu", "true", output_dir=tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     monkeypatch.setenv(name, "NO" if name.endswith("FP8_BACKEND") else "false")
-    environment.settle(config())
+    environment.apply_environment(config())
 
 
 DYNAMO = "ACCELERATE_DYNAMO_"
@@ -182,9 +182,9 @@ WRONG: list[tuple[dict[str, str], str, str]] = [
     ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "--trainer.mixed_precision no", "contradicts trainer.mixed"),
     ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "--trainer.mixed_precision bf16", "MIXED_PRECISION=fp16 con"),
     ({"ACCELERATE_USE_CPU": "perhaps"}, "", "ACCELERATE_USE_CPU must be true or false, got 'perhaps'"),
-    ({"ACCELERATE_TORCH_DEVICE": "meta"}, "", "ACCELERATE_TORCH_DEVICE=meta must be of "),
-    ({"ACCELERATE_TORCH_DEVICE": "abacus"}, "", "ACCELERATE_TORCH_DEVICE=abacus is no device"),
-    ({"ACCELERATE_TORCH_DEVICE": "cuda"}, "--trainer.cpu true", "=cuda must be of cpu here, with trainer"),
+    ({"ACCELERATE_TORCH_DEVICE": "meta"}, "", "ACCELERATE_TORCH_DEVICE=meta must be a "),
+    ({"ACCELERATE_TORCH_DEVICE": "abacus"}, "", "ACCELERATE_TORCH_DEVICE=abacus is not a device"),
+    ({"ACCELERATE_TORCH_DEVICE": "cuda"}, "--trainer.cpu true", "=cuda must be a cpu device on this"),
     ({"ACCELERATE_TORCH_DEVICE": "cpu", "WORLD_SIZE": "2"}, "", "the same device to every process"),
     ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "", r"STEPS=4 does not agree with .*_steps=1"),
     ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "x"}, "", "ACCUMULATION_STEPS=x does not"),
@@ -199,22 +199,22 @@ WRONG: list[tuple[dict[str, str], str, str]] = [
     (
         {DYNAMO + "BACKEND": "inductor", DYNAMO + "MODE": "reduce-overhead"},
         "--trainer.chunk_size 8",
-        "MODE=reduce-overhead runs CUDA graphs, which do not go with trainer.chunk_size",
+        "MODE=reduce-overhead uses CUDA graphs, which do not work with trainer.chunk_size",
     ),
     (
         {DYNAMO + "BACKEND": "inductor", DYNAMO + "MODE": "max-autotune"},
         "--trainer.accumulation_steps 2",
-        "MODE=max-autotune runs CUDA graphs, which do not go with trainer.accumulation_steps",
+        "MODE=max-autotune uses CUDA graphs, which do not work with trainer.accumulation_steps",
     ),
     (
         {DYNAMO + "BACKEND": "eager", DYNAMO + "USE_REGIONAL_COMPILATION": "true"},
         "--model.spectral_norm true",
-        "USE_REGIONAL_COMPILATION does not go with model.spectral_norm",
+        "USE_REGIONAL_COMPILATION does not work with model.spectral_norm",
     ),
     (
         {DYNAMO + "BACKEND": "eager", DYNAMO + "USE_FULLGRAPH": "true", "WORLD_SIZE": "2"},
         "",
-        "USE_FULLGRAPH does not go with several processes",
+        "USE_FULLGRAPH does not work with several processes",
     ),
 ]  # fmt: skip
 
@@ -226,19 +226,19 @@ def test_what_does_not_fit_is_named(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=message):
-        environment.settle(config(*args.split()))
+        environment.apply_environment(config(*args.split()))
 
 
 def test_an_installed_torch_xla_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "is_torch_xla_available", lambda: True)
     with pytest.raises(ConfigError, match="XLA devices are not supported: set USE_TORCH_XLA=0"):
-        environment.settle(config())
+        environment.apply_environment(config())
 
 
 def test_half_precision_is_not_for_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Accelerate would train in float32 without a word."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    with pytest.raises(ConfigError, match="mixed_precision=fp16 is not for this training, which runs on cpu"):
+    with pytest.raises(ConfigError, match="mixed_precision=fp16 does not work on cpu"):
         loop.train(config("--trainer.cpu", "true", output_dir=tmp_path))
 
 
@@ -258,7 +258,7 @@ def settled(monkeypatch: pytest.MonkeyPatch, *args: str, **variables: str) -> An
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     made = config(*args)
-    environment.settle(made)
+    environment.apply_environment(made)
     return made.trainer
 
 
@@ -325,7 +325,7 @@ def test_a_compiled_model_does_not_change_the_precision_of_the_losses(
     monkeypatch.setattr(setup, "Accelerator", accelerator)
     before = torch.get_float32_matmul_precision()
     whole = config("--trainer.cpu", "true")
-    environment.settle(whole)
+    environment.apply_environment(whole)
     setup.build_accelerator(whole, tmp_path)
     assert torch.get_float32_matmul_precision() == before == "highest"
 
@@ -334,5 +334,7 @@ def test_an_unknown_variable_is_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("ACCELERATE_NEXT_YEAR", "1")
-    environment.settle(config())
-    assert re.search(r"^ACCELERATE_NEXT_YEAR=1 is unknown here", capsys.readouterr().err, re.MULTILINE)
+    environment.apply_environment(config())
+    assert re.search(
+        r"^ACCELERATE_NEXT_YEAR=1 is not known to pysupcon", capsys.readouterr().err, re.MULTILINE
+    )

@@ -19,7 +19,7 @@ from helpers.nursery import Nursery, start_nursery, when_logged  # noqa: F401
 
 from pysupcon.config import Config, parse_args
 from pysupcon.errors import Interrupted, RunError
-from pysupcon.train import TRY_AGAIN
+from pysupcon.train import EX_TEMPFAIL
 from pysupcon.trainer import files
 from pysupcon.trainer.checkpoint import checkpoints, read_checkpoint, read_manifest
 from pysupcon.trainer.loop import train
@@ -130,7 +130,7 @@ def test_a_signal_stops_and_saves(
     sender.join()
     assert [signal.getsignal(known) for known in (signal.SIGTERM, signal.SIGUSR1)] == handlers
     last = checkpoints(folder)[-1]
-    assert f"checkpoint {last} is whole; go on with --resume_from_checkpoint latest" in str(told.value)
+    assert f"checkpoint {last} is complete; resume with --resume_from_checkpoint latest" in str(told.value)
     assert len(read_log(folder / "log.jsonl")) == read_checkpoint(last).step >= 4
     assert not (folder / "model.safetensors").exists()
     train(config(folder))
@@ -141,11 +141,11 @@ def test_a_time_budget(tmp_path: Path, nursery: Nursery, undisturbed: tuple[Path
     """As the command sees it: status 75, and 0 where torchrun would start it again."""
     folder = tmp_path / "run"
     budget = ("--trainer.time_budget", "1e-6")
-    assert nursery.run(arguments(folder, *budget)) == TRY_AGAIN
+    assert nursery.run(arguments(folder, *budget)) == EX_TEMPFAIL
     ended = "stopped by the end of its 1e-06 minutes (trainer.time_budget) after step 1 of 20; checkpoint"
     assert ended in nursery.said()
     for step in (2, 3):
-        assert nursery.run(arguments(folder, *budget)) == TRY_AGAIN
+        assert nursery.run(arguments(folder, *budget)) == EX_TEMPFAIL
         assert read_manifest(checkpoints(folder)[-1])["step"] == step
     assert nursery.run(arguments(folder), environment={"TORCHELASTIC_MAX_RESTARTS": "3"}) == 0
     same_but_validation(folder, undisturbed[0])
@@ -192,8 +192,8 @@ def test_a_full_disk(small_disk: Path, undisturbed: tuple[Path, float], tmp_path
     folder = small_disk / "run"
     with pytest.raises(
         RunError,
-        match=r"checkpoint .*step_00000006 could not be written: No space left on device; the one before it, "
-        r".*step_00000003, is whole",
+        match=r"checkpoint .*step_00000006 could not be written: No space left on device; the previous one, "
+        r".*step_00000003, is complete",
     ):
         train(config(folder, "--trainer.keep_checkpoints", "1"))
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_00000003"]
@@ -227,7 +227,7 @@ def test_a_full_disk_at_any_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(checkpoint, "write_file", write)
     saved.step = 2
     with pytest.raises(
-        RunError, match=r"step_00000002 could not be written: No space.*step_00000001, is whole"
+        RunError, match=r"step_00000002 could not be written: No space.*step_00000001, is complete"
     ):
         checkpoint.save_checkpoint(tmp_path, saved, arguments_, keep=1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pysupcon.__main__ import main as command
-from pysupcon.commands.evaluate import evaluate_run
 from pysupcon.commands.infer_groups import InferenceArguments, infer_from_runs
 from pysupcon.config import Config, parse_args
 from pysupcon.data.bundle import Data, load_data
@@ -31,6 +30,7 @@ from pysupcon.data.group_files import (
     write_groups,
 )
 from pysupcon.errors import ConfigError, Interrupted, RunError
+from pysupcon.evaluation.evaluate import evaluate_run
 from pysupcon.evaluators import EvaluationConfig, GroupDRO, ProjectionConfig, SubgroupConfig, WorstGroupConfig
 from pysupcon.trainer.checkpoint import best_checkpoint, checkpoints, read_checkpoint, read_manifest
 from pysupcon.trainer.loop import train

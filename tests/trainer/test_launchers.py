@@ -16,7 +16,7 @@ import torch
 from helpers.nursery import ENVIRONMENT, REPOSITORY, free_port, when_logged
 from safetensors.torch import load_file
 
-from pysupcon.train import TRY_AGAIN
+from pysupcon.train import EX_TEMPFAIL
 from pysupcon.trainer.checkpoint import checkpoints, read_manifest
 from pysupcon.trainer.run import read_log
 
@@ -96,7 +96,7 @@ def test_torchrun_starts_again(undisturbed: Path, tmp_path: Path) -> None:
     killer.join(timeout=1)
     assert process.returncode == 0, said
     assert said.count("train.py: starting") == 2
-    assert "going on from " in said
+    assert "resuming from " in said
     assert len(read_log(folder / "log.jsonl")) == 30
     equal_to_the_bit(folder, undisturbed)
 
@@ -127,7 +127,7 @@ def test_accelerate_launch(tmp_path: Path) -> None:
     more = ("--trainer.time_budget", "1e-6")
     process = start([*command, "--num_processes", "1", *arguments(folder, *more)], tmp_path)
     said = finish(process)
-    assert f"exit status {TRY_AGAIN}" in said
+    assert f"exit status {EX_TEMPFAIL}" in said
     assert "stopped by the end of its 1e-06 minutes (trainer.time_budget) after step 1 of 30" in said
 
 
@@ -209,8 +209,8 @@ def test_two_machines(undisturbed: Path, tmp_path: Path, machines: list[Machine]
     assert "stopped by the end of its 1e-06 minutes (trainer.time_budget) after step 1 of 30" in said
     done = launch("--resume_from_checkpoint", "latest")
     assert [status for status, _ in done] == [0, 0], done
-    assert "going on from " in done[0][1]
-    assert "going on from " not in done[1][1]
+    assert "resuming from " in done[0][1]
+    assert "resuming from " not in done[1][1]
     assert not (folders[1] / "checkpoints").exists()
     assert not (folders[1] / "log.jsonl").exists()
     equal_to_the_bit(folders[0], undisturbed)

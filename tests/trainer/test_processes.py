@@ -14,7 +14,7 @@ import torch
 from helpers.nursery import Nursery, start_nursery, when_logged  # noqa: F401
 from safetensors.torch import load_file
 
-from pysupcon.train import TRY_AGAIN
+from pysupcon.train import EX_TEMPFAIL
 from pysupcon.trainer.checkpoint import checkpoints, read_checkpoint, read_manifest
 from pysupcon.trainer.run import read_log
 
@@ -90,7 +90,9 @@ def test_processes_that_do_not_gather(nursery: Nursery, tmp_path: Path) -> None:
     """Each contrasts its own rows; all stop when one of them is told to."""
     folder = tmp_path / "run"
     thread = when_logged(folder, 3, lambda: os.kill(nursery.pid(1), signal.SIGTERM))
-    assert nursery.run(arguments(folder, "--loss.gather", "false"), processes=2) == TRY_AGAIN, nursery.said()
+    assert nursery.run(arguments(folder, "--loss.gather", "false"), processes=2) == EX_TEMPFAIL, (
+        nursery.said()
+    )
     thread.join()
     log = read_log(folder / "log.jsonl")
     assert log[-1]["valid_anchors"] == 256
@@ -112,13 +114,13 @@ def test_another_number_of_processes(
 ) -> None:
     folder = tmp_path / "run"
     first = arguments(folder, "--trainer.time_budget", "1e-6")
-    assert nursery.run(first, processes=before) == TRY_AGAIN, nursery.said()
+    assert nursery.run(first, processes=before) == EX_TEMPFAIL, nursery.said()
     assert nursery.run(arguments(folder), processes=after) == 0, nursery.said()
     said = nursery.said()
-    assert said.count("going on from ") == 1
+    assert said.count("resuming from ") == 1
     assert (
         f"changed: processes: {before} -> {after}: each takes {128 // after} samples of a global batch of "
-        f"128 instead of {128 // before}; batches, learning rate and epochs stay as they were"
+        f"128 instead of {128 // before}; batches, learning rate and epochs are unchanged"
     ) in said
     assert ("changed: processes 1 to 1 start from new random states" in said) == (after > before)
     agree(folder, one)
@@ -141,7 +143,7 @@ def test_what_changed_is_said_and_what_cannot_is_refused(
         "trainer.ema_decay: None -> 0.9",
         "loss.gather: True -> False",
         "processes: 1 -> 2: each takes 64 samples",
-        "loss.gather is false: each process contrasts with its own rows only, so the loss changes",
+        "loss.gather is false: each process contrasts its own rows only, so the loss changes",
     ):
         assert f"  changed: {change}" in nursery.said()
     assert "checkpoint_epochs" not in nursery.said()

@@ -18,7 +18,7 @@ from pysupcon.errors import ConfigError, RunError
 from pysupcon.models.model import ContrastiveModel, Outputs
 from pysupcon.trainer import LossConfig, OptimizerConfig, loop, progress
 from pysupcon.trainer.checkpoint import checkpoints, read_checkpoint
-from pysupcon.trainer.folders import choose_folder
+from pysupcon.trainer.folders import choose_run_dir
 from pysupcon.trainer.objective import Objective, batch_statistics
 from pysupcon.trainer.optim import build_optimizer, build_scheduler
 from pysupcon.trainer.run import load_run
@@ -152,11 +152,11 @@ def test_a_folder_that_holds_a_run_is_left_alone(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/name/checkpoints").mkdir(parents=True)
     config = tiny(None)
-    assert choose_folder(config, "name") == Path("runs/name-2")
+    assert choose_run_dir(config, "name") == Path("runs/name-2")
     config.resume_from_checkpoint = "latest"
-    assert choose_folder(config, "name") == Path("runs/name")
+    assert choose_run_dir(config, "name") == Path("runs/name")
     config.resume_from_checkpoint = "runs/name/checkpoints/step_00000001"
-    assert choose_folder(config, "name") == tmp_path / "runs/name"
+    assert choose_run_dir(config, "name") == tmp_path / "runs/name"
 
 
 def test_the_average_of_the_weights(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_batch_norm_in_chunks_is_warned_of(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], chunk_size: str, warned: bool
 ) -> None:
     loop.train(tiny(tmp_path, "--trainer.chunk_size", chunk_size, "--trainer.best_by", "null"))
-    warning = "trainer.chunk_size 127: BatchNorm normalises each chunk by itself"
+    warning = "trainer.chunk_size 127: BatchNorm normalises each chunk separately"
     assert (warning in capsys.readouterr().err) == warned
 
 
@@ -227,10 +227,10 @@ def test_a_word_on_what_takes_long(
 ) -> None:
     monkeypatch.setattr(progress, "DELAY", 0.02)
     for shown in (True, False):
-        with progress.waiting("counting sheep", shown=shown):
+        with progress.report_if_slow("counting sheep", enabled=shown):
             time.sleep(0.2)
     monkeypatch.setattr(progress, "DELAY", 60.0)
-    with progress.waiting("blinking"):
+    with progress.report_if_slow("blinking"):
         pass
     assert capsys.readouterr().err == "counting sheep ...\n"
 

@@ -1,8 +1,8 @@
-"""Names for stretches of the product's code, seen in torch.profiler's tables and traces and in Nsight.
+"""Named ranges for torch.profiler and Nsight.
 
 pysupcon::loss       a loss, from its arguments to its value
-pysupcon::gather     what its forward and backward exchange with other processes
-encoder, optimizer   of a training step
+pysupcon::gather     communication between processes in the forward and backward of a loss
+encoder, optimizer   parts of a training step
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _R = TypeVar("_R")
 
 
 def region(name: str) -> AbstractContextManager[None]:
-    """A named range; costs next to nothing where nobody looks, and is no part of a compiled graph."""
+    """Context manager for a named range; negligible cost without a profiler; not part of a compiled graph."""
     if torch.compiler.is_compiling():
         return nullcontext()
     profiled, on_gpu = torch.autograd._profiler_enabled(), torch.cuda.is_initialized()
@@ -42,14 +42,14 @@ def _region(name: str, profiled: bool, on_gpu: bool) -> Iterator[None]:
 
 
 def named(name: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Decorator: the whole function is the range ``name``."""
+    """Decorator that runs the function in the range ``name``."""
 
     def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
         @wraps(function)
-        def inside(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
             with region(name):
                 return function(*args, **kwargs)
 
-        return inside
+        return wrapper
 
     return decorate

@@ -1,0 +1,119 @@
+"""Features of a run's frozen encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pysupcon.errors import ConfigError, RunError
+from pysupcon.evaluators import EvaluationConfig, FeatureSet, FeatureSplits, LinearHead
+from pysupcon.trainer.run import Run
+
+SPLITS = ("train", "val", "test")
+_MIN_SAMPLES = 2
+
+
+def extract_features(
+    encode: Callable[[Tensor], Tensor],
+    dataset: Dataset[tuple[Tensor, int, int]],
+    *,
+    batch_size: int,
+    device: torch.device,
+    workers: int = 0,
+    progress: bool = False,
+    description: str = "features",
+) -> FeatureSet:
+    """Compute the features of every image of ``dataset``, in its order, without gradients.
+
+    Args:
+        encode: maps images [B, C, H, W] on ``device`` to embeddings [B, D].
+        dataset: items (image, coarse label, fine label).
+        batch_size: images per call of ``encode``.
+        device: device of the images and of the returned features.
+        workers: processes that load the images; 0 loads them in this process.
+        progress: show a progress bar.
+        description: label of the progress bar.
+
+    Returns:
+        Features [N, D], float32 (float64 if ``encode`` returns float64), and the labels.
+
+    Raises:
+        ValueError: ``encode`` did not return finite features [B, D].
+    """
+    batches: Iterable[Any] = DataLoader(dataset, batch_size=batch_size, num_workers=workers)
+    if progress:
+        from tqdm import tqdm
+
+        batches = tqdm(batches, desc=description, unit="batch", leave=False, delay=2)
+    features, coarse, fine = [], [], []
+    with torch.inference_mode():
+        for images, coarse_labels, fine_labels in batches:
+            embedding = encode(images.to(device))
+            features.append(embedding.to(torch.promote_types(embedding.dtype, torch.float32)))
+            coarse.append(coarse_labels)
+            fine.append(fine_labels)
+    # Concatenating outside of inference mode gives ordinary tensors.
+    return FeatureSet(torch.cat(features), torch.cat(coarse).to(device), torch.cat(fine).to(device))
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device called ``name``; "auto" is the accelerator if there is one, else the CPU.
+
+    Raises:
+        ConfigError: the device does not exist or cannot be used.
+    """
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator if accelerator is not None else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"device must be auto or a device of this machine, got {name!r}: {reason}"
+        ) from error
+    return device
+
+
+def run_features(run: Run, config: EvaluationConfig, device: torch.device) -> FeatureSplits:
+    """Compute the features of all splits of a run's own data.
+
+    Raises:
+        RunError: a split is too small, or a feature is not finite; the message names the split.
+    """
+    model = run.model.to(device)
+    datasets = run.splits()
+    features = {}
+    for name in SPLITS:
+        size = len(datasets[name])
+        if size < _MIN_SAMPLES:
+            raise RunError(
+                f"the {name} split of {run.dir} must hold at least {_MIN_SAMPLES} samples, got {size}"
+            )
+        try:
+            features[name] = extract_features(
+                model.backbone,
+                datasets[name],
+                batch_size=config.batch_size,
+                device=device,
+                workers=run.config.data.workers,
+                progress=config.progress,
+                description=f"{name} features",
+            )
+        except ValueError as error:
+            raise RunError(f"the {name} split of {run.dir}: {error}") from error
+    return FeatureSplits(**features, head=_trained_head(run))
+
+
+def _trained_head(run: Run) -> LinearHead | None:
+    """The classification head if it was trained on coarse labels and takes the embedding, else None."""
+    head = run.model.classifier
+    if head is None or run.config.data.labels != "coarse" or run.model.embedding_dim != head.in_features:
+        return None
+    weight, bias = (parameter.detach().to("cpu", torch.float64) for parameter in (head.weight, head.bias))
+    return LinearHead(weight, bias)

@@ -1,0 +1,98 @@
+"""Pictures of an evaluated run: test features in two dimensions, evaluator outcomes, loss curves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pysupcon.errors import RunError
+from pysupcon.evaluators import EvaluationConfig, FeatureSplits, project
+from pysupcon.reports.charts import OUTCOME_FILES, draw_outcomes
+from pysupcon.reports.pictures import draw_embedding, draw_loss
+from pysupcon.reports.report import Picture
+from pysupcon.trainer.run import Run
+
+EMBEDDING_FILE = "embedding.png"
+LOSS_FILE = "loss.png"
+FILES = (EMBEDDING_FILE, LOSS_FILE, *OUTCOME_FILES)
+"""Every file that :func:`draw_pictures` may write."""
+LOSS_TERMS = (
+    "contrastive", "infonce", "cross_entropy", "second_cross_entropy", "reconstruction",
+)  # fmt: skip
+
+
+def draw_pictures(
+    folder: Path, run: Run, splits: FeatureSplits, config: EvaluationConfig, outcomes: dict[str, Tensor]
+) -> tuple[list[Picture], list[str]]:
+    """Draw the test features, the outcomes and the training loss.
+
+    Args:
+        folder: folder of the PNG files.
+        run: the evaluated run.
+        splits: its features.
+        config: arguments of the projection to two dimensions.
+        outcomes: results per test sample by name, [N_test] each.
+
+    Returns:
+        The pictures, and a warning for each picture that could not be drawn.
+    """
+    points, rows = project(splits.test.features, config.projection)
+    rows = rows.to(splits.test.fine.device)
+    method = {"tsne": "t-SNE", "pca": "PCA"}[config.projection.method]
+    test = run.splits()["test"]
+    names = {"fine": dict(enumerate(test.fine_names)), "coarse": dict(enumerate(test.coarse_names))}
+    draw_embedding(
+        folder / EMBEDDING_FILE,
+        points.numpy(),
+        splits.test.fine[rows].cpu().numpy(),
+        splits.test.coarse[rows].cpu().numpy(),
+        title=f"Test features of {run.dir.resolve().name}, {method}",
+        axes=(f"{method} 1", f"{method} 2"),
+        fine_names=names["fine"],
+        coarse_names=names["coarse"],
+    )
+    shown = "all" if len(points) == len(splits.test) else f"{len(points)} of the"
+    caption = f"Frozen features of {shown} {len(splits.test)} test images in two dimensions ({method})."
+    pictures = [Picture(EMBEDDING_FILE, caption)]
+    pictures += draw_outcomes(folder, {name: values.numpy() for name, values in outcomes.items()}, names)
+    if run.config.model.concatenated:  # made from trained runs: it has no training log
+        return pictures, []
+    try:
+        steps, losses, chance = loss_curves(run.log())
+    except RunError as error:
+        return pictures, [f"no loss curve: {error}"]
+    draw_loss(folder / LOSS_FILE, steps, losses, chance=chance, title=f"Loss of {run.dir.resolve().name}")
+    dashed = "; dashed: the loss if all features were equal (chance level)" if chance else ""
+    pictures.append(Picture(LOSS_FILE, f"Training loss and its running mean{dashed}."))
+    return pictures, []
+
+
+def loss_curves(
+    log: list[dict[str, Any]],
+) -> tuple[list[int], dict[str, list[float]], dict[str, list[float]]]:
+    """Read the steps, the loss terms and the chance levels from the lines of a training log.
+
+    A loss with a single term is returned as that term. The chance level belongs to the contrastive term.
+
+    Args:
+        log: lines of ``log.jsonl``.
+
+    Returns:
+        Steps; losses by name; chance levels by the name of their loss. A missing value is NaN.
+
+    Raises:
+        RunError: no line holds a step and a loss.
+    """
+    lines = [line for line in log if "step" in line and "loss" in line]
+    if not lines:
+        raise RunError("the log holds no line with a step and a loss")
+
+    def column(key: str) -> list[float]:
+        return [float(line.get(key, "nan")) for line in lines]
+
+    terms = [name for name in LOSS_TERMS if any(name in line for line in lines)]
+    names = terms if len(terms) == 1 else ["loss", *terms]
+    chance = {"contrastive": column("chance")} if any("chance" in line for line in lines) else {}
+    return [int(line["step"]) for line in lines], {name: column(name) for name in names}, chance
