@@ -5,18 +5,22 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from pysupcon.commands import program
 from pysupcon.errors import ConfigError, RunError
-from pysupcon.evaluation.evaluate import FOLDER, evaluate_run
 from pysupcon.evaluators import EvaluationConfig
-from pysupcon.trainer.run import Run, open_run
+
+if TYPE_CHECKING:  # importing it takes seconds, which --help does not need
+    from pysupcon.trainer.run import Run
 
 
 def main(arguments: Sequence[str]) -> int:
     """Print the table of results; return the exit status."""
     try:
         run, config = _parse(arguments)
+        from pysupcon.evaluation.evaluate import FOLDER, evaluate_run
+
         report = evaluate_run(run, config)
     except (RunError, ConfigError) as error:
         print(f"pysupcon evaluate: {error}", file=sys.stderr)
@@ -34,12 +38,15 @@ def _parse(arguments: Sequence[str]) -> tuple[Run, EvaluationConfig]:
     parser = jsonargparse.ArgumentParser(
         prog=f"{program()} evaluate",
         usage="%(prog)s RUN [--FIELD VALUE ...]",
-        description=f"Run the evaluators on a finished run and write the results to RUN/{FOLDER}. "
+        description="Run the evaluators on a finished run and write the results to RUN/evaluation. "
         "The defaults are the values in the run's config.",
     )
     parser.add_argument("run_dir", type=str, help="folder of the run")
     parser.add_class_arguments(EvaluationConfig)
-    run = open_run(parser.parse_args(arguments).run_dir)
+    run_dir = parser.parse_args(arguments).run_dir
+    from pysupcon.trainer.run import open_run
+
+    run = open_run(run_dir)
     parser.set_defaults(asdict(run.config.evaluation))
     try:
         parsed = parser.instantiate(parser.parse_args(arguments))
