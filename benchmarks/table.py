@@ -46,15 +46,15 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([rows[0], "|" + " --- |" * len(lines[0]), *rows[1:]])
 
 
-def between_markers(page: str, begin: str, end: str, section: str) -> str:
-    """Returns ``page`` with ``section`` between the two markers.
+def between_markers(readme: str, begin: str, end: str, section: str) -> str:
+    """``readme`` with ``section`` between two markers.
 
     Raises:
-        ValueError: ``page`` does not hold each marker exactly once, ``begin`` before ``end``.
+        ValueError: it has not exactly one marker of each kind, in order.
     """
-    if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
-        raise ValueError(f"the page must hold {begin} and after it {end}, once each")
-    before, rest = page.split(begin)
+    if readme.count(begin) != 1 or readme.count(end) != 1 or readme.index(begin) > readme.index(end):
+        raise ValueError(f"README must hold {begin} and after it {end}, once each")
+    before, rest = readme.split(begin)
     return f"{before}{begin}\n{section}\n{end}{rest.split(end)[1]}"
 
 

@@ -307,24 +307,24 @@ def test_bars() -> None:
 
 
 def test_render_tables(results: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    page = tmp_path / "README.md"
-    page.write_text(f"before\n{render_tables.BEGIN}\nold\n{render_tables.END}\nafter\n", encoding="utf-8")
-    arguments = [str(results[0] / "r.json"), "--page", str(page)]
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{render_tables.BEGIN}\nold\n{render_tables.END}\nafter\n", encoding="utf-8")
+    arguments = [str(results[0] / "r.json"), "--page", str(readme)]
     assert render_tables.main([*arguments, "--check"]) == 1
-    assert "old" in page.read_text(encoding="utf-8")
+    assert "old" in readme.read_text(encoding="utf-8")
     assert render_tables.main(arguments) == 0
-    text = page.read_text(encoding="utf-8")
+    text = readme.read_text(encoding="utf-8")
     assert text.startswith(f"before\n{render_tables.BEGIN}\n")
     assert text.endswith(f"{render_tables.END}\nafter\n")
     assert "| **pysupcon** |" in text
     assert "N = 256" in text
     assert results[1]["machine"]["processor"] in text
     assert render_tables.main([*arguments, "--check"]) == 0
-    page.write_text("no markers", encoding="utf-8")
+    readme.write_text("no markers", encoding="utf-8")
     assert render_tables.main(arguments) == 2
 
 
-def test_the_page_shows_the_stored_results() -> None:
+def test_the_readme_shows_the_stored_results() -> None:
     stored = [json.loads(path.read_text(encoding="utf-8")) for path in render_tables.RESULTS.glob("*.json")]
     if not any("schema" in results for results in stored):
         pytest.skip("no results are stored in benchmarks/results")

@@ -113,18 +113,18 @@ def with_machine(results: dict[str, Any], folder: Path) -> None:
     (folder / "paper_mnist5k_none.json").write_text(stored, encoding="utf-8")
 
 
-def test_page_shows_the_results(
+def test_readme_shows_the_results(
     results: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with_machine(results, tmp_path)
-    page = tmp_path / "README.md"
-    page.write_text(f"above\n{paper_table.BEGIN}\nformer\n{paper_table.END}\nbelow\n", encoding="utf-8")
-    where = ["--results", str(tmp_path), "--page", str(page)]
+    readme = tmp_path / "README.md"
+    readme.write_text(f"above\n{paper_table.BEGIN}\nformer\n{paper_table.END}\nbelow\n", encoding="utf-8")
+    where = ["--results", str(tmp_path), "--page", str(readme)]
     assert paper_table.main([*where, "--check"]) == 1
     assert "run benchmarks/papers/paper_table.py" in capsys.readouterr().err
     assert paper_table.main(where) == 0
     assert paper_table.main([*where, "--check"]) == 0
-    text = page.read_text(encoding="utf-8")
+    text = readme.read_text(encoding="utf-8")
     assert text.startswith("above\n")
     assert text.endswith("\nbelow\n")
     assert "former" not in text
@@ -138,7 +138,7 @@ def test_page_shows_the_results(
     assert paper_table.main([*where, "--check"]) == 1
 
 
-def test_this_page_shows_the_stored_results() -> None:
+def test_this_readme_shows_the_stored_results() -> None:
     assert paper_table.main(["--check"]) == 0
     pictures = re.findall(r"\(\.\./results/(paper_\w+\.png)\)", paper_table.PAGE.read_text(encoding="utf-8"))
     assert pictures
@@ -146,17 +146,17 @@ def test_this_page_shows_the_stored_results() -> None:
         assert (paper_table.RESULTS / name).is_file()
 
 
-def test_page_needs_its_markers(
+def test_readme_needs_its_markers(
     results: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    page = tmp_path / "README.md"
-    page.write_text("nothing", encoding="utf-8")
-    where = ["--results", str(tmp_path), "--page", str(page)]
+    readme = tmp_path / "README.md"
+    readme.write_text("nothing", encoding="utf-8")
+    where = ["--results", str(tmp_path), "--page", str(readme)]
     assert paper_table.main(where) == 2
     assert "no results of paper_results.py" in capsys.readouterr().err
     with_machine(results, tmp_path)
     assert paper_table.main(where) == 2
-    assert "the page must hold" in capsys.readouterr().err
+    assert "README must hold" in capsys.readouterr().err
 
 
 def test_seeds_and_sure_differences(results: dict[str, Any]) -> None:
