@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
-import pickle
-import struct
 from collections import Counter
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from helpers.data_files import write_cifar, write_image_folder, write_mnist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torchvision import datasets
-from torchvision.utils import save_image
 
 from pysupcon.data import DataConfig
 from pysupcon.data import labels as groups
@@ -33,27 +29,6 @@ def digits() -> Data:
 
 
 # --- readers
-
-
-def write_idx(path: Path, array: np.ndarray, *, compress: bool) -> None:
-    raw = (
-        struct.pack(f">{1 + array.ndim}I", 0x0800 + array.ndim, *array.shape)
-        + array.astype(np.uint8).tobytes()
-    )
-    if compress:
-        path.with_name(path.name + ".gz").write_bytes(gzip.compress(raw))
-    else:
-        path.write_bytes(raw)
-
-
-def write_mnist(folder: Path, *, compress: bool) -> np.ndarray:
-    folder.mkdir(parents=True, exist_ok=True)
-    images = np.random.default_rng(0).integers(0, 256, (200, 28, 28))
-    labels = np.arange(200) % 10
-    for part in ("train", "t10k"):
-        write_idx(folder / f"{part}-images-idx3-ubyte", images, compress=compress)
-        write_idx(folder / f"{part}-labels-idx1-ubyte", labels, compress=compress)
-    return images
 
 
 @pytest.mark.parametrize(
@@ -125,34 +100,6 @@ def test_missing_image_folder(tmp_path: Path) -> None:
         load_data(DataConfig(dataset="image_folder", root=str(tmp_path), image_size=8, labels="fine"))
 
 
-def write_cifar(
-    root: Path, monkeypatch: pytest.MonkeyPatch, classes: int, *, count: int = 300, test_count: int = 300
-) -> np.ndarray:
-    """The pickles of CIFAR-10 or CIFAR-100, labels in turn, and torchvision's checksums of them; the test
-    images come back."""
-    kind = datasets.CIFAR10 if classes == 10 else datasets.CIFAR100
-    folder = root / kind.base_folder
-    folder.mkdir()
-    random = np.random.default_rng(0)
-    names = [name for members in getattr(groups, f"CIFAR{classes}").values() for name in members]
-    key = "labels" if classes == 10 else "fine_labels"
-
-    def write(name: str, content: dict[str, object]) -> str:
-        raw = pickle.dumps(content)
-        (folder / name).write_bytes(raw)
-        return hashlib.md5(raw).hexdigest()
-
-    for attribute, number in (("train_list", count), ("test_list", test_count)):
-        pixels = random.integers(0, 256, (number, 3072), dtype=np.uint8)
-        labels = [i % classes for i in range(number)]
-        listed = [[name, write(name, {"data": pixels, key: labels})] for name, _ in getattr(kind, attribute)]
-        monkeypatch.setattr(kind, attribute, listed)
-    meta = dict(kind.meta)
-    meta["md5"] = write(meta["filename"], {meta["key"]: sorted(names)})
-    monkeypatch.setattr(kind, "meta", meta)
-    return pixels
-
-
 @pytest.mark.parametrize("classes", [10, 100])
 def test_cifar_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classes: int) -> None:
     pixels = write_cifar(tmp_path, monkeypatch, classes)
@@ -171,15 +118,8 @@ def test_cifar_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classes: i
         load_data(data.config)
 
 
-def write_folder(root: Path, classes: list[str], count: int) -> None:
-    for index, name in enumerate(classes):
-        (root / name).mkdir(parents=True)
-        for i in range(count):
-            save_image(torch.full((3, 10 + i, 12), index / 4), root / name / f"{i}.png")
-
-
 def test_image_folder(tmp_path: Path) -> None:
-    write_folder(tmp_path, ["cat", "dog", "car"], 10)
+    write_image_folder(tmp_path, ["cat", "dog", "car"], 10)
     config = DataConfig(
         dataset="image_folder", root=str(tmp_path), image_size=8, batch_size=6,
         coarse_map={"cat": "animal", "dog": "animal", "car": "vehicle"},
@@ -203,8 +143,8 @@ def test_image_folder(tmp_path: Path) -> None:
 
 
 def test_image_folder_with_its_own_test_split(tmp_path: Path) -> None:
-    write_folder(tmp_path / "train", ["a", "b"], 10)
-    write_folder(tmp_path / "test", ["a", "b"], 3)
+    write_image_folder(tmp_path / "train", ["a", "b"], 10)
+    write_image_folder(tmp_path / "test", ["a", "b"], 3)
     config = DataConfig(dataset="image_folder", root=str(tmp_path), image_size=8, batch_size=6, labels="fine")
     assert {name: len(samples) for name, samples in load_data(config).splits.items()} == {
         "train": 18, "val": 2, "test": 6,

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from test_data import write_cifar
-from torchvision import datasets
+from helpers.data_files import write_cifar, write_grey_image, write_tiny_imagenet
+from helpers.transfer_data_files import CLASSES, WRITERS
 
 from pysupcon.data import DataConfig, published
 from pysupcon.data import labels as groups
@@ -25,16 +20,6 @@ def read(name: str, root: Path, **fields: object) -> Data:
     config = DataConfig(dataset=name, root=str(root), batch_size=4, **fields)  # type: ignore[arg-type]
     config.check()
     return load_data(config)
-
-
-def picture(path: Path, grey: int, size: tuple[int, int] = (12, 10)) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, (grey, grey, grey)).save(path)
-
-
-def write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
 
 
 # --- CIFAR
@@ -97,22 +82,8 @@ def test_tables_of_imagenet() -> None:
     ]  # fmt: skip
 
 
-def write_tiny(root: Path) -> list[str]:
-    wnids = sorted(wnid for members in TINY_IMAGENET.values() for wnid in members)
-    write(root / "wnids.txt", "\n".join(reversed(wnids)) + "\n")
-    write(root / "words.txt", "".join(f"{wnid}\tword {i}, other\n" for i, wnid in enumerate(wnids)))
-    lines = []
-    for i, wnid in enumerate(wnids):
-        for k in range(2):
-            picture(root / "train" / wnid / "images" / f"{wnid}_{k}.JPEG", i, (64, 64))
-        picture(root / "val" / "images" / f"val_{i}.JPEG", i, (64, 64))
-        lines.append(f"val_{i}.JPEG\t{wnid}\t0\t0\t62\t62\n")
-    write(root / "val" / "val_annotations.txt", "".join(reversed(lines)))
-    return wnids
-
-
 def test_tiny_imagenet(tmp_path: Path) -> None:
-    wnids = write_tiny(tmp_path / "tiny-imagenet-200")
+    wnids = write_tiny_imagenet(tmp_path / "tiny-imagenet-200")
     data = read("tiny_imagenet", tmp_path)
     assert {name: len(part) for name, part in data.splits.items()} == {"train": 200, "val": 200, "test": 200}
     assert data.image_size == 64
@@ -135,7 +106,7 @@ def test_damaged_tiny_imagenet(tmp_path: Path) -> None:
         ConfigError, match=r"does not hold tiny_imagenet: looked for wnids.txt in .* correct d"
     ):
         read("tiny_imagenet", tmp_path)
-    wnids = write_tiny(tmp_path)
+    wnids = write_tiny_imagenet(tmp_path)
     table = tmp_path / "val" / "val_annotations.txt"
     text = table.read_text()
     table.write_text(text + "val_0.JPEG\tn00000000\t0\n")
@@ -157,8 +128,8 @@ def test_damaged_tiny_imagenet(tmp_path: Path) -> None:
 def test_imagenet100(tmp_path: Path) -> None:
     for i, wnid in enumerate([*IMAGENET100, "n01440764"]):  # another class of ImageNet beside the hundred
         for k in range(2):
-            picture(tmp_path / "train" / wnid / f"{k}.JPEG", i)
-        picture(tmp_path / "val" / wnid / "0.JPEG", i)
+            write_grey_image(tmp_path / "train" / wnid / f"{k}.JPEG", i)
+        write_grey_image(tmp_path / "val" / wnid / "0.JPEG", i)
     data = read("imagenet100", tmp_path, image_size=8)
     assert {name: len(part) for name, part in data.splits.items()} == {"train": 100, "val": 100, "test": 100}
     assert data.fine_names == data.coarse_names == IMAGENET100
@@ -172,103 +143,10 @@ def test_imagenet100(tmp_path: Path) -> None:
 
 # --- the six sets for transfer: twelve training images, six test images, three classes
 
-CLASSES = ["first kind", "second kind", "third kind"]
 
-
-def aircraft(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = root / "fgvc-aircraft-2013b" / "data"
-    makers = ["Maker A", "Maker B"]
-    write(folder / "variants.txt", "\n".join(CLASSES) + "\n")
-    write(folder / "manufacturers.txt", "\n".join(makers) + "\n")
-    number = 0
-    for split, count in (("trainval", 12), ("test", 6)):
-        rows = [(f"{number + i:07d}", i % 3) for i in range(count)]
-        number += count
-        write(folder / f"images_variant_{split}.txt", "".join(f"{n} {CLASSES[k]}\n" for n, k in rows))
-        write(
-            folder / f"images_manufacturer_{split}.txt", "".join(f"{n} {makers[k // 2]}\n" for n, k in rows)
-        )
-        for name, label in rows:
-            picture(folder / "images" / f"{name}.jpg", 50 * label)
-
-
-def cars(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from scipy.io import savemat
-
-    folder = root / "stanford_cars"
-    (folder / "devkit").mkdir(parents=True)
-    savemat(folder / "devkit" / "cars_meta.mat", {"class_names": np.array(CLASSES, dtype=object)})
-    for table, images, count in (
-        ("devkit/cars_train_annos.mat", "cars_train", 12),
-        ("cars_test_annos_withlabels.mat", "cars_test", 6),
-    ):
-        rows = np.array(
-            [(i % 3 + 1, f"{i:05d}.jpg") for i in range(count)], dtype=[("class", object), ("fname", object)]
-        )
-        savemat(folder / table, {"annotations": rows})
-        for i in range(count):
-            picture(folder / images / f"{i:05d}.jpg", 50 * (i % 3))
-
-
-def dtd(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = root / "dtd" / "dtd"
-    number = 0
-    for split, count in (("train", 6), ("val", 6), ("test", 6)):
-        names = [f"{CLASSES[i % 3]}/{CLASSES[i % 3]}_{number + i:04d}.jpg" for i in range(count)]
-        number += count
-        write(folder / "labels" / f"{split}1.txt", "\n".join(names) + "\n")
-        for i, name in enumerate(names):
-            picture(folder / "images" / name, 50 * (i % 3))
-
-
-def flowers102(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from scipy.io import savemat
-
-    folder = root / "flowers-102"
-    for number in range(1, 19):
-        picture(folder / "jpg" / f"image_{number:05d}.jpg", 50 * ((number - 1) % 3))
-    savemat(folder / "imagelabels.mat", {"labels": [i % 3 + 1 for i in range(18)]})
-    savemat(
-        folder / "setid.mat",
-        {"trnid": list(range(1, 7)), "valid": list(range(7, 13)), "tstid": list(range(13, 19))},
-    )
-    sums = {
-        key: (name, hashlib.md5((folder / name).read_bytes()).hexdigest())
-        for key, name in (("label", "imagelabels.mat"), ("setid", "setid.mat"))
-    }
-    monkeypatch.setattr(datasets.Flowers102, "_file_dict", sums)
-
-
-def food101(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = root / "food-101"
-    for split, count in (("train", 4), ("test", 2)):
-        names = {kind: [f"{kind}/{split}{i}" for i in range(count)] for kind in CLASSES}
-        write(folder / "meta" / f"{split}.json", json.dumps(names))
-        for label, kind in enumerate(CLASSES):
-            for name in names[kind]:
-                picture(folder / "images" / f"{name}.jpg", 50 * label)
-
-
-def pets(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = root / "oxford-iiit-pet"
-    breeds = ["first_kind", "second_kind", "third_kind"]
-    for split, count in (("trainval", 12), ("test", 6)):
-        rows = [(f"{breeds[i % 3]}_{split}{i}", i % 3) for i in range(count)]
-        lines = [f"{name} {label + 1} {2 if label == 2 else 1} 1\n" for name, label in rows]
-        write(folder / "annotations" / f"{split}.txt", "".join(lines))
-        for name, label in rows:
-            picture(folder / "images" / f"{name}.jpg", 50 * label)
-
-
-WRITERS: list[Callable[[Path, pytest.MonkeyPatch], None]] = [aircraft, cars, dtd, flowers102, food101, pets]
-
-
-@pytest.mark.parametrize("writer", WRITERS, ids=lambda writer: writer.__name__)
-def test_sets_for_transfer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: Callable[[Path, pytest.MonkeyPatch], None]
-) -> None:
-    name = writer.__name__
-    writer(tmp_path, monkeypatch)
+@pytest.mark.parametrize("name", WRITERS)
+def test_sets_for_transfer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    WRITERS[name](tmp_path, monkeypatch)
     data = read(name, tmp_path, image_size=8)
     assert {split: len(part) for split, part in data.splits.items()} == {"train": 9, "val": 3, "test": 6}
     for part in data.splits.values():
@@ -298,11 +176,8 @@ def test_sets_for_transfer(
         read(name, tmp_path, image_size=8)
 
 
-@pytest.mark.parametrize("writer", WRITERS, ids=lambda writer: writer.__name__)
-def test_missing_sets_for_transfer(
-    tmp_path: Path, writer: Callable[[Path, pytest.MonkeyPatch], None]
-) -> None:
-    name = writer.__name__
+@pytest.mark.parametrize("name", WRITERS)
+def test_missing_sets_for_transfer(tmp_path: Path, name: str) -> None:
     with pytest.raises(
         ConfigError, match=rf"data.root '.*' does not hold {name}: looked for .*; correct"
     ) as found:

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 from helpers.nursery import Nursery, start_nursery  # noqa: F401
+from helpers.parallel_training import assert_same_training, training_arguments
 from safetensors.torch import load_file
-from test_processes import agree
-from test_processes import arguments as several
 
 from pysupcon.config import Config, parse_args
 from pysupcon.data.bundle import load_data
@@ -131,10 +130,10 @@ def test_two_processes_take_the_steps_of_one(
     """They exchange gradients once a step, of all its batches."""
     one, two = tmp_path / "one", tmp_path / "two"
     options = ("--trainer.accumulation_steps", "2", "--optimizer.warmup_epochs", "0")
-    assert nursery.run(several(one, *options)) == 0, nursery.said()
-    assert nursery.run(several(two, *options, *chunks), processes=2) == 0, nursery.said()
+    assert nursery.run(training_arguments(one, *options)) == 0, nursery.said()
+    assert nursery.run(training_arguments(two, *options, *chunks), processes=2) == 0, nursery.said()
     assert nursery.said().count("trainer.accumulation_steps 2: a step takes the mean gradient") == 1
-    agree(two, one)
+    assert_same_training(two, one)
 
 
 @pytest.mark.parametrize("kind", [ShuffledBatches, BalancedBatches])
