@@ -24,7 +24,7 @@ from pysupcon.evaluators import (
     FeatureSet,
     FeatureSplits,
     LinearHead,
-    available,
+    available_evaluators,
     build_evaluators,
     project,
     unit_of,
@@ -307,7 +307,7 @@ def _metadata(
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     arguments = asdict(config)
-    unused = set(available()) - set(config.evaluators)
+    unused = set(available_evaluators()) - set(config.evaluators)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "run": run.dir.resolve().name,

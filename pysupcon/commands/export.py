@@ -39,14 +39,16 @@ def export_run(run_dir: str | Path, output: str | Path) -> Path:
     Raises:
         RunError: the run is not finished or damaged, its metrics are damaged, or ``output`` holds something.
     """
-    from pysupcon.models.spectral import plain_weights
+    from pysupcon.models.spectral import unparametrized_state_dict
     from pysupcon.trainer.checkpoint import pack_weights
     from pysupcon.trainer.files import check_vacant, new_folder
     from pysupcon.trainer.run import load_run
 
     run, output = load_run(run_dir), Path(output)
     check_vacant(output)
-    weights = {name: value.contiguous() for name, value in plain_weights(run.model.backbone).items()}
+    weights = {
+        name: value.contiguous() for name, value in unparametrized_state_dict(run.model.backbone).items()
+    }
     metrics = _metrics(run)
     with new_folder(output) as folder:
         (folder / WEIGHTS).write_bytes(pack_weights(weights))
@@ -69,7 +71,7 @@ def _several(run: Run) -> bool:
 def _built_by(model: ModelConfig) -> dict[str, Any]:
     """The fields that say how the backbone is built, its weights being plain."""
     if model.concatenated:
-        return {"concatenated": [{"model": _built_by(part)} for part in model.parts()]}
+        return {"concatenated": [{"model": _built_by(part)} for part in model.part_configs()]}
     plain = type(model)()
     named = ("width", "small_stem", "timm_args", "encoders")
     found = {name: getattr(model, name) for name in named if getattr(model, name) != getattr(plain, name)}
@@ -161,7 +163,7 @@ def model_card(run: Run, metrics: dict[str, Any] | None, name: str) -> str:
 def _what(run: Run) -> str:
     model = run.config.model
     if model.concatenated:
-        return "Frozen, side by side: " + " and ".join(f"a {part.backbone}" for part in model.parts())
+        return "Frozen, side by side: " + " and ".join(f"a {part.backbone}" for part in model.part_configs())
     return f"Two {model.backbone} side by side" if _two(model) else f"A {model.backbone}"
 
 

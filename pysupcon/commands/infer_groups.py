@@ -26,7 +26,7 @@ from pysupcon.errors import ConfigError, RunError
 from pysupcon.evaluators import SubgroupConfig, infer_groups, recovery
 
 if TYPE_CHECKING:
-    from pysupcon.data.bundle import Data
+    from pysupcon.data.datamodule import DataModule
     from pysupcon.trainer.run import Run
 
 SPLITS = ("train", "val")
@@ -131,7 +131,7 @@ def infer_from_runs(
     recovered = recovery(found.groups, data.true_groups["train"])
     groups = Groups(
         found.groups,
-        found.assign(features["val"], labels["val"]),
+        found.predict(features["val"], labels["val"]),
         found.parent,
         made_from={
             "data": {name: getattr(data.config, name) for name in _DATA},
@@ -161,7 +161,7 @@ def infer_from_runs(
     )
 
 
-def _classes(data: Data) -> dict[str, Tensor]:
+def _classes(data: DataModule) -> dict[str, Tensor]:
     """The labels that are trained on, int64 [N] by split."""
     fine = data.config.labels == "fine"
     return {name: samples.fine if fine else samples.coarse for name, samples in data.splits.items()}

@@ -76,7 +76,7 @@ def transfer_features(run: Run, arguments: TransferArguments) -> tuple[FeatureSp
         ConfigError: the data set cannot be read, or has another number of channels than the encoder takes.
         RunError: the encoder gave something that is not finite.
     """
-    from pysupcon.data.bundle import Data, PlainDataset
+    from pysupcon.data.datamodule import DataModule, EvaluationDataset
 
     config = arguments.data
     size, channels = run.data.image_size, run.data.channels
@@ -88,7 +88,7 @@ def transfer_features(run: Run, arguments: TransferArguments) -> tuple[FeatureSp
     config.labels = "fine"
     config.check()
     config.resolve()
-    data = Data(config)
+    data = DataModule(config)
     if data.channels != channels and data.channels != 1:
         raise ConfigError(
             f"data.dataset={config.dataset} has {data.channels} channels, but the encoder of {run.dir} was "
@@ -103,7 +103,7 @@ def transfer_features(run: Run, arguments: TransferArguments) -> tuple[FeatureSp
     features: dict[str, Any] = {}
     for name in SPLITS:
         # Normalised as the encoder's own training images were, not by the new data's statistics.
-        dataset = PlainDataset(
+        dataset = EvaluationDataset(
             data.splits[name], size, run.data.normalize, data.coarse_names, data.fine_names
         )
         try:

@@ -15,7 +15,7 @@ from pysupcon.data.sources import Family
 _CHUNK = 128  # images at once: what lies between two steps then stays in the cache
 
 
-class Step(Protocol):
+class BatchTransform(Protocol):
     """A random change of a batch, see :mod:`pysupcon.data.geometry`."""
 
     @property
@@ -24,16 +24,16 @@ class Step(Protocol):
     def __call__(self, images: Tensor, numbers: Tensor) -> Tensor: ...
 
 
-class Fit:
+class ResizeCenterCrop:
     """Images as they are, brought to ``size`` x ``size`` by resizing the shorter side and cutting the middle
     out: uint8 [..., C, H, W]."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.fit = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
+        self.resize = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
 
     def __call__(self, images: Tensor) -> Tensor:
-        return images if images.shape[-2:] == (self.size, self.size) else self.fit(images)
+        return images if images.shape[-2:] == (self.size, self.size) else self.resize(images)
 
 
 class Augmentation:
@@ -51,8 +51,9 @@ class Augmentation:
 
     def __init__(self, strength: Literal["none", "weak", "strong"], family: Family, size: int) -> None:
         self.size = size
-        self.fit = None if strength == "strong" else Fit(size)  # a strong crop ends at the size by itself
-        self.steps: list[Step] = []
+        # RandomResizedCrop resizes by itself.
+        self.resize = None if strength == "strong" else ResizeCenterCrop(size)
+        self.steps: list[BatchTransform] = []
         if strength == "weak" and family == "digits":
             self.steps = [RandomAffine(10, translate=0.1)]
         elif strength == "weak":
@@ -79,12 +80,12 @@ class Augmentation:
         """
         views = numbers.shape[1]
         if not self.steps:
-            fitted = images if self.fit is None else self.fit(images)
+            fitted = images if self.resize is None else self.resize(images)
             return fitted.unsqueeze(1).expand(-1, views, -1, -1, -1)
         result = images.new_empty(len(images), views, images.shape[1], self.size, self.size)
         for start in range(0, len(images), max(_CHUNK // views, 1)):
             part = slice(start, start + max(_CHUNK // views, 1))
-            chunk = images[part] if self.fit is None else self.fit(images[part])
+            chunk = images[part] if self.resize is None else self.resize(images[part])
             result[part] = self._views(chunk, numbers[part])
         return result
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pysupcon.data.geometry import between, whole_below
+from pysupcon.data.geometry import uniform_between, uniform_integers
 
 _ORDERS = torch.tensor(list(permutations(range(4))))
 
@@ -34,19 +34,19 @@ class ColorJitter:
         self.ranges = [(1 - v, 1 + v) for v in (brightness, contrast, saturation)] + [(-hue, hue)]
         self.p = p
 
-    def parameters(self, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def make_params(self, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Whether a sample is changed [n], the order of the four changes [n, 4], their strengths [n, 4]."""
-        strengths = [between(numbers[:, 2 + k], *limits) for k, limits in enumerate(self.ranges)]
-        orders = _ORDERS[whole_below(numbers[:, 1], len(_ORDERS))]
+        strengths = [uniform_between(numbers[:, 2 + k], *limits) for k, limits in enumerate(self.ranges)]
+        orders = _ORDERS[uniform_integers(numbers[:, 1], len(_ORDERS))]
         return numbers[:, 0] < self.p, orders, torch.stack(strengths, 1)
 
     def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
-        changed, orders, strengths = self.parameters(numbers)
+        changed, orders, strengths = self.make_params(numbers)
         result = images.clone()
         pixels = images[changed].float()  # whole numbers throughout, as if they were uint8
         orders, strengths = orders[changed], strengths[changed].float()
         for turn in range(4):
-            for number, change in enumerate(_CHANGES):
+            for number, change in enumerate(_ADJUSTMENTS):
                 rows = (orders[:, turn] == number).nonzero().flatten()
                 if len(rows):
                     pixels[rows] = change(pixels[rows], strengths[rows, number].view(-1, 1, 1, 1))
@@ -65,11 +65,11 @@ class RandomGrayscale:
     def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
         chosen = numbers[:, 0] < self.p
         result = images.clone()
-        result[chosen] = grey(images[chosen].float()).to(torch.uint8).expand(-1, 3, -1, -1)
+        result[chosen] = rgb_to_grayscale(images[chosen].float()).to(torch.uint8).expand(-1, 3, -1, -1)
         return result
 
 
-def grey(pixels: Tensor) -> Tensor:
+def rgb_to_grayscale(pixels: Tensor) -> Tensor:
     """Luminance (ITU-R 601-2) rounded down, [n, 1, H, W] of [n, 3, H, W] in [0, 255]."""
     red, green, blue = pixels.unbind(1)
     return (red * 0.2989 + green * 0.587 + blue * 0.114).floor()[:, None]
@@ -79,21 +79,21 @@ def _blend(pixels: Tensor, other: Tensor, share: Tensor) -> Tensor:
     return (pixels * share + other * (1 - share)).clamp(0, 255).floor()
 
 
-def _brightness(pixels: Tensor, factor: Tensor) -> Tensor:
+def _adjust_brightness(pixels: Tensor, factor: Tensor) -> Tensor:
     return (pixels * factor).clamp(0, 255).floor()
 
 
-def _contrast(pixels: Tensor, factor: Tensor) -> Tensor:
+def _adjust_contrast(pixels: Tensor, factor: Tensor) -> Tensor:
     # in float64 the sum of whole numbers is exact, in whatever order they are added
-    mean = grey(pixels).mean(dim=(1, 2, 3), keepdim=True, dtype=torch.float64).float()
+    mean = rgb_to_grayscale(pixels).mean(dim=(1, 2, 3), keepdim=True, dtype=torch.float64).float()
     return _blend(pixels, mean, factor)
 
 
-def _saturation(pixels: Tensor, factor: Tensor) -> Tensor:
-    return _blend(pixels, grey(pixels), factor)
+def _adjust_saturation(pixels: Tensor, factor: Tensor) -> Tensor:
+    return _blend(pixels, rgb_to_grayscale(pixels), factor)
 
 
-def _hue(pixels: Tensor, turns: Tensor) -> Tensor:
+def _adjust_hue(pixels: Tensor, turns: Tensor) -> Tensor:
     """Turned in the hexagonal cone of hue, saturation and value."""
     value, lowest = pixels.amax(1, keepdim=True), pixels.amin(1, keepdim=True)
     chroma = value - lowest
@@ -108,4 +108,9 @@ def _hue(pixels: Tensor, turns: Tensor) -> Tensor:
     return (turned / 255 * (256 - 1e-3)).floor()
 
 
-_CHANGES: list[Callable[[Tensor, Tensor], Tensor]] = [_brightness, _contrast, _saturation, _hue]
+_ADJUSTMENTS: list[Callable[[Tensor, Tensor], Tensor]] = [
+    _adjust_brightness,
+    _adjust_contrast,
+    _adjust_saturation,
+    _adjust_hue,
+]

@@ -13,17 +13,29 @@ DatasetName = Literal[
     "coloured_mnist5k", "coloured_digits", "waterbirds", "celeba", "isic",
     "aircraft", "cars", "dtd", "flowers102", "food101", "pets",
 ]  # fmt: skip
-ROOTLESS = ("mnist5k", "digits", "coloured_mnist5k", "coloured_digits")
-COLOURED = ("coloured_mnist5k", "coloured_digits")
-GROUPED = ("waterbirds", "celeba", "isic")
-CIFAR = ("cifar10", "cifar100", "cifar100_u", "cifar2")
-TRANSFER = ("aircraft", "cars", "dtd", "flowers102", "food101", "pets")
+BUILTIN_DATASETS = ("mnist5k", "digits", "coloured_mnist5k", "coloured_digits")
+COLOURED_DATASETS = ("coloured_mnist5k", "coloured_digits")
+GROUP_DATASETS = ("waterbirds", "celeba", "isic")
+CIFAR_DATASETS = ("cifar10", "cifar100", "cifar100_u", "cifar2")
+TRANSFER_DATASETS = ("aircraft", "cars", "dtd", "flowers102", "food101", "pets")
 DEFAULT_TEST_FRACTION = 0.2
 DEFAULT_SPURIOUS_RATE = 0.95
-OFFICIAL_TEST = ("mnist", "fashion_mnist", *CIFAR, "tiny_imagenet", "imagenet100", *TRANSFER)
-DOWNLOADABLE = ("mnist", "fashion_mnist", *CIFAR, *(name for name in TRANSFER if name != "cars"))
+DATASETS_WITH_TEST_SPLIT = (
+    "mnist",
+    "fashion_mnist",
+    *CIFAR_DATASETS,
+    "tiny_imagenet",
+    "imagenet100",
+    *TRANSFER_DATASETS,
+)
+DOWNLOADABLE_DATASETS = (
+    "mnist",
+    "fashion_mnist",
+    *CIFAR_DATASETS,
+    *(name for name in TRANSFER_DATASETS if name != "cars"),
+)
 """What torchvision can fetch; Stanford Cars is no longer published where it looks."""
-ANY_SIZE = ("image_folder", "imagenet100", *GROUPED, *TRANSFER)
+VARIABLE_SIZE_DATASETS = ("image_folder", "imagenet100", *GROUP_DATASETS, *TRANSFER_DATASETS)
 """Images of many sizes, which must be brought to one."""
 
 
@@ -121,14 +133,14 @@ class DataConfig:
 
     def resolve(self) -> None:
         """Write the values that None stands for."""
-        if self.dataset in ROOTLESS and self.test_fraction is None:
+        if self.dataset in BUILTIN_DATASETS and self.test_fraction is None:
             self.test_fraction = DEFAULT_TEST_FRACTION
-        if self.dataset in COLOURED and self.spurious_rate is None:
+        if self.dataset in COLOURED_DATASETS and self.spurious_rate is None:
             self.spurious_rate = DEFAULT_SPURIOUS_RATE
 
     def _check_source(self) -> None:
         name = self.dataset
-        if name in ROOTLESS:
+        if name in BUILTIN_DATASETS:
             if self.root is not None:
                 raise ConfigError(f"data.root has no effect with data.dataset={name}: leave it out")
             if self.download:
@@ -136,10 +148,10 @@ class DataConfig:
         elif self.root is None:
             raise ConfigError(
                 f"data.root must be the folder that holds {name}, got None; pass --data.root FOLDER"
-                + (" (and --data.download true to fetch it there)" if name in DOWNLOADABLE else "")
+                + (" (and --data.download true to fetch it there)" if name in DOWNLOADABLE_DATASETS else "")
             )
         if self.test_fraction is not None:
-            if name in OFFICIAL_TEST:
+            if name in DATASETS_WITH_TEST_SPLIT:
                 raise ConfigError(
                     f"data.test_fraction has no effect with data.dataset={name}, "
                     "which has an official test split: leave it out"
@@ -147,13 +159,13 @@ class DataConfig:
             fraction = self.test_fraction
             check(0 < fraction < 0.5, "data.test_fraction", "lie in (0, 0.5)", fraction)
         if self.spurious_rate is not None:
-            if name not in COLOURED:
+            if name not in COLOURED_DATASETS:
                 raise ConfigError(f"data.spurious_rate has no effect with data.dataset={name}: leave it out")
             rate = self.spurious_rate
             check(0 <= rate <= 1, "data.spurious_rate", "lie in [0, 1]", rate)
-        if name in ANY_SIZE:
+        if name in VARIABLE_SIZE_DATASETS:
             check(self.image_size is not None, "data.image_size", f"be given for {name}", self.image_size)
-        if name not in (*DOWNLOADABLE, *ROOTLESS):
+        if name not in (*DOWNLOADABLE_DATASETS, *BUILTIN_DATASETS):
             check(not self.download, "data.download", f"be false for {name}", self.download)
         if name == "image_folder":
             if self.labels == "coarse" and self.coarse_map is None:

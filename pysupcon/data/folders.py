@@ -15,9 +15,9 @@ from pysupcon.data.samples import (
     FileImages,
     Samples,
     Source,
-    alone,
-    labelled_files,
-    missing,
+    identity_superclasses,
+    missing_data_error,
+    samples_from_files,
 )
 from pysupcon.errors import ConfigError
 
@@ -35,13 +35,13 @@ def image_folder(config: DataConfig) -> Source:
     train_root = root / "train" if divided else root
     names, paths, fine = _scan(train_root)
     coarse = _coarse_groups(config, names)
-    train = labelled_files(paths, fine, names, coarse)
+    train = samples_from_files(paths, fine, names, coarse)
     test = None
     if divided:
         test_names, test_paths, test_fine = _scan(root / "test")
         if test_names != names:
             raise ConfigError(f"data.root: {root / 'test'} has the classes {test_names}, train has {names}")
-        test = labelled_files(test_paths, test_fine, names, coarse)
+        test = samples_from_files(test_paths, test_fine, names, coarse)
     return _source(train, test, names, list(coarse), config.image_size)
 
 
@@ -64,7 +64,7 @@ def _scan(root: Path) -> tuple[list[str], list[Path], Tensor]:
 
 def _coarse_groups(config: DataConfig, names: list[str]) -> dict[str, list[str]]:
     if config.coarse_map is None:
-        return alone(names)
+        return identity_superclasses(names)
     given = set(config.coarse_map)
     if given != set(names):
         lacking, unknown = sorted(set(names) - given), sorted(given - set(names))
@@ -92,7 +92,7 @@ def imagenet100(config: DataConfig) -> Source:
             found = make_dataset(root / folder, indices, extensions=IMG_EXTENSIONS)
         except FileNotFoundError as error:
             wanted = f"images of all {len(indices)} classes in {root / folder}/WNID ({error})"
-            raise missing(config, wanted) from error
+            raise missing_data_error(config, wanted) from error
         labels = torch.tensor([label for _, label in found])
         parts.append(Samples(FileImages([Path(path) for path, _ in found]), labels, labels))
     return _source(parts[0], parts[1], IMAGENET100, IMAGENET100, config.image_size)
@@ -108,7 +108,7 @@ def tiny_imagenet(config: DataConfig) -> Source:
     places = [Path(config.root).expanduser(), Path(config.root).expanduser() / "tiny-imagenet-200"]
     root = next((place for place in places if (place / "wnids.txt").is_file()), None)
     if root is None:
-        raise missing(config, "wnids.txt in " + " or ".join(map(str, places)))
+        raise missing_data_error(config, "wnids.txt in " + " or ".join(map(str, places)))
     wnids = sorted(_lines(root / "wnids.txt"))
     known = {wnid for members in TINY_IMAGENET.values() for wnid in members}
     if set(wnids) != known or len(wnids) != len(known):
@@ -122,12 +122,12 @@ def tiny_imagenet(config: DataConfig) -> Source:
     for wnid in wnids:
         found = sorted((root / "train" / wnid / "images").glob("*.JPEG"))
         if not found:
-            raise missing(config, f"*.JPEG in {root / 'train' / wnid / 'images'}")
+            raise missing_data_error(config, f"*.JPEG in {root / 'train' / wnid / 'images'}")
         paths += found
         labels += [label_of[wnid]] * len(found)
-    train = labelled_files(paths, torch.tensor(labels), wnids, TINY_IMAGENET)
+    train = samples_from_files(paths, torch.tensor(labels), wnids, TINY_IMAGENET)
     held, held_labels = _annotations(root / "val", label_of)
-    test = labelled_files(held, torch.tensor(held_labels), wnids, TINY_IMAGENET)
+    test = samples_from_files(held, torch.tensor(held_labels), wnids, TINY_IMAGENET)
     words = dict(line.split("\t", 1) for line in _lines(root / "words.txt") if "\t" in line)
     names = [words.get(wnid, wnid).split(",")[0] for wnid in wnids]
     return _source(train, test, names, list(TINY_IMAGENET), config.image_size or 64)

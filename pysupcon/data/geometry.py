@@ -17,12 +17,12 @@ from torch.nn.functional import grid_sample, pad
 from torchvision.transforms.v2 import functional
 
 
-def between(uniform: Tensor, low: float, high: float) -> Tensor:
+def uniform_between(uniform: Tensor, low: float, high: float) -> Tensor:
     """Uniform numbers of [0, 1) brought to [low, high)."""
     return low + (high - low) * uniform
 
 
-def whole_below(uniform: Tensor, bound: int | Tensor) -> Tensor:
+def uniform_integers(uniform: Tensor, bound: int | Tensor) -> Tensor:
     """Whole numbers in [0, bound), all as probable, from uniform ones; int64."""
     return (uniform * bound).long()
 
@@ -41,20 +41,20 @@ class RandomAffine:
     def __init__(self, degrees: float, translate: float = 0.0, shear: float = 0.0) -> None:
         self.degrees, self.translate, self.shear = degrees, translate, shear
 
-    def parameters(self, numbers: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    def make_params(self, numbers: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
         """Angles [n] and shears [n] in degrees, shifts (x, y) [n, 2] in pixels."""
         sides = torch.tensor([width, height], dtype=torch.float64)
-        shift = between(numbers[:, 1:3], -self.translate, self.translate) * sides
+        shift = uniform_between(numbers[:, 1:3], -self.translate, self.translate) * sides
         return (
-            between(numbers[:, 0], -self.degrees, self.degrees),
-            between(numbers[:, 3], -self.shear, self.shear),
+            uniform_between(numbers[:, 0], -self.degrees, self.degrees),
+            uniform_between(numbers[:, 3], -self.shear, self.shear),
             shift.round(),
         )
 
     def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
         height, width = images.shape[-2:]
-        angle, shear, shift = self.parameters(numbers, height, width)
-        cos, sin, tan = (each[:, None, None] for each in (*_circle(angle), torch.deg2rad(shear).tan()))
+        angle, shear, shift = self.make_params(numbers, height, width)
+        cos, sin, tan = (each[:, None, None] for each in (*_cos_sin(angle), torch.deg2rad(shear).tan()))
         # The inverse of rotation times shear, from the pixel that is asked for to where it comes from.
         x = (torch.arange(width, dtype=torch.float64) - (width - 1) / 2) - shift[:, 0, None, None]
         y = (torch.arange(height, dtype=torch.float64) - (height - 1) / 2)[:, None] - shift[:, 1, None, None]
@@ -67,7 +67,7 @@ class RandomAffine:
         return (sampled[:, :-1] * sampled[:, -1:]).round_().to(torch.uint8)
 
 
-def _circle(degrees: Tensor) -> tuple[Tensor, Tensor]:
+def _cos_sin(degrees: Tensor) -> tuple[Tensor, Tensor]:
     radians = torch.deg2rad(degrees)
     return radians.cos(), radians.sin()
 
@@ -80,14 +80,14 @@ class RandomCrop:
     def __init__(self, padding: int) -> None:
         self.padding = padding
 
-    def parameters(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    def make_params(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """Top and left of the windows in the padded image, int64 [n] each."""
-        corners = whole_below(numbers[:, :2], 2 * self.padding + 1)
+        corners = uniform_integers(numbers[:, :2], 2 * self.padding + 1)
         return corners[:, 0], corners[:, 1]
 
     def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
         height, width = images.shape[-2:]
-        top, left = self.parameters(numbers)
+        top, left = self.make_params(numbers)
         rows = (top[:, None] + torch.arange(height))[:, :, None]
         columns = (left[:, None] + torch.arange(width))[:, None, :]
         source = (rows * (width + 2 * self.padding) + columns).flatten(1)[:, None]
@@ -116,28 +116,30 @@ class RandomResizedCrop:
         ratio: range of width / height, which is uniform in the logarithm.
     """
 
-    tries: ClassVar[int] = 10
-    count: ClassVar[int] = 2 * tries + 2
+    attempts: ClassVar[int] = 10
+    count: ClassVar[int] = 2 * attempts + 2
 
     def __init__(
         self, size: int, scale: tuple[float, float], ratio: tuple[float, float] = (3 / 4, 4 / 3)
     ) -> None:
         self.size, self.scale, self.ratio = size, scale, ratio
 
-    def parameters(self, numbers: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def make_params(self, numbers: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Top, left, height and width of the windows, int64 [n] each: of the first of ten tries that lies in
         the image, else the largest window in the middle whose ratio is allowed."""
-        area = between(numbers[:, : self.tries], *self.scale) * (height * width)
+        area = uniform_between(numbers[:, : self.attempts], *self.scale) * (height * width)
         low, high = self.ratio
-        ratio = between(numbers[:, self.tries : 2 * self.tries], math.log(low), math.log(high)).exp()
+        ratio = uniform_between(
+            numbers[:, self.attempts : 2 * self.attempts], math.log(low), math.log(high)
+        ).exp()
         wide, tall = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
         fits = (wide > 0) & (wide <= width) & (tall > 0) & (tall <= height)
         before = (fits.cumsum(1) == 0).sum(1)  # tries that failed
-        chosen = before.clamp(max=self.tries - 1)[:, None]
+        chosen = before.clamp(max=self.attempts - 1)[:, None]
         wide, tall = wide.gather(1, chosen)[:, 0], tall.gather(1, chosen)[:, 0]
-        left = whole_below(numbers[:, -1], width - wide + 1)
-        top = whole_below(numbers[:, -2], height - tall + 1)
-        failed = before == self.tries
+        left = uniform_integers(numbers[:, -1], width - wide + 1)
+        top = uniform_integers(numbers[:, -2], height - tall + 1)
+        failed = before == self.attempts
         if failed.any():
             w, h = width, height
             if width / height < low:
@@ -153,7 +155,7 @@ class RandomResizedCrop:
 
     def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
         height, width = images.shape[-2:]
-        windows = self.parameters(numbers, height, width)
+        windows = self.make_params(numbers, height, width)
         if max(height, width) > self.size:  # pixels are averaged then, and torchvision has no batch of it
             size = [self.size, self.size]
             boxes = torch.stack(windows, 1).tolist()

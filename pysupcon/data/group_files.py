@@ -43,7 +43,7 @@ class Groups:
         return torch.bincount(self.train, minlength=len(self.parent))
 
 
-def group_numbers(labels: Mapping[str, Tensor], fine: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def index_groups(labels: Mapping[str, Tensor], fine: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The true groups of splits: pairs of a class and a fine label, numbered in ascending order.
 
     Args:
@@ -138,12 +138,12 @@ def read_groups(path: Path, samples: Mapping[str, Samples], labels: Mapping[str,
         if len(given) != len(found):
             raise ConfigError(
                 f"data.groups {path} holds groups of {len(given)} {name} samples, the {name} split has "
-                f"{len(found)}: it was made from {_told(groups)}"
+                f"{len(found)}: it was made from {_describe_origin(groups)}"
             )
         if metadata.get(name) != fingerprint(samples[name], found):
             raise ConfigError(
                 f"data.groups {path} belongs to other {name} samples than this config's: it was made from "
-                f"{_told(groups)}; infer the groups again from a run on this data"
+                f"{_describe_origin(groups)}; infer the groups again from a run on this data"
             )
     numbers = groups.train
     if int(numbers.min()) < 0 or int(numbers.max()) >= len(groups.parent) or bool((groups.counts < 1).any()):
@@ -154,6 +154,6 @@ def read_groups(path: Path, samples: Mapping[str, Samples], labels: Mapping[str,
     return groups
 
 
-def _told(groups: Groups) -> str:
+def _describe_origin(groups: Groups) -> str:
     data = groups.made_from.get("data", {})
     return ", ".join(f"data.{name}={value}" for name, value in data.items() if value is not None) or "a run"

@@ -16,7 +16,7 @@ Draw = tuple[int, int]
 """(sample, number of this draw since the start of the training); the second seeds the draw's augmentation."""
 
 
-class ShuffledBatches(Sampler[list[Draw]]):
+class ShuffledBatchSampler(Sampler[list[Draw]]):
     """Every sample once an epoch, in an order that depends on the epoch; an incomplete last batch is left
     out.
 
@@ -44,7 +44,7 @@ class ShuffledBatches(Sampler[list[Draw]]):
         start: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        multiple: int = 1,
+        accumulation_steps: int = 1,
     ) -> None:
         if batch_size > len(labels):
             raise ConfigError(
@@ -63,12 +63,12 @@ class ShuffledBatches(Sampler[list[Draw]]):
         )
         self.rank, self.world_size = rank, world_size
         batches = len(labels) // batch_size
-        if batches < multiple:
+        if batches < accumulation_steps:
             raise ConfigError(
                 f"trainer.accumulation_steps must be at most the {batches} batches of an epoch, "
-                f"got {multiple}"
+                f"got {accumulation_steps}"
             )
-        self.steps_per_epoch = batches - batches % multiple
+        self.steps_per_epoch = batches - batches % accumulation_steps
 
     def __len__(self) -> int:
         return self.steps - self.start
@@ -93,7 +93,7 @@ class ShuffledBatches(Sampler[list[Draw]]):
         yield from order[: self.steps_per_epoch * self.batch_size].view(-1, self.batch_size)
 
 
-class BalancedBatches(ShuffledBatches):
+class BalancedBatchSampler(ShuffledBatchSampler):
     """Every class in equal numbers in every batch (numbers differ by one at most).
 
     With more classes than ``batch_size`` a batch holds as many classes as fit, one sample each, and the

@@ -9,8 +9,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from pysupcon.data.config import DOWNLOADABLE, DataConfig
-from pysupcon.data.labels import coarsen
+from pysupcon.data.config import DOWNLOADABLE_DATASETS, DataConfig
+from pysupcon.data.superclasses import coarse_labels_of
 from pysupcon.errors import ConfigError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -77,30 +77,32 @@ class Source:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     val: Samples | None = None
-    kept: list[int] | None = None
+    max_per_class: list[int] | None = None
 
 
-def labelled(images: Tensor, fine: Tensor, names: list[str], coarse: dict[str, list[str]]) -> Samples:
+def samples_from_images(
+    images: Tensor, fine: Tensor, names: list[str], coarse: dict[str, list[str]]
+) -> Samples:
     """Images uint8 [N, C, H, W] with fine labels [N], and the coarse ones that ``coarse`` says."""
-    return Samples(images.contiguous(), coarsen(fine, names, coarse), fine)
+    return Samples(images.contiguous(), coarse_labels_of(fine, names, coarse), fine)
 
 
-def labelled_files(
+def samples_from_files(
     paths: Sequence[Path], fine: Tensor, names: list[str], coarse: dict[str, list[str]]
 ) -> Samples:
     """The same of image files."""
-    return Samples(FileImages(paths), coarsen(fine, names, coarse), fine)
+    return Samples(FileImages(paths), coarse_labels_of(fine, names, coarse), fine)
 
 
-def alone(names: list[str]) -> dict[str, list[str]]:
+def identity_superclasses(names: list[str]) -> dict[str, list[str]]:
     """Coarse classes of one fine class each, where there are no coarser ones."""
     return {name: [name] for name in names}
 
 
-def missing(config: DataConfig, looked_for: str) -> ConfigError:
+def missing_data_error(config: DataConfig, looked_for: str) -> ConfigError:
     """The error for files that are not there."""
     remedy = "correct data.root"
-    if config.dataset in DOWNLOADABLE:
+    if config.dataset in DOWNLOADABLE_DATASETS:
         remedy += ", or fetch the data with --data.download true"
     return ConfigError(
         f"data.root {config.root!r} does not hold {config.dataset}: looked for {looked_for}; {remedy}"

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pysupcon.data import folders, published
-from pysupcon.data import labels as groups
-from pysupcon.data.config import DEFAULT_SPURIOUS_RATE, DEFAULT_TEST_FRACTION, TRANSFER, DataConfig
-from pysupcon.data.groups import GroupDataset, read_group_table
+from pysupcon.data import folders, superclasses, torchvision_datasets
+from pysupcon.data.config import DEFAULT_SPURIOUS_RATE, DEFAULT_TEST_FRACTION, TRANSFER_DATASETS, DataConfig
+from pysupcon.data.group_datasets import GroupDataset, read_group_table
 from pysupcon.data.samples import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -23,11 +22,11 @@ from pysupcon.data.samples import (
     FileImages,
     Samples,
     Source,
-    labelled,
-    missing,
+    missing_data_error,
+    samples_from_images,
 )
 from pysupcon.data.splits import stratified_split
-from pysupcon.data.spurious import COLOUR_NAMES, coloured, correlated_attribute
+from pysupcon.data.spurious import COLOUR_NAMES, colourize, correlated_attribute
 from pysupcon.errors import ConfigError
 
 
@@ -40,8 +39,8 @@ def read_source(config: DataConfig) -> Source:
     name = config.dataset
     if name in ("waterbirds", "celeba", "isic"):
         return _group_files(config, name)
-    if name in TRANSFER:
-        return published.transfer_set(config)
+    if name in TRANSFER_DATASETS:
+        return torchvision_datasets.transfer_dataset(config)
     readers: dict[str, Callable[[DataConfig], Source]] = {
         "mnist5k": lambda _: _mnist5k(),
         "digits": lambda _: _digits(),
@@ -53,7 +52,7 @@ def read_source(config: DataConfig) -> Source:
         "tiny_imagenet": folders.tiny_imagenet,
         "imagenet100": folders.imagenet100,
     }
-    return readers.get(name, published.cifar)(config)
+    return readers.get(name, torchvision_datasets.cifar)(config)
 
 
 DIGIT_NAMES = [str(digit) for digit in range(10)]
@@ -65,10 +64,12 @@ def _mnist5k() -> Source:
 
     pixels, digits = mnist_data()
     images = torch.from_numpy(np.asarray(pixels, dtype=np.uint8)).view(-1, 1, 28, 28)
-    samples = labelled(
-        images, torch.from_numpy(np.asarray(digits, dtype=np.int64)), DIGIT_NAMES, groups.DIGITS
+    samples = samples_from_images(
+        images, torch.from_numpy(np.asarray(digits, dtype=np.int64)), DIGIT_NAMES, superclasses.DIGITS
     )
-    return Source(samples, None, DIGIT_NAMES, list(groups.DIGITS), "digits", 1, 28, (0.1307,), (0.3081,))
+    return Source(
+        samples, None, DIGIT_NAMES, list(superclasses.DIGITS), "digits", 1, 28, (0.1307,), (0.3081,)
+    )
 
 
 def _digits() -> Source:
@@ -76,8 +77,10 @@ def _digits() -> Source:
 
     digits = load_digits()
     images = torch.from_numpy((digits.images * (255 / 16)).round().astype(np.uint8)).unsqueeze(1)
-    samples = labelled(images, torch.from_numpy(digits.target.astype(np.int64)), DIGIT_NAMES, groups.DIGITS)
-    return Source(samples, None, DIGIT_NAMES, list(groups.DIGITS), "digits", 1, 8, (0.3053,), (0.3761,))
+    samples = samples_from_images(
+        images, torch.from_numpy(digits.target.astype(np.int64)), DIGIT_NAMES, superclasses.DIGITS
+    )
+    return Source(samples, None, DIGIT_NAMES, list(superclasses.DIGITS), "digits", 1, 8, (0.3053,), (0.3761,))
 
 
 # --- idx files: MNIST and Fashion-MNIST ---------------------------------------------------------------------
@@ -96,7 +99,7 @@ def _idx(config: DataConfig) -> Source:
         getattr(datasets, folder)(config.root, download=True)
     root = Path(config.root).expanduser()
     places = [root, root / folder / "raw"]
-    names, coarse = (DIGIT_NAMES, groups.DIGITS) if mnist else (FASHION_NAMES, groups.FASHION)
+    names, coarse = (DIGIT_NAMES, superclasses.DIGITS) if mnist else (FASHION_NAMES, superclasses.FASHION)
     parts = []
     for part in ("train", "t10k"):
         images = _read_idx(_find(config, places, f"{part}-images-idx3-ubyte"), 3)
@@ -105,7 +108,7 @@ def _idx(config: DataConfig) -> Source:
             raise ConfigError(
                 f"data.root {config.root}: {part} has {len(images)} images but {len(fine)} labels"
             )
-        parts.append(labelled(images.unsqueeze(1), fine.long(), names, coarse))
+        parts.append(samples_from_images(images.unsqueeze(1), fine.long(), names, coarse))
     mean, std = (0.1307, 0.3081) if mnist else (0.2860, 0.3530)
     family: Family = "digits" if mnist else "grey"
     return Source(parts[0], parts[1], names, list(coarse), family, 1, 28, (mean,), (std,))
@@ -116,7 +119,7 @@ def _find(config: DataConfig, places: list[Path], name: str) -> Path:
         for path in (place / name, place / f"{name}.gz"):
             if path.is_file():
                 return path
-    raise missing(config, f"{name}[.gz] in " + " or ".join(map(str, places)))
+    raise missing_data_error(config, f"{name}[.gz] in " + " or ".join(map(str, places)))
 
 
 def _read_idx(path: Path, dimensions: int) -> Tensor:
@@ -176,7 +179,7 @@ def _coloured(config: DataConfig, base: Source) -> Source:
     for number, (rows, share) in enumerate(((rest[train], rate), (rest[val], 0.5), (test, 0.5))):
         classes = base.train.coarse[rows]
         colour = correlated_attribute(classes, len(COLOUR_NAMES), share, config.split_seed + number)
-        images = coloured(base.train.images[rows], colour)
+        images = colourize(base.train.images[rows], colour)
         parts.append(Samples(images, classes, classes * len(COLOUR_NAMES) + colour))
     names = [f"{name}, {colour}" for name in base.coarse_names for colour in COLOUR_NAMES]
     # Half of the images have each channel almost full, half of them a tenth of it.

@@ -48,10 +48,10 @@ def stratified_subset(labels: Tensor, count: int, seed: int) -> Tensor:
     while (left := count - int(shares.sum())) != 0:  # one class at a time; smaller labels first on a tie
         owed = exact - shares if left > 0 else torch.where(shares > 1, shares - exact, -torch.inf)
         shares[owed.sort(descending=True, stable=True).indices[0]] += 1 if left > 0 else -1
-    return at_most(labels, dict(zip(classes.tolist(), shares.tolist(), strict=True)), seed)
+    return cap_per_class(labels, dict(zip(classes.tolist(), shares.tolist(), strict=True)), seed)
 
 
-def at_most(labels: Tensor, counts: dict[int, int], seed: int) -> Tensor:
+def cap_per_class(labels: Tensor, counts: dict[int, int], seed: int) -> Tensor:
     """Of each class as many samples as ``counts`` says, or all if it has fewer, drawn without replacement.
 
     Args:

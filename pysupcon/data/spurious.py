@@ -38,7 +38,7 @@ def correlated_attribute(classes: Tensor, count: int, rate: float, seed: int) ->
     return attribute
 
 
-def coloured(images: Tensor, attribute: Tensor, colours: tuple[tuple[float, ...], ...] = COLOURS) -> Tensor:
+def colourize(images: Tensor, attribute: Tensor, colours: tuple[tuple[float, ...], ...] = COLOURS) -> Tensor:
     """Grey images in the colour of their attribute.
 
     Args:

@@ -29,14 +29,14 @@ class Concatenation(nn.Module):
         self.parts = nn.ModuleList(parts)
         self.widths = list(widths)
 
-    def each(self, images: Tensor) -> list[Tensor]:
+    def forward_each(self, images: Tensor) -> list[Tensor]:
         """Features of each backbone as they come, [B, width]."""
         return [part(images) for part in self.parts]
 
     def forward(self, images: Tensor) -> Tensor:
-        return join(self.each(images))
+        return concatenate_unit_features(self.forward_each(images))
 
 
-def join(features: Sequence[Tensor]) -> Tensor:
+def concatenate_unit_features(features: Sequence[Tensor]) -> Tensor:
     """Features [B, width] each -> [B, all widths], each part of unit length."""
     return torch.cat([unit_rows(part) for part in features], dim=1)

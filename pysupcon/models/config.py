@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pysupcon.errors import ConfigError, check
 
 DEFAULT_WIDTH = 32
-DEFAULT_PROJECTION = 128
+DEFAULT_PROJECTION_DIM = 128
 DEFAULT_LIPSCHITZ = 1.0
 
 
@@ -103,11 +103,11 @@ class ModelConfig:
         if self.backbone == "small_cnn" and self.width is None:
             self.width = DEFAULT_WIDTH
         if self.projection != "none" and self.projection_dim is None:
-            self.projection_dim = DEFAULT_PROJECTION
+            self.projection_dim = DEFAULT_PROJECTION_DIM
         if self.spectral_norm and self.lipschitz is None:
             self.lipschitz = DEFAULT_LIPSCHITZ
 
-    def parts(self) -> list[ModelConfig]:
+    def part_configs(self) -> list[ModelConfig]:
         """Of the backbones in ``concatenated``. Their weights are plain: what bounded them in training is in
         their values.
 
@@ -135,4 +135,4 @@ class ModelConfig:
                     f"model.{entry.name} has no effect with model.concatenated, which describes the "
                     "backbones: leave it out"
                 )
-        self.parts()
+        self.part_configs()

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from pysupcon.errors import ConfigError
 from pysupcon.models.config import DEFAULT_WIDTH, ModelConfig
 
-LABEL_DIMENSIONS = 16
+LABEL_EMBEDDING_DIM = 16
 """of the embedding of a label that a labelled decoder is given"""
-SMALLEST, LARGEST = 4, 7
+MIN_START_SIDE, MAX_START_SIDE = 4, 7
 """side of the map that a decoder starts from, pixels"""
 
 
@@ -30,27 +30,29 @@ class ResizeBlock(nn.Module):
     images together: a batch in chunks, or over several processes, is decoded as it is at once.
 
     Shape:
-        [B, incoming, H, W] -> [B, outgoing, scale * H, scale * W].
+        [B, in_channels, H, W] -> [B, out_channels, scale * H, scale * W].
     """
 
-    def __init__(self, incoming: int, outgoing: int, scale: int = 1) -> None:
+    def __init__(self, in_channels: int, out_channels: int, scale: int = 1) -> None:
         super().__init__()
         self.scale = scale
-        self.conv1 = nn.Conv2d(incoming, incoming, 3, padding=1, bias=False)
-        self.norm1 = _norm(incoming)
-        self.conv2 = nn.Conv2d(incoming, outgoing, 3, padding=1, bias=False)
-        self.norm2 = _norm(outgoing)
+        self.conv1 = nn.Conv2d(in_channels, in_channels, 3, padding=1, bias=False)
+        self.norm1 = _norm(in_channels)
+        self.conv2 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+        self.norm2 = _norm(out_channels)
         self.shortcut: nn.Module = nn.Identity()
-        if incoming != outgoing:
-            self.shortcut = nn.Sequential(nn.Conv2d(incoming, outgoing, 1, bias=False), _norm(outgoing))
+        if in_channels != out_channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, bias=False), _norm(out_channels)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.norm1(self.conv1(x)))
-        out = self.norm2(self.conv2(self._resized(out)))
+        out = self.norm2(self.conv2(self._resize(out)))
         # a 1x1 convolution commutes with the resizing: before it, it costs a quarter
-        return F.relu(out + self._resized(self.shortcut(x)))
+        return F.relu(out + self._resize(self.shortcut(x)))
 
-    def _resized(self, x: Tensor) -> Tensor:
+    def _resize(self, x: Tensor) -> Tensor:
         return x if self.scale == 1 else F.interpolate(x, scale_factor=float(self.scale), mode="nearest")
 
 
@@ -61,7 +63,7 @@ class Decoder(nn.Module):
         embedding_dim: E.
         channels, image_size: of the image. The side must be 4 to 7 times a power of two.
         width: channels of the first map, halved with each doubling.
-        narrowest: channels that are not halved further.
+        min_width: channels that are not halved further.
         blocks: per side; with more than one also before the first doubling.
         classes: number of labels that the decoder is told; None makes one that is told none.
 
@@ -79,7 +81,7 @@ class Decoder(nn.Module):
         image_size: int,
         *,
         width: int,
-        narrowest: int,
+        min_width: int,
         blocks: int = 1,
         classes: int | None = None,
     ) -> None:
@@ -87,16 +89,16 @@ class Decoder(nn.Module):
         start, doublings = start_side(image_size)
         self.label: nn.Embedding | None = None
         if classes is not None:
-            self.label = nn.Embedding(classes, LABEL_DIMENSIONS)
-            embedding_dim += LABEL_DIMENSIONS
+            self.label = nn.Embedding(classes, LABEL_EMBEDDING_DIM)
+            embedding_dim += LABEL_EMBEDDING_DIM
         self.start = (width, start, start)
         self.widen = nn.Linear(embedding_dim, math.prod(self.start))
         layers: list[nn.Module] = [ResizeBlock(width, width) for _ in range(blocks if blocks > 1 else 0)]
         for _ in range(doublings):
-            outgoing = max(width // 2, min(width, narrowest))
-            layers.append(ResizeBlock(width, outgoing, scale=2))
-            layers += [ResizeBlock(outgoing, outgoing) for _ in range(blocks - 1)]
-            width = outgoing
+            out_channels = max(width // 2, min(width, min_width))
+            layers.append(ResizeBlock(width, out_channels, scale=2))
+            layers += [ResizeBlock(out_channels, out_channels) for _ in range(blocks - 1)]
+            width = out_channels
         self.blocks = nn.Sequential(*layers)
         self.image = nn.Conv2d(width, channels, 3, padding=1)
 
@@ -117,9 +119,9 @@ def start_side(image_size: int) -> tuple[int, int]:
         ConfigError: the side is not 4 to 7 times a power of two.
     """
     side, doublings = image_size, 0
-    while side > LARGEST and side % 2 == 0:
+    while side > MAX_START_SIDE and side % 2 == 0:
         side, doublings = side // 2, doublings + 1
-    if not SMALLEST <= side <= LARGEST:
+    if not MIN_START_SIDE <= side <= MAX_START_SIDE:
         raise ConfigError(
             f"model.decoder makes images whose side is 4, 5, 6 or 7 times a power of two (8, 28, 32, 64, "
             f"224, ...), got {image_size}: set data.image_size"
@@ -137,9 +139,9 @@ def build_decoder(
     told = classes if config.decoder == "labelled" else None
     if config.backbone == "small_cnn":
         width = config.width or DEFAULT_WIDTH
-        size = {"width": 2 * width, "narrowest": 8, "blocks": 1}
+        size = {"width": 2 * width, "min_width": 8, "blocks": 1}
     else:
-        size = {"width": min(embedding_dim, 512), "narrowest": 64, "blocks": 2}
+        size = {"width": min(embedding_dim, 512), "min_width": 64, "blocks": 2}
     return Decoder(embedding_dim, channels, image_size, **size, classes=told)
 
 

@@ -2,7 +2,7 @@
 
 An encoder of bounded Lipschitz constant keeps near images near: within a class the loss alone would allow any
 permutation of the points (Chen et al. 2022, "Perfectly Balanced", arXiv 2204.07596). The bound is that of a
-layer's weight as a matrix [outgoing, rest]; a 3x3 convolution as a map of images may exceed it up to
+layer's weight as a matrix [out_channels, rest]; a 3x3 convolution as a map of images may exceed it up to
 threefold, and normalisation layers have scales of their own.
 
 torch's own parametrization moves its vectors in every forward in training mode, so two forwards in one step
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-WARM_UP = 15
+WARMUP_ITERATIONS = 15
 """power iterations at the start"""
 
 
@@ -25,11 +25,11 @@ class SpectralNorm(nn.Module):
     """Parametrization W -> bound * W / sigma(W), with sigma(W) = ||W^T u|| for the left singular vector u.
 
     Args:
-        weight: [outgoing, ...], read once.
+        weight: [out_channels, ...], read once.
         bound: largest singular value of the result; greater than 0.
 
     Attributes:
-        u: float [outgoing], of unit length (averages of it, as of weights, need not be).
+        u: float [out_channels], of unit length (averages of it, as of weights, need not be).
     """
 
     u: Tensor
@@ -39,7 +39,7 @@ class SpectralNorm(nn.Module):
         self.bound = bound
         matrix = weight.detach().flatten(1)
         self.register_buffer("u", F.normalize(torch.randn_like(matrix[:, 0]), dim=0))
-        self.iterate(weight, WARM_UP)
+        self.iterate(weight, WARMUP_ITERATIONS)
 
     def forward(self, weight: Tensor) -> Tensor:
         with torch.autocast(weight.device.type, enabled=False):
@@ -54,7 +54,7 @@ class SpectralNorm(nn.Module):
             self.u.copy_(F.normalize(matrix @ F.normalize(matrix.mT @ self.u, dim=0), dim=0))
 
 
-def constrain(module: nn.Module, bound: float) -> None:
+def apply_spectral_norm(module: nn.Module, bound: float) -> None:
     """Bound every convolution and every linear layer of ``module``, in place."""
     for layer in list(module.modules()):
         if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
@@ -63,15 +63,15 @@ def constrain(module: nn.Module, bound: float) -> None:
 
 def power_iteration(module: nn.Module) -> None:
     """One iteration for every bounded layer; before each step of a training."""
-    for _, layer, norm in _bounded(module):
+    for _, layer, norm in _normalized_layers(module):
         norm.iterate(layer.parametrizations["weight"].original)  # type: ignore[index,union-attr]
 
 
-def plain_weights(module: nn.Module) -> dict[str, Tensor]:
+def unparametrized_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """The state of ``module`` with the values of its bounded weights, as the same module without bounds loads
     it."""
     state: dict[str, Tensor] = module.state_dict()
-    for name, layer, _ in _bounded(module):
+    for name, layer, _ in _normalized_layers(module):
         prefix = f"{name}." if name else ""
         for key in [key for key in state if key.startswith(f"{prefix}parametrizations.weight.")]:
             del state[key]
@@ -79,7 +79,7 @@ def plain_weights(module: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _bounded(module: nn.Module) -> list[tuple[str, nn.Module, SpectralNorm]]:
+def _normalized_layers(module: nn.Module) -> list[tuple[str, nn.Module, SpectralNorm]]:
     return [
         (name, layer, layer.parametrizations["weight"][0])
         for name, layer in module.named_modules()

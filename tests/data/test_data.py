@@ -15,16 +15,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision import datasets
 
-from pysupcon.data import DataConfig
-from pysupcon.data import labels as groups
-from pysupcon.data.bundle import Data, load_data
-from pysupcon.data.samplers import BalancedBatches, Draw, ShuffledBatches
-from pysupcon.data.splits import at_most, stratified_split, stratified_subset
+from pysupcon.data import DataConfig, superclasses
+from pysupcon.data.datamodule import DataModule, load_data
+from pysupcon.data.samplers import BalancedBatchSampler, Draw, ShuffledBatchSampler
+from pysupcon.data.splits import cap_per_class, stratified_split, stratified_subset
 from pysupcon.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
-def digits() -> Data:
+def digits() -> DataModule:
     return load_data(DataConfig(dataset="digits", batch_size=64))
 
 
@@ -108,7 +107,7 @@ def test_cifar_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classes: i
     test = data.splits["test"]
     assert isinstance(test.images, Tensor)
     assert torch.equal(test.images.flatten(1), torch.from_numpy(pixels))
-    table = getattr(groups, name.upper())
+    table = getattr(superclasses, name.upper())
     for i in range(classes):
         assert data.fine_names[int(test.fine[i])] in table[data.coarse_names[int(test.coarse[i])]]
 
@@ -128,11 +127,11 @@ def test_image_folder(tmp_path: Path) -> None:
     data = load_data(config)
     assert {name: len(samples) for name, samples in data.splits.items()} == {"train": 21, "val": 3, "test": 6}
     assert (data.fine_names, data.coarse_names) == (["car", "cat", "dog"], ["vehicle", "animal"])
-    image, coarse, fine = data.plain("test")[0]
+    image, coarse, fine = data.evaluation_dataset("test")[0]
     assert (image.shape, coarse, fine) == ((3, 8, 8), 0, 0)
-    views, labels = next(iter(data.loader(data.batches(seed=0, steps=1))))
+    views, labels = next(iter(data.loader(data.batch_sampler(seed=0, steps=1))))
     assert (views.shape, labels.shape) == ((6, 2, 3, 8, 8), (6,))
-    dataset = data.loader(data.batches(seed=0, steps=1)).dataset
+    dataset = data.loader(data.batch_sampler(seed=0, steps=1)).dataset
     draws = [(3, 0), (3, 1), (8, 2), (15, 3), (3, 0)]  # files of four sizes
     together = dataset.__getitems__(draws)[0]  # type: ignore[attr-defined]
     assert all(torch.equal(dataset[draw][0], view) for draw, view in zip(draws, together, strict=True))
@@ -158,16 +157,19 @@ def test_image_folder_with_its_own_test_split(tmp_path: Path) -> None:
 
 
 def test_coarse_labels() -> None:
-    assert [len(members) for members in groups.CIFAR100.values()] == [5] * 20
-    assert len(set(chain(*groups.CIFAR100.values()))) == 100
-    assert set(chain(*groups.CIFAR10.values())) == {
+    assert [len(members) for members in superclasses.CIFAR100.values()] == [5] * 20
+    assert len(set(chain(*superclasses.CIFAR100.values()))) == 100
+    assert set(chain(*superclasses.CIFAR10.values())) == {
         "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
     }  # fmt: skip
     fine = torch.arange(10)
-    assert groups.coarsen(fine, [str(i) for i in range(10)], groups.DIGITS).tolist() == [0] * 5 + [1] * 5
+    assert (
+        superclasses.coarse_labels_of(fine, [str(i) for i in range(10)], superclasses.DIGITS).tolist()
+        == [0] * 5 + [1] * 5
+    )
 
 
-def test_splits_are_disjoint_stratified_and_reproducible(digits: Data) -> None:
+def test_splits_are_disjoint_stratified_and_reproducible(digits: DataModule) -> None:
     again = load_data(DataConfig(dataset="digits", batch_size=64))
     other = load_data(DataConfig(dataset="digits", batch_size=64, split_seed=1))
     assert sum(len(samples) for samples in digits.splits.values()) == 1797
@@ -222,15 +224,15 @@ def test_stratified_subset(counts: list[int], share: float, seed: int) -> None:
 
 def test_at_most() -> None:
     labels = torch.tensor([0, 1, 1, 0, 2, 1, 1, 2])
-    kept = at_most(labels, {0: 5, 1: 2, 2: 1}, 3)
+    kept = cap_per_class(labels, {0: 5, 1: 2, 2: 1}, 3)
     assert labels[kept].bincount().tolist() == [2, 2, 1]
-    fewer = at_most(labels, {0: 1, 1: 1, 2: 0}, 3)
+    fewer = cap_per_class(labels, {0: 1, 1: 1, 2: 0}, 3)
     assert set(fewer.tolist()) < set(kept.tolist())
-    drawn = {tuple(at_most(labels, {0: 2, 1: 2, 2: 2}, seed).tolist()) for seed in range(40)}
+    drawn = {tuple(cap_per_class(labels, {0: 2, 1: 2, 2: 2}, seed).tolist()) for seed in range(40)}
     assert len(drawn) == 6  # every two of the four of class 1
 
 
-def test_a_small_training_split_leaves_the_others_alone(digits: Data) -> None:
+def test_a_small_training_split_leaves_the_others_alone(digits: DataModule) -> None:
     config = DataConfig(dataset="digits", batch_size=64, train_size=200)
     config.check()
     small = load_data(config)
@@ -257,8 +259,8 @@ def test_a_small_training_split_leaves_the_others_alone(digits: Data) -> None:
         config.check()
 
 
-def test_plain_dataset(digits: Data) -> None:
-    train = digits.plain("train")
+def test_plain_dataset(digits: DataModule) -> None:
+    train = digits.evaluation_dataset("train")
     images = torch.stack([train[i][0] for i in range(len(train))])
     assert images.shape == (1295, 1, 8, 8)
     assert images.dtype == torch.float32
@@ -277,7 +279,7 @@ def samples_of(batches: list[list[Draw]]) -> list[list[int]]:
 
 def test_shuffled_batches_cover_an_epoch() -> None:
     labels = torch.zeros(50, dtype=torch.int64)
-    first, second = (list(ShuffledBatches(labels, 10, seed=seed, steps=10)) for seed in (0, 1))
+    first, second = (list(ShuffledBatchSampler(labels, 10, seed=seed, steps=10)) for seed in (0, 1))
     for epoch in (first[:5], first[5:]):
         assert sorted(chain(*samples_of(epoch))) == list(range(50))
     assert samples_of(first[:5]) != samples_of(first[5:])
@@ -297,7 +299,7 @@ def test_balanced_batches(counts: list[int], size: int, seed: int) -> None:
         return
     classes = len(counts)
     waits = -(-classes // size)  # batches until every class has come
-    batches = samples_of(list(BalancedBatches(labels, size, seed=seed, steps=3 * waits)))
+    batches = samples_of(list(BalancedBatchSampler(labels, size, seed=seed, steps=3 * waits)))
     for batch in batches:
         assert len(batch) == size
         drawn = Counter(int(labels[sample]) for sample in batch)
@@ -311,22 +313,22 @@ def test_balanced_batches(counts: list[int], size: int, seed: int) -> None:
         assert window == set(range(classes))
 
 
-@pytest.mark.parametrize("kind", [ShuffledBatches, BalancedBatches])
-def test_two_processes_divide_one_global_batch(kind: type[ShuffledBatches]) -> None:
+@pytest.mark.parametrize("kind", [ShuffledBatchSampler, BalancedBatchSampler])
+def test_two_processes_divide_one_global_batch(kind: type[ShuffledBatchSampler]) -> None:
     labels = torch.arange(60) % 4
     whole = list(kind(labels, 12, seed=5, steps=9))
     ranks = [list(kind(labels, 12, seed=5, steps=9, rank=rank, world_size=2)) for rank in (0, 1)]
     for batch, mine, theirs in zip(whole, *ranks, strict=True):
         assert len(mine) == len(theirs) == 6
         assert sorted(mine + theirs) == sorted(batch)
-        if kind is BalancedBatches:
+        if kind is BalancedBatchSampler:
             numbers = Counter(int(labels[sample]) for sample, _ in mine)
             assert max(numbers.values()) - min(numbers.values()) <= 1
 
 
-@pytest.mark.parametrize("kind", [ShuffledBatches, BalancedBatches])
+@pytest.mark.parametrize("kind", [ShuffledBatchSampler, BalancedBatchSampler])
 @pytest.mark.parametrize("start", [1, 4, 5, 7])
-def test_a_later_start_draws_the_same_batches(kind: type[ShuffledBatches], start: int) -> None:
+def test_a_later_start_draws_the_same_batches(kind: type[ShuffledBatchSampler], start: int) -> None:
     labels = torch.arange(50) % 3
     whole = list(kind(labels, 10, seed=2, steps=12))
     later = kind(labels, 10, seed=2, steps=12, start=start)
@@ -336,13 +338,13 @@ def test_a_later_start_draws_the_same_batches(kind: type[ShuffledBatches], start
 
 def test_balanced_batches_draw_every_sample_in_time() -> None:
     labels = torch.tensor([0] * 90 + [1] * 10)
-    drawn = set(chain(*samples_of(list(BalancedBatches(labels, 20, seed=0, steps=50)))))
+    drawn = set(chain(*samples_of(list(BalancedBatchSampler(labels, 20, seed=0, steps=50)))))
     assert drawn == set(range(100))
 
 
 def test_impossible_batches() -> None:
     labels = torch.zeros(10, dtype=torch.int64)
     with pytest.raises(ConfigError, match=r"data.batch_size must be at most the 10 training samples, got 11"):
-        ShuffledBatches(labels, 11, seed=0, steps=1)
+        ShuffledBatchSampler(labels, 11, seed=0, steps=1)
     with pytest.raises(ConfigError, match=r"data.batch_size must be a multiple of the 3 processes, got 10"):
-        ShuffledBatches(labels, 10, seed=0, steps=1, world_size=3)
+        ShuffledBatchSampler(labels, 10, seed=0, steps=1, world_size=3)

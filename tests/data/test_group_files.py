@@ -11,8 +11,8 @@ import torch
 from helpers.group_training import coarse_labels, coloured_digits, write_groups_file  # noqa: F401
 from safetensors.torch import load_file, save_file
 
-from pysupcon.data.bundle import Data
-from pysupcon.data.group_files import fingerprint, group_numbers, read_groups, true_groups, write_groups
+from pysupcon.data.datamodule import DataModule
+from pysupcon.data.group_files import fingerprint, index_groups, read_groups, true_groups, write_groups
 from pysupcon.data.samples import FileImages, Samples
 from pysupcon.errors import ConfigError
 
@@ -20,7 +20,7 @@ from pysupcon.errors import ConfigError
 def test_true_groups_are_pairs_numbered_over_all_splits() -> None:
     labels = {"train": torch.tensor([1, 0, 1]), "val": torch.tensor([0, 0]), "test": torch.tensor([1])}
     fine = {"train": torch.tensor([7, 2, 9]), "val": torch.tensor([2, 4]), "test": torch.tensor([7])}
-    numbers = group_numbers(labels, fine)
+    numbers = index_groups(labels, fine)
     assert {name: found.tolist() for name, found in numbers.items()} == {
         "train": [2, 0, 3], "val": [0, 1], "test": [2]
     }  # fmt: skip
@@ -39,9 +39,9 @@ def test_batches_hold_the_groups_equally_often_and_tell_them() -> None:
     assert groups is not None
     assert torch.equal(groups.train, data.splits["train"].fine)
     assert groups.counts.max() > 15 * groups.counts.min(), "the groups were to differ in size"
-    batches = data.batches(seed=0, steps=6)
+    batches = data.batch_sampler(seed=0, steps=6)
     for drawn, (views, labels, found) in zip(
-        batches, data.loader(data.batches(seed=0, steps=6)), strict=True
+        batches, data.loader(data.batch_sampler(seed=0, steps=6)), strict=True
     ):
         samples = torch.tensor([sample for sample, _ in drawn])
         assert torch.equal(found, groups.train[samples])
@@ -51,10 +51,10 @@ def test_batches_hold_the_groups_equally_often_and_tell_them() -> None:
     dataset = data.loader(batches).dataset
     assert int(dataset[5, 3][2]) == groups.train[5]
     assert len(dataset) == len(groups.train)
-    assert len(next(iter(data.loader(data.validation_batches(seed=0), split="val")))) == 2
+    assert len(next(iter(data.loader(data.validation_batch_sampler(seed=0), split="val")))) == 2
 
 
-def test_a_groups_file_gives_back_what_was_written(groups_file: tuple[Path, Data]) -> None:
+def test_a_groups_file_gives_back_what_was_written(groups_file: tuple[Path, DataModule]) -> None:
     path, data = groups_file
     found = coloured_digits(groups=str(path)).groups
     assert found is not None
@@ -81,13 +81,13 @@ def test_a_groups_file_gives_back_what_was_written(groups_file: tuple[Path, Data
     ],
 )
 def test_a_groups_file_of_other_samples_is_refused(
-    groups_file: tuple[Path, Data], fields: dict[str, Any], message: str
+    groups_file: tuple[Path, DataModule], fields: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         _ = coloured_digits(groups=str(groups_file[0]), **fields).groups
 
 
-def test_a_broken_groups_file_is_refused(groups_file: tuple[Path, Data], tmp_path: Path) -> None:
+def test_a_broken_groups_file_is_refused(groups_file: tuple[Path, DataModule], tmp_path: Path) -> None:
     path, data = groups_file
     labels = coarse_labels(data)
 

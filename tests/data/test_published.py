@@ -9,14 +9,13 @@ import torch
 from helpers.data_files import write_cifar, write_grey_image, write_tiny_imagenet
 from helpers.transfer_data_files import CLASSES, WRITERS
 
-from pysupcon.data import DataConfig, published
-from pysupcon.data import labels as groups
-from pysupcon.data.bundle import Data, load_data
+from pysupcon.data import DataConfig, superclasses, torchvision_datasets
+from pysupcon.data.datamodule import DataModule, load_data
 from pysupcon.data.imagenet_classes import IMAGENET100, TINY_IMAGENET
 from pysupcon.errors import ConfigError
 
 
-def read(name: str, root: Path, **fields: object) -> Data:
+def read(name: str, root: Path, **fields: object) -> DataModule:
     config = DataConfig(dataset=name, root=str(root), batch_size=4, **fields)  # type: ignore[arg-type]
     config.check()
     return load_data(config)
@@ -39,7 +38,7 @@ def test_cifar2_is_cats_and_dogs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_cifar100_u_is_unbalanced_in_training_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_cifar(tmp_path, monkeypatch, 100, count=2000, test_count=200)
-    monkeypatch.setattr(published, "UNBALANCED", (20, 9, 4, 2, 2))
+    monkeypatch.setattr(torchvision_datasets, "CIFAR100_U_SIZES", (20, 9, 4, 2, 2))
     data, whole = read("cifar100_u", tmp_path), read("cifar100", tmp_path)
     train = data.splits["train"]
     counts = train.fine.bincount(minlength=100)
@@ -57,10 +56,10 @@ def test_cifar100_u_is_unbalanced_in_training_alone(tmp_path: Path, monkeypatch:
 
 
 def test_cifar100_u_keeps_the_published_numbers() -> None:
-    names = sorted(name for members in groups.CIFAR100.values() for name in members)
-    kept = published._unbalanced(names, groups.CIFAR100)
+    names = sorted(name for members in superclasses.CIFAR100.values() for name in members)
+    kept = torchvision_datasets._cifar100_u_sizes(names, superclasses.CIFAR100)
     assert sum(kept) == 20 * 950
-    flowers = {name: kept[names.index(name)] for name in groups.CIFAR100["flowers"]}
+    flowers = {name: kept[names.index(name)] for name in superclasses.CIFAR100["flowers"]}
     assert flowers == {"orchid": 500, "poppy": 250, "rose": 100, "sunflower": 50, "tulip": 50}
 
 
@@ -97,7 +96,7 @@ def test_tiny_imagenet(tmp_path: Path) -> None:
             fine = int(part.fine[row])
             assert wnids[fine] in TINY_IMAGENET[data.coarse_names[int(part.coarse[row])]]
             assert part.images[row].float().mean().round() == pytest.approx(fine, abs=1)
-    views, labels = next(iter(data.loader(data.batches(seed=0, steps=1))))
+    views, labels = next(iter(data.loader(data.batch_sampler(seed=0, steps=1))))
     assert (views.shape, labels.shape) == ((4, 2, 3, 64, 64), (4,))
 
 

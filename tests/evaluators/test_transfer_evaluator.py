@@ -8,21 +8,21 @@ from helpers.feature_cases import numbers, splits
 
 from pysupcon.evaluators import FeatureSet, FeatureSplits, Transfer, TransferConfig
 from pysupcon.evaluators.linear_probe import fit_probe
-from pysupcon.evaluators.transfer import concatenated, fit_transfer
+from pysupcon.evaluators.transfer import concatenate, fit_transfer_head
 
 
 def test_the_head_is_chosen_on_validation_and_trained_on_both():
     data = splits(distance=0.7)
     config = TransferConfig(penalties=[10.0, 0.03, 1e-6])
     chosen = fit_probe(data.train, data.val, "fine", config)
-    found = fit_transfer(data, config)
+    found = fit_transfer_head(data, config)
     assert found.chosen == chosen.chosen
     assert found.val_accuracy == chosen.val_accuracy
-    both = concatenated(data.train, data.val)
+    both = concatenate(data.train, data.val)
     expected = fit_probe(both, data.val, "fine", TransferConfig(penalties=[chosen.chosen]))
     assert torch.equal(found.weight, expected.weight)
     assert not torch.allclose(found.weight, chosen.weight)
-    alone = fit_transfer(data, TransferConfig(penalties=[10.0, 0.03, 1e-6], refit=False))
+    alone = fit_transfer_head(data, TransferConfig(penalties=[10.0, 0.03, 1e-6], refit=False))
     assert torch.equal(alone.weight, chosen.weight)
 
 
@@ -41,8 +41,8 @@ def test_the_last_training_ends_with_its_last_epoch():
     config = TransferConfig(
         solver="sgd", epochs=6, learning_rates=[3.0], standardize=False, batch_size=16, seed=2
     )
-    found = fit_transfer(data, config)
-    both = concatenated(data.train, data.val)
+    found = fit_transfer_head(data, config)
+    both = concatenate(data.train, data.val)
     generator = torch.Generator().manual_seed(2)
     head = torch.nn.Linear(both.features.shape[1], 6)
     torch.nn.init.normal_(head.weight, std=0.01, generator=generator)

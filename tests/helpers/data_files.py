@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision import datasets
 from torchvision.utils import save_image
 
-from pysupcon.data import labels as groups
+from pysupcon.data import superclasses
 from pysupcon.data.imagenet_classes import TINY_IMAGENET
 
 
@@ -59,7 +59,7 @@ def write_cifar(
     folder = root / kind.base_folder
     folder.mkdir()
     random = np.random.default_rng(0)
-    names = [name for members in getattr(groups, f"CIFAR{classes}").values() for name in members]
+    names = [name for members in getattr(superclasses, f"CIFAR{classes}").values() for name in members]
     key = "labels" if classes == 10 else "fine_labels"
 
     def write(name: str, content: dict[str, object]) -> str:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from pysupcon.config import Config, parse_args
-from pysupcon.data.bundle import Data, load_data
 from pysupcon.data.config import DataConfig
+from pysupcon.data.datamodule import DataModule, load_data
 from pysupcon.data.group_files import Groups, write_groups
 from pysupcon.trainer.loop import train
 
@@ -31,11 +31,11 @@ def tiny_config(folder: Path, *more: str) -> Config:
     return parse_args([*TINY.split(), "--output_dir", str(folder), *" ".join(more).split()])[0]
 
 
-def coloured_digits(**fields: Any) -> Data:
+def coloured_digits(**fields: Any) -> DataModule:
     return load_data(DataConfig(dataset="coloured_digits", **fields))
 
 
-def coarse_labels(data: Data) -> dict[str, Tensor]:
+def coarse_labels(data: DataModule) -> dict[str, Tensor]:
     return {name: samples.coarse for name, samples in data.splits.items()}
 
 
@@ -54,7 +54,7 @@ def train_erm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", name="groups_file")
-def write_groups_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Data]:
+def write_groups_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DataModule]:
     """A groups file of coloured digits, with two groups per class, and its data."""
     data = coloured_digits()
     labels = coarse_labels(data)

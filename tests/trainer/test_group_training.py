@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pysupcon.commands.evaluate import evaluate_run
-from pysupcon.data.bundle import Data
+from pysupcon.data.datamodule import DataModule
 from pysupcon.data.group_files import (
     Groups,
     read_groups,
@@ -59,14 +59,14 @@ def test_the_mean_over_the_processes_is_the_loss_of_the_whole_batch(shares: tupl
     total = sum(told(*piece) for piece in pieces)
     asked: list[Tensor] = []
 
-    def add_up(tensor: Tensor) -> Tensor:
+    def all_reduce_sum(tensor: Tensor) -> Tensor:
         asked.append(tensor)
         return total
 
     values, gradients = [], []
     for part, own in pieces:
         mine = part.clone().requires_grad_()
-        objective = GroupDRO(counts, eta=0.5, adjustment=1.0, add_up=add_up)
+        objective = GroupDRO(counts, eta=0.5, adjustment=1.0, all_reduce_sum=all_reduce_sum)
         found = objective(mine, own)
         found.backward()
         values.append(found.detach())
@@ -88,7 +88,7 @@ def test_weights_stand_still_in_eval_mode_and_losses_of_absent_groups_stay() -> 
     assert torch.equal(objective.weights, weights)
     objective.train()(torch.tensor([7.0]), torch.tensor([0]))
     assert objective.losses.tolist() == [7.0, 3.0]
-    figures = objective.figures()
+    figures = objective.metrics()
     assert {name: value.item() for name, value in figures.items()} == {
         "group=0/loss": 7.0, "group=0/weight": objective.weights[0].item(),
         "group=1/loss": 3.0, "group=1/weight": objective.weights[1].item(),
@@ -129,7 +129,7 @@ def test_weights_and_loss_follow_the_formula_at_every_step(group_dro_run: Path) 
     assert log[-1]["val_loss"] == log[-1]["val_cross_entropy"]
 
 
-def test_one_group_is_erm(erm_run: Path, groups_file: tuple[Path, Data], tmp_path: Path) -> None:
+def test_one_group_is_erm(erm_run: Path, groups_file: tuple[Path, DataModule], tmp_path: Path) -> None:
     """The robust loss of a single group is the mean: the same steps from the same first weights."""
     data = groups_file[1]
     labels = coarse_labels(data)
@@ -164,7 +164,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(group_dro_run: Path, tmp
     assert logs[0] == logs[1]
 
 
-def test_a_changed_groups_file_is_not_resumed(groups_file: tuple[Path, Data], tmp_path: Path) -> None:
+def test_a_changed_groups_file_is_not_resumed(groups_file: tuple[Path, DataModule], tmp_path: Path) -> None:
     path, data = groups_file
     labels = coarse_labels(data)
     groups = read_groups(path, data.splits, labels)
@@ -244,7 +244,7 @@ def test_the_kept_weights_are_those_of_the_best_worst_group(tmp_path: Path) -> N
     assert all(line["val_worst_known_group"] == line["val_worst_group"] for line in checked)
 
 
-def test_known_groups_are_those_of_the_file(groups_file: tuple[Path, Data], tmp_path: Path) -> None:
+def test_known_groups_are_those_of_the_file(groups_file: tuple[Path, DataModule], tmp_path: Path) -> None:
     more = f"--data.groups {groups_file[0]} --trainer.best_by worst_known_group --trainer.epochs 1"
     run = train(tiny_config(tmp_path / "run", more))
     line = load_run(run).log()[-1]

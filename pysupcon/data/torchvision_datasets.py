@@ -9,22 +9,22 @@ import torch
 from torch import Tensor
 from torchvision import datasets
 
-from pysupcon.data import labels as groups
-from pysupcon.data.config import DOWNLOADABLE, DataConfig
+from pysupcon.data import superclasses
+from pysupcon.data.config import DOWNLOADABLE_DATASETS, DataConfig
 from pysupcon.data.samples import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     FileImages,
     Samples,
     Source,
-    alone,
-    labelled,
-    missing,
+    identity_superclasses,
+    missing_data_error,
+    samples_from_images,
 )
 from pysupcon.errors import ConfigError
 
 #: CIFAR100-U (Chen et al. 2022): training samples that each class of a superclass keeps, by ascending label.
-UNBALANCED = (500, 250, 100, 50, 50)
+CIFAR100_U_SIZES = (500, 250, 100, 50, 50)
 
 
 def cifar(config: DataConfig) -> Source:
@@ -32,7 +32,7 @@ def cifar(config: DataConfig) -> Source:
     assert config.root is not None
     ten = config.dataset in ("cifar10", "cifar2")
     kind = datasets.CIFAR10 if ten else datasets.CIFAR100
-    coarse = groups.CIFAR10 if ten else groups.CIFAR100
+    coarse = superclasses.CIFAR10 if ten else superclasses.CIFAR100
     parts = []
     names: list[str] = []
     for train in (True, False):
@@ -41,26 +41,26 @@ def cifar(config: DataConfig) -> Source:
         except RuntimeError as error:
             if config.download:
                 raise
-            raise missing(config, f"{kind.base_folder} with torchvision's checksums") from error
+            raise missing_data_error(config, f"{kind.base_folder} with torchvision's checksums") from error
         names = list(part.classes)
         images = torch.from_numpy(part.data).permute(0, 3, 1, 2)
         fine = torch.tensor(part.targets, dtype=torch.int64)
         if config.dataset == "cifar2":
-            pets = [names.index(name) for name in groups.CIFAR2]
+            pets = [names.index(name) for name in superclasses.CIFAR2]
             rows = torch.isin(fine, torch.tensor(pets))
-            names, coarse = groups.CIFAR2, alone(groups.CIFAR2)
+            names, coarse = superclasses.CIFAR2, identity_superclasses(superclasses.CIFAR2)
             images, fine = images[rows], (fine[rows] == pets[1]).long()
-        parts.append(labelled(images, fine, names, coarse))
+        parts.append(samples_from_images(images, fine, names, coarse))
     mean = (0.4914, 0.4822, 0.4465) if ten else (0.5071, 0.4866, 0.4409)
     std = (0.2470, 0.2435, 0.2616) if ten else (0.2673, 0.2564, 0.2762)
-    kept = _unbalanced(names, coarse) if config.dataset == "cifar100_u" else None
-    return Source(parts[0], parts[1], names, list(coarse), "colour", 3, 32, mean, std, kept=kept)
+    sizes = _cifar100_u_sizes(names, coarse) if config.dataset == "cifar100_u" else None
+    return Source(parts[0], parts[1], names, list(coarse), "colour", 3, 32, mean, std, max_per_class=sizes)
 
 
-def _unbalanced(names: list[str], coarse: dict[str, list[str]]) -> list[int]:
+def _cifar100_u_sizes(names: list[str], coarse: dict[str, list[str]]) -> list[int]:
     kept = [0] * len(names)
     for members in coarse.values():
-        for label, count in zip(sorted(names.index(name) for name in members), UNBALANCED, strict=True):
+        for label, count in zip(sorted(names.index(name) for name in members), CIFAR100_U_SIZES, strict=True):
             kept[label] = count
     return kept
 
@@ -68,7 +68,7 @@ def _unbalanced(names: list[str], coarse: dict[str, list[str]]) -> list[int]:
 # --- transfer -----------------------------------------------------------------------------------------------
 
 #: What a data set's official training and test samples are, as arguments of its class, and where it looks.
-_SETS: dict[str, tuple[Any, tuple[str, ...], str]] = {
+_TRANSFER_READERS: dict[str, tuple[Any, tuple[str, ...], str]] = {
     "aircraft": (datasets.FGVCAircraft, ("trainval",), "fgvc-aircraft-2013b/data"),
     "cars": (
         datasets.StanfordCars,
@@ -86,13 +86,13 @@ _SETS: dict[str, tuple[Any, tuple[str, ...], str]] = {
 }
 
 
-def transfer_set(config: DataConfig) -> Source:
+def transfer_dataset(config: DataConfig) -> Source:
     """FGVC Aircraft, Stanford Cars, DTD (its first partition), Oxford Flowers, Food-101 or Oxford-IIIT Pet.
 
     Official training and validation samples together are the training samples. The coarse class is an
     aircraft's manufacturer and a pet's species; the others have no coarser classes."""
     assert config.image_size is not None
-    kind, training, folder = _SETS[config.dataset]
+    kind, training, folder = _TRANSFER_READERS[config.dataset]
     train, fine, coarse = _read(config, kind, training, folder)
     test, *test_names = _read(config, kind, ("test",), folder)
     if test_names != [fine, coarse]:
@@ -107,7 +107,7 @@ def _read(
 ) -> tuple[Samples, list[str], list[str]]:
     assert config.root is not None
     root = Path(config.root).expanduser()
-    download = {"download": True} if config.download and config.dataset in DOWNLOADABLE else {}
+    download = {"download": True} if config.download and config.dataset in DOWNLOADABLE_DATASETS else {}
     paths: list[Path] = []
     fine: list[int] = []
     coarse: list[int] = []
@@ -135,7 +135,7 @@ def _read(
     except (RuntimeError, OSError, ValueError, KeyError) as error:
         if download:
             raise
-        raise missing(config, f"{folder} in {root} ({error})") from error
+        raise missing_data_error(config, f"{folder} in {root} ({error})") from error
     lacking = [path for path in paths if not path.is_file()]
     if lacking or not paths:
         raise ConfigError(

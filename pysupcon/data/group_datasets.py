@@ -87,7 +87,7 @@ def read_group_table(dataset: GroupDataset, root: str | Path) -> GroupTable:
     return table
 
 
-class _Rows:
+class _Table:
     """Rows of a table, and where they came from."""
 
     def __init__(self, path: Path, columns: Sequence[str], rows: list[list[str]], first_line: int) -> None:
@@ -118,7 +118,7 @@ class _Rows:
         return torch.tensor(found, dtype=torch.int64)
 
 
-def _read_csv(path: Path) -> _Rows:
+def _read_csv(path: Path) -> _Table:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             lines = list(csv.reader(file))
@@ -126,17 +126,17 @@ def _read_csv(path: Path) -> _Rows:
         raise ConfigError(f"data.root: {path} cannot be read: {error}") from error
     if not lines:
         raise ConfigError(f"data.root: {path} is empty")
-    return _checked(path, [name.strip() for name in lines[0]], lines[1:], 2)
+    return _make_table(path, [name.strip() for name in lines[0]], lines[1:], 2)
 
 
-def _checked(path: Path, columns: list[str], rows: list[list[str]], first_line: int) -> _Rows:
+def _make_table(path: Path, columns: list[str], rows: list[list[str]], first_line: int) -> _Table:
     for number, row in enumerate(rows):
         if len(row) != len(columns):
             raise ConfigError(
                 f"data.root: {path}, line {first_line + number}, must have {len(columns)} fields, "
                 f"got {len(row)}"
             )
-    return _Rows(path, columns, rows, first_line)
+    return _Table(path, columns, rows, first_line)
 
 
 def _find(root: Path, *names: str) -> Path:
@@ -158,7 +158,7 @@ def _waterbirds(root: Path) -> GroupTable:
     )
 
 
-def _read_celeba(path: Path, columns: list[str] | None) -> _Rows:
+def _read_celeba(path: Path, columns: list[str] | None) -> _Table:
     """A CSV file, or the published text form: for attributes a count, a line of names, then rows."""
     if path.suffix == ".csv":
         return _read_csv(path)
@@ -167,13 +167,13 @@ def _read_celeba(path: Path, columns: list[str] | None) -> _Rows:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"data.root: {path} cannot be read: {error}") from error
     if columns is not None:
-        return _checked(path, columns, lines, 1)
+        return _make_table(path, columns, lines, 1)
     if len(lines) < 2 or len(lines[0]) != 1 or lines[0][0] != str(len(lines) - 2):
         raise ConfigError(
             f"data.root: {path} must begin with the number of its rows, {len(lines) - 2}, and then name its "
             f"attributes; it begins with {' '.join(lines[0][:4]) if lines else 'nothing'!r}"
         )
-    return _checked(path, ["image_id", *lines[1]], lines[2:], 3)
+    return _make_table(path, ["image_id", *lines[1]], lines[2:], 3)
 
 
 def _celeba(root: Path) -> GroupTable:

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pysupcon.data.augment import Augmentation, Fit, Normalize
+from pysupcon.data.augment import Augmentation, Normalize, ResizeCenterCrop
 from pysupcon.data.config import DEFAULT_TEST_FRACTION, DataConfig
-from pysupcon.data.draws import uniforms
-from pysupcon.data.group_files import ANNOTATED, Groups, group_numbers, read_groups, true_groups
-from pysupcon.data.samplers import BalancedBatches, Draw, ShuffledBatches
+from pysupcon.data.group_files import ANNOTATED, Groups, index_groups, read_groups, true_groups
+from pysupcon.data.philox import philox_uniforms
+from pysupcon.data.samplers import BalancedBatchSampler, Draw, ShuffledBatchSampler
 from pysupcon.data.sources import Samples, read_source
-from pysupcon.data.splits import at_most, stratified_split, stratified_subset
+from pysupcon.data.splits import cap_per_class, stratified_split, stratified_subset
 from pysupcon.errors import ConfigError
 
 
-class PlainDataset(Dataset[tuple[Tensor, int, int]]):
+class EvaluationDataset(Dataset[tuple[Tensor, int, int]]):
     """A split as the evaluators see it, without augmentation.
 
     Item: (image float32 [C, S, S], normalised as in training; coarse label; fine label).
@@ -41,7 +41,7 @@ class PlainDataset(Dataset[tuple[Tensor, int, int]]):
         coarse_names: list[str],
         fine_names: list[str],
     ) -> None:
-        self.samples, self.fit, self.normalize = samples, Fit(size), normalize
+        self.samples, self.resize, self.normalize = samples, ResizeCenterCrop(size), normalize
         self.coarse, self.fine = samples.coarse, samples.fine
         self.coarse_names, self.fine_names = coarse_names, fine_names
 
@@ -53,13 +53,15 @@ class PlainDataset(Dataset[tuple[Tensor, int, int]]):
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int, int]]:
         """The items of a batch at once, which is what a DataLoader asks for."""
-        images = self.normalize(torch.cat([self.fit(part) for part in _batches_of(self.samples, indices)]))
+        images = self.normalize(
+            torch.cat([self.resize(part) for part in _image_batches(self.samples, indices)])
+        )
         rows = torch.tensor(indices)
         labels = (self.coarse[rows].tolist(), self.fine[rows].tolist())
         return list(zip(images, *labels, strict=True))
 
 
-class ViewDataset(Dataset[tuple[Tensor, int]]):
+class MultiViewDataset(Dataset[tuple[Tensor, int]]):
     """Independently augmented views of the training samples.
 
     Item ``dataset[sample, draw]``: (views uint8 [V, C, S, S]; label). The views are a function of (seed,
@@ -83,20 +85,20 @@ class ViewDataset(Dataset[tuple[Tensor, int]]):
         """A batch at once, which is what a DataLoader asks for: views uint8 [b, V, C, S, S] and labels int64
         [b]."""
         samples = [sample for sample, _ in keys]
-        numbers = uniforms(self.seed, [draw for _, draw in keys], self.views * self.augmentation.count)
+        numbers = philox_uniforms(self.seed, [draw for _, draw in keys], self.views * self.augmentation.count)
         numbers = numbers.view(len(keys), self.views, self.augmentation.count)
         views: list[Tensor] = []
         done = 0
-        for images in _batches_of(self.samples, samples):
+        for images in _image_batches(self.samples, samples):
             views.append(self.augmentation(images, numbers[done : done + len(images)]))
             done += len(images)
         return views[0] if len(views) == 1 else torch.cat(views), self.labels[torch.tensor(samples)]
 
 
-class GroupedViews(Dataset[tuple[Tensor, int, int]]):
+class GroupedMultiViewDataset(Dataset[tuple[Tensor, int, int]]):
     """Views of training samples with the sample's group: item (views, label, group); batches likewise."""
 
-    def __init__(self, dataset: ViewDataset, groups: Tensor) -> None:
+    def __init__(self, dataset: MultiViewDataset, groups: Tensor) -> None:
         self.dataset, self.groups = dataset, groups
 
     def __len__(self) -> int:
@@ -110,7 +112,7 @@ class GroupedViews(Dataset[tuple[Tensor, int, int]]):
         return (*self.dataset.__getitems__(keys), self.groups[samples])
 
 
-def _batches_of(samples: Samples, indices: list[int]) -> Iterator[Tensor]:
+def _image_batches(samples: Samples, indices: list[int]) -> Iterator[Tensor]:
     """Images as batches uint8 [n, C, H, W], together those of ``indices`` in order: all at once, but files
     only as far as the next has the same size."""
     if isinstance(samples.images, Tensor):
@@ -121,7 +123,7 @@ def _batches_of(samples: Samples, indices: list[int]) -> Iterator[Tensor]:
         yield torch.stack(list(same))
 
 
-class Data:
+class DataModule:
     """Splits of one data set.
 
     Attributes:
@@ -136,16 +138,17 @@ class Data:
         train, test = source.train, source.test
         if test is None:
             fraction = config.test_fraction or DEFAULT_TEST_FRACTION
-            rest, held = stratified_split(train.fine, fraction, config.split_seed)
-            test, train = train.select(held), train.select(rest)
+            rest, held_out = stratified_split(train.fine, fraction, config.split_seed)
+            test, train = train.select(held_out), train.select(rest)
         val = source.val
         if val is None:
-            rest, held = stratified_split(train.fine, config.val_fraction, config.split_seed + 1)
-            val, train = train.select(held), train.select(rest)
-        if source.kept is not None:  # after validation, which is as balanced as the test samples then
-            train = train.select(at_most(train.fine, dict(enumerate(source.kept)), config.split_seed + 2))
+            rest, held_out = stratified_split(train.fine, config.val_fraction, config.split_seed + 1)
+            val, train = train.select(held_out), train.select(rest)
+        if source.max_per_class is not None:  # after the validation split, which stays balanced
+            counts = dict(enumerate(source.max_per_class))
+            train = train.select(cap_per_class(train.fine, counts, config.split_seed + 2))
         if config.train_size is not None:
-            train = train.select(_subset(train.fine, config.train_size, config.split_seed + 3))
+            train = train.select(_train_subset(train.fine, config.train_size, config.split_seed + 3))
         self.config = config
         self.splits = {"train": train, "val": val, "test": test}
         self.coarse_names, self.fine_names = source.coarse_names, source.fine_names
@@ -164,7 +167,7 @@ class Data:
         """The true group of every sample, int64 [N] by split: pairs of a class and a fine label, numbered in
         ascending order over all splits."""
         labels = {name: self._labels(name) for name in self.splits}
-        return group_numbers(labels, {name: samples.fine for name, samples in self.splits.items()})
+        return index_groups(labels, {name: samples.fine for name, samples in self.splits.items()})
 
     @cached_property
     def groups(self) -> Groups | None:
@@ -180,27 +183,31 @@ class Data:
             return true_groups(labels, self.true_groups)
         return read_groups(Path(self.config.groups).expanduser(), self.splits, labels)
 
-    def plain(self, split: str) -> PlainDataset:
+    def evaluation_dataset(self, split: str) -> EvaluationDataset:
         """A split without augmentation."""
-        return PlainDataset(
+        return EvaluationDataset(
             self.splits[split], self.image_size, self.normalize, self.coarse_names, self.fine_names
         )
 
-    def batches(
-        self, *, seed: int, steps: int, start: int = 0, rank: int = 0, world_size: int = 1, multiple: int = 1
-    ) -> ShuffledBatches:
+    def batch_sampler(
+        self, *, seed: int, steps: int, start: int = 0, rank: int = 0, world_size: int = 1,
+        accumulation_steps: int = 1,
+    ) -> ShuffledBatchSampler:  # fmt: skip
         """The batch sampler of ``data.sampler`` over the training split."""
-        kind = ShuffledBatches if self.config.sampler == "shuffled" else BalancedBatches
+        sampler_class = ShuffledBatchSampler if self.config.sampler == "shuffled" else BalancedBatchSampler
         labels = self._labels("train")
         if self.config.sampler == "groups":
             assert self.groups is not None, "DataConfig.check() first"
             labels = self.groups.train
-        return kind(
+        return sampler_class(
             labels, self.config.batch_size,
-            seed=seed, steps=steps, start=start, rank=rank, world_size=world_size, multiple=multiple,
+            seed=seed, steps=steps, start=start, rank=rank, world_size=world_size,
+            accumulation_steps=accumulation_steps,
         )  # fmt: skip
 
-    def validation_batches(self, *, seed: int, rank: int = 0, world_size: int = 1) -> ShuffledBatches:
+    def validation_batch_sampler(
+        self, *, seed: int, rank: int = 0, world_size: int = 1
+    ) -> ShuffledBatchSampler:
         """One pass over the validation split, the same each time: as few batches of at most
         ``data.batch_size`` as hold all samples, of equal size (a remainder is left out).
 
@@ -216,28 +223,28 @@ class Data:
                 f"data.val_fraction={self.config.val_fraction} gives {len(labels)}: pass "
                 "--trainer.best_by null"
             )
-        return ShuffledBatches(
+        return ShuffledBatchSampler(
             labels, size, seed=seed, steps=len(labels) // size, rank=rank, world_size=world_size
         )
 
     def loader(
-        self, batches: ShuffledBatches, *, split: str = "train", pin_memory: bool = False
+        self, batches: ShuffledBatchSampler, *, split: str = "train", pin_memory: bool = False
     ) -> DataLoader[Any]:
         """Batches of (views uint8 [b, V, C, S, S], labels int64 [b]), b this process's share of a global
         batch; of the training split also of groups int64 [b], if ``data.groups`` gives them."""
         augmentation = Augmentation(self.config.augmentation, self._family, self.image_size)
-        dataset = ViewDataset(
+        dataset = MultiViewDataset(
             self.splits[split], self._labels(split), augmentation, self.config.views, batches.seed
         )
         workers = self.config.workers
         groups = self.groups if split == "train" else None
         return DataLoader(
-            dataset if groups is None else GroupedViews(dataset, groups.train),
+            dataset if groups is None else GroupedMultiViewDataset(dataset, groups.train),
             batch_sampler=batches,
-            collate_fn=_already_a_batch,
+            collate_fn=_identity_collate,
             num_workers=workers,
             pin_memory=pin_memory,
-            worker_init_fn=_one_thread if workers else None,
+            worker_init_fn=_limit_threads if workers else None,
             # seeds the processes; drawn from the global generator, a resumed run would draw it too late
             generator=torch.Generator(),
         )
@@ -247,7 +254,7 @@ class Data:
         return samples.coarse if self.config.labels == "coarse" else samples.fine
 
 
-def _subset(labels: Tensor, count: int, seed: int) -> Tensor:
+def _train_subset(labels: Tensor, count: int, seed: int) -> Tensor:
     try:
         return stratified_subset(labels, count, seed)
     except ValueError as error:
@@ -257,22 +264,22 @@ def _subset(labels: Tensor, count: int, seed: int) -> Tensor:
         ) from error
 
 
-def _already_a_batch(batch: Any) -> Any:
+def _identity_collate(batch: Any) -> Any:
     return batch
 
 
-def _one_thread(_: int) -> None:
+def _limit_threads(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def load_data(config: DataConfig) -> Data:
+def load_data(config: DataConfig) -> DataModule:
     """Read and split the data set of ``config``.
 
     Raises:
         ConfigError: the files are not there or damaged, or there are fewer training samples than a batch
             needs.
     """
-    data = Data(config)
+    data = DataModule(config)
     count, size = len(data.splits["train"]), config.batch_size
     if size > count:
         raise ConfigError(f"data.batch_size must be at most the {count} training samples, got {size}")

@@ -46,7 +46,7 @@ CIFAR100 = {
 }
 
 
-def coarsen(fine: Tensor, fine_names: list[str], groups: dict[str, list[str]]) -> Tensor:
+def coarse_labels_of(fine: Tensor, fine_names: list[str], groups: dict[str, list[str]]) -> Tensor:
     """Coarse label of every sample.
 
     Args:

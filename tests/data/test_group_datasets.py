@@ -8,10 +8,10 @@ import pytest
 import torch
 from helpers.group_data_files import write_celeba_csv, write_celeba_txt, write_isic, write_waterbirds
 
-from pysupcon.data.bundle import load_data
 from pysupcon.data.config import DataConfig
-from pysupcon.data.groups import read_group_table
-from pysupcon.data.spurious import coloured, correlated_attribute
+from pysupcon.data.datamodule import load_data
+from pysupcon.data.group_datasets import read_group_table
+from pysupcon.data.spurious import colourize, correlated_attribute
 from pysupcon.errors import ConfigError
 
 
@@ -25,7 +25,7 @@ def test_waterbirds(tmp_path):
     assert table.group_names[2] == "waterbird, on land"
     data = load_data(DataConfig("waterbirds", root=str(tmp_path), image_size=8, batch_size=4))
     assert {name: len(split) for name, split in data.splits.items()} == {"train": 12, "val": 6, "test": 6}
-    image, coarse, fine = data.plain("val")[0]
+    image, coarse, fine = data.evaluation_dataset("val")[0]
     # The first validation image is number 4: class 0, on water; its shade is in the red channel.
     assert (coarse, fine) == (0, 1)
     assert image.shape == (3, 8, 8)
@@ -191,7 +191,7 @@ def test_attribute_equals_the_class_in_the_exact_share(rate):
 
 def test_colouring_keeps_the_shape_and_shows_the_attribute():
     images = torch.randint(256, (4, 1, 5, 5), dtype=torch.uint8)
-    found = coloured(images, torch.tensor([0, 1, 0, 1]))
+    found = colourize(images, torch.tensor([0, 1, 0, 1]))
     assert found.shape == (4, 3, 5, 5)
     assert found.dtype == torch.uint8
     assert torch.equal(found[0, 0], images[0, 0])
@@ -200,7 +200,7 @@ def test_colouring_keeps_the_shape_and_shows_the_attribute():
     with pytest.raises(
         ValueError, match=r"images must be uint8 of shape \[N, 1, H, W\], got torch.uint8 of shape"
     ):
-        coloured(images.expand(-1, 3, -1, -1), torch.zeros(4, dtype=torch.int64))
+        colourize(images.expand(-1, 3, -1, -1), torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"rate must be in \[0, 1\], got 2"):
         correlated_attribute(torch.zeros(3, dtype=torch.int64), 2, 2.0, 0)
     with pytest.raises(ValueError, match=r"classes must lie in \[0, count\) with count >= 2, got count=1"):
@@ -230,7 +230,7 @@ def test_coloured_digits_are_the_digits_biased_in_training_only():
         "five and above, green",
     ]
     assert data.channels == 3
-    views, _ = next(iter(data.loader(data.batches(seed=0, steps=1))))
+    views, _ = next(iter(data.loader(data.batch_sampler(seed=0, steps=1))))
     assert views.shape[2:] == (3, 8, 8)
 
 

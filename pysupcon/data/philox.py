@@ -12,7 +12,7 @@ from torch import Tensor
 _BLOCK = 4  # numbers that Philox makes at one position of its counter
 
 
-def uniforms(seed: int, draws: Sequence[int], count: int) -> Tensor:
+def philox_uniforms(seed: int, draws: Sequence[int], count: int) -> Tensor:
     """``count`` numbers for every draw, a function of (seed, draw) alone.
 
     They are read from the counter-based generator of Salmon et al. 2011 (Philox), whose stream has no state
@@ -30,7 +30,7 @@ def uniforms(seed: int, draws: Sequence[int], count: int) -> Tensor:
         return torch.empty(len(draws), count, dtype=torch.float64)
     first, last = min(draws), max(draws)
     if last - first >= 16 * len(draws):  # one by one rather than all that lies between
-        return torch.cat([uniforms(seed, [draw], count) for draw in draws])
+        return torch.cat([philox_uniforms(seed, [draw], count) for draw in draws])
     blocks = -(-count // _BLOCK)
     stream = np.random.Philox(key=seed % 2**64)
     stream.advance(first * blocks)
