@@ -1,4 +1,4 @@
-"""Everything a run needs of its data: splits, names, views in batches."""
+"""The data of a run: splits, class names and loaders."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from pysupcon.errors import ConfigError
 
 
 class EvaluationDataset(Dataset[tuple[Tensor, int, int]]):
-    """A split as the evaluators see it, without augmentation.
+    """A split without augmentation, for the evaluators.
 
-    Item: (image float32 [C, S, S], normalised as in training; coarse label; fine label).
+    An item is (image float32 [C, S, S], normalised as in training; coarse label; fine label).
 
     Attributes:
         coarse, fine: labels of all samples, int64 [N].
@@ -52,7 +52,7 @@ class EvaluationDataset(Dataset[tuple[Tensor, int, int]]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int, int]]:
-        """The items of a batch at once, which is what a DataLoader asks for."""
+        """Items of a batch, as DataLoader requests them."""
         images = self.normalize(
             torch.cat([self.resize(part) for part in _image_batches(self.samples, indices)])
         )
@@ -64,9 +64,9 @@ class EvaluationDataset(Dataset[tuple[Tensor, int, int]]):
 class MultiViewDataset(Dataset[tuple[Tensor, int]]):
     """Independently augmented views of the training samples.
 
-    Item ``dataset[sample, draw]``: (views uint8 [V, C, S, S]; label). The views are a function of (seed,
-    draw, sample) alone, whichever process makes them and whatever else is in the batch; no random state
-    moves."""
+    The item ``dataset[sample, draw]`` is (views uint8 [V, C, S, S]; label). The views depend only on seed, draw
+    and sample, not on the process or on the rest of the batch. No global random state is used.
+    """
 
     def __init__(
         self, samples: Samples, labels: Tensor, augmentation: Augmentation, views: int, seed: int
@@ -82,21 +82,22 @@ class MultiViewDataset(Dataset[tuple[Tensor, int]]):
         return views[0], int(labels[0])
 
     def __getitems__(self, keys: list[Draw]) -> tuple[Tensor, Tensor]:
-        """A batch at once, which is what a DataLoader asks for: views uint8 [b, V, C, S, S] and labels int64
-        [b]."""
+        """A batch, as DataLoader requests it: views uint8 [b, V, C, S, S] and labels int64 [b]."""
         samples = [sample for sample, _ in keys]
-        numbers = philox_uniforms(self.seed, [draw for _, draw in keys], self.views * self.augmentation.count)
-        numbers = numbers.view(len(keys), self.views, self.augmentation.count)
+        uniforms = philox_uniforms(
+            self.seed, [draw for _, draw in keys], self.views * self.augmentation.num_uniforms
+        )
+        uniforms = uniforms.view(len(keys), self.views, self.augmentation.num_uniforms)
         views: list[Tensor] = []
         done = 0
         for images in _image_batches(self.samples, samples):
-            views.append(self.augmentation(images, numbers[done : done + len(images)]))
+            views.append(self.augmentation(images, uniforms[done : done + len(images)]))
             done += len(images)
         return views[0] if len(views) == 1 else torch.cat(views), self.labels[torch.tensor(samples)]
 
 
 class GroupedMultiViewDataset(Dataset[tuple[Tensor, int, int]]):
-    """Views of training samples with the sample's group: item (views, label, group); batches likewise."""
+    """A :class:`MultiViewDataset` whose items and batches also have the group: (views, label, group)."""
 
     def __init__(self, dataset: MultiViewDataset, groups: Tensor) -> None:
         self.dataset, self.groups = dataset, groups
@@ -113,8 +114,10 @@ class GroupedMultiViewDataset(Dataset[tuple[Tensor, int, int]]):
 
 
 def _image_batches(samples: Samples, indices: list[int]) -> Iterator[Tensor]:
-    """Images as batches uint8 [n, C, H, W], together those of ``indices`` in order: all at once, but files
-    only as far as the next has the same size."""
+    """The images of ``indices`` in order, as batches uint8 [n, C, H, W] of equal image size.
+
+    Tensors are one batch; consecutive files of one size form a batch.
+    """
     if isinstance(samples.images, Tensor):
         yield samples.images[torch.tensor(indices)]
         return
@@ -124,13 +127,13 @@ def _image_batches(samples: Samples, indices: list[int]) -> Iterator[Tensor]:
 
 
 class DataModule:
-    """Splits of one data set.
+    """Splits of one data set and their loaders.
 
     Attributes:
-        splits: "train", "val", "test" -> samples; disjoint, a function of the files and ``data.split_seed``.
+        splits: samples of "train", "val" and "test"; disjoint, determined by files and ``data.split_seed``.
         coarse_names, fine_names: names of the classes.
-        channels, image_size: of what the model sees.
-        normalize: from uint8 images to what the model sees.
+        channels, image_size: shape of the model's input.
+        normalize: converts uint8 images to the model's input.
     """
 
     def __init__(self, config: DataConfig) -> None:
@@ -159,22 +162,24 @@ class DataModule:
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the classes that are trained on."""
+        """Names of the training classes."""
         return self.coarse_names if self.config.labels == "coarse" else self.fine_names
 
     @cached_property
     def true_groups(self) -> dict[str, Tensor]:
-        """The true group of every sample, int64 [N] by split: pairs of a class and a fine label, numbered in
-        ascending order over all splits."""
+        """The true group of every sample, int64 [N] by split.
+
+        Groups are pairs of a class and a fine label, numbered in ascending order over all splits.
+        """
         labels = {name: self._labels(name) for name in self.splits}
         return index_groups(labels, {name: samples.fine for name, samples in self.splits.items()})
 
     @cached_property
     def groups(self) -> Groups | None:
-        """The groups of ``data.groups``; read when first asked for, since only a training needs them.
+        """The groups of ``data.groups``, read on first use because only training needs them.
 
         Raises:
-            ConfigError: the file is missing, damaged or of other samples.
+            ConfigError: the file is missing or damaged, or was made for other samples.
         """
         if self.config.groups is None:
             return None
@@ -197,7 +202,7 @@ class DataModule:
         sampler_class = ShuffledBatchSampler if self.config.sampler == "shuffled" else BalancedBatchSampler
         labels = self._labels("train")
         if self.config.sampler == "groups":
-            assert self.groups is not None, "DataConfig.check() first"
+            assert self.groups is not None, "call DataConfig.check() first"
             labels = self.groups.train
         return sampler_class(
             labels, self.config.batch_size,
@@ -208,11 +213,12 @@ class DataModule:
     def validation_batch_sampler(
         self, *, seed: int, rank: int = 0, world_size: int = 1
     ) -> ShuffledBatchSampler:
-        """One pass over the validation split, the same each time: as few batches of at most
-        ``data.batch_size`` as hold all samples, of equal size (a remainder is left out).
+        """The same pass over the validation split each time.
+
+        The batches have equal size, at most ``data.batch_size``. A remainder is dropped.
 
         Raises:
-            ConfigError: the split has fewer samples than there are processes.
+            ConfigError: the split has fewer samples than processes.
         """
         labels = self._labels("val")
         size = len(labels) // math.ceil(len(labels) / self.config.batch_size) if len(labels) else 0
@@ -230,8 +236,10 @@ class DataModule:
     def loader(
         self, batches: ShuffledBatchSampler, *, split: str = "train", pin_memory: bool = False
     ) -> DataLoader[Any]:
-        """Batches of (views uint8 [b, V, C, S, S], labels int64 [b]), b this process's share of a global
-        batch; of the training split also of groups int64 [b], if ``data.groups`` gives them."""
+        """Loads batches of (views uint8 [b, V, C, S, S], labels int64 [b]), b samples per process.
+
+        With ``data.groups``, batches of the training split also have groups int64 [b].
+        """
         augmentation = Augmentation(self.config.augmentation, self._family, self.image_size)
         dataset = MultiViewDataset(
             self.splits[split], self._labels(split), augmentation, self.config.views, batches.seed
@@ -245,7 +253,7 @@ class DataModule:
             num_workers=workers,
             pin_memory=pin_memory,
             worker_init_fn=_limit_threads if workers else None,
-            # seeds the processes; drawn from the global generator, a resumed run would draw it too late
+            # Without a generator, DataLoader would draw worker seeds from the global random state.
             generator=torch.Generator(),
         )
 
@@ -276,8 +284,7 @@ def load_data(config: DataConfig) -> DataModule:
     """Read and split the data set of ``config``.
 
     Raises:
-        ConfigError: the files are not there or damaged, or there are fewer training samples than a batch
-            needs.
+        ConfigError: files are missing or damaged, or there are fewer training samples than a batch needs.
     """
     data = DataModule(config)
     count, size = len(data.splits["train"]), config.batch_size

@@ -1,5 +1,4 @@
-"""Random numbers with a place of their own for every draw: whoever asks, and for whatever else, gets the
-same."""
+"""Counter-based random numbers: the numbers of a draw do not depend on other draws or on the process."""
 
 from __future__ import annotations
 
@@ -9,19 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_BLOCK = 4  # numbers that Philox makes at one position of its counter
+_BLOCK = 4  # numbers per position of the Philox counter
 
 
 def philox_uniforms(seed: int, draws: Sequence[int], count: int) -> Tensor:
-    """``count`` numbers for every draw, a function of (seed, draw) alone.
+    """``count`` uniform random numbers for every draw, determined by seed and draw.
 
-    They are read from the counter-based generator of Salmon et al. 2011 (Philox), whose stream has no state
-    that would have to be wound forward: draw d owns a range of the counter.
+    The generator is Philox (Salmon et al. 2011), in which every draw owns a range of the counter.
 
     Args:
-        seed: of the stream; only its lowest 64 bits count.
-        draws: numbers of the draws, not negative; fastest where they lie close together, as in a batch.
-        count: numbers of each draw.
+        seed: seed of the stream; only its lowest 64 bits are used.
+        draws: indices of the draws, at least 0; fastest for indices that lie close together, as in a batch.
+        count: random numbers per draw.
 
     Returns:
         float64 [len(draws), count] in [0, 1).
@@ -29,11 +27,11 @@ def philox_uniforms(seed: int, draws: Sequence[int], count: int) -> Tensor:
     if not len(draws) or not count:
         return torch.empty(len(draws), count, dtype=torch.float64)
     first, last = min(draws), max(draws)
-    if last - first >= 16 * len(draws):  # one by one rather than all that lies between
+    if last - first >= 16 * len(draws):  # far apart: avoids generating all in between
         return torch.cat([philox_uniforms(seed, [draw], count) for draw in draws])
     blocks = -(-count // _BLOCK)
     stream = np.random.Philox(key=seed % 2**64)
     stream.advance(first * blocks)
     raw = stream.random_raw((last - first + 1) * blocks * _BLOCK).reshape(-1, blocks * _BLOCK)
-    mine = raw[np.asarray(draws, dtype=np.int64) - first, :count]
-    return torch.from_numpy((mine >> np.uint64(11)) * 2.0**-53)  # 53 bits fill a float64
+    selected = raw[np.asarray(draws, dtype=np.int64) - first, :count]
+    return torch.from_numpy((selected >> np.uint64(11)) * 2.0**-53)  # a float64 has 53 bits of precision

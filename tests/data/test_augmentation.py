@@ -33,8 +33,8 @@ def pictures(count: int, channels: int, height: int, width: int) -> Tensor:
     )
 
 
-def numbers_for(step: object, count: int) -> Tensor:
-    return philox_uniforms(1, range(count), step.count)  # type: ignore[attr-defined]
+def numbers_for(transform: object, count: int) -> Tensor:
+    return philox_uniforms(1, range(count), transform.num_uniforms)  # type: ignore[attr-defined]
 
 
 def furthest(mine: Tensor, theirs: Tensor) -> int:
@@ -47,16 +47,16 @@ def furthest(mine: Tensor, theirs: Tensor) -> int:
 
 
 @pytest.mark.parametrize(("height", "width"), [(28, 28), (9, 14)])  # usual; odd, even and not square
-@pytest.mark.parametrize("step", [RandomAffine(10, translate=0.1), RandomAffine(15, shear=10)])
-def test_affine(step: RandomAffine, height: int, width: int) -> None:
+@pytest.mark.parametrize("transform", [RandomAffine(10, translate=0.1), RandomAffine(15, shear=10)])
+def test_affine(transform: RandomAffine, height: int, width: int) -> None:
     images = pictures(60, 3, height, width)
-    numbers = numbers_for(step, 60)
-    angles, shears, shifts = (each.tolist() for each in step.make_params(numbers, height, width))
+    numbers = numbers_for(transform, 60)
+    angles, shears, shifts = (each.tolist() for each in transform.make_params(numbers, height, width))
     theirs = [
         F.affine(image, angle, [int(s) for s in shift], 1.0, [shear, 0.0], BILINEAR, fill=0)
         for image, angle, shear, shift in zip(images, angles, shears, shifts, strict=True)
     ]
-    mine = step(images, numbers)
+    mine = transform(images, numbers)
     assert furthest(mine, torch.stack(theirs)) <= 1
     assert (mine != torch.stack(theirs)).double().mean() < 1e-3  # ties of rounding only
     assert furthest(mine, images) > 100
@@ -85,19 +85,19 @@ def test_crop_and_flip() -> None:
         (28, 28, 28),  # usual
         (10, 15, 32),  # made larger, not square
         (40, 30, 16),  # made smaller: torchvision itself
-        (3, 30, 30),  # no try fits: the window in the middle
+        (3, 30, 30),  # no attempt fits: the central window
     ],
 )
 def test_resized_crop(height: int, width: int, size: int) -> None:
     images = pictures(60, 3, height, width)
-    step = RandomResizedCrop(size, (0.2, 1.0))
-    numbers = numbers_for(step, 60)
-    windows = torch.stack(step.make_params(numbers, height, width), 1)
+    transform = RandomResizedCrop(size, (0.2, 1.0))
+    numbers = numbers_for(transform, 60)
+    windows = torch.stack(transform.make_params(numbers, height, width), 1)
     theirs = [
         F.resized_crop(image, *window, [size, size], antialias=True)
         for image, window in zip(images, windows.tolist(), strict=True)
     ]
-    mine = step(images, numbers)
+    mine = transform(images, numbers)
     assert furthest(mine, torch.stack(theirs)) <= 1  # torchvision computes with 16-bit weights
     top, left, tall, wide = windows.unbind(1)
     assert (top >= 0).all()
@@ -115,26 +115,26 @@ CHANGES = [F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust
 def test_each_change_of_colour(only: int) -> None:
     images = pictures(40, 3, 16, 16)
     widths = [0.4 * (only == k) for k in range(3)] + [0.1 * (only == 3)]
-    step = ColorJitter(*widths)
-    numbers = numbers_for(step, 40)
-    strengths = step.make_params(numbers)[2][:, only].tolist()
+    transform = ColorJitter(*widths)
+    numbers = numbers_for(transform, 40)
+    strengths = transform.make_params(numbers)[2][:, only].tolist()
     theirs = torch.stack([CHANGES[only](i, s) for i, s in zip(images, strengths, strict=True)])
     # the changes of no width are the identity, up to one rounding in the hue
-    assert furthest(step(images, numbers), theirs) <= (1 if only < 3 else 2)
-    assert (step(images, numbers) != theirs).double().mean() < 0.02
+    assert furthest(transform(images, numbers), theirs) <= (1 if only < 3 else 2)
+    assert (transform(images, numbers) != theirs).double().mean() < 0.02
     assert furthest(theirs, images) > 20
 
 
 def test_colour_jitter_in_its_order() -> None:
     images = pictures(100, 3, 16, 16)
-    step = ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8)
-    numbers = numbers_for(step, 100)
-    changed, orders, strengths = step.make_params(numbers)
+    transform = ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8)
+    numbers = numbers_for(transform, 100)
+    changed, orders, strengths = transform.make_params(numbers)
     theirs = images.clone()
     for row in changed.nonzero().flatten().tolist():
         for change in orders[row].tolist():
             theirs[row] = CHANGES[change](theirs[row], float(strengths[row, change]))
-    mine = step(images, numbers)
+    mine = transform(images, numbers)
     assert furthest(mine, theirs) <= 4  # a difference of rounding goes through the later changes
     assert (mine != theirs).double().mean() < 0.02
     assert 65 < int(changed.sum()) < 95
@@ -144,9 +144,9 @@ def test_colour_jitter_in_its_order() -> None:
 
 def test_greyscale() -> None:
     images = pictures(60, 3, 16, 16)
-    step = RandomGrayscale(0.2)
-    numbers = numbers_for(step, 60)
-    mine = step(images, numbers)
+    transform = RandomGrayscale(0.2)
+    numbers = numbers_for(transform, 60)
+    mine = transform(images, numbers)
     chosen = numbers[:, 0] < 0.2
     assert furthest(mine[chosen], F.rgb_to_grayscale(images[chosen], 3)) <= 1
     assert torch.equal(mine[~chosen], images[~chosen])
@@ -229,7 +229,9 @@ def test_numbers_never_change() -> None:
 def test_a_view_does_not_depend_on_its_batch(strength: str, family: str) -> None:
     images = pictures(150, 3 if family == "colour" else 1, 20, 20)
     augmentation = Augmentation(strength, family, 20)  # type: ignore[arg-type]
-    numbers = philox_uniforms(0, range(150), 2 * augmentation.count).view(150, 2, augmentation.count)
+    numbers = philox_uniforms(0, range(150), 2 * augmentation.num_uniforms).view(
+        150, 2, augmentation.num_uniforms
+    )
     together = augmentation(images, numbers)
     assert together.shape == (150, 2, images.shape[1], 20, 20)
     for row in (0, 63, 64, 149):
@@ -295,7 +297,7 @@ def test_a_plain_batch_is_its_items(digits: DataModule) -> None:
 
 def views_of(strength: str, family: str, image: Tensor, count: int) -> Tensor:
     augmentation = Augmentation(strength, family, image.shape[-1])  # type: ignore[arg-type]
-    numbers = philox_uniforms(0, range(count), augmentation.count).unsqueeze(1)
+    numbers = philox_uniforms(0, range(count), augmentation.num_uniforms).unsqueeze(1)
     return augmentation(image.expand(count, -1, -1, -1), numbers)[:, 0]
 
 

@@ -95,7 +95,7 @@ def test_missing_root(tmp_path: Path, name: str) -> None:
 
 
 def test_missing_image_folder(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data.root .* is no image folder"):
+    with pytest.raises(ConfigError, match=r"data.root .* is not an image folder"):
         load_data(DataConfig(dataset="image_folder", root=str(tmp_path), image_size=8, labels="fine"))
 
 

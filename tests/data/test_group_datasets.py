@@ -86,7 +86,7 @@ def edited(path: Path, old: str, new: str) -> None:
             "waterbirds",
             write_waterbirds,
             lambda r: (r / "000.Some_bird" / "Some_Bird_0000_0.jpg").unlink(),
-            "lacks 1 of the 24 images that its table names, the first of them .*Some_Bird_0000_0.jpg",
+            "lacks 1 of the 24 images that its table names, first .*Some_Bird_0000_0.jpg",
         ),
         (
             "waterbirds",
@@ -104,13 +104,13 @@ def edited(path: Path, old: str, new: str) -> None:
             "celeba",
             write_celeba_txt,
             lambda r: edited(r / "list_attr_celeba.txt", "12\n", "13\n"),
-            "must begin with the number of its rows, 12, .* it begins with '13'",
+            "must start with the number of its rows, 12, .* it starts with '13'",
         ),
         (
             "celeba",
             write_celeba_txt,
             lambda r: edited(r / "list_eval_partition.txt", "000003.jpg 0\n", ""),
-            "does not say to which split 000003.jpg belongs",
+            "has no split for 000003.jpg",
         ),
         (
             "isic",

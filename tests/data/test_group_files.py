@@ -108,7 +108,7 @@ def test_a_broken_groups_file_is_refused(groups_file: tuple[Path, DataModule], t
             reading(tmp_path / "none"),
             "must be annotated or a file that `python -m pysupcon infer-groups` wrote",
         ),
-        (reading(cut), "cut.safetensors is damaged or no groups file"),
+        (reading(cut), "cut.safetensors is damaged or not a groups file"),
         (reading(foreign), "has the format None, this version reads 1"),
         (reading(old), "has the format 0, this version reads 1"),
         (reading(gap), r"must number the 4 groups of the training samples without gaps, got \[1, 2, 3\]"),

@@ -110,11 +110,11 @@ def test_damaged_tiny_imagenet(tmp_path: Path) -> None:
     text = table.read_text()
     table.write_text(text + "val_0.JPEG\tn00000000\t0\n")
     with pytest.raises(
-        ConfigError, match=r"val_annotations.txt, line 201, must begin .*'val_0.JPEG.tn00000000"
+        ConfigError, match=r"val_annotations.txt, line 201, must start .*'val_0.JPEG.tn00000000"
     ):
         read("tiny_imagenet", tmp_path)
     table.write_text(text + f"val_999.JPEG\t{wnids[0]}\t0\n")
-    with pytest.raises(ConfigError, match=r"names 201 images, 1 of which are not there.*val_999.JPEG"):
+    with pytest.raises(ConfigError, match=r"names 201 images, 1 of which are missing.*val_999.JPEG"):
         read("tiny_imagenet", tmp_path)
     table.unlink()
     with pytest.raises(ConfigError, match=r"val_annotations.txt cannot be read"):
