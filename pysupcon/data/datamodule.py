@@ -64,8 +64,8 @@ class EvaluationDataset(Dataset[tuple[Tensor, int, int]]):
 class MultiViewDataset(Dataset[tuple[Tensor, int]]):
     """Independently augmented views of the training samples.
 
-    The item ``dataset[sample, draw]`` is (views uint8 [V, C, S, S]; label). The views depend only on seed, draw
-    and sample, not on the process or on the rest of the batch. No global random state is used.
+    The item ``dataset[sample, draw]`` is (views uint8 [V, C, S, S]; label). The views depend only on seed,
+    draw and sample, not on the process or on the rest of the batch. No global random state is used.
     """
 
     def __init__(

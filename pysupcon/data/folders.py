@@ -79,7 +79,7 @@ def _superclasses(config: DataConfig, names: list[str]) -> dict[str, list[str]]:
 
 
 def imagenet100(config: DataConfig) -> Source:
-    """Reads ROOT/train/WNID and ROOT/val/WNID of ImageNet or of the hundred classes; val is the test split."""
+    """Reads ROOT/train/WNID and ROOT/val/WNID, the test split; other classes are ignored."""
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
     assert config.root is not None

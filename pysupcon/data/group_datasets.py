@@ -169,8 +169,8 @@ def _read_celeba(path: Path, columns: list[str] | None) -> _Table:
         return _make_table(path, columns, lines, 1)
     if len(lines) < 2 or len(lines[0]) != 1 or lines[0][0] != str(len(lines) - 2):
         raise ConfigError(
-            f"data.root: {path} must start with the number of its rows, {len(lines) - 2}, and the names of its "
-            f"attributes; it starts with {' '.join(lines[0][:4]) if lines else 'nothing'!r}"
+            f"data.root: {path} must start with the number of its rows, {len(lines) - 2}, and the names of "
+            f"its attributes; it starts with {' '.join(lines[0][:4]) if lines else 'nothing'!r}"
         )
     return _make_table(path, ["image_id", *lines[1]], lines[2:], 3)
 

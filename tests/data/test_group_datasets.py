@@ -165,7 +165,7 @@ def test_a_divided_table_refuses_a_test_fraction(tmp_path):
     write_waterbirds(tmp_path)
     config = DataConfig("waterbirds", root=str(tmp_path), image_size=8, batch_size=2, test_fraction=0.2)
     with pytest.raises(
-        ConfigError, match=r"data\.test_fraction has no effect: the table of waterbirds divides"
+        ConfigError, match=r"data\.test_fraction has no effect: the table of waterbirds has a split column"
     ):
         load_data(config)
 
