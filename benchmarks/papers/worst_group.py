@@ -31,8 +31,8 @@ import torch
 from benchmarks import machine
 from pysupcon.evaluation.evaluate import FOLDER as EVALUATION
 from pysupcon.evaluation.evaluate import METRICS_FILE
-from pysupcon.evaluators import BootstrapConfig, resampled
-from pysupcon.evaluators.bootstrap import percentile_interval, resampled_values
+from pysupcon.evaluators import BootstrapConfig, bind_metric
+from pysupcon.evaluators.bootstrap import bootstrap_values, percentile_interval
 from pysupcon.reports.evaluated_runs import read_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -151,9 +151,9 @@ def collect(seeds: Sequence[int], runs: Path) -> dict[str, Any]:
         for figure in FIGURES:
             samples = []
             for run in found:
-                outcome = resampled(f"worst_group/trained/{figure}", run.outcomes)
+                outcome = bind_metric(f"worst_group/trained/{figure}", run.outcomes)
                 assert outcome is not None, f"{run.dir} has no {figure}"
-                samples.append(resampled_values(outcome, bootstrap))
+                samples.append(bootstrap_values(outcome, bootstrap))
             drawn[name, figure] = torch.stack(samples).mean(dim=0)
             values = [entry["seeds"][str(seed)][figure] for seed in seeds]
             interval = percentile_interval(drawn[name, figure], bootstrap.confidence)

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from pysupcon.commands import program
 from pysupcon.errors import RunError
-from pysupcon.evaluators import BootstrapConfig, resampled, unit_of
-from pysupcon.evaluators.bootstrap import percentile_interval, resampled_values
+from pysupcon.evaluators import BootstrapConfig, bind_metric, unit_of
+from pysupcon.evaluators.bootstrap import bootstrap_values, percentile_interval
 from pysupcon.reports.evaluated_runs import (
     EVALUATION,
     Configuration,
@@ -119,7 +119,7 @@ def common_figures(runs: Sequence[EvaluatedRun], patterns: Sequence[str] | None 
     shared = [
         name
         for name in runs[0].figures
-        if all(name in run.figures and resampled(name, run.outcomes) is not None for run in runs)
+        if all(name in run.figures and bind_metric(name, run.outcomes) is not None for run in runs)
     ]
     if patterns is None:
         chosen = [name for name in shared if "class=" not in name and "group=" not in name]
@@ -175,9 +175,9 @@ def compare(
             samples = []
             seeds = []
             for run in group.runs:
-                figure = resampled(name, run.outcomes)
+                figure = bind_metric(name, run.outcomes)
                 assert figure is not None
-                samples.append(resampled_values(figure, bootstrap))
+                samples.append(bootstrap_values(figure, bootstrap))
                 seeds.append(figure.value())
             drawn[group.name] = torch.stack(samples).mean(dim=0)
             low, high = percentile_interval(drawn[group.name], bootstrap.confidence)

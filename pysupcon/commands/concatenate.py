@@ -93,9 +93,9 @@ def check_same_data(one: Run, other: Run) -> None:
 
 
 def _weights(run: Run) -> dict[str, Tensor]:
-    from pysupcon.models.spectral import plain_weights
+    from pysupcon.models.spectral import unparametrized_state_dict
 
-    return plain_weights(run.model.backbone)
+    return unparametrized_state_dict(run.model.backbone)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -44,14 +44,16 @@ def export_run(run_dir: str | Path, output: str | Path) -> Path:
         RunError: the run is not finished or damaged, its metrics are damaged, or ``output`` is not empty.
         ConfigError: the config of the run is not valid.
     """
-    from pysupcon.models.spectral import plain_weights
+    from pysupcon.models.spectral import unparametrized_state_dict
     from pysupcon.trainer.checkpoint import pack_weights
     from pysupcon.trainer.files import check_new_or_empty, new_folder
     from pysupcon.trainer.run import load_run
 
     run, output = load_run(run_dir), Path(output)
     check_new_or_empty(output)
-    weights = {name: value.contiguous() for name, value in plain_weights(run.model.backbone).items()}
+    weights = {
+        name: value.contiguous() for name, value in unparametrized_state_dict(run.model.backbone).items()
+    }
     metrics = _metrics(run)
     with new_folder(output) as folder:
         (folder / WEIGHTS).write_bytes(pack_weights(weights))
@@ -76,7 +78,7 @@ def _has_several_backbones(run: Run) -> bool:
 def _backbone_arguments(model: ModelConfig) -> dict[str, Any]:
     """The arguments of ModelConfig that build the backbone."""
     if model.concatenated:
-        return {"concatenated": [{"model": _backbone_arguments(part)} for part in model.parts()]}
+        return {"concatenated": [{"model": _backbone_arguments(part)} for part in model.part_configs()]}
     default = type(model)()
     optional = ("width", "small_stem", "timm_args", "encoders")
     given = {
@@ -177,7 +179,7 @@ def model_card(run: Run, metrics: dict[str, Any] | None, name: str) -> str:
 def _summary(run: Run) -> str:
     model = run.config.model
     if model.concatenated:
-        return "Concatenation of " + " and ".join(f"a {part.backbone}" for part in model.parts())
+        return "Concatenation of " + " and ".join(f"a {part.backbone}" for part in model.part_configs())
     return f"Two concatenated {model.backbone}" if _has_two_encoders(model) else f"A {model.backbone}"
 
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pysupcon.commands import program
-from pysupcon.data.bundle import Data
+from pysupcon.data.datamodule import DataModule
 from pysupcon.data.group_files import Groups, fingerprint, write_groups
 from pysupcon.errors import ConfigError, RunError
 from pysupcon.evaluation.features import extract_features, resolve_device
@@ -132,7 +132,7 @@ def infer_from_runs(
     recovered = recovery(found.groups, data.true_groups["train"])
     groups = Groups(
         found.groups,
-        found.assign(features["val"], labels["val"]),
+        found.predict(features["val"], labels["val"]),
         found.parent,
         made_from={
             "data": {name: getattr(data.config, name) for name in _RECORDED_DATA_FIELDS},
@@ -162,7 +162,7 @@ def infer_from_runs(
     )
 
 
-def _training_labels(data: Data) -> dict[str, Tensor]:
+def _training_labels(data: DataModule) -> dict[str, Tensor]:
     """The labels that the run was trained on, int64 [N] by split."""
     fine = data.config.labels == "fine"
     return {name: samples.fine if fine else samples.coarse for name, samples in data.splits.items()}

@@ -16,8 +16,8 @@ from pathlib import Path
 from torch import Tensor
 
 from pysupcon.commands import program
-from pysupcon.data.bundle import Data, PlainDataset
 from pysupcon.data.config import DataConfig
+from pysupcon.data.datamodule import DataModule, EvaluationDataset
 from pysupcon.errors import ConfigError, RunError
 from pysupcon.evaluation.evaluate import write_results
 from pysupcon.evaluation.features import SPLITS, extract_features, resolve_device
@@ -62,7 +62,7 @@ class TransferArguments:
     """Show progress bars."""
 
 
-def transfer_features(run: Run, arguments: TransferArguments) -> tuple[FeatureSplits, Data]:
+def transfer_features(run: Run, arguments: TransferArguments) -> tuple[FeatureSplits, DataModule]:
     """Compute the frozen features of another data set.
 
     Args:
@@ -86,7 +86,7 @@ def transfer_features(run: Run, arguments: TransferArguments) -> tuple[FeatureSp
     config.labels = "fine"
     config.check()
     config.resolve()
-    data = Data(config)
+    data = DataModule(config)
     if data.channels != channels and data.channels != 1:
         raise ConfigError(
             f"data.dataset={config.dataset} has {data.channels} channels, but the encoder of {run.dir} was "
@@ -102,7 +102,7 @@ def transfer_features(run: Run, arguments: TransferArguments) -> tuple[FeatureSp
     features: dict[str, FeatureSet] = {}
     for name in SPLITS:
         # The images are normalised by the statistics of the run's training images, not by their own.
-        dataset = PlainDataset(
+        dataset = EvaluationDataset(
             data.splits[name], size, run.data.normalize, data.coarse_names, data.fine_names
         )
         try:

@@ -1,7 +1,7 @@
 """Data: images with fine and coarse labels, stratified splits, multi-view augmentation, batch samplers.
 
-Torchvision, scikit-learn and mlxtend are imported where they are needed only: ``--help`` needs the arguments
-alone."""
+torchvision, scikit-learn and mlxtend are imported on first use, because ``--help`` needs only the config.
+"""
 
 from pysupcon.data.config import DataConfig
 

@@ -1,4 +1,4 @@
-"""Views of images: whole batches, uint8 in and uint8 out, right for each family of data."""
+"""Augmented views of image batches, uint8 to uint8, for each family of images."""
 
 from __future__ import annotations
 
@@ -12,100 +12,100 @@ from pysupcon.data.colour import ColorJitter, RandomGrayscale
 from pysupcon.data.geometry import RandomAffine, RandomCrop, RandomHorizontalFlip, RandomResizedCrop
 from pysupcon.data.sources import Family
 
-_CHUNK = 128  # images at once: what lies between two steps then stays in the cache
+_CHUNK_SIZE = 128  # images augmented at once, so that the data between two transforms stay in the cache
 
 
-class Step(Protocol):
-    """A random change of a batch, see :mod:`pysupcon.data.geometry`."""
+class BatchTransform(Protocol):
+    """A random transform of a batch, see :mod:`pysupcon.data.geometry`."""
 
     @property
-    def count(self) -> int: ...
+    def num_uniforms(self) -> int: ...
 
-    def __call__(self, images: Tensor, numbers: Tensor) -> Tensor: ...
+    def __call__(self, images: Tensor, uniforms: Tensor) -> Tensor: ...
 
 
-class Fit:
-    """Images as they are, brought to ``size`` x ``size`` by resizing the shorter side and cutting the middle
-    out: uint8 [..., C, H, W]."""
+class ResizeCenterCrop:
+    """Resizes the shorter side of uint8 images [..., C, H, W] to ``size`` and crops the centre square."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.fit = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
+        self.resize = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
 
     def __call__(self, images: Tensor) -> Tensor:
-        return images if images.shape[-2:] == (self.size, self.size) else self.fit(images)
+        return images if images.shape[-2:] == (self.size, self.size) else self.resize(images)
 
 
 class Augmentation:
     """Random views of images.
 
     Args:
-        strength: none, weak or strong; see ``DataConfig.augmentation``.
-        family: digits are neither flipped nor coloured, grey images are flipped, colour images also jittered
-            in colour (Khosla et al. 2020, appendix; Chen et al. 2022).
-        size: side of the views, pixels.
+        strength: "none", "weak" or "strong"; see ``DataConfig.augmentation``.
+        family: "digits" are not flipped; "grey" images are flipped; "colour" images are flipped and
+            jittered in colour (Khosla et al. 2020, appendix; Chen et al. 2022).
+        size: side of the views, in pixels.
 
     Attributes:
-        count: random numbers that a view needs.
+        num_uniforms: number of uniform random numbers per view.
     """
 
     def __init__(self, strength: Literal["none", "weak", "strong"], family: Family, size: int) -> None:
         self.size = size
-        self.fit = None if strength == "strong" else Fit(size)  # a strong crop ends at the size by itself
-        self.steps: list[Step] = []
+        # RandomResizedCrop resizes by itself.
+        self.resize = None if strength == "strong" else ResizeCenterCrop(size)
+        self.transforms: list[BatchTransform] = []
         if strength == "weak" and family == "digits":
-            self.steps = [RandomAffine(10, translate=0.1)]
+            self.transforms = [RandomAffine(10, translate=0.1)]
         elif strength == "weak":
-            self.steps = [RandomCrop(max(size // 8, 1)), RandomHorizontalFlip()]
+            self.transforms = [RandomCrop(max(size // 8, 1)), RandomHorizontalFlip()]
         elif strength == "strong" and family == "digits":
-            # a digit fills its image: a crop below half of the area would cut it apart
-            self.steps = [RandomAffine(15, shear=10), RandomResizedCrop(size, (0.5, 1.0))]
+            # A digit fills its image, so a crop below half of the area would cut it.
+            self.transforms = [RandomAffine(15, shear=10), RandomResizedCrop(size, (0.5, 1.0))]
         elif strength == "strong":
-            self.steps = [RandomResizedCrop(size, (0.2, 1.0)), RandomHorizontalFlip()]
+            self.transforms = [RandomResizedCrop(size, (0.2, 1.0)), RandomHorizontalFlip()]
             if family == "colour":
-                self.steps += [ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), RandomGrayscale(0.2)]
-        self.count = sum(step.count for step in self.steps)
+                self.transforms += [ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), RandomGrayscale(0.2)]
+        self.num_uniforms = sum(transform.num_uniforms for transform in self.transforms)
 
-    def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
-        """One view of every image.
+    def __call__(self, images: Tensor, uniforms: Tensor) -> Tensor:
+        """V views of every image.
 
         Args:
             images: uint8 [n, C, H, W].
-            numbers: uniform in [0, 1), float64 [n, V, count]; a view is a function of its image and its
-                numbers.
+            uniforms: float64 [n, V, num_uniforms] in [0, 1). A view depends only on its image and uniforms.
 
         Returns:
-            uint8 [n, V, C, size, size]; without a random step all views of an image share their memory.
+            uint8 [n, V, C, size, size]. Without a random transform all views of an image share memory.
         """
-        views = numbers.shape[1]
-        if not self.steps:
-            fitted = images if self.fit is None else self.fit(images)
+        views = uniforms.shape[1]
+        if not self.transforms:
+            fitted = images if self.resize is None else self.resize(images)
             return fitted.unsqueeze(1).expand(-1, views, -1, -1, -1)
         result = images.new_empty(len(images), views, images.shape[1], self.size, self.size)
-        for start in range(0, len(images), max(_CHUNK // views, 1)):
-            part = slice(start, start + max(_CHUNK // views, 1))
-            chunk = images[part] if self.fit is None else self.fit(images[part])
-            result[part] = self._views(chunk, numbers[part])
+        for start in range(0, len(images), max(_CHUNK_SIZE // views, 1)):
+            part = slice(start, start + max(_CHUNK_SIZE // views, 1))
+            chunk = images[part] if self.resize is None else self.resize(images[part])
+            result[part] = self._views(chunk, uniforms[part])
         return result
 
-    def _views(self, images: Tensor, numbers: Tensor) -> Tensor:
-        count, views = numbers.shape[:2]
-        several = images.unsqueeze(1).expand(-1, views, -1, -1, -1).flatten(0, 1)
-        first = 0
-        for step in self.steps:
-            several = step(several, numbers.flatten(0, 1)[:, first : first + step.count])
-            first += step.count
-        return several.unflatten(0, (count, views))
+    def _views(self, images: Tensor, uniforms: Tensor) -> Tensor:
+        count, views = uniforms.shape[:2]
+        result = images.unsqueeze(1).expand(-1, views, -1, -1, -1).flatten(0, 1)
+        start = 0
+        for transform in self.transforms:
+            end = start + transform.num_uniforms
+            result = transform(result, uniforms.flatten(0, 1)[:, start:end])
+            start = end
+        return result.unflatten(0, (count, views))
 
 
 class Normalize:
-    """uint8 images [..., C, H, W] to float32 of about zero mean and unit variance a channel."""
+    """Converts uint8 images [..., C, H, W] to float32 with about zero mean and unit variance per channel."""
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         self.mean = torch.tensor(mean).view(-1, 1, 1)
         self.std = torch.tensor(std).view(-1, 1, 1)
 
     def __call__(self, images: Tensor) -> Tensor:
-        if self.mean.device != images.device:  # once, not every step
+        if self.mean.device != images.device:  # on the first call only
             self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
         return (images.to(torch.float32) / 255 - self.mean) / self.std

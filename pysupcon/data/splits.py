@@ -7,35 +7,34 @@ from torch import Tensor
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Divide samples in two, every class in the same proportion.
+    """Split samples in two, with the same proportion in every class.
 
     Args:
         labels: int64 [N].
-        fraction: share of the second part, of each class; rounded, but a class of two or more samples has at
-            least
-            one on either side.
-        seed: the same seed, labels and fraction give the same parts.
+        fraction: fraction of each class in the second part, rounded. A class of two or more samples has at
+            least one sample in each part.
+        seed: seed of the split.
 
     Returns:
-        Sorted indices of the first and of the second part, int64, disjoint, together all N.
+        Sorted indices of the first and of the second part, int64.
     """
     generator = torch.Generator().manual_seed(seed)
     second = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique(sorted=True):
         members = (labels == label).nonzero().flatten()
-        take = min(max(round(fraction * len(members)), 1), len(members) - 1)
-        second[members[torch.randperm(len(members), generator=generator)[:take]]] = True
+        size = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        second[members[torch.randperm(len(members), generator=generator)[:size]]] = True
     return (~second).nonzero().flatten(), second.nonzero().flatten()
 
 
 def stratified_subset(labels: Tensor, count: int, seed: int) -> Tensor:
-    """Some of the samples, every class in the same proportion.
+    """Select ``count`` samples, with the same proportion of every class.
 
     Args:
         labels: int64 [N].
-        count: samples to keep, at most N and at least one for each class. What the proportion leaves over
-            goes to the classes that it cuts most; every class keeps at least one sample.
-        seed: the same seed, labels and count give the same samples.
+        count: samples to keep, at least one per class and at most N. Class sizes are rounded by the largest
+            remainders; every class keeps at least one sample.
+        seed: seed of the selection.
 
     Returns:
         Sorted indices, int64 [count].
@@ -45,19 +44,19 @@ def stratified_subset(labels: Tensor, count: int, seed: int) -> Tensor:
         raise ValueError(f"count must be in [{len(classes)}, {len(labels)}], got {count}")
     exact = sizes.double() * (count / len(labels))
     shares = exact.floor().long().clamp(min=1)
-    while (left := count - int(shares.sum())) != 0:  # one class at a time; smaller labels first on a tie
-        owed = exact - shares if left > 0 else torch.where(shares > 1, shares - exact, -torch.inf)
-        shares[owed.sort(descending=True, stable=True).indices[0]] += 1 if left > 0 else -1
-    return at_most(labels, dict(zip(classes.tolist(), shares.tolist(), strict=True)), seed)
+    while (left := count - int(shares.sum())) != 0:  # one class at a time; a tie goes to the smaller label
+        remainder = exact - shares if left > 0 else torch.where(shares > 1, shares - exact, -torch.inf)
+        shares[remainder.sort(descending=True, stable=True).indices[0]] += 1 if left > 0 else -1
+    return cap_per_class(labels, dict(zip(classes.tolist(), shares.tolist(), strict=True)), seed)
 
 
-def at_most(labels: Tensor, counts: dict[int, int], seed: int) -> Tensor:
-    """Of each class as many samples as ``counts`` says, or all if it has fewer, drawn without replacement.
+def cap_per_class(labels: Tensor, counts: dict[int, int], seed: int) -> Tensor:
+    """Select up to ``counts[label]`` samples of each class, without replacement.
 
     Args:
         labels: int64 [N].
-        counts: label -> samples to keep, every label.
-        seed: the same seed, labels and counts give the same samples. Fewer of a class are a part of more.
+        counts: samples to keep of every label.
+        seed: seed of the selection. With one seed, a smaller selection is a subset of a larger one.
 
     Returns:
         Sorted indices, int64.

@@ -1,25 +1,25 @@
-"""A spurious attribute for images that have none: colour, which goes with the class at a chosen rate."""
+"""A synthetic spurious attribute: colour that agrees with the class at a given rate."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-#: One colour for each class: red, green, share of the grey value in each channel.
+#: Colours red and green, as factors of the grey value in each channel.
 COLOURS = ((1.0, 0.1, 0.1), (0.1, 1.0, 0.1))
 COLOUR_NAMES = ["red", "green"]
 
 
 def correlated_attribute(classes: Tensor, count: int, rate: float, seed: int) -> Tensor:
-    """An attribute for every sample that equals its class in the share ``rate`` of each class, exactly.
+    """An attribute that equals the class for exactly the fraction ``rate`` of each class.
 
-    The other samples of a class take the other attributes in turn, so each is as frequent as can be.
+    The other samples of a class get the other attributes in equal numbers.
 
     Args:
         classes: int64 [N], in [0, count).
-        count: of the attributes, 2 or more.
-        rate: in [0, 1]; 1 / count makes class and attribute independent. Rounded to whole samples of a class.
-        seed: the same seed, classes, count and rate give the same attributes.
+        count: number of attributes, at least 2.
+        rate: in [0, 1], rounded to whole samples of a class. 1 / count makes class and attribute independent.
+        seed: seed of the selection.
 
     Returns:
         int64 [N] in [0, count).
@@ -33,18 +33,18 @@ def correlated_attribute(classes: Tensor, count: int, rate: float, seed: int) ->
     for label in classes.unique(sorted=True):
         members = (classes == label).nonzero().flatten()
         order = members[torch.randperm(len(members), generator=generator)]
-        strange = order[round(rate * len(members)) :]
-        attribute[strange] = (label + 1 + torch.arange(len(strange)) % (count - 1)) % count
+        minority = order[round(rate * len(members)) :]
+        attribute[minority] = (label + 1 + torch.arange(len(minority)) % (count - 1)) % count
     return attribute
 
 
-def coloured(images: Tensor, attribute: Tensor, colours: tuple[tuple[float, ...], ...] = COLOURS) -> Tensor:
-    """Grey images in the colour of their attribute.
+def colourize(images: Tensor, attribute: Tensor, colours: tuple[tuple[float, ...], ...] = COLOURS) -> Tensor:
+    """Colour grey images by their attribute.
 
     Args:
         images: uint8 [N, 1, H, W].
         attribute: int64 [N], indices into ``colours``.
-        colours: share of the grey value in each channel, in [0, 1].
+        colours: factors of the grey value in each channel, in [0, 1].
 
     Returns:
         uint8 [N, 3, H, W].
@@ -53,5 +53,5 @@ def coloured(images: Tensor, attribute: Tensor, colours: tuple[tuple[float, ...]
         raise ValueError(
             f"images must be uint8 of shape [N, 1, H, W], got {images.dtype} of shape {list(images.shape)}"
         )
-    shares = torch.tensor(colours)[attribute][:, :, None, None]
-    return (images.float() * shares).round().to(torch.uint8)
+    factors = torch.tensor(colours)[attribute][:, :, None, None]
+    return (images.float() * factors).round().to(torch.uint8)

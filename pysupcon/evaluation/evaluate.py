@@ -20,7 +20,7 @@ from pysupcon.evaluation.features import resolve_device, run_features
 from pysupcon.evaluators import (
     EvaluationConfig,
     FeatureSplits,
-    available,
+    available_evaluators,
     build_evaluators,
     unit_of,
     with_intervals,
@@ -139,7 +139,7 @@ def _metadata(
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     arguments = asdict(config)
-    unused = set(available()) - set(config.evaluators)
+    unused = set(available_evaluators()) - set(config.evaluators)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "run": run.dir.resolve().name,

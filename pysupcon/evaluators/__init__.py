@@ -16,13 +16,13 @@ from pysupcon.evaluators.bootstrap import BootstrapConfig, with_intervals
 from pysupcon.evaluators.coarse_to_fine import CoarseToFine, CoarseToFineConfig
 from pysupcon.evaluators.geometry import Geometry, GeometryConfig
 from pysupcon.evaluators.group_dro import GroupDRO, HeadConfig
-from pysupcon.evaluators.invariance import permutation_change
+from pysupcon.evaluators.invariance import permutation_sensitivity
 from pysupcon.evaluators.knn import KNN, KNNConfig
 from pysupcon.evaluators.linear_probe import LinearProbe, LinearProbeConfig, ProbeConfig
-from pysupcon.evaluators.pairs import Pairs, PairsConfig, kl_bound, loss_floors, pair_table
+from pysupcon.evaluators.metrics import BoundMetric, bind_metric
+from pysupcon.evaluators.pairs import Pairs, PairsConfig, kl_bound, loss_floors, pair_statistics
 from pysupcon.evaluators.projection import ProjectionConfig, project
 from pysupcon.evaluators.separation import Separation, SeparationConfig
-from pysupcon.evaluators.statistics import Resampled, resampled
 from pysupcon.evaluators.subgroups import SubgroupConfig, Subgroups, infer_groups, recovery
 from pysupcon.evaluators.transfer import Transfer, TransferConfig
 from pysupcon.evaluators.worst_group import WorstGroup, WorstGroupConfig
@@ -30,6 +30,7 @@ from pysupcon.evaluators.worst_group import WorstGroup, WorstGroupConfig
 __all__ = [
     "KNN",
     "BootstrapConfig",
+    "BoundMetric",
     "CoarseToFine",
     "CoarseToFineConfig",
     "EvaluationConfig",
@@ -49,7 +50,6 @@ __all__ = [
     "PairsConfig",
     "ProbeConfig",
     "ProjectionConfig",
-    "Resampled",
     "Result",
     "Separation",
     "SeparationConfig",
@@ -59,16 +59,16 @@ __all__ = [
     "TransferConfig",
     "WorstGroup",
     "WorstGroupConfig",
-    "available",
+    "available_evaluators",
+    "bind_metric",
     "build_evaluators",
     "infer_groups",
     "kl_bound",
     "loss_floors",
-    "pair_table",
-    "permutation_change",
+    "pair_statistics",
+    "permutation_sensitivity",
     "project",
     "recovery",
-    "resampled",
     "unit_of",
     "with_intervals",
 ]
@@ -132,12 +132,12 @@ class EvaluationConfig:
             raise ValueError(f"evaluators must name one or more evaluators, each once, got {self.evaluators}")
         unknown = [name for name in self.evaluators if name not in _CLASSES]
         if unknown:
-            raise ValueError(f"evaluators must be among {available()}, got {unknown}")
+            raise ValueError(f"evaluators must be among {available_evaluators()}, got {unknown}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
 
 
-def available() -> list[str]:
+def available_evaluators() -> list[str]:
     """Names that ``EvaluationConfig.evaluators`` may hold."""
     return sorted(_CLASSES)
 

@@ -83,7 +83,7 @@ class LinearHead:
     weight: Tensor
     bias: Tensor
 
-    def scores(self, features: Tensor) -> Tensor:
+    def logits(self, features: Tensor) -> Tensor:
         """[N, C] fp64 logits of ``features`` [N, D]."""
         return torch.addmm(self.bias, features.to("cpu", torch.float64), self.weight.T)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pysupcon.evaluators.base import Result
-from pysupcon.evaluators.statistics import STATISTICS, Resampled, resampled
+from pysupcon.evaluators.metrics import METRICS, BoundMetric, bind_metric
 
 _CHUNK_ELEMENTS = 1 << 22
 
@@ -35,7 +35,7 @@ class BootstrapConfig:
             raise ValueError(f"bootstrap.confidence must be in (0, 1), got {self.confidence}")
 
 
-def resampled_values(figure: Resampled, config: BootstrapConfig) -> Tensor:
+def bootstrap_values(figure: BoundMetric, config: BootstrapConfig) -> Tensor:
     """The figure of each resample of its samples, [resamples] float64 on the CPU.
 
     The difference of two such results of equal N and seed is the bootstrap distribution of the *paired*
@@ -51,15 +51,15 @@ def resampled_values(figure: Resampled, config: BootstrapConfig) -> Tensor:
     for start in range(0, config.resamples, rows):
         count = min(rows, config.resamples - start)
         drawn = torch.randint(n, (count, n), generator=generator)
-        values.append(figure.statistic.compute(*(outcome[drawn] for outcome in outcomes)))
+        values.append(figure.metric.compute(*(outcome[drawn] for outcome in outcomes)))
     return torch.cat(values)
 
 
-def resampled_means(values: Tensor, config: BootstrapConfig) -> Tensor:
-    """Means of ``values`` [N] (any real dtype) over each resample; see :func:`resampled_values`."""
+def bootstrap_means(values: Tensor, config: BootstrapConfig) -> Tensor:
+    """Means of ``values`` [N] (any real dtype) over each resample; see :func:`bootstrap_values`."""
     if values.ndim != 1:
         raise ValueError(f"values must be of shape [N] with N >= 1, got shape {list(values.shape)}")
-    return resampled_values(Resampled(STATISTICS["accuracy"], [values]), config)
+    return bootstrap_values(BoundMetric(METRICS["accuracy"], [values]), config)
 
 
 def percentile_interval(means: Tensor, confidence: float) -> tuple[float, float]:
@@ -71,7 +71,7 @@ def percentile_interval(means: Tensor, confidence: float) -> tuple[float, float]
 
 def with_intervals(results: Iterable[Result], config: BootstrapConfig) -> Iterator[Result]:
     """Passes ``results`` on; then adds ``F/low`` and ``F/high`` for every figure F that follows from outcomes
-    (see :mod:`pysupcon.evaluators.statistics`)."""
+    (see :mod:`pysupcon.evaluators.metrics`)."""
     names: list[str] = []
     outcomes: dict[str, Tensor] = {}
     for name, value in results:
@@ -81,8 +81,8 @@ def with_intervals(results: Iterable[Result], config: BootstrapConfig) -> Iterat
         else:
             names.append(name)
     for name in names:
-        figure = resampled(name, outcomes)
+        figure = bind_metric(name, outcomes)
         if figure is not None:
-            low, high = percentile_interval(resampled_values(figure, config), config.confidence)
+            low, high = percentile_interval(bootstrap_values(figure, config), config.confidence)
             yield f"{name}/low", low
             yield f"{name}/high", high

@@ -18,9 +18,9 @@ class CoarseToFineConfig(ProbeConfig):
     """Linear probes of an encoder trained on coarse labels: on the fine labels and on the coarse ones."""
 
 
-def predict_within(probe: FittedProbe, features: Tensor, allowed: Tensor) -> Tensor:
+def predict_restricted(probe: FittedProbe, features: Tensor, allowed: Tensor) -> Tensor:
     """Predicted label [N] among those that ``allowed`` [N, C] bool permits, C the probe's classes."""
-    scores = probe.scores(features).masked_fill(~allowed, -torch.inf)
+    scores = probe.logits(features).masked_fill(~allowed, -torch.inf)
     return probe.classes[scores.argmax(dim=1)]
 
 
@@ -69,14 +69,16 @@ class CoarseToFine:
             yield f"{prefix}/converged", float(probe.converged)
 
         probe, coarse, fine = probes["fine"], test.coarse.cpu(), test.fine.cpu()
-        counts = self._part_counts(train.coarse.cpu(), train.fine.cpu(), coarse, probe.classes)
+        counts = self._fine_class_counts(train.coarse.cpu(), train.fine.cpu(), coarse, probe.classes)
         prefix = "coarse_to_fine/fine_within_coarse"
-        predicted = predict_within(probe, test.features, counts > 0)
+        predicted = predict_restricted(probe, test.features, counts > 0)
         yield from accuracy_results(prefix, predicted, fine)
         yield f"{prefix}/chance", (probe.classes[counts.argmax(dim=1)] == fine).double().mean().item()
 
     @staticmethod
-    def _part_counts(train_coarse: Tensor, train_fine: Tensor, coarse: Tensor, classes: Tensor) -> Tensor:
+    def _fine_class_counts(
+        train_coarse: Tensor, train_fine: Tensor, coarse: Tensor, classes: Tensor
+    ) -> Tensor:
         """[M, C]: how many training samples of each fine class share the coarse class of each test sample."""
         coarse_values, coarse_index = torch.cat([train_coarse, coarse]).unique(return_inverse=True)
         table = torch.zeros(len(coarse_values), len(classes), dtype=torch.int64)

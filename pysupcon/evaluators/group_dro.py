@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pysupcon.evaluators.base import LinearHead
-from pysupcon.evaluators.linear_probe import _bar, _standardization
-from pysupcon.evaluators.statistics import worst_group
+from pysupcon.evaluators.linear_probe import progress_bar, standardization
+from pysupcon.evaluators.metrics import worst_group
 
 
 class GroupDRO(nn.Module):
@@ -29,10 +29,10 @@ class GroupDRO(nn.Module):
     Args:
         counts: [G] int64, training samples of each group, n_g.
         eta: step of the weights.
-        adjustment: C, which makes small groups count for more, since they generalise less.
-        add_up: several processes: the sum of a tensor over them. Then the loss of each process is its part of
-            the robust loss of the joint batch, such that the mean over the processes (of the values, and of
-            the gradients, as DistributedDataParallel takes it) is that of one process with the whole batch.
+        adjustment: C. It raises the loss of small groups, which generalise less.
+        all_reduce_sum: for several processes, returns the sum of a tensor over them. The loss of a process is
+            then scaled so that the mean over the processes, of values and of gradients (as
+            DistributedDataParallel averages them), equals that of one process with the global batch.
 
     Attributes:
         weights: [G] fp64, q_g, sums to 1.
@@ -49,7 +49,7 @@ class GroupDRO(nn.Module):
         *,
         eta: float = 0.01,
         adjustment: float = 0.0,
-        add_up: Callable[[Tensor], Tensor] | None = None,
+        all_reduce_sum: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         if counts.ndim != 1 or len(counts) == 0 or bool((counts < 1).any()):
@@ -58,7 +58,8 @@ class GroupDRO(nn.Module):
             )
         if not eta >= 0 or not adjustment >= 0:
             raise ValueError(f"eta and adjustment must be >= 0, got {eta} and {adjustment}")
-        self.eta, self.adjustment, self.counts, self._add_up = eta, adjustment, counts.tolist(), add_up
+        self.eta, self.adjustment, self.counts = eta, adjustment, counts.tolist()
+        self._all_reduce_sum = all_reduce_sum
         uniform = torch.full((len(counts),), 1 / len(counts), dtype=torch.float64, device=counts.device)
         self.register_buffer("weights", uniform)
         self.register_buffer("losses", torch.zeros_like(uniform))
@@ -84,8 +85,8 @@ class GroupDRO(nn.Module):
         sums, counts = (losses[:, None] * members).sum(dim=0), members.sum(dim=0).double()
         processes: Tensor | float = 1.0
         totals = sums.detach().double()
-        if self._add_up is not None:
-            together = self._add_up(torch.cat([totals, counts, counts.new_ones(1)]))
+        if self._all_reduce_sum is not None:
+            together = self._all_reduce_sum(torch.cat([totals, counts, counts.new_ones(1)]))
             totals, counts, processes = together[:size], together[size:-1], together[-1]
         if self.training:
             self._update(totals / counts.clamp(min=1), counts > 0)
@@ -100,7 +101,7 @@ class GroupDRO(nn.Module):
         self.weights.copy_(weights / weights.sum())
         self.losses.copy_(torch.where(present, means, self.losses))
 
-    def figures(self) -> dict[str, Tensor]:
+    def metrics(self) -> dict[str, Tensor]:
         """``group=G/loss`` and ``group=G/weight`` of every group, tensors of no dimensions."""
         return {
             f"group={group}/{name}": values[group]
@@ -120,12 +121,12 @@ class GroupDRO(nn.Module):
         """
         if state.tolist() != self.counts:
             raise ValueError(
-                f"the groups must be those that the weights belong to, of {_sizes(state.tolist())} training "
-                f"samples, got groups of {_sizes(self.counts)}"
+                f"the groups must be those that the weights belong to, of {_format_sizes(state.tolist())} "
+                f"training samples, got groups of {_format_sizes(self.counts)}"
             )
 
 
-def _sizes(counts: Sequence[int]) -> str:
+def _format_sizes(counts: Sequence[int]) -> str:
     shown = ", ".join(map(str, counts[:8]))
     return shown + (f", ... ({len(counts)} groups)" if len(counts) > 8 else "")
 
@@ -173,7 +174,7 @@ class HeadConfig:
 
 
 @dataclass(frozen=True)
-class Head(LinearHead):
+class FittedHead(LinearHead):
     """A head, and how it was chosen."""
 
     val_worst_group: float
@@ -181,7 +182,7 @@ class Head(LinearHead):
     epoch: int
 
 
-class Labelled(NamedTuple):
+class GroupedFeatures(NamedTuple):
     """Features [N, D], class indices [N] and groups [N], both int64."""
 
     features: Tensor
@@ -209,19 +210,25 @@ def group_batches(
 
 
 def fit_head(
-    train: Labelled, val: Labelled, classes: int, config: HeadConfig, *, robust: bool, progress: bool = False
-) -> Head:
+    train: GroupedFeatures,
+    val: GroupedFeatures,
+    classes: int,
+    config: HeadConfig,
+    *,
+    robust: bool,
+    progress: bool = False,
+) -> FittedHead:
     """Trains on ``train``: GroupDRO over its groups if ``robust``, else ERM, which does not look at them.
 
     The weight decay and the epoch with the best worst-group accuracy on ``val``, by its groups, are kept; of
     equally good ones the stronger decay and the later epoch.
     """
     x = train.features.to("cpu", torch.float64)
-    mean, std = _standardization(x)
+    mean, std = standardization(x)
     data = ((x - mean) / std).float()
     val_data = ((val.features.to("cpu", torch.float64) - mean) / std).float()
     counts = torch.bincount(train.groups)
-    best: Head | None = None
+    best: FittedHead | None = None
     name = "GroupDRO" if robust else "ERM"
     for decay in sorted(set(config.weight_decays), reverse=True):
         generator = torch.Generator().manual_seed(config.seed)
@@ -232,7 +239,7 @@ def fit_head(
         optimizer = torch.optim.SGD(head.parameters(), config.learning_rate, momentum=0.9, weight_decay=decay)
         steps = config.epochs * -(-len(data) // config.batch_size)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for epoch in _bar(range(config.epochs), progress, f"{name}, decay {decay:g}"):
+        for epoch in progress_bar(range(config.epochs), progress, f"{name}, decay {decay:g}"):
             for rows in group_batches(
                 train.groups, config.batch_size, robust and config.uniform_groups, generator
             ):
@@ -251,6 +258,6 @@ def fit_head(
             ):
                 weight = head.weight.detach().double() / std
                 bias = head.bias.detach().double() - weight @ mean
-                best = Head(weight, bias, worst, decay, int(epoch))
+                best = FittedHead(weight, bias, worst, decay, int(epoch))
     assert best is not None
     return best

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def permuted_within(labels: Tensor, generator: torch.Generator) -> Tensor:
+def permute_within_classes(labels: Tensor, generator: torch.Generator) -> Tensor:
     """A random permutation [N] int64 of the samples that keeps every class in place, ``labels`` [N]."""
     order = torch.arange(len(labels))
     labels = labels.cpu()
@@ -18,7 +18,7 @@ def permuted_within(labels: Tensor, generator: torch.Generator) -> Tensor:
     return order.to(labels.device)
 
 
-def permutation_change(
+def permutation_sensitivity(
     loss: Callable[[Tensor], Tensor],
     features: Tensor,
     labels: Tensor,
@@ -50,7 +50,7 @@ def permutation_change(
     with torch.no_grad():
         plain = loss(features).item()
         changes = [
-            abs(loss(features[permuted_within(labels, generator)]).item() - plain)
+            abs(loss(features[permute_within_classes(labels, generator)]).item() - plain)
             for _ in range(permutations)
         ]
     return max(changes) / (abs(plain) or 1.0)

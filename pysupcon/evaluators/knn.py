@@ -71,7 +71,7 @@ def nearest_neighbours(
     return cosines, indices
 
 
-def vote(cosines: Tensor, neighbour_classes: Tensor, classes: int, temperature: float) -> Tensor:
+def weighted_vote(cosines: Tensor, neighbour_classes: Tensor, classes: int, temperature: float) -> Tensor:
     """Class with the most weight among the neighbours; the lower one on a tie.
 
     Args:
@@ -108,5 +108,7 @@ class KNN:
             classes = labels.unique()
             neighbour_classes = class_index(labels, classes)[indices]
             for k in sorted(set(config.k)):
-                predicted = vote(cosines[:, :k], neighbour_classes[:, :k], len(classes), config.temperature)
+                predicted = weighted_vote(
+                    cosines[:, :k], neighbour_classes[:, :k], len(classes), config.temperature
+                )
                 yield from accuracy_results(f"knn/k={k}/{level}", classes[predicted], truth)

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from pysupcon.evaluators.base import FeatureSet, FeatureSplits, Level, Result, accuracy_results, class_index
 
 Solver = Literal["logistic", "sgd", "adamw"]
-_THREADS_FROM = 1 << 26
-_DEFAULT_RATES = {"sgd": (0.1,), "adamw": (1e-3,)}
+_MULTITHREADING_SIZE = 1 << 26
+_DEFAULT_LEARNING_RATES = {"sgd": (0.1,), "adamw": (1e-3,)}
 
 
 @dataclass
@@ -94,16 +94,16 @@ class FittedProbe(NamedTuple):
     chosen: float
     converged: bool
 
-    def scores(self, features: Tensor) -> Tensor:
+    def logits(self, features: Tensor) -> Tensor:
         """[N, C] fp64 logits of ``features`` [N, D]."""
         return torch.addmm(self.bias, features.to("cpu", torch.float64), self.weight.T)
 
     def predict(self, features: Tensor) -> Tensor:
         """[N] int64 labels for ``features`` [N, D]."""
-        return self.classes[self.scores(features).argmax(dim=1)]
+        return self.classes[self.logits(features).argmax(dim=1)]
 
 
-def _standardization(features: Tensor) -> tuple[Tensor, Tensor]:
+def standardization(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and deviation [D] of ``features`` [N, D]; deviation 1 where one is constant but for rounding."""
     mean, std = features.mean(dim=0), features.std(dim=0, correction=0)
     return mean, torch.where(std > 1e-6 * features.abs().amax(dim=0), std, 1.0)
@@ -118,13 +118,13 @@ def fit_probe(
     x, x_val = (split.features.to("cpu", torch.float64) for split in (train, val))
     mean, std = x.new_zeros(x.shape[1]), x.new_ones(x.shape[1])
     if config.standardize:
-        mean, std = _standardization(x)
+        mean, std = standardization(x)
     y, y_val = class_index(labels, classes), class_index(val_labels, classes)
     data = ((x - mean) / std, y, (x_val - mean) / std, y_val)
     if len(classes) == 1:
         zeros = x.new_zeros(1, x.shape[1])
         return FittedProbe(zeros, zeros[:, 0], classes, (y_val == 0).double().mean().item(), 0.0, True)
-    fit = _fit_logistic if config.solver == "logistic" else _fit_by_steps
+    fit = _fit_logistic if config.solver == "logistic" else _fit_gradient_descent
     weight, bias, val_accuracy, chosen, converged = fit(*data, len(classes), config, progress)
     weight = weight / std
     return FittedProbe(weight, bias - weight @ mean, classes, val_accuracy, chosen, converged)
@@ -147,12 +147,12 @@ def _fit_logistic(
     # fp32 halves the time of the fit; L-BFGS stops at a gradient of 1e-4, far above its rounding.
     features, targets = x.float().numpy(), y.numpy()
     # Small products gain nothing from threads, and lose tenfold where the threads wait for a busy processor.
-    threads = 1 if features.size * classes < _THREADS_FROM else None
+    threads = 1 if features.size * classes < _MULTITHREADING_SIZE else None
     model = LogisticRegression(max_iter=config.max_iterations, warm_start=True)
     best: _Fit | None = None
     # From the strongest penalty down: each solution is the start of the next, and a tie keeps the simpler
     # one.
-    for penalty in _bar(sorted(set(config.penalties), reverse=True), progress):
+    for penalty in progress_bar(sorted(set(config.penalties), reverse=True), progress):
         model.set_params(C=1 / (penalty * len(targets)))
         with threadpool_limits(threads), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -168,20 +168,20 @@ def _fit_logistic(
     return best
 
 
-def _fit_by_steps(
+def _fit_gradient_descent(
     x: Tensor, y: Tensor, x_val: Tensor, y_val: Tensor, classes: int, config: ProbeConfig, progress: bool
 ) -> _Fit:
     features, n = x.float(), len(x)
     steps = -(-n // config.batch_size)
     best: _Fit | None = None
-    rates = sorted(set(config.learning_rates or _DEFAULT_RATES[config.solver]))
+    rates = sorted(set(config.learning_rates or _DEFAULT_LEARNING_RATES[config.solver]))
     for rate in rates:
         generator = torch.Generator().manual_seed(config.seed)
         head = nn.utils.skip_init(nn.Linear, x.shape[1], classes)  # leaves the global random state alone
         nn.init.normal_(head.weight, std=0.01, generator=generator)
         nn.init.zeros_(head.bias)
         optimizer, scheduler = _optimizer(head, rate, config, steps)
-        for _ in _bar(range(config.epochs), progress):
+        for _ in progress_bar(range(config.epochs), progress):
             for rows in torch.randperm(n, generator=generator).split(config.batch_size):
                 optimizer.zero_grad()
                 F.cross_entropy(head(features[rows]), y[rows]).backward()
@@ -209,7 +209,9 @@ def _optimizer(
     return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs * steps)
 
 
-def _bar(items: list[float] | range, progress: bool, description: str = "linear probe") -> Iterator[float]:
+def progress_bar(
+    items: list[float] | range, progress: bool, description: str = "linear probe"
+) -> Iterator[float]:
     if progress:
         from tqdm import tqdm
 

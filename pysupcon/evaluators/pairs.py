@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pysupcon.evaluators.base import LEVELS, FeatureSplits, Result
 from pysupcon.evaluators.knn import similarity_chunks
-from pysupcon.evaluators.statistics import figure_results
+from pysupcon.evaluators.metrics import metric_results
 
 
 @dataclass
@@ -44,7 +44,7 @@ class PairsConfig:
             raise ValueError(f"pairs.chunk_bytes must be positive, got {self.chunk_bytes}")
 
 
-class PairTable(NamedTuple):
+class PairStatistics(NamedTuple):
     """Per anchor, [N] each, on the CPU; losses are fp64 and NaN for an anchor without a positive."""
 
     supcon: Tensor
@@ -61,14 +61,14 @@ class PairTable(NamedTuple):
     """The same of SINCERE: dL_i/ds_ip = (sigma_p - 1) / |P_i| > 0, int64"""
 
 
-def pair_table(
+def pair_statistics(
     features: Tensor,
     labels: Tensor,
     temperature: float,
     *,
     chunk_bytes: int = 1 << 26,
     progress: bool = False,
-) -> PairTable:
+) -> PairStatistics:
     """The table of ``features`` [N, D] with ``labels`` [N] int64. Memory grows with N, not with N squared."""
     blocks: list[tuple[Tensor, ...]] = []
     columns = torch.arange(len(features), device=features.device)
@@ -101,7 +101,7 @@ def pair_table(
                 sincere_repels.sum(dim=1),
             )
         )
-    return PairTable(*(torch.cat(column).cpu() for column in zip(*blocks, strict=True)))
+    return PairStatistics(*(torch.cat(column).cpu() for column in zip(*blocks, strict=True)))
 
 
 def kl_bound(losses: Tensor, negatives: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ class Pairs:
         chosen = dict(splits.items())[config.split]
         for level in LEVELS:
             labels = chosen.labels(level)
-            table = pair_table(
+            table = pair_statistics(
                 chosen.features,
                 labels,
                 config.temperature,
@@ -217,7 +217,7 @@ class Pairs:
                 "bound": bound,
                 "class": labels,
             }
-            for name, value in figure_results(prefix, figures, outcomes):
+            for name, value in metric_results(prefix, figures, outcomes):
                 if config.split == "test" or not isinstance(value, Tensor):
                     yield name, value
             floors = loss_floors(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pysupcon.evaluators.base import LEVELS, FeatureSet, FeatureSplits, Level, Result
 from pysupcon.evaluators.knn import similarity_chunks
-from pysupcon.evaluators.statistics import figure_results
+from pysupcon.evaluators.metrics import metric_results
 
 
 @dataclass
@@ -95,4 +95,4 @@ class Separation:
             if self.config.per_class:
                 for label in labels[known].unique().tolist():
                     figures += [f"class={label}/roc_auc", f"class={label}/average_precision"]
-            yield from figure_results(prefix, figures, outcomes)
+            yield from metric_results(prefix, figures, outcomes)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_THREADS_FROM = 1 << 24
+_MULTITHREADING_SIZE = 1 << 24
 
 
 @dataclass
@@ -120,7 +120,7 @@ class Subgroups:
         rows = features.detach().to("cpu", torch.float64)
         return F.normalize(rows, dim=1) if self._config.normalize else rows
 
-    def assign(self, features: Tensor, labels: Tensor) -> Tensor:
+    def predict(self, features: Tensor, labels: Tensor) -> Tensor:
         """The group of other samples [M, D] of known class ``labels`` [M], [M] int64.
 
         -1 for a class that was not there when the groups were found.
@@ -157,7 +157,7 @@ def _threads(size: int) -> Any:
     from threadpoolctl import threadpool_limits
 
     # Small products gain nothing from threads, and lose much where the threads wait for a busy processor.
-    return threadpool_limits(1 if size < _THREADS_FROM else None)
+    return threadpool_limits(1 if size < _MULTITHREADING_SIZE else None)
 
 
 def _reducer(config: SubgroupConfig, samples: int, width: int) -> Any:
@@ -208,7 +208,7 @@ def _fit_class(rows: Tensor, first: int, config: SubgroupConfig) -> tuple[_Class
         shown = torch.randperm(len(rows), generator=generator)[: config.silhouette_samples].numpy()
         best: tuple[float, int, Any] | None = None
         for k in range(config.k_min, k_max + 1):
-            clusterer = _quietly_fitted(_clusterer(config, k, points), points)
+            clusterer = _fit_quietly(_clusterer(config, k, points), points)
             found = clusterer.predict(points)[shown]
             if len(set(found.tolist())) < 2:
                 continue
@@ -220,12 +220,12 @@ def _fit_class(rows: Tensor, first: int, config: SubgroupConfig) -> tuple[_Class
         score, k, clusterer = best
         more = min(k * config.overcluster, distinct)
         if more > k:
-            k, clusterer = more, _quietly_fitted(_clusterer(config, more, points), points)
+            k, clusterer = more, _fit_quietly(_clusterer(config, more, points), points)
         groups = first + torch.as_tensor(clusterer.predict(points)).long()
     return _ClassClusters(reducer, clusterer, first, k, score), groups
 
 
-def _quietly_fitted(clusterer: Any, points: Any) -> Any:
+def _fit_quietly(clusterer: Any, points: Any) -> Any:
     """Fitted; a number of clusters that does not converge has a poor silhouette, and need not warn."""
     import warnings
 

@@ -26,7 +26,7 @@ class TransferConfig(ProbeConfig):
     """Train once more on training and validation samples together with what validation chose."""
 
 
-def concatenated(first: FeatureSet, second: FeatureSet) -> FeatureSet:
+def concatenate(first: FeatureSet, second: FeatureSet) -> FeatureSet:
     """The samples of both."""
     return FeatureSet(
         torch.cat([first.features, second.features]),
@@ -35,14 +35,16 @@ def concatenated(first: FeatureSet, second: FeatureSet) -> FeatureSet:
     )
 
 
-def fit_transfer(splits: FeatureSplits, config: TransferConfig, *, progress: bool = False) -> FittedProbe:
+def fit_transfer_head(
+    splits: FeatureSplits, config: TransferConfig, *, progress: bool = False
+) -> FittedProbe:
     """The head, with the ``val_accuracy`` and the ``chosen`` of before the last training, whose last epoch
     counts: nothing is left to choose an epoch by."""
     chosen = fit_probe(splits.train, splits.val, "fine", config, progress=progress)
     if not config.refit or chosen.chosen == 0:  # 0: one class only, nothing was chosen
         return chosen
     only = replace(config, penalties=[chosen.chosen], learning_rates=[chosen.chosen])
-    both = concatenated(splits.train, splits.val)
+    both = concatenate(splits.train, splits.val)
     # A class that no head knows is wrong after every epoch, and of equally good ones the last is kept.
     unknown = both.fine.max().expand(1) + 1
     nothing = FeatureSet(both.features[:1], both.coarse[:1], unknown)
@@ -68,7 +70,7 @@ class Transfer:
         self.config = config or TransferConfig()
 
     def __call__(self, splits: FeatureSplits, *, progress: bool = False) -> Iterator[Result]:
-        probe = fit_transfer(splits, self.config, progress=progress)
+        probe = fit_transfer_head(splits, self.config, progress=progress)
         truth = splits.test.fine.cpu()
         yield from accuracy_results("transfer", probe.predict(splits.test.features), truth)
         values, counts = splits.train.fine.cpu().unique(return_counts=True)

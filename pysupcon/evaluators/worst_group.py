@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from pysupcon.evaluators.base import FeatureSet, FeatureSplits, LinearHead, Result, class_index
-from pysupcon.evaluators.group_dro import Head, HeadConfig, Labelled, fit_head
-from pysupcon.evaluators.statistics import figure_results
+from pysupcon.evaluators.group_dro import FittedHead, GroupedFeatures, HeadConfig, fit_head
+from pysupcon.evaluators.metrics import metric_results
 from pysupcon.evaluators.subgroups import SubgroupConfig, Subgroups, infer_groups, recovery
 
 Method = Literal["trained", "erm", "dro_inferred", "dro_true"]
@@ -65,7 +65,7 @@ class TrueGroups(NamedTuple):
     pairs: Tensor
     """[G, 2] int64: class, fine label"""
 
-    def of(self, split: FeatureSet) -> Tensor:
+    def indices(self, split: FeatureSet) -> Tensor:
         """The group of every sample of ``split``, [N] int64 on the CPU."""
         rows = torch.stack([split.coarse, split.fine], dim=1).cpu()
         found = torch.cat([self.pairs, rows]).unique(dim=0, return_inverse=True)[1]
@@ -78,7 +78,7 @@ def true_groups(splits: FeatureSplits) -> TrueGroups:
     return TrueGroups(torch.cat(rows).unique(dim=0))
 
 
-def _compact(groups: Tensor) -> Tensor:
+def _renumbered(groups: Tensor) -> Tensor:
     """Numbered without gaps."""
     return groups.unique(return_inverse=True)[1]
 
@@ -123,7 +123,7 @@ class WorstGroup:
     def __call__(self, splits: FeatureSplits, *, progress: bool = False) -> Iterator[Result]:
         config = self.config
         truth = true_groups(splits)
-        groups = {name: truth.of(split) for name, split in splits.items()}
+        groups = {name: truth.indices(split) for name, split in splits.items()}
         for g, (label, fine) in enumerate(truth.pairs.tolist()):
             yield f"worst_group/group={g}/class", float(label)
             yield f"worst_group/group={g}/fine", float(fine)
@@ -145,10 +145,10 @@ class WorstGroup:
                 if splits.head is None:
                     continue
                 head = LinearHead(splits.head.weight[classes], splits.head.bias[classes])
-                yield from self._judge(method, head, splits.test, groups["test"], classes)
+                yield from self._evaluate(method, head, splits.test, groups["test"], classes)
                 continue
             fitted = self._fit(method, splits, groups, classes, inferred, progress)
-            yield from self._judge(method, fitted, splits.test, groups["test"], classes)
+            yield from self._evaluate(method, fitted, splits.test, groups["test"], classes)
             yield f"worst_group/{method}/val_worst_group", fitted.val_worst_group
             yield f"worst_group/{method}/weight_decay", fitted.weight_decay
             yield f"worst_group/{method}/epoch", float(fitted.epoch)
@@ -161,29 +161,31 @@ class WorstGroup:
         classes: Tensor,
         inferred: Subgroups | None,
         progress: bool,
-    ) -> Head:
+    ) -> FittedHead:
         train, val = splits.train, splits.val
         known = {"train": groups["train"], "val": groups["val"]}
         if method == "erm":
             known = {"train": train.coarse.cpu(), "val": val.coarse.cpu()}
         elif method == "dro_inferred":
             assert inferred is not None
-            known = {"train": inferred.groups, "val": inferred.assign(val.features, val.coarse)}
+            known = {"train": inferred.groups, "val": inferred.predict(val.features, val.coarse)}
         chosen_by = groups["val"] if self.config.selection == "true" else known["val"]
         return fit_head(
-            Labelled(train.features, class_index(train.coarse.cpu(), classes), _compact(known["train"])),
-            Labelled(val.features, class_index(val.coarse.cpu(), classes), chosen_by),
+            GroupedFeatures(
+                train.features, class_index(train.coarse.cpu(), classes), _renumbered(known["train"])
+            ),
+            GroupedFeatures(val.features, class_index(val.coarse.cpu(), classes), chosen_by),
             len(classes),
             self.config.head,
             robust=method != "erm",
             progress=progress,
         )
 
-    def _judge(
+    def _evaluate(
         self, method: Method, head: LinearHead, test: FeatureSet, group: Tensor, classes: Tensor
     ) -> Iterator[Result]:
         prefix = f"worst_group/{method}"
-        scores, coarse = head.scores(test.features), test.coarse.cpu()
+        scores, coarse = head.logits(test.features), test.coarse.cpu()
         predicted = classes[scores.argmax(dim=1)]
         outcomes = {"correct": predicted == coarse, "predicted": predicted, "group": group}
         figures = ["accuracy", "worst_group_accuracy"]
@@ -191,4 +193,4 @@ class WorstGroup:
         if self.config.auroc and len(classes) == 2:
             outcomes |= {"score": scores[:, 1] - scores[:, 0], "positive": coarse == classes[1]}
             figures += ["auroc", "worst_group_auroc"]
-        yield from figure_results(prefix, figures, outcomes)
+        yield from metric_results(prefix, figures, outcomes)

@@ -1,4 +1,4 @@
-"""Models: one backbone or two, and as wanted a projection head, classification heads, a decoder."""
+"""Models: one or two backbones with optional projection head, classification heads and decoder."""
 
 from pysupcon.models.config import ModelConfig
 

@@ -1,4 +1,4 @@
-"""Backbones: images in, one embedding an image out."""
+"""Backbones: images to one embedding per image."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from pysupcon.errors import ConfigError
 from pysupcon.models.concatenation import Concatenation
 from pysupcon.models.config import DEFAULT_LIPSCHITZ, DEFAULT_WIDTH, ModelConfig
-from pysupcon.models.spectral import constrain
+from pysupcon.models.spectral import apply_spectral_norm
 
 
 class SmallCNN(nn.Module):
@@ -22,64 +22,65 @@ class SmallCNN(nn.Module):
     def __init__(self, channels: int, image_size: int, width: int = 32) -> None:
         super().__init__()
         self.num_features = 4 * width
-        layers = [_conv(channels, width)]
+        layers = [_conv_bn_relu(channels, width)]
         side = image_size
-        for incoming, outgoing in ((width, 2 * width), (2 * width, 4 * width)):
-            if side >= 8:  # 8x8 images keep a 4x4 map to the end
+        for in_channels, out_channels in ((width, 2 * width), (2 * width, 4 * width)):
+            if side >= 8:  # 8x8 images end with a 4x4 map
                 layers.append(nn.MaxPool2d(2))
                 side //= 2
-            layers += [_conv(incoming, outgoing), _conv(outgoing, outgoing)]
+            layers += [_conv_bn_relu(in_channels, out_channels), _conv_bn_relu(out_channels, out_channels)]
         self.features = nn.Sequential(*layers)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.features(images).mean(dim=(2, 3))
 
 
-def _conv(incoming: int, outgoing: int) -> nn.Module:
+def _conv_bn_relu(in_channels: int, out_channels: int) -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(incoming, outgoing, 3, padding=1, bias=False),
-        nn.BatchNorm2d(outgoing),
+        nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
+        nn.BatchNorm2d(out_channels),
         nn.ReLU(inplace=True),
     )
 
 
 def build_backbone(config: ModelConfig, channels: int, image_size: int) -> tuple[nn.Module, int]:
-    """What makes the embedding of ``config``, and the number of its dimensions.
+    """Build the backbone of ``config``.
 
-    With ``encoders="two"``, or parts to concatenate, it is a
-    :class:`~pysupcon.models.concatenation.Concatenation`.
+    Returns:
+        The backbone and the number of dimensions of its embedding. With ``encoders="two"`` or
+        ``concatenated`` it is a :class:`~pysupcon.models.concatenation.Concatenation`.
 
     Raises:
-        ConfigError: timm does not know the model or its arguments, or it has no stem to replace.
+        ConfigError: timm does not know the model or its arguments, or the model has no stem to replace.
     """
     if config.concatenated:
-        built = [build_backbone(part, channels, image_size) for part in config.parts()]
+        built = [build_backbone(part, channels, image_size) for part in config.part_configs()]
     elif config.encoders == "two":
-        built = [_one_backbone(config, channels, image_size) for _ in range(2)]
+        built = [_build_single(config, channels, image_size) for _ in range(2)]
     else:
-        return _one_backbone(config, channels, image_size)
+        return _build_single(config, channels, image_size)
     parts, widths = zip(*built, strict=True)
     return Concatenation(parts, widths), sum(widths)
 
 
-def _one_backbone(config: ModelConfig, channels: int, image_size: int) -> tuple[nn.Module, int]:
-    backbone, width = _plain_backbone(config, channels, image_size)
+def _build_single(config: ModelConfig, channels: int, image_size: int) -> tuple[nn.Module, int]:
+    backbone, width = _build_plain(config, channels, image_size)
     if config.spectral_norm:
-        constrain(backbone, config.lipschitz or DEFAULT_LIPSCHITZ)
+        apply_spectral_norm(backbone, config.lipschitz or DEFAULT_LIPSCHITZ)
     return backbone, width
 
 
-def _plain_backbone(config: ModelConfig, channels: int, image_size: int) -> tuple[nn.Module, int]:
+def _build_plain(config: ModelConfig, channels: int, image_size: int) -> tuple[nn.Module, int]:
     if config.backbone == "small_cnn":
         small = SmallCNN(channels, image_size, config.width or DEFAULT_WIDTH)
         return small, small.num_features
     import timm
 
     if not timm.is_model(config.backbone):
-        near = ", ".join(difflib.get_close_matches(config.backbone, timm.list_models(), 5))
+        similar = ", ".join(difflib.get_close_matches(config.backbone, timm.list_models(), 5))
         raise ConfigError(
             f"model.backbone must be small_cnn or a timm model, got {config.backbone!r}"
-            + (f" (near it: {near})" if near else "")
+            + (f" (similar: {similar})" if similar else "")
         )
     try:
         model = timm.create_model(config.backbone, num_classes=0, in_chans=channels, **config.timm_args)

@@ -1,4 +1,4 @@
-"""Several backbones side by side, their features concatenated (Chen et al. 2022, "Perfectly Balanced")."""
+"""Several backbones with concatenated features (Chen et al. 2022, "Perfectly Balanced")."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from pysupcon.pairs.unit import unit_rows
 
 
 class Concatenation(nn.Module):
-    """The features of each backbone, of unit length each, one after another.
+    """Concatenates the features of several backbones, each normalised to unit length.
 
-    Unit length, so that each has the same say in a cosine or a distance, whatever the scale it was trained
-    to: the cosine of two images is the mean of their cosines in each backbone.
+    With unit length, every backbone has the same weight: the cosine of two images is the mean of their
+        cosines
+    in the backbones.
 
     Args:
-        parts: backbones.
-        widths: dimensions of their features.
+        parts: the backbones.
+        widths: feature dimensions of each backbone.
 
     Shape:
         images [B, C, S, S] -> [B, sum(widths)].
@@ -29,14 +30,14 @@ class Concatenation(nn.Module):
         self.parts = nn.ModuleList(parts)
         self.widths = list(widths)
 
-    def each(self, images: Tensor) -> list[Tensor]:
-        """Features of each backbone as they come, [B, width]."""
+    def forward_each(self, images: Tensor) -> list[Tensor]:
+        """Unnormalised features of each backbone, [B, width] each."""
         return [part(images) for part in self.parts]
 
     def forward(self, images: Tensor) -> Tensor:
-        return join(self.each(images))
+        return concatenate_unit_features(self.forward_each(images))
 
 
-def join(features: Sequence[Tensor]) -> Tensor:
-    """Features [B, width] each -> [B, all widths], each part of unit length."""
+def concatenate_unit_features(features: Sequence[Tensor]) -> Tensor:
+    """Normalise features [B, width] to unit length and concatenate them to [B, sum of widths]."""
     return torch.cat([unit_rows(part) for part in features], dim=1)

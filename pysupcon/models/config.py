@@ -1,4 +1,4 @@
-"""Arguments of the model: backbones, projection head, classification head, decoder."""
+"""Arguments of the model: backbones, projection head, classification head and decoder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pysupcon.errors import ConfigError, check
 
 DEFAULT_WIDTH = 32
-DEFAULT_PROJECTION = 128
+DEFAULT_PROJECTION_DIM = 128
 DEFAULT_LIPSCHITZ = 1.0
 
 
@@ -17,57 +17,57 @@ class ModelConfig:
     """Backbone, heads and decoder."""
 
     backbone: str = "small_cnn"
-    """small_cnn (8x8 to 32x32 images, trains on a CPU) or the name of any timm model, e.g. resnet18."""
+    """small_cnn (for 8x8 to 32x32 images, trainable on a CPU) or the name of a timm model, e.g. resnet18."""
 
     width: int | None = None
-    """small_cnn only: channels of its first stage; the embedding has 4 * width dimensions. None means 32."""
+    """small_cnn only: channels of the first stage. The embedding has 4 * width dimensions. None means 32."""
 
     small_stem: bool = False
-    """timm models with a 7x7 stem (ResNets): 3x3 convolution of stride 1 without pooling, for images of about
-    32x32."""
+    """For timm models with a 7x7 stem (ResNets): replace the stem by a 3x3 convolution of stride 1 without
+    pooling, for images of about 32x32."""
 
     timm_args: dict[str, Any] = field(default_factory=dict)
-    """timm only: further arguments of timm.create_model, e.g. {img_size: 32, patch_size: 4, drop_path_rate:
-    0.05}."""
+    """timm only: additional arguments of timm.create_model, e.g. {img_size: 32, patch_size: 4,
+    drop_path_rate: 0.05}."""
 
     projection: Literal["none", "linear", "mlp"] = "none"
-    """Head between the embedding and the contrastive loss; the evaluators use the embedding before it."""
+    """Head between the embedding and the contrastive loss. The evaluators use the embedding."""
 
     projection_dim: int | None = None
-    """Dimensions of the projection; needs a projection head. None means 128."""
+    """Dimensions of the projection. Requires a projection head. None means 128."""
 
     normalize: bool = True
-    """Give the contrastive loss rows of unit length."""
+    """Normalise the input of the contrastive loss to unit length."""
 
     classifier: bool = False
     """Linear classification head on the embedding; its weight in the loss is loss.cross_entropy_weight."""
 
     decoder: Literal["none", "plain", "labelled"] = "none"
-    """Makes the image from the embedding again, through resize convolutions; the weight of its squared error
-    in the loss is loss.reconstruction_weight. labelled: it is also told the trained label. The side of the
-    images must be 4, 5, 6 or 7 times a power of two."""
+    """Reconstructs the image from the embedding with resize convolutions. loss.reconstruction_weight weighs
+    its squared error. labelled: the decoder also gets the training label. The side of the images must be 4,
+    5, 6 or 7 times a power of two."""
 
     encoders: Literal["one", "two"] = "one"
-    """two: backbones of one kind trained together, the first by the contrastive loss, the second by
-    reconstruction, each with a classification head if model.classifier. The embedding is both, of unit length
-    each, one after the other."""
+    """two: two backbones of the same architecture, the first trained by the contrastive loss, the second by
+    reconstruction, each with a classification head if model.classifier. The embedding is the concatenation
+    of both, each of unit length."""
 
     spectral_norm: bool = False
     """Divide the weight of every convolution and linear layer of the backbone by its largest singular value
-    (one power iteration a step), times lipschitz."""
+    (one power iteration per step) and multiply it by lipschitz."""
 
     lipschitz: float | None = None
-    """Largest singular value of a layer's weight; needs spectral_norm. None means 1."""
+    """Largest singular value of a layer's weight. Requires spectral_norm. None means 1."""
 
     concatenated: list[dict[str, Any]] = field(default_factory=list)
-    """Written by `python -m pysupcon concatenate`: how each of the frozen backbones that stand side by side
-    was trained (model, loss, optimizer, epochs). Such a run is evaluated, not trained."""
+    """Written by `python -m pysupcon concatenate`: how each of the concatenated frozen backbones was trained
+    (model, loss, optimizer, epochs). Such a run can be evaluated but not trained."""
 
     def check(self) -> None:
-        """Refuse values that cannot run.
+        """Check the values.
 
         Raises:
-            ConfigError: names the field.
+            ConfigError: a field is invalid; names the field.
         """
         if self.concatenated:
             self._check_concatenated()
@@ -97,24 +97,23 @@ class ModelConfig:
             )
 
     def resolve(self) -> None:
-        """Write the values that None stands for."""
+        """Replace None by the default values."""
         if self.concatenated:
             return
         if self.backbone == "small_cnn" and self.width is None:
             self.width = DEFAULT_WIDTH
         if self.projection != "none" and self.projection_dim is None:
-            self.projection_dim = DEFAULT_PROJECTION
+            self.projection_dim = DEFAULT_PROJECTION_DIM
         if self.spectral_norm and self.lipschitz is None:
             self.lipschitz = DEFAULT_LIPSCHITZ
 
-    def parts(self) -> list[ModelConfig]:
-        """Of the backbones in ``concatenated``. Their weights are plain: what bounded them in training is in
-        their values.
+    def part_configs(self) -> list[ModelConfig]:
+        """Configs of the backbones in ``concatenated``, without spectral norm, which their weights include.
 
         Raises:
-            ConfigError: an entry is no such description.
+            ConfigError: an entry does not describe a trained model.
         """
-        found = []
+        configs = []
         for number, entry in enumerate(self.concatenated):
             try:
                 part = ModelConfig(**{**entry["model"], "spectral_norm": False, "lipschitz": None})
@@ -124,8 +123,8 @@ class ModelConfig:
                     f"model.concatenated[{number}] must describe a trained model: {error!r}"
                 ) from error
             part.resolve()
-            found.append(part)
-        return found
+            configs.append(part)
+        return configs
 
     def _check_concatenated(self) -> None:
         plain = ModelConfig()
@@ -135,4 +134,4 @@ class ModelConfig:
                     f"model.{entry.name} has no effect with model.concatenated, which describes the "
                     "backbones: leave it out"
                 )
-        self.parts()
+        self.part_configs()

@@ -1,7 +1,7 @@
-"""The decoder of a class-conditional autoencoder: from an embedding back to the image.
+"""The decoder of a class-conditional autoencoder, from an embedding to the image.
 
-With reconstruction and cross-entropy beside a contrastive loss, a representation keeps what tells the images
-of a class apart, and which subclass lies where in the class is no longer arbitrary (Chen et al. 2022,
+Reconstruction and cross-entropy in addition to a contrastive loss keep the differences between images of a
+class. They break the permutation invariance of the contrastive loss within a class (Chen et al. 2022,
 "Perfectly Balanced", arXiv 2204.07596, section 4.2).
 """
 
@@ -16,60 +16,61 @@ from torch import Tensor, nn
 from pysupcon.errors import ConfigError
 from pysupcon.models.config import DEFAULT_WIDTH, ModelConfig
 
-LABEL_DIMENSIONS = 16
-"""of the embedding of a label that a labelled decoder is given"""
-SMALLEST, LARGEST = 4, 7
-"""side of the map that a decoder starts from, pixels"""
+LABEL_EMBEDDING_DIM = 16
+"""Dimensions of the label embedding of a labelled decoder."""
+MIN_START_SIDE, MAX_START_SIDE = 4, 7
+"""Side of the first feature map of a decoder, in pixels."""
 
 
 class ResizeBlock(nn.Module):
-    """A basic block of a ResNet, upside down: the second of its two 3x3 convolutions comes after a
-    nearest-neighbour resizing, where the first of a ResNet's has a stride.
+    """A basic ResNet block with upsampling: nearest-neighbour resizing precedes the second 3x3 convolution.
 
-    Resizing and a convolution cannot leave the checkerboards of a transposed convolution. GroupNorm ties no
-    images together: a batch in chunks, or over several processes, is decoded as it is at once.
+    Resizing avoids the checkerboard artefacts of transposed convolutions. GroupNorm does not depend on the
+    batch, so the result is the same for chunks of a batch and for several processes.
 
     Shape:
-        [B, incoming, H, W] -> [B, outgoing, scale * H, scale * W].
+        [B, in_channels, H, W] -> [B, out_channels, scale * H, scale * W].
     """
 
-    def __init__(self, incoming: int, outgoing: int, scale: int = 1) -> None:
+    def __init__(self, in_channels: int, out_channels: int, scale: int = 1) -> None:
         super().__init__()
         self.scale = scale
-        self.conv1 = nn.Conv2d(incoming, incoming, 3, padding=1, bias=False)
-        self.norm1 = _norm(incoming)
-        self.conv2 = nn.Conv2d(incoming, outgoing, 3, padding=1, bias=False)
-        self.norm2 = _norm(outgoing)
+        self.conv1 = nn.Conv2d(in_channels, in_channels, 3, padding=1, bias=False)
+        self.norm1 = _norm(in_channels)
+        self.conv2 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+        self.norm2 = _norm(out_channels)
         self.shortcut: nn.Module = nn.Identity()
-        if incoming != outgoing:
-            self.shortcut = nn.Sequential(nn.Conv2d(incoming, outgoing, 1, bias=False), _norm(outgoing))
+        if in_channels != out_channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, bias=False), _norm(out_channels)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.norm1(self.conv1(x)))
-        out = self.norm2(self.conv2(self._resized(out)))
-        # a 1x1 convolution commutes with the resizing: before it, it costs a quarter
-        return F.relu(out + self._resized(self.shortcut(x)))
+        out = self.norm2(self.conv2(self._resize(out)))
+        # A 1x1 convolution commutes with the resizing and costs a quarter before it.
+        return F.relu(out + self._resize(self.shortcut(x)))
 
-    def _resized(self, x: Tensor) -> Tensor:
+    def _resize(self, x: Tensor) -> Tensor:
         return x if self.scale == 1 else F.interpolate(x, scale_factor=float(self.scale), mode="nearest")
 
 
 class Decoder(nn.Module):
-    """From an embedding to an image, through blocks that double the side.
+    """Decodes an embedding to an image through blocks that double the side.
 
     Args:
-        embedding_dim: E.
-        channels, image_size: of the image. The side must be 4 to 7 times a power of two.
-        width: channels of the first map, halved with each doubling.
-        narrowest: channels that are not halved further.
-        blocks: per side; with more than one also before the first doubling.
-        classes: number of labels that the decoder is told; None makes one that is told none.
+        embedding_dim: dimensions E of the embedding.
+        channels, image_size: shape of the image. The side must be 4 to 7 times a power of two.
+        width: channels of the first feature map, halved with each doubling of the side.
+        min_width: smallest number of channels.
+        blocks: blocks per side; with more than one, also before the first doubling.
+        classes: number of labels of a labelled decoder; None for a decoder without labels.
 
     Shape:
         embedding [B, E], labels int64 [B] (if ``classes``) -> images [B, channels, S, S].
 
     Raises:
-        ConfigError: of the side.
+        ConfigError: the side is not 4 to 7 times a power of two.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class Decoder(nn.Module):
         image_size: int,
         *,
         width: int,
-        narrowest: int,
+        min_width: int,
         blocks: int = 1,
         classes: int | None = None,
     ) -> None:
@@ -87,16 +88,16 @@ class Decoder(nn.Module):
         start, doublings = start_side(image_size)
         self.label: nn.Embedding | None = None
         if classes is not None:
-            self.label = nn.Embedding(classes, LABEL_DIMENSIONS)
-            embedding_dim += LABEL_DIMENSIONS
+            self.label = nn.Embedding(classes, LABEL_EMBEDDING_DIM)
+            embedding_dim += LABEL_EMBEDDING_DIM
         self.start = (width, start, start)
         self.widen = nn.Linear(embedding_dim, math.prod(self.start))
         layers: list[nn.Module] = [ResizeBlock(width, width) for _ in range(blocks if blocks > 1 else 0)]
         for _ in range(doublings):
-            outgoing = max(width // 2, min(width, narrowest))
-            layers.append(ResizeBlock(width, outgoing, scale=2))
-            layers += [ResizeBlock(outgoing, outgoing) for _ in range(blocks - 1)]
-            width = outgoing
+            out_channels = max(width // 2, min(width, min_width))
+            layers.append(ResizeBlock(width, out_channels, scale=2))
+            layers += [ResizeBlock(out_channels, out_channels) for _ in range(blocks - 1)]
+            width = out_channels
         self.blocks = nn.Sequential(*layers)
         self.image = nn.Conv2d(width, channels, 3, padding=1)
 
@@ -111,15 +112,15 @@ class Decoder(nn.Module):
 
 
 def start_side(image_size: int) -> tuple[int, int]:
-    """Side of the first map and number of doublings: 28 is 7 * 2 * 2.
+    """Side of the first feature map and number of doublings, e.g. (7, 2) for 28 = 7 * 2 * 2.
 
     Raises:
         ConfigError: the side is not 4 to 7 times a power of two.
     """
     side, doublings = image_size, 0
-    while side > LARGEST and side % 2 == 0:
+    while side > MAX_START_SIDE and side % 2 == 0:
         side, doublings = side // 2, doublings + 1
-    if not SMALLEST <= side <= LARGEST:
+    if not MIN_START_SIDE <= side <= MAX_START_SIDE:
         raise ConfigError(
             f"model.decoder makes images whose side is 4, 5, 6 or 7 times a power of two (8, 28, 32, 64, "
             f"224, ...), got {image_size}: set data.image_size"
@@ -130,17 +131,19 @@ def start_side(image_size: int) -> tuple[int, int]:
 def build_decoder(
     config: ModelConfig, embedding_dim: int, channels: int, image_size: int, classes: int
 ) -> Decoder | None:
-    """The decoder of ``config``, as wide as its backbone: a ResNet-18 upside down beside a timm model, half
-    of small_cnn's work beside that. None if ``config`` has none."""
+    """The decoder of ``config``, or None.
+
+    It mirrors a ResNet-18 for timm models, and costs half of the work of small_cnn for that backbone.
+    """
     if config.decoder == "none":
         return None
-    told = classes if config.decoder == "labelled" else None
+    num_labels = classes if config.decoder == "labelled" else None
     if config.backbone == "small_cnn":
         width = config.width or DEFAULT_WIDTH
-        size = {"width": 2 * width, "narrowest": 8, "blocks": 1}
+        size = {"width": 2 * width, "min_width": 8, "blocks": 1}
     else:
-        size = {"width": min(embedding_dim, 512), "narrowest": 64, "blocks": 2}
-    return Decoder(embedding_dim, channels, image_size, **size, classes=told)
+        size = {"width": min(embedding_dim, 512), "min_width": 64, "blocks": 2}
+    return Decoder(embedding_dim, channels, image_size, **size, classes=num_labels)
 
 
 def _norm(channels: int) -> nn.GroupNorm:

@@ -1,4 +1,4 @@
-"""The trained model: backbones, projection head, classification heads, decoder."""
+"""The model: backbones, projection head, classification heads and decoder."""
 
 from __future__ import annotations
 
@@ -7,99 +7,101 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from pysupcon.models.backbones import build_backbone
-from pysupcon.models.concatenation import Concatenation, join
-from pysupcon.models.config import DEFAULT_PROJECTION, ModelConfig
+from pysupcon.models.concatenation import Concatenation, concatenate_unit_features
+from pysupcon.models.config import DEFAULT_PROJECTION_DIM, ModelConfig
 from pysupcon.models.decoder import build_decoder
 from pysupcon.pairs.unit import unit_rows
 
 
-class Outputs(NamedTuple):
-    """What one forward gives, for B images.
+class ModelOutput(NamedTuple):
+    """Outputs for B images.
 
     Attributes:
-        embedding: features of the backbone, [B, E]; what the evaluators judge.
-        projection: what the contrastive loss sees, [B, D]; of unit length unless ``normalize`` is false.
-        logits: of the classification head, [B, classes]; None without one.
-        reconstruction: mean squared error of each image as the decoder makes it from its embedding, over its
-            channels and pixels, [B]; None without a decoder.
-        second_logits: of the second backbone's classification head, [B, classes]; None without one.
+        embedding: features of the backbone, [B, E], used by the evaluators.
+        projection: input of the contrastive loss, [B, D]; of unit length unless ``normalize`` is false.
+        logits: logits of the classification head, [B, classes]; None without one.
+        reconstruction_error: mean squared error of the decoder's image over channels and pixels, [B]; None
+            without a decoder.
+        second_logits: logits of the second backbone's classification head, [B, classes]; None without one.
     """
 
     embedding: Tensor
     projection: Tensor
     logits: Tensor | None
-    reconstruction: Tensor | None = None
+    reconstruction_error: Tensor | None = None
     second_logits: Tensor | None = None
 
 
 class ContrastiveModel(nn.Module):
-    """``model(images, labels) -> Outputs``; ``model.backbone(images)`` alone gives the embedding.
+    """``model(images, labels)`` gives a :class:`ModelOutput`; ``model.backbone(images)`` the embedding alone.
 
-    With ``encoders="two"`` projection and ``classifier`` stand on the first backbone, decoder and
-    ``second_classifier`` on the second; the embedding is both (Chen et al. 2022, "Perfectly Balanced").
+    With ``encoders="two"``, projection and ``classifier`` use the first backbone, decoder and
+    ``second_classifier`` the second. The embedding is the concatenation of both (Chen et al. 2022, "Perfectly
+    Balanced").
 
     Args:
         config: backbones, heads and decoder.
-        channels: of the images.
-        image_size: side of the images, pixels.
-        classes: of the labels that are trained on; used by classification heads and a labelled decoder only.
+        channels: channels of the images.
+        image_size: side of the images, in pixels.
+        classes: number of training labels, for classification heads and a labelled decoder.
     """
 
     def __init__(self, config: ModelConfig, *, channels: int, image_size: int, classes: int) -> None:
         super().__init__()
         self.backbone, self.embedding_dim = build_backbone(config, channels, image_size)
-        self.two = config.encoders == "two"
+        self.two_encoders = config.encoders == "two"
         widths = [self.embedding_dim]
-        if self.two:
+        if self.two_encoders:
             assert isinstance(self.backbone, Concatenation)
             widths = self.backbone.widths
         self.projection = _projection(config, widths[0])
         self.classifier = nn.Linear(widths[0], classes) if config.classifier else None
-        second = config.classifier and self.two
+        second = config.classifier and self.two_encoders
         self.second_classifier = nn.Linear(widths[1], classes) if second else None
         self.decoder = build_decoder(config, widths[-1], channels, image_size, classes)
         self.normalize = config.normalize
 
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> Outputs:
-        """
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> ModelOutput:
+        """Apply the model.
+
         Args:
             images: [B, C, S, S].
-            labels: int64 [B]; a labelled decoder needs them, nothing else uses them.
+            labels: int64 [B], required by a labelled decoder only.
         """
-        features = self.backbone.each(images) if self.two else [self.backbone(images)]  # type: ignore[operator]
+        features = self.backbone.forward_each(images) if self.two_encoders else [self.backbone(images)]  # type: ignore[operator]
         first, last = features[0], features[-1]
         projection = self.projection(first)
-        return Outputs(
-            join(features) if self.two else first,
+        return ModelOutput(
+            concatenate_unit_features(features) if self.two_encoders else first,
             unit_rows(projection) if self.normalize else projection,
             self.classifier(first) if self.classifier is not None else None,
-            self._reconstruction(last, images, labels) if self.decoder is not None else None,
+            self._reconstruction_error(last, images, labels) if self.decoder is not None else None,
             self.second_classifier(last) if self.second_classifier is not None else None,
         )
 
     def reconstruct(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The images as the decoder makes them from their embeddings, [B, C, S, S].
+        """Decode the embeddings of images [B, C, S, S] to images of the same shape.
 
         Raises:
             ValueError: there is no decoder, or it needs labels.
         """
         if self.decoder is None:
             raise ValueError("reconstruct needs a model with a decoder (model.decoder)")
-        features = self.backbone.each(images)[-1] if self.two else self.backbone(images)  # type: ignore[operator]
-        made: Tensor = self.decoder(features, labels)
-        return made
+        features = self.backbone.forward_each(images)[-1] if self.two_encoders else self.backbone(images)  # type: ignore[operator]
+        reconstructed: Tensor = self.decoder(features, labels)
+        return reconstructed
 
-    def _reconstruction(self, features: Tensor, images: Tensor, labels: Tensor | None) -> Tensor:
+    def _reconstruction_error(self, features: Tensor, images: Tensor, labels: Tensor | None) -> Tensor:
         assert self.decoder is not None
-        made = self.decoder(features, labels).to(images.dtype)  # the error in the images' precision
-        error: Tensor = (made - images).square().mean(dim=(1, 2, 3))
+        reconstructed = self.decoder(features, labels).to(images.dtype)  # the error has the images' precision
+        error: Tensor = (reconstructed - images).square().mean(dim=(1, 2, 3))
         return error
 
 
 def _projection(config: ModelConfig, width: int) -> nn.Module:
-    outgoing = config.projection_dim or DEFAULT_PROJECTION
+    out_channels = config.projection_dim or DEFAULT_PROJECTION_DIM
     if config.projection == "linear":
-        return nn.Linear(width, outgoing)
+        return nn.Linear(width, out_channels)
     if config.projection == "mlp":
-        return nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, outgoing))
+        return nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, out_channels))
     return nn.Identity()

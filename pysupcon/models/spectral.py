@@ -1,13 +1,13 @@
 """Spectral normalisation of an encoder's layers (Miyato et al. 2018, arXiv 1802.05957).
 
-An encoder of bounded Lipschitz constant keeps near images near: within a class the loss alone would allow any
-permutation of the points (Chen et al. 2022, "Perfectly Balanced", arXiv 2204.07596). The bound is that of a
-layer's weight as a matrix [outgoing, rest]; a 3x3 convolution as a map of images may exceed it up to
-threefold, and normalisation layers have scales of their own.
+An encoder with a bounded Lipschitz constant maps similar images to similar embeddings. The contrastive loss
+alone is invariant to permutations within a class (Chen et al. 2022, "Perfectly Balanced", arXiv 2204.07596).
+The bound applies to a layer's weight as a matrix [out_channels, rest]. A 3x3 convolution as a map of images
+may exceed it up to threefold, and normalisation layers have scales of their own.
 
-torch's own parametrization moves its vectors in every forward in training mode, so two forwards in one step
-(GradCache), or several chunks, see different weights. Here they move when :func:`power_iteration` is called:
-once a step.
+torch.nn.utils.parametrizations.spectral_norm updates its vectors in every forward pass in training mode, so
+the two passes of GradCache, or several chunks of a batch, would use different weights. Here the vectors
+change only in :func:`power_iteration`, once per step.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-WARM_UP = 15
-"""power iterations at the start"""
+WARMUP_ITERATIONS = 15
+"""Power iterations at construction."""
 
 
 class SpectralNorm(nn.Module):
-    """Parametrization W -> bound * W / sigma(W), with sigma(W) = ||W^T u|| for the left singular vector u.
+    """Parametrization W -> bound * W / sigma(W), sigma(W) = ||W^T u|| with the first left singular vector u.
 
     Args:
-        weight: [outgoing, ...], read once.
-        bound: largest singular value of the result; greater than 0.
+        weight: [out_channels, ...], used to initialise u.
+        bound: largest singular value of the result, greater than 0.
 
     Attributes:
-        u: float [outgoing], of unit length (averages of it, as of weights, need not be).
+        u: float [out_channels], of unit length, except in an average of weights (EMA).
     """
 
     u: Tensor
@@ -39,7 +39,7 @@ class SpectralNorm(nn.Module):
         self.bound = bound
         matrix = weight.detach().flatten(1)
         self.register_buffer("u", F.normalize(torch.randn_like(matrix[:, 0]), dim=0))
-        self.iterate(weight, WARM_UP)
+        self.iterate(weight, WARMUP_ITERATIONS)
 
     def forward(self, weight: Tensor) -> Tensor:
         with torch.autocast(weight.device.type, enabled=False):
@@ -48,30 +48,29 @@ class SpectralNorm(nn.Module):
 
     @torch.no_grad()
     def iterate(self, weight: Tensor, times: int = 1) -> None:
-        """Bring u nearer to the first left singular vector of ``weight``."""
+        """Run power iterations towards the first left singular vector of ``weight``."""
         matrix = weight.flatten(1)
         for _ in range(times):
             self.u.copy_(F.normalize(matrix @ F.normalize(matrix.mT @ self.u, dim=0), dim=0))
 
 
-def constrain(module: nn.Module, bound: float) -> None:
-    """Bound every convolution and every linear layer of ``module``, in place."""
+def apply_spectral_norm(module: nn.Module, bound: float) -> None:
+    """Register :class:`SpectralNorm` on every convolution and linear layer of ``module``, in place."""
     for layer in list(module.modules()):
         if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
             parametrize.register_parametrization(layer, "weight", SpectralNorm(layer.weight, bound))
 
 
 def power_iteration(module: nn.Module) -> None:
-    """One iteration for every bounded layer; before each step of a training."""
-    for _, layer, norm in _bounded(module):
+    """Run one power iteration for every normalised layer; called before each training step."""
+    for _, layer, norm in _normalized_layers(module):
         norm.iterate(layer.parametrizations["weight"].original)  # type: ignore[index,union-attr]
 
 
-def plain_weights(module: nn.Module) -> dict[str, Tensor]:
-    """The state of ``module`` with the values of its bounded weights, as the same module without bounds loads
-    it."""
+def unparametrized_state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict of ``module`` with normalised weights, for the same module without parametrizations."""
     state: dict[str, Tensor] = module.state_dict()
-    for name, layer, _ in _bounded(module):
+    for name, layer, _ in _normalized_layers(module):
         prefix = f"{name}." if name else ""
         for key in [key for key in state if key.startswith(f"{prefix}parametrizations.weight.")]:
             del state[key]
@@ -79,7 +78,7 @@ def plain_weights(module: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _bounded(module: nn.Module) -> list[tuple[str, nn.Module, SpectralNorm]]:
+def _normalized_layers(module: nn.Module) -> list[tuple[str, nn.Module, SpectralNorm]]:
     return [
         (name, layer, layer.parametrizations["weight"][0])
         for name, layer in module.named_modules()

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from pysupcon.config import Config
-from pysupcon.data.bundle import Data
+from pysupcon.data.datamodule import DataModule
 from pysupcon.evaluators import GroupDRO
 
 
-def build_group_dro(config: Config, data: Data, accelerator: Accelerator) -> GroupDRO | None:
+def build_group_dro(config: Config, data: DataModule, accelerator: Accelerator) -> GroupDRO | None:
     """Build the GroupDRO loss of ``loss.group_dro`` over the groups of ``data.groups``.
 
     Returns:
@@ -26,7 +26,7 @@ def build_group_dro(config: Config, data: Data, accelerator: Accelerator) -> Gro
         return None
     assert data.groups is not None, "Config.resolve() first"
 
-    def add_up(tensor: Tensor) -> Tensor:
+    def all_reduce_sum(tensor: Tensor) -> Tensor:
         total: Tensor = accelerator.reduce(tensor, "sum")
         return total
 
@@ -34,7 +34,7 @@ def build_group_dro(config: Config, data: Data, accelerator: Accelerator) -> Gro
         data.groups.counts,
         eta=options.eta,
         adjustment=options.adjustment,
-        add_up=add_up if accelerator.num_processes > 1 else None,
+        all_reduce_sum=all_reduce_sum if accelerator.num_processes > 1 else None,
     )
 
 
@@ -49,7 +49,7 @@ class GroupAccuracy:
         data: the data of the config.
     """
 
-    def __init__(self, accelerator: Accelerator, config: Config, data: Data) -> None:
+    def __init__(self, accelerator: Accelerator, config: Config, data: DataModule) -> None:
         self.accelerator, self.fine = accelerator, config.data.labels == "fine"
         mine = torch.arange(accelerator.process_index, len(data.splits["val"]), accelerator.num_processes)
         self.groups = {"worst_group": data.true_groups["val"][mine]}
@@ -57,7 +57,7 @@ class GroupAccuracy:
         if data.groups is not None:
             self.groups["worst_known_group"] = data.groups.val[mine]
             self.sizes["worst_known_group"] = len(data.groups.parent)
-        plain: Dataset[Any] = data.plain("val")
+        plain: Dataset[Any] = data.evaluation_dataset("val")
         batch = max(config.data.batch_size // accelerator.num_processes, 1)
         self.loader: DataLoader[tuple[Tensor, Tensor, Tensor]] = DataLoader(
             Subset(plain, mine.tolist()),

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pysupcon.config import Config, to_yaml
-from pysupcon.data.bundle import Data, load_data
+from pysupcon.data.datamodule import DataModule, load_data
 from pysupcon.errors import Interrupted, RunError, check
 from pysupcon.profiling.recorder import StepRecorder
 from pysupcon.trainer import checkpoint
@@ -81,14 +81,14 @@ class Trainer:
         run_dir: folder of the run.
     """
 
-    def __init__(self, config: Config, data: Data, run_dir: Path) -> None:
+    def __init__(self, config: Config, data: DataModule, run_dir: Path) -> None:
         self.config, self.data, self.run_dir = config, data, run_dir
         self.accelerator = build_accelerator(config, run_dir)
         self.device = self.accelerator.device
         main = self.accelerator.is_main_process
         ranks = {"rank": self.accelerator.process_index, "world_size": self.accelerator.num_processes}
-        ranks["multiple"] = self.batches_per_step = config.trainer.accumulation_steps
-        batches_per_epoch = data.batches(seed=config.seed, steps=0, **ranks).steps_per_epoch
+        ranks["accumulation_steps"] = self.batches_per_step = config.trainer.accumulation_steps
+        batches_per_epoch = data.batch_sampler(seed=config.seed, steps=0, **ranks).steps_per_epoch
         self.steps_per_epoch = batches_per_epoch // self.batches_per_step
         self.steps = config.trainer.epochs * self.steps_per_epoch
         steps = config.trainer.profile_steps
@@ -127,7 +127,7 @@ class Trainer:
         set_seed(config.seed, device_specific=True)  # dropout differs between processes
         if saved is not None:
             self.state.restore(saved)
-        batches = data.batches(
+        batches = data.batch_sampler(
             seed=config.seed,
             steps=self.steps * self.batches_per_step,
             start=self.state.done * self.batches_per_step,

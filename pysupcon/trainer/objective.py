@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pysupcon.evaluators import GroupDRO
 from pysupcon.losses import ClassConditionalInfoNCELoss, InfoNCELoss, SINCERELoss, SpreadLoss, SupConLoss
-from pysupcon.models.model import Outputs
+from pysupcon.models.model import ModelOutput
 from pysupcon.trainer.config import LossConfig, LossName
 
 Contrastive = SupConLoss | SINCERELoss | ClassConditionalInfoNCELoss | SpreadLoss | InfoNCELoss
@@ -74,7 +74,9 @@ class Objective(nn.Module):
         with torch.no_grad():
             return float(self.contrastive.temperature)
 
-    def forward(self, outputs: Outputs, labels: Tensor, groups: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, outputs: ModelOutput, labels: Tensor, groups: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Loss and its parts.
 
         Args:
@@ -106,9 +108,9 @@ class Objective(nn.Module):
             robust = self.group_dro(losses, groups.repeat_interleave(self.views))
             parts["cross_entropy"] = 0.0, losses.detach().mean()
             parts["group_dro"] = config.cross_entropy_weight, robust
-            figures = self.group_dro.figures()
-        if outputs.reconstruction is not None:
-            parts["reconstruction"] = config.reconstruction_weight, outputs.reconstruction.mean()
+            figures = self.group_dro.metrics()
+        if outputs.reconstruction_error is not None:
+            parts["reconstruction"] = config.reconstruction_weight, outputs.reconstruction_error.mean()
         loss = torch.stack([weight * part for weight, part in parts.values()]).sum()
         return {"loss": loss, **{name: part for name, (_, part) in parts.items()}, **figures}
 

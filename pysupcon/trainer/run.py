@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from pysupcon.config import Config, load_config
-from pysupcon.data.bundle import Data, PlainDataset, load_data
+from pysupcon.data.datamodule import DataModule, EvaluationDataset, load_data
 from pysupcon.errors import RunError
 from pysupcon.models.model import ContrastiveModel
 
@@ -35,7 +35,7 @@ class Run:
     config: Config
 
     @cached_property
-    def data(self) -> Data:
+    def data(self) -> DataModule:
         """The data with the splits of the training."""
         return load_data(self.config.data)
 
@@ -50,12 +50,12 @@ class Run:
         load_weights(model, self.dir / WEIGHTS_FILE)
         return model.eval()
 
-    def splits(self) -> dict[str, PlainDataset]:
+    def splits(self) -> dict[str, EvaluationDataset]:
         """Return the splits "train", "val" and "test" without augmentation.
 
         Their items are (image float32 [C, S, S], coarse label, fine label).
         """
-        return {name: self.data.plain(name) for name in self.data.splits}
+        return {name: self.data.evaluation_dataset(name) for name in self.data.splits}
 
     def log(self) -> list[dict[str, Any]]:
         """Return the lines of ``log.jsonl``, one per step, in order.
@@ -93,7 +93,7 @@ def open_run(run: Run | str | Path) -> Run:
     return load_run(run)
 
 
-def build_model(config: Config, data: Data) -> ContrastiveModel:
+def build_model(config: Config, data: DataModule) -> ContrastiveModel:
     """Build the untrained model of a config for its data."""
     return ContrastiveModel(
         config.model, channels=data.channels, image_size=data.image_size, classes=len(data.class_names)

@@ -13,10 +13,10 @@ from torch.nn.functional import one_hot
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pysupcon.config import Config
-from pysupcon.data.bundle import Data
+from pysupcon.data.datamodule import DataModule
 from pysupcon.errors import RunError
 from pysupcon.gradcache import GradCache
-from pysupcon.models.model import Outputs
+from pysupcon.models.model import ModelOutput
 from pysupcon.models.spectral import power_iteration
 from pysupcon.ranges import region
 from pysupcon.trainer.environment import dynamo_backend
@@ -44,7 +44,7 @@ class TrainingStep:
         self,
         accelerator: Accelerator,
         config: Config,
-        data: Data,
+        data: DataModule,
         network: nn.Module,
         model: nn.Module,
         objective: Objective,
@@ -136,11 +136,11 @@ class TrainingStep:
                 statistics["chance"] = statistics.get("chance", 0.0) + chance / count
         return parts, statistics
 
-    def _forward(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Outputs:
+    def _forward(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> ModelOutput:
         views, labels = batch
         images = self.data.normalize(views).flatten(0, 1).contiguous(memory_format=torch.channels_last)
         with region("encoder"):
-            outputs: Outputs = model(images, labels.repeat_interleave(views.shape[1]))
+            outputs: ModelOutput = model(images, labels.repeat_interleave(views.shape[1]))
         return outputs
 
     def _backward(
@@ -148,7 +148,7 @@ class TrainingStep:
     ) -> dict[str, Tensor]:
         parts: dict[str, Tensor] = {}
 
-        def loss(outputs: Outputs) -> Tensor:
+        def loss(outputs: ModelOutput) -> Tensor:
             try:
                 parts.update(self.objective(outputs, labels, groups))
             except ValueError as error:

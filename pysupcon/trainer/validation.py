@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from pysupcon.config import Config
-from pysupcon.data.bundle import Data
+from pysupcon.data.datamodule import DataModule
 from pysupcon.errors import RunError
-from pysupcon.models.model import Outputs
+from pysupcon.models.model import ModelOutput
 from pysupcon.trainer.config import GROUP_ACCURACIES
 from pysupcon.trainer.group_dro import GroupAccuracy
 from pysupcon.trainer.objective import Objective
@@ -33,9 +33,11 @@ class Validation:
         objective: the loss.
     """
 
-    def __init__(self, accelerator: Accelerator, config: Config, data: Data, objective: Objective) -> None:
+    def __init__(
+        self, accelerator: Accelerator, config: Config, data: DataModule, objective: Objective
+    ) -> None:
         self.accelerator, self.config, self.data, self.objective = accelerator, config, data, objective
-        batches = data.validation_batches(
+        batches = data.validation_batch_sampler(
             seed=config.seed, rank=accelerator.process_index, world_size=accelerator.num_processes
         )
         self.loader: DataLoader[tuple[Tensor, Tensor]] = data.loader(batches, split="val")
@@ -77,7 +79,7 @@ class Validation:
 
     def _losses(self, model: nn.Module, views: Tensor, labels: Tensor) -> dict[str, Tensor]:
         views, labels = views.to(self.accelerator.device), labels.to(self.accelerator.device)
-        parts: list[Outputs] = []
+        parts: list[ModelOutput] = []
         size = self.config.trainer.chunk_size or len(views)
         for chunk, chunk_labels in zip(views.split(size), labels.split(size), strict=True):
             images = self.data.normalize(chunk).flatten(0, 1).contiguous(memory_format=torch.channels_last)
@@ -87,7 +89,7 @@ class Validation:
             None if pieces[0] is None else torch.cat(pieces).float() for pieces in zip(*parts, strict=True)
         ]
         try:
-            losses = self.objective(Outputs(*joined), labels)
+            losses = self.objective(ModelOutput(*joined), labels)
         except ValueError as error:
             raise RunError(f"validation: {error}") from error
         return {name: value.to(torch.float64) for name, value in losses.items()}

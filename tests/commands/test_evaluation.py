@@ -50,7 +50,7 @@ def trained(tmp_path_factory) -> Path:
     data = load_data(load_config(folder / "config.yaml").data)
     torch.manual_seed(0)
     model = build_model(config, data)
-    train = data.plain("train")
+    train = data.evaluation_dataset("train")
     images = torch.stack([train[i][0] for i in range(0, len(train), 3)])
     head = torch.nn.Linear(model.embedding_dim, 2)
     optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], 2e-3)

@@ -10,17 +10,17 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from pysupcon.data import DataConfig
-from pysupcon.data.augment import Augmentation, Fit
-from pysupcon.data.bundle import Data, PlainDataset, load_data
-from pysupcon.data.colour import ColorJitter, RandomGrayscale, grey
-from pysupcon.data.draws import uniforms
+from pysupcon.data.augment import Augmentation, ResizeCenterCrop
+from pysupcon.data.colour import ColorJitter, RandomGrayscale, rgb_to_grayscale
+from pysupcon.data.datamodule import DataModule, EvaluationDataset, load_data
 from pysupcon.data.geometry import RandomAffine, RandomCrop, RandomHorizontalFlip, RandomResizedCrop
+from pysupcon.data.philox import philox_uniforms
 
 BILINEAR = v2.InterpolationMode.BILINEAR
 
 
 @pytest.fixture(scope="module")
-def digits() -> Data:
+def digits() -> DataModule:
     return load_data(DataConfig(dataset="digits", batch_size=64))
 
 
@@ -33,8 +33,8 @@ def pictures(count: int, channels: int, height: int, width: int) -> Tensor:
     )
 
 
-def numbers_for(step: object, count: int) -> Tensor:
-    return uniforms(1, range(count), step.count)  # type: ignore[attr-defined]
+def numbers_for(transform: object, count: int) -> Tensor:
+    return philox_uniforms(1, range(count), transform.num_uniforms)  # type: ignore[attr-defined]
 
 
 def furthest(mine: Tensor, theirs: Tensor) -> int:
@@ -47,16 +47,16 @@ def furthest(mine: Tensor, theirs: Tensor) -> int:
 
 
 @pytest.mark.parametrize(("height", "width"), [(28, 28), (9, 14)])  # usual; odd, even and not square
-@pytest.mark.parametrize("step", [RandomAffine(10, translate=0.1), RandomAffine(15, shear=10)])
-def test_affine(step: RandomAffine, height: int, width: int) -> None:
+@pytest.mark.parametrize("transform", [RandomAffine(10, translate=0.1), RandomAffine(15, shear=10)])
+def test_affine(transform: RandomAffine, height: int, width: int) -> None:
     images = pictures(60, 3, height, width)
-    numbers = numbers_for(step, 60)
-    angles, shears, shifts = (each.tolist() for each in step.parameters(numbers, height, width))
+    numbers = numbers_for(transform, 60)
+    angles, shears, shifts = (each.tolist() for each in transform.make_params(numbers, height, width))
     theirs = [
         F.affine(image, angle, [int(s) for s in shift], 1.0, [shear, 0.0], BILINEAR, fill=0)
         for image, angle, shear, shift in zip(images, angles, shears, shifts, strict=True)
     ]
-    mine = step(images, numbers)
+    mine = transform(images, numbers)
     assert furthest(mine, torch.stack(theirs)) <= 1
     assert (mine != torch.stack(theirs)).double().mean() < 1e-3  # ties of rounding only
     assert furthest(mine, images) > 100
@@ -66,7 +66,7 @@ def test_crop_and_flip() -> None:
     images = pictures(60, 3, 12, 12)
     crop, flip = RandomCrop(3), RandomHorizontalFlip()
     numbers = numbers_for(crop, 60)
-    top, left = (each.tolist() for each in crop.parameters(numbers))
+    top, left = (each.tolist() for each in crop.make_params(numbers))
     padded = F.pad(images, [3, 3, 3, 3])
     theirs = [F.crop(p, t, w, 12, 12) for p, t, w in zip(padded, top, left, strict=True)]
     assert torch.equal(crop(images, numbers), torch.stack(theirs))
@@ -85,19 +85,19 @@ def test_crop_and_flip() -> None:
         (28, 28, 28),  # usual
         (10, 15, 32),  # made larger, not square
         (40, 30, 16),  # made smaller: torchvision itself
-        (3, 30, 30),  # no try fits: the window in the middle
+        (3, 30, 30),  # no attempt fits: the central window
     ],
 )
 def test_resized_crop(height: int, width: int, size: int) -> None:
     images = pictures(60, 3, height, width)
-    step = RandomResizedCrop(size, (0.2, 1.0))
-    numbers = numbers_for(step, 60)
-    windows = torch.stack(step.parameters(numbers, height, width), 1)
+    transform = RandomResizedCrop(size, (0.2, 1.0))
+    numbers = numbers_for(transform, 60)
+    windows = torch.stack(transform.make_params(numbers, height, width), 1)
     theirs = [
         F.resized_crop(image, *window, [size, size], antialias=True)
         for image, window in zip(images, windows.tolist(), strict=True)
     ]
-    mine = step(images, numbers)
+    mine = transform(images, numbers)
     assert furthest(mine, torch.stack(theirs)) <= 1  # torchvision computes with 16-bit weights
     top, left, tall, wide = windows.unbind(1)
     assert (top >= 0).all()
@@ -115,26 +115,26 @@ CHANGES = [F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust
 def test_each_change_of_colour(only: int) -> None:
     images = pictures(40, 3, 16, 16)
     widths = [0.4 * (only == k) for k in range(3)] + [0.1 * (only == 3)]
-    step = ColorJitter(*widths)
-    numbers = numbers_for(step, 40)
-    strengths = step.parameters(numbers)[2][:, only].tolist()
+    transform = ColorJitter(*widths)
+    numbers = numbers_for(transform, 40)
+    strengths = transform.make_params(numbers)[2][:, only].tolist()
     theirs = torch.stack([CHANGES[only](i, s) for i, s in zip(images, strengths, strict=True)])
     # the changes of no width are the identity, up to one rounding in the hue
-    assert furthest(step(images, numbers), theirs) <= (1 if only < 3 else 2)
-    assert (step(images, numbers) != theirs).double().mean() < 0.02
+    assert furthest(transform(images, numbers), theirs) <= (1 if only < 3 else 2)
+    assert (transform(images, numbers) != theirs).double().mean() < 0.02
     assert furthest(theirs, images) > 20
 
 
 def test_colour_jitter_in_its_order() -> None:
     images = pictures(100, 3, 16, 16)
-    step = ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8)
-    numbers = numbers_for(step, 100)
-    changed, orders, strengths = step.parameters(numbers)
+    transform = ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8)
+    numbers = numbers_for(transform, 100)
+    changed, orders, strengths = transform.make_params(numbers)
     theirs = images.clone()
     for row in changed.nonzero().flatten().tolist():
         for change in orders[row].tolist():
             theirs[row] = CHANGES[change](theirs[row], float(strengths[row, change]))
-    mine = step(images, numbers)
+    mine = transform(images, numbers)
     assert furthest(mine, theirs) <= 4  # a difference of rounding goes through the later changes
     assert (mine != theirs).double().mean() < 0.02
     assert 65 < int(changed.sum()) < 95
@@ -144,13 +144,13 @@ def test_colour_jitter_in_its_order() -> None:
 
 def test_greyscale() -> None:
     images = pictures(60, 3, 16, 16)
-    step = RandomGrayscale(0.2)
-    numbers = numbers_for(step, 60)
-    mine = step(images, numbers)
+    transform = RandomGrayscale(0.2)
+    numbers = numbers_for(transform, 60)
+    mine = transform(images, numbers)
     chosen = numbers[:, 0] < 0.2
     assert furthest(mine[chosen], F.rgb_to_grayscale(images[chosen], 3)) <= 1
     assert torch.equal(mine[~chosen], images[~chosen])
-    assert torch.equal(mine[chosen, 0], grey(images[chosen].float())[:, 0].to(torch.uint8))
+    assert torch.equal(mine[chosen, 0], rgb_to_grayscale(images[chosen].float())[:, 0].to(torch.uint8))
     assert 4 < int(chosen.sum()) < 22
 
 
@@ -166,21 +166,23 @@ def test_parameters_are_distributed_as_torchvisions() -> None:
     crop = RandomResizedCrop(20, (0.2, 1.0))
     mine = dict(
         zip(
-            ("top", "left", "height", "width"), crop.parameters(numbers_for(crop, count), 20, 20), strict=True
+            ("top", "left", "height", "width"),
+            crop.make_params(numbers_for(crop, count), 20, 20),
+            strict=True,
         )
     )
     samples = {name: (mine[name], [each[name] for each in found]) for name in mine}
     affine = RandomAffine(15, translate=0.2, shear=10)
     other = v2.RandomAffine(15, translate=(0.2, 0.2), shear=10)
     drawn = [other.make_params([image]) for _ in range(count)]
-    angle, shear, shift = affine.parameters(numbers_for(affine, count), 20, 20)
+    angle, shear, shift = affine.make_params(numbers_for(affine, count), 20, 20)
     samples["angle"] = (angle, [each["angle"] for each in drawn])
     samples["shear"] = (shear, [each["shear"][0] for each in drawn])
     samples["shift"] = (shift[:, 1], [each["translate"][1] for each in drawn])
     jitter = ColorJitter(0.4, 0.4, 0.4, 0.1)
     third = v2.ColorJitter(0.4, 0.4, 0.4, 0.1)
     colours = [third.make_params([image]) for _ in range(count)]
-    strengths = jitter.parameters(numbers_for(jitter, count))[2]
+    strengths = jitter.make_params(numbers_for(jitter, count))[2]
     for k, name in enumerate(("brightness", "contrast", "saturation", "hue")):
         samples[name] = (strengths[:, k], [each[f"{name}_factor"] for each in colours])
     for name, (ours, given) in samples.items():
@@ -194,15 +196,17 @@ def test_parameters_are_distributed_as_torchvisions() -> None:
 
 
 def test_numbers_belong_to_their_draw() -> None:
-    alone = torch.cat([uniforms(3, [draw], 7) for draw in (5, 6, 90, 7)])
-    assert torch.equal(uniforms(3, [5, 6, 90, 7], 7), alone)  # far apart: one by one
-    assert torch.equal(uniforms(3, [5, 6, 20, 7], 7)[[0, 1, 3]], alone[[0, 1, 3]])  # all that lies between
-    assert not torch.equal(uniforms(4, [5], 7), alone[:1])
-    assert torch.equal(uniforms(3 + 2**64, [5], 7), alone[:1])
-    assert uniforms(3, [], 7).shape == (0, 7)
-    assert uniforms(3, [1, 2], 0).shape == (2, 0)
-    assert torch.equal(uniforms(3, [2**40], 7), uniforms(3, [2**40, 2**40 + 1], 7)[:1])
-    many = uniforms(0, range(4000), 5)
+    alone = torch.cat([philox_uniforms(3, [draw], 7) for draw in (5, 6, 90, 7)])
+    assert torch.equal(philox_uniforms(3, [5, 6, 90, 7], 7), alone)  # far apart: one by one
+    assert torch.equal(
+        philox_uniforms(3, [5, 6, 20, 7], 7)[[0, 1, 3]], alone[[0, 1, 3]]
+    )  # all that lies between
+    assert not torch.equal(philox_uniforms(4, [5], 7), alone[:1])
+    assert torch.equal(philox_uniforms(3 + 2**64, [5], 7), alone[:1])
+    assert philox_uniforms(3, [], 7).shape == (0, 7)
+    assert philox_uniforms(3, [1, 2], 0).shape == (2, 0)
+    assert torch.equal(philox_uniforms(3, [2**40], 7), philox_uniforms(3, [2**40, 2**40 + 1], 7)[:1])
+    many = philox_uniforms(0, range(4000), 5)
     assert many.dtype == torch.float64
     assert 0 <= float(many.min()) < 0.001
     assert 0.999 < float(many.max()) < 1
@@ -213,8 +217,8 @@ def test_numbers_belong_to_their_draw() -> None:
 
 def test_numbers_never_change() -> None:
     """A run is resumed with the views it would have had; later versions must draw the same."""
-    assert uniforms(0, [0], 2)[0].tolist() == [0.011546754286331562, 0.24154919656271812]
-    assert uniforms(7, [123456789], 2)[0].tolist() == [0.882302869278809, 0.08636463132337013]
+    assert philox_uniforms(0, [0], 2)[0].tolist() == [0.011546754286331562, 0.24154919656271812]
+    assert philox_uniforms(7, [123456789], 2)[0].tolist() == [0.882302869278809, 0.08636463132337013]
 
 
 # --- views
@@ -225,7 +229,9 @@ def test_numbers_never_change() -> None:
 def test_a_view_does_not_depend_on_its_batch(strength: str, family: str) -> None:
     images = pictures(150, 3 if family == "colour" else 1, 20, 20)
     augmentation = Augmentation(strength, family, 20)  # type: ignore[arg-type]
-    numbers = uniforms(0, range(150), 2 * augmentation.count).view(150, 2, augmentation.count)
+    numbers = philox_uniforms(0, range(150), 2 * augmentation.num_uniforms).view(
+        150, 2, augmentation.num_uniforms
+    )
     together = augmentation(images, numbers)
     assert together.shape == (150, 2, images.shape[1], 20, 20)
     for row in (0, 63, 64, 149):
@@ -237,8 +243,8 @@ def test_a_view_does_not_depend_on_its_batch(strength: str, family: str) -> None
         assert not torch.equal(together[:, 0], together[:, 1])
 
 
-def test_views_are_a_function_of_the_draw(digits: Data) -> None:
-    dataset = digits.loader(digits.batches(seed=0, steps=1)).dataset
+def test_views_are_a_function_of_the_draw(digits: DataModule) -> None:
+    dataset = digits.loader(digits.batch_sampler(seed=0, steps=1)).dataset
     before = torch.get_rng_state()
     views = dataset[(7, 100)][0]
     assert torch.equal(before, torch.get_rng_state())
@@ -252,9 +258,9 @@ def test_views_are_a_function_of_the_draw(digits: Data) -> None:
     assert labels.tolist() == [dataset[(3, 0)][1], dataset[(7, 0)][1], dataset[(7, 0)][1]]
 
 
-def test_views_of_a_batch_are_independent(digits: Data) -> None:
+def test_views_of_a_batch_are_independent(digits: DataModule) -> None:
     """The same image twice in a batch, as two draws, is augmented differently."""
-    dataset = digits.loader(digits.batches(seed=3, steps=1)).dataset
+    dataset = digits.loader(digits.batch_sampler(seed=3, steps=1)).dataset
     shown = {tuple(view.flatten().tolist()) for draw in range(50) for view in dataset[(0, draw)][0]}
     assert len(shown) > 90  # of 100
 
@@ -263,25 +269,25 @@ def test_views_of_a_batch_are_independent(digits: Data) -> None:
 def test_loader_processes_change_nothing(augmentation: str) -> None:
     config = DataConfig(dataset="digits", batch_size=32, augmentation=augmentation)  # type: ignore[arg-type]
     data = load_data(config)
-    alone = list(data.loader(data.batches(seed=0, steps=3)))
+    alone = list(data.loader(data.batch_sampler(seed=0, steps=3)))
     config.workers = 2
-    shared = list(data.loader(data.batches(seed=0, steps=3)))
+    shared = list(data.loader(data.batch_sampler(seed=0, steps=3)))
     assert len(alone) == len(shared) == 3
     for mine, theirs in zip(alone, shared, strict=True):
         assert torch.equal(mine[0], theirs[0])
         assert torch.equal(mine[1], theirs[1])
 
 
-def test_views_without_augmentation_are_not_copied(digits: Data) -> None:
+def test_views_without_augmentation_are_not_copied(digits: DataModule) -> None:
     data = load_data(DataConfig(dataset="digits", batch_size=16, augmentation="none", views=3))
-    views, _ = next(iter(data.loader(data.batches(seed=0, steps=1))))
+    views, _ = next(iter(data.loader(data.batch_sampler(seed=0, steps=1))))
     assert views.shape == (16, 3, 1, 8, 8)
     assert views.stride(1) == 0
 
 
-def test_a_plain_batch_is_its_items(digits: Data) -> None:
-    whole = digits.plain("test")
-    assert isinstance(whole, PlainDataset)
+def test_a_plain_batch_is_its_items(digits: DataModule) -> None:
+    whole = digits.evaluation_dataset("test")
+    assert isinstance(whole, EvaluationDataset)
     batch = whole.__getitems__([4, 0, 9])
     for row, (image, coarse, fine) in zip((4, 0, 9), batch, strict=True):
         alone = whole[row]
@@ -291,7 +297,7 @@ def test_a_plain_batch_is_its_items(digits: Data) -> None:
 
 def views_of(strength: str, family: str, image: Tensor, count: int) -> Tensor:
     augmentation = Augmentation(strength, family, image.shape[-1])  # type: ignore[arg-type]
-    numbers = uniforms(0, range(count), augmentation.count).unsqueeze(1)
+    numbers = philox_uniforms(0, range(count), augmentation.num_uniforms).unsqueeze(1)
     return augmentation(image.expand(count, -1, -1, -1), numbers)[:, 0]
 
 
@@ -310,9 +316,9 @@ def test_digits_are_never_flipped(strength: str) -> None:
 def test_no_augmentation_gives_the_image() -> None:
     wide = torch.randint(0, 256, (2, 3, 20, 33), dtype=torch.uint8)
     nothing = torch.empty(2, 1, 0, dtype=torch.float64)
-    assert torch.equal(Augmentation("none", "colour", 16)(wide, nothing)[:, 0], Fit(16)(wide))
-    assert Fit(16)(wide).shape == (2, 3, 16, 16)
-    assert Fit(20)(wide[..., :20]).data_ptr() == wide.data_ptr()
+    assert torch.equal(Augmentation("none", "colour", 16)(wide, nothing)[:, 0], ResizeCenterCrop(16)(wide))
+    assert ResizeCenterCrop(16)(wide).shape == (2, 3, 16, 16)
+    assert ResizeCenterCrop(20)(wide[..., :20]).data_ptr() == wide.data_ptr()
 
 
 def test_colour_views_vary_in_colour() -> None:

@@ -3,57 +3,31 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
-import pickle
-import struct
 from collections import Counter
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from helpers.data_files import write_cifar, write_image_folder, write_mnist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torchvision import datasets
-from torchvision.utils import save_image
 
-from pysupcon.data import DataConfig
-from pysupcon.data import labels as groups
-from pysupcon.data.bundle import Data, load_data
-from pysupcon.data.samplers import BalancedBatches, Draw, ShuffledBatches
-from pysupcon.data.splits import at_most, stratified_split, stratified_subset
+from pysupcon.data import DataConfig, superclasses
+from pysupcon.data.datamodule import DataModule, load_data
+from pysupcon.data.samplers import BalancedBatchSampler, Draw, ShuffledBatchSampler
+from pysupcon.data.splits import cap_per_class, stratified_split, stratified_subset
 from pysupcon.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
-def digits() -> Data:
+def digits() -> DataModule:
     return load_data(DataConfig(dataset="digits", batch_size=64))
 
 
 # --- readers
-
-
-def write_idx(path: Path, array: np.ndarray, *, compress: bool) -> None:
-    raw = (
-        struct.pack(f">{1 + array.ndim}I", 0x0800 + array.ndim, *array.shape)
-        + array.astype(np.uint8).tobytes()
-    )
-    if compress:
-        path.with_name(path.name + ".gz").write_bytes(gzip.compress(raw))
-    else:
-        path.write_bytes(raw)
-
-
-def write_mnist(folder: Path, *, compress: bool) -> np.ndarray:
-    folder.mkdir(parents=True, exist_ok=True)
-    images = np.random.default_rng(0).integers(0, 256, (200, 28, 28))
-    labels = np.arange(200) % 10
-    for part in ("train", "t10k"):
-        write_idx(folder / f"{part}-images-idx3-ubyte", images, compress=compress)
-        write_idx(folder / f"{part}-labels-idx1-ubyte", labels, compress=compress)
-    return images
 
 
 @pytest.mark.parametrize(
@@ -100,11 +74,11 @@ def test_damaged_idx_files(tmp_path: Path) -> None:
     whole = file.read_bytes()
     file.write_bytes(whole[:-5])
     with pytest.raises(
-        ConfigError, match=r"train-images-idx3-ubyte is damaged: it announces \[200, 28, 28\]"
+        ConfigError, match=r"train-images-idx3-ubyte is damaged: its header gives the shape \[200, 28, 28\]"
     ):
         load_data(config)
     file.write_bytes(b"\x00" * 16 + whole[16:])
-    with pytest.raises(ConfigError, match="is no idx file of bytes with 3 dimension"):
+    with pytest.raises(ConfigError, match="is not an idx file of bytes with 3 dimension"):
         load_data(config)
     file.unlink()
     file.with_name(file.name + ".gz").write_bytes(gzip.compress(whole)[:-100])
@@ -121,36 +95,8 @@ def test_missing_root(tmp_path: Path, name: str) -> None:
 
 
 def test_missing_image_folder(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data.root .* is no image folder"):
+    with pytest.raises(ConfigError, match=r"data.root .* is not an image folder"):
         load_data(DataConfig(dataset="image_folder", root=str(tmp_path), image_size=8, labels="fine"))
-
-
-def write_cifar(
-    root: Path, monkeypatch: pytest.MonkeyPatch, classes: int, *, count: int = 300, test_count: int = 300
-) -> np.ndarray:
-    """The pickles of CIFAR-10 or CIFAR-100, labels in turn, and torchvision's checksums of them; the test
-    images come back."""
-    kind = datasets.CIFAR10 if classes == 10 else datasets.CIFAR100
-    folder = root / kind.base_folder
-    folder.mkdir()
-    random = np.random.default_rng(0)
-    names = [name for members in getattr(groups, f"CIFAR{classes}").values() for name in members]
-    key = "labels" if classes == 10 else "fine_labels"
-
-    def write(name: str, content: dict[str, object]) -> str:
-        raw = pickle.dumps(content)
-        (folder / name).write_bytes(raw)
-        return hashlib.md5(raw).hexdigest()
-
-    for attribute, number in (("train_list", count), ("test_list", test_count)):
-        pixels = random.integers(0, 256, (number, 3072), dtype=np.uint8)
-        labels = [i % classes for i in range(number)]
-        listed = [[name, write(name, {"data": pixels, key: labels})] for name, _ in getattr(kind, attribute)]
-        monkeypatch.setattr(kind, attribute, listed)
-    meta = dict(kind.meta)
-    meta["md5"] = write(meta["filename"], {meta["key"]: sorted(names)})
-    monkeypatch.setattr(kind, "meta", meta)
-    return pixels
 
 
 @pytest.mark.parametrize("classes", [10, 100])
@@ -161,7 +107,7 @@ def test_cifar_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classes: i
     test = data.splits["test"]
     assert isinstance(test.images, Tensor)
     assert torch.equal(test.images.flatten(1), torch.from_numpy(pixels))
-    table = getattr(groups, name.upper())
+    table = getattr(superclasses, name.upper())
     for i in range(classes):
         assert data.fine_names[int(test.fine[i])] in table[data.coarse_names[int(test.coarse[i])]]
 
@@ -171,15 +117,8 @@ def test_cifar_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classes: i
         load_data(data.config)
 
 
-def write_folder(root: Path, classes: list[str], count: int) -> None:
-    for index, name in enumerate(classes):
-        (root / name).mkdir(parents=True)
-        for i in range(count):
-            save_image(torch.full((3, 10 + i, 12), index / 4), root / name / f"{i}.png")
-
-
 def test_image_folder(tmp_path: Path) -> None:
-    write_folder(tmp_path, ["cat", "dog", "car"], 10)
+    write_image_folder(tmp_path, ["cat", "dog", "car"], 10)
     config = DataConfig(
         dataset="image_folder", root=str(tmp_path), image_size=8, batch_size=6,
         coarse_map={"cat": "animal", "dog": "animal", "car": "vehicle"},
@@ -188,11 +127,11 @@ def test_image_folder(tmp_path: Path) -> None:
     data = load_data(config)
     assert {name: len(samples) for name, samples in data.splits.items()} == {"train": 21, "val": 3, "test": 6}
     assert (data.fine_names, data.coarse_names) == (["car", "cat", "dog"], ["vehicle", "animal"])
-    image, coarse, fine = data.plain("test")[0]
+    image, coarse, fine = data.evaluation_dataset("test")[0]
     assert (image.shape, coarse, fine) == ((3, 8, 8), 0, 0)
-    views, labels = next(iter(data.loader(data.batches(seed=0, steps=1))))
+    views, labels = next(iter(data.loader(data.batch_sampler(seed=0, steps=1))))
     assert (views.shape, labels.shape) == ((6, 2, 3, 8, 8), (6,))
-    dataset = data.loader(data.batches(seed=0, steps=1)).dataset
+    dataset = data.loader(data.batch_sampler(seed=0, steps=1)).dataset
     draws = [(3, 0), (3, 1), (8, 2), (15, 3), (3, 0)]  # files of four sizes
     together = dataset.__getitems__(draws)[0]  # type: ignore[attr-defined]
     assert all(torch.equal(dataset[draw][0], view) for draw, view in zip(draws, together, strict=True))
@@ -203,8 +142,8 @@ def test_image_folder(tmp_path: Path) -> None:
 
 
 def test_image_folder_with_its_own_test_split(tmp_path: Path) -> None:
-    write_folder(tmp_path / "train", ["a", "b"], 10)
-    write_folder(tmp_path / "test", ["a", "b"], 3)
+    write_image_folder(tmp_path / "train", ["a", "b"], 10)
+    write_image_folder(tmp_path / "test", ["a", "b"], 3)
     config = DataConfig(dataset="image_folder", root=str(tmp_path), image_size=8, batch_size=6, labels="fine")
     assert {name: len(samples) for name, samples in load_data(config).splits.items()} == {
         "train": 18, "val": 2, "test": 6,
@@ -218,16 +157,19 @@ def test_image_folder_with_its_own_test_split(tmp_path: Path) -> None:
 
 
 def test_coarse_labels() -> None:
-    assert [len(members) for members in groups.CIFAR100.values()] == [5] * 20
-    assert len(set(chain(*groups.CIFAR100.values()))) == 100
-    assert set(chain(*groups.CIFAR10.values())) == {
+    assert [len(members) for members in superclasses.CIFAR100.values()] == [5] * 20
+    assert len(set(chain(*superclasses.CIFAR100.values()))) == 100
+    assert set(chain(*superclasses.CIFAR10.values())) == {
         "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
     }  # fmt: skip
     fine = torch.arange(10)
-    assert groups.coarsen(fine, [str(i) for i in range(10)], groups.DIGITS).tolist() == [0] * 5 + [1] * 5
+    assert (
+        superclasses.coarse_labels_of(fine, [str(i) for i in range(10)], superclasses.DIGITS).tolist()
+        == [0] * 5 + [1] * 5
+    )
 
 
-def test_splits_are_disjoint_stratified_and_reproducible(digits: Data) -> None:
+def test_splits_are_disjoint_stratified_and_reproducible(digits: DataModule) -> None:
     again = load_data(DataConfig(dataset="digits", batch_size=64))
     other = load_data(DataConfig(dataset="digits", batch_size=64, split_seed=1))
     assert sum(len(samples) for samples in digits.splits.values()) == 1797
@@ -282,15 +224,15 @@ def test_stratified_subset(counts: list[int], share: float, seed: int) -> None:
 
 def test_at_most() -> None:
     labels = torch.tensor([0, 1, 1, 0, 2, 1, 1, 2])
-    kept = at_most(labels, {0: 5, 1: 2, 2: 1}, 3)
+    kept = cap_per_class(labels, {0: 5, 1: 2, 2: 1}, 3)
     assert labels[kept].bincount().tolist() == [2, 2, 1]
-    fewer = at_most(labels, {0: 1, 1: 1, 2: 0}, 3)
+    fewer = cap_per_class(labels, {0: 1, 1: 1, 2: 0}, 3)
     assert set(fewer.tolist()) < set(kept.tolist())
-    drawn = {tuple(at_most(labels, {0: 2, 1: 2, 2: 2}, seed).tolist()) for seed in range(40)}
+    drawn = {tuple(cap_per_class(labels, {0: 2, 1: 2, 2: 2}, seed).tolist()) for seed in range(40)}
     assert len(drawn) == 6  # every two of the four of class 1
 
 
-def test_a_small_training_split_leaves_the_others_alone(digits: Data) -> None:
+def test_a_small_training_split_leaves_the_others_alone(digits: DataModule) -> None:
     config = DataConfig(dataset="digits", batch_size=64, train_size=200)
     config.check()
     small = load_data(config)
@@ -317,8 +259,8 @@ def test_a_small_training_split_leaves_the_others_alone(digits: Data) -> None:
         config.check()
 
 
-def test_plain_dataset(digits: Data) -> None:
-    train = digits.plain("train")
+def test_plain_dataset(digits: DataModule) -> None:
+    train = digits.evaluation_dataset("train")
     images = torch.stack([train[i][0] for i in range(len(train))])
     assert images.shape == (1295, 1, 8, 8)
     assert images.dtype == torch.float32
@@ -337,7 +279,7 @@ def samples_of(batches: list[list[Draw]]) -> list[list[int]]:
 
 def test_shuffled_batches_cover_an_epoch() -> None:
     labels = torch.zeros(50, dtype=torch.int64)
-    first, second = (list(ShuffledBatches(labels, 10, seed=seed, steps=10)) for seed in (0, 1))
+    first, second = (list(ShuffledBatchSampler(labels, 10, seed=seed, steps=10)) for seed in (0, 1))
     for epoch in (first[:5], first[5:]):
         assert sorted(chain(*samples_of(epoch))) == list(range(50))
     assert samples_of(first[:5]) != samples_of(first[5:])
@@ -357,7 +299,7 @@ def test_balanced_batches(counts: list[int], size: int, seed: int) -> None:
         return
     classes = len(counts)
     waits = -(-classes // size)  # batches until every class has come
-    batches = samples_of(list(BalancedBatches(labels, size, seed=seed, steps=3 * waits)))
+    batches = samples_of(list(BalancedBatchSampler(labels, size, seed=seed, steps=3 * waits)))
     for batch in batches:
         assert len(batch) == size
         drawn = Counter(int(labels[sample]) for sample in batch)
@@ -371,22 +313,22 @@ def test_balanced_batches(counts: list[int], size: int, seed: int) -> None:
         assert window == set(range(classes))
 
 
-@pytest.mark.parametrize("kind", [ShuffledBatches, BalancedBatches])
-def test_two_processes_divide_one_global_batch(kind: type[ShuffledBatches]) -> None:
+@pytest.mark.parametrize("kind", [ShuffledBatchSampler, BalancedBatchSampler])
+def test_two_processes_divide_one_global_batch(kind: type[ShuffledBatchSampler]) -> None:
     labels = torch.arange(60) % 4
     whole = list(kind(labels, 12, seed=5, steps=9))
     ranks = [list(kind(labels, 12, seed=5, steps=9, rank=rank, world_size=2)) for rank in (0, 1)]
     for batch, mine, theirs in zip(whole, *ranks, strict=True):
         assert len(mine) == len(theirs) == 6
         assert sorted(mine + theirs) == sorted(batch)
-        if kind is BalancedBatches:
+        if kind is BalancedBatchSampler:
             numbers = Counter(int(labels[sample]) for sample, _ in mine)
             assert max(numbers.values()) - min(numbers.values()) <= 1
 
 
-@pytest.mark.parametrize("kind", [ShuffledBatches, BalancedBatches])
+@pytest.mark.parametrize("kind", [ShuffledBatchSampler, BalancedBatchSampler])
 @pytest.mark.parametrize("start", [1, 4, 5, 7])
-def test_a_later_start_draws_the_same_batches(kind: type[ShuffledBatches], start: int) -> None:
+def test_a_later_start_draws_the_same_batches(kind: type[ShuffledBatchSampler], start: int) -> None:
     labels = torch.arange(50) % 3
     whole = list(kind(labels, 10, seed=2, steps=12))
     later = kind(labels, 10, seed=2, steps=12, start=start)
@@ -396,13 +338,13 @@ def test_a_later_start_draws_the_same_batches(kind: type[ShuffledBatches], start
 
 def test_balanced_batches_draw_every_sample_in_time() -> None:
     labels = torch.tensor([0] * 90 + [1] * 10)
-    drawn = set(chain(*samples_of(list(BalancedBatches(labels, 20, seed=0, steps=50)))))
+    drawn = set(chain(*samples_of(list(BalancedBatchSampler(labels, 20, seed=0, steps=50)))))
     assert drawn == set(range(100))
 
 
 def test_impossible_batches() -> None:
     labels = torch.zeros(10, dtype=torch.int64)
     with pytest.raises(ConfigError, match=r"data.batch_size must be at most the 10 training samples, got 11"):
-        ShuffledBatches(labels, 11, seed=0, steps=1)
+        ShuffledBatchSampler(labels, 11, seed=0, steps=1)
     with pytest.raises(ConfigError, match=r"data.batch_size must be a multiple of the 3 processes, got 10"):
-        ShuffledBatches(labels, 10, seed=0, steps=1, world_size=3)
+        ShuffledBatchSampler(labels, 10, seed=0, steps=1, world_size=3)

@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from test_data import write_cifar
-from torchvision import datasets
+from helpers.data_files import write_cifar, write_grey_image, write_tiny_imagenet
+from helpers.transfer_data_files import CLASSES, WRITERS
 
-from pysupcon.data import DataConfig, published
-from pysupcon.data import labels as groups
-from pysupcon.data.bundle import Data, load_data
+from pysupcon.data import DataConfig, superclasses, torchvision_datasets
+from pysupcon.data.datamodule import DataModule, load_data
 from pysupcon.data.imagenet_classes import IMAGENET100, TINY_IMAGENET
 from pysupcon.errors import ConfigError
 
 
-def read(name: str, root: Path, **fields: object) -> Data:
+def read(name: str, root: Path, **fields: object) -> DataModule:
     config = DataConfig(dataset=name, root=str(root), batch_size=4, **fields)  # type: ignore[arg-type]
     config.check()
     return load_data(config)
-
-
-def picture(path: Path, grey: int, size: tuple[int, int] = (12, 10)) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, (grey, grey, grey)).save(path)
-
-
-def write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
 
 
 # --- CIFAR
@@ -54,7 +38,7 @@ def test_cifar2_is_cats_and_dogs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_cifar100_u_is_unbalanced_in_training_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_cifar(tmp_path, monkeypatch, 100, count=2000, test_count=200)
-    monkeypatch.setattr(published, "UNBALANCED", (20, 9, 4, 2, 2))
+    monkeypatch.setattr(torchvision_datasets, "CIFAR100_U_SIZES", (20, 9, 4, 2, 2))
     data, whole = read("cifar100_u", tmp_path), read("cifar100", tmp_path)
     train = data.splits["train"]
     counts = train.fine.bincount(minlength=100)
@@ -72,10 +56,10 @@ def test_cifar100_u_is_unbalanced_in_training_alone(tmp_path: Path, monkeypatch:
 
 
 def test_cifar100_u_keeps_the_published_numbers() -> None:
-    names = sorted(name for members in groups.CIFAR100.values() for name in members)
-    kept = published._unbalanced(names, groups.CIFAR100)
+    names = sorted(name for members in superclasses.CIFAR100.values() for name in members)
+    kept = torchvision_datasets._cifar100_u_sizes(names, superclasses.CIFAR100)
     assert sum(kept) == 20 * 950
-    flowers = {name: kept[names.index(name)] for name in groups.CIFAR100["flowers"]}
+    flowers = {name: kept[names.index(name)] for name in superclasses.CIFAR100["flowers"]}
     assert flowers == {"orchid": 500, "poppy": 250, "rose": 100, "sunflower": 50, "tulip": 50}
 
 
@@ -97,22 +81,8 @@ def test_tables_of_imagenet() -> None:
     ]  # fmt: skip
 
 
-def write_tiny(root: Path) -> list[str]:
-    wnids = sorted(wnid for members in TINY_IMAGENET.values() for wnid in members)
-    write(root / "wnids.txt", "\n".join(reversed(wnids)) + "\n")
-    write(root / "words.txt", "".join(f"{wnid}\tword {i}, other\n" for i, wnid in enumerate(wnids)))
-    lines = []
-    for i, wnid in enumerate(wnids):
-        for k in range(2):
-            picture(root / "train" / wnid / "images" / f"{wnid}_{k}.JPEG", i, (64, 64))
-        picture(root / "val" / "images" / f"val_{i}.JPEG", i, (64, 64))
-        lines.append(f"val_{i}.JPEG\t{wnid}\t0\t0\t62\t62\n")
-    write(root / "val" / "val_annotations.txt", "".join(reversed(lines)))
-    return wnids
-
-
 def test_tiny_imagenet(tmp_path: Path) -> None:
-    wnids = write_tiny(tmp_path / "tiny-imagenet-200")
+    wnids = write_tiny_imagenet(tmp_path / "tiny-imagenet-200")
     data = read("tiny_imagenet", tmp_path)
     assert {name: len(part) for name, part in data.splits.items()} == {"train": 200, "val": 200, "test": 200}
     assert data.image_size == 64
@@ -126,7 +96,7 @@ def test_tiny_imagenet(tmp_path: Path) -> None:
             fine = int(part.fine[row])
             assert wnids[fine] in TINY_IMAGENET[data.coarse_names[int(part.coarse[row])]]
             assert part.images[row].float().mean().round() == pytest.approx(fine, abs=1)
-    views, labels = next(iter(data.loader(data.batches(seed=0, steps=1))))
+    views, labels = next(iter(data.loader(data.batch_sampler(seed=0, steps=1))))
     assert (views.shape, labels.shape) == ((4, 2, 3, 64, 64), (4,))
 
 
@@ -135,16 +105,16 @@ def test_damaged_tiny_imagenet(tmp_path: Path) -> None:
         ConfigError, match=r"does not hold tiny_imagenet: looked for wnids.txt in .* correct d"
     ):
         read("tiny_imagenet", tmp_path)
-    wnids = write_tiny(tmp_path)
+    wnids = write_tiny_imagenet(tmp_path)
     table = tmp_path / "val" / "val_annotations.txt"
     text = table.read_text()
     table.write_text(text + "val_0.JPEG\tn00000000\t0\n")
     with pytest.raises(
-        ConfigError, match=r"val_annotations.txt, line 201, must begin .*'val_0.JPEG.tn00000000"
+        ConfigError, match=r"val_annotations.txt, line 201, must start .*'val_0.JPEG.tn00000000"
     ):
         read("tiny_imagenet", tmp_path)
     table.write_text(text + f"val_999.JPEG\t{wnids[0]}\t0\n")
-    with pytest.raises(ConfigError, match=r"names 201 images, 1 of which are not there.*val_999.JPEG"):
+    with pytest.raises(ConfigError, match=r"names 201 images, 1 of which are missing.*val_999.JPEG"):
         read("tiny_imagenet", tmp_path)
     table.unlink()
     with pytest.raises(ConfigError, match=r"val_annotations.txt cannot be read"):
@@ -157,8 +127,8 @@ def test_damaged_tiny_imagenet(tmp_path: Path) -> None:
 def test_imagenet100(tmp_path: Path) -> None:
     for i, wnid in enumerate([*IMAGENET100, "n01440764"]):  # another class of ImageNet beside the hundred
         for k in range(2):
-            picture(tmp_path / "train" / wnid / f"{k}.JPEG", i)
-        picture(tmp_path / "val" / wnid / "0.JPEG", i)
+            write_grey_image(tmp_path / "train" / wnid / f"{k}.JPEG", i)
+        write_grey_image(tmp_path / "val" / wnid / "0.JPEG", i)
     data = read("imagenet100", tmp_path, image_size=8)
     assert {name: len(part) for name, part in data.splits.items()} == {"train": 100, "val": 100, "test": 100}
     assert data.fine_names == data.coarse_names == IMAGENET100
@@ -172,103 +142,10 @@ def test_imagenet100(tmp_path: Path) -> None:
 
 # --- the six sets for transfer: twelve training images, six test images, three classes
 
-CLASSES = ["first kind", "second kind", "third kind"]
 
-
-def aircraft(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = root / "fgvc-aircraft-2013b" / "data"
-    makers = ["Maker A", "Maker B"]
-    write(folder / "variants.txt", "\n".join(CLASSES) + "\n")
-    write(folder / "manufacturers.txt", "\n".join(makers) + "\n")
-    number = 0
-    for split, count in (("trainval", 12), ("test", 6)):
-        rows = [(f"{number + i:07d}", i % 3) for i in range(count)]
-        number += count
-        write(folder / f"images_variant_{split}.txt", "".join(f"{n} {CLASSES[k]}\n" for n, k in rows))
-        write(
-            folder / f"images_manufacturer_{split}.txt", "".join(f"{n} {makers[k // 2]}\n" for n, k in rows)
-        )
-        for name, label in rows:
-            picture(folder / "images" / f"{name}.jpg", 50 * label)
-
-
-def cars(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from scipy.io import savemat
-
-    folder = root / "stanford_cars"
-    (folder / "devkit").mkdir(parents=True)
-    savemat(folder / "devkit" / "cars_meta.mat", {"class_names": np.array(CLASSES, dtype=object)})
-    for table, images, count in (
-        ("devkit/cars_train_annos.mat", "cars_train", 12),
-        ("cars_test_annos_withlabels.mat", "cars_test", 6),
-    ):
-        rows = np.array(
-            [(i % 3 + 1, f"{i:05d}.jpg") for i in range(count)], dtype=[("class", object), ("fname", object)]
-        )
-        savemat(folder / table, {"annotations": rows})
-        for i in range(count):
-            picture(folder / images / f"{i:05d}.jpg", 50 * (i % 3))
-
-
-def dtd(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = root / "dtd" / "dtd"
-    number = 0
-    for split, count in (("train", 6), ("val", 6), ("test", 6)):
-        names = [f"{CLASSES[i % 3]}/{CLASSES[i % 3]}_{number + i:04d}.jpg" for i in range(count)]
-        number += count
-        write(folder / "labels" / f"{split}1.txt", "\n".join(names) + "\n")
-        for i, name in enumerate(names):
-            picture(folder / "images" / name, 50 * (i % 3))
-
-
-def flowers102(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from scipy.io import savemat
-
-    folder = root / "flowers-102"
-    for number in range(1, 19):
-        picture(folder / "jpg" / f"image_{number:05d}.jpg", 50 * ((number - 1) % 3))
-    savemat(folder / "imagelabels.mat", {"labels": [i % 3 + 1 for i in range(18)]})
-    savemat(
-        folder / "setid.mat",
-        {"trnid": list(range(1, 7)), "valid": list(range(7, 13)), "tstid": list(range(13, 19))},
-    )
-    sums = {
-        key: (name, hashlib.md5((folder / name).read_bytes()).hexdigest())
-        for key, name in (("label", "imagelabels.mat"), ("setid", "setid.mat"))
-    }
-    monkeypatch.setattr(datasets.Flowers102, "_file_dict", sums)
-
-
-def food101(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = root / "food-101"
-    for split, count in (("train", 4), ("test", 2)):
-        names = {kind: [f"{kind}/{split}{i}" for i in range(count)] for kind in CLASSES}
-        write(folder / "meta" / f"{split}.json", json.dumps(names))
-        for label, kind in enumerate(CLASSES):
-            for name in names[kind]:
-                picture(folder / "images" / f"{name}.jpg", 50 * label)
-
-
-def pets(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = root / "oxford-iiit-pet"
-    breeds = ["first_kind", "second_kind", "third_kind"]
-    for split, count in (("trainval", 12), ("test", 6)):
-        rows = [(f"{breeds[i % 3]}_{split}{i}", i % 3) for i in range(count)]
-        lines = [f"{name} {label + 1} {2 if label == 2 else 1} 1\n" for name, label in rows]
-        write(folder / "annotations" / f"{split}.txt", "".join(lines))
-        for name, label in rows:
-            picture(folder / "images" / f"{name}.jpg", 50 * label)
-
-
-WRITERS: list[Callable[[Path, pytest.MonkeyPatch], None]] = [aircraft, cars, dtd, flowers102, food101, pets]
-
-
-@pytest.mark.parametrize("writer", WRITERS, ids=lambda writer: writer.__name__)
-def test_sets_for_transfer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: Callable[[Path, pytest.MonkeyPatch], None]
-) -> None:
-    name = writer.__name__
-    writer(tmp_path, monkeypatch)
+@pytest.mark.parametrize("name", WRITERS)
+def test_sets_for_transfer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    WRITERS[name](tmp_path, monkeypatch)
     data = read(name, tmp_path, image_size=8)
     assert {split: len(part) for split, part in data.splits.items()} == {"train": 9, "val": 3, "test": 6}
     for part in data.splits.values():
@@ -292,17 +169,12 @@ def test_sets_for_transfer(
 
     image = test.images.paths[1]  # type: ignore[union-attr]
     image.unlink()
-    with pytest.raises(
-        ConfigError, match=rf"lacks 1 of the 6 images of {name}, the first of them .*{image.name}"
-    ):
+    with pytest.raises(ConfigError, match=rf"lacks 1 of the 6 images of {name}, first .*{image.name}"):
         read(name, tmp_path, image_size=8)
 
 
-@pytest.mark.parametrize("writer", WRITERS, ids=lambda writer: writer.__name__)
-def test_missing_sets_for_transfer(
-    tmp_path: Path, writer: Callable[[Path, pytest.MonkeyPatch], None]
-) -> None:
-    name = writer.__name__
+@pytest.mark.parametrize("name", WRITERS)
+def test_missing_sets_for_transfer(tmp_path: Path, name: str) -> None:
     with pytest.raises(
         ConfigError, match=rf"data.root '.*' does not hold {name}: looked for .*; correct"
     ) as found:

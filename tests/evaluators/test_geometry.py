@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from pysupcon.evaluators import FeatureSet, FeatureSplits, Geometry, GeometryConfig, Separation
 from pysupcon.evaluators.geometry import effective_rank
+from pysupcon.evaluators.metrics import roc_auc
 from pysupcon.evaluators.separation import target_and_noise
-from pysupcon.evaluators.statistics import roc_auc
 
 
 def geometry(features, coarse, fine, **arguments) -> dict[str, float]:

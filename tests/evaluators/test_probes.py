@@ -43,7 +43,7 @@ def test_logistic_probe_equals_scikit_learn(level):
     )
     expected = reference.predict_proba(data.test.features.numpy())
     torch.testing.assert_close(
-        probe.scores(data.test.features).softmax(dim=1), torch.from_numpy(expected), rtol=0, atol=2e-3
+        probe.logits(data.test.features).softmax(dim=1), torch.from_numpy(expected), rtol=0, atol=2e-3
     )
 
 

@@ -23,7 +23,7 @@ from pysupcon.evaluators import (
     infer_groups,
     recovery,
 )
-from pysupcon.evaluators.group_dro import Labelled, fit_head, group_batches
+from pysupcon.evaluators.group_dro import GroupedFeatures, fit_head, group_batches
 from pysupcon.evaluators.worst_group import true_groups
 
 
@@ -59,11 +59,11 @@ def test_separate_clusters_are_found_counted_and_assigned(reduce, cluster):
     assert min(found.silhouettes) > 0.5
     # New samples of the same clusters get the same groups as those that stand nearest to them.
     new, new_classes, new_parts = clustered([[9, 9, 9], [9, 9]], seed=1)
-    assigned = found.assign(new, new_classes)
+    assigned = found.predict(new, new_classes)
     for sample in range(len(new)):
         same = (classes == new_classes[sample]) & (parts == new_parts[sample])
         assert assigned[sample] == found.groups[same][0]
-    assert found.assign(new[:2], torch.tensor([7, -3])).tolist() == [-1, -1]
+    assert found.predict(new[:2], torch.tensor([7, -3])).tolist() == [-1, -1]
 
 
 def test_number_of_clusters_is_that_of_the_best_silhouette():
@@ -99,7 +99,7 @@ def test_classes_too_small_or_collapsed_are_one_group():
     found = infer_groups(features, classes, SubgroupConfig(k_max=4))
     assert found.parent.tolist() == [0, 0, 5, 8]
     assert found.silhouettes[1:] == [0.0, 0.0]
-    assert found.assign(torch.ones(1, 16), torch.tensor([5])).tolist() == [2]
+    assert found.predict(torch.ones(1, 16), torch.tensor([5])).tolist() == [2]
 
 
 def test_subgroups_are_deterministic_and_scale_free_when_normalised():
@@ -278,8 +278,8 @@ def test_erm_does_not_look_at_the_groups_and_selection_does(shortcut):
 
     def fit(train_groups, val_groups, robust=False):
         return fit_head(
-            Labelled(train.features, train.coarse, train_groups),
-            Labelled(val.features, val.coarse, val_groups),
+            GroupedFeatures(train.features, train.coarse, train_groups),
+            GroupedFeatures(val.features, val.coarse, val_groups),
             2,
             config,
             robust=robust,
@@ -289,7 +289,7 @@ def test_erm_does_not_look_at_the_groups_and_selection_does(shortcut):
     assert torch.equal(a.weight, b.weight)
     assert not torch.equal(fit(train.fine, val.fine, robust=True).weight, a.weight)
     # What is kept is the best worst group on validation, as its own predictions say.
-    predicted = a.scores(val.features).argmax(dim=1)
+    predicted = a.logits(val.features).argmax(dim=1)
     by_group = [(predicted == val.coarse)[val.fine == g].double().mean().item() for g in range(4)]
     assert a.val_worst_group == pytest.approx(min(by_group))
     by_class = fit(train.fine, val.coarse)
@@ -343,7 +343,7 @@ def test_true_groups_are_numbered_over_all_splits():
     data = FeatureSplits(one([0, 1], [3, 3]), one([1], [0]), one([1, 0, 1], [3, 5, 0]))
     groups = true_groups(data)
     assert groups.pairs.tolist() == [[0, 3], [0, 5], [1, 0], [1, 3]]
-    assert groups.of(data.test).tolist() == [3, 1, 2]
+    assert groups.indices(data.test).tolist() == [3, 1, 2]
 
 
 @pytest.mark.parametrize(

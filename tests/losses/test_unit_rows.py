@@ -9,7 +9,7 @@ from helpers.cases import LOSSES
 from torch import Tensor
 
 from pysupcon import compat, functional
-from pysupcon.models.concatenation import join
+from pysupcon.models.concatenation import concatenate_unit_features
 from pysupcon.pairs.unit import smallest_norm, unit_rows
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -111,7 +111,7 @@ def test_metric_learning_normalises_alike() -> None:
 def test_the_model_normalises_alike(dtype: torch.dtype) -> None:
     """A projection whose last layer is a ReLU ends in zero rows."""
     x = _rows(dtype).requires_grad_()
-    joined = join([x, x])
+    joined = concatenate_unit_features([x, x])
     assert joined.dtype == torch.float32
     (joined * torch.randn(16, 16)).sum().backward()
     assert x.grad is not None

@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 import torch
 from helpers.nursery import Nursery, start_nursery  # noqa: F401
+from helpers.parallel_training import assert_same_training, training_arguments
 from safetensors.torch import load_file
-from test_processes import agree
-from test_processes import arguments as several
 
 from pysupcon.config import Config, parse_args
-from pysupcon.data.bundle import load_data
-from pysupcon.data.samplers import BalancedBatches, ShuffledBatches
+from pysupcon.data.datamodule import load_data
+from pysupcon.data.samplers import BalancedBatchSampler, ShuffledBatchSampler
 from pysupcon.errors import ConfigError, Interrupted
 from pysupcon.trainer import environment
 from pysupcon.trainer.checkpoint import checkpoints, read_manifest
@@ -131,24 +130,24 @@ def test_two_processes_take_the_steps_of_one(
     """They exchange gradients once a step, of all its batches."""
     one, two = tmp_path / "one", tmp_path / "two"
     options = ("--trainer.accumulation_steps", "2", "--optimizer.warmup_epochs", "0")
-    assert nursery.run(several(one, *options)) == 0, nursery.said()
-    assert nursery.run(several(two, *options, *chunks), processes=2) == 0, nursery.said()
+    assert nursery.run(training_arguments(one, *options)) == 0, nursery.said()
+    assert nursery.run(training_arguments(two, *options, *chunks), processes=2) == 0, nursery.said()
     assert nursery.said().count("trainer.accumulation_steps 2: a step takes the mean gradient") == 1
-    agree(two, one)
+    assert_same_training(two, one)
 
 
-@pytest.mark.parametrize("kind", [ShuffledBatches, BalancedBatches])
+@pytest.mark.parametrize("kind", [ShuffledBatchSampler, BalancedBatchSampler])
 def test_an_epoch_has_whole_steps(kind: Any) -> None:
     labels = torch.arange(1295) % 10
     plain = kind(labels, 128, seed=3, steps=2 * PER_EPOCH)
-    threes = kind(labels, 128, seed=3, steps=18, multiple=3)
+    threes = kind(labels, 128, seed=3, steps=18, accumulation_steps=3)
     assert (plain.steps_per_epoch, threes.steps_per_epoch) == (10, 9)
     samples = [[[sample for sample, _ in batch] for batch in batches] for batches in (plain, threes)]
     assert samples[1][:9] == samples[0][:9]
-    assert kind is BalancedBatches or samples[1][9:] == samples[0][10:19]
+    assert kind is BalancedBatchSampler or samples[1][9:] == samples[0][10:19]
     draws = [draw for batch in threes for _, draw in batch]
     assert draws == list(range(18 * 128))
-    assert list(kind(labels, 128, seed=3, steps=18, start=12, multiple=3)) == list(threes)[12:]
+    assert list(kind(labels, 128, seed=3, steps=18, start=12, accumulation_steps=3)) == list(threes)[12:]
 
 
 def test_a_step_of_more_batches_than_an_epoch_has(tmp_path: Path) -> None:

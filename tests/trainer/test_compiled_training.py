@@ -13,9 +13,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from helpers.nursery import ENVIRONMENT, REPOSITORY, Nursery, start_nursery  # noqa: F401
+from helpers.parallel_training import assert_same_training, training_arguments
 from safetensors.torch import load_file
-from test_processes import agree
-from test_processes import arguments as several
 
 from pysupcon.commands.export import export_run
 from pysupcon.config import Config, parse_args
@@ -191,10 +190,12 @@ def test_two_processes_train_what_one_trains(nursery: Nursery, tmp_path: Path) -
     checkpoints."""
     one, two = tmp_path / "one", tmp_path / "two"
     fast = ("--trainer.checkpoint_steps", "4")
-    assert nursery.run(several(one, *fast)) == 0, nursery.said()
+    assert nursery.run(training_arguments(one, *fast)) == 0, nursery.said()
     environment = {"ACCELERATE_DYNAMO_BACKEND": "eager"}
-    assert nursery.run(several(two, *fast), processes=2, environment=environment) == 0, nursery.said()
-    agree(two, one)
+    assert nursery.run(training_arguments(two, *fast), processes=2, environment=environment) == 0, (
+        nursery.said()
+    )
+    assert_same_training(two, one)
 
 
 @pytest.mark.slow

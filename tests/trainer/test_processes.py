@@ -7,60 +7,23 @@ import math
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from helpers.nursery import Nursery, start_nursery, when_logged  # noqa: F401
-from safetensors.torch import load_file
+from helpers.parallel_training import assert_same_training, training_arguments
 
 from pysupcon.train import EX_TEMPFAIL
 from pysupcon.trainer.checkpoint import checkpoints, read_checkpoint, read_manifest
 from pysupcon.trainer.run import read_log
 
-VIT = "{img_size: 8, patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2}"
 FEW = ("--trainer.epochs", "1")
-
-
-def arguments(folder: Path, *more: str) -> list[str]:
-    """Ten steps an epoch; nothing random in the model and no batch norm, so that processes can agree."""
-    fixed = (
-        "--data.dataset digits --data.augmentation weak --data.batch_size 128 --trainer.epochs 2 "
-        "--trainer.threads 1 --evaluate false --trainer.cpu true --model.backbone vit_tiny_patch16_224 "
-        "--loss.name spread --loss.base sincere --loss.gather true --loss.learnable_temperature true "
-        "--model.classifier true --loss.cross_entropy_weight 0.5 --loss.infonce_weight 0.25 "
-        "--model.encoders two --model.decoder labelled --loss.reconstruction_weight 0.5 "
-        "--model.spectral_norm true --optimizer.name sgd "
-        "--optimizer.learning_rate 0.05 --optimizer.warmup_epochs 0.5 --trainer.clip_norm 1 "
-        "--resume_from_checkpoint auto"
-    )
-    return [*fixed.split(), "--model.timm_args", VIT, "--output_dir", str(folder), *more]
 
 
 @pytest.fixture(scope="module")
 def one(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("one") / "run"
-    assert nursery.run(arguments(folder)) == 0, nursery.said()
+    assert nursery.run(training_arguments(folder)) == 0, nursery.said()
     return folder
-
-
-def agree(folder: Path, other: Path) -> None:
-    """The same training up to the order of float32 sums."""
-    first, second = (read_log(run / "log.jsonl") for run in (folder, other))
-    for name in ("step", "epoch", "learning_rate", "valid_anchors"):
-        assert [line[name] for line in first] == [line[name] for line in second], name
-    parts = ("contrastive", "infonce", "cross_entropy", "second_cross_entropy", "reconstruction")
-    for name in ("loss", *parts, "chance", "temperature", "gradient_norm"):
-        assert column(first, name) == pytest.approx(column(second, name), rel=2e-4), name
-    temperatures = column(first, "temperature")
-    assert abs(temperatures[-1] - temperatures[0]) > 1e-4, "the temperature was to learn"
-    weights = [load_file(run / "model.safetensors") for run in (folder, other)]
-    for name, value in weights[0].items():
-        torch.testing.assert_close(value, weights[1][name], rtol=1e-3, atol=2e-4)
-
-
-def column(log: list[dict[str, Any]], name: str) -> list[float]:
-    return [line[name] for line in log]
 
 
 @pytest.mark.parametrize(
@@ -76,8 +39,8 @@ def test_what_one_process_trains(
     """GradCache too, with a chunk that does not divide the batch: gradient, temperature, norm, clipping."""
     folder = tmp_path / "run"
     more = () if chunks is None else ("--trainer.chunk_size", chunks)
-    assert nursery.run(arguments(folder, *more), processes=processes) == 0, nursery.said()
-    agree(folder, one)
+    assert nursery.run(training_arguments(folder, *more), processes=processes) == 0, nursery.said()
+    assert_same_training(folder, one)
     if processes == 2:
         assert nursery.said().count("0/20 [00:00<?") == 1, "only the main process shows progress"
     saved = read_checkpoint(checkpoints(folder)[-1])
@@ -90,7 +53,7 @@ def test_processes_that_do_not_gather(nursery: Nursery, tmp_path: Path) -> None:
     """Each contrasts its own rows; all stop when one of them is told to."""
     folder = tmp_path / "run"
     thread = when_logged(folder, 3, lambda: os.kill(nursery.pid(1), signal.SIGTERM))
-    assert nursery.run(arguments(folder, "--loss.gather", "false"), processes=2) == EX_TEMPFAIL, (
+    assert nursery.run(training_arguments(folder, "--loss.gather", "false"), processes=2) == EX_TEMPFAIL, (
         nursery.said()
     )
     thread.join()
@@ -113,9 +76,9 @@ def test_another_number_of_processes(
     after: int,
 ) -> None:
     folder = tmp_path / "run"
-    first = arguments(folder, "--trainer.time_budget", "1e-6")
+    first = training_arguments(folder, "--trainer.time_budget", "1e-6")
     assert nursery.run(first, processes=before) == EX_TEMPFAIL, nursery.said()
-    assert nursery.run(arguments(folder), processes=after) == 0, nursery.said()
+    assert nursery.run(training_arguments(folder), processes=after) == 0, nursery.said()
     said = nursery.said()
     assert said.count("resuming from ") == 1
     assert (
@@ -123,7 +86,7 @@ def test_another_number_of_processes(
         f"128 instead of {128 // before}; batches, learning rate and epochs are unchanged"
     ) in said
     assert ("changed: processes 1 to 1 start from new random states" in said) == (after > before)
-    agree(folder, one)
+    assert_same_training(folder, one)
 
 
 def test_what_changed_is_said_and_what_cannot_is_refused(
@@ -132,12 +95,12 @@ def test_what_changed_is_said_and_what_cannot_is_refused(
     tmp_path: Path,
 ) -> None:
     more = ("--trainer.epochs", "3", "--trainer.ema_decay", "0.9", "--loss.gather", "false")
-    assert nursery.run(arguments(one, *more, "--data.batch_size", "64"), processes=2) == 2
+    assert nursery.run(training_arguments(one, *more, "--data.batch_size", "64"), processes=2) == 2
     refusal = f"data.batch_size must be as in the checkpoint {checkpoints(one)[-1]} to resume from it"
     assert nursery.said().count(f"train.py: error: {refusal}") == 1
     copy = tmp_path / "run"
-    assert nursery.run(arguments(copy, *FEW)) == 0
-    assert nursery.run(arguments(copy, *more), processes=2) == 0, nursery.said()
+    assert nursery.run(training_arguments(copy, *FEW)) == 0
+    assert nursery.run(training_arguments(copy, *more), processes=2) == 0, nursery.said()
     for change in (
         "trainer.epochs: 1 -> 3",
         "trainer.ema_decay: None -> 0.9",

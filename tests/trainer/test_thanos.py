@@ -16,8 +16,8 @@ from pysupcon.errors import ConfigError, Interrupted
 from pysupcon.gradcache import GradCache
 from pysupcon.models import ModelConfig
 from pysupcon.models.decoder import Decoder, start_side
-from pysupcon.models.model import ContrastiveModel, Outputs
-from pysupcon.models.spectral import SpectralNorm, plain_weights, power_iteration
+from pysupcon.models.model import ContrastiveModel, ModelOutput
+from pysupcon.models.spectral import SpectralNorm, power_iteration, unparametrized_state_dict
 from pysupcon.trainer import LossConfig, loop
 from pysupcon.trainer.objective import Objective
 from pysupcon.trainer.run import load_run
@@ -94,7 +94,7 @@ def test_cross_pairing_is_its_equation(arguments: dict[str, Any], definition: Ca
     z = nn.functional.normalize(torch.randn(6, 2, 5, dtype=torch.float64), dim=2).requires_grad_()
     loss = objective(**arguments, pairing="cross", temperature=0.4)
     rows = z.flatten(0, 1)
-    value = loss(Outputs(rows, rows, None), LABELS)["contrastive"]
+    value = loss(ModelOutput(rows, rows, None), LABELS)["contrastive"]
     expected = dense_cross(z, LABELS, 0.4, definition)
     assert torch.allclose(value, expected, rtol=1e-12)
     grads = [torch.autograd.grad(each, z)[0] for each in (value, expected)]
@@ -106,7 +106,7 @@ def test_cross_pairing_is_its_equation(arguments: dict[str, Any], definition: Ca
 def test_the_ends_of_alpha(alpha: float, base: str) -> None:
     """The pure losses, also where a class has one sample: no 0 * inf."""
     rows = nn.functional.normalize(torch.randn(12, 5, dtype=torch.float64), dim=1).requires_grad_()
-    outputs = Outputs(rows, rows, None)
+    outputs = ModelOutput(rows, rows, None)
     pure = {"name": "cnce"} if alpha else {"name": base}
     values = [
         objective(**each, temperature=0.5)(outputs, LABELS)["loss"]
@@ -121,7 +121,7 @@ def test_the_ends_of_alpha(alpha: float, base: str) -> None:
 def test_infonce_beside_supcon() -> None:
     """Each with its weight, one temperature that both learn."""
     rows = nn.functional.normalize(torch.randn(12, 5), dim=1)
-    outputs = Outputs(rows, rows, None)
+    outputs = ModelOutput(rows, rows, None)
     both = objective(weight=0.5, infonce_weight=0.25, temperature=0.3, learnable_temperature=True)
     parts = both(outputs, LABELS)
     alone = [objective(name=name, temperature=0.3)(outputs, LABELS)["loss"] for name in ("supcon", "infonce")]
@@ -145,7 +145,7 @@ def test_infonce_beside_supcon() -> None:
 def test_what_is_minimised_without_a_contrastive_loss() -> None:
     rows, logits, error = torch.randn(4, 3), torch.randn(4, 3), torch.rand(4)
     loss = objective(name="none", cross_entropy_weight=0.5, reconstruction_weight=2.0)
-    parts = loss(Outputs(rows, rows, logits, error, logits.flip(1)), torch.tensor([0, 1]))
+    parts = loss(ModelOutput(rows, rows, logits, error, logits.flip(1)), torch.tensor([0, 1]))
     assert list(parts) == ["loss", "cross_entropy", "second_cross_entropy", "reconstruction"]
     targets = torch.tensor([0, 0, 1, 1])
     entropies = [nn.functional.cross_entropy(each, targets) for each in (logits, logits.flip(1))]
@@ -180,8 +180,8 @@ def test_reconstruction(channels: int, size: int) -> None:
     outputs = model(images, labels)
     made = model.reconstruct(images, labels)
     assert made.shape == images.shape
-    assert torch.allclose(outputs.reconstruction, ((made - images) ** 2).flatten(1).mean(1), rtol=1e-5)
-    outputs.reconstruction.sum().backward()
+    assert torch.allclose(outputs.reconstruction_error, ((made - images) ** 2).flatten(1).mean(1), rtol=1e-5)
+    outputs.reconstruction_error.sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
@@ -212,7 +212,7 @@ def test_the_decoder_is_as_wide_as_its_backbone() -> None:
 def test_the_decoder_learns() -> None:
     """A few images are learned by heart."""
     torch.manual_seed(0)
-    decoder = Decoder(6, 1, 8, width=16, narrowest=8)
+    decoder = Decoder(6, 1, 8, width=16, min_width=8)
     images, codes = torch.randn(4, 1, 8, 8), torch.randn(4, 6)
     optimizer = torch.optim.AdamW(decoder.parameters(), 1e-2)
     for _ in range(150):
@@ -232,7 +232,7 @@ def test_only_the_decoder_sees_which_point_of_a_class_is_whose(decoder: str) -> 
     rows = model(images, LABELS).projection.detach().repeat_interleave(2, dim=0)  # two views, equal
     loss = objective(name="spread")
     values = [
-        float(loss(Outputs(each, each, None), LABELS)["loss"])
+        float(loss(ModelOutput(each, each, None), LABELS)["loss"])
         for each in (rows, rows.unflatten(0, (6, 2))[permuted].flatten(0, 1))
     ]
     assert values[0] == pytest.approx(values[1], rel=1e-6)
@@ -240,7 +240,7 @@ def test_only_the_decoder_sees_which_point_of_a_class_is_whose(decoder: str) -> 
         optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
         for _ in range(60):
             optimizer.zero_grad()
-            model(images, LABELS).reconstruction.mean().backward()
+            model(images, LABELS).reconstruction_error.mean().backward()
             optimizer.step()
         with torch.no_grad():
             points = model.backbone(images)
@@ -267,7 +267,7 @@ def test_two_encoders() -> None:
     assert torch.allclose(outputs.second_logits, model.second_classifier(second(images)))
     for value, own, other in (
         (outputs.projection[:, 0].sum() + outputs.logits.sum(), first, second),
-        (outputs.reconstruction.sum() + outputs.second_logits.sum(), second, first),
+        (outputs.reconstruction_error.sum() + outputs.second_logits.sum(), second, first),
     ):
         model.zero_grad()
         value.backward(retain_graph=True)
@@ -322,7 +322,7 @@ def test_a_bounded_model_is_copied_and_saved() -> None:
         nn.init.uniform_(parameter)
     other.load_state_dict(model.state_dict())
     plain = build(width=4).eval()
-    plain.load_state_dict(plain_weights(model))
+    plain.load_state_dict(unparametrized_state_dict(model))
     for each in (copy.deepcopy(model), other, plain):
         torch.testing.assert_close(each(images).embedding, expected, rtol=1e-6, atol=1e-7)
     assert "parametrizations" in "".join(model.state_dict())
@@ -345,8 +345,8 @@ def test_the_gradient_in_chunks(arguments: dict[str, Any]) -> None:
     loss = objective(**weights)
     views = torch.randn(6, 2, 1, 8, 8)
 
-    def forward(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Outputs:
-        outputs: Outputs = model(batch[0].flatten(0, 1), batch[1].repeat_interleave(2))
+    def forward(model: nn.Module, batch: tuple[Tensor, Tensor]) -> ModelOutput:
+        outputs: ModelOutput = model(batch[0].flatten(0, 1), batch[1].repeat_interleave(2))
         return outputs
 
     power_iteration(model)  # once a step: in it every forward sees the same weights

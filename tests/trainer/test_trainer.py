@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pysupcon.config import Config, parse_args
 from pysupcon.errors import ConfigError, RunError
-from pysupcon.models.model import ContrastiveModel, Outputs
+from pysupcon.models.model import ContrastiveModel, ModelOutput
 from pysupcon.trainer import LossConfig, OptimizerConfig, loop, progress
 from pysupcon.trainer.checkpoint import checkpoints, read_checkpoint
 from pysupcon.trainer.folders import choose_run_dir
@@ -184,7 +184,7 @@ def test_the_validation_loss_is_that_of_the_validation_split(tmp_path: Path) -> 
     config = tiny(tmp_path, "--model.classifier", "true", "--loss.cross_entropy_weight", "1")
     loop.train(config)
     last, run = load_run(tmp_path).log()[-1], load_run(tmp_path)
-    batches = list(run.data.loader(run.data.validation_batches(seed=0), split="val"))
+    batches = list(run.data.loader(run.data.validation_batch_sampler(seed=0), split="val"))
     assert [len(labels) for _, labels in batches] == [71, 71]  # of 143, in batches of 128 at most
     losses = []
     with torch.no_grad():
@@ -262,7 +262,7 @@ def test_chance_is_the_loss_of_a_collapsed_representation(arguments: dict[str, A
     config.resolve()
     labels = torch.tensor([0, 0, 0, 1, 1, 2])
     point = nn.functional.normalize(torch.ones(12, 4), dim=1)
-    loss = Objective(config, 2)(Outputs(point, point, None), labels)["contrastive"]
+    loss = Objective(config, 2)(ModelOutput(point, point, None), labels)["contrastive"]
     valid, chance = batch_statistics(config, labels, labels.bincount(), 2).tolist()
     assert chance == pytest.approx(float(loss), rel=1e-5)
     assert valid == (12 if mode == "all" else 6)
@@ -282,7 +282,7 @@ def test_cross_entropy_has_its_own_weight() -> None:
     projection, logits = nn.functional.normalize(torch.randn(8, 5), dim=1), torch.randn(8, 3)
     config = LossConfig(weight=0.5, cross_entropy_weight=0.25)
     config.resolve()
-    parts = Objective(config, 2)(Outputs(projection, projection, logits), labels)
+    parts = Objective(config, 2)(ModelOutput(projection, projection, logits), labels)
     expected = nn.functional.cross_entropy(logits, torch.tensor([0, 0, 1, 1, 2, 2, 0, 0]))
     assert torch.allclose(parts["cross_entropy"], expected)
     assert torch.allclose(parts["loss"], 0.5 * parts["contrastive"] + 0.25 * expected)

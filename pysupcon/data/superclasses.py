@@ -1,4 +1,4 @@
-"""Coarse labels: which fine classes one coarse class holds, per data set."""
+"""Superclasses (coarse classes) of each data set, and coarse labels from fine ones."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from torch import Tensor
 
 DIGITS = {"below five": ["0", "1", "2", "3", "4"], "five and above": ["5", "6", "7", "8", "9"]}
 
-#: Garments against footwear and bags, six and four classes as in CIFAR-10. Ours: Fashion-MNIST has no coarser
-#: labels. Within either, shapes differ more than colours do, so the fine classes can be lost and found again.
+#: Clothing against shoes and bags. Fashion-MNIST has no official superclasses; these have six and four
+#: classes, like those of CIFAR-10.
 FASHION = {
     "clothing": ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Shirt"],
     "shoes and bags": ["Sandal", "Sneaker", "Bag", "Ankle boot"],
@@ -19,7 +19,7 @@ CIFAR10 = {
     "vehicle": ["airplane", "automobile", "ship", "truck"],
 }
 
-#: SINCERE's CIFAR-2: these classes of CIFAR-10 alone.
+#: Classes of CIFAR-2, a subset of CIFAR-10 (SINCERE, arXiv 2309.14277).
 CIFAR2 = ["cat", "dog"]
 
 CIFAR100 = {
@@ -46,17 +46,17 @@ CIFAR100 = {
 }
 
 
-def coarsen(fine: Tensor, fine_names: list[str], groups: dict[str, list[str]]) -> Tensor:
+def coarse_labels_of(fine: Tensor, fine_names: list[str], superclasses: dict[str, list[str]]) -> Tensor:
     """Coarse label of every sample.
 
     Args:
         fine: fine labels, int64 [N], indices into ``fine_names``.
         fine_names: names of the fine classes.
-        groups: coarse class name -> names of its fine classes; every fine class exactly once.
+        superclasses: maps each coarse class name to its fine class names; every fine class occurs once.
 
     Returns:
-        int64 [N], indices into ``list(groups)``.
+        int64 [N], indices into ``list(superclasses)``.
     """
-    coarse_of = {name: index for index, names in enumerate(groups.values()) for name in names}
+    coarse_of = {name: index for index, names in enumerate(superclasses.values()) for name in names}
     table = torch.tensor([coarse_of[name] for name in fine_names], dtype=torch.int64)
     return table[fine]

@@ -21,24 +21,24 @@ from pysupcon.evaluators import (
     SeparationConfig,
     kl_bound,
     loss_floors,
-    pair_table,
-    permutation_change,
-    resampled,
+    pair_statistics,
+    permutation_sensitivity,
     with_intervals,
 )
-from pysupcon.evaluators.bootstrap import resampled_values
-from pysupcon.evaluators.invariance import permuted_within
-from pysupcon.evaluators.pairs import simplex_gap
-from pysupcon.evaluators.statistics import (
-    STATISTICS,
+from pysupcon.evaluators.bootstrap import bootstrap_values
+from pysupcon.evaluators.invariance import permute_within_classes
+from pysupcon.evaluators.metrics import (
+    METRICS,
     average_precision,
     binary_auroc,
-    figure_results,
+    bind_metric,
     margin,
+    metric_results,
     roc_auc,
     worst_group,
     worst_group_auroc,
 )
+from pysupcon.evaluators.pairs import simplex_gap
 
 # Statistics
 
@@ -97,7 +97,7 @@ def test_figures_are_found_by_name_and_leave_out_what_is_missing():
     }
 
     def value(name: str) -> float:
-        figure = resampled(name, outcomes)
+        figure = bind_metric(name, outcomes)
         assert figure is not None
         return figure.value()
 
@@ -106,9 +106,9 @@ def test_figures_are_found_by_name_and_leave_out_what_is_missing():
     assert value("a/target_median") == pytest.approx(0.7)  # not NaN: the second sample does not count
     assert value("a/class=1/margin") == pytest.approx(0.6 - 0.25)
     for name in ("a/chance", "b/accuracy", "a/group=0/accuracy", "a/class=7/accuracy", "accuracy"):
-        assert resampled(name, outcomes) is None
+        assert bind_metric(name, outcomes) is None
     with pytest.raises(ValueError, match=r"a/auroc does not follow from the outcomes \['correct'\]"):
-        list(figure_results("a", ["auroc"], {"correct": outcomes["a/correct"]}))
+        list(metric_results("a", ["auroc"], {"correct": outcomes["a/correct"]}))
 
 
 def test_intervals_of_every_statistic_are_percentiles_of_resampled_samples():
@@ -137,9 +137,9 @@ def test_paired_differences_are_narrower_than_unpaired_ones():
     generator = torch.Generator().manual_seed(0)
     hard = torch.rand(500, generator=generator) < 0.4
     a, b = ~hard, ~hard & (torch.rand(500, generator=generator) < 0.97)
-    figures = [resampled("m/accuracy", {"m/correct": outcome}) for outcome in (a, b)]
-    first, second = (resampled_values(figure, BootstrapConfig(seed=1)) for figure in figures)
-    apart = resampled_values(figures[1], BootstrapConfig(seed=2))
+    figures = [bind_metric("m/accuracy", {"m/correct": outcome}) for outcome in (a, b)]
+    first, second = (bootstrap_values(figure, BootstrapConfig(seed=1)) for figure in figures)
+    apart = bootstrap_values(figures[1], BootstrapConfig(seed=2))
     assert (first - second).std() < 0.4 * (first - apart).std()
 
 
@@ -205,7 +205,7 @@ def loops(features: torch.Tensor, labels: list[int], temperature: float) -> dict
 def test_pair_table_equals_autograd_of_the_definition(temperature, chunk_bytes):
     features = blobs(26, distance=0.7, seed=4).features
     labels = torch.tensor([0, 1, 2, 0, 1] * 5 + [9])  # the last is alone in its class
-    table = pair_table(features, labels, temperature, chunk_bytes=chunk_bytes)
+    table = pair_statistics(features, labels, temperature, chunk_bytes=chunk_bytes)
     expected = loops(features, labels.tolist(), temperature)
     for name, values in expected.items():
         found = getattr(table, name).double()
@@ -218,7 +218,7 @@ def test_pair_table_equals_autograd_of_the_definition(temperature, chunk_bytes):
 
 def test_pair_losses_are_those_that_are_trained():
     data = blobs(40, distance=0.7)
-    table = pair_table(data.features, data.fine, 0.2)
+    table = pair_statistics(data.features, data.fine, 0.2)
     arguments = {"temperature": 0.2, "normalize": True, "reduction": "none", "backend": "reference"}
     torch.testing.assert_close(table.supcon, functional.supcon(data.features, data.fine, **arguments))
     torch.testing.assert_close(table.sincere, functional.sincere(data.features, data.fine, **arguments))
@@ -227,7 +227,7 @@ def test_pair_losses_are_those_that_are_trained():
 def test_pairs_yields_means_bounds_and_shares():
     data = splits(distance=1.5)
     found = dict(Pairs(PairsConfig(temperature=0.3))(data))
-    table = pair_table(data.test.features, data.test.fine, 0.3)
+    table = pair_statistics(data.test.features, data.test.fine, 0.3)
     bound = table.negatives.double().log() - table.sincere
     assert found["pairs/fine/kl_bound"] == pytest.approx(bound.mean().item())
     for label in range(6):
@@ -258,7 +258,7 @@ def test_kl_bound_is_below_the_divergence_of_known_gaussians():
         labels = torch.arange(400) % 2
         x = torch.randn(400, generator=generator, dtype=torch.float64) + distance * labels
         angle = x.clamp(-3, 6) / 4
-        table = pair_table(torch.stack([angle.cos(), angle.sin()], dim=1), labels, 1.0)
+        table = pair_statistics(torch.stack([angle.cos(), angle.sin()], dim=1), labels, 1.0)
         bounds.append(kl_bound(table.sincere, table.negatives).mean().item())
         assert bounds[-1] < distance**2 + 0.1
     assert bounds == sorted(bounds)
@@ -272,7 +272,7 @@ def test_kl_bound_is_below_the_divergence_of_known_gaussians():
 def test_floors_are_reached_by_a_simplex_and_never_passed(classes, temperature):
     labels = torch.arange(classes).repeat_interleave(4)
     simplex = torch.eye(classes, dtype=torch.float64) - 1 / classes
-    table = pair_table(simplex[labels], labels, temperature)
+    table = pair_statistics(simplex[labels], labels, temperature)
     gap = simplex_gap(labels)
     assert gap == pytest.approx(classes / (classes - 1))
     floors = loss_floors(table.positives, table.negatives, temperature, gap=gap)
@@ -281,7 +281,7 @@ def test_floors_are_reached_by_a_simplex_and_never_passed(classes, temperature):
     generator = torch.Generator().manual_seed(0)
     for scale in (0.05, 0.3, 3.0):
         rows = simplex[labels] + scale * torch.randn(4 * classes, classes, generator=generator)
-        moved = pair_table(rows, labels, temperature)
+        moved = pair_statistics(rows, labels, temperature)
         assert moved.supcon.mean() > floors["supcon"].mean()
         assert moved.sincere.mean() > floors["sincere"].mean()
     assert simplex_gap(torch.tensor([0, 0, 1])) == 2.0
@@ -320,17 +320,17 @@ def test_supervised_losses_are_blind_to_permutations_within_a_class_and_reconstr
         lambda z: functional.supcon(z, data.coarse, temperature=0.5, normalize=True),
         lambda z: functional.spread(z, data.coarse, temperature=0.5, normalize=True),
     ):
-        assert permutation_change(loss, views, data.coarse) < 1e-12
+        assert permutation_sensitivity(loss, views, data.coarse) < 1e-12
     # The views of a sample no longer go together: cNCE notices, so the test above could have failed.
-    order = permuted_within(data.coarse, torch.Generator().manual_seed(1))
+    order = permute_within_classes(data.coarse, torch.Generator().manual_seed(1))
     torn = torch.stack([views[:, 0], views[order, 1]], dim=1)
     assert abs(functional.spread(torn, data.coarse) - functional.spread(views, data.coarse)) > 1e-3
-    assert permutation_change(lambda z: (z[:, 0] - images).square().mean(), views, data.coarse) > 1e-3
+    assert permutation_sensitivity(lambda z: (z[:, 0] - images).square().mean(), views, data.coarse) > 1e-3
 
 
 def test_permutations_stay_within_their_class():
     labels = torch.tensor([0, 1, 0, 2, 1, 0, 0, 1])
-    order = permuted_within(labels, torch.Generator().manual_seed(0))
+    order = permute_within_classes(labels, torch.Generator().manual_seed(0))
     assert torch.equal(labels[order], labels)
     assert torch.equal(order.sort().values, torch.arange(8))
     assert not torch.equal(order, torch.arange(8))
@@ -347,11 +347,11 @@ def test_permutations_stay_within_their_class():
             r"gap in \(0, 2\], got 1.0 and 3",
         ),
         (
-            lambda: permutation_change(torch.sum, torch.ones(3, 2), torch.zeros(2)),
+            lambda: permutation_sensitivity(torch.sum, torch.ones(3, 2), torch.zeros(2)),
             r"labels must be of shape \[N\]=\[3\] .* got \[2\]",
         ),
         (
-            lambda: permutation_change(torch.sum, torch.ones(3, 2), torch.zeros(3), permutations=0),
+            lambda: permutation_sensitivity(torch.sum, torch.ones(3, 2), torch.zeros(3), permutations=0),
             "permutations must be at least 1, got 0",
         ),
     ],
@@ -368,7 +368,7 @@ def test_every_statistic_is_a_vector_of_resamples():
         "group": torch.randint(2, (5, 9)),
         "positives": torch.ones(5, 9),
     }
-    for name, statistic in STATISTICS.items():
-        values = statistic.compute(*(outcomes.get(k, torch.rand(5, 9)) for k in statistic.outcomes))
+    for name, metric in METRICS.items():
+        values = metric.compute(*(outcomes.get(k, torch.rand(5, 9)) for k in metric.outcomes))
         assert values.shape == (5,), name
         assert values.dtype == torch.float64, name

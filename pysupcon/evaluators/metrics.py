@@ -99,7 +99,7 @@ def worst_group_auroc(score: Tensor, positive: Tensor, group: Tensor) -> Tensor:
     return torch.stack(areas).amin(dim=0)
 
 
-class Statistic(NamedTuple):
+class Metric(NamedTuple):
     """A figure: the last parts of its outcomes' names, and their tensors [R, N] to [R] fp64."""
 
     outcomes: tuple[str, ...]
@@ -115,49 +115,49 @@ def _ratio(part: Tensor, whole: Tensor) -> Tensor:
 
 
 #: By the last part of a figure's name.
-STATISTICS: Mapping[str, Statistic] = {
-    "accuracy": Statistic(("correct",), _mean),
-    "worst_group_accuracy": Statistic(("correct", "group"), worst_group),
-    "auroc": Statistic(("score", "positive"), binary_auroc),
-    "worst_group_auroc": Statistic(("score", "positive", "group"), worst_group_auroc),
-    "target_median": Statistic(("target",), median),
-    "noise_median": Statistic(("noise",), median),
-    "margin": Statistic(("target", "noise"), margin),
-    "roc_auc": Statistic(("target", "noise"), roc_auc),
-    "average_precision": Statistic(("target", "noise"), average_precision),
-    "kl_bound": Statistic(("bound",), _mean),
-    "supcon_loss": Statistic(("supcon",), _mean),
-    "sincere_loss": Statistic(("sincere",), _mean),
-    "supcon_repelling": Statistic(("supcon_repels", "positives"), _ratio),
-    "sincere_repelling": Statistic(("sincere_repels", "positives"), _ratio),
+METRICS: Mapping[str, Metric] = {
+    "accuracy": Metric(("correct",), _mean),
+    "worst_group_accuracy": Metric(("correct", "group"), worst_group),
+    "auroc": Metric(("score", "positive"), binary_auroc),
+    "worst_group_auroc": Metric(("score", "positive", "group"), worst_group_auroc),
+    "target_median": Metric(("target",), median),
+    "noise_median": Metric(("noise",), median),
+    "margin": Metric(("target", "noise"), margin),
+    "roc_auc": Metric(("target", "noise"), roc_auc),
+    "average_precision": Metric(("target", "noise"), average_precision),
+    "kl_bound": Metric(("bound",), _mean),
+    "supcon_loss": Metric(("supcon",), _mean),
+    "sincere_loss": Metric(("sincere",), _mean),
+    "supcon_repelling": Metric(("supcon_repels", "positives"), _ratio),
+    "sincere_repelling": Metric(("sincere_repels", "positives"), _ratio),
 }
 
-_PART = re.compile(r"(class|group)=(-?\d+)")
+_SUBSET = re.compile(r"(class|group)=(-?\d+)")
 
 
-class Resampled(NamedTuple):
-    """A figure's statistic and its outcomes, the samples that count only, [N] each; at least one sample."""
+class BoundMetric(NamedTuple):
+    """A figure's metric and its outcomes, the samples that count only, [N] each; at least one sample."""
 
-    statistic: Statistic
+    metric: Metric
     outcomes: list[Tensor]
 
     def value(self) -> float:
         """The figure of the samples as they are."""
-        return self.statistic.compute(*(outcome[None] for outcome in self.outcomes)).item()
+        return self.metric.compute(*(outcome[None] for outcome in self.outcomes)).item()
 
 
-def resampled(name: str, outcomes: Mapping[str, Tensor]) -> Resampled | None:
+def bind_metric(name: str, outcomes: Mapping[str, Tensor]) -> BoundMetric | None:
     """How the figure called ``name`` follows from ``outcomes`` ([N_test] each, by name); None if it does not.
 
     Samples that have NaN in one of the outcomes do not count.
     """
     prefix, _, last = name.rpartition("/")
-    statistic = STATISTICS.get(last)
-    if statistic is None:
+    metric = METRICS.get(last)
+    if metric is None:
         return None
     head, _, part = prefix.rpartition("/")
-    found = _PART.fullmatch(part)
-    names = [f"{head if found else prefix}/{outcome}" for outcome in statistic.outcomes]
+    found = _SUBSET.fullmatch(part)
+    names = [f"{head if found else prefix}/{outcome}" for outcome in metric.outcomes]
     members = f"{head}/{found[1]}" if found else None
     if any(needed not in outcomes for needed in (*names, *([members] if members else []))):
         return None
@@ -168,14 +168,14 @@ def resampled(name: str, outcomes: Mapping[str, Tensor]) -> Resampled | None:
     for tensor in tensors:
         if tensor.is_floating_point():
             keep &= ~tensor.isnan()
-    return Resampled(statistic, [tensor[keep] for tensor in tensors]) if keep.any() else None
+    return BoundMetric(metric, [tensor[keep] for tensor in tensors]) if keep.any() else None
 
 
-def figure_results(prefix: str, figures: Iterable[str], outcomes: Mapping[str, Tensor]) -> Iterator[Result]:
+def metric_results(prefix: str, figures: Iterable[str], outcomes: Mapping[str, Tensor]) -> Iterator[Result]:
     """The ``figures`` that follow from ``outcomes``, then the outcomes themselves, all under ``prefix/``."""
     named = {f"{prefix}/{name}": outcome for name, outcome in outcomes.items()}
     for figure in figures:
-        found = resampled(f"{prefix}/{figure}", named)
+        found = bind_metric(f"{prefix}/{figure}", named)
         if found is None:
             raise ValueError(f"{prefix}/{figure} does not follow from the outcomes {sorted(outcomes)}")
         yield f"{prefix}/{figure}", found.value()

@@ -2,80 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from helpers.group_data_files import write_celeba_csv, write_celeba_txt, write_isic, write_waterbirds
 
-from pysupcon.data.bundle import load_data
 from pysupcon.data.config import DataConfig
-from pysupcon.data.groups import read_group_table
-from pysupcon.data.spurious import coloured, correlated_attribute
+from pysupcon.data.datamodule import load_data
+from pysupcon.data.group_datasets import read_group_table
+from pysupcon.data.spurious import colourize, correlated_attribute
 from pysupcon.errors import ConfigError
 
 
-def write_image(path: Path, shade: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (12, 10), (shade, 0, 255 - shade)).save(path)
-
-
-def write_csv(path: Path, rows: list[list[object]]) -> None:
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows(rows)
-
-
-def waterbirds(root: Path) -> None:
-    """As the archive waterbird_complete95_forest2water2 holds it."""
-    rows: list[list[object]] = [["img_id", "img_filename", "y", "split", "place", "place_filename"]]
-    for i in range(24):
-        name = f"{i:03d}.Some_bird/Some_Bird_{i:04d}_{i}.jpg"
-        write_image(root / name, 10 * i)
-        rows.append([i + 1, name, i % 2, (0, 0, 1, 2)[i // 2 % 4], i // 3 % 2, "/f/forest/00000.jpg"])
-    write_csv(root / "metadata.csv", rows)
-
-
-def celeba_txt(root: Path) -> None:
-    """As published: the number of rows, the names of the attributes, then rows in columns of blanks."""
-    names = ["5_o_Clock_Shadow", "Blond_Hair", "Male", "Young"]
-    lines = ["12", " ".join(names) + " "]
-    parts = []
-    for i in range(12):
-        write_image(root / "img_align_celeba" / f"{i + 1:06d}.jpg", 20 * i)
-        values = [-1, 1 if i % 3 == 0 else -1, 1 if i % 2 else -1, 1]
-        lines.append(f"{i + 1:06d}.jpg " + " ".join(f"{v:2d}" for v in values))
-        parts.append(f"{i + 1:06d}.jpg {(0, 1, 2)[i // 4]}")
-    (root / "list_attr_celeba.txt").write_text("\n".join(lines) + "\n")
-    (root / "list_eval_partition.txt").write_text("\n".join(parts) + "\n")
-
-
-def celeba_csv(root: Path) -> None:
-    """As Kaggle distributes it: tables with commas, images in a folder within a folder of the same name."""
-    attributes: list[list[object]] = [["image_id", "5_o_Clock_Shadow", "Blond_Hair", "Male", "Young"]]
-    parts: list[list[object]] = [["image_id", "partition"]]
-    for i in range(12):
-        name = f"{i + 1:06d}.jpg"
-        write_image(root / "img_align_celeba" / "img_align_celeba" / name, 20 * i)
-        attributes.append([name, -1, 1 if i % 3 == 0 else -1, 1 if i % 2 else -1, 1])
-        parts.append([name, (0, 1, 2)[i // 4]])
-    write_csv(root / "list_attr_celeba.csv", attributes)
-    write_csv(
-        root / "list_eval_partition.csv", list(reversed(parts[1:])) and [parts[0], *reversed(parts[1:])]
-    )
-
-
-def isic(root: Path) -> None:
-    """As the archive's download, with the column of patches that the studies of them add; no division."""
-    rows: list[list[object]] = [["isic_id", "attribution", "age_approx", "benign_malignant", "patch"]]
-    for i in range(40):
-        write_image(root / "images" / f"ISIC_{i:07d}.jpg", 6 * i)
-        rows.append([f"ISIC_{i:07d}", "A, B", 50, "malignant" if i % 4 == 0 else "benign", i % 2])
-    write_csv(root / "metadata.csv", rows)
-
-
 def test_waterbirds(tmp_path):
-    waterbirds(tmp_path)
+    write_waterbirds(tmp_path)
     table = read_group_table("waterbirds", tmp_path)
     assert len(table.paths) == 24
     assert table.classes.tolist() == [i % 2 for i in range(24)]
@@ -84,7 +25,7 @@ def test_waterbirds(tmp_path):
     assert table.group_names[2] == "waterbird, on land"
     data = load_data(DataConfig("waterbirds", root=str(tmp_path), image_size=8, batch_size=4))
     assert {name: len(split) for name, split in data.splits.items()} == {"train": 12, "val": 6, "test": 6}
-    image, coarse, fine = data.plain("val")[0]
+    image, coarse, fine = data.evaluation_dataset("val")[0]
     # The first validation image is number 4: class 0, on water; its shade is in the red channel.
     assert (coarse, fine) == (0, 1)
     assert image.shape == (3, 8, 8)
@@ -93,7 +34,7 @@ def test_waterbirds(tmp_path):
     assert data.class_names == ["landbird", "waterbird"]
 
 
-@pytest.mark.parametrize("write", [celeba_txt, celeba_csv])
+@pytest.mark.parametrize("write", [write_celeba_txt, write_celeba_csv])
 def test_celeba_in_both_forms(tmp_path, write):
     write(tmp_path)
     table = read_group_table("celeba", tmp_path)
@@ -107,7 +48,7 @@ def test_celeba_in_both_forms(tmp_path, write):
 
 
 def test_isic_without_a_division_is_split_by_group(tmp_path):
-    isic(tmp_path)
+    write_isic(tmp_path)
     table = read_group_table("isic", tmp_path)
     assert table.split is None
     assert table.classes.sum() == 10
@@ -128,58 +69,58 @@ def edited(path: Path, old: str, new: str) -> None:
 @pytest.mark.parametrize(
     ("dataset", "write", "breakage", "message"),
     [
-        ("waterbirds", waterbirds, lambda r: (r / "metadata.csv").unlink(), "holds no metadata.csv"),
+        ("waterbirds", write_waterbirds, lambda r: (r / "metadata.csv").unlink(), "holds no metadata.csv"),
         (
             "waterbirds",
-            waterbirds,
+            write_waterbirds,
             lambda r: edited(r / "metadata.csv", "place,", "scene,"),
             r"metadata.csv must have a column place, it has img_id, img_filename, y, split, scene",
         ),
         (
             "waterbirds",
-            waterbirds,
+            write_waterbirds,
             lambda r: edited(r / "metadata.csv", "0001_1.jpg,1,", "0001_1.jpg,3,"),
             "metadata.csv, line 3, column y must be one of 0, 1, got '3'",
         ),
         (
             "waterbirds",
-            waterbirds,
+            write_waterbirds,
             lambda r: (r / "000.Some_bird" / "Some_Bird_0000_0.jpg").unlink(),
-            "lacks 1 of the 24 images that its table names, the first of them .*Some_Bird_0000_0.jpg",
+            "lacks 1 of the 24 images that its table names, first .*Some_Bird_0000_0.jpg",
         ),
         (
             "waterbirds",
-            waterbirds,
+            write_waterbirds,
             lambda r: edited(r / "metadata.csv", "/f/forest/00000.jpg", "a,b"),
             "line 2, must have 6 fields, got 7",
         ),
         (
             "waterbirds",
-            waterbirds,
+            write_waterbirds,
             lambda r: (r / "metadata.csv").write_text("img_filename,y,place,split\n"),
             "the table of waterbirds holds no image",
         ),
         (
             "celeba",
-            celeba_txt,
+            write_celeba_txt,
             lambda r: edited(r / "list_attr_celeba.txt", "12\n", "13\n"),
-            "must begin with the number of its rows, 12, .* it begins with '13'",
+            "must start with the number of its rows, 12, .* it starts with '13'",
         ),
         (
             "celeba",
-            celeba_txt,
+            write_celeba_txt,
             lambda r: edited(r / "list_eval_partition.txt", "000003.jpg 0\n", ""),
-            "does not say to which split 000003.jpg belongs",
+            "has no split for 000003.jpg",
         ),
         (
             "isic",
-            isic,
+            write_isic,
             lambda r: edited(r / "metadata.csv", "patch", "tape"),
             "must have a column patch or patches",
         ),
         (
             "isic",
-            isic,
+            write_isic,
             lambda r: (r / "metadata.csv").write_bytes(b"\xff\xfe\x00"),
             "metadata.csv cannot be read",
         ),
@@ -221,10 +162,10 @@ def test_impossible_configs_name_the_field(config, message):
 
 
 def test_a_divided_table_refuses_a_test_fraction(tmp_path):
-    waterbirds(tmp_path)
+    write_waterbirds(tmp_path)
     config = DataConfig("waterbirds", root=str(tmp_path), image_size=8, batch_size=2, test_fraction=0.2)
     with pytest.raises(
-        ConfigError, match=r"data\.test_fraction has no effect: the table of waterbirds divides"
+        ConfigError, match=r"data\.test_fraction has no effect: the table of waterbirds has a split column"
     ):
         load_data(config)
 
@@ -250,7 +191,7 @@ def test_attribute_equals_the_class_in_the_exact_share(rate):
 
 def test_colouring_keeps_the_shape_and_shows_the_attribute():
     images = torch.randint(256, (4, 1, 5, 5), dtype=torch.uint8)
-    found = coloured(images, torch.tensor([0, 1, 0, 1]))
+    found = colourize(images, torch.tensor([0, 1, 0, 1]))
     assert found.shape == (4, 3, 5, 5)
     assert found.dtype == torch.uint8
     assert torch.equal(found[0, 0], images[0, 0])
@@ -259,7 +200,7 @@ def test_colouring_keeps_the_shape_and_shows_the_attribute():
     with pytest.raises(
         ValueError, match=r"images must be uint8 of shape \[N, 1, H, W\], got torch.uint8 of shape"
     ):
-        coloured(images.expand(-1, 3, -1, -1), torch.zeros(4, dtype=torch.int64))
+        colourize(images.expand(-1, 3, -1, -1), torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"rate must be in \[0, 1\], got 2"):
         correlated_attribute(torch.zeros(3, dtype=torch.int64), 2, 2.0, 0)
     with pytest.raises(ValueError, match=r"classes must lie in \[0, count\) with count >= 2, got count=1"):
@@ -289,7 +230,7 @@ def test_coloured_digits_are_the_digits_biased_in_training_only():
         "five and above, green",
     ]
     assert data.channels == 3
-    views, _ = next(iter(data.loader(data.batches(seed=0, steps=1))))
+    views, _ = next(iter(data.loader(data.batch_sampler(seed=0, steps=1))))
     assert views.shape[2:] == (3, 8, 8)
 
 

@@ -1,4 +1,4 @@
-"""Everything a run needs of its data: splits, names, views in batches."""
+"""The data of a run: splits, class names and loaders."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pysupcon.data.augment import Augmentation, Fit, Normalize
+from pysupcon.data.augment import Augmentation, Normalize, ResizeCenterCrop
 from pysupcon.data.config import DEFAULT_TEST_FRACTION, DataConfig
-from pysupcon.data.draws import uniforms
-from pysupcon.data.group_files import ANNOTATED, Groups, group_numbers, read_groups, true_groups
-from pysupcon.data.samplers import BalancedBatches, Draw, ShuffledBatches
+from pysupcon.data.group_files import ANNOTATED, Groups, index_groups, read_groups, true_groups
+from pysupcon.data.philox import philox_uniforms
+from pysupcon.data.samplers import BalancedBatchSampler, Draw, ShuffledBatchSampler
 from pysupcon.data.sources import Samples, read_source
-from pysupcon.data.splits import at_most, stratified_split, stratified_subset
+from pysupcon.data.splits import cap_per_class, stratified_split, stratified_subset
 from pysupcon.errors import ConfigError
 
 
-class PlainDataset(Dataset[tuple[Tensor, int, int]]):
-    """A split as the evaluators see it, without augmentation.
+class EvaluationDataset(Dataset[tuple[Tensor, int, int]]):
+    """A split without augmentation, for the evaluators.
 
-    Item: (image float32 [C, S, S], normalised as in training; coarse label; fine label).
+    An item is (image float32 [C, S, S], normalised as in training; coarse label; fine label).
 
     Attributes:
         coarse, fine: labels of all samples, int64 [N].
@@ -41,7 +41,7 @@ class PlainDataset(Dataset[tuple[Tensor, int, int]]):
         coarse_names: list[str],
         fine_names: list[str],
     ) -> None:
-        self.samples, self.fit, self.normalize = samples, Fit(size), normalize
+        self.samples, self.resize, self.normalize = samples, ResizeCenterCrop(size), normalize
         self.coarse, self.fine = samples.coarse, samples.fine
         self.coarse_names, self.fine_names = coarse_names, fine_names
 
@@ -52,19 +52,21 @@ class PlainDataset(Dataset[tuple[Tensor, int, int]]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int, int]]:
-        """The items of a batch at once, which is what a DataLoader asks for."""
-        images = self.normalize(torch.cat([self.fit(part) for part in _batches_of(self.samples, indices)]))
+        """Items of a batch, as DataLoader requests them."""
+        images = self.normalize(
+            torch.cat([self.resize(part) for part in _image_batches(self.samples, indices)])
+        )
         rows = torch.tensor(indices)
         labels = (self.coarse[rows].tolist(), self.fine[rows].tolist())
         return list(zip(images, *labels, strict=True))
 
 
-class ViewDataset(Dataset[tuple[Tensor, int]]):
+class MultiViewDataset(Dataset[tuple[Tensor, int]]):
     """Independently augmented views of the training samples.
 
-    Item ``dataset[sample, draw]``: (views uint8 [V, C, S, S]; label). The views are a function of (seed,
-    draw, sample) alone, whichever process makes them and whatever else is in the batch; no random state
-    moves."""
+    The item ``dataset[sample, draw]`` is (views uint8 [V, C, S, S]; label). The views depend only on seed,
+    draw and sample, not on the process or on the rest of the batch. No global random state is used.
+    """
 
     def __init__(
         self, samples: Samples, labels: Tensor, augmentation: Augmentation, views: int, seed: int
@@ -80,23 +82,24 @@ class ViewDataset(Dataset[tuple[Tensor, int]]):
         return views[0], int(labels[0])
 
     def __getitems__(self, keys: list[Draw]) -> tuple[Tensor, Tensor]:
-        """A batch at once, which is what a DataLoader asks for: views uint8 [b, V, C, S, S] and labels int64
-        [b]."""
+        """A batch, as DataLoader requests it: views uint8 [b, V, C, S, S] and labels int64 [b]."""
         samples = [sample for sample, _ in keys]
-        numbers = uniforms(self.seed, [draw for _, draw in keys], self.views * self.augmentation.count)
-        numbers = numbers.view(len(keys), self.views, self.augmentation.count)
+        uniforms = philox_uniforms(
+            self.seed, [draw for _, draw in keys], self.views * self.augmentation.num_uniforms
+        )
+        uniforms = uniforms.view(len(keys), self.views, self.augmentation.num_uniforms)
         views: list[Tensor] = []
         done = 0
-        for images in _batches_of(self.samples, samples):
-            views.append(self.augmentation(images, numbers[done : done + len(images)]))
+        for images in _image_batches(self.samples, samples):
+            views.append(self.augmentation(images, uniforms[done : done + len(images)]))
             done += len(images)
         return views[0] if len(views) == 1 else torch.cat(views), self.labels[torch.tensor(samples)]
 
 
-class GroupedViews(Dataset[tuple[Tensor, int, int]]):
-    """Views of training samples with the sample's group: item (views, label, group); batches likewise."""
+class GroupedMultiViewDataset(Dataset[tuple[Tensor, int, int]]):
+    """A :class:`MultiViewDataset` whose items and batches also have the group: (views, label, group)."""
 
-    def __init__(self, dataset: ViewDataset, groups: Tensor) -> None:
+    def __init__(self, dataset: MultiViewDataset, groups: Tensor) -> None:
         self.dataset, self.groups = dataset, groups
 
     def __len__(self) -> int:
@@ -110,9 +113,11 @@ class GroupedViews(Dataset[tuple[Tensor, int, int]]):
         return (*self.dataset.__getitems__(keys), self.groups[samples])
 
 
-def _batches_of(samples: Samples, indices: list[int]) -> Iterator[Tensor]:
-    """Images as batches uint8 [n, C, H, W], together those of ``indices`` in order: all at once, but files
-    only as far as the next has the same size."""
+def _image_batches(samples: Samples, indices: list[int]) -> Iterator[Tensor]:
+    """The images of ``indices`` in order, as batches uint8 [n, C, H, W] of equal image size.
+
+    Tensors are one batch; consecutive files of one size form a batch.
+    """
     if isinstance(samples.images, Tensor):
         yield samples.images[torch.tensor(indices)]
         return
@@ -121,14 +126,14 @@ def _batches_of(samples: Samples, indices: list[int]) -> Iterator[Tensor]:
         yield torch.stack(list(same))
 
 
-class Data:
-    """Splits of one data set.
+class DataModule:
+    """Splits of one data set and their loaders.
 
     Attributes:
-        splits: "train", "val", "test" -> samples; disjoint, a function of the files and ``data.split_seed``.
+        splits: samples of "train", "val" and "test"; disjoint, determined by files and ``data.split_seed``.
         coarse_names, fine_names: names of the classes.
-        channels, image_size: of what the model sees.
-        normalize: from uint8 images to what the model sees.
+        channels, image_size: shape of the model's input.
+        normalize: converts uint8 images to the model's input.
     """
 
     def __init__(self, config: DataConfig) -> None:
@@ -136,16 +141,17 @@ class Data:
         train, test = source.train, source.test
         if test is None:
             fraction = config.test_fraction or DEFAULT_TEST_FRACTION
-            rest, held = stratified_split(train.fine, fraction, config.split_seed)
-            test, train = train.select(held), train.select(rest)
+            rest, held_out = stratified_split(train.fine, fraction, config.split_seed)
+            test, train = train.select(held_out), train.select(rest)
         val = source.val
         if val is None:
-            rest, held = stratified_split(train.fine, config.val_fraction, config.split_seed + 1)
-            val, train = train.select(held), train.select(rest)
-        if source.kept is not None:  # after validation, which is as balanced as the test samples then
-            train = train.select(at_most(train.fine, dict(enumerate(source.kept)), config.split_seed + 2))
+            rest, held_out = stratified_split(train.fine, config.val_fraction, config.split_seed + 1)
+            val, train = train.select(held_out), train.select(rest)
+        if source.max_per_class is not None:  # after the validation split, which stays balanced
+            counts = dict(enumerate(source.max_per_class))
+            train = train.select(cap_per_class(train.fine, counts, config.split_seed + 2))
         if config.train_size is not None:
-            train = train.select(_subset(train.fine, config.train_size, config.split_seed + 3))
+            train = train.select(_train_subset(train.fine, config.train_size, config.split_seed + 3))
         self.config = config
         self.splits = {"train": train, "val": val, "test": test}
         self.coarse_names, self.fine_names = source.coarse_names, source.fine_names
@@ -156,22 +162,24 @@ class Data:
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the classes that are trained on."""
+        """Names of the training classes."""
         return self.coarse_names if self.config.labels == "coarse" else self.fine_names
 
     @cached_property
     def true_groups(self) -> dict[str, Tensor]:
-        """The true group of every sample, int64 [N] by split: pairs of a class and a fine label, numbered in
-        ascending order over all splits."""
+        """The true group of every sample, int64 [N] by split.
+
+        Groups are pairs of a class and a fine label, numbered in ascending order over all splits.
+        """
         labels = {name: self._labels(name) for name in self.splits}
-        return group_numbers(labels, {name: samples.fine for name, samples in self.splits.items()})
+        return index_groups(labels, {name: samples.fine for name, samples in self.splits.items()})
 
     @cached_property
     def groups(self) -> Groups | None:
-        """The groups of ``data.groups``; read when first asked for, since only a training needs them.
+        """The groups of ``data.groups``, read on first use because only training needs them.
 
         Raises:
-            ConfigError: the file is missing, damaged or of other samples.
+            ConfigError: the file is missing or damaged, or was made for other samples.
         """
         if self.config.groups is None:
             return None
@@ -180,32 +188,37 @@ class Data:
             return true_groups(labels, self.true_groups)
         return read_groups(Path(self.config.groups).expanduser(), self.splits, labels)
 
-    def plain(self, split: str) -> PlainDataset:
+    def evaluation_dataset(self, split: str) -> EvaluationDataset:
         """A split without augmentation."""
-        return PlainDataset(
+        return EvaluationDataset(
             self.splits[split], self.image_size, self.normalize, self.coarse_names, self.fine_names
         )
 
-    def batches(
-        self, *, seed: int, steps: int, start: int = 0, rank: int = 0, world_size: int = 1, multiple: int = 1
-    ) -> ShuffledBatches:
+    def batch_sampler(
+        self, *, seed: int, steps: int, start: int = 0, rank: int = 0, world_size: int = 1,
+        accumulation_steps: int = 1,
+    ) -> ShuffledBatchSampler:  # fmt: skip
         """The batch sampler of ``data.sampler`` over the training split."""
-        kind = ShuffledBatches if self.config.sampler == "shuffled" else BalancedBatches
+        sampler_class = ShuffledBatchSampler if self.config.sampler == "shuffled" else BalancedBatchSampler
         labels = self._labels("train")
         if self.config.sampler == "groups":
-            assert self.groups is not None, "DataConfig.check() first"
+            assert self.groups is not None, "call DataConfig.check() first"
             labels = self.groups.train
-        return kind(
+        return sampler_class(
             labels, self.config.batch_size,
-            seed=seed, steps=steps, start=start, rank=rank, world_size=world_size, multiple=multiple,
+            seed=seed, steps=steps, start=start, rank=rank, world_size=world_size,
+            accumulation_steps=accumulation_steps,
         )  # fmt: skip
 
-    def validation_batches(self, *, seed: int, rank: int = 0, world_size: int = 1) -> ShuffledBatches:
-        """One pass over the validation split, the same each time: as few batches of at most
-        ``data.batch_size`` as hold all samples, of equal size (a remainder is left out).
+    def validation_batch_sampler(
+        self, *, seed: int, rank: int = 0, world_size: int = 1
+    ) -> ShuffledBatchSampler:
+        """The same pass over the validation split each time.
+
+        The batches have equal size, at most ``data.batch_size``. A remainder is dropped.
 
         Raises:
-            ConfigError: the split has fewer samples than there are processes.
+            ConfigError: the split has fewer samples than processes.
         """
         labels = self._labels("val")
         size = len(labels) // math.ceil(len(labels) / self.config.batch_size) if len(labels) else 0
@@ -216,29 +229,31 @@ class Data:
                 f"data.val_fraction={self.config.val_fraction} gives {len(labels)}: pass "
                 "--trainer.best_by null"
             )
-        return ShuffledBatches(
+        return ShuffledBatchSampler(
             labels, size, seed=seed, steps=len(labels) // size, rank=rank, world_size=world_size
         )
 
     def loader(
-        self, batches: ShuffledBatches, *, split: str = "train", pin_memory: bool = False
+        self, batches: ShuffledBatchSampler, *, split: str = "train", pin_memory: bool = False
     ) -> DataLoader[Any]:
-        """Batches of (views uint8 [b, V, C, S, S], labels int64 [b]), b this process's share of a global
-        batch; of the training split also of groups int64 [b], if ``data.groups`` gives them."""
+        """Loads batches of (views uint8 [b, V, C, S, S], labels int64 [b]), b samples per process.
+
+        With ``data.groups``, batches of the training split also have groups int64 [b].
+        """
         augmentation = Augmentation(self.config.augmentation, self._family, self.image_size)
-        dataset = ViewDataset(
+        dataset = MultiViewDataset(
             self.splits[split], self._labels(split), augmentation, self.config.views, batches.seed
         )
         workers = self.config.workers
         groups = self.groups if split == "train" else None
         return DataLoader(
-            dataset if groups is None else GroupedViews(dataset, groups.train),
+            dataset if groups is None else GroupedMultiViewDataset(dataset, groups.train),
             batch_sampler=batches,
-            collate_fn=_already_a_batch,
+            collate_fn=_identity_collate,
             num_workers=workers,
             pin_memory=pin_memory,
-            worker_init_fn=_one_thread if workers else None,
-            # seeds the processes; drawn from the global generator, a resumed run would draw it too late
+            worker_init_fn=_limit_threads if workers else None,
+            # Without a generator, DataLoader would draw worker seeds from the global random state.
             generator=torch.Generator(),
         )
 
@@ -247,7 +262,7 @@ class Data:
         return samples.coarse if self.config.labels == "coarse" else samples.fine
 
 
-def _subset(labels: Tensor, count: int, seed: int) -> Tensor:
+def _train_subset(labels: Tensor, count: int, seed: int) -> Tensor:
     try:
         return stratified_subset(labels, count, seed)
     except ValueError as error:
@@ -257,22 +272,21 @@ def _subset(labels: Tensor, count: int, seed: int) -> Tensor:
         ) from error
 
 
-def _already_a_batch(batch: Any) -> Any:
+def _identity_collate(batch: Any) -> Any:
     return batch
 
 
-def _one_thread(_: int) -> None:
+def _limit_threads(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def load_data(config: DataConfig) -> Data:
+def load_data(config: DataConfig) -> DataModule:
     """Read and split the data set of ``config``.
 
     Raises:
-        ConfigError: the files are not there or damaged, or there are fewer training samples than a batch
-            needs.
+        ConfigError: files are missing or damaged, or there are fewer training samples than a batch needs.
     """
-    data = Data(config)
+    data = DataModule(config)
     count, size = len(data.splits["train"]), config.batch_size
     if size > count:
         raise ConfigError(f"data.batch_size must be at most the {count} training samples, got {size}")

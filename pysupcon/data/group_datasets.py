@@ -1,16 +1,16 @@
-"""Images with a class and a spurious attribute, from their usual local layouts: an image folder and a table.
+"""Data sets of a class and a spurious attribute, in their usual layouts: an image folder and a table.
 
-The coarse label is the class, which is trained on; the fine label is the group, class and attribute together,
-which the evaluators of robustness know.
+The coarse label is the class, used for training. The fine label is the group, a pair of class and attribute,
+used by the evaluators of robustness.
 
 waterbirds  ROOT/metadata.csv (img_filename, y, place, split); images under ROOT (Sagawa et al. 2020). Class:
-            land- or waterbird; attribute: land or water behind it.
+            landbird or waterbird; attribute: land or water background.
 celeba      ROOT/list_attr_celeba.{csv,txt} and list_eval_partition.{csv,txt}; images in ROOT/img_align_celeba
-            (Liu et al. 2015, as published, as torchvision keeps it or as Kaggle distributes it). Class:
+            (Liu et al. 2015; the layouts of the authors, torchvision and Kaggle). Class:
             Blond_Hair; attribute: Male.
-isic        ROOT/metadata.csv (isic_id or image_name; benign_malignant, or target 0/1; patch 0/1; split, if
-            any); images under ROOT, ROOT/images or ROOT/train. Class: benign or malignant; attribute: whether
-            a coloured patch is in the image (Rieger et al. 2020).
+isic        ROOT/metadata.csv (isic_id or image_name; benign_malignant, or target 0/1; patch 0/1; optional
+            split); images under ROOT, ROOT/images or ROOT/train. Class: benign or malignant; attribute: with
+            or without a coloured patch (Rieger et al. 2020).
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ _EXTENSIONS = (".jpg", ".jpeg", ".png")
 
 @dataclass(frozen=True)
 class GroupTable:
-    """What the table says of every image.
+    """Labels of every image in the table.
 
     Attributes:
-        paths: of the N image files.
+        paths: the N image files.
         classes, attributes: [N] int64.
-        split: [N] int64, 0 train, 1 validation, 2 test; None where the table does not divide.
-        class_names, attribute_names: of the labels.
+        split: [N] int64, 0 train, 1 validation, 2 test; None without a split column.
+        class_names, attribute_names: names of the labels.
     """
 
     paths: list[Path]
@@ -59,16 +59,15 @@ class GroupTable:
 
     @property
     def group_names(self) -> list[str]:
-        """Name of every group, in the order of their numbers."""
+        """Names of the groups, by their numbers."""
         return [f"{name}, {attribute}" for name in self.class_names for attribute in self.attribute_names]
 
 
 def read_group_table(dataset: GroupDataset, root: str | Path) -> GroupTable:
-    """Reads the table of a data set and checks that its images are there.
+    """Read the table of a data set and check that its images exist.
 
     Raises:
-        ConfigError: a file, column or image is missing, or a value is none that the column may hold; names
-            file, row and column.
+        ConfigError: a file, column or image is missing, or a value is not allowed; names file, row, column.
     """
     readers: dict[str, Callable[[Path], GroupTable]] = {
         "waterbirds": _waterbirds,
@@ -82,19 +81,19 @@ def read_group_table(dataset: GroupDataset, root: str | Path) -> GroupTable:
     if missing:
         raise ConfigError(
             f"data.root {str(root)!r} lacks {len(missing)} of the {len(table.paths)} images that its table "
-            f"names, the first of them {missing[0]}"
+            f"names, first {missing[0]}"
         )
     return table
 
 
-class _Rows:
-    """Rows of a table, and where they came from."""
+class _Table:
+    """Rows of a table and their file, for error messages."""
 
     def __init__(self, path: Path, columns: Sequence[str], rows: list[list[str]], first_line: int) -> None:
         self.path, self.columns, self.rows, self.first_line = path, list(columns), rows, first_line
 
     def column(self, *names: str) -> list[str]:
-        """The column with the first of ``names`` that the table has."""
+        """The column of the first of ``names`` that exists."""
         for name in names:
             if name in self.columns:
                 index = self.columns.index(name)
@@ -105,7 +104,7 @@ class _Rows:
         )
 
     def labels(self, values: dict[str, int], *names: str) -> Tensor:
-        """That column as labels, [N] int64."""
+        """The values of :meth:`column` as labels, [N] int64."""
         found = []
         for number, text in enumerate(self.column(*names)):
             if text.lower() not in values:
@@ -118,7 +117,7 @@ class _Rows:
         return torch.tensor(found, dtype=torch.int64)
 
 
-def _read_csv(path: Path) -> _Rows:
+def _read_csv(path: Path) -> _Table:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             lines = list(csv.reader(file))
@@ -126,17 +125,17 @@ def _read_csv(path: Path) -> _Rows:
         raise ConfigError(f"data.root: {path} cannot be read: {error}") from error
     if not lines:
         raise ConfigError(f"data.root: {path} is empty")
-    return _checked(path, [name.strip() for name in lines[0]], lines[1:], 2)
+    return _make_table(path, [name.strip() for name in lines[0]], lines[1:], 2)
 
 
-def _checked(path: Path, columns: list[str], rows: list[list[str]], first_line: int) -> _Rows:
+def _make_table(path: Path, columns: list[str], rows: list[list[str]], first_line: int) -> _Table:
     for number, row in enumerate(rows):
         if len(row) != len(columns):
             raise ConfigError(
                 f"data.root: {path}, line {first_line + number}, must have {len(columns)} fields, "
                 f"got {len(row)}"
             )
-    return _Rows(path, columns, rows, first_line)
+    return _Table(path, columns, rows, first_line)
 
 
 def _find(root: Path, *names: str) -> Path:
@@ -158,8 +157,8 @@ def _waterbirds(root: Path) -> GroupTable:
     )
 
 
-def _read_celeba(path: Path, columns: list[str] | None) -> _Rows:
-    """A CSV file, or the published text form: for attributes a count, a line of names, then rows."""
+def _read_celeba(path: Path, columns: list[str] | None) -> _Table:
+    """Reads a CSV file, or the published text form: for attributes a count, a line of names, then rows."""
     if path.suffix == ".csv":
         return _read_csv(path)
     try:
@@ -167,13 +166,13 @@ def _read_celeba(path: Path, columns: list[str] | None) -> _Rows:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"data.root: {path} cannot be read: {error}") from error
     if columns is not None:
-        return _checked(path, columns, lines, 1)
+        return _make_table(path, columns, lines, 1)
     if len(lines) < 2 or len(lines[0]) != 1 or lines[0][0] != str(len(lines) - 2):
         raise ConfigError(
-            f"data.root: {path} must begin with the number of its rows, {len(lines) - 2}, and then name its "
-            f"attributes; it begins with {' '.join(lines[0][:4]) if lines else 'nothing'!r}"
+            f"data.root: {path} must start with the number of its rows, {len(lines) - 2}, and the names of "
+            f"its attributes; it starts with {' '.join(lines[0][:4]) if lines else 'nothing'!r}"
         )
-    return _checked(path, ["image_id", *lines[1]], lines[2:], 3)
+    return _make_table(path, ["image_id", *lines[1]], lines[2:], 3)
 
 
 def _celeba(root: Path) -> GroupTable:
@@ -183,11 +182,11 @@ def _celeba(root: Path) -> GroupTable:
     )
     names = rows.column("image_id")
     split_of = dict(zip(parts.column("image_id"), parts.labels(_SPLITS, "partition").tolist(), strict=True))
-    without = [name for name in names if name not in split_of]
-    if without:
-        raise ConfigError(f"data.root: {parts.path} does not say to which split {without[0]} belongs")
+    unassigned = [name for name in names if name not in split_of]
+    if unassigned:
+        raise ConfigError(f"data.root: {parts.path} has no split for {unassigned[0]}")
     folder = root / "img_align_celeba"
-    # Some archives unpack into a folder of the same name within.
+    # Some archives contain a nested folder of the same name.
     folder = folder / "img_align_celeba" if (folder / "img_align_celeba").is_dir() else folder
     return GroupTable(
         [folder / name for name in names],
@@ -217,7 +216,7 @@ def _isic(root: Path) -> GroupTable:
 
 
 def _image_files(folders: Iterable[Path]) -> dict[str, Path]:
-    """Image files directly in ``folders``, by their name without its ending."""
+    """Image files directly in ``folders``, by file name without extension."""
     return {
         path.stem: path
         for folder in folders
