@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import numbers
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pysupcon.pairs import ops, trust
 from pysupcon.pairs.modes import runs_plainly
 
 __all__ = [
@@ -20,12 +18,10 @@ __all__ = [
     "check_features",
     "check_gather",
     "check_ids",
-    "check_kernels",
     "check_mask",
     "check_number",
     "check_temperature",
     "describe",
-    "resolve_backend",
 ]
 
 BACKENDS = ("auto", "cpu", "cuda", "tiled", "reference")
@@ -36,7 +32,6 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = (
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8,
 )  # fmt: skip
-_warned: set[str] = set()
 _SHOWN = 60  # characters of a value that a message quotes
 
 
@@ -200,54 +195,3 @@ def check_gather(value: Any) -> None:
             "gather must be an object with a method begin (pysupcon.functional.Gather; of a module also "
             f"False, True or 'ring'), got {describe(value)}"
         )
-
-
-def _why_not(backend: str) -> str:
-    return str(ops.backends().get(backend, {}).get("detail", "no kernel is written for it"))
-
-
-def resolve_backend(backend: str, device: torch.device, masked: bool) -> str:
-    """The backend that will run: "cpu", "cuda", "tiled" or "reference"."""
-    check_choice("backend", backend, BACKENDS)
-    if backend == "auto":
-        if masked:
-            return "tiled"
-        if ops.compiled_for(device.type):
-            return device.type
-        if device.type not in (*_warned, "meta") and not torch.compiler.is_compiling():
-            _warned.add(device.type)
-            warnings.warn(
-                f"pysupcon has no compiled kernel for {device.type} tensors "
-                f"({_why_not(device.type)}); "
-                "the slower pure-PyTorch path, backend='tiled', takes its place",
-                stacklevel=4,
-            )
-        return "tiled"
-    if backend in ("tiled", "reference"):
-        return backend
-    if backend != device.type:
-        raise ValueError(f"backend={backend!r} needs {backend} tensors, but features are on {device}")
-    if masked:
-        raise ValueError(
-            f"backend={backend!r} knows positives by label only, not by mask; mask needs "
-            "backend='tiled' or 'auto'"
-        )
-    if not ops.compiled_for(backend):
-        raise RuntimeError(f"backend={backend!r} is not compiled: {_why_not(backend)}")
-    return backend
-
-
-def check_kernels(wish: str, device: torch.device, dtype: torch.dtype) -> str:
-    """ "cuda" if its kernels may be used for rows of ``dtype`` (see :mod:`pysupcon.pairs.trust`); otherwise
-    "tiled", or an error where ``wish`` names the backend."""
-    if torch.compiler.is_compiling():
-        from pysupcon.pairs import traced
-
-        why = traced.told_obstacle(device, dtype, wish == "auto")
-    else:
-        why = trust.told_obstacle(device, dtype, wish == "auto")
-    if why is None:
-        return "cuda"
-    if wish == "auto":
-        return "tiled"
-    raise RuntimeError(why)

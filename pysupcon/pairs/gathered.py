@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pysupcon.pairs.autograd import OPERATORS, RowStatistics, _RefuseSecond, _row_products
+from pysupcon.pairs.autograd import RefuseSecond
 from pysupcon.pairs.ops import zero_gradients
 from pysupcon.pairs.problem import Block, Everybody, Problem, _rows_of, _sort
+from pysupcon.pairs.statistics import OPERATORS, RowStatistics, row_products
 
 __all__ = ["RowLoss", "gathered_losses", "gathered_statistics"]
 
@@ -231,11 +232,11 @@ class _Gathered(torch.autograd.Function):
             grad_x = plan.gradient(rows, scale, kept, n, p, grads)
             if ctx.needs_input_grad[1]:
                 # sum_i x_i . dL/dx_i = sum_ij (G_ij + G_ji) s_ij over everybody's i: every pair twice.
-                grad_scale = _row_products(rows, grad_x, scale.dtype) / (2 * scale)
+                grad_scale = row_products(rows, grad_x, scale.dtype) / (2 * scale)
             result = grad_x.to(rows.dtype) if ctx.needs_input_grad[0] else None, grad_scale
         if torch.is_grad_enabled():
             result = tuple(
-                None if grad is None else _RefuseSecond.apply(grad, rows, *grads) for grad in result
+                None if grad is None else RefuseSecond.apply(grad, rows, *grads) for grad in result
             )
         return *result, None
 

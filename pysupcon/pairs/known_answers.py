@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pysupcon.pairs import tiled
-from pysupcon.pairs.autograd import Pairing, _operands
+from pysupcon.pairs.statistics import Pairing, operands
 
 __all__ = ["TOLERANCES", "Tolerance", "disagreement"]
 
@@ -163,7 +163,7 @@ def _questions(width: int, temperature_inverse: float, dtype: torch.dtype, parts
         arguments = (*rows, c.n, _EPSILON, c.grad_softplus, back_n, back)
         yield _Question(form, "positive_softplus_backward", arguments, both)
 
-    rows = _operands(x, None, scale, one_set)
+    rows = operands(x, None, scale, one_set)
     whole = columns(rows, one_set, 1.0)
     yield from pairs("one set", rows, one_set, (True, True), whole)
     yield from sums("one set", rows, whole)
@@ -176,12 +176,12 @@ def _questions(width: int, temperature_inverse: float, dtype: torch.dtype, parts
         ):
             yield from pairs(form, rows, pairing, kinds, columns(rows, pairing, -1.0, kinds))
 
-    rows = _operands(anchors, candidates, scale, separate)
+    rows = operands(anchors, candidates, scale, separate)
     c = columns(rows, separate, -1.0)
     yield from pairs("candidates", rows, separate, (True, True), c)
     yield from sums("candidates", rows, c)
 
-    rows = _operands(anchors, x, scale, own_rows)
+    rows = operands(anchors, x, scale, own_rows)
     yield from pairs("rows of one process", rows, own_rows, (True, True), whole.at(_ANCHORS), whole)
     yield from sums("rows of one process", rows, whole.at(_ANCHORS), whole)
 

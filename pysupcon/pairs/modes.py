@@ -9,12 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["NO_FORWARD_MODE", "batched", "check_mode", "runs_plainly", "transformed"]
+__all__ = ["NO_FORWARD_MODE", "ONCE_ONLY", "batched", "check_mode", "runs_plainly", "transformed"]
 
 NO_FORWARD_MODE = (
     "pysupcon's kernels have no forward-mode derivative (jvp, jacfwd, hessian, linearize, dual numbers): "
     'backend="reference" (dense, small batches) has; reverse mode (backward, torch.func.grad, jacrev) works '
     "with every backend"
+)
+ONCE_ONLY = (
+    "pysupcon's losses can be differentiated once only: autograd cannot follow how their gradient "
+    'depends on its inputs; backend="reference" (dense, small batches) supports second derivatives'
 )
 _JIT = (
     "pysupcon's kernels cannot be traced by torch.jit.trace: torch.export and torch.compile can trace them, "

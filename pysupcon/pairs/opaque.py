@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pysupcon.pairs import autograd, tiles
-from pysupcon.pairs.modes import transformed
+from pysupcon.pairs import statistics, tiles
+from pysupcon.pairs.modes import ONCE_ONLY, transformed
 
 __all__ = ["gradients", "positive_count", "row_statistics"]
 
@@ -35,19 +35,19 @@ _PAIRING, _MASK, _CONSTANTS = slice(4, 11), slice(11, 14), slice(14, 17)
 _DIFFERENTIABLE = 3  # x, candidates, scale
 
 
-def _arguments(x: Tensor, candidates: Tensor | None, scale: Tensor, plan: autograd.Plan) -> tuple[Any, ...]:
+def _arguments(x: Tensor, candidates: Tensor | None, scale: Tensor, plan: statistics.Plan) -> tuple[Any, ...]:
     """Of the operator."""
     epsilon = None if plan.epsilon is None else torch.ones_like(scale) * plan.epsilon
     mask = plan.mask or (None, None, None)
     return x, candidates, scale, epsilon, *plan.pairing, *mask, plan.backend, plan.negatives, plan.positives
 
 
-def _plan(arguments: tuple[Any, ...]) -> autograd.Plan:
+def _plan(arguments: tuple[Any, ...]) -> statistics.Plan:
     mask = arguments[_MASK]
     backend, negatives, positives = arguments[_CONSTANTS]
-    return autograd.Plan(
+    return statistics.Plan(
         backend,
-        autograd.Pairing(*arguments[_PAIRING]),
+        statistics.Pairing(*arguments[_PAIRING]),
         None if mask[0] is None else tiles.PositiveMask(*mask),
         negatives,
         positives,
@@ -63,7 +63,7 @@ def _rows(x: Tensor | None) -> Tensor | None:
 def _statistics(*arguments: Any) -> _Tensors:
     x, candidates, scale = _rows(arguments[0]), _rows(arguments[1]), arguments[2]
     assert x is not None
-    result = autograd.statistics(x, candidates, scale, _plan(arguments))
+    result = statistics.compute(x, candidates, scale, _plan(arguments))
     return tuple(x.new_empty(0) if value is None else value for value in result)
 
 
@@ -81,7 +81,7 @@ def _gradients(*arguments: Any) -> _Tensors:
     x, candidates, scale = _rows(problem[0]), _rows(problem[1]), problem[2]
     assert x is not None
     grads = grad_n, grad_p, grad_positive_sum, grad_instance_sum, grad_softplus
-    result = autograd.gradients(_plan(tuple(problem)), x, candidates, scale, n, p, grads, tuple(needs))
+    result = statistics.gradients(_plan(tuple(problem)), x, candidates, scale, n, p, grads, tuple(needs))
     return tuple(x.new_empty(0) if grad is None else grad for grad in result)
 
 
@@ -180,7 +180,7 @@ def _pull_back(
 
 
 def _refuse_second(ctx: Any, *grads: Tensor) -> Any:
-    raise RuntimeError(autograd.ONCE_ONLY)
+    raise RuntimeError(ONCE_ONLY)
 
 
 torch.library.register_autograd("pysupcon::row_statistics", _pull_back, setup_context=_save)
@@ -200,7 +200,7 @@ class _TransformableGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(autograd.ONCE_ONLY)
+        raise RuntimeError(ONCE_ONLY)
 
 
 class _TransformableStatistics(torch.autograd.Function):
@@ -234,9 +234,9 @@ class _TracedTransformableStatistics(torch.autograd.Function):
 
 
 def row_statistics(
-    x: Tensor, candidates: Tensor | None, scale: Tensor, plan: autograd.Plan
+    x: Tensor, candidates: Tensor | None, scale: Tensor, plan: statistics.Plan
 ) -> tuple[Tensor | None, ...]:
-    """What :func:`pysupcon.pairs.autograd.statistics` returns, differentiable once."""
+    """What :func:`pysupcon.pairs.statistics.compute` returns, differentiable once."""
     operator = _forward
     if transformed():
         traced = torch.compiler.is_compiling()
@@ -248,7 +248,7 @@ def row_statistics(
 
 
 def gradients(
-    plan: autograd.Plan,
+    plan: statistics.Plan,
     x: Tensor,
     candidates: Tensor | None,
     scale: Tensor,
@@ -257,7 +257,7 @@ def gradients(
     grads: tuple[Tensor | None, ...],
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """What :func:`pysupcon.pairs.autograd.gradients` returns, for upstream gradients batched by vmap."""
+    """What :func:`pysupcon.pairs.statistics.gradients` returns, for upstream gradients batched by vmap."""
     arguments = _arguments(x, candidates, scale, plan)
     needed = list(needs[:_DIFFERENTIABLE])
     return _differentiate(_backward, arguments, n, p, grads, needed)[:_DIFFERENTIABLE]

@@ -109,51 +109,23 @@ def cuda_code() -> tuple[list[str], str | None]:
     return machine, next((name for kind, _, name in held if kind == "compute"), None)
 
 
-def backends(*, check: bool = False) -> dict[str, dict[str, Any]]:
-    """What can compute the losses here, and why something cannot.
-
-    Args:
-        check: give the CUDA kernels a problem with known answers now, on every device and in every dtype,
-            and report the verdicts, which hold from then on. Otherwise the first loss on a device does this,
-            and only verdicts reached so far are reported: a check on every device takes hundreds of MiB of
-            each, which a process that uses one of them must not take.
-
-    Returns:
-        One entry per backend ("cpu", "cuda", "tiled", "reference"), each with ``available`` (bool) and
-        ``detail`` (a sentence). "cpu" also names ``isa``, the instruction set in use; "cuda", where there are
-        devices, ``devices``: ``available`` and ``detail`` of each ("cuda:0", ...). "cuda" is available if a
-        device is, a device if the build holds code for it and not every dtype tried so far gave wrong
-        answers.
-    """
-    report: dict[str, dict[str, Any]] = {}
+def compiled_backends() -> dict[str, dict[str, Any]]:
+    """The entries "cpu" and "cuda" of :func:`pysupcon.backends`, without the state of each CUDA device."""
     if _problem is not None:
-        report["cpu"] = {"available": False, "detail": _problem}
-        report["cuda"] = {"available": False, "detail": _problem}
+        return {name: {"available": False, "detail": _problem} for name in ("cpu", "cuda")}
+    isas = ", ".join(_C.cpu_isas())
+    cpu = {
+        "available": True,
+        "isa": _C.cpu_isa(),
+        "detail": f"compiled C++ kernels ({_C.compiler}); instruction sets that run: {isas}",
+    }
+    if not _C.with_cuda:
+        cuda = {"available": False, "detail": f"not compiled: {_C.cuda}"}
+    elif not torch.cuda.is_available():
+        cuda = {"available": False, "detail": f"compiled ({_C.cuda}), but torch sees no CUDA device"}
     else:
-        isas = ", ".join(_C.cpu_isas())
-        report["cpu"] = {
-            "available": True,
-            "isa": _C.cpu_isa(),
-            "detail": f"compiled C++ kernels ({_C.compiler}); instruction sets that run: {isas}",
-        }
-        if not _C.with_cuda:
-            report["cuda"] = {"available": False, "detail": f"not compiled: {_C.cuda}"}
-        elif not torch.cuda.is_available():
-            detail = f"compiled ({_C.cuda}), but torch sees no CUDA device"
-            report["cuda"] = {"available": False, "detail": detail}
-        else:
-            from pysupcon.pairs import trust  # which gives the operators of this module their problems
-
-            devices = trust.report(check)
-            found = "; ".join(f"{name}: {entry['detail']}" for name, entry in devices.items())
-            report["cuda"] = {
-                "available": any(entry["available"] for entry in devices.values()),
-                "detail": f"compiled CUDA kernels ({_C.cuda}); {found}",
-                "devices": devices,
-            }
-    report["tiled"] = {"available": True, "detail": "pure PyTorch in tiles, O(N) memory, any device"}
-    report["reference"] = {"available": True, "detail": "dense PyTorch, O(N^2) memory, for tests"}
-    return report
+        cuda = {"available": True, "detail": f"compiled CUDA kernels ({_C.cuda})"}
+    return {"cpu": cpu, "cuda": cuda}
 
 
 if _problem is None:

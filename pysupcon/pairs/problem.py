@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from pysupcon.pairs import modes, opaque, ops, tiled
-from pysupcon.pairs.autograd import Pairing, Plan, RowStatistics, row_statistics
+from pysupcon.pairs.autograd import row_statistics
+from pysupcon.pairs.backends import check_kernels, resolve_backend
 from pysupcon.pairs.checks import (
     check_choice,
     check_features,
     check_gather,
     check_ids,
-    check_kernels,
     check_mask,
     check_temperature,
-    resolve_backend,
 )
+from pysupcon.pairs.statistics import Pairing, Plan, RowStatistics
 from pysupcon.pairs.unit import unit_rows
 
 __all__ = ["Block", "Everybody", "Gather", "Problem", "Round", "matches", "prepare"]

@@ -7,7 +7,7 @@ import torch
 
 import pysupcon
 from pysupcon import functional
-from pysupcon.pairs import checks, known_answers, ops, trust
+from pysupcon.pairs import backends, known_answers, ops, trust
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,7 +53,7 @@ def test_a_capture_goes_on() -> None:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        assert checks.check_kernels("cuda", x.device, x.dtype) == "cuda"
+        assert backends.check_kernels("cuda", x.device, x.dtype) == "cuda"
         y = x + 1
     graph.replay()
     assert torch.equal(y, x + 1)

@@ -14,7 +14,7 @@ from helpers.cases import LOSSES
 
 import pysupcon
 from pysupcon import compat, functional
-from pysupcon.pairs import checks, ops
+from pysupcon.pairs import backends, checks, ops
 
 X = torch.randn(4, 2, 3)
 ROWS = torch.randn(4, 3)
@@ -406,11 +406,11 @@ def test_similarities_that_overflow(backend: str) -> None:
 def test_a_backend_that_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "compiled_for", lambda device: False)
     monkeypatch.setattr(
-        ops, "backends", lambda: {"cpu": {"available": False, "detail": "no compiler was found"}}
+        backends, "backends", lambda: {"cpu": {"available": False, "detail": "no compiler was found"}}
     )
     with pytest.raises(RuntimeError, match="backend='cpu' is not compiled: no compiler was found"):
         supcon(X, Y, backend="cpu")
-    monkeypatch.setattr(checks, "_warned", set())
+    monkeypatch.setattr(backends, "_warned", set())
     with pytest.warns(UserWarning, match=r"no compiled kernel for cpu tensors \(no compiler was found\)"):
         first = supcon(X, Y)
     with warnings.catch_warnings():  # said once

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pysupcon
 from pysupcon import functional
-from pysupcon.pairs import checks, known_answers, ops, tiled, trust
+from pysupcon.pairs import backends, known_answers, ops, tiled, trust
 
 CPU = torch.device("cpu")
 FIRST = torch.device("cuda", 0)
@@ -175,7 +175,7 @@ def loss(backend: str = "auto", dtype: torch.dtype = torch.float32, index: int =
 
 
 def backend_of(wish: str = "auto", dtype: torch.dtype = torch.float32, index: int = 0) -> str:
-    return checks.check_kernels(wish, torch.device("cuda", index), dtype)
+    return backends.check_kernels(wish, torch.device("cuda", index), dtype)
 
 
 WORDS = (
@@ -416,7 +416,7 @@ def test_a_trace_checks_outside_of_its_graph(cards: Cards, wrong: bool) -> None:
         return graph
 
     def function(x: torch.Tensor) -> torch.Tensor:
-        return x * (2 if checks.check_kernels("auto", FIRST, x.dtype) == "cuda" else 3)
+        return x * (2 if backends.check_kernels("auto", FIRST, x.dtype) == "cuda" else 3)
 
     torch._dynamo.reset()
     with warnings.catch_warnings(record=True) as told:
@@ -433,7 +433,7 @@ def test_a_trace_raises_the_words(cards: Cards) -> None:
     cards.wrong_for = torch.float32
 
     def function(x: torch.Tensor) -> torch.Tensor:
-        return x if checks.check_kernels("cuda", FIRST, x.dtype) == "cuda" else -x
+        return x if backends.check_kernels("cuda", FIRST, x.dtype) == "cuda" else -x
 
     torch._dynamo.reset()
     with pytest.raises(RuntimeError) as error:
