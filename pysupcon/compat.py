@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from pysupcon import functional
 from pysupcon.pairs.checks import BACKENDS, check_choice, describe, shorten
 from pysupcon.pairs.modes import runs_plainly
-from pysupcon.pairs.problem import matches
+from pysupcon.pairs.pairing import count_matches
 
 __all__ = [
     "EpsSupInfoNCELoss",
@@ -321,7 +321,7 @@ class MetricLearningSupConLoss(nn.Module):
             backend=self.backend,
         )
         others, itself = (labels, 1) if ref_labels is None else (ref_labels, 0)
-        count = matches(torch.sort(others)[0], labels) - itself
+        count = count_matches(torch.sort(others)[0], labels) - itself
         candidates = others.numel() - itself
         valid = (count > 0) & (count < candidates).any() & (candidates > 1)
         return torch.where(valid, loss, 0.0).sum() / valid.sum().clamp(min=1)

@@ -47,7 +47,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pysupcon.pairs.problem import Block
+from pysupcon.pairs.global_batch import Block
 from pysupcon.profiling.ranges import named, region
 
 if TYPE_CHECKING:
@@ -70,15 +70,15 @@ class AllGather:
         self.group = group
 
     @torch.compiler.disable
-    def begin(self, features: Tensor, alike: dict[str, int]) -> _Round | None:
-        """See :class:`pysupcon.pairs.problem.Gather`."""
+    def begin(self, features: Tensor, must_match: dict[str, int]) -> _Communicator | None:
+        """See :class:`pysupcon.pairs.global_batch.Gather`."""
         if _processes(self.group) == 1:
             return None
         views = features.shape[1] if features.dim() == 3 else 1
-        return self._round(_agree(features, alike, self.group), views)
+        return self._communicator(_agree(features, must_match, self.group), views)
 
-    def _round(self, samples: tuple[int, ...], views: int) -> _Round:
-        return _GatheredRound(samples, views, self.group)
+    def _communicator(self, samples: tuple[int, ...], views: int) -> _Communicator:
+        return _AllGatherCommunicator(samples, views, self.group)
 
 
 class Ring(AllGather):
@@ -91,12 +91,12 @@ class Ring(AllGather):
         group: of the processes; None means all.
     """
 
-    def _round(self, samples: tuple[int, ...], views: int) -> _Round:
-        return _RingRound(samples, views, self.group)
+    def _communicator(self, samples: tuple[int, ...], views: int) -> _Communicator:
+        return _RingCommunicator(samples, views, self.group)
 
 
-class _Round:
-    """See :class:`pysupcon.pairs.problem.Round`."""
+class _Communicator:
+    """See :class:`pysupcon.pairs.global_batch.Communicator`."""
 
     def __init__(self, samples: tuple[int, ...], views: int, group: ProcessGroup | None) -> None:
         self.samples = samples
@@ -121,7 +121,7 @@ class _Round:
         raise NotImplementedError
 
 
-class _GatheredRound(_Round):
+class _AllGatherCommunicator(_Communicator):
     def keep(self, rows: Tensor) -> Tensor | None:
         return _gather(rows.detach(), tuple(count * self.views for count in self.samples), self.group)
 
@@ -129,7 +129,7 @@ class _GatheredRound(_Round):
         yield Block(0, self.bounds[-1], kept)
 
 
-class _RingRound(_Round):
+class _RingCommunicator(_Communicator):
     def keep(self, rows: Tensor) -> Tensor | None:
         return None
 
@@ -197,8 +197,8 @@ def _gather(own: Tensor, counts: tuple[int, ...], group: ProcessGroup | None) ->
     return torch.cat([rows[:count] for rows, count in zip(gathered, counts, strict=True)])
 
 
-def _agree(features: Tensor, alike: dict[str, int], group: ProcessGroup | None) -> tuple[int, ...]:
-    """Everybody's number of samples; on every process an error if what must be alike is not.
+def _agree(features: Tensor, must_match: dict[str, int], group: ProcessGroup | None) -> tuple[int, ...]:
+    """Everybody's number of samples; on every process an error if what must be must_match is not.
 
     One message of a few integers, through the memory of the CPU where the group has a backend for it (as
     ``init_process_group()`` without a backend gives it), so that no GPU is waited for.
@@ -208,7 +208,7 @@ def _agree(features: Tensor, alike: dict[str, int], group: ProcessGroup | None) 
         "views of features": features.shape[1] if features.dim() == 3 else 1,
         "width D of features": features.shape[-1],
         "dtype of features": _DTYPES.index(features.dtype),
-        **alike,
+        **must_match,
     }
     backends = dist.get_backend_config(group)
     device = torch.device("cpu") if "cpu:" in backends else features.device

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pysupcon
-from pysupcon.pairs import ops, problem, tiled
+from pysupcon.pairs import ops, pairing, tiled
 
 CPU = pysupcon.backends()["cpu"]
 pytestmark = pytest.mark.skipif(not CPU["available"], reason=CPU["detail"])
@@ -174,9 +174,9 @@ def test_order_by_class(ids: list[int], views: int) -> None:
 @pytest.mark.parametrize("classes", [3, 2**62])
 def test_order_and_count_without_the_extension(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.randint(-classes, classes, (500,), generator=torch.Generator().manual_seed(0))
-    compiled = [problem._order_and_count(ids, views) for views in (1, 2)]
+    compiled = [pairing.order_and_count(ids, views) for views in (1, 2)]
     monkeypatch.setattr(ops, "_problem", "no extension")
     for views, (order, count) in zip((1, 2), compiled, strict=True):
-        plain_order, plain_count = problem._order_and_count(ids, views)
+        plain_order, plain_count = pairing.order_and_count(ids, views)
         torch.testing.assert_close(order, plain_order, rtol=0, atol=0)
         torch.testing.assert_close(count, plain_count, rtol=0, atol=0)
