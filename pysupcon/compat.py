@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 from pysupcon import functional
 from pysupcon.pairs.checks import BACKENDS, check_choice, describe, shorten
-from pysupcon.pairs.modes import runs_plainly
+from pysupcon.pairs.modes import is_eager
 from pysupcon.pairs.pairing import count_matches
 
 __all__ = [
@@ -123,7 +123,7 @@ class SupConLoss(nn.Module):
             mask = mask.to(features.device)
             if (
                 mask.device.type == "cpu"
-                and runs_plainly(mask)
+                and is_eager(mask)
                 and mask.dtype != torch.bool
                 and not ((mask == 0) | (mask == 1)).all()
             ):

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from pysupcon.pairs import opaque
-from pysupcon.pairs.modes import NO_FORWARD_MODE, ONCE_ONLY, batched, runs_plainly
+from pysupcon.pairs.modes import NO_FORWARD_MODE, ONCE_ONLY, is_batched, is_eager
 from pysupcon.pairs.statistics import Plan, RowStatistics, compute, gradients
 
 __all__ = ["RefuseSecond", "RowStatistics", "row_statistics"]
 
 
 class RefuseSecond(torch.autograd.Function):
-    """Passes gradients through; a second differentiation meets an error instead of silent zeros."""
+    """The identity on gradients; a second differentiation raises an error instead of giving zeros."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, *reasons: Tensor) -> Tensor:
+    def forward(ctx: Any, grad: Tensor, *inputs: Tensor) -> Tensor:
         return grad.view_as(grad)
 
     @staticmethod
@@ -35,7 +35,7 @@ class _RowStatisticsFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, candidates: Tensor | None, scale: Tensor, plan: Plan) -> Any:
         ctx.set_materialize_grads(False)
         result = compute(x, candidates, scale, plan)
-        # Saved, not kept aside: autograd sees to it that nobody changes them before the backward.
+        # Saved with save_for_backward: autograd refuses a backward after a change in place.
         ctx.plan = plan.with_tensors((None,) * len(plan.tensors))
         ctx.save_for_backward(x, candidates, scale, *result[:2], *plan.tensors)
         return result
@@ -45,13 +45,13 @@ class _RowStatisticsFunction(torch.autograd.Function):
         x, candidates, scale, n, p, *tensors = ctx.saved_tensors
         plan = ctx.plan.with_tensors(tensors)
         with torch.no_grad():
-            if any(grad is not None and batched(grad) for grad in grads):  # by is_grads_batched
+            if any(grad is not None and is_batched(grad) for grad in grads):  # is_grads_batched=True
                 result = opaque.gradients(plan, x, candidates, scale, n, p, grads, ctx.needs_input_grad)
             else:
                 result = gradients(plan, x, candidates, scale, n, p, grads, ctx.needs_input_grad)
         if torch.is_grad_enabled():
-            reasons = [tensor for tensor in (x, candidates, scale, *grads) if tensor is not None]
-            return *(None if grad is None else RefuseSecond.apply(grad, *reasons) for grad in result), None
+            inputs = [tensor for tensor in (x, candidates, scale, *grads) if tensor is not None]
+            return *(None if grad is None else RefuseSecond.apply(grad, *inputs) for grad in result), None
         return *result, None
 
     @staticmethod
@@ -60,10 +60,16 @@ class _RowStatisticsFunction(torch.autograd.Function):
 
 
 def row_statistics(x: Tensor, candidates: Tensor | None, scale: Tensor, plan: Plan) -> RowStatistics:
-    """Statistics of every anchor, differentiable once with respect to ``x`` [M, D], ``candidates`` [N, D] or
-    None and ``scale`` (1 / temperature, no dimensions, in the backend's statistics dtype)."""
+    """Computes the statistics of every anchor, differentiable once with respect to the tensors.
+
+    Args:
+        x: anchors [M, D].
+        candidates: [N, D]; None: the anchors.
+        scale: 1 / temperature, no dimensions, in the statistics dtype.
+        plan: what to compute.
+    """
     result: tuple[Tensor | None, ...]
-    if runs_plainly(x):
+    if is_eager(x):
         result = _RowStatisticsFunction.apply(x, candidates, scale, plan)
     else:
         result = opaque.row_statistics(x, candidates, scale, plan)

@@ -50,12 +50,25 @@ def backends(*, check: bool = False) -> dict[str, dict[str, Any]]:
     return report
 
 
-def _why_not(backend: str) -> str:
+def _unavailable_reason(backend: str) -> str:
     return str(backends().get(backend, {}).get("detail", "no kernel is written for it"))
 
 
 def resolve_backend(backend: str, device: torch.device, masked: bool) -> str:
-    """The backend that will run: "cpu", "cuda", "tiled" or "reference"."""
+    """Chooses the backend of a loss and checks that it is compiled.
+
+    Args:
+        backend: of :data:`BACKENDS`.
+        device: of the features.
+        masked: whether a mask defines the positives.
+
+    Returns:
+        "cpu", "cuda", "tiled" or "reference".
+
+    Raises:
+        ValueError: the backend does not support the device or a mask.
+        RuntimeError: the backend is not compiled.
+    """
     check_choice("backend", backend, BACKENDS)
     if backend == "auto":
         if masked:
@@ -66,7 +79,7 @@ def resolve_backend(backend: str, device: torch.device, masked: bool) -> str:
             _warned.add(device.type)
             warnings.warn(
                 f"pysupcon has no compiled kernel for {device.type} tensors "
-                f"({_why_not(device.type)}); "
+                f"({_unavailable_reason(device.type)}); "
                 "the slower pure-PyTorch path, backend='tiled', takes its place",
                 stacklevel=4,
             )
@@ -77,25 +90,36 @@ def resolve_backend(backend: str, device: torch.device, masked: bool) -> str:
         raise ValueError(f"backend={backend!r} needs {backend} tensors, but features are on {device}")
     if masked:
         raise ValueError(
-            f"backend={backend!r} knows positives by label only, not by mask; mask needs "
+            f"backend={backend!r} supports positives by label only, not by mask; mask needs "
             "backend='tiled' or 'auto'"
         )
     if not ops.compiled_for(backend):
-        raise RuntimeError(f"backend={backend!r} is not compiled: {_why_not(backend)}")
+        raise RuntimeError(f"backend={backend!r} is not compiled: {_unavailable_reason(backend)}")
     return backend
 
 
-def check_kernels(wish: str, device: torch.device, dtype: torch.dtype) -> str:
-    """ "cuda" if its kernels may be used for rows of ``dtype`` (see :mod:`pysupcon.pairs.trust`); otherwise
-    "tiled", or an error where ``wish`` names the backend."""
+def check_kernels(requested: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Decides between the CUDA kernels and tiled PyTorch (see :mod:`pysupcon.pairs.trust`).
+
+    Args:
+        requested: the backend that the caller gave, "auto" or "cuda".
+        device: a CUDA device.
+        dtype: of the rows.
+
+    Returns:
+        "cuda" or, with a warning once, "tiled".
+
+    Raises:
+        RuntimeError: ``requested`` is "cuda" but its kernels cannot be used.
+    """
     if torch.compiler.is_compiling():
         from pysupcon.pairs import traced
 
-        why = traced.told_obstacle(device, dtype, wish == "auto")
+        reason = traced.check_device(device, dtype, requested == "auto")
     else:
-        why = trust.told_obstacle(device, dtype, wish == "auto")
-    if why is None:
+        reason = trust.check_device(device, dtype, requested == "auto")
+    if reason is None:
         return "cuda"
-    if wish == "auto":
+    if requested == "auto":
         return "tiled"
-    raise RuntimeError(why)
+    raise RuntimeError(reason)

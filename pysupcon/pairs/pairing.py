@@ -62,7 +62,7 @@ def count_matches(sorted_ids: Tensor, ids: Tensor, views: int = 1) -> Tensor:
 def order_and_count(ids: Tensor, views: int) -> tuple[Tensor, Tensor]:
     """Returns the stable argsort of the rows and, per row, the number of other rows with the same id."""
     # vmap has no rule for the compiled operator.
-    supported = torch.compiler.is_compiling() or not modes.transformed()
+    supported = torch.compiler.is_compiling() or not modes.is_transformed()
     if ids.device.type == "cpu" and ops.compiled_for("cpu") and supported:
         order, count = ops.order_by_class(ids, views)
         return order, count
@@ -120,7 +120,7 @@ def pair_by_mask(
     rows = repeat_per_view(torch.arange(mask.shape[0], device=mask.device), views)
     columns = repeat_per_view(torch.arange(mask.shape[1], device=mask.device), candidate_views)
     positives = tiled.PositiveMask(mask, rows, columns)
-    if modes.runs_plainly(mask):
+    if modes.is_eager(mask):
         count = tiled.positive_count(positives, self_index, symmetric=not rectangular)
     else:
         count = opaque.positive_count(*positives, self_index, not rectangular)

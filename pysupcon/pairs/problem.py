@@ -130,7 +130,7 @@ def _check_positives(features: Tensor, labelled: bool, need_instances: bool) -> 
     """Checks features of one view per sample without candidates and instances."""
     if need_instances:
         raise ValueError(
-            "instances must be given with features of one view per sample (they say which rows are "
+            "instances must be given with features of one view per sample (they define which rows are "
             f"views of one sample), got features of shape {list(features.shape)} and instances=None"
         )
     if not labelled:
@@ -175,7 +175,7 @@ def prepare(
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     requested, backend = backend, resolve_backend(backend, features.device, mask is not None)
     if labels is not None and mask is not None:
-        raise ValueError("labels and mask both say who is a positive: give one of them")
+        raise ValueError("labels and mask both define the positives: give only one of them")
     if candidates is None and (candidate_labels is not None or candidate_instances is not None):
         raise ValueError("candidate_labels and candidate_instances need candidates")
     if gather is not None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import pysupcon
 from pysupcon.gradcache import GradCache
-from pysupcon.gradcache.replay import Random, devices_of
+from pysupcon.gradcache.replay import RandomState, devices_of
 
 SAMPLES = 11
 LABELS = torch.arange(SAMPLES) % 3
@@ -255,7 +255,7 @@ def test_random_numbers_of_every_device(monkeypatch: pytest.MonkeyPatch) -> None
         )
 
     monkeypatch.setattr(torch, "get_device_module", module)
-    before, random = dict(states), Random(devices, [])
+    before, random = dict(states), RandomState(devices, [])
     wanted = torch.rand(3)
     states.update(dict.fromkeys(states, 77))
     random.restore()

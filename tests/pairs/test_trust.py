@@ -449,7 +449,7 @@ def test_a_loss_on_the_cpu_asks_nothing(compiled: bool, monkeypatch: pytest.Monk
     def never(*_: Any) -> None:
         raise AssertionError("asked")
 
-    monkeypatch.setattr(trust, "obstacle", never)
+    monkeypatch.setattr(trust, "unusable_reason", never)
     x, labels = torch.randn(8, 2, 4), torch.arange(8) % 3
     function = (
         torch.compile(functional.supcon, fullgraph=True, backend="eager") if compiled else functional.supcon
