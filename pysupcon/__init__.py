@@ -19,7 +19,7 @@ from __future__ import annotations
 from pysupcon import functional
 from pysupcon.gradcache import GradCache
 from pysupcon.losses import ClassConditionalInfoNCELoss, InfoNCELoss, SINCERELoss, SpreadLoss, SupConLoss
-from pysupcon.pairs.ops import backends
+from pysupcon.pairs.backends import backends
 
 __all__ = [
     "ClassConditionalInfoNCELoss",

@@ -107,20 +107,8 @@ def test_a_room_imports_only_what_its_row_names(room: str) -> None:
     assert found == set()
 
 
-PAIRS = {name for name in GRAPH if name.startswith("pysupcon/pairs/")}
-
-
-@pytest.mark.parametrize(
-    "modules",
-    [
-        pytest.param(GRAPH.keys() - PAIRS, id="others"),
-        pytest.param(
-            PAIRS, id="pairs", marks=pytest.mark.xfail(strict=True, reason="pairs/ still has cycles")
-        ),
-    ],
-)
-def test_no_modules_import_each_other(modules: set[str]) -> None:
-    assert find_cycle({name: GRAPH[name] & modules for name in modules}) == []
+def test_no_modules_import_each_other() -> None:
+    assert find_cycle(GRAPH) == []
 
 
 def test_the_test_sees_what_is_wrong(tmp_path: Path) -> None:
