@@ -1,5 +1,4 @@
-"""Figures of outcomes, their intervals and the losses' view of all pairs, against loops and other
-libraries."""
+"""Metrics of outcomes, their intervals and the losses over all pairs, against loops and other libraries."""
 
 from __future__ import annotations
 
