@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from pysupcon.pairs import ops
+import pysupcon
 
 ROOT = Path(__file__).resolve().parents[1]
 _PACKAGES = ("torch", "pytorch-metric-learning", "pykeops", "inf-cl", "memeff", "triton", "numpy")
@@ -37,7 +37,7 @@ def describe(device: str) -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": _versions(),
-        "backends": ops.backends(),
+        "backends": pysupcon.backends(),
         "commit": _commit(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

@@ -5,6 +5,13 @@ modules, :mod:`pysupcon.functional` holds the same as functions, :mod:`pysupcon.
 other libraries with their own signatures. :class:`GradCache` runs a large batch through an encoder in chunks.
 ``backends()`` says which kernels this build has, and why others
 are missing; ``backends(check=True)`` asks the CUDA kernels for known answers first.
+
+>>> import torch, pysupcon
+>>> embeddings = torch.eye(4).repeat_interleave(2, dim=0).requires_grad_()  # [N, D]: 4 classes, 2 rows each
+>>> loss = pysupcon.SupConLoss(temperature=0.5)(embeddings, torch.arange(4).repeat_interleave(2))
+>>> loss.backward()
+>>> print(f"{loss.item():.4f}")
+0.5944
 """
 
 from __future__ import annotations
@@ -12,7 +19,7 @@ from __future__ import annotations
 from pysupcon import functional
 from pysupcon.gradcache import GradCache
 from pysupcon.losses import ClassConditionalInfoNCELoss, InfoNCELoss, SINCERELoss, SpreadLoss, SupConLoss
-from pysupcon.pairs.ops import backends
+from pysupcon.pairs.backends import backends
 
 __all__ = [
     "ClassConditionalInfoNCELoss",

@@ -42,8 +42,8 @@ from torch import Tensor, nn
 
 from pysupcon import functional
 from pysupcon.pairs.checks import BACKENDS, check_choice, describe, shorten
-from pysupcon.pairs.modes import runs_plainly
-from pysupcon.pairs.problem import matches
+from pysupcon.pairs.modes import is_eager
+from pysupcon.pairs.pairing import count_matches
 
 __all__ = [
     "EpsSupInfoNCELoss",
@@ -123,7 +123,7 @@ class SupConLoss(nn.Module):
             mask = mask.to(features.device)
             if (
                 mask.device.type == "cpu"
-                and runs_plainly(mask)
+                and is_eager(mask)
                 and mask.dtype != torch.bool
                 and not ((mask == 0) | (mask == 1)).all()
             ):
@@ -321,7 +321,7 @@ class MetricLearningSupConLoss(nn.Module):
             backend=self.backend,
         )
         others, itself = (labels, 1) if ref_labels is None else (ref_labels, 0)
-        count = matches(torch.sort(others)[0], labels) - itself
+        count = count_matches(torch.sort(others)[0], labels) - itself
         candidates = others.numel() - itself
         valid = (count > 0) & (count < candidates).any() & (candidates > 1)
         return torch.where(valid, loss, 0.0).sum() / valid.sum().clamp(min=1)

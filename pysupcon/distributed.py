@@ -1,40 +1,40 @@
-"""Losses among several processes: contrast with the rows of all of them.
+"""Losses over several processes: each process contrasts its rows with the rows of all processes.
 
-``SupConLoss(gather=True)`` (and every other loss) is :class:`AllGather`, ``gather="ring"`` is :class:`Ring`;
-an object of either class may be given instead, to name a process group. They need ``torch.distributed`` to be
-initialised, however that came about (torchrun, ``accelerate launch``, by hand); where it is not, or where
-there is one process, a loss behaves as with ``gather=False``. NCCL, gloo and whatever else can gather; the
-loss may stand inside DistributedDataParallel or alone.
+``SupConLoss(gather=True)`` (and every other loss) uses :class:`AllGather`, ``gather="ring"`` uses
+:class:`Ring`; pass an object of either class to choose a process group. ``torch.distributed`` must be
+initialised, for example by torchrun, ``accelerate launch`` or ``init_process_group``. If it is not, or if
+there is one process, a loss behaves as with ``gather=False``. Any backend that supports all-gather (for a
+ring: send and receive) works, such as NCCL and gloo, with or without DistributedDataParallel.
 
-What each process hands in: features, and labels or instances, of its own samples. Their number may differ
-from process to process and may be 0. Views, width and dtype must agree; a class has the same label
-everywhere, and an instance (where ``instances`` are given) the same id: rows of one id on two processes are
-views of one sample.
+Inputs of each process: features, and labels or instances, of its own samples. The number of samples may
+differ between processes and may be 0. Number of views, D and dtype must be the same. A class must have the
+same label on all processes. If ``instances`` are given, rows with the same id on two processes are views of
+one sample.
 
-What each process gets, with W processes and K anchors that have a loss among all of them:
-    reduction="mean"  W / K times the sum over its own anchors: the mean over the processes is the loss of one
-                      process that holds the whole batch, and so is, once DistributedDataParallel has averaged
-                      it over the processes, every parameter's gradient, equal batches or not.
-    "sum"             the sum over its own anchors: the sum over the processes is that of one process.
-    "none"            the losses of its own anchors: those that one process would give them.
-The gradient of the features is that of the sum over all processes of what they minimise, not only of the own
-loss: the other processes' anchors pull at the own rows too. (With "mean" it is W times that of one process,
-as everything is before it is averaged; with "sum" it is just that of one process, so that the average over
-processes, DistributedDataParallel's habit, must be multiplied by W.) The gradient of a learnable temperature
-is a part, whose average (with "sum": sum) over the processes is complete: let DistributedDataParallel take
-it, or do so by hand.
+Results of each process, for W processes and K anchors in total that have a loss:
+    reduction="mean"  W / K times the sum over its own anchors. The mean over the processes is the loss of one
+                      process with the whole batch. After DistributedDataParallel has averaged the gradients,
+                      each parameter's gradient is that of one process, also for batches of unequal size.
+    "sum"             the sum over its own anchors. The sum over the processes is that of one process.
+    "none"            the losses of its own anchors, equal to those of one process.
+The gradient of the features is that of the sum of the results of all processes, not only of the own result,
+because the anchors of other processes depend on the own rows, too. With "mean" it is W times the gradient of
+one process, before the average over processes; with "sum" it is equal to it, so the average of
+DistributedDataParallel must be multiplied by W. The gradient of a learnable temperature is partial: its
+average (with "sum": its sum) over the processes is complete. DistributedDataParallel averages it; without it,
+all-reduce the gradient.
 
-What travels, per process and step, with N rows of D elements of e bytes in all, M of them its own; counted
-are bytes received (as many are sent around a ring): (N - M) D e for the rows, once (a ring: once more in the
-backward; SINCERE: twice each way); 8 a sample of another process for labels, as many for given instances; in
-the backward at most 16 a row (32 for float64 rows; see :mod:`pysupcon.pairs.gathered`); and from each process
-one message of 64 in which they agree on their sizes. Gradients of rows never travel. Batches of unequal size
-are padded to the largest, except around a ring.
+Bytes received per process and step, with N rows of D elements of e bytes in total, M of them its own (a ring
+sends as many):
+    rows            (N - M) D e; for a ring once more in the backward, and for SINCERE twice each way
+    labels          8 per sample of another process; the same for given instances
+    backward        at most 16 per row (32 for float64 rows; see :mod:`pysupcon.pairs.gathered`)
+    sizes           one message of 64 from each process
+Gradients of rows are not communicated. Batches of unequal size are padded to the largest, except for a ring.
 
-Every process must call the loss, and its backward, equally often. Under ``torch.compile`` this is a graph
-break. The message about sizes is read by the host: on a GPU that means waiting for it, unless the process
-group can also talk through the memory of the CPU (``init_process_group()`` without a backend, or
-``"cpu:gloo,cuda:nccl"``).
+Every process must call the loss, and its backward, equally often. Under ``torch.compile`` the loss is a graph
+break. The host reads the message about sizes, which blocks on a GPU unless the process group also has a CPU
+backend (``init_process_group()`` without a backend, or ``"cpu:gloo,cuda:nccl"``).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pysupcon.pairs.problem import Block
+from pysupcon.pairs.global_batch import Block
 from pysupcon.profiling.ranges import named, region
 
 if TYPE_CHECKING:
@@ -60,47 +60,48 @@ _warned = False
 
 
 class AllGather:
-    """Every process gathers all rows, once, and keeps them until its backward.
+    """All-gathers the rows once; every process keeps all rows until its backward.
 
     Args:
-        group: of the processes; None means all.
+        group: process group; None: the default group.
     """
 
     def __init__(self, group: ProcessGroup | None = None) -> None:
         self.group = group
 
     @torch.compiler.disable
-    def begin(self, features: Tensor, alike: dict[str, int]) -> _Round | None:
-        """See :class:`pysupcon.pairs.problem.Gather`."""
-        if _processes(self.group) == 1:
+    def begin(self, features: Tensor, must_match: dict[str, int]) -> _Communicator | None:
+        """Implements :meth:`pysupcon.pairs.global_batch.Gather.begin`."""
+        if _world_size(self.group) == 1:
             return None
         views = features.shape[1] if features.dim() == 3 else 1
-        return self._round(_agree(features, alike, self.group), views)
+        return self._communicator(_exchange_sizes(features, must_match, self.group), views)
 
-    def _round(self, samples: tuple[int, ...], views: int) -> _Round:
-        return _GatheredRound(samples, views, self.group)
+    def _communicator(self, samples: tuple[int, ...], views: int) -> _Communicator:
+        return _AllGatherCommunicator(samples, views, self.group)
 
 
 class Ring(AllGather):
-    """Processes pass their rows around: each holds its own, those of one process and those of the next.
+    """Passes the rows around a ring: each process stores its own rows and two blocks of other processes.
 
-    For batches whose rows do not fit into one device's memory. Rows travel once more in the backward (with
-    SINCERE twice each way), while the block before is being worked on.
+    For batches whose rows do not fit into the memory of one device. Rows are sent once more in the backward
+    (for SINCERE twice each way), while the previous block is processed.
 
     Args:
-        group: of the processes; None means all.
+        group: process group; None: the default group.
     """
 
-    def _round(self, samples: tuple[int, ...], views: int) -> _Round:
-        return _RingRound(samples, views, self.group)
+    def _communicator(self, samples: tuple[int, ...], views: int) -> _Communicator:
+        return _RingCommunicator(samples, views, self.group)
 
 
-class _Round:
-    """See :class:`pysupcon.pairs.problem.Round`."""
+class _Communicator:
+    """Implements :class:`pysupcon.pairs.global_batch.Communicator`."""
 
     def __init__(self, samples: tuple[int, ...], views: int, group: ProcessGroup | None) -> None:
         self.samples = samples
         self.views = views
+        self.rows = tuple(count * views for count in samples)
         self.group = group
         self.rank = dist.get_rank(group)
         self.bounds = [0]
@@ -108,11 +109,10 @@ class _Round:
             self.bounds.append(self.bounds[-1] + count)
 
     def ids(self, own: Tensor) -> Tensor:
-        return _gather(own, self.samples, self.group)
+        return _all_gather(own, self.samples, self.group)
 
     def exchange(self, columns: Tensor) -> Tensor:
-        counts = tuple(count * self.views for count in self.samples)
-        return _gather(columns.T, counts, self.group).T.contiguous()
+        return _all_gather(columns.T, self.rows, self.group).T.contiguous()
 
     def keep(self, rows: Tensor) -> Tensor | None:
         raise NotImplementedError
@@ -121,124 +121,131 @@ class _Round:
         raise NotImplementedError
 
 
-class _GatheredRound(_Round):
+class _AllGatherCommunicator(_Communicator):
     def keep(self, rows: Tensor) -> Tensor | None:
-        return _gather(rows.detach(), tuple(count * self.views for count in self.samples), self.group)
+        return _all_gather(rows.detach(), self.rows, self.group)
 
     def blocks(self, rows: Tensor, kept: Tensor | None) -> Generator[Block, None, None]:
         yield Block(0, self.bounds[-1], kept)
 
 
-class _RingRound(_Round):
+class _RingCommunicator(_Communicator):
     def keep(self, rows: Tensor) -> Tensor | None:
         return None
 
     def blocks(self, rows: Tensor, kept: Tensor | None) -> Generator[Block, None, None]:
-        processes, stopped = len(self.samples), False
-        following, preceding = (self.rank + 1) % processes, (self.rank - 1) % processes
-        held = rows.detach().contiguous()
-        for step in range(processes):
-            owner = (self.rank - step) % processes
-            last = step == processes - 1
-            incoming = held.new_empty(
-                (self.samples[owner - 1] * self.views if not last else 0, held.shape[1])
-            )
+        world, closed = len(self.samples), False
+        successor, predecessor = (self.rank + 1) % world, (self.rank - 1) % world
+        current = rows.detach().contiguous()
+        for step in range(world):
+            owner = (self.rank - step) % world
+            last = step == world - 1
+            incoming = current.new_empty((0 if last else self.rows[owner - 1], current.shape[1]))
             operations = [
-                dist.P2POp(operation, _bytes(block), self._global(peer), self.group)
+                dist.P2POp(operation, _bytes(block), self._global_rank(peer), self.group)
                 for operation, block, peer in (
-                    (dist.isend, held, following),
-                    (dist.irecv, incoming, preceding),
+                    (dist.isend, current, successor),
+                    (dist.irecv, incoming, predecessor),
                 )
                 if block.numel() and not last
             ]
             with region("pysupcon::gather"):
                 requests = dist.batch_isend_irecv(operations) if operations else []
-            if not stopped:
+            if not closed:
                 try:
-                    yield Block(self.bounds[owner], self.bounds[owner + 1], None if step == 0 else held)
-                except GeneratorExit:  # an error here; the others still wait for what comes through here
-                    stopped = True
+                    yield Block(self.bounds[owner], self.bounds[owner + 1], None if step == 0 else current)
+                except GeneratorExit:  # after an error; the other processes still need the remaining blocks
+                    closed = True
             with region("pysupcon::gather"):
                 for request in requests:
                     request.wait()
-            held = incoming
+            current = incoming
 
-    def _global(self, rank: int) -> int:
+    def _global_rank(self, rank: int) -> int:
         return rank if self.group is None else dist.get_global_rank(self.group, rank)
 
 
-def _processes(group: ProcessGroup | None) -> int:
+def _world_size(group: ProcessGroup | None) -> int:
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """The same memory: copying needs no arithmetic, and every backend knows bytes."""
+    """Views a tensor as bytes, which every backend can copy."""
     return tensor.view(-1).view(torch.uint8)
 
 
 @named("pysupcon::gather")
-def _gather(own: Tensor, counts: tuple[int, ...], group: ProcessGroup | None) -> Tensor:
-    """Own rows [counts[rank], ...] -> everybody's [sum of counts, ...], one process after the other."""
-    most = max(counts)
-    if most == 0:
+def _all_gather(own: Tensor, counts: tuple[int, ...], group: ProcessGroup | None) -> Tensor:
+    """All-gathers rows: [counts[rank], ...] of each process -> [sum of counts, ...], ordered by rank."""
+    largest = max(counts)
+    if largest == 0:
         return own.new_empty(own.shape)
-    if own.shape[0] == most:
+    if own.shape[0] == largest:
         own = own.contiguous()
     else:
-        padded = own.new_zeros((most, *own.shape[1:]))
+        padded = own.new_zeros((largest, *own.shape[1:]))
         padded[: own.shape[0]] = own
         own = padded
     gathered = own.new_empty((len(counts), *own.shape))
-    # Named all_gather_into_tensor before torch 2.14, or so.
+    # Its name is all_gather_into_tensor in torch before 2.14.
     all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     all_gather(_bytes(gathered), _bytes(own), group=group)
-    if min(counts) == most:
+    if min(counts) == largest:
         return gathered.flatten(0, 1)
     return torch.cat([rows[:count] for rows, count in zip(gathered, counts, strict=True)])
 
 
-def _agree(features: Tensor, alike: dict[str, int], group: ProcessGroup | None) -> tuple[int, ...]:
-    """Everybody's number of samples; on every process an error if what must be alike is not.
+def _exchange_sizes(
+    features: Tensor, must_match: dict[str, int], group: ProcessGroup | None
+) -> tuple[int, ...]:
+    """Returns the number of samples of each process.
 
-    One message of a few integers, through the memory of the CPU where the group has a backend for it (as
-    ``init_process_group()`` without a backend gives it), so that no GPU is waited for.
+    It all-gathers a few integers, in CPU memory if the group has a CPU backend, because reading them from a
+    GPU would block the host.
+
+    Raises:
+        ValueError: on every process, if a value that must be the same differs.
     """
     layout = {
         "dimensions of features": features.dim(),
         "views of features": features.shape[1] if features.dim() == 3 else 1,
         "width D of features": features.shape[-1],
         "dtype of features": _DTYPES.index(features.dtype),
-        **alike,
+        **must_match,
     }
     backends = dist.get_backend_config(group)
     device = torch.device("cpu") if "cpu:" in backends else features.device
     own = torch.tensor([features.shape[0], *layout.values()], device=device).unsqueeze(0)
-    everybody = _gather(own, (1,) * _processes(group), group).tolist()
-    for place, name in enumerate(layout, start=1):
-        values = [row[place] for row in everybody]
+    gathered = _all_gather(own, (1,) * _world_size(group), group).tolist()
+    for column, name in enumerate(layout, start=1):
+        values = [row[column] for row in gathered]
         if len(set(values)) > 1:
             shown = [_DTYPES[value] for value in values] if name.startswith("dtype") else values
             raise ValueError(
                 f"gather needs the same on every process, but {name}: {', '.join(map(str, shown))} "
                 f"on processes 0 to {len(values) - 1}"
             )
-    return tuple(row[0] for row in everybody)
+    return tuple(row[0] for row in gathered)
 
 
 def resolve(gather: object) -> AllGather:
-    """What ``gather=True`` and ``gather="ring"`` of a loss stand for."""
+    """Returns the object that ``gather=True`` or ``gather="ring"`` of a loss stands for."""
     return Ring() if gather == "ring" else AllGather()
 
 
 def warn_without_gather(name: str) -> None:
-    """Say once that a loss among several processes sees its own rows only."""
+    """Warns once that a loss in one of several processes contrasts only the rows of its process.
+
+    Args:
+        name: of the loss.
+    """
     global _warned
-    if _warned or _processes(None) == 1:
+    if _warned or _world_size(None) == 1:
         return
     _warned = True
     warnings.warn(
-        f"{name} runs in {_processes(None)} processes, and each contrasts its own rows only; "
-        f"{name}(..., gather=True) contrasts with the rows of all of them, as one process with the whole "
-        "batch would (this is said once)",
-        stacklevel=6,  # of who calls the module
+        f"{name} runs in {_world_size(None)} processes, and each contrasts its own rows only; "
+        f"{name}(..., gather=True) contrasts with the rows of all processes, as one process with the whole "
+        "batch would (this warning is shown once)",
+        stacklevel=6,  # the line that calls the module
     )

@@ -100,7 +100,7 @@ def _dense_instances(problem: Problem) -> Tensor:
 
 def _streamed(problem: Problem, rows: RowLoss, **asked: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     """Losses [M], which anchors have one, and, of several processes, how many anchors of all have one."""
-    if problem.everybody is not None:
+    if problem.global_batch is not None:
         from pysupcon.pairs.gathered import (
             gathered_losses,  # brings torch._dynamo with it: seconds, for those who gather
         )
@@ -113,7 +113,7 @@ def _finish(
     problem: Problem, loss: Tensor, valid: Tensor, reduction: str, anchors: Tensor | None = None
 ) -> Tensor:
     """``anchors``: of all processes, how many have a loss."""
-    processes = 1 if problem.everybody is None else len(problem.everybody.round.samples)
+    processes = 1 if problem.global_batch is None else len(problem.global_batch.communicator.samples)
     result = reduce_rows(loss, valid, reduction, problem.loss_dtype, anchors, processes)
     return result.view(problem.shape) if reduction == "none" else result
 
@@ -161,7 +161,7 @@ def supcon(
 def _supcon(problem: Problem, reduction: str) -> Tensor:
     if problem.backend == "reference":
         return _finish(problem, reference.supcon(*_dense(problem)), problem.count > 0, reduction)
-    if problem.everybody is None:
+    if problem.global_batch is None:
         s = problem.statistics(negatives=True, positives=True)
         loss = supcon_reduced(s, problem.count, reduction, problem.loss_dtype)
         return loss.view(problem.shape) if reduction == "none" else loss
@@ -376,14 +376,14 @@ def pair_statistics(
         candidate_labels=candidate_labels, instances=instances, candidate_instances=candidate_instances,
         reduction="none", normalize=normalize, backend=backend, gather=gather, need_instances=False,
     )  # fmt: skip
-    count = problem.count if problem.everybody is None else problem.everybody.own_counts[0]
+    count = problem.count if problem.global_batch is None else problem.global_batch.own_counts[0]
     if problem.backend == "reference":
         s, positives, negatives = _dense(problem)
         n, p = reference.log_sum_exp(s, negatives), reference.log_sum_exp(s, positives)
         total = torch.where(positives, s, 0.0).sum(dim=1)
     else:
         asked = {"negatives": True, "positives": True}
-        if problem.everybody is None:
+        if problem.global_batch is None:
             statistics = problem.statistics(**asked)
         else:
             from pysupcon.pairs.gathered import gathered_statistics

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from pysupcon import functional
 from pysupcon.pairs.checks import (
     BACKENDS,
-    TEMPERATURES,
+    TEMPERATURE_RANGE,
     check_choice,
     check_epsilon,
     check_gather,
@@ -55,7 +55,7 @@ class _Loss(nn.Module):
                 "temperature must be a number, got a tensor that wants a gradient; "
                 "learnable_temperature=True makes it a parameter of the loss"
             )
-        self._temperature = float(check_number("temperature", temperature, *TEMPERATURES))
+        self._temperature = float(check_number("temperature", temperature, *TEMPERATURE_RANGE))
         check_choice("contrast_mode", contrast_mode, ("all", "one"))
         check_choice("reduction", reduction, ("mean", "sum", "none"))
         check_choice("backend", backend, BACKENDS)
@@ -142,7 +142,7 @@ class SupConLoss(_Loss):
             backend=backend, learnable_temperature=learnable_temperature,
         )  # fmt: skip
         if base_temperature is not None:
-            base_temperature = float(check_number("base_temperature", base_temperature, *TEMPERATURES))
+            base_temperature = float(check_number("base_temperature", base_temperature, *TEMPERATURE_RANGE))
         self.base_temperature = base_temperature
 
     def _own_repr(self) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import pysupcon
 from benchmarks.kernels.cases import DTYPES, LOSSES, TWO_SETS, VIEWS, Problem
 from pysupcon import functional
 from pysupcon.pairs import ops
@@ -189,7 +190,7 @@ class Peer:
         if self.module is not None and importlib.util.find_spec(self.module) is None:
             return f"{self.module} is not installed"
         if self.name == "pysupcon" and not ops.compiled_for(problem.device):
-            return str(ops.backends()[problem.device]["detail"])
+            return str(pysupcon.backends()[problem.device]["detail"])
         if self.bytes_needed(problem) > memory:
             return f"needs {self.bytes_needed(problem) / 2**30:.0f} GiB"
         return None

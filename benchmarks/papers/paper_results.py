@@ -1,9 +1,9 @@
-"""Trains and judges what README says of the two papers, and stores it.
+"""Trains and evaluates the runs that benchmarks/papers/README.md shows, and stores their results.
 
     python benchmarks/papers/paper_results.py  # whatever is missing, all tables
     python benchmarks/papers/paper_results.py --tables mnist5k_none --seeds 0  # one table, one seed
     python benchmarks/papers/paper_results.py --collect  # train nothing, store what is there
-    python benchmarks/papers/paper_table.py  # README's section
+    python benchmarks/papers/paper_table.py  # render the page
 
 Runs lie in runs/paper/TABLE/METHOD_seedN; one that is finished is not trained again, so the command goes on
 where it was stopped. Each is a training of a config of configs/small, as `python pysupcon/train.py` does it,

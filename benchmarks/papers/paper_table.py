@@ -1,9 +1,9 @@
-"""Renders README's results of the papers from what paper_results.py and worst_group.py stored, between two
-markers.
+"""Renders the results in benchmarks/papers/README.md from what paper_results.py and worst_group.py stored,
+between two markers.
 
-python benchmarks/papers/paper_table.py            # write them, and the pictures
-python benchmarks/papers/paper_table.py --check    # exit status 1 if README.md says anything else
-python benchmarks/papers/paper_table.py --print    # Markdown on standard output
+    python benchmarks/papers/paper_table.py            # write them, and the pictures
+    python benchmarks/papers/paper_table.py --check    # exit status 1 if the page differs from the results
+    python benchmarks/papers/paper_table.py --print    # Markdown on standard output
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ BEGIN = "<!-- papers:begin -->"
 END = "<!-- papers:end -->"
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "benchmarks" / "papers" / "README.md"
 HEADINGS = {
     "mnist5k_none": "MNIST-coarse, 3,600 images, no augmentation: classes collapse where the loss lets them",
     "mnist5k_strong": "MNIST-coarse, strong augmentation",
@@ -112,9 +113,9 @@ def section(stored: Sequence[Mapping[str, Any]]) -> str:
 def _pictures(stored: Sequence[Mapping[str, Any]]) -> list[str]:
     shown = []
     if any(paper_plot.transfer_rows(results) for results in stored):
-        shown.append(f"![Differences to SupCon](benchmarks/results/{paper_plot.DIFFERENCES_FILE})")
+        shown.append(f"![Differences to SupCon](../results/{paper_plot.DIFFERENCES_FILE})")
     if any(results["table"] == paper_plot.ALPHA_TABLE for results in stored):
-        shown.append(f"![Accuracy and spread against alpha](benchmarks/results/{paper_plot.ALPHA_FILE})")
+        shown.append(f"![Accuracy and spread against alpha](../results/{paper_plot.ALPHA_FILE})")
     return shown
 
 
@@ -145,8 +146,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of paper_*.json")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    parser.add_argument("--check", action="store_true", help="change nothing; 1 if it is not up to date")
+    parser.add_argument("--page", type=Path, default=PAGE, help="Markdown file that holds the markers")
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit with 1 if the page is out of date"
+    )
     parser.add_argument("--print", action="store_true", help="change nothing; print the section")
     options = parser.parse_args(arguments)
     try:
@@ -155,19 +158,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.print:
             print(text)
             return 0
-        readme = options.readme.read_text(encoding="utf-8")
-        new = between_markers(readme, BEGIN, END, text)
+        page = options.page.read_text(encoding="utf-8")
+        new = between_markers(page, BEGIN, END, text)
     except (OSError, ValueError, KeyError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     if options.check:
-        if new != readme:
-            print(
-                "README.md does not show the stored results; run benchmarks/papers/paper_table.py",
-                file=sys.stderr,
-            )
-        return int(new != readme)
-    options.readme.write_text(new, encoding="utf-8")
+        if new != page:
+            message = f"{options.page} does not show the stored results; run benchmarks/papers/paper_table.py"
+            print(message, file=sys.stderr)
+        return int(new != page)
+    options.page.write_text(new, encoding="utf-8")
     paper_plot.draw(stored, options.results)
     return 0
 

@@ -1,6 +1,6 @@
-"""Which parts of a batch belong to its samples, and copies of some samples: what GradCache gives to a model.
+"""Splits the inputs of GradCache into samples, and copies the samples of a chunk for a model.
 
-Tensors may stand in tuples, lists, dicts, ``UserDict`` and other mappings, and dataclasses, at any depth.
+Tensors may be in tuples, lists, dicts, ``UserDict`` and other mappings, and dataclasses, at any depth.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import numpy as np
 from torch import Tensor, nn
 
 _Cut = Callable[[slice, dict[int, Any]], Any]
-"""Copies the samples of a slice; the dict holds this chunk's copies by the identity of the originals."""
+"""Copies the samples of a slice; the dict maps ids of the originals to the copies of this chunk."""
 
 
 class Batch:
-    """Inputs, and how they are split.
+    """Inputs, and their division into chunks.
 
     Args:
         inputs: see :class:`pysupcon.GradCache`.
@@ -29,7 +29,7 @@ class Batch:
         slices: the samples of each chunk; at least one chunk, which may be empty.
 
     Raises:
-        ValueError: the number of samples, or what belongs to them, cannot be told.
+        ValueError: the number of samples, or the parts that belong to samples, are ambiguous.
     """
 
     def __init__(self, inputs: Any, chunk_size: int) -> None:
@@ -39,14 +39,14 @@ class Batch:
         self._cut = self._plan(inputs)
 
     def chunk(self, samples: slice) -> Any:
-        """The structure of the inputs with copies of these samples, which the model may change."""
+        """Returns the structure of the inputs with copies of these samples, which the model may change."""
         return self._cut(samples, {})
 
     def _plan(self, tree: Any) -> _Cut:
         if isinstance(tree, (Tensor, np.ndarray)):
-            return lambda samples, copies: _copied(tree, samples, copies)
+            return lambda samples, copies: _copy_samples(tree, samples, copies)
         if self._is_column(tree):
-            return lambda samples, _: _renewed(tree, [_fresh(entry) for entry in tree[samples]])
+            return lambda samples, _: _rebuild(tree, [_copy_containers(entry) for entry in tree[samples]])
         children = _children(tree)
         if children is None:
             self._refuse_unknown(tree)
@@ -55,21 +55,21 @@ class Batch:
         attributes = (
             {} if not isinstance(tree, Mapping) or _is_own_dict(tree) else getattr(tree, "__dict__", {})
         )
-        # Such as the encodings of a BatchEncoding.
+        # For example the encodings of a BatchEncoding.
         columns = {
             name: value for name, value in attributes.items() if name != "data" and self._is_column(value)
         }
 
         def cut(samples: slice, copies: dict[int, Any]) -> Any:
-            other = _renewed(tree, [part(samples, copies) for part in cuts])
+            result = _rebuild(tree, [part(samples, copies) for part in cuts])
             for name, value in columns.items():
-                setattr(other, name, value[samples])
-            return other
+                setattr(result, name, value[samples])
+            return result
 
         return cut
 
     def _is_column(self, tree: Any) -> bool:
-        """Whether it is a list with one entry per sample."""
+        """Whether the value is a list with one entry per sample."""
         if not _is_list(tree) or len(tree) != self._samples or any(True for _ in _arrays(tree)):
             return False
         square = self._samples > 0 and all(_is_list(entry) and len(entry) == len(tree) for entry in tree)
@@ -92,25 +92,25 @@ class Batch:
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:
-    """The tensors of a structure, in order."""
+    """Yields the tensors of a structure, in order."""
     return (leaf for leaf in _arrays(tree) if isinstance(leaf, Tensor))
 
 
-def rebuilt(tree: Any, leaves: Iterator[Tensor]) -> Any:
-    """The same structure around other tensors; what is no tensor stays."""
+def rebuild(tree: Any, leaves: Iterator[Tensor]) -> Any:
+    """Returns the same structure with other tensors and the same other values."""
     if isinstance(tree, Tensor):
         return next(leaves)
     children = _children(tree)
-    return tree if children is None else _renewed(tree, [rebuilt(child, leaves) for child in children])
+    return tree if children is None else _rebuild(tree, [rebuild(child, leaves) for child in children])
 
 
 def _samples(inputs: Any) -> int:
-    """By tensors and arrays, or where there are none by lists."""
+    """Counts the samples by tensors and arrays, or by lists if there are none."""
     shapes = [list(leaf.shape) for leaf in _arrays(inputs) if leaf.ndim > 0]
     if len({shape[0] for shape in shapes}) > 1:
         raise ValueError(
             "inputs must hold tensors and arrays with one and the same first dimension (the samples), got "
-            f"shapes {_shown(shapes)}; what does not belong to single samples goes into forward"
+            f"shapes {_shorten(shapes)}; what does not belong to single samples goes into forward"
         )
     if shapes:
         return int(shapes[0][0])
@@ -119,17 +119,17 @@ def _samples(inputs: Any) -> int:
         raise ValueError(
             "inputs must hold the samples: tensors or arrays with one and the same first dimension, or, "
             "without these, lists of one and the same length, alone or in a dict and without lists inside; "
-            f"got lists of lengths {_shown(lengths)} in {type(inputs).__name__}"
+            f"got lists of lengths {_shorten(lengths)} in {type(inputs).__name__}"
         )
     return lengths[0]
 
 
-def _shown(numbers: list[Any]) -> str:
+def _shorten(numbers: list[Any]) -> str:
     return str(numbers) if len(numbers) <= 8 else f"{str(numbers[:8])[:-1]}, ...]"
 
 
 def _flat_lists(tree: Any) -> Iterator[Any]:
-    """Lists without lists inside; those within other lists do not count, as either could be the samples."""
+    """Yields lists without lists inside. Lists of lists are ambiguous: either could be the samples."""
     if _is_list(tree):
         if not any(map(_holds_list, tree)):
             yield tree
@@ -147,7 +147,7 @@ def _is_list(tree: Any) -> bool:
 
 
 def _arrays(tree: Any) -> Iterator[Tensor | np.ndarray[Any, Any]]:
-    """Tensors and NumPy arrays."""
+    """Yields tensors and NumPy arrays."""
     if isinstance(tree, (Tensor, np.ndarray)):
         yield tree
         return
@@ -156,8 +156,8 @@ def _arrays(tree: Any) -> Iterator[Tensor | np.ndarray[Any, Any]]:
 
 
 def _children(tree: Any) -> list[Any] | None:
-    """What a container holds; None for everything else."""
-    if isinstance(tree, (str, bytes, int, float)):  # the slower questions need not be asked of each sample
+    """Returns the entries of a container; None for all other values."""
+    if isinstance(tree, (str, bytes, int, float)):  # avoids the slower checks for each sample
         return None
     if _is_dataclass(tree):
         return [getattr(tree, name) for name in _names(tree)]
@@ -166,10 +166,10 @@ def _children(tree: Any) -> list[Any] | None:
     return list(tree) if isinstance(tree, (list, tuple, UserList)) else None
 
 
-def _renewed(tree: Any, children: list[Any]) -> Any:
-    """A container of the same kind that holds other things."""
+def _rebuild(tree: Any, children: list[Any]) -> Any:
+    """Returns a container of the same type with other entries."""
     if _is_dataclass(tree):
-        other = copy.copy(tree)  # and not replace(), which would run __post_init__ again
+        other = copy.copy(tree)  # dataclasses.replace() would run __post_init__ again
         assign = object.__setattr__ if type(tree).__dataclass_params__.frozen else setattr
         for name, child in zip(_names(tree), children, strict=True):
             assign(other, name, child)
@@ -187,7 +187,7 @@ def _renewed(tree: Any, children: list[Any]) -> Any:
 
 
 def _is_own_dict(tree: Any) -> bool:
-    """A dict whose entries are its attributes too, by ``self.__dict__ = self``."""
+    """Whether the attributes of a dict are its entries, by ``self.__dict__ = self``."""
     return getattr(tree, "__dict__", None) is tree
 
 
@@ -199,15 +199,15 @@ def _names(tree: Any) -> list[str]:
     return [entry.name for entry in dataclasses.fields(tree) if hasattr(tree, entry.name)]
 
 
-def _copied(array: Any, samples: slice, copies: dict[int, Any]) -> Any:
-    """Of these samples; of all where there is no first dimension. Once where it occurs twice."""
+def _copy_samples(array: Any, samples: slice, copies: dict[int, Any]) -> Any:
+    """Copies these samples of an array, or the whole array if it has no dimensions; once per chunk."""
     if id(array) not in copies:
         part = array[samples] if array.ndim > 0 else array
         copies[id(array)] = part.clone() if isinstance(part, Tensor) else part.copy()
     return copies[id(array)]
 
 
-def _fresh(tree: Any) -> Any:
-    """A sample whose containers the model may change."""
+def _copy_containers(tree: Any) -> Any:
+    """Copies the containers of a sample, which the model may change."""
     children = _children(tree)
-    return tree if children is None else _renewed(tree, [_fresh(child) for child in children])
+    return tree if children is None else _rebuild(tree, [_copy_containers(child) for child in children])

@@ -1,4 +1,4 @@
-"""The state from which a model embedded a chunk, so that a second pass over the chunk repeats the first."""
+"""State of the first pass over a chunk, which the second pass restores: random numbers, buffers, autocast."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from pysupcon.gradcache.chunks import tensors
 
-_Autocast = dict[str, torch.dtype]
-"""Device types on which autocast is on, and its dtype."""
+AutocastState = dict[str, torch.dtype]
+"""Device types with autocast, and its dtype."""
 _Key = tuple[nn.Module, str]
 
 
-class Random:
-    """State of torch's random numbers: the devices' own, and generators that are attributes of a module."""
+class RandomState:
+    """State of torch's random generators: one per device, and those that are attributes of a module.
+
+    Args:
+        devices: whose generators to record, besides the CPU.
+        models: whose modules may have generators.
+    """
 
     def __init__(self, devices: Sequence[torch.device], models: Iterable[nn.Module]) -> None:
         self.cpu = torch.get_rng_state()
@@ -44,15 +49,15 @@ class Random:
 
 
 class Buffers:
-    """Buffers of models; those that did not change since ``before`` share its copies.
+    """Copies of the buffers of models.
 
     Args:
-        models: whose buffers.
-        before: an earlier state.
-        uncounted: buffers that change without counting a version (by ``buffer.data``): always copied and
-            restored. The set may still grow.
-        running: also running statistics of normalisation, which do not enter a forward in training; and every
-            buffer is restored.
+        models: whose buffers to copy.
+        before: an earlier state, whose copies of unchanged buffers are shared.
+        uncounted: buffers that change without a new version (through ``buffer.data``). They are always copied
+            and restored. The set may grow later.
+        running: also copy the running statistics of normalisation, which do not affect a forward in training,
+            and restore every buffer.
     """
 
     def __init__(
@@ -69,7 +74,7 @@ class Buffers:
             self.record(model, before)
 
     def record(self, model: nn.Module, before: Buffers | None = None) -> None:
-        """The state of one model, now."""
+        """Copies the buffers of one model."""
         for module in model.modules():
             if isinstance(module, _NormBase) and module.training and not self.running:
                 continue
@@ -78,13 +83,13 @@ class Buffers:
                 if buffer is None:
                     self.copies[key] = None, 0, None
                     continue
-                known = None if before is None or key in self.uncounted else before.copies.get(key)
-                if known is None or known[0] is not buffer or known[1] != buffer._version:
-                    known = buffer, buffer._version, buffer.detach().clone()
-                self.copies[key] = known
+                copied = None if before is None or key in self.uncounted else before.copies.get(key)
+                if copied is None or copied[0] is not buffer or copied[1] != buffer._version:
+                    copied = buffer, buffer._version, buffer.detach().clone()
+                self.copies[key] = copied
 
     def changed_uncounted(self) -> set[_Key]:
-        """Buffers whose values differ although their version does not."""
+        """Returns the buffers whose values changed although their version did not."""
         return {
             (module, name)
             for (module, name), (buffer, version, values) in self.copies.items()
@@ -102,24 +107,28 @@ class Buffers:
                 module._buffers[name] = buffer
             if buffer is None or values is None:
                 continue
-            # Batch norm moves its statistics without counting a version.
+            # Batch norm updates its statistics without a new version.
             if self.running or (module, name) in self.uncounted or buffer._version != version:
                 buffer.copy_(values)
 
 
 def devices_of(models: Iterable[nn.Module], inputs: Any) -> list[torch.device]:
-    held = (tensor for model in models for tensor in (*model.parameters(), *model.buffers()))
-    return sorted({tensor.device for tensor in (*held, *tensors(inputs))}, key=str)
+    """Returns all devices of the parameters, buffers and inputs."""
+    state = (tensor for model in models for tensor in (*model.parameters(), *model.buffers()))
+    return sorted({tensor.device for tensor in (*state, *tensors(inputs))}, key=str)
 
 
-def ambient_autocast(devices: Iterable[torch.device]) -> _Autocast:
-    """The caller's."""
+def ambient_autocast(devices: Iterable[torch.device]) -> AutocastState:
+    """Returns the autocast state of the caller."""
     kinds = sorted({"cpu", *(device.type for device in devices)} - {"meta"})
     return {kind: torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
 
 
-def autocast(ambient: _Autocast, *, enabled: bool = True) -> AbstractContextManager[Any]:
-    """The caller's autocast, without its cache: a pass with a graph must not meet weights cast without."""
+def autocast(ambient: AutocastState, *, enabled: bool = True) -> AbstractContextManager[Any]:
+    """Returns a context with the caller's autocast but without its cache.
+
+    The cache may contain weights that were cast without a graph, which a pass with a graph must not use.
+    """
     stack = ExitStack()
     for kind, dtype in ambient.items():
         stack.enter_context(torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False))

@@ -1,53 +1,56 @@
-"""Checks of what a caller hands in. Every message names the argument, the contract and what came."""
+"""Checks of the arguments that users pass to losses.
+
+Every error message names the argument, the contract and the value received.
+"""
 
 from __future__ import annotations
 
 import numbers
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pysupcon.pairs import ops, trust
-from pysupcon.pairs.modes import runs_plainly
+from pysupcon.pairs.modes import is_eager
 
 __all__ = [
     "BACKENDS",
-    "TEMPERATURES",
+    "TEMPERATURE_RANGE",
     "check_choice",
     "check_epsilon",
     "check_features",
     "check_gather",
     "check_ids",
-    "check_kernels",
     "check_mask",
     "check_number",
     "check_temperature",
     "describe",
-    "resolve_backend",
 ]
 
 BACKENDS = ("auto", "cpu", "cuda", "tiled", "reference")
-TEMPERATURES = 1e-12, 1e12
-"""Smallest and largest. 1 / temperature and its square, which is in the gradient of a temperature, are then
-far from the ends of float32."""
+TEMPERATURE_RANGE = 1e-12, 1e12
+"""Smallest and largest temperature. 1 / temperature and its square, which occurs in the gradient of a
+temperature, are then far from the limits of float32."""
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = (
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8,
 )  # fmt: skip
-_warned: set[str] = set()
 _SHOWN = 60  # characters of a value that a message quotes
 
 
 def shorten(text: str, length: int = _SHOWN) -> str:
-    """One line of at most ``length`` characters."""
+    """Shortens a text to one line of at most ``length`` characters."""
     text = " ".join(text[: 2 * length].split())
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def describe(value: Any, depth: int = 2) -> str:
-    """What a value is: type, length, dtype and shape. Only a number or a short text is quoted."""
+    """Describes a value by type, length, dtype and shape. Only a number or a short text is quoted.
+
+    Args:
+        value: any object.
+        depth: of nested containers to describe.
+    """
     kind = shorten(type(value).__name__)
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} of shape {list(value.shape)}"
@@ -75,6 +78,7 @@ def _first_element(values: Any, depth: int) -> str:
 
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Checks that a value is one of some strings or bools; raises a ValueError otherwise."""
     if not isinstance(value, (str, bool)) or value not in choices:
         got = repr(value) if isinstance(value, str) and len(value) <= _SHOWN else describe(value)
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {got}")
@@ -84,15 +88,15 @@ def _is_real(dtype: torch.dtype) -> bool:
     return dtype != torch.bool and not dtype.is_complex
 
 
-def _as_traced(value: Any) -> Any:
-    """A NumPy number, which torch.compile traces as an array, as a tensor; else the value itself."""
+def _as_tensor_in_trace(value: Any) -> Any:
+    """Converts a NumPy number, which torch.compile traces as an array, to a tensor."""
     if not torch.compiler.is_compiling() or isinstance(value, (Tensor, int, float, str)):
         return value
     return torch.as_tensor(value) if hasattr(value, "shape") else value
 
 
 def _number(value: Any) -> Any:
-    """A Python number from a number of Python or NumPy or a tensor of one element; None if it is neither."""
+    """Converts a number of Python or NumPy or a tensor of one element to a Python number; None otherwise."""
     if isinstance(value, Tensor):
         return value.item() if value.numel() == 1 and _is_real(value.dtype) else None
     if type(value) in (float, int):
@@ -101,16 +105,21 @@ def _number(value: Any) -> Any:
 
 
 def _check_range(name: str, value: Any, low: float, high: float) -> None:
-    if not low <= value <= high:  # NaN is in no range
+    if not low <= value <= high:  # also refuses NaN
         got = describe(value) if isinstance(value, int) else value
         raise ValueError(f"{name} must be from {low:g} to {high:g}, got {got}")
 
 
 def check_number(name: str, value: Any, low: float, high: float) -> float:
-    """A number of [low, high], or a tensor of one element that wants no gradient; returned as a number."""
-    value = _as_traced(value)
+    """Checks a number, or a tensor of one element without gradient, and returns it as a number.
+
+    Raises:
+        TypeError: not a number, or a tensor that requires a gradient.
+        ValueError: not in [low, high].
+    """
+    value = _as_tensor_in_trace(value)
     if isinstance(value, Tensor) and value.requires_grad:
-        raise TypeError(f"{name} gets no gradient, so it must not want one: give {name}.detach()")
+        raise TypeError(f"{name} gets no gradient, so it must not require one: give {name}.detach()")
     number = _number(value)
     if number is None:
         raise TypeError(f"{name} must be a number or a tensor of one element, got {describe(value)}")
@@ -119,29 +128,51 @@ def check_number(name: str, value: Any, low: float, high: float) -> float:
 
 
 def check_epsilon(value: Any) -> float:
-    """A number from -1e4 to 1e4. It is added to n_i, in float32 for 32-bit rows: 1e4 costs n_i 1e-3."""
-    return check_number("epsilon", value, -1e4, 1e4)  # constants: a graph takes a module's numbers as inputs
+    """Checks a number from -1e4 to 1e4 as :func:`check_number` does.
+
+    It is added to n_i, in float32 for 32-bit rows, where 1e4 causes a rounding error of 1e-3.
+    """
+    return check_number("epsilon", value, -1e4, 1e4)  # literals, because graphs take globals as inputs
 
 
 def check_temperature(name: str, value: Any) -> float | Tensor:
-    """A number of :data:`TEMPERATURES` or a tensor of one element, whose value is looked at only on a CPU and
-    not while it is traced or transformed; returned as a number or a tensor of no dimensions."""
-    value = _as_traced(value)
+    """Checks a number of :data:`TEMPERATURE_RANGE`, or a tensor of one element.
+
+    The value of a tensor is checked only on a CPU in eager mode.
+
+    Returns:
+        A number, or a tensor of no dimensions.
+
+    Raises:
+        TypeError: neither a number nor a tensor of one element.
+        ValueError: out of range.
+    """
+    value = _as_tensor_in_trace(value)
     if isinstance(value, Tensor) and value.numel() == 1 and _is_real(value.dtype):
-        if value.device.type == "cpu" and runs_plainly(value):
-            low, high = TEMPERATURES  # as rounded to the tensor's dtype
+        if value.device.type == "cpu" and is_eager(value):
+            low, high = TEMPERATURE_RANGE  # as rounded to the tensor's dtype
             slack = torch.finfo(value.dtype).eps if value.is_floating_point() else 0.0
             _check_range(name, value.item(), low * (1 - slack), high * (1 + slack))
         return value.reshape(())
     number = None if isinstance(value, Tensor) else _number(value)
     if number is None:
         raise TypeError(f"{name} must be a number or a tensor of one element, got {describe(value)}")
-    _check_range(name, number, *TEMPERATURES)
+    _check_range(name, number, *TEMPERATURE_RANGE)
     return number
 
 
 def check_features(name: str, value: Any, like: Tensor | None = None) -> None:
-    """Embeddings [N, D] or [B, V, D]; ``like``: they must lie on its device and share its D."""
+    """Checks embeddings [N, D] or [B, V, D].
+
+    Args:
+        name: of the argument.
+        value: the embeddings.
+        like: features whose device and D the embeddings must have; None: any.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: wrong dtype, shape or device.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a float tensor of shape [N, D] or [B, V, D], got {describe(value)}")
     if value.dtype not in _FLOATS or value.dim() not in (2, 3) or 0 in value.shape[1:]:
@@ -159,12 +190,17 @@ def check_features(name: str, value: Any, like: Tensor | None = None) -> None:
 
 
 def _savable(value: Tensor) -> Tensor:
-    """A tensor of torch.inference_mode cannot be saved for a backward: its copy, elsewhere, can."""
+    """Copies a tensor of torch.inference_mode, which autograd cannot save for a backward."""
     return value.clone() if not torch.compiler.is_compiling() and value.is_inference() else value
 
 
 def check_ids(name: str, value: Any, features: Tensor) -> Tensor:
-    """One integer per sample; returned as int64."""
+    """Checks one integer per sample of ``features`` and returns them as int64.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: wrong dtype, shape or device.
+    """
     count = features.shape[0]
 
     def contract() -> str:
@@ -181,7 +217,12 @@ def check_ids(name: str, value: Any, features: Tensor) -> Tensor:
 
 
 def check_mask(value: Any, features: Tensor, candidates: Tensor) -> Tensor:
-    """Who is a positive of whom; returned as it may be saved for a backward."""
+    """Checks a mask of positives and returns it in a form that autograd can save.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: wrong dtype, shape or device.
+    """
     shape = [features.shape[0], candidates.shape[0]]
     contract = f"mask must be bool of shape {shape} (samples of features x samples of candidates)"
     if not isinstance(value, Tensor):
@@ -194,60 +235,9 @@ def check_mask(value: Any, features: Tensor, candidates: Tensor) -> Tensor:
 
 
 def check_gather(value: Any) -> None:
-    """An object of the protocol :class:`pysupcon.functional.Gather`."""
+    """Checks that an object implements :class:`pysupcon.functional.Gather`; raises a TypeError otherwise."""
     if not callable(getattr(value, "begin", None)):
         raise TypeError(
             "gather must be an object with a method begin (pysupcon.functional.Gather; of a module also "
             f"False, True or 'ring'), got {describe(value)}"
         )
-
-
-def _why_not(backend: str) -> str:
-    return str(ops.backends().get(backend, {}).get("detail", "no kernel is written for it"))
-
-
-def resolve_backend(backend: str, device: torch.device, masked: bool) -> str:
-    """The backend that will run: "cpu", "cuda", "tiled" or "reference"."""
-    check_choice("backend", backend, BACKENDS)
-    if backend == "auto":
-        if masked:
-            return "tiled"
-        if ops.compiled_for(device.type):
-            return device.type
-        if device.type not in (*_warned, "meta") and not torch.compiler.is_compiling():
-            _warned.add(device.type)
-            warnings.warn(
-                f"pysupcon has no compiled kernel for {device.type} tensors "
-                f"({_why_not(device.type)}); "
-                "the slower pure-PyTorch path, backend='tiled', takes its place",
-                stacklevel=4,
-            )
-        return "tiled"
-    if backend in ("tiled", "reference"):
-        return backend
-    if backend != device.type:
-        raise ValueError(f"backend={backend!r} needs {backend} tensors, but features are on {device}")
-    if masked:
-        raise ValueError(
-            f"backend={backend!r} knows positives by label only, not by mask; mask needs "
-            "backend='tiled' or 'auto'"
-        )
-    if not ops.compiled_for(backend):
-        raise RuntimeError(f"backend={backend!r} is not compiled: {_why_not(backend)}")
-    return backend
-
-
-def check_kernels(wish: str, device: torch.device, dtype: torch.dtype) -> str:
-    """ "cuda" if its kernels may be used for rows of ``dtype`` (see :mod:`pysupcon.pairs.trust`); otherwise
-    "tiled", or an error where ``wish`` names the backend."""
-    if torch.compiler.is_compiling():
-        from pysupcon.pairs import traced
-
-        why = traced.told_obstacle(device, dtype, wish == "auto")
-    else:
-        why = trust.told_obstacle(device, dtype, wish == "auto")
-    if why is None:
-        return "cuda"
-    if wish == "auto":
-        return "tiled"
-    raise RuntimeError(why)

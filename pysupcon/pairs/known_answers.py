@@ -1,13 +1,13 @@
-"""A small problem with known answers: do these operators compute what :mod:`pysupcon.pairs.ops` promises?
+"""A known-answer test of the operators of :mod:`pysupcon.pairs.ops`.
 
-:func:`disagreement` gives every operator the problems of :func:`_questions` and compares its answers with
-those of :mod:`pysupcon.pairs.tiled` in float64 on the CPU. The truth is computed on the CPU because it must
-not depend on the device under examination, nor on torch's settings for it (cuBLAS refuses to run under
-``torch.use_deterministic_algorithms``, and keeps a workspace once it ran).
+:func:`disagreement` calls every operator with the problems of :func:`_questions` and compares the results
+with those of :mod:`pysupcon.pairs.tiled` in float64 on the CPU. These come from the CPU so that
+they do not depend on the device under test, nor on torch's settings for it (cuBLAS refuses to run under
+``torch.use_deterministic_algorithms``, and keeps a workspace after its first call).
 
-Every number of the rows is positive, and the upstream gradients of one call have one sign. So nothing
-cancels in a gradient, and *each element* of it has the relative error of its terms: the tolerance holds for
-every element, and one wrong element is seen.
+All numbers of the rows are positive, and the upstream gradients of one call have one sign. Nothing cancels in
+a gradient, so *each element* has the relative error of its terms. The tolerance holds for every element, and
+one wrong element is detected.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pysupcon.pairs import tiled
-from pysupcon.pairs.autograd import Pairing, _operands
+from pysupcon.pairs.statistics import Pairing, operands
 
 __all__ = ["TOLERANCES", "Tolerance", "disagreement"]
 
@@ -32,35 +32,35 @@ class Tolerance(NamedTuple):
 
 
 TOLERANCES = {
-    # dtype, and of float32 the number of bfloat16 numbers that stand for one
+    # (dtype, number of bfloat16 numbers that represent one float32 number)
     (torch.float64, 0): Tolerance(1e-12, 1e-11),
-    # A similarity reaches 40. A tensor core sums it to about 5e-7 of that, 2e-5, and it is an exponent.
+    # Similarities reach 40. A tensor core sums with a relative error of 5e-7, which is 2e-5 in an exponent.
     (torch.float32, 3): Tolerance(2e-5, 5e-5),
-    # Two parts: rows are off by 2^-17, a product by two of these and by 2^-16 that is left out, a similarity
-    # by 1.2e-3 if all errors have one sign.
+    # Two parts: rows have an error of 2^-17; a product has two of these and omits a term of 2^-16. A
+    # similarity has an error of 1.2e-3 if all errors have one sign.
     (torch.float32, 2): Tolerance(2e-4, 1e-3),
-    # One part: rows that bfloat16 holds exactly. Sums are float32; a weight of 8 bits is off by 3.9e-3 at
-    # most, half its last one.
+    # One part: rows that bfloat16 represents exactly. Sums are float32; a weight of 8 bits has an error of at
+    # most 3.9e-3, half its last bit.
     (torch.float32, 1): Tolerance(2e-5, 4.2e-3),
     (torch.bfloat16, 0): Tolerance(2e-5, 4.2e-3),
-    # A weight of 11 bits is off by 4.9e-4 at most.
+    # A weight of 11 bits has an error of at most 4.9e-4.
     (torch.float16, 0): Tolerance(2e-5, 6e-4),
 }
-_NEAR_ZERO = 0.01  # below this part of the largest element, an error is measured against that part
+_NEAR_ZERO = 0.01  # errors of elements below this part of the largest are relative to that part
 
-_TRUTH: Any = tiled
-# Sizes that no tile divides: blocks of 128 or 256 rows, tiles of 64 or 128 columns, slices of 64 numbers.
+_EXPECTED: Any = tiled
+# No multiples of a tile: blocks have 128 or 256 rows, tiles 64 or 128 columns, slices 64 numbers.
 _ROWS = 300
-_ANCHORS = slice(37, 187)  # those that meet candidates
-_CANDIDATES, _SHARED = 60, 40  # one tile of columns: the only size whose columns a GPU does not split
-# D and 1 / temperature. 16-bit rows: kept in registers, kept in shared memory, passing by in slices.
+_ANCHORS = slice(37, 187)  # the anchors of the problems with candidates
+_CANDIDATES, _SHARED = 60, 40  # one tile: a GPU splits larger numbers of columns
+# D and 1 / temperature. 16-bit rows are kept in registers, kept in shared memory, or loaded in slices.
 _PROBLEMS = ((72, 16.0), (200, 30.0), (264, 40.0))
-_CLASSES = (150, 60, 40, 25, 15, 5, 3, 1, 1)  # whole tiles of one class, classes within a tile, lone rows
+_CLASSES = (150, 60, 40, 25, 15, 5, 3, 1, 1)  # whole tiles of one class, classes within a tile, single rows
 _EPSILON = 0.25
-# From 8,192 rows on, n of one set of rows comes from another kernel (kTriangularRows in csrc/cuda/launch.h).
-# So many pairs are too many for the truth; the answer is held against that of the kernel for candidates.
+# From 8,192 rows on, another kernel computes n if the anchors are the candidates (kTriangularRows in
+# csrc/cuda/launch.h). The CPU is too slow for so many pairs: the reference is the kernel for candidates.
 _MANY = 8193
-_START = 0.25  # gradients are added to what is there
+_START = 0.25  # initial value of the gradients, to which operators add
 
 
 class _Question(NamedTuple):
@@ -71,7 +71,7 @@ class _Question(NamedTuple):
     arguments: tuple[Any, ...]
     """float64, on the CPU; of a backward operator all but the buffers for gradients"""
     candidates: bool = False
-    """whether the gradient of the candidates is asked for"""
+    """whether the gradient of the candidates is computed"""
 
 
 class _Columns(NamedTuple):
@@ -91,15 +91,15 @@ class _Columns(NamedTuple):
 
 
 def _order(labels: Tensor, instances: Tensor) -> Tensor:
-    """By label, then by instance."""
+    """Returns the stable argsort by label and then by instance."""
     order = torch.argsort(instances, stable=True)
     return order[torch.argsort(labels[order], stable=True)]
 
 
 def _questions(width: int, temperature_inverse: float, dtype: torch.dtype, parts: int) -> Iterator[_Question]:
-    """Every operator in every form in which a loss calls it."""
+    """Yields every operator in every form in which a loss calls it."""
     generator = torch.Generator().manual_seed(width)
-    held = torch.bfloat16 if parts == 1 else dtype
+    row_dtype = torch.bfloat16 if parts == 1 else dtype
 
     def random(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator, dtype=torch.float64)
@@ -108,7 +108,7 @@ def _questions(width: int, temperature_inverse: float, dtype: torch.dtype, parts
         return values.to(dtype).double()
 
     everything = torch.nn.functional.normalize(0.1 + random(_ROWS + _CANDIDATES - _SHARED, width), dim=1)
-    everything = rounded(everything, held)
+    everything = rounded(everything, row_dtype)
     x, others = everything[:_ROWS], everything[_ROWS:]
     labels = torch.repeat_interleave(torch.arange(len(_CLASSES)) - 4, torch.tensor(_CLASSES))
     labels = labels[torch.randperm(_ROWS, generator=generator)]
@@ -119,7 +119,7 @@ def _questions(width: int, temperature_inverse: float, dtype: torch.dtype, parts
     one_set = Pairing(labels, _order(labels, instances), instances=instances)
     anchors, own, own_instances = x[_ANCHORS], labels[_ANCHORS], instances[_ANCHORS]
     own_order = _order(own, own_instances)
-    # The first candidates are anchors themselves.
+    # The first candidates are anchors.
     candidates = torch.cat([anchors[:_SHARED], others])
     candidate_labels = torch.cat([own[:_SHARED], labels[: len(others)]])
     candidate_instances = torch.cat([own_instances[:_SHARED], instances[: len(others)]])
@@ -129,13 +129,13 @@ def _questions(width: int, temperature_inverse: float, dtype: torch.dtype, parts
     separate = Pairing(
         own, own_order, candidate_labels, candidate_order, self_index, own_instances, candidate_instances
     )
-    in_everybody = torch.arange(_ROWS)[_ANCHORS]
-    own_rows = Pairing(own, own_order, labels, one_set.order, in_everybody, own_instances, instances)
+    index_in_x = torch.arange(_ROWS)[_ANCHORS]
+    own_rows = Pairing(own, own_order, labels, one_set.order, index_in_x, own_instances, instances)
 
     def columns(
         rows: tuple[Any, ...], pairing: Pairing, sign: float, kinds: tuple[bool, bool] = (True, True)
     ) -> _Columns:
-        n, p, *_ = _TRUTH.pair_stats(*rows, *pairing[5:], *kinds)
+        n, p, *_ = _EXPECTED.pair_stats(*rows, *pairing[5:], *kinds)
         grads = [sign * (0.5 + random(rows[0].shape[0])) for _ in range(5)]
         if pairing.instances is None:
             grads[2:4] = [None, None]  # type: ignore[list-item]
@@ -158,30 +158,30 @@ def _questions(width: int, temperature_inverse: float, dtype: torch.dtype, parts
         form: str, rows: tuple[Any, ...], c: _Columns, all_: _Columns | None = None
     ) -> Iterator[_Question]:
         back_n, back = (None, None) if all_ is None else (all_.n, all_.grad_softplus)
-        both = rows[4] is not None and all_ is None
+        need_candidates = rows[4] is not None and all_ is None
         yield _Question(form, "positive_softplus", (*rows, c.n, _EPSILON))
         arguments = (*rows, c.n, _EPSILON, c.grad_softplus, back_n, back)
-        yield _Question(form, "positive_softplus_backward", arguments, both)
+        yield _Question(form, "positive_softplus_backward", arguments, need_candidates)
 
-    rows = _operands(x, None, scale, one_set)
+    rows = operands(x, None, scale, one_set)
     whole = columns(rows, one_set, 1.0)
     yield from pairs("one set", rows, one_set, (True, True), whole)
     yield from sums("one set", rows, whole)
-    if width == _PROBLEMS[0][0]:  # the kernels of every width see these as flags
-        nobody = one_set._replace(instances=None)
+    if width == _PROBLEMS[0][0]:  # flags of the kernels, independent of the width
+        without_instances = one_set._replace(instances=None)
         for form, pairing, kinds in (
-            ("negatives only", nobody, (True, False)),
+            ("negatives only", without_instances, (True, False)),
             ("positives only", one_set, (False, True)),
-            ("no instances", nobody, (True, True)),
+            ("no instances", without_instances, (True, True)),
         ):
             yield from pairs(form, rows, pairing, kinds, columns(rows, pairing, -1.0, kinds))
 
-    rows = _operands(anchors, candidates, scale, separate)
+    rows = operands(anchors, candidates, scale, separate)
     c = columns(rows, separate, -1.0)
     yield from pairs("candidates", rows, separate, (True, True), c)
     yield from sums("candidates", rows, c)
 
-    rows = _operands(anchors, x, scale, own_rows)
+    rows = operands(anchors, x, scale, own_rows)
     yield from pairs("rows of one process", rows, own_rows, (True, True), whole.at(_ANCHORS), whole)
     yield from sums("rows of one process", rows, whole.at(_ANCHORS), whole)
 
@@ -189,8 +189,8 @@ def _questions(width: int, temperature_inverse: float, dtype: torch.dtype, parts
 def _answers(
     operators: Any, question: _Question, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """What the operator says, float64, on the CPU; gradients without what was in their buffers."""
-    moved: dict[int, Any] = {}  # an argument given twice stays one tensor
+    """Returns the results of the operator, float64, on the CPU; gradients without their initial values."""
+    moved: dict[int, Any] = {}  # an argument that occurs twice stays one tensor
 
     def move(place: int, value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -206,21 +206,20 @@ def _answers(
     if not question.operator.endswith("_backward"):
         result = operator(*arguments)
         names = ("n", "p", "positive_sum", "instance_sum")
-        one = {"the sum": result}
-        found = dict(zip(names, result, strict=True)) if isinstance(result, tuple) else one
+        found = dict(zip(names, result, strict=True)) if isinstance(result, tuple) else {"the sum": result}
     else:
         wide: dict[str, Any] = {"dtype": torch.promote_types(dtype, torch.float32), "device": device}
         grad_x = torch.full(arguments[0].shape, _START, **wide)
         grad_candidates = torch.full(arguments[4].shape, _START, **wide) if question.candidates else None
         grad_n = operator(*arguments, grad_x, grad_candidates)
         found = {"grad_x": grad_x, "grad_candidates": grad_candidates, "grad_n": grad_n}
-    kept = {name: value.to("cpu", torch.float64) for name, value in found.items() if value is not None}
+    results = {name: value.to("cpu", torch.float64) for name, value in found.items() if value is not None}
     added = ("grad_x", "grad_candidates")
-    return {name: value - _START if name in added else value for name, value in kept.items()}
+    return {name: value - _START if name in added else value for name, value in results.items()}
 
 
 def _difference(got: Tensor, want: Tensor, tolerance: float) -> str | None:
-    """What is wrong with ``got``, in words; None if nothing."""
+    """Describes the error of ``got``; None if it is within the tolerance."""
     if got.shape != want.shape:
         return f"has shape {list(got.shape)} instead of {list(want.shape)}"
     empty = want.isinf()
@@ -241,10 +240,10 @@ def _difference(got: Tensor, want: Tensor, tolerance: float) -> str | None:
     )
 
 
-def _of_many(
+def _difference_for_many_rows(
     operators: Any, device: torch.device, dtype: torch.dtype, rows: int, tolerance: float
 ) -> str | None:
-    """Whether n of many rows is the same where the rows are their own candidates."""
+    """Compares n of many rows as their own candidates with n of the same rows as separate candidates."""
     generator = torch.Generator().manual_seed(rows)
     x = torch.nn.functional.normalize(0.1 + torch.rand(rows, _PROBLEMS[0][0], generator=generator), dim=1)
     labels = torch.arange(rows, device=device)
@@ -255,26 +254,30 @@ def _of_many(
         operators.pair_stats(x, labels, labels, scale, *form, None, None, True, False)[0].cpu()
         for form in forms
     )
-    words = _difference(one_set, separate, tolerance)
-    return None if words is None else f"pair_stats (negatives only, {rows} rows): n {words}"
+    difference = _difference(one_set, separate, tolerance)
+    return None if difference is None else f"pair_stats (negatives only, {rows} rows): n {difference}"
 
 
 def disagreement(
     operators: Any, device: torch.device, dtype: torch.dtype, parts: int = 0, many: int | None = None
 ) -> str | None:
-    """The first wrong answer of ``operators``, in words; None if every answer is right.
+    """Tests operators with known answers.
 
     Args:
-        operators: a module with the operators of pairs of :mod:`pysupcon.pairs.ops`.
-        device: where they compute.
+        operators: a module with the operators of :mod:`pysupcon.pairs.ops`.
+        device: of the tensors given to the operators.
         dtype: of the rows.
-        parts: of float32 rows, how many bfloat16 numbers stand for one number: 3, 2 or 1; 0 otherwise.
-        many: rows of the one question that needs many; None: as many as the kernels of a GPU need, 0: none.
+        parts: for float32 rows the number of bfloat16 numbers that represent one number: 3, 2 or 1;
+            otherwise 0.
+        many: rows of the problem with many rows; 0: none. By default as many as the kernels of a GPU need.
+
+    Returns:
+        A description of the first wrong answer; None if all are right.
 
     Raises:
-        torch.OutOfMemoryError: the device has no room left; nothing was learned.
+        torch.OutOfMemoryError: the device has too little memory, so the result is unknown.
     """
-    with torch.device("cpu"):  # whatever default device the process has set
+    with torch.device("cpu"):  # independent of the default device of the process
         return _disagreement(operators, device, dtype, parts, many)
 
 
@@ -284,7 +287,7 @@ def _disagreement(
     cpu, tolerances = torch.device("cpu"), TOLERANCES[dtype, parts]
     for width, temperature_inverse in _PROBLEMS:
         for question in _questions(width, temperature_inverse, dtype, parts):
-            wanted = _answers(_TRUTH, question, cpu, torch.float64)
+            expected = _answers(_EXPECTED, question, cpu, torch.float64)
             where = f"{question.operator} ({question.form}, D={width})"
             try:
                 got = _answers(operators, question, device, dtype)
@@ -293,11 +296,11 @@ def _disagreement(
             except RuntimeError as error:
                 lines = str(error).strip().splitlines() or [type(error).__name__]
                 return f"{where} did not run: {lines[0]}"
-            for name, want in wanted.items():
+            for name, want in expected.items():
                 gradient = question.operator.endswith("_backward")
                 allowed = tolerances.gradient if gradient else tolerances.statistic
-                if words := _difference(got[name], want, allowed):
-                    return f"{where}: {name} {words}"
+                if difference := _difference(got[name], want, allowed):
+                    return f"{where}: {name} {difference}"
     if many is None:
         many = _MANY if device.type == "cuda" and (dtype.itemsize == 2 or parts == 1) else 0
-    return _of_many(operators, device, dtype, many, tolerances.statistic) if many else None
+    return _difference_for_many_rows(operators, device, dtype, many, tolerances.statistic) if many else None

@@ -1,13 +1,13 @@
-"""The differentiable step of every loss as one operator, and its backward as another, for whoever traces.
+"""The differentiable step of every loss as one custom operator, and its backward as another, for tracing.
 
-torch.compile, torch.export and make_fx see ``pysupcon::row_statistics`` and know the shapes of its results
-(its fake) and its backward, no more. They cannot follow what a backend does inside: the number of tiles
-depends on the number of rows, so that every batch size would be a graph of its own, and several versions of
-torch compile such code to wrong gradients without an error. What is not asked for is an empty tensor in place
-of None. ``epsilon`` is a tensor: a float argument of an operator is a constant of its graph.
+torch.compile, torch.export and make_fx see only ``pysupcon::row_statistics``, the shapes of its results (its
+fake) and its backward operator. They must not trace the code inside: the number of tiles depends on the
+number of rows, so every batch size would need its own graph, and several versions of torch compile such code
+to wrong gradients without an error. Results that are not requested are empty tensors instead of None.
+``epsilon`` is a tensor, because a float argument of an operator is a constant of the graph.
 
-torch.func's transforms get an autograd.Function around the operators, because they do not take an operator
-with ``register_autograd``.
+For the transforms of torch.func the operators are wrapped in an autograd.Function, because the transforms do
+not support operators with ``register_autograd``.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pysupcon.pairs import autograd, tiles
-from pysupcon.pairs.modes import transformed
+from pysupcon.pairs import statistics, tiles
+from pysupcon.pairs.modes import ONCE_ONLY, is_transformed
 
 __all__ = ["gradients", "positive_count", "row_statistics"]
 
@@ -35,19 +35,20 @@ _PAIRING, _MASK, _CONSTANTS = slice(4, 11), slice(11, 14), slice(14, 17)
 _DIFFERENTIABLE = 3  # x, candidates, scale
 
 
-def _arguments(x: Tensor, candidates: Tensor | None, scale: Tensor, plan: autograd.Plan) -> tuple[Any, ...]:
-    """Of the operator."""
+def _arguments(x: Tensor, candidates: Tensor | None, scale: Tensor, plan: statistics.Plan) -> tuple[Any, ...]:
+    """Flattens a problem into the arguments of the operators (:data:`_PROBLEM`)."""
     epsilon = None if plan.epsilon is None else torch.ones_like(scale) * plan.epsilon
     mask = plan.mask or (None, None, None)
     return x, candidates, scale, epsilon, *plan.pairing, *mask, plan.backend, plan.negatives, plan.positives
 
 
-def _plan(arguments: tuple[Any, ...]) -> autograd.Plan:
+def _plan(arguments: tuple[Any, ...]) -> statistics.Plan:
+    """Restores the plan from :func:`_arguments`."""
     mask = arguments[_MASK]
     backend, negatives, positives = arguments[_CONSTANTS]
-    return autograd.Plan(
+    return statistics.Plan(
         backend,
-        autograd.Pairing(*arguments[_PAIRING]),
+        statistics.Pairing(*arguments[_PAIRING]),
         None if mask[0] is None else tiles.PositiveMask(*mask),
         negatives,
         positives,
@@ -55,33 +56,33 @@ def _plan(arguments: tuple[Any, ...]) -> autograd.Plan:
     )
 
 
-def _rows(x: Tensor | None) -> Tensor | None:
-    """A graph, or a transform, may have laid the rows out anew."""
+def _contiguous_rows(x: Tensor | None) -> Tensor | None:
+    """Restores contiguous rows, which a graph or a transform may have changed."""
     return x if x is None or x.stride(1) == 1 else x.contiguous()
 
 
 def _statistics(*arguments: Any) -> _Tensors:
-    x, candidates, scale = _rows(arguments[0]), _rows(arguments[1]), arguments[2]
+    x, candidates, scale = _contiguous_rows(arguments[0]), _contiguous_rows(arguments[1]), arguments[2]
     assert x is not None
-    result = autograd.statistics(x, candidates, scale, _plan(arguments))
+    result = statistics.compute(x, candidates, scale, _plan(arguments))
     return tuple(x.new_empty(0) if value is None else value for value in result)
 
 
 def _fake_statistics(*arguments: Any) -> _Tensors:
     x, epsilon, instances = arguments[0], arguments[3], arguments[9]
-    n, p, positive_sum, *others = (x.new_empty(x.shape[0], dtype=tiles.stats_dtype(x)) for _ in range(5))
-    asked = instances is not None, epsilon is not None
-    some = (value if wanted else x.new_empty(0) for value, wanted in zip(others, asked, strict=True))
+    n, p, positive_sum, *optional = (x.new_empty(x.shape[0], dtype=tiles.stats_dtype(x)) for _ in range(5))
+    requested = instances is not None, epsilon is not None
+    some = (value if wanted else x.new_empty(0) for value, wanted in zip(optional, requested, strict=True))
     return n, p, positive_sum, *some
 
 
 def _gradients(*arguments: Any) -> _Tensors:
-    """dL/dx, dL/dcandidates, dL/dscale; empty where not needed."""
+    """Returns dL/dx, dL/dcandidates and dL/dscale; empty if not needed."""
     *problem, n, p, grad_n, grad_p, grad_positive_sum, grad_instance_sum, grad_softplus, needs = arguments
-    x, candidates, scale = _rows(problem[0]), _rows(problem[1]), problem[2]
+    x, candidates, scale = _contiguous_rows(problem[0]), _contiguous_rows(problem[1]), problem[2]
     assert x is not None
     grads = grad_n, grad_p, grad_positive_sum, grad_instance_sum, grad_softplus
-    result = autograd.gradients(_plan(tuple(problem)), x, candidates, scale, n, p, grads, tuple(needs))
+    result = statistics.gradients(_plan(tuple(problem)), x, candidates, scale, n, p, grads, tuple(needs))
     return tuple(x.new_empty(0) if grad is None else grad for grad in result)
 
 
@@ -93,15 +94,15 @@ def _fake_gradients(*arguments: Any) -> _Tensors:
     )
 
 
-def _one_by_one(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """The rule of vmap: every problem of the batch by itself."""
+def _vmap_rule(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a vmap rule that calls the operator for each problem of the batch."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        def of(number: int) -> tuple[Any, ...]:
+        def select(index: int) -> tuple[Any, ...]:
             pairs = zip(arguments, in_dims, strict=True)
-            return tuple(value.select(dim, number) if isinstance(dim, int) else value for value, dim in pairs)
+            return tuple(value.select(dim, index) if isinstance(dim, int) else value for value, dim in pairs)
 
-        results = [operator(*of(number)) for number in range(info.batch_size)]
+        results = [operator(*select(index)) for index in range(info.batch_size)]
         if isinstance(results[0], Tensor):
             return torch.stack(results), 0
         return tuple(torch.stack(column) for column in zip(*results, strict=True)), (0,) * len(results[0])
@@ -113,7 +114,7 @@ def _define(name: str, schema: str, function: Callable[..., Any], fake: Callable
     definition = torch.library.custom_op(f"pysupcon::{name}", function, mutates_args=(), schema=schema)
     definition.register_fake(fake)
     operator = getattr(torch.ops.pysupcon, name)
-    definition.register_vmap(_one_by_one(operator))
+    definition.register_vmap(_vmap_rule(operator))
     return operator
 
 
@@ -141,14 +142,16 @@ positive_count = _define(
     _count,
     lambda mask, rows, *_: torch.empty_like(rows),
 )
-"""|P_i| under a mask, int64 [M]: :func:`pysupcon.pairs.tiles.positive_count`, the mask in its three parts."""
+""":func:`pysupcon.pairs.tiles.positive_count` as an operator, with the three fields of the mask."""
 
 
-def _wanted(arguments: tuple[Any, ...], grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """Without the gradients of what was not asked for: torch may hand in zeros."""
-    negatives, positives = arguments[15:17]
-    asked = negatives, positives, positives, positives and arguments[9] is not None, arguments[3] is not None
-    return tuple(grad if wanted else None for grad, wanted in zip(grads, asked, strict=True))
+def _requested_grads(
+    arguments: tuple[Any, ...], grads: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """Removes the gradients of statistics that were not requested, for which torch may pass zeros."""
+    instances, epsilon, (negatives, positives) = arguments[9], arguments[3], arguments[15:17]
+    requested = negatives, positives, positives, positives and instances is not None, epsilon is not None
+    return tuple(grad if wanted else None for grad, wanted in zip(grads, requested, strict=True))
 
 
 def _differentiate(
@@ -159,9 +162,9 @@ def _differentiate(
     grads: tuple[Tensor | None, ...],
     needs: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    result = operator(*arguments, n, p, *_wanted(arguments, grads), needs)
-    found = (grad if need else None for grad, need in zip(result, needs, strict=True))
-    return *found, *(None,) * (len(arguments) - _DIFFERENTIABLE)
+    result = operator(*arguments, n, p, *_requested_grads(arguments, grads), needs)
+    gradients = (grad if need else None for grad, need in zip(result, needs, strict=True))
+    return *gradients, *(None,) * (len(arguments) - _DIFFERENTIABLE)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: _Tensors) -> None:
@@ -170,20 +173,20 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: _Tensors) -> None:
     ctx.constants = inputs[_CONSTANTS]
 
 
-def _pull_back(
+def _backpropagate(
     ctx: Any, *grads: Tensor | None, operator: Callable[..., Any] | None = None
 ) -> tuple[Tensor | None, ...]:
-    """``operator``: in place of the backward's own."""
+    """Computes the gradients of all arguments with ``operator``, by default the backward operator."""
     *tensors, n, p = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:_DIFFERENTIABLE])
     return _differentiate(operator or _backward, (*tensors, *ctx.constants), n, p, grads, needs)
 
 
 def _refuse_second(ctx: Any, *grads: Tensor) -> Any:
-    raise RuntimeError(autograd.ONCE_ONLY)
+    raise RuntimeError(ONCE_ONLY)
 
 
-torch.library.register_autograd("pysupcon::row_statistics", _pull_back, setup_context=_save)
+torch.library.register_autograd("pysupcon::row_statistics", _backpropagate, setup_context=_save)
 torch.library.register_autograd("pysupcon::row_statistics_backward", _refuse_second)
 
 
@@ -200,7 +203,7 @@ class _TransformableGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(autograd.ONCE_ONLY)
+        raise RuntimeError(ONCE_ONLY)
 
 
 class _TransformableStatistics(torch.autograd.Function):
@@ -216,11 +219,11 @@ class _TransformableStatistics(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return _pull_back(ctx, *grads, operator=_TransformableGradients.apply)
+        return _backpropagate(ctx, *grads, operator=_TransformableGradients.apply)
 
 
 class _TracedTransformableStatistics(torch.autograd.Function):
-    """The same inside torch.compile, which cannot trace a ``setup_context`` of its own."""
+    """The same for torch.compile, which cannot trace a ``setup_context``."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
@@ -230,15 +233,15 @@ class _TracedTransformableStatistics(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return _pull_back(ctx, *grads)
+        return _backpropagate(ctx, *grads)
 
 
 def row_statistics(
-    x: Tensor, candidates: Tensor | None, scale: Tensor, plan: autograd.Plan
+    x: Tensor, candidates: Tensor | None, scale: Tensor, plan: statistics.Plan
 ) -> tuple[Tensor | None, ...]:
-    """What :func:`pysupcon.pairs.autograd.statistics` returns, differentiable once."""
+    """Calls :func:`pysupcon.pairs.statistics.compute` as an operator, differentiable once."""
     operator = _forward
-    if transformed():
+    if is_transformed():
         traced = torch.compiler.is_compiling()
         operator = (_TracedTransformableStatistics if traced else _TransformableStatistics).apply
     n, p, positive_sum, instance_sum, softplus = operator(*_arguments(x, candidates, scale, plan))
@@ -248,7 +251,7 @@ def row_statistics(
 
 
 def gradients(
-    plan: autograd.Plan,
+    plan: statistics.Plan,
     x: Tensor,
     candidates: Tensor | None,
     scale: Tensor,
@@ -257,7 +260,7 @@ def gradients(
     grads: tuple[Tensor | None, ...],
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """What :func:`pysupcon.pairs.autograd.gradients` returns, for upstream gradients batched by vmap."""
+    """Calls :func:`pysupcon.pairs.statistics.gradients` for upstream gradients that vmap batches."""
     arguments = _arguments(x, candidates, scale, plan)
     needed = list(needs[:_DIFFERENTIABLE])
     return _differentiate(_backward, arguments, n, p, grads, needed)[:_DIFFERENTIABLE]

@@ -1,7 +1,7 @@
-"""The operators ``torch.ops.pysupcon``: contracts, fakes for tracing, and what this build can do.
+"""The compiled operators ``torch.ops.pysupcon``: contracts, fakes for tracing, and what this build supports.
 
-This module is the only one that knows the compiled extension ``_C``. It knows no autograd; ``tiled`` offers
-functions of the same names and signatures in pure PyTorch.
+This is the only module that imports the compiled extension ``_C``. It has no autograd.
+:mod:`pysupcon.pairs.tiled` has functions of the same names and signatures in pure PyTorch.
 
 Symbols (similarity ``s_ij = scale * x_i . c_j``, ``scale = 1 / temperature``)
     anchors      ``x`` [M, D], any float dtype, rows may be strided; ``labels`` [M] int64, any values;
@@ -10,49 +10,50 @@ Symbols (similarity ``s_ij = scale * x_i . c_j``, ``scale = 1 / temperature``)
     candidates   ``candidates`` [N, D], ``candidate_labels``, ``candidate_order`` likewise. All three None:
                  the candidates are the anchors themselves and an anchor is not its own candidate (j != i).
     self_index   [M] int64, only with candidates: the candidate row that *is* anchor i and is left out, -1 for
-                 none. It must carry the anchor's own label. None: no anchor is among the candidates.
-    instances    [M] int64, and ``candidate_instances`` [N] with candidates; None: nobody asks. ``order`` must
-                 then sort by label and, within a label, by instance.
+                 none. It must have the anchor's label. None: no anchor is among the candidates.
+    instances    [M] int64, and ``candidate_instances`` [N] with candidates; None: not needed. If given,
+                 ``order`` must sort by label and, within a label, by instance.
     P_i, N_i     candidates of the anchor's label without the anchor itself; candidates of another label.
     A_i          candidates in P_i of the anchor's instance.
 
 Operators
-    pair_stats          n_i = log sum_{N_i} e^{s_ij}, p_i = log sum_{P_i} e^{s_ij}, -inf where the set is
-                        empty; positive_sum_i = sum_{P_i} s_ij, instance_sum_i = sum_{A_i} s_ij, 0 where it is
-                        empty or ``instances`` is None; all [M] in stats_dtype. ``negatives=False`` leaves n
-                        uncomputed: all -inf; ``positives=False`` p and both sums: -inf and 0. p and the sums
-                        come from the same rounded similarities: p - positive_sum / |P_i| and p - instance_sum
-                        / |A_i|, which go to 0 as a loss converges, keep their digits.
+    pair_stats          n_i = log sum_{N_i} e^{s_ij}, p_i = log sum_{P_i} e^{s_ij}, -inf if the set is
+                        empty; positive_sum_i = sum_{P_i} s_ij, instance_sum_i = sum_{A_i} s_ij, 0 if the set
+                        is empty or ``instances`` is None; all [M] in stats_dtype. ``negatives=False`` does
+                        not compute n: all are -inf; ``positives=False`` does not compute p and both sums:
+                        -inf and 0. p and the sums come from the same rounded similarities, so
+                        p - positive_sum / |P_i| and p - instance_sum / |A_i|, which go to 0 as a loss
+                        converges, keep their digits.
     positive_softplus   sum_{j in P_i} softplus(n_i - s_ij + epsilon), [M] in stats_dtype; n [M] is an input.
-                        0 where P_i is empty or n_i = -inf.
-    order_by_class      (ids [B] int64, views) -> the stable argsort of the rows' ids, row b * views + v being
-                        view v of sample b, and how many other rows bear a row's id; both [B * views] int64.
-                        CPU only: one call where torch needs five, and small batches are all overhead.
+                        0 if P_i is empty or n_i = -inf.
+    order_by_class      (ids [B] int64, views) -> the stable argsort of the rows' ids, where row b * views + v
+                        is view v of sample b, and the number of other rows with the same id; both
+                        [B * views] int64. CPU only: one call instead of five of torch, because overhead
+                        dominates small batches.
 
-Rows or a scale that are not finite: on a CPU pair_stats raises a ValueError; on a GPU, where looking would
-make the caller wait, every statistic of the call is NaN. The same for similarities beyond 7e14: a float64
-statistic has no digit left that an exponent needs.
+Rows or a scale that are not finite: on a CPU pair_stats raises a ValueError; on a GPU, where reading values
+would block the host, all statistics of the call are NaN. The same holds for similarities above 7e14: float64
+statistics would then have no digits left for an exponent.
 
-Backward operators take n and p as pair_stats gave them: no similarity is larger than its logsumexp. They add
-to ``grad_x`` (x's shape) and, unless it is None, to ``grad_candidates`` (the
-candidates' shape), contiguous, in x's dtype but at least float32, as :func:`zero_gradients` makes them. The
-parts of a gradient cancel as a loss converges: they share one buffer, which its owner rounds once.
+Backward operators take n and p as returned by pair_stats: no similarity is larger than its logsumexp. They
+add to ``grad_x`` (x's shape) and, unless it is None, to ``grad_candidates`` (the candidates' shape). Both are
+contiguous and have x's dtype but at least float32, as :func:`zero_gradients` makes them. The parts of a
+gradient cancel as a loss converges, so they share one buffer, which its owner rounds once.
 ``positive_softplus_backward`` returns dL/dn, [M] in stats_dtype. With G_ij = dL/ds_ij from the anchors'
 upstream gradients:
     no candidates       grad_x_i += scale * sum_j (G_ij + G_ji) x_j
     candidates          grad_x_i += scale * sum_j G_ij c_j; grad_candidates_j += scale * sum_i G_ij x_i
     candidates and      grad_x_i += scale * sum_j (G_ij + G_ji) c_j, where G_ji comes from the candidates' own
     candidate_... too   statistics and upstream gradients ([N], in the candidates' order): the complete
-                        gradient of one process's own rows, when every candidate is an anchor of some process
+                        gradient of one process's own rows, if every candidate is an anchor of some process
                         (needs self_index). grad_candidates must then be None.
 An anchor whose n (p) is -inf contributes nothing through n (p), whatever its upstream gradient. In
-``pair_stats_backward`` grad_positive_sum and grad_instance_sum may be None, which is 0; the parts of a pair's
-G_ij are added before it meets a row, because they cancel, too.
+``pair_stats_backward`` grad_positive_sum and grad_instance_sum may be None, which means 0; the parts of a
+pair's G_ij are added before G_ij is multiplied by a row, because they cancel, too.
 
-Arguments that do not fit are refused: ValueError, naming the argument. On a CPU this includes the values of
-``scale``, ``order`` (each row once, sorted by label) and ``self_index``; those of a GPU's tensors are not
-looked at, because the host would have to wait for them. A gradient may not share memory with another
-argument.
+Arguments that do not fit raise a ValueError that names the argument. On a CPU this includes the values of
+``scale``, ``order`` (each row once, sorted by label) and ``self_index``. The values of GPU tensors are not
+checked, because this would block the host. A gradient must not share memory with another argument.
 
 All results are bitwise reproducible for the same inputs, device and build, for any number of threads.
 """
@@ -66,9 +67,9 @@ import torch
 from torch import Tensor
 
 NO_FLOAT64 = ("mps",)
-"""Types of devices that know no float64."""
+"""Device types without float64."""
 
-_problem: str | None = None  # why the extension is not usable; None if it is
+_problem: str | None = None  # why the extension cannot be used; None if it can
 try:
     _C = importlib.import_module("pysupcon._C")
 except ImportError as error:
@@ -85,75 +86,49 @@ else:
 
 
 def stats_dtype(x: Tensor) -> torch.dtype:
-    """Dtype of the per-row statistics: float64, or float32 on devices that have no float64. Losses are small
-    differences of statistics, and M numbers cost nothing beside M x N similarities."""
+    """Returns the dtype of statistics per row: float64, or float32 on devices without float64.
+
+    Losses are small differences of statistics, and M numbers cost little compared with M x N similarities.
+    """
     return torch.float32 if x.device.type in NO_FLOAT64 else torch.float64
 
 
 def zero_gradients(rows: Tensor) -> Tensor:
-    """What the backward operators add the gradient of ``rows`` to."""
+    """Returns the zeros to which the backward operators add the gradient of ``rows``."""
     return torch.zeros(rows.shape, dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
 
 
 def compiled_for(device_type: str) -> bool:
-    """Whether the compiled operators can take tensors of this device type ("cpu", "cuda", ...)."""
+    """Whether the compiled operators support tensors of this device type ("cpu", "cuda", ...)."""
     if _problem is not None:
         return False
     return device_type == "cpu" or (device_type == "cuda" and _C.with_cuda)
 
 
 def cuda_code() -> tuple[list[str], str | None]:
-    """Architectures whose machine code is in this build ("80", "90a", ...), and the one of its PTX."""
-    held = [code.partition("_") for code in _C.cuda_code.split()]
-    machine = [name for kind, _, name in held if kind == "sm"]
-    return machine, next((name for kind, _, name in held if kind == "compute"), None)
+    """Returns the architectures of the machine code in this build ("80", "90a", ...), and that of its PTX."""
+    codes = [code.partition("_") for code in _C.cuda_code.split()]
+    machine = [name for kind, _, name in codes if kind == "sm"]
+    return machine, next((name for kind, _, name in codes if kind == "compute"), None)
 
 
-def backends(*, check: bool = False) -> dict[str, dict[str, Any]]:
-    """What can compute the losses here, and why something cannot.
-
-    Args:
-        check: give the CUDA kernels a problem with known answers now, on every device and in every dtype,
-            and report the verdicts, which hold from then on. Otherwise the first loss on a device does this,
-            and only verdicts reached so far are reported: a check on every device takes hundreds of MiB of
-            each, which a process that uses one of them must not take.
-
-    Returns:
-        One entry per backend ("cpu", "cuda", "tiled", "reference"), each with ``available`` (bool) and
-        ``detail`` (a sentence). "cpu" also names ``isa``, the instruction set in use; "cuda", where there are
-        devices, ``devices``: ``available`` and ``detail`` of each ("cuda:0", ...). "cuda" is available if a
-        device is, a device if the build holds code for it and not every dtype tried so far gave wrong
-        answers.
-    """
-    report: dict[str, dict[str, Any]] = {}
+def compiled_backends() -> dict[str, dict[str, Any]]:
+    """Returns the entries "cpu" and "cuda" of :func:`pysupcon.backends`, without single CUDA devices."""
     if _problem is not None:
-        report["cpu"] = {"available": False, "detail": _problem}
-        report["cuda"] = {"available": False, "detail": _problem}
+        return {name: {"available": False, "detail": _problem} for name in ("cpu", "cuda")}
+    isas = ", ".join(_C.cpu_isas())
+    cpu = {
+        "available": True,
+        "isa": _C.cpu_isa(),
+        "detail": f"compiled C++ kernels ({_C.compiler}); instruction sets that run: {isas}",
+    }
+    if not _C.with_cuda:
+        cuda = {"available": False, "detail": f"not compiled: {_C.cuda}"}
+    elif not torch.cuda.is_available():
+        cuda = {"available": False, "detail": f"compiled ({_C.cuda}), but torch sees no CUDA device"}
     else:
-        isas = ", ".join(_C.cpu_isas())
-        report["cpu"] = {
-            "available": True,
-            "isa": _C.cpu_isa(),
-            "detail": f"compiled C++ kernels ({_C.compiler}); instruction sets that run: {isas}",
-        }
-        if not _C.with_cuda:
-            report["cuda"] = {"available": False, "detail": f"not compiled: {_C.cuda}"}
-        elif not torch.cuda.is_available():
-            detail = f"compiled ({_C.cuda}), but torch sees no CUDA device"
-            report["cuda"] = {"available": False, "detail": detail}
-        else:
-            from pysupcon.pairs import trust  # which gives the operators of this module their problems
-
-            devices = trust.report(check)
-            found = "; ".join(f"{name}: {entry['detail']}" for name, entry in devices.items())
-            report["cuda"] = {
-                "available": any(entry["available"] for entry in devices.values()),
-                "detail": f"compiled CUDA kernels ({_C.cuda}); {found}",
-                "devices": devices,
-            }
-    report["tiled"] = {"available": True, "detail": "pure PyTorch in tiles, O(N) memory, any device"}
-    report["reference"] = {"available": True, "detail": "dense PyTorch, O(N^2) memory, for tests"}
-    return report
+        cuda = {"available": True, "detail": f"compiled CUDA kernels ({_C.cuda})"}
+    return {"cpu": cpu, "cuda": cuda}
 
 
 if _problem is None:
@@ -164,7 +139,7 @@ if _problem is None:
     positive_softplus_backward = torch.ops.pysupcon.positive_softplus_backward
 
     def _on_one_device(x: Tensor, *args: Any) -> None:
-        """One tensor of the meta device brings a call here; results of real rows would then hold anything."""
+        """A single meta tensor dispatches to the fake, whose results are uninitialised for real rows."""
         for value in args:
             if isinstance(value, Tensor) and value.device != x.device:
                 raise ValueError(

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pysupcon.pairs.autograd import RowStatistics
-from pysupcon.pairs.modes import runs_plainly
+from pysupcon.pairs.modes import is_eager
 
 __all__ = ["cnce_rows", "reduce_rows", "sincere_rows", "supcon_reduced", "supcon_rows"]
 
@@ -69,7 +69,7 @@ def supcon_reduced(statistics: RowStatistics, count: Tensor, reduction: str, dty
 
 def _supcon(s: RowStatistics, count: Tensor, valid: Tensor, divisor: Tensor | int | None) -> Tensor:
     """:class:`_SupConRows`, or in a graph and under transforms the nodes for which it stands."""
-    if runs_plainly(s.n):
+    if is_eager(s.n):
         loss: Tensor = _SupConRows.apply(s.n, s.p, s.positive_sum, count, valid, divisor)
         return loss
     above = torch.where(valid, s.n, 0.0) - torch.where(valid, s.p, 0.0)
@@ -112,7 +112,7 @@ def _divisor(anchors: Tensor, reduction: str) -> Tensor | int | None:
     """Of the sum over the anchors that have a loss; None: they stay apart. Warns where there is no anchor, if
     that can be known without waiting for a device."""
     divisor: Tensor | int
-    if anchors.device.type == "cpu" and runs_plainly(anchors):
+    if anchors.device.type == "cpu" and is_eager(anchors):
         divisor = int(anchors)
         if not divisor:
             words = "no anchor of this batch has a positive: the loss is 0 and teaches nothing"

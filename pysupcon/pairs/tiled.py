@@ -1,8 +1,8 @@
 """The operators of :mod:`pysupcon.pairs.ops` in pure PyTorch: O(N) memory, any device, any floating dtype.
 
-Same functions, same argument order, same results up to rounding; the contract stands in
-``pysupcon/pairs/ops.py``. This is the path of devices without a compiled kernel and of arbitrary positive
-masks (:class:`PositiveMask`). How pairs are visited: :mod:`pysupcon.pairs.tiles`.
+The functions have the names, arguments and, up to rounding, the results documented in
+``pysupcon/pairs/ops.py``. They serve devices without a compiled kernel and arbitrary positive masks
+(:class:`PositiveMask`). :mod:`pysupcon.pairs.tiles` yields the tiles of pairs.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ __all__ = [
 
 
 class _LogSumExp:
-    """Running maximum and sum of exponentials per row; merging two empty parts gives empty."""
+    """Running maximum and sum of exponentials per row; -inf for a row without values."""
 
     def __init__(self, count: int, like: Tensor, dtype: torch.dtype) -> None:
         self.top = torch.full((count,), -math.inf, dtype=dtype, device=like.device)
         self.total = torch.zeros(count, dtype=dtype, device=like.device)
 
     def add(self, at: Slice, similarity: Tensor, keep: Tensor | bool, dim: int) -> Tensor:
-        """Returns what the tile's similarities were measured from, their maximum of every row."""
+        """Adds a tile; returns the maximum per row, from which the similarities were measured."""
         s = similarity
         if keep is not True:
             s = torch.where(torch.as_tensor(keep, device=s.device), s, -math.inf)
@@ -68,7 +68,7 @@ class _LogSumExp:
 
 
 class _Sum:
-    """Sum of similarities per row. They come measured from the reference of their logsumexp: that keeps the
+    """Sum of similarities per row. They are measured from the reference of their logsumexp, which keeps the
     digits of small differences between the two."""
 
     def __init__(self, count: int, like: Tensor, dtype: torch.dtype) -> None:
@@ -76,36 +76,40 @@ class _Sum:
 
     def add(self, at: Slice, similarity: Tensor, reference: Tensor, keep: Tensor | bool, dim: int) -> None:
         part = zero_unless(similarity - reference.unsqueeze(dim), keep).sum(dim)
-        many = (
+        count = (
             similarity.shape[dim]
             if keep is True
             else torch.as_tensor(keep, device=similarity.device).sum(dim)
         )
-        self.total[slice(*at)] += part.to(self.total.dtype) + many * reference.to(self.total.dtype)
+        self.total[slice(*at)] += part.to(self.total.dtype) + count * reference.to(self.total.dtype)
 
     def value(self, order: Tensor) -> Tensor:
         return torch.empty_like(self.total).index_copy(0, order, self.total)
 
 
 _LARGEST = 1e15
-"""A similarity times log2(e) must stay below it: statistics are float64, and keep a digit that an exponent
-needs."""
+"""Bound of a similarity times log2(e): a float64 statistic below it has the digits that an exponent needs."""
 
 
-def _poison(x: Tensor, candidates: Tensor | None, scale: Tensor) -> Tensor:
-    """0 if every number is finite. Otherwise an error on a CPU; NaN, to be added to every statistic, where
-    looking would make a device wait or cannot be traced. On a CPU too large similarities are an error, too.
+def _check_finite(x: Tensor, candidates: Tensor | None, scale: Tensor) -> Tensor:
+    """Checks that rows and scale are finite and similarities not too large.
+
+    Returns:
+        0 if every number is finite; otherwise NaN, which the caller adds to every statistic.
+
+    Raises:
+        ValueError: on a CPU, outside of a trace.
     """
-    poison = scale * 0.0
+    zero = scale * 0.0
     largest = scale.detach() * math.log2(math.e)
     for rows in (x, x if candidates is None else candidates):
         if rows.numel():
             low, high = torch.aminmax(rows.detach())  # NaN spreads to both
-            poison = poison + (low * 0.0 + high * 0.0).to(scale.dtype)
+            zero = zero + (low * 0.0 + high * 0.0).to(scale.dtype)
             largest = largest * torch.maximum(-low, high).to(scale.dtype)
     if not readable(x) or not x.numel():
-        return poison
-    if not math.isfinite(poison):
+        return zero
+    if not math.isfinite(zero):
         for name, side in (("rows", x), ("candidate rows", candidates)):
             bad = [] if side is None else side.isfinite().all(1).logical_not().nonzero().flatten().tolist()
             if side is not None and bad:
@@ -114,7 +118,7 @@ def _poison(x: Tensor, candidates: Tensor | None, scale: Tensor) -> Tensor:
                     f"the first of them row {bad[0]}"
                 )
         raise ValueError(f"1 / temperature must be finite, got {scale.item()}")
-    if not largest * x.shape[1] < _LARGEST:  # perhaps: a row is no longer than its largest number times D
+    if not largest * x.shape[1] < _LARGEST:  # an upper bound; the exact norms are more expensive
         norms = [
             torch.linalg.vector_norm(rows.detach().double(), dim=1).max().item()
             for rows in (x, x if candidates is None else candidates)
@@ -124,7 +128,7 @@ def _poison(x: Tensor, candidates: Tensor | None, scale: Tensor) -> Tensor:
                 "features must be small enough for their similarities; the largest |features| |features| / "
                 f"temperature is {norms[0] * norms[1] * scale.item():.1e}"
             )
-    return poison
+    return zero
 
 
 def pair_stats(
@@ -147,7 +151,7 @@ def pair_stats(
             x, labels, order, scale, candidates, candidate_labels, candidate_order, self_index, mask,
             instances, candidate_instances,
         )  # fmt: skip
-        poison = _poison(x, candidates, scale)
+        zero_or_nan = _check_finite(x, candidates, scale)
         n, p = (_LogSumExp(x.shape[0], x, stats_dtype(x)) for _ in range(2))
         positive_sum, instance_sum = (_Sum(x.shape[0], x, stats_dtype(x)) for _ in range(2))
         for tile in pairs.tiles(only_positives=not negatives, only_negatives=not positives):
@@ -166,17 +170,21 @@ def pair_stats(
                     chosen = and_not(tile.instance, tile.left_out)
                     instance_sum.add(at, tile.similarity, reference, chosen, dim)
         result = tuple(column.value(order) for column in (n, p, positive_sum, instance_sum))
-        of_n, of_p, of_positives, of_instances = (column + poison for column in result)
-    return of_n, of_p, of_positives, of_instances
+        row_n, row_p, row_positive_sum, row_instance_sum = (column + zero_or_nan for column in result)
+    return row_n, row_p, row_positive_sum, row_instance_sum
 
 
 class _RowStats(NamedTuple):
-    """Of one side, in label order: references, factors, and what a positive (of the instance) adds."""
+    """Columns of one side, in label order, for :func:`_weights`.
+
+    ``n`` and ``p`` are the references of the exponentials; ``constant`` is added for positives, and
+    ``instance_constant`` for positives of the instance.
+    """
 
     n: Tensor
     p: Tensor
-    of_n: Tensor
-    of_p: Tensor
+    factor_n: Tensor
+    factor_p: Tensor
     constant: Tensor | None
     instance_constant: Tensor | None
 
@@ -197,32 +205,32 @@ def _row_stats(
     dtype = side.rows.dtype
 
     def pair(statistic: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-        # An empty set contributes nothing: e^(s - inf) = 0, where e^(s + inf) would be infinite. What the
-        # reference loses to rounding, the factor makes good.
+        # An empty set contributes nothing: e^(s - inf) = 0, while e^(s + inf) would be infinite. The factor
+        # compensates the rounding of the reference.
         empty = statistic == -math.inf
         reference = statistic.to(dtype)
         factor = grad * (reference.to(statistic.dtype) - statistic).exp()
         reference, factor = torch.where(empty, math.inf, reference), torch.where(empty, 0.0, factor)
         return side.sort(reference, dtype), side.sort(factor, dtype)
 
-    (of_n, factor_n), (of_p, factor_p) = pair(n, grad_n), pair(p, grad_p)
+    (reference_n, factor_n), (reference_p, factor_p) = pair(n, grad_n), pair(p, grad_p)
     constants = (
         None if grad is None else side.sort(grad, dtype) for grad in (grad_positive_sum, grad_instance_sum)
     )
-    return _RowStats(of_n, of_p, factor_n, factor_p, *constants)
+    return _RowStats(reference_n, reference_p, factor_n, factor_p, *constants)
 
 
-def _weights(similarity: Tensor, same: Tensor | bool, instance: Tensor | bool, of: _RowStats) -> Tensor:
-    """G_ij before pairs are left out: u_i e^(s_ij - n_i) for negatives, v_i e^(s_ij - p_i) and the constants
-    for positives."""
+def _weights(similarity: Tensor, same: Tensor | bool, instance: Tensor | bool, row: _RowStats) -> Tensor:
+    """Returns G_ij of all pairs: u_i e^(s_ij - n_i) for negatives, v_i e^(s_ij - p_i) plus the constants for
+    positives. The caller masks the pairs that are left out."""
     if isinstance(same, bool):
-        reference, factor = (of.p, of.of_p) if same else (of.n, of.of_n)
+        reference, factor = (row.p, row.factor_p) if same else (row.n, row.factor_n)
     else:
-        reference, factor = torch.where(same, of.p, of.n), torch.where(same, of.of_p, of.of_n)
-    # No term of a sum is larger than the sum; but a candidate's n was formed by another process, in a product
-    # of another shape, which may round s_ij otherwise.
+        reference, factor = torch.where(same, row.p, row.n), torch.where(same, row.factor_p, row.factor_n)
+    # No term of a sum is larger than the sum. But another process may have computed a candidate's n, in a
+    # product of another shape, which may round s_ij differently.
     weights = (similarity - reference).clamp_(max=0.0).exp_().mul_(factor)
-    for constant, where in ((of.constant, same), (of.instance_constant, instance)):
+    for constant, where in ((row.constant, same), (row.instance_constant, instance)):
         if constant is not None and where is not False:
             weights += zero_unless(constant, where)
     return weights
@@ -237,7 +245,7 @@ class _Gradients:
         self.grad_candidates = torch.zeros_like(pairs.candidates.rows) if need_candidates else None
 
     def add(self, tile: Tile, weights: Tensor) -> None:
-        """``weights`` [i, j]: in the symmetric case G_ij + G_ji already."""
+        """Adds a tile. ``weights`` [i, j] are G_ij; in the symmetric case G_ij + G_ji."""
         i, j = slice(*tile.i), slice(*tile.j)
         self.grad_x[i].addmm_(weights, self.pairs.candidates.rows[j])
         if self.pairs.symmetric:
@@ -247,14 +255,16 @@ class _Gradients:
             self.grad_candidates[j].addmm_(weights.T, self.pairs.anchors.rows[i])
 
     def add_to(self, grad_x: Tensor, grad_candidates: Tensor | None) -> None:
-        """In the caller's order, once."""
-        for name, into, part in (
+        """Adds the sums to the caller's buffers, in the caller's order."""
+        for name, buffer, part in (
             ("grad_x", grad_x, self.grad_x),
             ("grad_candidates", grad_candidates, self.grad_candidates),
         ):
-            if into is not None and part is not None and into.shape != part.shape:
-                raise ValueError(f"{name} must be of shape {list(part.shape)}, got shape {list(into.shape)}")
-        # No index comes twice: the order of the additions does not matter.
+            if buffer is not None and part is not None and buffer.shape != part.shape:
+                raise ValueError(
+                    f"{name} must be of shape {list(part.shape)}, got shape {list(buffer.shape)}"
+                )
+        # No index occurs twice, so the order of the additions does not matter.
         grad_x.index_add_(0, self.pairs.anchors.order, self.grad_x.mul_(self.pairs.scale))
         if self.grad_candidates is not None and grad_candidates is not None:
             part = self.grad_candidates.mul_(self.pairs.scale)
@@ -301,9 +311,8 @@ def pair_stats_backward(
             assert n is not None
             assert p is not None
             side.check(*(column for column in columns if column is not None))
-            given = (negatives, positives)
-            none = torch.full_like(n, -math.inf)
-            n, p = (column if wanted else none for column, wanted in zip((n, p), given, strict=True))
+            empty = torch.full_like(n, -math.inf)
+            n, p = n if negatives else empty, p if positives else empty
             sums = grads[2:] if positives else [None, None]
             return _row_stats(side, n, p, *grads[:2], *sums)  # type: ignore[arg-type]
 

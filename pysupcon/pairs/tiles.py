@@ -1,9 +1,8 @@
-"""Tiles of the pairs of rows, in label order: what the operators of :mod:`pysupcon.pairs.tiled` are made of.
+"""Checks of operator arguments, and tiles of the pairs of rows in label order, for the tiled operators.
 
-Rows are sorted by label first, so that on a CPU whole tiles are known to hold only positives, only negatives,
-or nothing of interest. Without separate candidates only tiles on and above the diagonal are visited, each
-serving both of its sides. Tiles are float32 (float64 for float64 input); what is kept per row is
-:func:`stats_dtype`.
+Rows are sorted by label first. On a CPU this shows which tiles contain only positives or only negatives, and
+which can be skipped. Without separate candidates only tiles on and above the diagonal are visited, each for
+both of its sides. Tiles are float32 (float64 for float64 rows); values per row are :func:`stats_dtype`.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ _DEVICE_TILE = 4096  # enough work per launch
 
 
 class PositiveMask(NamedTuple):
-    """Positives pair by pair: candidate row j is a positive of row i where ``mask[rows[i], columns[j]]``.
+    """Positives by pair: candidate row j is a positive of row i if ``mask[rows[i], columns[j]]``.
 
-    ``mask`` is bool [S, T] (need not be symmetric), ``rows`` int64 [M], ``columns`` int64 [N]: views of one
-    sample share an entry, so the mask is never expanded to rows x candidates. Labels are not looked at.
+    ``mask`` is bool [S, T] (need not be symmetric), ``rows`` int64 [M], ``columns`` int64 [N]. Views of one
+    sample share an entry, so the mask is never expanded to rows x candidates. Labels are ignored.
     """
 
     mask: Tensor
@@ -35,7 +34,7 @@ class PositiveMask(NamedTuple):
 
 
 def stats_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of everything kept per row: float64, or float32 on devices that have no float64."""
+    """Returns the dtype of values per row: float64, or float32 on devices without float64."""
     return ops.stats_dtype(x)
 
 
@@ -48,7 +47,7 @@ def no_autocast(x: Tensor) -> AbstractContextManager[object]:
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether the host may read values: of a GPU it would make the device wait, and it cannot be traced."""
+    """Whether the host may read values: reading blocks on a GPU, and cannot be traced."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -65,7 +64,7 @@ def _check_order(prefix: str, labels: Tensor, order: Tensor, labelled: bool) -> 
     name = f"{prefix}order"
     seen = torch.zeros(rows, dtype=torch.bool, device=order.device)
     try:
-        in_order = labels.index_select(0, order)  # refuses what is negative or too large
+        in_order = labels.index_select(0, order)  # raises for indices out of range
         once = bool(seen.index_fill_(0, order, True).all())
     except IndexError:
         once = False
@@ -86,10 +85,11 @@ def check_operands(
     self_index: Tensor | None,
     labelled: bool,
 ) -> None:
-    """What every operator begins with; values where they can be read for nothing.
+    """Checks the first eight arguments of an operator. Values are checked only on a CPU.
 
     Args:
-        labelled: whether labels say who is a positive, which those beside a mask do not.
+        x: and all arguments up to ``self_index``: see :mod:`pysupcon.pairs.ops`.
+        labelled: whether labels define the positives; False with a mask.
 
     Raises:
         ValueError: naming the argument.
@@ -120,11 +120,11 @@ def check_operands(
                 f"shape {list(candidates.shape)}"
             )
         sides.append(("candidate_", candidates, candidate_labels, candidate_order))
-    for prefix, rows, its_labels, its_order in sides:
-        _check_index(f"{prefix}labels", its_labels, rows)
-        _check_index(f"{prefix}order", its_order, rows)
-        if readable(its_order) and rows.shape[0]:
-            _check_order(prefix, its_labels, its_order, labelled)
+    for prefix, rows, side_labels, side_order in sides:
+        _check_index(f"{prefix}labels", side_labels, rows)
+        _check_index(f"{prefix}order", side_order, rows)
+        if readable(side_order) and rows.shape[0]:
+            _check_order(prefix, side_labels, side_order, labelled)
     if self_index is None or candidates is None or candidate_labels is None:
         return
     _check_index("self_index", self_index, x)
@@ -132,8 +132,8 @@ def check_operands(
         count = candidates.shape[0]
         if int(self_index.min()) < -1 or int(self_index.max()) >= count:
             raise ValueError(f"self_index must lie in [-1, {count})")
-        there = self_index >= 0
-        if labelled and (candidate_labels[self_index[there]] != labels[there]).any():
+        present = self_index >= 0
+        if labelled and (candidate_labels[self_index[present]] != labels[present]).any():
             raise ValueError("self_index must name a candidate of the anchor's own label")
 
 
@@ -155,7 +155,7 @@ class Side:
             self.bounds = [(int(self.labels[a]), int(self.labels[b - 1])) for a, b in self.tiles]
 
     def check(self, *columns: Tensor) -> None:
-        """Statistics of the rows, or their gradients."""
+        """Checks statistics of the rows, or their gradients."""
         for column in columns:
             if column.shape != self.order.shape or not column.is_floating_point():
                 raise ValueError(
@@ -169,7 +169,10 @@ class Side:
 
 
 class Tile(NamedTuple):
-    """Pairs of anchors ``i`` (rows) and candidates ``j`` (columns); ``same`` is a bool where all agree."""
+    """Pairs of anchors ``i`` (rows) and candidates ``j`` (columns).
+
+    A relation is a bool if it is the same for all pairs of the tile.
+    """
 
     i: Slice
     j: Slice
@@ -177,7 +180,7 @@ class Tile(NamedTuple):
     same: Tensor | bool  # j is in the positives of i
     same_back: Tensor | bool  # i is in the positives of j
     left_out: Tensor | None  # j is i itself
-    instance: Tensor | bool  # j is in A_i, and i in A_j; False where nobody asks
+    instance: Tensor | bool  # j is in A_i, and i in A_j; False without instances
     diagonal: bool  # both sides are the same rows
 
 
@@ -245,7 +248,7 @@ class Pairs:
         return self.self_index[slice(*i), None] == self.candidates.order[None, slice(*j)]
 
     def tiles(self, *, only_positives: bool = False, only_negatives: bool = False) -> Iterator[Tile]:
-        """``only_positives`` (``only_negatives``): leave out tiles known to hold none."""
+        """Yields all tiles; ``only_positives`` (``only_negatives``) skips tiles known to contain none."""
         a, b = self.anchors, self.candidates
         for number_i, i in enumerate(a.tiles):
             for number_j, j in enumerate(b.tiles):
@@ -265,7 +268,7 @@ class Pairs:
                     same_back = self.mask.mask[columns[None, :], rows[:, None]] if self.symmetric else same
                     left_out = self._left_out(i, j)
                 similarity = (a.rows[slice(*i)] @ b.rows[slice(*j)].T).mul_(self.scale)
-                if diagonal:  # s_ij and s_ji are one number: rounded apart, they would not cancel
+                if diagonal:  # s_ij and s_ji must be equal: rounded differently, they would not cancel
                     similarity = similarity.triu() + similarity.triu(1).T
                 instance = self._instance(i, j, same)
                 yield Tile(i, j, similarity, same, same_back, left_out, instance, diagonal)
@@ -282,13 +285,19 @@ def negated(keep: Tensor | bool) -> Tensor | bool:
 
 
 def zero_unless(values: Tensor, keep: Tensor | bool) -> Tensor:
-    """Select after every multiplication: what is left out may be infinite."""
+    """Selects values. Callers select after multiplying, because the other values may be infinite."""
     return values if keep is True else torch.where(torch.as_tensor(keep, device=values.device), values, 0.0)
 
 
 def positive_count(mask: PositiveMask, self_index: Tensor | None, symmetric: bool) -> Tensor:
-    """|P_i| under a mask, int64 [M]. ``symmetric``: the candidates are the anchors."""
-    # The columns of one sample share an entry: count each sample once, by how many rows it has.
+    """Counts the positives of each anchor under a mask, int64 [M].
+
+    Args:
+        mask: of all pairs.
+        self_index: int64 [M], the candidate row that is the anchor itself, -1 for none; None: none is.
+        symmetric: whether the candidates are the anchors.
+    """
+    # The columns of one sample share an entry: each sample is counted once, weighted by its rows.
     rows_of = torch.zeros(mask.mask.shape[1], dtype=torch.float64, device=mask.mask.device)
     rows_of.index_add_(0, mask.columns, torch.ones_like(mask.columns, dtype=torch.float64))
     per_sample = torch.cat(

@@ -1,7 +1,7 @@
-"""What a trace of torch.compile calls while it is made, holding the result as a constant.
+"""The device check that torch.compile calls during a trace, with the result as a constant of the graph.
 
-A module of its own because the decorator imports torch._dynamo, which takes seconds and which only a trace
-has loaded anyway.
+A separate module because the decorator imports torch._dynamo, which takes seconds and which only a trace has
+imported already.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import torch
 
 from pysupcon.pairs import trust
 
-__all__ = ["told_obstacle"]
+__all__ = ["check_device"]
 
 
 @torch.compiler.assume_constant_result
-def told_obstacle(device: torch.device, dtype: torch.dtype, tell: bool) -> str | None:
-    """:func:`pysupcon.pairs.trust.told_obstacle`."""
-    return trust.told_obstacle(device, dtype, tell)
+def check_device(device: torch.device, dtype: torch.dtype, warn: bool) -> str | None:
+    """Calls :func:`pysupcon.pairs.trust.check_device`."""
+    return trust.check_device(device, dtype, warn)

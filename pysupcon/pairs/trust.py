@@ -1,30 +1,30 @@
 """Whether the compiled CUDA kernels may compute a loss on a device.
 
-Two questions, asked of every device by itself, because the cards of one machine may differ:
+Two checks, for each device separately because the cards of one machine may differ:
 
-1. Does the build hold code for this card? The card's compute capability and the architectures of the build
-   decide (:func:`missing_code`), before any kernel is tried.
-2. Do the kernels answer right? The first call with a dtype gives every operator a small problem with known
-   answers (:mod:`pysupcon.pairs.known_answers`). It takes some tens of milliseconds, and as long as the
-   driver needs to load the kernels. ``PYSUPCON_TRUST=1`` in the environment skips this question.
+1. The build must contain code for the card. This follows from the card's compute capability and the
+   architectures of the build (:func:`missing_code`), before any kernel runs.
+2. The kernels must pass a known-answer test (:mod:`pysupcon.pairs.known_answers`) at the first call with a
+   dtype. It takes some tens of milliseconds, and the time in which the driver loads the kernels.
+   ``PYSUPCON_TRUST=1`` in the environment skips this check.
 
-The verdict holds for the life of the process, for this device, dtype and, of float32, the number of bfloat16
-parts that ``torch.set_float32_matmul_precision`` allows. If it is against the kernels, ``backend="auto"``
-takes the tiled path with one warning, ``backend="cuda"`` raises the same words.
+A verdict holds for the rest of the process. It applies to one device, one dtype and, for float32, one number
+of bfloat16 parts, which ``torch.set_float32_matmul_precision`` sets. If the kernels are refused,
+``backend="auto"`` takes the tiled path with one warning, and ``backend="cuda"`` raises the same message.
 
 When a verdict is reached
     eager           at the first loss; other threads wait for it.
-    torch.compile   while the first loss is traced: the trace calls :func:`told_obstacle`, which computes for
-                    real, and holds the answer as a constant. The graph does not break.
-    graph capture   never, since nothing may wait for the device there: what was not judged before is trusted
-                    if the build holds code for the card. The warm-up call that torch asks for before a
-                    capture judges it.
-    fake tensors    never, where CUDA is not in use: what was not judged before is trusted.
-``pysupcon.backends(check=True)`` judges every device beforehand.
+    torch.compile   while the first loss is traced: the trace calls :func:`check_device`, which computes on
+                    real tensors, and stores the result as a constant. The graph does not break.
+    graph capture   never, because a capture cannot wait for the device. Without a verdict the kernels are
+                    used if the build contains code for the card. The warm-up call that torch recommends
+                    before a capture reaches a verdict.
+    fake tensors    never, if CUDA is not initialised. Without a verdict the kernels are used.
+``pysupcon.backends(check=True)`` reaches all verdicts beforehand.
 
-The kernels answer in a thread of their own, on the caller's stream. A new thread has no autocast, no dispatch
-mode (fake tensors, tracing), the default autograd mode and its own current device, so nothing of the caller's
-reaches the check, and the check changes nothing of the caller's.
+The test runs in a thread of its own, on the caller's stream. A new thread has no autocast, no dispatch mode
+(fake tensors, tracing), the default autograd mode and its own current device, so the caller's modes do not
+affect the test, and the test does not change them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ import torch
 
 from pysupcon.pairs import known_answers, ops
 
-__all__ = ["missing_code", "obstacle", "report", "told_obstacle"]
+__all__ = ["check_device", "missing_code", "report", "unusable_reason"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -53,16 +53,19 @@ _lock = threading.Lock()
 
 
 def missing_code(capability: tuple[int, int], architectures: Sequence[str], ptx: str | None) -> str | None:
-    """Why no code of a build runs on a card, or None if some does.
+    """Says why no code of a build runs on a card.
+
+    Machine code runs on cards of the same major version and the same or a larger minor version; with the
+    suffix "a" only on exactly its version. The driver compiles PTX for its version and all later ones; PTX
+    with a suffix has the limits of machine code.
 
     Args:
         capability: compute capability of the card, such as (8, 6).
-        architectures: those whose machine code is in the build, such as "80", "90a", "100f".
-        ptx: the one whose PTX is in the build, None for none.
+        architectures: whose machine code is in the build, such as "80", "90a", "100f".
+        ptx: architecture whose PTX is in the build; None: no PTX.
 
-    Machine code runs on the same major version with the same or a larger minor one; that of a suffix "a" on
-    exactly its own version. The driver compiles PTX for its own version and all later ones; PTX with a suffix
-    is bound like machine code.
+    Returns:
+        None if some code runs.
     """
 
     def version(architecture: str) -> tuple[int, int]:
@@ -79,21 +82,21 @@ def missing_code(capability: tuple[int, int], architectures: Sequence[str], ptx:
         return None
     if ptx is not None and (runs(ptx) if ptx[-1] in "af" else capability >= version(ptx)):
         return None
-    held = " ".join([*(f"sm_{a}" for a in architectures), *([f"compute_{ptx}"] if ptx else [])])
-    mend = (
+    contained = " ".join([*(f"sm_{a}" for a in architectures), *([f"compute_{ptx}"] if ptx else [])])
+    remedy = (
         "the kernels need 8.0 or newer"
         if capability < (8, 0)
         else f'build with PYSUPCON_CUDA_ARCHS="{capability[0]}{capability[1]}"'
     )
     return (
         f"this build holds no code for compute capability {capability[0]}.{capability[1]} "
-        f"(it holds {held or 'none'}); {mend}"
+        f"(it holds {contained or 'none'}); {remedy}"
     )
 
 
 def parts_of_float32() -> int:
-    """How many bfloat16 numbers stand for one float32 number, as ``csrc/cuda_glue.cpp`` reads it from
-    torch."""
+    """Returns the number of bfloat16 numbers that represent one float32 number, as ``csrc/cuda_glue.cpp``
+    reads it from torch."""
     precision = torch.backends.cuda.matmul.fp32_precision
     if precision == "bf16":
         return 1
@@ -101,7 +104,7 @@ def parts_of_float32() -> int:
         return 3
     try:
         return 1 if torch.get_float32_matmul_precision() == "medium" else 2
-    except RuntimeError:  # torch refuses the older question where the newer setting was used
+    except RuntimeError:  # torch refuses the older getter after the newer setter
         return 2
 
 
@@ -110,9 +113,8 @@ def _key(index: int, dtype: torch.dtype) -> _Key:
 
 
 def _in_fresh_thread(function: Callable[[], _T]) -> _T:
-    def alone() -> _T:
-        # A pool of threads that meets a loaded machine (data loaders) takes seconds for what one does in
-        # milliseconds.
+    def single_threaded() -> _T:
+        # On a loaded machine (data loaders) several threads take seconds where one takes milliseconds.
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
@@ -121,11 +123,11 @@ def _in_fresh_thread(function: Callable[[], _T]) -> _T:
             torch.set_num_threads(threads)
 
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(alone).result()
+        return pool.submit(single_threaded).result()
 
 
-def _examine(device: torch.device, dtype: torch.dtype, parts: int) -> str | None:
-    """What the kernels answer wrongly, None if nothing."""
+def _test_kernels(device: torch.device, dtype: torch.dtype, parts: int) -> str | None:
+    """Returns the first wrong answer of the kernels, in words; None if all are right."""
     stream = torch.cuda.current_stream(device)
 
     def check() -> str | None:
@@ -135,13 +137,13 @@ def _examine(device: torch.device, dtype: torch.dtype, parts: int) -> str | None
     return _in_fresh_thread(check)
 
 
-def _words(key: _Key, why: str) -> str:
+def _message(key: _Key, reason: str) -> str:
     index, dtype, parts = key
-    name = torch.cuda.get_device_name(index)
-    return f"pysupcon's CUDA kernels are not used for {_of(dtype, parts)} on cuda:{index} ({name}): {why}"
+    device = f"cuda:{index} ({torch.cuda.get_device_name(index)})"
+    return f"pysupcon's CUDA kernels are not used for {_dtype_name(dtype, parts)} on {device}: {reason}"
 
 
-def _of(dtype: torch.dtype, parts: int) -> str:
+def _dtype_name(dtype: torch.dtype, parts: int) -> str:
     name = str(dtype).removeprefix("torch.")
     return name if parts in (0, 3) else f"{name} as {parts} bfloat16 part{'s' if parts > 1 else ''}"
 
@@ -151,68 +153,77 @@ def _capturing(index: int) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
-def obstacle(index: int, dtype: torch.dtype) -> str | None:
-    """Why the kernels are not used for rows of ``dtype`` on device ``index``; None if they are.
+def unusable_reason(index: int, dtype: torch.dtype) -> str | None:
+    """Says why the kernels are not used for rows of ``dtype`` on CUDA device ``index``.
 
-    The first call computes, the others look up.
+    The first call runs the test; later calls look up the verdict.
+
+    Returns:
+        None if the kernels are used.
     """
     key = _key(index, dtype)
     try:
         return _verdicts[key]
     except KeyError:
         pass
-    if not torch.cuda.is_initialized():  # these are fake tensors
+    if not torch.cuda.is_initialized():  # the rows are fake tensors
         return None
     with _lock:
         if key not in _verdicts:
-            why = missing_code(torch.cuda.get_device_capability(index), *ops.cuda_code())
-            if why is None and os.environ.get("PYSUPCON_TRUST") != "1":
+            reason = missing_code(torch.cuda.get_device_capability(index), *ops.cuda_code())
+            if reason is None and os.environ.get("PYSUPCON_TRUST") != "1":
                 if _capturing(index):
                     return None
                 try:
-                    why = _examine(torch.device("cuda", index), dtype, key[2])
-                except torch.OutOfMemoryError:  # says nothing of the kernels; the next call asks again
+                    reason = _test_kernels(torch.device("cuda", index), dtype, key[2])
+                except torch.OutOfMemoryError:  # no verdict; the next call tests again
                     return None
-            _verdicts[key] = None if why is None else _words(key, why)
+            _verdicts[key] = None if reason is None else _message(key, reason)
         return _verdicts[key]
 
 
-def told_obstacle(device: torch.device, dtype: torch.dtype, tell: bool) -> str | None:
-    """:func:`obstacle`; with ``tell`` the first call that meets it warns."""
+def check_device(device: torch.device, dtype: torch.dtype, warn: bool) -> str | None:
+    """Returns :func:`unusable_reason` of a CUDA device, and warns of it once if ``warn``."""
     index = 0 if device.index is None else device.index
-    why = obstacle(index, dtype)
-    if why is not None and tell:
+    reason = unusable_reason(index, dtype)
+    if reason is not None and warn:
         key = _key(index, dtype)
         with _lock:
             first = key not in _warned
             _warned.add(key)
         if first:
-            words = f"{why}; the slower pure-PyTorch path, backend='tiled', takes its place"
-            warnings.warn(words, stacklevel=6)  # of the loss's caller
-    return why
+            message = f"{reason}; the slower pure-PyTorch path, backend='tiled', takes its place"
+            warnings.warn(message, stacklevel=6)  # the line that calls the loss
+    return reason
 
 
 def report(check: bool) -> dict[str, dict[str, Any]]:
-    """Per CUDA device, by its name in torch: what ``pysupcon.backends()`` says of it."""
+    """Returns the entry ``devices`` of ``pysupcon.backends()``: one per CUDA device, by its name in torch.
+
+    Args:
+        check: run the known-answer test on all devices first.
+    """
     devices: dict[str, dict[str, Any]] = {}
     for index in range(torch.cuda.device_count()):
         if check:
             torch.cuda.init()
             for dtype in DTYPES:
-                obstacle(index, dtype)
+                unusable_reason(index, dtype)
         capability = torch.cuda.get_device_capability(index)
         name = f"{torch.cuda.get_device_name(index)}, compute capability {capability[0]}.{capability[1]}"
-        why = missing_code(capability, *ops.cuda_code())
-        verdicts = {_of(*key[1:]): verdict for key, verdict in list(_verdicts.items()) if key[0] == index}
+        reason = missing_code(capability, *ops.cuda_code())
+        verdicts = {
+            _dtype_name(*key[1:]): verdict for key, verdict in list(_verdicts.items()) if key[0] == index
+        }
         refused = [verdict for verdict in verdicts.values() if verdict is not None]
-        if why is not None:
-            detail = f"{name}: {why}"
+        if reason is not None:
+            detail = f"{name}: {reason}"
         elif refused:
             detail = f"{name}: {'; '.join(refused)}"
         elif verdicts:
             detail = f"{name}: in use for {', '.join(verdicts)}"
         else:
             detail = f"{name}: not tried yet"
-        available = why is None and (not verdicts or len(refused) < len(verdicts))
+        available = reason is None and (not verdicts or len(refused) < len(verdicts))
         devices[f"cuda:{index}"] = {"available": available, "detail": detail}
     return devices

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import guard  # noqa: E402
-from benchmarks.kernels import bars, cases, compare, measure, oracle, peers, readme_table, run, suite  # noqa: E402
+from benchmarks.kernels import bars, cases, compare, measure, oracle, peers, render_tables, run, suite  # noqa: E402
 from pysupcon import functional  # noqa: E402
 from pysupcon.profiling.workload import Inputs  # noqa: E402
 
@@ -306,29 +306,29 @@ def test_bars() -> None:
     assert bars.measured([_row(device="cuda", both_s=1.0)]) == []
 
 
-def test_readme_table(results: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_render_tables(results: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{readme_table.BEGIN}\nold\n{readme_table.END}\nafter\n", encoding="utf-8")
-    arguments = [str(results[0] / "r.json"), "--readme", str(readme)]
-    assert readme_table.main([*arguments, "--check"]) == 1
+    readme.write_text(f"before\n{render_tables.BEGIN}\nold\n{render_tables.END}\nafter\n", encoding="utf-8")
+    arguments = [str(results[0] / "r.json"), "--page", str(readme)]
+    assert render_tables.main([*arguments, "--check"]) == 1
     assert "old" in readme.read_text(encoding="utf-8")
-    assert readme_table.main(arguments) == 0
+    assert render_tables.main(arguments) == 0
     text = readme.read_text(encoding="utf-8")
-    assert text.startswith(f"before\n{readme_table.BEGIN}\n")
-    assert text.endswith(f"{readme_table.END}\nafter\n")
+    assert text.startswith(f"before\n{render_tables.BEGIN}\n")
+    assert text.endswith(f"{render_tables.END}\nafter\n")
     assert "| **pysupcon** |" in text
     assert "N = 256" in text
     assert results[1]["machine"]["processor"] in text
-    assert readme_table.main([*arguments, "--check"]) == 0
+    assert render_tables.main([*arguments, "--check"]) == 0
     readme.write_text("no markers", encoding="utf-8")
-    assert readme_table.main(arguments) == 2
+    assert render_tables.main(arguments) == 2
 
 
 def test_the_readme_shows_the_stored_results() -> None:
-    stored = [json.loads(path.read_text(encoding="utf-8")) for path in readme_table.RESULTS.glob("*.json")]
+    stored = [json.loads(path.read_text(encoding="utf-8")) for path in render_tables.RESULTS.glob("*.json")]
     if not any("schema" in results for results in stored):
         pytest.skip("no results are stored in benchmarks/results")
-    assert readme_table.main(["--check"]) == 0
+    assert render_tables.main(["--check"]) == 0
 
 
 def _run_with(

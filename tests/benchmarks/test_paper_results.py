@@ -119,7 +119,7 @@ def test_readme_shows_the_results(
     with_machine(results, tmp_path)
     readme = tmp_path / "README.md"
     readme.write_text(f"above\n{paper_table.BEGIN}\nformer\n{paper_table.END}\nbelow\n", encoding="utf-8")
-    where = ["--results", str(tmp_path), "--readme", str(readme)]
+    where = ["--results", str(tmp_path), "--page", str(readme)]
     assert paper_table.main([*where, "--check"]) == 1
     assert "run benchmarks/papers/paper_table.py" in capsys.readouterr().err
     assert paper_table.main(where) == 0
@@ -133,15 +133,16 @@ def test_readme_shows_the_results(
     assert row.split("|")[3].strip() == f"{100 * probe:.1f}"
     picture = tmp_path / paper_plot.DIFFERENCES_FILE
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert f"(benchmarks/results/{picture.name})" in text
+    assert f"(../results/{picture.name})" in text
     with_machine({**results, "seeds": [0, 1]}, tmp_path)
     assert paper_table.main([*where, "--check"]) == 1
 
 
 def test_this_readme_shows_the_stored_results() -> None:
     assert paper_table.main(["--check"]) == 0
-    readme = paper_table.ROOT / "README.md"
-    for name in re.findall(r"\(benchmarks/results/(paper_\w+\.png)\)", readme.read_text(encoding="utf-8")):
+    pictures = re.findall(r"\(\.\./results/(paper_\w+\.png)\)", paper_table.PAGE.read_text(encoding="utf-8"))
+    assert pictures
+    for name in pictures:
         assert (paper_table.RESULTS / name).is_file()
 
 
@@ -150,7 +151,7 @@ def test_readme_needs_its_markers(
 ) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("nothing", encoding="utf-8")
-    where = ["--results", str(tmp_path), "--readme", str(readme)]
+    where = ["--results", str(tmp_path), "--page", str(readme)]
     assert paper_table.main(where) == 2
     assert "no results of paper_results.py" in capsys.readouterr().err
     with_machine(results, tmp_path)

@@ -19,7 +19,7 @@ import torch
 from cuda_emulation import build
 
 import pysupcon
-from pysupcon.pairs import autograd
+from pysupcon.pairs import statistics
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None or platform.system() != "Linux", reason="the emulation needs g++ on Linux"
@@ -148,7 +148,7 @@ def test_supcon_starts_six_kernels(monkeypatch: pytest.MonkeyPatch, dtype: torch
 
             return call
 
-    monkeypatch.setitem(autograd.OPERATORS, "cpu", Counted())
+    monkeypatch.setitem(statistics.OPERATORS, "cpu", Counted())
 
     def launches(n: int) -> dict[str, int]:
         each.clear()

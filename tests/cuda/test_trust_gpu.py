@@ -7,7 +7,7 @@ import torch
 
 import pysupcon
 from pysupcon import functional
-from pysupcon.pairs import checks, known_answers, ops, trust
+from pysupcon.pairs import backends, known_answers, ops, trust
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,7 +33,7 @@ def test_kernels_answer_right(dtype: torch.dtype, parts: int) -> None:
     try:
         torch.set_float32_matmul_precision({2: "high", 1: "medium"}.get(parts, "highest"))
         for index in range(torch.cuda.device_count()):
-            assert trust.obstacle(index, dtype) is None
+            assert trust.unusable_reason(index, dtype) is None
             assert list(trust._verdicts)[-1] == (index, dtype, parts)
     finally:
         torch.set_float32_matmul_precision(before)
@@ -42,7 +42,7 @@ def test_kernels_answer_right(dtype: torch.dtype, parts: int) -> None:
 def test_nothing_is_kept() -> None:
     device, held = torch.cuda.current_device(), torch.cuda.memory_allocated()
     state = torch.cuda.get_rng_state()
-    assert trust.obstacle(0, torch.bfloat16) is None
+    assert trust.unusable_reason(0, torch.bfloat16) is None
     assert torch.cuda.memory_allocated() == held
     assert torch.cuda.current_device() == device
     assert torch.equal(torch.cuda.get_rng_state(), state)
@@ -53,7 +53,7 @@ def test_a_capture_goes_on() -> None:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        assert checks.check_kernels("cuda", x.device, x.dtype) == "cuda"
+        assert backends.check_kernels("cuda", x.device, x.dtype) == "cuda"
         y = x + 1
     graph.replay()
     assert torch.equal(y, x + 1)

@@ -1,7 +1,7 @@
-"""Two, three and four processes equal one: losses, gradients, training; and what travels between them.
+"""Losses, gradients and training of two to four processes equal those of one; bytes of communication.
 
-The processes of one world size are started once and run all its cases
-(tests/helpers/distributed_worker.py); every test here looks at one case.
+The processes of one world size are started once and run all its cases (tests/helpers/distributed_worker.py).
+Each test here checks one case.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 import pysupcon
 
-SECONDS = 600  # only a hang takes so long
+SECONDS = 600  # only reached by a hang
 EVERYDAY, SLOW = (2, 3), (4,)
 
 
@@ -40,7 +40,7 @@ def _embedding_cases(world: int) -> list[tuple[Any, ...]]:
         for mode in worker.MODES:
             # Instances on two processes; samples without positives; sums and single losses; tiled PyTorch.
             cases += [
-                ("embeddings", name, mode, "lonely", "rows", "float64", "none", "auto"),
+                ("embeddings", name, mode, "single", "rows", "float64", "none", "auto"),
                 ("embeddings", name, mode, "ragged", "three views", "float64", "sum", "tiled"),
                 ("embeddings", name, mode, "ragged", "views", "float32", "mean", "auto"),
             ]
@@ -84,7 +84,7 @@ BEHAVIOUR: list[tuple[Any, ...]] = [
     *[("differing", what) for what in DIFFERING],
     *[("not_finite", mode) for mode in worker.MODES],
     ("no_positive",),
-    ("restless",),
+    ("stochastic",),
     *[("wrapped", kind, batches) for kind in gradcache_wrappers.KINDS for batches in WRAPPED_BATCHES],
     ("static_graph_twice",),
     *[("subgroup", mode) for mode in worker.MODES],
@@ -102,7 +102,7 @@ def _cases(world: int) -> list[tuple[Any, ...]]:
 
 
 def _run(world: int, folder: Path) -> None:
-    """Start the processes and wait for what they write."""
+    """Starts the processes and waits for their result files."""
     folder.mkdir()
     context = multiprocessing.get_context("forkserver")  # imports torch once for all
     context.set_forkserver_preload(["helpers.distributed_worker", "pysupcon.pairs.gathered"])
@@ -126,7 +126,7 @@ _results: dict[int, list[dict[Any, Any]]] = {}
 
 @pytest.fixture
 def results(world: int, tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
-    """What the processes gave, by rank. Workers of pytest-xdist share one run."""
+    """Results of the processes, by rank. Workers of pytest-xdist share one run."""
     if world not in _results:
         base = tmp_path_factory.getbasetemp()
         if "PYTEST_XDIST_WORKER" in os.environ:
@@ -169,7 +169,7 @@ def test_embeddings(world: int, case: tuple[Any, ...], results: list[dict[Any, A
     gradient = torch.cat([part["got"][1] for part in parts])
     temperature = torch.stack([part["got"][2].double() for part in parts]).sum()
     loss = torch.cat(losses) if reduction == "none" else torch.stack(losses).sum()
-    if reduction == "mean":  # everything is averaged over the processes
+    if reduction == "mean":  # results are averaged over the processes
         loss, gradient, temperature = loss / world, gradient / world, temperature / world
     assert gradient.dtype == dtype
     assert truth_gradient.norm() > 1e-3, "nothing to compare"
@@ -208,7 +208,7 @@ def test_training(world: int, case: tuple[Any, ...], results: list[dict[Any, Any
 def test_grad_cache_synchronises_once(
     world: int, case: tuple[Any, ...], results: list[dict[Any, Any]]
 ) -> None:
-    """Five steps reduce the weights five times, however many chunks a step has."""
+    """Five steps reduce the weights five times, for any number of chunks."""
     for result in results:
         assert sum(result[case]["reductions"]) == 5 * result[case]["weights"]
 
@@ -216,7 +216,7 @@ def test_grad_cache_synchronises_once(
 @pytest.mark.parametrize("world", EVERYDAY)
 def test_grad_cache_with_dropout_and_batch_norm(world: int, results: list[dict[Any, Any]]) -> None:
     for result in results:
-        for got, truth in zip(*(result["restless",][side] for side in ("got", "truth")), strict=True):
+        for got, truth in zip(*(result["stochastic",][side] for side in ("got", "truth")), strict=True):
             torch.testing.assert_close(got, truth, rtol=1e-10, atol=1e-12)
 
 
@@ -224,7 +224,7 @@ def test_grad_cache_with_dropout_and_batch_norm(world: int, results: list[dict[A
 @pytest.mark.parametrize("kind", gradcache_wrappers.KINDS)
 @pytest.mark.parametrize("world", EVERYDAY)
 def test_grad_cache_in_wrappers(world: int, kind: str, batches: str, results: list[dict[Any, Any]]) -> None:
-    """Static graphs, buffers that are broadcast, several models: the gradients of the whole batch."""
+    """Static graphs, broadcast buffers and several models give the gradients of the whole batch."""
     for result in results:
         got = result["wrapped", kind, batches]
         for tensors, truths in zip(got["got"], got["truth"], strict=True):
@@ -232,7 +232,7 @@ def test_grad_cache_in_wrappers(world: int, kind: str, batches: str, results: li
                 torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
         for gradients in got["truth"][:-1]:
             assert min(gradient.abs().max() for gradient in gradients) > 1e-6, "nothing to compare"
-        # One synchronisation a step, and one more in the first step of a static graph.
+        # One synchronisation per step, and one more in the first step of a static graph.
         synchronisations = gradcache_wrappers.STEPS + kind.startswith("static graph")
         assert got["reduced"] == synchronisations * got["weights"]
 
@@ -252,7 +252,7 @@ BACKWARD_BYTES = {
 @pytest.mark.parametrize("case", TRAFFIC, ids=lambda case: "-".join(case[1:]))
 @pytest.mark.parametrize("world", [2])
 def test_bytes(world: int, case: tuple[Any, ...], results: list[dict[Any, Any]]) -> None:
-    """What one process sends in a step, to the byte: rows once, at most 32 bytes a row in the backward."""
+    """The exact bytes of one step: rows once, and at most 32 bytes per row in the backward."""
     _, name, mode, dtype, layout = case
     samples, views = 4, 2 if layout == "views" else 1
     rows, element = samples * views, {"float64": 8, "float32": 4, "bfloat16": 2}[dtype]
@@ -290,7 +290,7 @@ MESSAGES = {
 
 @pytest.mark.parametrize("what", DIFFERING)
 @pytest.mark.parametrize("world", EVERYDAY)
-def test_processes_that_differ_are_told_so(world: int, what: str, results: list[dict[Any, Any]]) -> None:
+def test_different_arguments_are_refused(world: int, what: str, results: list[dict[Any, Any]]) -> None:
     for result in results:
         message = result["differing", what]
         assert message.startswith("gather needs the same on every process, but " + MESSAGES[what])
@@ -314,7 +314,7 @@ def test_no_positive_anywhere(world: int, results: list[dict[Any, Any]]) -> None
 
 
 @pytest.mark.parametrize("world", EVERYDAY)
-def test_without_gather_it_says_so_once(world: int, results: list[dict[Any, Any]]) -> None:
+def test_without_gather_it_warns_once(world: int, results: list[dict[Any, Any]]) -> None:
     for result in results:
         (message,) = result["without_gather",]
         assert message.startswith(
@@ -349,7 +349,7 @@ def test_inside_a_compiled_function(world: int, results: list[dict[Any, Any]]) -
 
 
 @pytest.mark.parametrize("gather", [True, "ring"])
-def test_alone_it_is_as_without(gather: Any, recwarn: pytest.WarningsRecorder) -> None:
+def test_one_process_equals_no_gather(gather: Any, recwarn: pytest.WarningsRecorder) -> None:
     assert not torch.distributed.is_initialized()
 
     def step(**options: Any) -> tuple[Tensor, Tensor]:

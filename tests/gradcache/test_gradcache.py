@@ -1,4 +1,4 @@
-"""GradCache equals the step of the whole batch, and replays what a model does at random."""
+"""GradCache gives the step of the whole batch, and replays random numbers of a model."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_many_views_and_own_forward_and_structured_inputs() -> None:
 
 
 class Chunked(nn.Module):
-    """The truth for models whose forward depends on the chunk: the same chunks, in one graph."""
+    """The expected step of models whose forward depends on the chunk: the same chunks, in one graph."""
 
     def __init__(self, model: nn.Module, size: int) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ def test_dropout_is_replayed() -> None:
     assert torch.equal(torch.get_rng_state(), random_after), "the next step must draw anew"
 
 
-def test_batch_norm_moves_its_statistics_once_a_chunk() -> None:
+def test_batch_norm_updates_its_statistics_once_per_chunk() -> None:
     images, labels = _data()
     criterion = pysupcon.SupConLoss(0.3)
     model = Encoder(norm=nn.BatchNorm1d).double()
@@ -196,7 +196,7 @@ def test_batch_norm_moves_its_statistics_once_a_chunk() -> None:
 
 
 class Drifting(nn.Module):
-    """Its forward depends on buffers that it changes: one in place, one by another tensor."""
+    """A model whose forward depends on buffers that it changes: one in place, one by assignment."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -210,7 +210,7 @@ class Drifting(nn.Module):
         return F.normalize(self.linear(images) * self.gain.clone() + self.shift, dim=-1)
 
 
-def test_buffers_that_enter_the_forward_are_replayed() -> None:
+def test_buffers_of_the_forward_are_replayed() -> None:
     images, labels = _data()
     criterion = pysupcon.SupConLoss(0.3)
     model = Drifting().double()
@@ -224,7 +224,7 @@ def test_buffers_that_enter_the_forward_are_replayed() -> None:
     assert model.shift == other.shift == 0.75
 
 
-class Restless(nn.Module):
+class Unrepeatable(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(6, 8)
@@ -233,9 +233,9 @@ class Restless(nn.Module):
         return self.linear(images) * random.random()
 
 
-def test_randomness_that_cannot_be_replayed_is_warned_of_once() -> None:
+def test_random_numbers_without_replay_warn_once() -> None:
     images, _ = _data(torch.float32)
-    grad_cache = GradCache(Restless(), 5)
+    grad_cache = GradCache(Unrepeatable(), 5)
     with pytest.warns(UserWarning, match="second pass over a chunk did not repeat its first") as caught:
         [grad_cache(images, lambda z: z.square().sum()) for _ in range(2)]
     assert len(caught) == 1
@@ -259,7 +259,7 @@ def test_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         got_loss = GradCache(model, 5)(images, loss)
     torch.testing.assert_close(got_loss, wanted_loss.detach())
-    # A weight's gradient is a sum over chunks, each rounded to bfloat16; both sides round alike.
+    # A weight's gradient is a sum over chunks, each rounded to bfloat16; both sides have this rounding.
     _assert_close(_gradients(model), wanted, 1e-2)
     assert all(gradient.abs().sum() > 0 for gradient in _gradients(model.body)), (
         "weights cast without a graph"
@@ -302,36 +302,36 @@ def test_gradients_accumulate_over_calls() -> None:
 
 
 def test_no_graph_outlives_its_chunk() -> None:
-    """The memory promise: when a chunk's forward begins, no activation of another chunk is alive."""
+    """At the start of a chunk's forward, no activation of another chunk is alive."""
     images, labels = _data(torch.float32)
     alive: list[int] = []
-    held = 0
+    activations = 0
 
-    class Held(torch.autograd.Function):
+    class CountedActivation(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor) -> Tensor:
             return x.clone()
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> Tensor:
-            nonlocal held
-            held -= 1
+            nonlocal activations
+            activations -= 1
             return grad
 
     class Counting(Encoder):
         def forward(self, images: Tensor) -> Any:
-            nonlocal held
-            alive.append(held)
+            nonlocal activations
+            alive.append(activations)
             z = super().forward(images)
             if torch.is_grad_enabled():
-                held += 1
-                z = Held.apply(z)
+                activations += 1
+                z = CountedActivation.apply(z)
             return z
 
     criterion = pysupcon.SupConLoss(0.3)
     GradCache(Counting(), 4)(images, lambda z: criterion(z, labels))
     assert alive == [0] * 6
-    assert held == 0
+    assert activations == 0
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What GradCache gives to a model: copies of a chunk's samples, the same in both passes, in any container."""
+"""Inputs of a model in GradCache: copies of a chunk's samples, equal in both passes, in any container."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _criterion(z: Tensor) -> Tensor:
 
 
 class Encoder(nn.Module):
-    """``read`` takes the images from what the model is given."""
+    """An encoder; ``read`` returns the images of an input."""
 
     def __init__(self, read: Callable[[Any], Tensor] = lambda inputs: inputs) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def _assert_as_the_whole_batch(
     plain: Any = None,
     forward: Callable[[Any, Any], Tensor] | None = None,
 ) -> Any:
-    """Gradients of three chunks, and of one, equal those of the model alone; the inputs of three chunks."""
+    """Compares the gradients of three chunks, and of one, with those of the model; returns the inputs."""
     whole = inputs() if plain is None else plain
     _criterion(model(whole) if forward is None else forward(model, whole)).backward()
     wanted = _gradient(model)
@@ -74,12 +74,12 @@ def _subtracts(inputs: Tensor) -> Tensor:
 
 
 def _normalises(inputs: Tensor) -> Tensor:
-    """As torchvision's normalize(inplace=True)."""
+    """Like torchvision's normalize(inplace=True)."""
     return inputs.sub_(torch.tensor([0.5] * 6, dtype=inputs.dtype)).div_(0.25)
 
 
 def _writes_into_data(inputs: Tensor) -> Tensor:
-    inputs.data.div_(255.0).add_(0.3)  # counts no version, so autograd never notices
+    inputs.data.div_(255.0).add_(0.3)  # no new version, so autograd does not detect it
     return inputs
 
 
@@ -94,7 +94,7 @@ def test_a_model_that_changes_a_tensor_in_place(read: Any, chunk_size: int) -> N
     model, images = Encoder(read), _images()
     _criterion(model(images.clone())).backward()
     wanted = _gradient(model)
-    for _ in range(2):  # the second step takes the same inputs again
+    for _ in range(2):  # the second step has the same inputs
         version = images._version
         GradCache(model, chunk_size)(images, _criterion)
         torch.testing.assert_close(_gradient(model), wanted, rtol=1e-10, atol=1e-12)
@@ -124,7 +124,7 @@ class Frozen:
 
 
 class Encoding(UserDict):
-    """As transformers.BatchEncoding: made from a dict, entries as attributes, an encoding per sample."""
+    """Like transformers.BatchEncoding: made from a dict, entries as attributes, an encoding per sample."""
 
     def __init__(self, data: dict[str, Any] | None = None, encoding: list[str] | None = None) -> None:
         super().__init__(data)
@@ -237,7 +237,7 @@ def test_keyword_arguments(container: str) -> None:
     assert torch.equal(images, _images())
 
 
-def test_a_container_keeps_its_kind_and_what_else_it_holds() -> None:
+def test_a_container_keeps_its_type_and_other_entries() -> None:
     names = [f"sample {at}" for at in range(SAMPLES)]
     seen: list[Any] = []
 
@@ -290,7 +290,7 @@ def test_mappings_as_outputs(make: Any) -> None:
 
 
 def test_memory_of_one_chunk() -> None:
-    """When a chunk is handed out, no copy of another is alive."""
+    """When a model gets a chunk, no copy of another chunk is alive."""
     alive: list[weakref.ref[Any]] = []
     counts: list[int] = []
 
@@ -318,7 +318,7 @@ def test_channels_last_stays() -> None:
 
 
 @pytest.mark.parametrize("chunk_size", [4, 100])
-def test_inputs_that_want_a_gradient(chunk_size: int) -> None:
+def test_inputs_that_require_a_gradient(chunk_size: int) -> None:
     images, other = _images().requires_grad_(), _images().requires_grad_()
     model = Encoder(lambda inputs: (inputs * 1.0).sub_(1.0))
     _criterion(model(other)).backward()
@@ -327,7 +327,7 @@ def test_inputs_that_want_a_gradient(chunk_size: int) -> None:
 
 
 class Picture:
-    """As a PIL image: no sequence, no array."""
+    """Like a PIL image: no sequence, no array."""
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
@@ -351,7 +351,7 @@ class Pair(NamedTuple):
     language: str
 
 
-# What has one entry per sample, alone and beside tensors, and how the model reads it.
+# Inputs with one entry per sample, alone and with tensors, and the function that reads them.
 COLUMNS: dict[str, tuple[Callable[[], Any], Callable[[Any], Tensor]]] = {
     "strings": (_words, _parsed),
     "tuple of strings": (lambda: tuple(_words()), _parsed),
@@ -430,7 +430,7 @@ def test_pil_images() -> None:
     )
 
 
-def test_what_is_not_of_the_batch_goes_to_every_chunk() -> None:
+def test_other_values_go_to_every_chunk() -> None:
     constants = {
         "size": (224, 224),
         "name": "x" * SAMPLES,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import pysupcon
 from pysupcon.gradcache import GradCache
-from pysupcon.gradcache.replay import Random, devices_of
+from pysupcon.gradcache.replay import RandomState, devices_of
 
 SAMPLES = 11
 LABELS = torch.arange(SAMPLES) % 3
@@ -31,7 +31,7 @@ def _supcon(z: Tensor) -> Tensor:
 
 
 def _between(images: Tensor, texts: Tensor) -> Tensor:
-    """Images against texts, of which there may be several for an image."""
+    """A loss of images and texts, with one or several texts per image."""
     labels = torch.arange(len(texts)) % len(images)
     return pysupcon.functional.supcon(
         F.normalize(images, dim=-1),
@@ -61,7 +61,7 @@ def _assert_close(got: list[Tensor], wanted: list[Tensor]) -> None:
 
 
 def _chunked(model: nn.Module, inputs: Tensor, size: int) -> Tensor:
-    """The truth for a model whose forward depends on the chunk: the same chunks, in one graph."""
+    """The expected step of models whose forward depends on the chunk: the same chunks, in one graph."""
     return torch.cat([model(chunk.clone()) for chunk in inputs.split(size)])
 
 
@@ -111,7 +111,7 @@ def test_towers_with_their_own_forward_and_chunk_loss() -> None:
 
 @pytest.mark.parametrize("sizes", [[4, 3], [100, 100]])
 def test_one_encoder_for_both_sides(sizes: list[int]) -> None:
-    """Queries and passages; dropout and buffers follow both."""
+    """One encoder for queries and passages: dropout and buffers are replayed for both."""
     queries, passages = _data(), _data(4, 2 * SAMPLES)
     encoder = nn.Sequential(_encoder(6, nn.Dropout(0.4)), Drifting(8)).double()
     other = copy.deepcopy(encoder)
@@ -131,7 +131,7 @@ def test_one_encoder_for_both_sides(sizes: list[int]) -> None:
 
 
 class Drifting(nn.Module):
-    """Its forward depends on buffers that it changes, one of them by ``data``, which counts no version."""
+    """A model whose forward depends on buffers that it changes, one through ``data`` without a version."""
 
     def __init__(self, width: int = 6) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class Drifting(nn.Module):
         self.register_buffer("steps", None)
 
     def forward(self, images: Tensor) -> Tensor:
-        self.gain.data.mul_(1.001)  # too little for the comparison of the two passes to warn of
+        self.gain.data.mul_(1.001)  # below the tolerance of the comparison of the passes
         self.shift.add_(0.01)
         if self.steps is None:
             self.steps = torch.full((), 2.0, dtype=images.dtype)
@@ -151,7 +151,7 @@ class Drifting(nn.Module):
 
 
 class Noisy(nn.Module):
-    """Draws from a generator of its own, which is no buffer."""
+    """A model with its own generator, which is not a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -214,7 +214,7 @@ def test_a_compiled_model() -> None:
 
 
 def test_state_goes_on_after_a_failed_second_pass() -> None:
-    """A chunk that does not fit with its graph may be tried again: state is as after the first pass."""
+    """After an error (out of memory) the state is that after the first pass, so a step can be repeated."""
     model = nn.Sequential(_encoder(6, nn.Dropout(0.3)), Drifting(8)).double()
     other = copy.deepcopy(model)
     calls = 0
@@ -239,7 +239,7 @@ def test_state_goes_on_after_a_failed_second_pass() -> None:
 
 
 def test_random_numbers_of_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Devices of parameters, buffers and inputs; here with a stand-in for the devices' modules."""
+    """Devices of parameters, buffers and inputs, with a mock of the device modules."""
     model = nn.Linear(2, 2)
     model.register_buffer("elsewhere", torch.zeros(2, device="meta"))
     assert devices_of([model], [torch.zeros(2)]) == [torch.device("cpu"), torch.device("meta")]
@@ -255,7 +255,7 @@ def test_random_numbers_of_every_device(monkeypatch: pytest.MonkeyPatch) -> None
         )
 
     monkeypatch.setattr(torch, "get_device_module", module)
-    before, random = dict(states), Random(devices, [])
+    before, random = dict(states), RandomState(devices, [])
     wanted = torch.rand(3)
     states.update(dict.fromkeys(states, 77))
     random.restore()
@@ -266,7 +266,7 @@ def test_random_numbers_of_every_device(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("sizes", [[4, 3], [100, 100]])
 def test_towers_under_autocast(sizes: list[int]) -> None:
-    """Both passes, of both models, run in the caller's autocast."""
+    """Both passes of both models run in the caller's autocast."""
     images, texts = _data().float(), _data(4, SAMPLES, 5).float()
     encoders = [_encoder(6).float(), _encoder(5).float()]
     seen: list[torch.dtype] = []
@@ -288,7 +288,7 @@ def test_towers_under_autocast(sizes: list[int]) -> None:
     assert set(seen) == {torch.bfloat16}
     torch.testing.assert_close(loss, wanted_loss.detach())
     for got, other in zip(_gradients(*encoders), wanted, strict=True):
-        # A weight's gradient is a sum over chunks, each rounded to bfloat16 (2^-8); both sides round alike.
+        # A weight's gradient is a sum over chunks, each rounded to bfloat16 (2^-8), on both sides.
         torch.testing.assert_close(got, other, rtol=1e-2, atol=1e-2)
 
 

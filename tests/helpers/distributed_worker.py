@@ -1,7 +1,7 @@
-"""What the processes of tests/distributed/test_distributed.py do: one process group, many cases.
+"""The cases of tests/distributed/test_distributed.py, run by the processes of one process group.
 
-Every case returns tensors or numbers of its own process; the test compares. The truth is the dense reference
-on the whole batch, which every process can compute for itself.
+Each case returns tensors or numbers of its process, which the test compares. The expected values come from
+the dense reference on the whole batch, which every process computes itself.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ MODES: dict[str, bool | str] = {"all": True, "ring": "ring"}
 
 
 def sizes_of(batches: str, world: int) -> list[int]:
-    """Samples of each process."""
+    """Returns the number of samples of each process."""
     return {
         "equal": [4] * world,
         "ragged": [2 + 3 * rank for rank in range(world)],
         "empty": [0] + [5 + rank for rank in range(1, world)],
-        "lonely": [1] + [5] * (world - 1),
-        "large": [290 + 20 * rank for rank in range(world)],  # several tiles a process
+        "single": [1] + [5] * (world - 1),
+        "large": [290 + 20 * rank for rank in range(world)],  # several tiles per process
     }[batches]
 
 
 class Batch:
-    """The whole batch, and the own part of it."""
+    """The whole batch, and the part of this process."""
 
     def __init__(self, batches: str, layout: str, dtype: torch.dtype) -> None:
         rank, world = dist.get_rank(), dist.get_world_size()
@@ -60,10 +60,10 @@ class Batch:
         shape = {"views": (count, 2, WIDTH), "three views": (count, 3, WIDTH), "rows": (count, WIDTH)}[layout]
         features = F.normalize(torch.randn(shape, generator=generator, dtype=torch.float64), dim=-1)
         self.features = features.to(dtype)
-        # The last label stands alone, so that some anchors may have no positive.
+        # The last label occurs once, so some anchors have no positive.
         self.labels = torch.randint(CLASSES, (count,), generator=generator)
         self.labels[-1] = CLASSES
-        # Rows of one instance share a label; some instances lie on two processes, and some have one row.
+        # Rows of one instance have one label; some instances are on two processes, and some have one row.
         self.instances = None if layout != "rows" else self.labels * 100 + torch.arange(count) % 3
 
     def arguments(self, name: str, part: slice) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
@@ -77,7 +77,7 @@ def _criterion(name: str, **options: Any) -> nn.Module:
 
 
 def _one_step(criterion: nn.Module, features: Tensor, weights: Tensor | None, arguments: Any) -> list[Tensor]:
-    """Loss, and gradients of the features and of the temperature."""
+    """Returns the loss and the gradients of the features and of the temperature."""
     features = features.clone().requires_grad_()
     labels, instances = arguments
     loss = criterion(features, *labels, **instances)
@@ -89,14 +89,14 @@ def _one_step(criterion: nn.Module, features: Tensor, weights: Tensor | None, ar
 def embeddings(
     name: str, mode: str, batches: str, layout: str, dtype: str, reduction: str, backend: str
 ) -> dict[str, Any]:
-    """One loss, alone: own loss and gradients, and those of the whole batch in one process."""
+    """Returns loss and gradients of this process, and those of one process with the whole batch."""
     batch = Batch(batches, layout, getattr(torch, dtype))
     everything = slice(None)
     weights = None
     if reduction == "none":
         weights = torch.rand(batch.features.shape[:-1], generator=torch.Generator().manual_seed(1)) + 0.5
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a process without a positive is nothing to warn of
+        warnings.simplefilter("error")  # no warning for a process without a positive
         got = _one_step(
             _criterion(name, gather=MODES[mode], reduction=reduction, backend=backend),
             batch.features[batch.own],
@@ -124,7 +124,7 @@ class Encoder(nn.Module):
 def _train(
     model: nn.Module, criterion: nn.Module, views: Tensor, labels: tuple[Tensor, ...], chunk_size: int | None
 ) -> dict[str, list[Tensor]]:
-    """Losses of five steps, the first step's gradients, the parameters after the last."""
+    """Returns the losses of five steps, the gradients of the first, the parameters after the last."""
     parameters = [*model.parameters(), *criterion.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=0.2, momentum=0.9)
     losses, gradients = [], []
@@ -181,8 +181,8 @@ def training(name: str, mode: str, batches: str, dtype: str, chunk_size: int | N
     }
 
 
-class Restless(nn.Module):
-    """Dropout, and batch norm, whose buffers DistributedDataParallel broadcasts."""
+class Stochastic(nn.Module):
+    """A model with dropout and batch norm, whose buffers DistributedDataParallel broadcasts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,11 +194,11 @@ class Restless(nn.Module):
         return F.normalize(self.layers(images), dim=-1)
 
 
-def restless() -> dict[str, Any]:
-    """GradCache under DistributedDataParallel against the same chunks in one graph, for an impure model."""
+def stochastic() -> dict[str, Any]:
+    """GradCache under DistributedDataParallel, and the same chunks in one graph, for a stochastic model."""
     rank = dist.get_rank()
     torch.manual_seed(3)
-    model = DistributedDataParallel(Restless().double())
+    model = DistributedDataParallel(Stochastic().double())
     views = torch.randn(10, 6, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
     labels = torch.arange(10) % 3
     criterion = pysupcon.SupConLoss(0.2, gather=True)
@@ -210,7 +210,7 @@ def restless() -> dict[str, Any]:
             GradCache(model, 4)(views, lambda z: criterion(z, labels))
     torch.manual_seed(10 + rank)
     for step in range(2):
-        if step:  # what DistributedDataParallel does before a step
+        if step:  # as DistributedDataParallel before a step
             for buffer in plain.buffers():
                 dist.broadcast(buffer, 0)
         criterion(torch.cat([plain(chunk) for chunk in views.split(4)]), labels).backward()
@@ -224,7 +224,7 @@ def restless() -> dict[str, Any]:
 
 
 def wrapped(kind: str, batches: str) -> dict[str, Any]:
-    """GradCache with wrapped models of a kind."""
+    """GradCache with one kind of wrapped models."""
     return gradcache_wrappers.steps(kind, sizes_of(batches, dist.get_world_size()))
 
 
@@ -237,7 +237,7 @@ COLLECTIVES = (
 
 @contextmanager
 def _counted() -> Iterator[list[tuple[str, int, int]]]:
-    """(function, bytes sent, bytes received) of every call that ``pysupcon`` makes."""
+    """Records (function, bytes sent, bytes received) of every collective."""
     calls: list[tuple[str, int, int]] = []
     kept = {name: getattr(dist, name) for name in COLLECTIVES if hasattr(dist, name)}
 
@@ -267,7 +267,7 @@ def _counted() -> Iterator[list[tuple[str, int, int]]]:
 
 
 def traffic(name: str, mode: str, dtype: str, layout: str) -> dict[str, Any]:
-    """What one forward and one backward send and receive, call by call."""
+    """Records the communication of one forward and one backward, call by call."""
     batch = Batch("equal", layout, getattr(torch, dtype))
     features = batch.features[batch.own].clone().requires_grad_()
     criterion = LOSSES[name][0](**LOSSES[name][1], gather=MODES[mode])
@@ -280,7 +280,7 @@ def traffic(name: str, mode: str, dtype: str, layout: str) -> dict[str, Any]:
 
 
 def differing(what: str) -> str:
-    """The message on this process when process 0 hands in something else."""
+    """Returns the error of this process if the argument ``what`` differs on process 0."""
     first = dist.get_rank() == 0
     features, labels = torch.randn(4, 2, WIDTH), torch.arange(4)
     options: dict[str, Any] = {}
@@ -304,7 +304,7 @@ def differing(what: str) -> str:
 
 
 def not_finite(mode: str) -> str:
-    """A NaN on the last process reaches all of them, and nobody waits for ever."""
+    """A NaN on the last process raises an error on all processes, and no process hangs."""
     features = torch.randn(5, 2, WIDTH)
     if dist.get_rank() == dist.get_world_size() - 1:
         features[3, 1, 2] = float("nan")
@@ -316,7 +316,7 @@ def not_finite(mode: str) -> str:
 
 
 def no_positive() -> dict[str, Any]:
-    """Nobody has a positive: 0, connected to the graph, with a warning."""
+    """No process has a positive: the loss is 0, connected to the graph, with a warning."""
     features = torch.randn(3, WIDTH, requires_grad=True)
     labels = torch.arange(3) + 3 * dist.get_rank()
     with warnings.catch_warnings(record=True) as caught:
@@ -331,7 +331,7 @@ def no_positive() -> dict[str, Any]:
 
 
 def without_gather() -> list[str]:
-    """What is said by losses that see their own rows only."""
+    """Returns the warnings of losses without gather."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
@@ -341,7 +341,7 @@ def without_gather() -> list[str]:
 
 
 def subgroup(mode: str) -> dict[str, Any]:
-    """The last two processes among themselves; the others, alone, as without gathering."""
+    """The last two processes gather in a group of their own; process 0 is alone in its group."""
     world, rank = dist.get_world_size(), dist.get_rank()
     groups = [dist.new_group([0]), dist.new_group([world - 2, world - 1])] if world > 2 else [None, None]
     pair = rank >= world - 2
@@ -364,7 +364,7 @@ def subgroup(mode: str) -> dict[str, Any]:
 
 
 def compiled() -> dict[str, Any]:
-    """The loss inside a compiled module: a graph break, and the same numbers."""
+    """A gathered loss in a compiled function: a graph break, and the same results."""
     torch.manual_seed(0)
     model = Encoder()
     criterion = pysupcon.SupConLoss(0.2, gather=True)
@@ -384,7 +384,7 @@ def compiled() -> dict[str, Any]:
 
 
 def pair_statistics(mode: str) -> dict[str, Any]:
-    """The statistics for a loss of one's own, here SupCon spelt out."""
+    """The statistics for a custom loss, here SupCon."""
     batch = Batch("ragged", "views", torch.float64)
     gather = {"all": AllGather, "ring": Ring}[mode]()
 
@@ -404,14 +404,14 @@ def pair_statistics(mode: str) -> dict[str, Any]:
 CASES: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
-        embeddings, training, restless, traffic, differing, not_finite, no_positive, without_gather, subgroup,
-        compiled, pair_statistics, wrapped, gradcache_wrappers.static_graph_twice,
+        embeddings, training, stochastic, traffic, differing, not_finite, no_positive, without_gather,
+        subgroup, compiled, pair_statistics, wrapped, gradcache_wrappers.static_graph_twice,
     )
 }  # fmt: skip
 
 
 def main(rank: int, world: int, folder: str, cases: list[tuple[Any, ...]]) -> None:
-    """Run ``cases``, (name, arguments...), and write what they give, or how they failed, to ``folder``."""
+    """Runs ``cases``, (name, arguments...), and writes their results to ``folder``."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",

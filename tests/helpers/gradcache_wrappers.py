@@ -37,7 +37,7 @@ class Encoder(nn.Module):
 
 
 class Drifting(nn.Module):
-    """Its forward depends on a buffer that it changes, and that differs between processes."""
+    """A model whose forward depends on a buffer that it changes and that differs between processes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Drifting(nn.Module):
 
 
 class Branches(nn.Module):
-    """Images or texts; and a layer that nobody uses."""
+    """Encoders for images and texts, and an unused layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,8 +62,8 @@ class Branches(nn.Module):
         return self.texts(texts) if images is None else self.images(images)
 
 
-def _made(kind: str) -> tuple[nn.Module, Any, Any, Any]:
-    """The plain model; model, chunk sizes and forward for GradCache."""
+def _build(kind: str) -> tuple[nn.Module, Any, Any, Any]:
+    """Returns the plain model, and model, chunk sizes and forward for GradCache."""
     if kind.startswith("static graph"):
         encoder = Encoder(0.3 if "dropout" in kind else 0.0)
         if "unused" in kind:
@@ -102,7 +102,7 @@ def _gradients(model: nn.Module) -> list[Tensor]:
 
 
 def steps(kind: str, sizes: list[int]) -> dict[str, Any]:
-    """Some steps of GradCache, and the same chunks in one graph whose gradients are averaged.
+    """Runs steps of GradCache, and the same chunks in one graph whose gradients are averaged.
 
     Args:
         kind: of KINDS.
@@ -115,7 +115,7 @@ def steps(kind: str, sizes: list[int]) -> dict[str, Any]:
     labels = (torch.arange(sum(sizes)) % 3)[own]
     criterion = pysupcon.SupConLoss(0.2, gather=True)
     torch.manual_seed(2)
-    plain, model, chunk_size, forward = _made(kind)
+    plain, model, chunk_size, forward = _build(kind)
     reductions: list[int] = []
 
     def count(state, bucket):  # type: ignore[no-untyped-def]  # annotations must not be strings here
@@ -166,7 +166,7 @@ def steps(kind: str, sizes: list[int]) -> dict[str, Any]:
 
 
 def static_graph_twice() -> str:
-    """What is said of one static graph for two models."""
+    """Returns the error for one static graph that is used by two models."""
     model = DistributedDataParallel(Encoder(), static_graph=True)
     try:
         GradCache([model, model], 3)([torch.zeros(4, 6)] * 2, lambda first, second: first.sum())

@@ -122,7 +122,7 @@ def test_gradient_buffers_are_checked(change: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["pair_stats", "positive_softplus"])
-def test_own_rows_form_is_the_gradient_of_everybody(name: str, backend: str) -> None:
+def test_own_rows_form_is_part_of_the_whole_gradient(name: str, backend: str) -> None:
     """Each of two halves, given the other's statistics and upstream gradients, finds its part of the whole
     gradient."""
     operators = tiled if backend == "tiled" else ops
@@ -132,17 +132,17 @@ def test_own_rows_form_is_the_gradient_of_everybody(name: str, backend: str) -> 
     instances = torch.tensor([0, 0, 0, 4, 0, 3, 4, 4])
     n, p, *_ = operators.pair_stats(*whole, instances, None, True, True)
     grads = tuple(torch.randn(4, 8, dtype=torch.float64))
-    own, everybody, flags = {
+    own, all_columns, flags = {
         "pair_stats": ((n, p, *grads), (n, p, *grads), (True, True)),
         "positive_softplus": ((n, 0.25, grads[0]), (n, grads[0]), ()),
     }[name]
     of_pairs = name == "pair_stats"
     backward = getattr(operators, f"{name}_backward")
-    nobody = (None,) * len(everybody)
+    no_columns = (None,) * len(all_columns)
     whole_instances = (instances, None) if of_pairs else ()
-    want = added(backward, *whole, *whole_instances, *own, *nobody, *flags)[0]
+    want = added(backward, *whole, *whole_instances, *own, *no_columns, *flags)[0]
     for half in (torch.arange(0, 4), torch.arange(4, 8)):
-        mine = [value[half] if isinstance(value, torch.Tensor) else value for value in own]
+        own_columns = [value[half] if isinstance(value, torch.Tensor) else value for value in own]
         rows = (
             x[half],
             labels[half],
@@ -154,7 +154,7 @@ def test_own_rows_form_is_the_gradient_of_everybody(name: str, backend: str) -> 
             half,
             *((instances[half], instances) if of_pairs else ()),
         )
-        torch.testing.assert_close(added(backward, *rows, *mine, *everybody, *flags)[0], want[half])
+        torch.testing.assert_close(added(backward, *rows, *own_columns, *all_columns, *flags)[0], want[half])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

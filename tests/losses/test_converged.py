@@ -81,15 +81,15 @@ def test_the_loss_of_equal_rows_is_the_logarithm_of_their_number(backend: str) -
 @pytest.mark.parametrize("temperature", [0.02, 0.05, 0.1])
 @pytest.mark.parametrize("views", [2, 8])
 def test_processes_keep_the_digits(views: int, temperature: float, backend: str) -> None:
-    """Own rows against everybody's, as each of two processes has it: they are the same numbers. The bar is
+    """Each of two processes contrasts its rows with all rows, which gives the same numbers. The tolerance is
     that of one process."""
     operators = tiled if backend == "tiled" else ops
     case = converged.Case("converged", temperature, views)
     features, labels = converged.rows(case, seed=0)
     x, y = features.flatten(0, 1), labels.repeat_interleave(views)
     scale, order = torch.tensor(1 / temperature, dtype=torch.float64), torch.argsort(y, stable=True)
-    everybody = x, y, order, torch.arange(len(x))
-    n, p, positive_sum, _ = operators.pair_stats(x, y, order, scale, *everybody, None, None, True, True)
+    candidates = x, y, order, torch.arange(len(x))
+    n, p, positive_sum, _ = operators.pair_stats(x, y, order, scale, *candidates, None, None, True, True)
     count = (y[:, None] == y).sum(1) - 1
     leaves = [column.requires_grad_() for column in (n, p, positive_sum)]
     loss = (torch.logaddexp(n, p) - positive_sum / count).mean()

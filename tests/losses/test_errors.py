@@ -14,7 +14,7 @@ from helpers.cases import LOSSES
 
 import pysupcon
 from pysupcon import compat, functional
-from pysupcon.pairs import checks, ops
+from pysupcon.pairs import backends, checks, ops
 
 X = torch.randn(4, 2, 3)
 ROWS = torch.randn(4, 3)
@@ -62,7 +62,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "labels and mask": (
         lambda: supcon(X, Y, torch.ones(4, 4, dtype=torch.bool)),
         ValueError,
-        "labels and mask both say who is a positive: give one of them",
+        "labels and mask both define the positives: give only one of them",
     ),
     "float mask": (
         lambda: supcon(X, mask=torch.ones(4, 4)),
@@ -84,7 +84,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "mask on a compiled backend": (
         lambda: supcon(X, mask=torch.eye(4, dtype=torch.bool), backend="cpu"),
         ValueError,
-        "backend='cpu' knows positives by label only, not by mask; mask needs backend='tiled' or 'auto'",
+        "backend='cpu' supports positives by label only, not by mask; mask needs backend='tiled' or 'auto'",
     ),
     "temperature 0": (
         lambda: supcon(X, Y, temperature=0.0),
@@ -150,7 +150,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "cNCE without instances": (
         lambda: functional.class_conditional_info_nce(ROWS, Y),
         ValueError,
-        "instances must be given with features of one view per sample (they say which rows are views "
+        "instances must be given with features of one view per sample (they define which rows are views "
         "of one sample), "
         "got features of shape [4, 3] and instances=None",
     ),
@@ -214,7 +214,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "epsilon with a gradient": (
         lambda: functional.sincere(X, Y, epsilon=torch.tensor(0.1, requires_grad=True)),
         TypeError,
-        "epsilon gets no gradient, so it must not want one: give epsilon.detach()",
+        "epsilon gets no gradient, so it must not require one: give epsilon.detach()",
     ),
     "temperature too small": (
         lambda: supcon(X, Y, temperature=1e-30),
@@ -406,11 +406,11 @@ def test_similarities_that_overflow(backend: str) -> None:
 def test_a_backend_that_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "compiled_for", lambda device: False)
     monkeypatch.setattr(
-        ops, "backends", lambda: {"cpu": {"available": False, "detail": "no compiler was found"}}
+        backends, "backends", lambda: {"cpu": {"available": False, "detail": "no compiler was found"}}
     )
     with pytest.raises(RuntimeError, match="backend='cpu' is not compiled: no compiler was found"):
         supcon(X, Y, backend="cpu")
-    monkeypatch.setattr(checks, "_warned", set())
+    monkeypatch.setattr(backends, "_warned", set())
     with pytest.warns(UserWarning, match=r"no compiled kernel for cpu tensors \(no compiler was found\)"):
         first = supcon(X, Y)
     with warnings.catch_warnings():  # said once

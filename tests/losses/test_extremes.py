@@ -17,7 +17,7 @@ from helpers.tolerances import TABLE, parts
 from torch import Tensor
 
 from pysupcon import functional
-from pysupcon.pairs.checks import TEMPERATURES
+from pysupcon.pairs.checks import TEMPERATURE_RANGE
 
 _ROOM = {torch.float32: 1e7, torch.float64: 5e14}
 """S up to which every backend must give an answer: eps * S is about 1 there, and beyond it a similarity is
@@ -55,7 +55,7 @@ def _draw(kind: str, dtype: torch.dtype, seed: int, low: float, high: float) -> 
     draw = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     rows, width = draw.choice([(2, 3), (5, 3), (7, 4)])
-    exponents = [math.log10(bound) for bound in TEMPERATURES]
+    exponents = [math.log10(bound) for bound in TEMPERATURE_RANGE]
     temperature = 10 ** (draw.uniform(-8, 8) if draw.random() < 0.8 else draw.uniform(*exponents))
     x = torch.randn(rows, width, generator=generator, dtype=torch.float64)
     if draw.random() < 0.3:  # rows of every size; the largest decides
@@ -194,7 +194,7 @@ def test_a_gradient_is_bounded_by_its_parts(backend: str, dtype: torch.dtype, si
     assert grad.norm() <= parts(x.detach().norm(dim=1).max().item() / 0.3, 6) / 6
 
 
-@pytest.mark.parametrize("value", [1.001 * TEMPERATURES[0], 1e-6, 1e6, 0.999 * TEMPERATURES[1]])
+@pytest.mark.parametrize("value", [1.001 * TEMPERATURE_RANGE[0], 1e-6, 1e6, 0.999 * TEMPERATURE_RANGE[1]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_range_of_temperatures_itself_is_right(value: float, dtype: torch.dtype, backend: str) -> None:
     """Rows that make S = 10, and a learnable temperature in float32."""

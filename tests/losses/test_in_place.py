@@ -14,7 +14,7 @@ from torch import Tensor
 
 import pysupcon
 from pysupcon import functional
-from pysupcon.pairs.problem import Block
+from pysupcon.pairs.global_batch import Block
 
 BACKENDS = ["cpu", "tiled", "reference"]
 REFUSED = "modified by an inplace operation"
@@ -170,7 +170,7 @@ class _Alone:
 
     rank = 0
 
-    def begin(self, features: Tensor, alike: dict[str, int]) -> _Alone:
+    def begin(self, features: Tensor, must_match: dict[str, int]) -> _Alone:
         self.samples = (features.shape[0], 0)
         return self
 

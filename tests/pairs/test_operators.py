@@ -1,4 +1,4 @@
-"""The compiled operators against their pure-PyTorch twins, on problems drawn by hypothesis."""
+"""The compiled operators agree with the tiled ones in pure PyTorch, on problems drawn by hypothesis."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pysupcon
-from pysupcon.pairs import ops, problem, tiled
+from pysupcon.pairs import ops, pairing, tiled
 
 CPU = pysupcon.backends()["cpu"]
 pytestmark = pytest.mark.skipif(not CPU["available"], reason=CPU["detail"])
@@ -21,7 +21,7 @@ FORMS = ["self", "candidates", "self index", "own rows"]
 
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[tuple[Any, ...], dict[str, torch.Tensor], str]:
-    """The ten arguments pair_stats begins with, columns of everybody's statistics, and the form."""
+    """Returns the first ten arguments of pair_stats, one column per statistic, and the form."""
     form = draw(st.sampled_from(FORMS), label="form")
     width = draw(st.sampled_from([1, 3, 8, 15, 16, 17, 40, 129]), label="width")
     total = draw(st.integers(0, 150), label="candidates")
@@ -57,7 +57,7 @@ def problems(draw: st.DrawFn) -> tuple[tuple[Any, ...], dict[str, torch.Tensor],
 
 
 def _order(labels: torch.Tensor, instances: torch.Tensor | None = None) -> torch.Tensor:
-    """By label, then by instance."""
+    """Returns the argsort by label and then by instance."""
     if instances is None:
         return torch.argsort(labels, stable=True)
     order = torch.argsort(instances, stable=True)
@@ -92,12 +92,12 @@ def test_compiled_operators_equal_their_twins(
     softplus_n = both[0]
     _same("positive_softplus", *rows, softplus_n, epsilon)
     need = form in ("candidates", "self index")
-    everybody: dict[str, Any] = {}
+    candidate_columns: dict[str, Any] = {}
     own = columns
-    if form == "own rows":  # every candidate is an anchor of somebody: what they all know
+    if form == "own rows":  # each candidate is an anchor of some process, with known statistics
         whole = (*rows[4:7], rows[3], *(None,) * 6)
         all_n, all_p, *_ = tiled.pair_stats(*whole, *wanted)
-        everybody = {
+        candidate_columns = {
             "n": all_n,
             "p": all_p,
             **{name: column for name, column in columns.items() if name not in "wa" or name in sums},
@@ -105,17 +105,17 @@ def test_compiled_operators_equal_their_twins(
         }
         own = {name: column[rows[7]] for name, column in columns.items()}
     own_sums = [own[name] if name in sums else None for name in "wa"]
-    theirs = [everybody.get(name) for name in ("n", "p", "u", "v", "w", "a")]
-    arguments = *pairs, n, p, own["u"], own["v"], *own_sums, *theirs, *wanted
+    candidate_stats = [candidate_columns.get(name) for name in ("n", "p", "u", "v", "w", "a")]
+    arguments = *pairs, n, p, own["u"], own["v"], *own_sums, *candidate_stats, *wanted
     _same("pair_stats_backward", *arguments, candidates=need)
     _same(
-        "positive_softplus_backward", *rows, softplus_n, epsilon, own["g"], everybody.get("softplus_n"),
-        everybody.get("g"), candidates=need,
+        "positive_softplus_backward", *rows, softplus_n, epsilon, own["g"],
+        candidate_columns.get("softplus_n"), candidate_columns.get("g"), candidates=need,
     )  # fmt: skip
 
 
 @given(problem=problems())
-def test_what_was_not_asked_for(problem: Any) -> None:
+def test_statistics_that_are_not_requested(problem: Any) -> None:
     (*rows, instances, other_instances), _, _ = problem
     _, p, *sums = _same("pair_stats", *rows, instances, other_instances, True, False)
     assert (p == -torch.inf).all()
@@ -127,7 +127,7 @@ def test_what_was_not_asked_for(problem: Any) -> None:
 
 @pytest.mark.parametrize("count", [4100, pytest.param(16_450, marks=pytest.mark.slow)])
 def test_sets_of_blocks(count: int) -> None:
-    """Blocks of 64 rows, which meet in sets of two and of four; the last one is ragged."""
+    """Blocks of 64 rows, paired in sets of two and of four; the last block is partly filled."""
     generator = torch.Generator().manual_seed(count)
     x = torch.nn.functional.normalize(
         torch.randn(count, 300, generator=generator, dtype=torch.float64), dim=1
@@ -174,9 +174,9 @@ def test_order_by_class(ids: list[int], views: int) -> None:
 @pytest.mark.parametrize("classes", [3, 2**62])
 def test_order_and_count_without_the_extension(classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.randint(-classes, classes, (500,), generator=torch.Generator().manual_seed(0))
-    compiled = [problem._order_and_count(ids, views) for views in (1, 2)]
+    compiled = [pairing.order_and_count(ids, views) for views in (1, 2)]
     monkeypatch.setattr(ops, "_problem", "no extension")
     for views, (order, count) in zip((1, 2), compiled, strict=True):
-        plain_order, plain_count = problem._order_and_count(ids, views)
+        plain_order, plain_count = pairing.order_and_count(ids, views)
         torch.testing.assert_close(order, plain_order, rtol=0, atol=0)
         torch.testing.assert_close(count, plain_count, rtol=0, atol=0)

@@ -1,5 +1,5 @@
-"""Raw operators with arguments that are wrong: a ValueError that names the argument, nothing read or written
-outside, nothing written at all."""
+"""Raw operators with wrong arguments: a ValueError names the argument, nothing is written, and no memory is
+read out of bounds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pysupcon.pairs import tiled
 CPU = pysupcon.backends()["cpu"]
 needs_extension = pytest.mark.skipif(not CPU["available"], reason=CPU["detail"])
 NAMES = list(operators("pysupcon"))
-# The pure-PyTorch operators copy rows and add to a gradient once: right there.
+# Accepted by the pure-PyTorch operators, which copy rows and add to a gradient once.
 HARMLESS_IN_TILED = ("strided", "memory", "NaN")
 
 
@@ -91,7 +91,7 @@ def test_statistics_of_the_candidates_come_together_and_alone(name: str) -> None
 
 @needs_extension
 @pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("_backward")])
-def test_gradients_lie_apart(name: str) -> None:
+def test_gradients_share_no_memory(name: str) -> None:
     values = draw(random.Random(5), "candidates", torch.float64)
     rows, candidates = values["x"], values["candidates"]
     assert rows.numel()
@@ -114,7 +114,7 @@ def test_gradients_lie_apart(name: str) -> None:
 
 @needs_extension
 @pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("_backward")])
-def test_autograd_learns_that_a_gradient_changed(name: str) -> None:
+def test_a_gradient_gets_a_new_version(name: str) -> None:
     values = draw(random.Random(2), "candidates", torch.float32)
     values["grad_candidates"] = torch.zeros_like(values["candidates"])
     weight = torch.ones((), requires_grad=True)
@@ -138,8 +138,8 @@ def test_tensors_of_the_meta_device_are_refused(name: str, argument: str) -> Non
 
 
 @needs_extension
-def test_negated_and_zero_tensors_are_understood() -> None:
-    """Tensors whose memory does not hold their values."""
+def test_negated_and_zero_tensors_are_supported() -> None:
+    """Tensors whose memory does not contain their values."""
     values = draw(random.Random(4), "self", torch.float64)
     negated = torch._neg_view(-values["x"].clone())
     for name in NAMES:

@@ -1,6 +1,6 @@
-"""pysupcon/pairs/trust.py without a GPU: which cards a build runs on, and what follows from wrong answers.
+"""pysupcon/pairs/trust.py without a GPU: on which cards a build runs, and the effect of wrong answers.
 
-Cards are the monkeypatched queries of torch.cuda; the "kernels" are operators for CPU tensors; the rows of a
+The queries of torch.cuda are monkeypatched, the "kernels" are operators for CPU tensors, and the rows of a
 loss are fake CUDA tensors.
 """
 
@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pysupcon
 from pysupcon import functional
-from pysupcon.pairs import checks, known_answers, ops, tiled, trust
+from pysupcon.pairs import backends, known_answers, ops, tiled, trust
 
 CPU = torch.device("cpu")
 FIRST = torch.device("cuda", 0)
@@ -101,7 +101,7 @@ def test_parts_of_float32_by_the_newer_setting() -> None:
 
 
 class Slightly:
-    """The operators of :mod:`pysupcon.pairs.tiled`; positive_softplus is off by 1 % for one dtype of rows."""
+    """The tiled operators; positive_softplus has an error of 1 % for one dtype of rows."""
 
     def __init__(self, wrong_for: torch.dtype | None) -> None:
         self.wrong_for = wrong_for
@@ -115,7 +115,7 @@ class Slightly:
 
 
 class Cards:
-    """A machine with CUDA cards. ``wrong_for``: the dtype for which all of them answer wrongly."""
+    """A machine with CUDA cards, all of which give wrong answers for the dtype ``wrong_for``."""
 
     def __init__(self) -> None:
         self.capabilities = [(8, 6)]
@@ -132,7 +132,7 @@ class Cards:
 
 
 def report(check: bool = False) -> dict[str, Any]:
-    """What backends() says of CUDA, where torch sees the cards."""
+    """Returns the CUDA entry of backends(), with the cards visible to torch."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         return pysupcon.backends(check=check)["cuda"]
@@ -167,38 +167,38 @@ def cards(monkeypatch: pytest.MonkeyPatch) -> Cards:
 
 
 def loss(backend: str = "auto", dtype: torch.dtype = torch.float32, index: int = 0, **more: Any) -> Any:
-    """A loss of fake CUDA tensors."""
+    """Computes a loss of fake CUDA tensors."""
     with FakeTensorMode():
         x = torch.empty(8, 4, dtype=dtype, device=f"cuda:{index}")
         labels = torch.empty(8, dtype=torch.int64, device=f"cuda:{index}")
         return functional.supcon(x, labels, backend=backend, **more)
 
 
-def backend_of(wish: str = "auto", dtype: torch.dtype = torch.float32, index: int = 0) -> str:
-    return checks.check_kernels(wish, torch.device("cuda", index), dtype)
+def backend_of(requested: str = "auto", dtype: torch.dtype = torch.float32, index: int = 0) -> str:
+    return backends.check_kernels(requested, torch.device("cuda", index), dtype)
 
 
-WORDS = (
+MESSAGE = (
     "pysupcon's CUDA kernels are not used for float32 on cuda:0 (Card 0): positive_softplus (one set, D=72): "
     "the sum differs in 298 of 300 places, by 1.0e-02 of the right value at worst, where 2.0e-05 is allowed"
 )
 
 
-def test_wrong_answers_warn_once_and_raise_the_same_words(cards: Cards) -> None:
+def test_wrong_answers_warn_once_and_raise_the_same_message(cards: Cards) -> None:
     cards.wrong_for = torch.float32
-    with pytest.warns(UserWarning, match="pysupcon") as told:
+    with pytest.warns(UserWarning, match="pysupcon") as caught:
         assert loss().device == FIRST
-    assert [str(w.message) for w in told] == [
-        f"{WORDS}; the slower pure-PyTorch path, backend='tiled', takes its place"
+    assert [str(w.message) for w in caught] == [
+        f"{MESSAGE}; the slower pure-PyTorch path, backend='tiled', takes its place"
     ]
-    assert told[0].filename == __file__
+    assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loss()
         assert backend_of() == "tiled"
     with pytest.raises(RuntimeError) as error:
         loss(backend="cuda")
-    assert str(error.value) == WORDS
+    assert str(error.value) == MESSAGE
     assert cards.checks == [(0, torch.float32, 3)]  # computed once
 
 
@@ -218,7 +218,7 @@ def test_right_answers_use_the_kernels(cards: Cards) -> None:
     assert cards.streams == ["the stream of cuda:0"]
 
 
-def test_every_dtype_and_precision_is_judged_by_itself(cards: Cards) -> None:
+def test_every_dtype_and_precision_has_its_own_verdict(cards: Cards) -> None:
     cards.wrong_for = torch.float16
     assert [backend_of("auto", dtype) for dtype in (torch.float32, torch.bfloat16)] == ["cuda", "cuda"]
     with pytest.warns(UserWarning, match="float16"):
@@ -234,7 +234,7 @@ def test_every_dtype_and_precision_is_judged_by_itself(cards: Cards) -> None:
     ]  # fmt: skip
 
 
-def test_promoted_rows_are_judged_in_the_dtype_they_are_computed_in(cards: Cards) -> None:
+def test_promoted_rows_are_checked_in_the_dtype_of_the_computation(cards: Cards) -> None:
     cards.wrong_for = torch.float32
     with FakeTensorMode():
         x = torch.empty(8, 4, dtype=torch.bfloat16, device=FIRST)
@@ -251,12 +251,12 @@ def test_a_mask_takes_the_tiled_path_without_a_check(cards: Cards) -> None:
     assert cards.checks == []
 
 
-def test_two_cards_are_judged_one_by_one(cards: Cards) -> None:
+def test_two_cards_have_separate_verdicts(cards: Cards) -> None:
     cards.capabilities = [(9, 0), (7, 5)]
     assert backend_of(index=0) == "cuda"
     with pytest.warns(UserWarning, match=r"on cuda:1 \(Card 1\): this build holds no code .* capability 7.5"):
         loss(index=1)
-    assert cards.checks == [(0, torch.float32, 3)]  # nothing is tried on the other
+    assert cards.checks == [(0, torch.float32, 3)]  # no test on the other card
     entry = report()
     assert entry["available"]
     assert entry["devices"]["cuda:0"] == {
@@ -277,10 +277,10 @@ def test_backends_reports_what_is_known(cards: Cards) -> None:
         backend_of("cuda")
     entry = report()
     assert not entry["available"]
-    assert WORDS in entry["detail"]
+    assert MESSAGE in entry["detail"]
     backend_of("cuda", torch.bfloat16)
     assert report()["available"]  # for bfloat16
-    assert WORDS in report()["detail"]
+    assert MESSAGE in report()["detail"]
 
 
 def test_backends_can_check_beforehand(cards: Cards) -> None:
@@ -334,7 +334,7 @@ def test_trust_without_a_check(cards: Cards, monkeypatch: pytest.MonkeyPatch) ->
         backend_of("cuda", index=1)
 
 
-def test_a_full_device_is_asked_again(cards: Cards) -> None:
+def test_a_full_device_is_checked_again(cards: Cards) -> None:
     def full() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -355,7 +355,7 @@ def test_threads_share_one_check_and_one_warning(cards: Cards) -> None:
         found.append(backend_of())
 
     threads = [threading.Thread(target=first_use) for _ in range(8)]
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for thread in threads:
             thread.start()
@@ -363,11 +363,11 @@ def test_threads_share_one_check_and_one_warning(cards: Cards) -> None:
             thread.join()
     assert found == ["tiled"] * 8
     assert len(cards.checks) == 1
-    assert len(told) == 1
+    assert len(caught) == 1
 
 
-def test_the_check_and_its_caller_do_not_meet(cards: Cards) -> None:
-    """Modes of the caller do not reach the check; the check leaves everything as it was."""
+def test_the_check_is_isolated_from_its_caller(cards: Cards) -> None:
+    """Modes of the caller do not affect the check, and the check restores all state."""
     seen: dict[str, Any] = {}
 
     def look() -> None:
@@ -407,7 +407,7 @@ def test_the_check_and_its_caller_do_not_meet(cards: Cards) -> None:
 
 @pytest.mark.parametrize("wrong", [False, True])
 def test_a_trace_checks_outside_of_its_graph(cards: Cards, wrong: bool) -> None:
-    """``fullgraph=True`` refuses every graph break; what the check computes is no part of the graph."""
+    """``fullgraph=True`` refuses every graph break; the computation of the check is not in the graph."""
     cards.wrong_for = torch.float32 if wrong else None
     graphs: list[torch.fx.GraphModule] = []
 
@@ -416,40 +416,40 @@ def test_a_trace_checks_outside_of_its_graph(cards: Cards, wrong: bool) -> None:
         return graph
 
     def function(x: torch.Tensor) -> torch.Tensor:
-        return x * (2 if checks.check_kernels("auto", FIRST, x.dtype) == "cuda" else 3)
+        return x * (2 if backends.check_kernels("auto", FIRST, x.dtype) == "cuda" else 3)
 
     torch._dynamo.reset()
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         got = torch.compile(function, fullgraph=True, backend=keep)(torch.ones(2))
     assert torch.equal(got, torch.full((2,), 3.0 if wrong else 2.0))
-    assert len([w for w in told if "not used" in str(w.message)]) == int(wrong)
+    assert len([w for w in caught if "not used" in str(w.message)]) == int(wrong)
     assert cards.checks == [(0, torch.float32, 3)]
     assert len(graphs) == 1
     assert [node.op for node in graphs[0].graph.nodes] == ["placeholder", "call_function", "output"]
 
 
-def test_a_trace_raises_the_words(cards: Cards) -> None:
+def test_a_trace_raises_the_message(cards: Cards) -> None:
     cards.wrong_for = torch.float32
 
     def function(x: torch.Tensor) -> torch.Tensor:
-        return x if checks.check_kernels("cuda", FIRST, x.dtype) == "cuda" else -x
+        return x if backends.check_kernels("cuda", FIRST, x.dtype) == "cuda" else -x
 
     torch._dynamo.reset()
     with pytest.raises(RuntimeError) as error:
         torch.compile(function, backend="eager")(torch.ones(2))
-    assert str(error.value) == WORDS
+    assert str(error.value) == MESSAGE
     torch._dynamo.reset()
     with pytest.raises(Exception, match="differs in 298 of 300 places"):
         torch.compile(function, backend="eager", fullgraph=True)(torch.ones(2))
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_loss_on_the_cpu_asks_nothing(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_on_the_cpu_runs_no_check(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Any) -> None:
-        raise AssertionError("asked")
+        raise AssertionError("the CUDA check ran")
 
-    monkeypatch.setattr(trust, "obstacle", never)
+    monkeypatch.setattr(trust, "unusable_reason", never)
     x, labels = torch.randn(8, 2, 4), torch.arange(8) % 3
     function = (
         torch.compile(functional.supcon, fullgraph=True, backend="eager") if compiled else functional.supcon

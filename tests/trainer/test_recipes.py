@@ -89,7 +89,7 @@ def _named(path: Path) -> list[str]:
     return [found] if isinstance(found, str) else found
 
 
-@pytest.mark.parametrize("file", ["README.md", "Makefile"])
+@pytest.mark.parametrize("file", ["pysupcon/trainer/README.md", "Makefile"])
 def test_configs_that_are_named_exist(file: str) -> None:
     text = (CONFIGS.parent / file).read_text(encoding="utf-8")
     named = set(re.findall(r"configs/[a-z0-9_/]+\.yaml", text))

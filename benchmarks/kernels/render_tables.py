@@ -1,7 +1,7 @@
-"""Renders the tables of README.md from stored results, between its two markers.
+"""Renders the tables of benchmarks/README.md from stored results, between two markers.
 
-    python benchmarks/kernels/readme_table.py            # write them
-    python benchmarks/kernels/readme_table.py --check    # exit status 1 if README.md says anything else
+    python benchmarks/kernels/render_tables.py            # write them
+    python benchmarks/kernels/render_tables.py --check    # exit status 1 if the page differs from the results
 
 The results are those of run.py in benchmarks/results/*.json, or in the files named.
 """
@@ -25,6 +25,7 @@ BEGIN = "<!-- benchmark:begin -->"
 END = "<!-- benchmark:end -->"
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "benchmarks" / "README.md"
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -104,27 +105,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", nargs="*", type=Path, help="files written by run.py --json")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    parser.add_argument("--check", action="store_true", help="change nothing; 1 if it is not up to date")
+    parser.add_argument("--page", type=Path, default=PAGE, help="Markdown file that holds the markers")
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit with 1 if the page is out of date"
+    )
     options = parser.parse_args(arguments)
     try:
         stored = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in _paths(options.results)]
-        readme = options.readme.read_text(encoding="utf-8")
+        page = options.page.read_text(encoding="utf-8")
         sections = [render(results, path.name) for path, results in stored if "schema" in results]
         if not sections:
             raise ValueError("no results of run.py")
-        new = table.between_markers(readme, BEGIN, END, "\n\n".join(sections))
+        new = table.between_markers(page, BEGIN, END, "\n\n".join(sections))
     except (OSError, ValueError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     if options.check:
-        if new != readme:
-            print(
-                "README.md does not show the stored results; run benchmarks/kernels/readme_table.py",
-                file=sys.stderr,
+        if new != page:
+            message = (
+                f"{options.page} does not show the stored results; run benchmarks/kernels/render_tables.py"
             )
-        return int(new != readme)
-    options.readme.write_text(new, encoding="utf-8")
+            print(message, file=sys.stderr)
+        return int(new != page)
+    options.page.write_text(new, encoding="utf-8")
     return 0
 
 

@@ -1,0 +1,198 @@
+"""Which rows are positives of which anchor: index arguments for the operators, and counts per anchor.
+
+The input is ids per sample (labels, instances) or a mask; the output is a
+:class:`pysupcon.pairs.statistics.Pairing` per row. Each set of ids is sorted once per call of a loss. Nothing
+here waits for a GPU.
+
+Shapes: B samples with V views each are M = B * V rows; view v of sample b is row b * V + v. ``ids`` are int64
+[B] unless stated otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pysupcon.pairs import modes, opaque, ops, tiled
+from pysupcon.pairs.statistics import Pairing
+
+__all__ = [
+    "InstanceIds",
+    "add_instances",
+    "count_matches",
+    "number_by_label",
+    "order_and_count",
+    "pair_by_id",
+    "pair_by_mask",
+    "repeat_per_view",
+    "sort_rows",
+]
+
+
+def repeat_per_view(ids: Tensor, views: int) -> Tensor:
+    """Repeats one value per sample [B] for each of its rows [B * V]."""
+    return ids if views == 1 else ids.unsqueeze(1).expand(-1, views).reshape(-1).contiguous()
+
+
+def sort_rows(ids: Tensor, views: int) -> tuple[Tensor, Tensor]:
+    """Returns the sorted ids [B] and the stable argsort of the rows [B * V]."""
+    sorted_ids, order = torch.sort(ids, stable=True)
+    if views > 1:
+        order = (order.unsqueeze(1) * views + torch.arange(views, device=ids.device)).reshape(-1)
+    return sorted_ids, order
+
+
+def count_matches(sorted_ids: Tensor, ids: Tensor, views: int = 1) -> Tensor:
+    """Counts for each id the rows that have it.
+
+    Args:
+        sorted_ids: ids of the samples to search, ascending.
+        ids: ids to look up, int64 of any shape.
+        views: rows per sample of ``sorted_ids``.
+
+    Returns:
+        int64 of the shape of ``ids``.
+    """
+    rows = torch.searchsorted(sorted_ids, ids, right=True).sub_(torch.searchsorted(sorted_ids, ids))
+    return rows if views == 1 else rows.mul_(views)
+
+
+def order_and_count(ids: Tensor, views: int) -> tuple[Tensor, Tensor]:
+    """Returns the stable argsort of the rows and, per row, the number of other rows with the same id."""
+    # vmap has no rule for the compiled operator.
+    supported = torch.compiler.is_compiling() or not modes.is_transformed()
+    if ids.device.type == "cpu" and ops.compiled_for("cpu") and supported:
+        order, count = ops.order_by_class(ids, views)
+        return order, count
+    sorted_ids, order = sort_rows(ids, views)
+    return order, repeat_per_view(count_matches(sorted_ids, ids, views).sub_(1), views)
+
+
+def pair_by_id(
+    ids: Tensor,
+    views: int,
+    candidate_ids: Tensor | None,
+    candidate_views: int,
+    self_index: Tensor | None,
+) -> tuple[Pairing, Tensor]:
+    """Takes rows of the same id as positives.
+
+    Args:
+        ids: of the anchors' samples.
+        views: rows per sample of the anchors.
+        candidate_ids: of the candidates' samples; None: the anchors are the candidates.
+        candidate_views: rows per sample of the candidates.
+        self_index: int64 [M], the candidate row that is the anchor itself; None: no anchor is a candidate.
+
+    Returns:
+        The pairing, and |P_i| per anchor, int64 [M].
+    """
+    labels = repeat_per_view(ids, views)
+    if candidate_ids is None:
+        order, count = order_and_count(ids, views)
+        return Pairing(labels, order), count
+    order = sort_rows(ids, views)[1]
+    sorted_candidates, candidate_order = sort_rows(candidate_ids, candidate_views)
+    count = repeat_per_view(count_matches(sorted_candidates, ids, candidate_views), views)
+    if self_index is not None:
+        count = count - 1
+    candidate_labels = repeat_per_view(candidate_ids, candidate_views)
+    return Pairing(labels, order, candidate_labels, candidate_order, self_index), count
+
+
+def pair_by_mask(
+    mask: Tensor, views: int, candidate_views: int, self_index: Tensor | None, rectangular: bool
+) -> tuple[Pairing, Tensor, tiled.PositiveMask]:
+    """Takes row j as a positive of row i where the mask of their samples is true.
+
+    Args:
+        mask: bool [samples of the anchors, samples of the candidates].
+        views: rows per sample of the anchors.
+        candidate_views: rows per sample of the candidates.
+        self_index: as in :func:`pair_by_id`.
+        rectangular: whether the candidates are not the anchors themselves.
+
+    Returns:
+        The pairing, |P_i| per anchor, int64 [M], and the mask for the tiled operators.
+    """
+    rows = repeat_per_view(torch.arange(mask.shape[0], device=mask.device), views)
+    columns = repeat_per_view(torch.arange(mask.shape[1], device=mask.device), candidate_views)
+    positives = tiled.PositiveMask(mask, rows, columns)
+    if modes.is_eager(mask):
+        count = tiled.positive_count(positives, self_index, symmetric=not rectangular)
+    else:
+        count = opaque.positive_count(*positives, self_index, not rectangular)
+    order, candidate_order = (torch.arange(side.shape[0], device=mask.device) for side in (rows, columns))
+    if not rectangular:
+        return Pairing(rows, order), count, positives
+    return Pairing(rows, order, columns, candidate_order, self_index), count, positives
+
+
+class InstanceIds(NamedTuple):
+    """Instances of samples, int64."""
+
+    own: Tensor
+    """[B], of the anchors' samples"""
+    candidates: Tensor | None
+    """of the candidates' samples; None: the anchors are the candidates"""
+    given: bool
+    """whether the caller gave them; otherwise each sample is its own instance"""
+
+
+def number_by_label(ids: Tensor, candidate_ids: Tensor | None, instances: InstanceIds) -> InstanceIds:
+    """Numbers the pairs (id, instance), ascending by id and then by instance.
+
+    Rows with the same number have the same class and instance. Rows sorted by number are sorted by class.
+
+    Args:
+        ids: classes of the anchors' samples.
+        candidate_ids: classes of separate candidates; None: the candidates are rows of the anchors' samples.
+        instances: given by the caller.
+    """
+    keys, values = ids, instances.own
+    if candidate_ids is not None and instances.candidates is not None:
+        keys, values = torch.cat([ids, candidate_ids]), torch.cat([values, instances.candidates])
+    order = torch.argsort(values, stable=True)
+    order = order.index_select(0, torch.argsort(keys.index_select(0, order), stable=True))
+    keys, values = keys.index_select(0, order), values.index_select(0, order)
+    new = (keys[1:] != keys[:-1]) | (values[1:] != values[:-1])
+    number = torch.cat([torch.zeros_like(new[:1]), new]).cumsum(0) if order.shape[0] > 1 else order
+    number = torch.empty_like(number).index_copy(0, order, number)
+    size = ids.shape[0]
+    candidates = None
+    if instances.candidates is not None:
+        candidates = number if candidate_ids is None else number[size:]
+    return InstanceIds(number[:size], candidates, given=True)
+
+
+def add_instances(
+    pairing: Pairing, views: int, candidate_views: int, instances: InstanceIds
+) -> tuple[Pairing, Tensor]:
+    """Adds instances to a pairing.
+
+    Args:
+        pairing: by label or mask.
+        views: rows per sample of the anchors.
+        candidate_views: rows per sample of the candidates.
+        instances: as :func:`number_by_label` returns them if the caller gave instances.
+
+    Returns:
+        The pairing with instances, and |A_i| per anchor, int64 [M].
+    """
+    by_instance, count = pair_by_id(
+        instances.own, views, instances.candidates, candidate_views, pairing.self_index
+    )
+    # Views of one sample are neighbours in any stable order; given instances need an order of their own.
+    orders = by_instance if instances.given else pairing
+    # All fields are listed because Dynamo of torch 2.11 loses fields that _replace changed.
+    return Pairing(
+        pairing.labels,
+        orders.order,
+        pairing.candidate_labels,
+        orders.candidate_order,
+        pairing.self_index,
+        by_instance.labels,
+        by_instance.candidate_labels,
+    ), count
