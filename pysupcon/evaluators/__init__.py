@@ -1,9 +1,9 @@
-"""Evaluators: frozen features and labels in, (name, value) pairs out.
+"""Evaluators of frozen features, which yield (name, value) pairs.
 
-An evaluator is a class with a ``name``, a dataclass of its own arguments, and a ``__call__`` (see
-:class:`Evaluator`). To add one: write it, give :class:`EvaluationConfig` a field of its name, and list it in
-``_CLASSES``. Nothing here knows how the features were trained. scikit-learn is imported only where an
-evaluator runs.
+An evaluator is a class with a ``name``, a config dataclass and a ``__call__`` (see :class:`Evaluator`). To
+add one, write the class, add a field of its name to :class:`EvaluationConfig` and list it in ``_CLASSES``.
+The evaluators do not depend on how the features were trained. scikit-learn is imported when an evaluator
+runs.
 """
 
 from __future__ import annotations
@@ -77,28 +77,28 @@ _CLASSES: Mapping[str, type[Evaluator]] = {
     cls.name: cls for cls in (CoarseToFine, LinearProbe, KNN, Geometry, Separation, Pairs, WorstGroup)
 }
 
-# Transfer judges features of other data than the run's; it has its own command.
+# Transfer evaluates another data set than the run's, in a command of its own.
 _UNITS = {name: cls.units for name, cls in _CLASSES.items()} | {Transfer.name: Transfer.units}
 
 
 @dataclass
 class EvaluationConfig:
-    """Which evaluators judge the frozen features, and with what arguments."""
+    """Which evaluators run on the frozen features, and their arguments."""
 
     evaluators: list[str] = field(
         default_factory=lambda: ["coarse_to_fine", "knn", "geometry", "separation", "pairs"]
     )
-    """Names, run in this order; any of coarse_to_fine, linear_probe, knn, geometry, separation, pairs,
-    worst_group."""
+    """Names of the evaluators, in order; any of coarse_to_fine, linear_probe, knn, geometry, separation,
+    pairs, worst_group."""
 
     coarse_to_fine: CoarseToFineConfig = field(default_factory=CoarseToFineConfig)
-    """Arguments of the coarse-to-fine transfer."""
+    """Arguments of coarse-to-fine transfer."""
 
     linear_probe: LinearProbeConfig = field(default_factory=LinearProbeConfig)
     """Arguments of the linear probe on one level of labels."""
 
     knn: KNNConfig = field(default_factory=KNNConfig)
-    """Arguments of the weighted k-nearest neighbours."""
+    """Arguments of weighted k-nearest-neighbour classification."""
 
     geometry: GeometryConfig = field(default_factory=GeometryConfig)
     """Arguments of spread, distances and collapse."""
@@ -107,25 +107,25 @@ class EvaluationConfig:
     """Arguments of the nearest same-class and other-class cosines."""
 
     pairs: PairsConfig = field(default_factory=PairsConfig)
-    """Arguments of the losses' view of all pairs: KL bound, repelling positives, floors."""
+    """Arguments of the losses over all pairs: KL bound, repelled positives, lower bounds."""
 
     worst_group: WorstGroupConfig = field(default_factory=WorstGroupConfig)
-    """Arguments of the worst-group robustness."""
+    """Arguments of worst-group robustness."""
 
     bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
-    """The intervals of all figures that have one outcome per test sample."""
+    """Intervals of all metrics that have one outcome per test sample."""
 
     projection: ProjectionConfig = field(default_factory=ProjectionConfig)
-    """The two-dimensional picture."""
+    """The two-dimensional plot of the features."""
 
     batch_size: int = 256
-    """Images the encoder takes at once when features are extracted."""
+    """Images per forward pass of the encoder."""
 
     device: str = "auto"
-    """Where the encoder runs and the features lie: cpu, cuda, cuda:1, ...; auto is an accelerator if any."""
+    """Device of encoder and features: cpu, cuda, cuda:1, ...; auto selects an accelerator if available."""
 
     progress: bool = True
-    """Bars for what takes seconds."""
+    """Show progress bars."""
 
     def __post_init__(self) -> None:
         if not self.evaluators or len(set(self.evaluators)) != len(self.evaluators):
@@ -138,18 +138,18 @@ class EvaluationConfig:
 
 
 def available_evaluators() -> list[str]:
-    """Names that ``EvaluationConfig.evaluators`` may hold."""
+    """Valid names for ``EvaluationConfig.evaluators``, sorted."""
     return sorted(_CLASSES)
 
 
 def build_evaluators(config: EvaluationConfig) -> list[Evaluator]:
-    """The evaluators that ``config`` names, in its order, each with its own arguments."""
+    """The evaluators of ``config`` in order, each with its arguments."""
     return [_CLASSES[name](getattr(config, name)) for name in config.evaluators]
 
 
 def unit_of(name: str) -> str:
-    """Unit of the result called ``name``, by the longest end of it that its evaluator lists; "" if none."""
+    """Unit of the result ``name``, by the longest suffix that its evaluator lists; "" if none."""
     evaluator, *parts = name.split("/")
     units = _UNITS.get(evaluator, {})
-    ends = ("/".join(parts[start:]) for start in range(len(parts)))
-    return next((units[end] for end in ends if end in units), "")
+    suffixes = ("/".join(parts[start:]) for start in range(len(parts)))
+    return next((units[suffix] for suffix in suffixes if suffix in units), "")

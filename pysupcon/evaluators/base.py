@@ -1,4 +1,4 @@
-"""What every evaluator is given, what it gives back, and how a configuration finds it by name."""
+"""Inputs, results and protocol of the evaluators."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 Level = Literal["coarse", "fine"]
 LEVELS: tuple[Level, ...] = ("fine", "coarse")
 
-#: One result: its name, parts separated by "/", and a number; or an outcome: a tensor [N_test] on the CPU,
-#: one entry per test sample in its order, from which figures are resampled and two models compared in pairs.
-#: NaN in an outcome: the sample has none. The last part of its name says which, e.g. "correct" (bool),
+#: A result is a name, with parts separated by "/", and a number or an outcome. An outcome is a tensor
+#: [N_test] on the CPU with one entry per test sample, used for bootstrap intervals and paired comparisons.
+#: NaN marks samples without a value. The last part of its name is its kind, e.g. "correct" (bool) or
 #: "predicted" (int64 label).
 Result = tuple[str, "float | Tensor"]
 
@@ -32,12 +32,12 @@ class FeatureSet:
     """Frozen features of one split and their labels, all on one device.
 
     Args:
-        features: [N, D], a floating-point dtype, finite, N >= 1 and D >= 1.
-        coarse: [N] int64, the labels the encoder was trained on.
-        fine: [N] int64, the labels it has not seen; equal to ``coarse`` where a data set has one level only.
+        features: [N, D] of a floating-point dtype, finite, N >= 1 and D >= 1.
+        coarse: [N] int64, the training labels of the encoder.
+        fine: [N] int64, labels not used for training; equal to ``coarse`` in data sets with one level.
 
     Raises:
-        ValueError: naming the argument, the contract and what came.
+        ValueError: an argument has a wrong shape, dtype or device, or features are not finite.
     """
 
     features: Tensor
@@ -78,22 +78,22 @@ class FeatureSet:
 
 @dataclass(frozen=True)
 class LinearHead:
-    """A linear classifier of raw features: ``weight`` [C, D] and ``bias`` [C], fp64 on the CPU."""
+    """A linear classifier of unnormalised features: ``weight`` [C, D] and ``bias`` [C], fp64 on the CPU."""
 
     weight: Tensor
     bias: Tensor
 
     def logits(self, features: Tensor) -> Tensor:
-        """[N, C] fp64 logits of ``features`` [N, D]."""
+        """Logits [N, C], fp64, of ``features`` [N, D]."""
         return torch.addmm(self.bias, features.to("cpu", torch.float64), self.weight.T)
 
 
 @dataclass(frozen=True)
 class FeatureSplits:
-    """The three splits of one data set: fitted on ``train``, chosen on ``val``, judged on ``test``.
+    """Three splits of one data set: ``train`` for fitting, ``val`` for model selection, ``test`` for testing.
 
-    ``head`` is the classifier that was trained with the encoder, if one was: a row of its weight for each
-    coarse label, from 0 on.
+    ``head`` is the classifier trained with the encoder, or None. Row c of its weight belongs to coarse label
+    c.
     """
 
     train: FeatureSet
@@ -111,7 +111,7 @@ class FeatureSplits:
         width = self.train.features.shape[1]
         if self.head is not None and self.head.weight.shape[1] != width:
             raise ValueError(
-                f"the weight of head must be of shape [C, D] with D={width} as the features have, got "
+                f"head.weight must have the shape [C, D] with D={width}, the features' width, got "
                 f"{list(self.head.weight.shape)}"
             )
 
@@ -123,11 +123,11 @@ class FeatureSplits:
 
 
 class Evaluator(Protocol):
-    """Judges frozen features. Prints nothing; the same inputs and arguments give the same results.
+    """Evaluates frozen features. It prints nothing and is deterministic.
 
     Attributes:
-        name: what a configuration calls it; the first part of every result's name.
-        units: the unit of each result, by the last part of its name.
+        name: its name in a config and the first part of the name of every result.
+        units: the unit of each result, by the last parts of its name.
     """
 
     name: ClassVar[str]
@@ -136,19 +136,19 @@ class Evaluator(Protocol):
     def __init__(self, config: Any) -> None: ...
 
     def __call__(self, splits: FeatureSplits, *, progress: bool = False) -> Iterator[Result]:
-        """Yields (name, value). ``progress`` shows bars (on standard error) for what takes seconds."""
+        """Yield (name, value) pairs; ``progress`` shows progress bars on standard error."""
         ...
 
 
 def class_index(labels: Tensor, classes: Tensor) -> Tensor:
-    """Position of each label [N] in the sorted, distinct ``classes`` [C]; -1 for one that is not there."""
+    """Position of each label [N] in the sorted, distinct ``classes`` [C]; -1 for other labels."""
     index = torch.searchsorted(classes, labels).clamp_(max=len(classes) - 1)
     return torch.where(classes[index] == labels, index, -1)
 
 
 def accuracy_results(prefix: str, predicted: Tensor, truth: Tensor) -> Iterator[Result]:
-    """``prefix/accuracy``, and the outcomes behind it: ``prefix/correct``, [N] bool, and
-    ``prefix/predicted``, [N] int64."""
+    """Yield ``prefix/accuracy`` and its outcomes ``prefix/correct``, [N] bool, ``prefix/predicted``, [N]
+    int64."""
     predicted, truth = predicted.detach().cpu(), truth.cpu()
     correct = predicted == truth
     yield f"{prefix}/accuracy", correct.double().mean().item()

@@ -16,17 +16,16 @@ _CHUNK_ELEMENTS = 1 << 22
 
 @dataclass
 class BootstrapConfig:
-    """Percentile interval of every figure that has one outcome per test sample behind it."""
+    """Percentile intervals of all metrics of outcomes per test sample."""
 
     resamples: int = 1000
-    """Resamples of the test set, each with replacement and of its size."""
+    """Resamples of the test set, drawn with replacement, each of its size."""
 
     confidence: float = 0.95
-    """Share of the resampled figures that the interval holds, in (0, 1)."""
+    """Fraction of the resampled values inside the interval, in (0, 1)."""
 
     seed: int = 0
-    """The same seed draws the same resamples for every figure over as many samples, which are thus
-    paired."""
+    """Seed of the resamples. Metrics over equally many samples use the same resamples, so they are paired."""
 
     def __post_init__(self) -> None:
         if self.resamples < 1:
@@ -35,43 +34,45 @@ class BootstrapConfig:
             raise ValueError(f"bootstrap.confidence must be in (0, 1), got {self.confidence}")
 
 
-def bootstrap_values(figure: BoundMetric, config: BootstrapConfig) -> Tensor:
-    """The figure of each resample of its samples, [resamples] float64 on the CPU.
+def bootstrap_values(metric: BoundMetric, config: BootstrapConfig) -> Tensor:
+    """Values of a metric on the resamples, [resamples] float64 on the CPU.
 
-    The difference of two such results of equal N and seed is the bootstrap distribution of the *paired*
+    For equal N and seed, the difference of two results is the bootstrap distribution of the paired
     difference.
     """
-    n = len(figure.outcomes[0])
-    if any(outcome.shape != (n,) for outcome in figure.outcomes) or n == 0:
-        shapes = [list(outcome.shape) for outcome in figure.outcomes]
+    n = len(metric.outcomes[0])
+    if any(outcome.shape != (n,) for outcome in metric.outcomes) or n == 0:
+        shapes = [list(outcome.shape) for outcome in metric.outcomes]
         raise ValueError(f"values must be of shape [N] with N >= 1, got shape {', '.join(map(str, shapes))}")
-    outcomes = [outcome.detach().cpu() for outcome in figure.outcomes]
+    outcomes = [outcome.detach().cpu() for outcome in metric.outcomes]
     generator = torch.Generator().manual_seed(config.seed)
     rows, values = max(1, _CHUNK_ELEMENTS // n), []
     for start in range(0, config.resamples, rows):
         count = min(rows, config.resamples - start)
-        drawn = torch.randint(n, (count, n), generator=generator)
-        values.append(figure.metric.compute(*(outcome[drawn] for outcome in outcomes)))
+        indices = torch.randint(n, (count, n), generator=generator)
+        values.append(metric.definition.compute(*(outcome[indices] for outcome in outcomes)))
     return torch.cat(values)
 
 
 def bootstrap_means(values: Tensor, config: BootstrapConfig) -> Tensor:
-    """Means of ``values`` [N] (any real dtype) over each resample; see :func:`bootstrap_values`."""
+    """Mean of ``values`` [N] (any real dtype) on each resample, see :func:`bootstrap_values`."""
     if values.ndim != 1:
         raise ValueError(f"values must be of shape [N] with N >= 1, got shape {list(values.shape)}")
     return bootstrap_values(BoundMetric(METRICS["accuracy"], [values]), config)
 
 
 def percentile_interval(means: Tensor, confidence: float) -> tuple[float, float]:
-    """The central interval that holds ``confidence`` of ``means`` [R]."""
+    """The central interval that contains the fraction ``confidence`` of ``means`` [R]."""
     tail = (1 - confidence) / 2
     low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=means.dtype)).tolist()
     return low, high
 
 
 def with_intervals(results: Iterable[Result], config: BootstrapConfig) -> Iterator[Result]:
-    """Passes ``results`` on; then adds ``F/low`` and ``F/high`` for every figure F that follows from outcomes
-    (see :mod:`pysupcon.evaluators.metrics`)."""
+    """Yield ``results``, then ``M/low`` and ``M/high`` for every metric M of outcomes.
+
+    See :mod:`pysupcon.evaluators.metrics`.
+    """
     names: list[str] = []
     outcomes: dict[str, Tensor] = {}
     for name, value in results:
@@ -81,8 +82,8 @@ def with_intervals(results: Iterable[Result], config: BootstrapConfig) -> Iterat
         else:
             names.append(name)
     for name in names:
-        figure = bind_metric(name, outcomes)
-        if figure is not None:
-            low, high = percentile_interval(bootstrap_values(figure, config), config.confidence)
+        metric = bind_metric(name, outcomes)
+        if metric is not None:
+            low, high = percentile_interval(bootstrap_values(metric, config), config.confidence)
             yield f"{name}/low", low
             yield f"{name}/high", high

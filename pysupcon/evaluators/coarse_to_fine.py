@@ -1,4 +1,4 @@
-"""Coarse-to-fine transfer (Thanos, arXiv 2204.07596): does an encoder trained on classes know their parts?"""
+"""Coarse-to-fine transfer (Thanos, arXiv 2204.07596): fine labels from an encoder trained on coarse ones."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pysupcon.evaluators.linear_probe import FittedProbe, ProbeConfig, fit_probe
 
 @dataclass
 class CoarseToFineConfig(ProbeConfig):
-    """Linear probes of an encoder trained on coarse labels: on the fine labels and on the coarse ones."""
+    """Linear probes on the fine and the coarse labels of an encoder trained on coarse labels."""
 
 
 def predict_restricted(probe: FittedProbe, features: Tensor, allowed: Tensor) -> Tensor:
-    """Predicted label [N] among those that ``allowed`` [N, C] bool permits, C the probe's classes."""
+    """Predicted labels [N] among the probe's C classes that ``allowed`` [N, C] bool permits."""
     scores = probe.logits(features).masked_fill(~allowed, -torch.inf)
     return probe.classes[scores.argmax(dim=1)]
 
@@ -27,13 +27,12 @@ def predict_restricted(probe: FittedProbe, features: Tensor, allowed: Tensor) ->
 class CoarseToFine:
     """Yields, under ``coarse_to_fine/``:
 
-    - ``fine/accuracy``: the transfer, a probe on the labels the encoder has not seen;
-    - ``coarse/accuracy``: a probe on those it was trained on;
-    - ``fine_within_coarse/accuracy``: the fine probe when told the true coarse class, so that it can only
-      confuse the parts of one class. A collapsed class gives its majority here, however good the coarse
-      accuracy is;
-    - ``fine_within_coarse/chance``: the same when always the most frequent (in training) part is said;
-    - ``{fine,coarse}/chance``: always the most frequent class of the training split;
+    - ``fine/accuracy``: a probe on the fine labels, which were not used for training;
+    - ``coarse/accuracy``: a probe on the coarse labels;
+    - ``fine_within_coarse/accuracy``: the fine probe restricted to the true coarse class. For a collapsed
+      class this is the share of its largest subclass, whatever the coarse accuracy;
+    - ``fine_within_coarse/chance``: the same for the most frequent training subclass of the coarse class;
+    - ``{fine,coarse}/chance``: accuracy of the most frequent training class;
     - ``{fine,coarse}/{val_accuracy,chosen,converged}``: how each classifier was chosen.
     """
 
@@ -79,7 +78,7 @@ class CoarseToFine:
     def _fine_class_counts(
         train_coarse: Tensor, train_fine: Tensor, coarse: Tensor, classes: Tensor
     ) -> Tensor:
-        """[M, C]: how many training samples of each fine class share the coarse class of each test sample."""
+        """Training samples of each fine class in the coarse class of each test sample, [M, C] int64."""
         coarse_values, coarse_index = torch.cat([train_coarse, coarse]).unique(return_inverse=True)
         table = torch.zeros(len(coarse_values), len(classes), dtype=torch.int64)
         fine_index = torch.searchsorted(classes, train_fine)

@@ -1,7 +1,8 @@
-"""The shape of the embedding: spread, subclass distances and collapse (Thanos, arXiv 2204.07596).
+"""Geometry of the embedding: spread, subclass distances and collapse (Thanos, arXiv 2204.07596).
 
-Symbols: rows f_i of unit length, their mean m, the mean m_c of class c, a subclass is a fine
-class within a coarse one. Everything is computed in fp64.
+Symbols: f_i is a row of unit length, m the mean of all rows, m_c the mean of class c. A subclass is a fine
+    class
+within a coarse one. All values are computed in fp64.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from pysupcon.evaluators.base import FeatureSplits, Result
 
 @dataclass
 class GeometryConfig:
-    """Distances and variances of the features on the unit sphere, of one split."""
+    """Distances and variances of one split's features on the unit sphere."""
 
     split: Literal["train", "val", "test"] = "test"
     """"train", "val" or "test"."""
 
     class_collapse_below: float = 0.05
-    """``class_collapse`` is raised where less than this share of the total variance lies within the coarse
+    """Class collapse is reported if less than this fraction of the total variance lies within the coarse
     classes."""
 
     complete_collapse_below: float = 1e-3
-    """``complete_collapse`` is raised where the total variance is less than this. Rows spread evenly over the
-    sphere have total variance 1."""
+    """Complete collapse is reported if the total variance is below this. Rows spread evenly over the sphere
+    have total variance 1."""
 
     def __post_init__(self) -> None:
         if self.split not in ("train", "val", "test"):
@@ -41,7 +42,7 @@ class GeometryConfig:
 
 
 class ClassMeans(NamedTuple):
-    """Means [C, D] of the C classes that occur, and each row's class among them, [N] int64."""
+    """Means [C, D] of the C classes that occur, and the class index of each row, [N] int64."""
 
     means: Tensor
     row_class: Tensor
@@ -61,7 +62,7 @@ def class_means(rows: Tensor, labels: Tensor) -> ClassMeans:
 def effective_rank(rows: Tensor) -> float:
     """exp of the entropy of the normalised singular values of ``rows`` [N, D] (Roy and Vetterli 2007).
 
-    From 1 (all rows on one line) to min(N, D); 0 where every row is zero.
+    It ranges from 1 (all rows on one line) to min(N, D), and is 0 if every row is zero.
     """
     values = torch.linalg.svdvals(rows)
     total = values.sum()
@@ -75,11 +76,11 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def _mean_distance(means: Tensor, groups: Tensor | None = None) -> float:
-    """Mean distance over pairs of ``means`` [C, D] (of equal ``groups`` [C], if given); 0 without a pair."""
+    """Mean distance of pairs of ``means`` [C, D], of equal ``groups`` [C] if given; 0 without pairs."""
     pairs = torch.ones(len(means), len(means), dtype=torch.bool, device=means.device).triu(1)
     if groups is not None:
         pairs &= groups[:, None] == groups[None, :]
-    # The matrix-product form of the distance loses half of the digits of close means.
+    # The matrix-product form of the distance loses half of the digits for close means.
     distances = torch.cdist(means, means, compute_mode="donot_use_mm_for_euclid_dist")[pairs]
     return distances.mean().item() if len(distances) else 0.0
 
@@ -91,16 +92,15 @@ class Geometry:
       ``spread/fine`` is the within-subclass distance;
     - ``between/coarse``: mean distance between the means of two coarse classes;
     - ``between/fine_within_coarse``: mean distance between the means of two subclasses of one coarse class;
-    - ``separation/fine_within_coarse``: the latter over ``spread/fine``: how far apart the subclasses are, in
-      units of their own width;
+    - ``separation/fine_within_coarse``: the previous value divided by ``spread/fine``;
     - ``variance/total``: mean_i ||f_i - m||^2, from 0 (one point) to 1 (the mean is the origin);
-    - ``variance/within_coarse``: share of it within the coarse classes; 0 is class collapse;
-    - ``variance/explained_by_fine``: share of the variance within the coarse classes that the subclasses'
-      means explain; 0 where classes are collapsed or permuted at random within;
+    - ``variance/within_coarse``: fraction of it within the coarse classes; 0 is class collapse;
+    - ``variance/explained_by_fine``: fraction of the variance within the coarse classes that the subclass
+      means explain; 0 for collapsed classes and for classes permuted at random;
     - ``effective_rank/total``, ``effective_rank/within_coarse``: of the centred rows, and of f_i - m_{y_i};
-    - ``collapse/class``, ``collapse/complete``: 1 where the alarm is raised, else 0.
+    - ``collapse/class``, ``collapse/complete``: 1 for a collapse, else 0.
 
-    A share of nothing is 0. A subclass is a pair of a fine and a coarse label.
+    A ratio with denominator 0 is 0. A subclass is a pair of a fine and a coarse label.
     """
 
     name: ClassVar[str] = "geometry"
@@ -134,7 +134,7 @@ class Geometry:
         yield "geometry/spread/coarse", spread["coarse"]
         yield "geometry/spread/fine", spread["fine"]
         yield "geometry/between/coarse", _mean_distance(by_class.means)
-        # Every row of a subclass has the same class, so whichever write wins is right.
+        # All rows of a subclass have the same class, so the order of the writes does not matter.
         parent = torch.empty(len(by_subclass.means), dtype=torch.int64)
         parent[by_subclass.row_class] = by_class.row_class
         between_fine = _mean_distance(by_subclass.means, parent)

@@ -1,9 +1,8 @@
-"""Group distributionally robust optimisation (Sagawa et al. 2020, arXiv 1911.08731), and a linear head so
-trained.
+"""Group distributionally robust optimisation (GroupDRO; Sagawa et al. 2020, arXiv 1911.08731).
 
-The objective is sum_g q_g loss_g over the groups of a batch, with weights that follow the worst group:
-q_g <- q_g exp(eta (loss_g + C / sqrt(n_g))), normalised. A head on frozen features and a whole network are
-trained with the same class.
+The objective is sum_g q_g loss_g over the groups of a batch, with weights updated towards the worst group:
+q_g <- q_g exp(eta (loss_g + C / sqrt(n_g))), normalised. :class:`GroupDRO` trains both networks and linear
+heads on frozen features.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from pysupcon.evaluators.metrics import worst_group
 
 
 class GroupDRO(nn.Module):
-    """The robust loss of batches; remembers the groups' weights from one to the next.
+    """The robust loss of a batch, with group weights that are kept between batches.
 
-    The weights move in training mode, before they are used; in eval mode they stay.
+    In training mode the weights are updated before they are used; in eval mode they are constant.
 
     Args:
         counts: [G] int64, training samples of each group, n_g.
-        eta: step of the weights.
+        eta: step size of the weights.
         adjustment: C. It raises the loss of small groups, which generalise less.
         all_reduce_sum: for several processes, returns the sum of a tensor over them. The loss of a process is
             then scaled so that the mean over the processes, of values and of gradients (as
@@ -36,7 +35,7 @@ class GroupDRO(nn.Module):
 
     Attributes:
         weights: [G] fp64, q_g, sums to 1.
-        losses: [G] fp64, mean loss of each group in the last training batch that held it; 0 before.
+        losses: [G] fp64, mean loss of each group in the last training batch that contained it; initially 0.
     """
 
     weights: Tensor
@@ -66,28 +65,31 @@ class GroupDRO(nn.Module):
         self.register_buffer("offset", adjustment / counts.double().sqrt(), persistent=False)
 
     def forward(self, losses: Tensor, groups: Tensor) -> Tensor:
-        """Updates the weights by the batch, and gives its robust loss, a scalar.
+        """Update the weights and compute the robust loss of a batch.
+
+        A group without samples in the batch adds no loss, and its weight changes only by the normalisation.
 
         Args:
-            losses: [B], one per sample, differentiable.
+            losses: [B], differentiable.
             groups: [B] int64 in [0, G).
 
-        A group without a sample in the batch keeps its weight but for the normalisation, and has no loss
-        here.
+        Returns:
+            The loss, a scalar.
         """
         if losses.shape != groups.shape or losses.ndim != 1:
             raise ValueError(
                 f"groups must be of shape [B]=[{len(losses)}] (one group per loss), got {list(groups.shape)}"
             )
         size = len(self.weights)
-        # Not index_add, whose order of sums varies on some devices; nor a product, which autocast shortens.
+        # index_add is not deterministic on some devices, and autocast lowers the precision of a matrix
+        # product.
         members = F.one_hot(groups, size)
         sums, counts = (losses[:, None] * members).sum(dim=0), members.sum(dim=0).double()
         processes: Tensor | float = 1.0
         totals = sums.detach().double()
         if self._all_reduce_sum is not None:
-            together = self._all_reduce_sum(torch.cat([totals, counts, counts.new_ones(1)]))
-            totals, counts, processes = together[:size], together[size:-1], together[-1]
+            reduced = self._all_reduce_sum(torch.cat([totals, counts, counts.new_ones(1)]))
+            totals, counts, processes = reduced[:size], reduced[size:-1], reduced[-1]
         if self.training:
             self._update(totals / counts.clamp(min=1), counts > 0)
         share = self.weights / counts.clamp(min=1) * processes
@@ -96,13 +98,13 @@ class GroupDRO(nn.Module):
     @torch.no_grad()
     def _update(self, means: Tensor, present: Tensor) -> None:
         step = (self.eta * (means + self.offset)).masked_fill(~present, 0.0)
-        # The shift by the largest changes nothing after normalising, and keeps exp in range.
+        # Subtracting the maximum cancels in the normalisation and avoids overflow of exp.
         weights = self.weights * (step - step.max()).exp()
         self.weights.copy_(weights / weights.sum())
         self.losses.copy_(torch.where(present, means, self.losses))
 
     def metrics(self) -> dict[str, Tensor]:
-        """``group=G/loss`` and ``group=G/weight`` of every group, tensors of no dimensions."""
+        """``group=G/loss`` and ``group=G/weight`` of every group, as scalar tensors."""
         return {
             f"group={group}/{name}": values[group]
             for group in range(len(self.weights))
@@ -110,14 +112,14 @@ class GroupDRO(nn.Module):
         }
 
     def get_extra_state(self) -> Tensor:
-        """[G] int64, the groups' sizes: weights of other groups must not be taken for these."""
+        """The group sizes, [G] int64, so that the weights of other groups are not loaded."""
         return torch.tensor(self.counts, dtype=torch.int64)
 
     def set_extra_state(self, state: Any) -> None:
-        """Refuse the state of other groups.
+        """Check the group sizes of a loaded state.
 
         Raises:
-            ValueError: their sizes differ.
+            ValueError: the sizes differ.
         """
         if state.tolist() != self.counts:
             raise ValueError(
@@ -133,32 +135,32 @@ def _format_sizes(counts: Sequence[int]) -> str:
 
 @dataclass
 class HeadConfig:
-    """A linear head on frozen features, trained by ERM (the mean loss) or GroupDRO."""
+    """A linear head on frozen features, trained by ERM (mean loss) or GroupDRO."""
 
     learning_rate: float = 0.05
-    """Of SGD with momentum 0.9, falling to zero along a cosine."""
+    """Learning rate of SGD with momentum 0.9 and a cosine schedule to zero."""
 
     weight_decays: list[float] = field(default_factory=lambda: [1e-4, 1e-2, 1e-1])
-    """Tried; the best worst-group accuracy on validation chooses among them and among the epochs. GroupDRO
-    differs from ERM only where the head cannot fit everything: by strong decay or early stopping."""
+    """Weight decays to try. The best worst-group validation accuracy chooses weight decay and epoch. GroupDRO
+    differs from ERM only if strong decay or early stopping keeps the head from fitting all samples."""
 
     epochs: int = 40
     """Passes over the training features."""
 
     batch_size: int = 128
-    """Samples in a step."""
+    """Samples per step."""
 
     eta: float = 0.01
-    """GroupDRO's step of the groups' weights."""
+    """GroupDRO: step size of the group weights."""
 
     adjustment: float = 0.0
-    """GroupDRO's C: C / sqrt(n_g) is added to the loss of a group of n_g samples."""
+    """GroupDRO: C, where C / sqrt(n_g) is added to the loss of a group of n_g samples."""
 
     uniform_groups: bool = True
-    """GroupDRO draws every group equally often (with replacement); else batches are shuffled samples."""
+    """GroupDRO: draw every group equally often, with replacement; otherwise shuffle the samples."""
 
     seed: int = 0
-    """Of the first weights and the batches."""
+    """Seed of the initial weights and of the batches."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -175,7 +177,7 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class FittedHead(LinearHead):
-    """A head, and how it was chosen."""
+    """A head and its selected hyperparameters."""
 
     val_worst_group: float
     weight_decay: float
@@ -183,7 +185,7 @@ class FittedHead(LinearHead):
 
 
 class GroupedFeatures(NamedTuple):
-    """Features [N, D], class indices [N] and groups [N], both int64."""
+    """Features [N, D] with class indices and groups, int64 [N] each."""
 
     features: Tensor
     classes: Tensor
@@ -193,12 +195,12 @@ class GroupedFeatures(NamedTuple):
 def group_batches(
     groups: Tensor, batch_size: int, uniform: bool, generator: torch.Generator
 ) -> Iterator[Tensor]:
-    """Row numbers of the batches of one epoch.
+    """Row indices of the batches of one epoch.
 
     Args:
         groups: [N] int64.
-        uniform: every group with equal probability, whatever its size, with replacement; else every sample
-            once, shuffled.
+        uniform: draw every group with equal probability, with replacement; otherwise every sample once,
+            shuffled.
     """
     n = len(groups)
     if uniform:
@@ -218,10 +220,10 @@ def fit_head(
     robust: bool,
     progress: bool = False,
 ) -> FittedHead:
-    """Trains on ``train``: GroupDRO over its groups if ``robust``, else ERM, which does not look at them.
+    """Train on ``train`` by GroupDRO over its groups if ``robust``, otherwise by ERM, which ignores them.
 
-    The weight decay and the epoch with the best worst-group accuracy on ``val``, by its groups, are kept; of
-    equally good ones the stronger decay and the later epoch.
+    The weight decay and the epoch with the best worst-group accuracy on ``val`` are selected. A tie goes to
+    the stronger decay, then to the later epoch.
     """
     x = train.features.to("cpu", torch.float64)
     mean, std = standardization(x)
@@ -232,7 +234,7 @@ def fit_head(
     name = "GroupDRO" if robust else "ERM"
     for decay in sorted(set(config.weight_decays), reverse=True):
         generator = torch.Generator().manual_seed(config.seed)
-        head = nn.utils.skip_init(nn.Linear, x.shape[1], classes)  # leaves the global random state alone
+        head = nn.utils.skip_init(nn.Linear, x.shape[1], classes)  # does not use the global random state
         nn.init.normal_(head.weight, std=0.01, generator=generator)
         nn.init.zeros_(head.bias)
         objective = GroupDRO(counts, eta=config.eta, adjustment=config.adjustment)

@@ -1,4 +1,4 @@
-"""Does a loss notice which sample of a class lies where? (Thanos, arXiv 2204.07596)"""
+"""Sensitivity of a loss to permutations within a class (Thanos, arXiv 2204.07596)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def permute_within_classes(labels: Tensor, generator: torch.Generator) -> Tensor:
-    """A random permutation [N] int64 of the samples that keeps every class in place, ``labels`` [N]."""
+    """A random permutation [N] int64 of the samples within the classes of ``labels`` [N]."""
     order = torch.arange(len(labels))
     labels = labels.cpu()
     for label in labels.unique():
@@ -26,19 +26,20 @@ def permutation_sensitivity(
     permutations: int = 8,
     seed: int = 0,
 ) -> float:
-    """Largest relative change of ``loss`` when samples of one class swap their embeddings.
+    """Largest relative change of ``loss`` when samples of one class exchange their embeddings.
 
-    0 (but for rounding) for every loss that sees embeddings and class labels only, such as SupCon, SINCERE
-    and L_spread: it cannot keep subclasses together. An autoencoder's reconstruction error is tied to the
-    images, and changes.
+    It is 0, up to rounding, for losses of embeddings and class labels only, such as SupCon, SINCERE and
+    L_spread. The reconstruction error of an autoencoder depends on the images and changes.
 
     Args:
-        loss: features like ``features`` to a scalar; whatever else it needs it holds itself, in sample order.
-        features: [N, D], or [N, V, D]: a sample's views move together.
+        loss: function of ``features`` that returns a scalar.
+        features: [N, D], or [N, V, D], where the views of a sample are permuted together.
         labels: [N] int64.
+        permutations: number of random permutations.
+        seed: seed of the permutations.
 
     Returns:
-        max over the permutations of |loss(permuted) - loss| / |loss|, the absolute change where loss is 0.
+        max over the permutations of |loss(permuted) - loss| / |loss|, or the absolute change if loss is 0.
     """
     if labels.shape != features.shape[:1]:
         raise ValueError(
@@ -48,9 +49,9 @@ def permutation_sensitivity(
         raise ValueError(f"permutations must be at least 1, got {permutations}")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        plain = loss(features).item()
+        reference = loss(features).item()
         changes = [
-            abs(loss(features[permute_within_classes(labels, generator)]).item() - plain)
+            abs(loss(features[permute_within_classes(labels, generator)]).item() - reference)
             for _ in range(permutations)
         ]
-    return max(changes) / (abs(plain) or 1.0)
+    return max(changes) / (abs(reference) or 1.0)

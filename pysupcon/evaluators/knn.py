@@ -18,13 +18,13 @@ class KNNConfig:
     """Weighted k-NN: the k nearest training samples vote for their class with exp(cosine / temperature)."""
 
     k: list[int] = field(default_factory=lambda: [1, 5, 10, 20, 100, 200])
-    """Numbers of neighbours; each is reported. One beyond the training set's size means all of it."""
+    """Numbers of neighbours, each reported. Numbers above the size of the training set mean all samples."""
 
     temperature: float = 0.07
-    """Of the votes, on the scale of the cosine. Small: only the very nearest count."""
+    """Temperature of the votes, on the scale of the cosine."""
 
     chunk_bytes: int = 1 << 26
-    """Memory for one block of similarities (test rows x all training rows), in bytes."""
+    """Memory of one block of similarities (test rows x all training rows), in bytes."""
 
     def __post_init__(self) -> None:
         if not self.k or any(k < 1 for k in self.k):
@@ -38,9 +38,10 @@ class KNNConfig:
 def similarity_chunks(
     queries: Tensor, bank: Tensor, chunk_bytes: int, progress: bool = False, description: str = "k-NN"
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Cosines of ``queries`` [M, D] to ``bank`` [N, D], a block of query rows at a time: (rows, [m, N]).
+    """Yield cosines of ``queries`` [M, D] and ``bank`` [N, D] in blocks of query rows: (rows, cosines [m,
+    N]).
 
-    Computed in fp32, or in fp64 for fp64 features. A row of length zero has cosine 0 to everything.
+    Computed in fp32, or in fp64 for fp64 features. Rows of length zero have cosine 0.
     """
     dtype = torch.promote_types(bank.dtype, torch.float32)
     bank = F.normalize(bank.to(dtype), dim=1)
@@ -58,10 +59,10 @@ def similarity_chunks(
 def nearest_neighbours(
     queries: Tensor, bank: Tensor, k: int, *, chunk_bytes: int = 1 << 26, progress: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The min(k, N) most similar rows of ``bank`` [N, D] for each of ``queries`` [M, D], exactly.
+    """The k' = min(k, N) most similar rows of ``bank`` [N, D] for each of ``queries`` [M, D] (exact search).
 
     Returns:
-        cosines [M, k'] in descending order, and their row numbers in ``bank`` [M, k'] int64.
+        Cosines [M, k'] in descending order, and row indices in ``bank`` [M, k'] int64.
     """
     k = min(k, len(bank))
     cosines = queries.new_empty(len(queries), k, dtype=torch.promote_types(bank.dtype, torch.float32))
@@ -72,23 +73,25 @@ def nearest_neighbours(
 
 
 def weighted_vote(cosines: Tensor, neighbour_classes: Tensor, classes: int, temperature: float) -> Tensor:
-    """Class with the most weight among the neighbours; the lower one on a tie.
+    """Class with the largest sum of weights exp(cosine / temperature); the lower one on a tie.
 
     Args:
         cosines: [M, k] in descending order.
         neighbour_classes: [M, k] int64 in [0, classes).
+        classes: number of classes.
+        temperature: temperature of the weights.
 
     Returns:
         [M] int64.
     """
-    # The shift by the nearest one's cosine changes no vote and keeps exp in range at any temperature.
+    # Subtracting the largest cosine changes no vote and avoids overflow of exp.
     weights = ((cosines - cosines[:, :1]) / temperature).exp()
     votes = weights.new_zeros(len(weights), classes).scatter_add_(1, neighbour_classes, weights)
     return votes.argmax(dim=1)
 
 
 class KNN:
-    """Yields ``knn/k=K/{fine,coarse}/accuracy`` for every K asked for."""
+    """Yields ``knn/k=K/{fine,coarse}/accuracy`` for every K of ``config.k``."""
 
     name: ClassVar[str] = "knn"
     units: ClassVar[Mapping[str, str]] = {"accuracy": "fraction"}
@@ -101,7 +104,7 @@ class KNN:
         cosines, indices = nearest_neighbours(
             test.features, train.features, max(config.k), chunk_bytes=config.chunk_bytes, progress=progress
         )
-        # On the CPU, where adding up the votes happens in one order only; there are M x k of them at most.
+        # On the CPU the M x k votes are summed in a fixed order.
         cosines, indices = cosines.cpu(), indices.cpu()
         for level in LEVELS:
             labels, truth = train.labels(level).cpu(), test.labels(level).cpu()

@@ -1,12 +1,12 @@
-"""Linear classification of frozen features: the usual measure of what a representation holds.
+"""Linear classification of frozen features.
 
-Three solvers of one problem, the hyperparameter of each chosen by validation accuracy:
+There are three solvers. Validation accuracy selects the hyperparameter of each:
 
 logistic    multinomial logistic regression (scikit-learn, L-BFGS) over a grid of L2 penalties. Exact, without
-            a learning rate; the best choice up to some ten thousand samples.
-sgd         SGD with momentum 0.9, learning rate x 0.2 at 60, 75 and 90 % of the epochs (SINCERE, arXiv
+            a learning rate; recommended up to some ten thousand samples.
+sgd         SGD with momentum 0.9, learning rate times 0.2 at 60, 75 and 90 % of the epochs (SINCERE, arXiv
             2309.14277).
-adamw       AdamW 1e-3 with a cosine to zero, batch 128, 100 epochs (Thanos, arXiv 2204.07596).
+adamw       AdamW 1e-3 with a cosine schedule to zero, batch 128, 100 epochs (Thanos, arXiv 2204.07596).
 """
 
 from __future__ import annotations
@@ -35,31 +35,31 @@ class ProbeConfig:
     """logistic, sgd or adamw."""
 
     standardize: bool = True
-    """Give every feature the mean 0 and the deviation 1 that the *training* split's statistics say (the same
-    shift and scale for all splits). Makes the penalty and the learning rate independent of the features'
-    scale; turn it off to follow the papers to the letter with sgd and adamw."""
+    """Standardise every feature by the mean and standard deviation of the training split. Penalties and
+    learning rates then do not depend on the scale of the features. The papers' protocols of sgd and adamw use
+    false."""
 
     penalties: list[float] = field(default_factory=lambda: [1e-1, 1e-2, 1e-3, 1e-4, 1e-5])
-    """logistic only: L2 penalties tried, lambda of mean cross-entropy + lambda / 2 ||W||^2 (scikit-learn's
-    C = 1 / (lambda N)). Of equally good ones the largest is kept."""
+    """logistic only: L2 penalties to try, lambda of mean cross-entropy + lambda / 2 ||W||^2 (scikit-learn's
+    C = 1 / (lambda N)). A tie goes to the largest."""
 
     max_iterations: int = 300
-    """logistic only: L-BFGS iterations for each penalty."""
+    """logistic only: maximum number of L-BFGS iterations per penalty."""
 
     learning_rates: list[float] = field(default_factory=list)
-    """sgd and adamw: rates tried; empty means 0.1 for sgd and 1e-3 for adamw."""
+    """sgd and adamw: learning rates to try; empty means 0.1 for sgd and 1e-3 for adamw."""
 
     epochs: int = 100
-    """sgd and adamw: passes over the training features; the best on validation counts."""
+    """sgd and adamw: passes over the training features; the best validation accuracy selects the epoch."""
 
     batch_size: int = 128
-    """sgd and adamw: samples in a step."""
+    """sgd and adamw: samples per step."""
 
     weight_decay: float = 0.0
-    """sgd and adamw: of the weights and the bias."""
+    """sgd and adamw: weight decay of weights and bias."""
 
     seed: int = 0
-    """sgd and adamw: of the first weights and the order of the samples."""
+    """sgd and adamw: seed of the initial weights and of the order of the samples."""
 
     def __post_init__(self) -> None:
         if self.solver not in ("logistic", "sgd", "adamw"):
@@ -76,15 +76,15 @@ class ProbeConfig:
 
 
 class FittedProbe(NamedTuple):
-    """A linear classifier of raw (not standardised) features.
+    """A linear classifier of features that are not standardised.
 
     Attributes:
         weight: [C, D] fp64 on the CPU.
         bias: [C] fp64.
-        classes: [C] int64, the labels it can predict, ascending.
-        val_accuracy: that of the chosen hyperparameter, in [0, 1].
-        chosen: the hyperparameter: penalty or learning rate.
-        converged: False where the solver stopped at its last iteration (never for "sgd" and "adamw").
+        classes: [C] int64, the labels in ascending order.
+        val_accuracy: validation accuracy of the chosen hyperparameter, in [0, 1].
+        chosen: the chosen penalty or learning rate.
+        converged: False if the logistic solver reached ``max_iterations``; True for "sgd" and "adamw".
     """
 
     weight: Tensor
@@ -95,16 +95,17 @@ class FittedProbe(NamedTuple):
     converged: bool
 
     def logits(self, features: Tensor) -> Tensor:
-        """[N, C] fp64 logits of ``features`` [N, D]."""
+        """Logits [N, C], fp64, of ``features`` [N, D]."""
         return torch.addmm(self.bias, features.to("cpu", torch.float64), self.weight.T)
 
     def predict(self, features: Tensor) -> Tensor:
-        """[N] int64 labels for ``features`` [N, D]."""
+        """Predicted labels [N] int64 of ``features`` [N, D]."""
         return self.classes[self.logits(features).argmax(dim=1)]
 
 
 def standardization(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation [D] of ``features`` [N, D]; deviation 1 where one is constant but for rounding."""
+    """Mean and standard deviation [D] of ``features`` [N, D]; 1 for features that are constant up to
+    rounding."""
     mean, std = features.mean(dim=0), features.std(dim=0, correction=0)
     return mean, torch.where(std > 1e-6 * features.abs().amax(dim=0), std, 1.0)
 
@@ -112,7 +113,7 @@ def standardization(features: Tensor) -> tuple[Tensor, Tensor]:
 def fit_probe(
     train: FeatureSet, val: FeatureSet, level: Level, config: ProbeConfig, *, progress: bool = False
 ) -> FittedProbe:
-    """Fits on ``train`` and chooses on ``val``. A validation class that training lacks counts as wrong."""
+    """Fit on ``train`` and select on ``val``. Validation classes absent from training count as errors."""
     labels, val_labels = train.labels(level).cpu(), val.labels(level).cpu()
     classes = labels.unique()
     x, x_val = (split.features.to("cpu", torch.float64) for split in (train, val))
@@ -144,14 +145,14 @@ def _fit_logistic(
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
 
-    # fp32 halves the time of the fit; L-BFGS stops at a gradient of 1e-4, far above its rounding.
+    # fp32 halves the time of the fit. L-BFGS stops at a gradient of 1e-4, far above the rounding error.
     features, targets = x.float().numpy(), y.numpy()
-    # Small products gain nothing from threads, and lose tenfold where the threads wait for a busy processor.
+    # Small matrix products do not benefit from threads and are up to ten times slower on a busy machine.
     threads = 1 if features.size * classes < _MULTITHREADING_SIZE else None
     model = LogisticRegression(max_iter=config.max_iterations, warm_start=True)
     best: _Fit | None = None
-    # From the strongest penalty down: each solution is the start of the next, and a tie keeps the simpler
-    # one.
+    # From the strongest penalty down: each solution starts the next fit, and a tie keeps the stronger
+    # penalty.
     for penalty in progress_bar(sorted(set(config.penalties), reverse=True), progress):
         model.set_params(C=1 / (penalty * len(targets)))
         with threadpool_limits(threads), warnings.catch_warnings(record=True) as caught:
@@ -159,7 +160,7 @@ def _fit_logistic(
             model.fit(features, targets)
         converged = not any(issubclass(w.category, ConvergenceWarning) for w in caught)
         weight, bias = (torch.from_numpy(a).double() for a in (model.coef_, model.intercept_))
-        if classes == 2:  # scikit-learn keeps the one difference of the two logits
+        if classes == 2:  # scikit-learn returns the difference of the two logits only
             weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
         val_accuracy = _accuracy(weight, bias, x_val, y_val)
         if best is None or val_accuracy > best[2]:
@@ -177,7 +178,7 @@ def _fit_gradient_descent(
     rates = sorted(set(config.learning_rates or _DEFAULT_LEARNING_RATES[config.solver]))
     for rate in rates:
         generator = torch.Generator().manual_seed(config.seed)
-        head = nn.utils.skip_init(nn.Linear, x.shape[1], classes)  # leaves the global random state alone
+        head = nn.utils.skip_init(nn.Linear, x.shape[1], classes)  # does not use the global random state
         nn.init.normal_(head.weight, std=0.01, generator=generator)
         nn.init.zeros_(head.bias)
         optimizer, scheduler = _optimizer(head, rate, config, steps)
@@ -189,7 +190,7 @@ def _fit_gradient_descent(
                 scheduler.step()
             weight, bias = head.weight.detach().double(), head.bias.detach().double()
             val_accuracy = _accuracy(weight, bias, x_val, y_val)
-            # On a tie the later epoch, whose margin is wider, but the smaller rate.
+            # A tie goes to the later epoch, whose margin is wider, and to the smaller learning rate.
             if best is None or val_accuracy > best[2] or (val_accuracy, rate) == (best[2], best[3]):
                 best = (weight, bias, val_accuracy, rate, True)
     assert best is not None
@@ -202,7 +203,7 @@ def _optimizer(
     optimizer: torch.optim.Optimizer
     if config.solver == "sgd":
         optimizer = torch.optim.SGD(head.parameters(), rate, momentum=0.9, weight_decay=config.weight_decay)
-        # In steps, rounded up to whole epochs.
+        # Milestones in steps, rounded up to whole epochs.
         milestones = [-(-config.epochs * percent // 100) * steps for percent in (60, 75, 90)]
         return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.2)
     optimizer = torch.optim.AdamW(head.parameters(), rate, weight_decay=config.weight_decay)
@@ -222,10 +223,10 @@ def progress_bar(
 
 @dataclass
 class LinearProbeConfig(ProbeConfig):
-    """A linear probe on one level of the labels."""
+    """A linear probe on one level of labels."""
 
     level: Level = "coarse"
-    """"coarse", the labels the encoder was trained on, or "fine"."""
+    """"coarse" or "fine"."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,8 +1,8 @@
-"""Figures of a test set that are functions of one outcome per sample, so that they can be resampled.
+"""Metrics of a test set that are functions of one outcome per sample, so that they can be resampled.
 
-Which figure follows from which outcomes is said by names alone: ``X/accuracy`` from ``X/correct``,
-``X/margin`` from ``X/target`` and ``X/noise``; ``X/class=3/accuracy`` from those samples of ``X/correct``
-whose ``X/class`` is 3.
+Names define which metric belongs to which outcomes: ``X/accuracy`` to ``X/correct``, ``X/margin`` to
+    ``X/target``
+and ``X/noise``. ``X/class=3/accuracy`` uses the samples of ``X/correct`` whose ``X/class`` is 3.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from pysupcon.evaluators.base import Result
 
 
 def roc_auc(positive: Tensor, negative: Tensor) -> Tensor:
-    """Probability that a draw from ``positive`` [..., P] exceeds one from ``negative`` [..., Q], [...] fp64.
+    """Area under the ROC curve, [...] fp64.
 
-    A tie counts half. It is the area under the ROC curve.
+    The probability that a draw from ``positive`` [..., P] exceeds one from ``negative`` [..., Q]; a tie
+    counts half.
     """
     ordered = negative.sort(dim=-1).values
     below = torch.searchsorted(ordered, positive.contiguous(), right=False)
@@ -29,10 +30,10 @@ def roc_auc(positive: Tensor, negative: Tensor) -> Tensor:
 
 
 def average_precision(positive: Tensor, negative: Tensor) -> Tensor:
-    """Mean over the positives of the precision at their score, [...] fp64: the area under the PR curve.
+    """Area under the precision-recall curve, [...] fp64: mean precision at the scores of the positives.
 
     Args:
-        positive, negative: scores [..., P] and [..., Q]; equal scores are one threshold.
+        positive, negative: scores [..., P] and [..., Q]; equal scores form one threshold.
     """
     positive = positive.sort(dim=-1).values
     negative = negative.sort(dim=-1).values
@@ -42,7 +43,7 @@ def average_precision(positive: Tensor, negative: Tensor) -> Tensor:
 
 
 def median(values: Tensor) -> Tensor:
-    """[..., N] to [...] fp64; of an even number of values the mean of the middle two."""
+    """Median over the last dimension, fp64; the mean of the middle two for an even number of values."""
     return values.double().quantile(0.5, dim=-1)
 
 
@@ -52,8 +53,7 @@ def margin(target: Tensor, noise: Tensor) -> Tensor:
 
 
 def worst_group(correct: Tensor, group: Tensor) -> Tensor:
-    """Accuracy of the group that has the lowest, [..., N] each to [...]; a group without samples is left
-    out."""
+    """Lowest accuracy of a group, [..., N] each to [...]; groups without samples are ignored."""
     accuracies = []
     for label in group.unique():
         member = group == label
@@ -64,9 +64,9 @@ def worst_group(correct: Tensor, group: Tensor) -> Tensor:
 
 
 def binary_auroc(score: Tensor, positive: Tensor) -> Tensor:
-    """Area under the ROC curve of ``score`` [R, N] for telling where ``positive`` [R, N] bool, [R] fp64.
+    """Area under the ROC curve of ``score`` [R, N] for the labels ``positive`` [R, N] bool, [R] fp64.
 
-    A row that lacks one of the two gives 0.5.
+    A row with samples of one label only gives 0.5.
     """
     half = torch.tensor(0.5, dtype=torch.float64)
     return torch.stack(
@@ -78,10 +78,9 @@ def binary_auroc(score: Tensor, positive: Tensor) -> Tensor:
 
 
 def worst_group_auroc(score: Tensor, positive: Tensor, group: Tensor) -> Tensor:
-    """The lowest, over the groups, of the area for a group's samples against all those of the other class,
-    [R].
+    """Lowest area, over the groups, of a group's samples against all samples of the other class, [R] fp64.
 
-    A group lies within one class.
+    Every group lies within one class.
     """
     areas = []
     for label in group.unique():
@@ -99,8 +98,8 @@ def worst_group_auroc(score: Tensor, positive: Tensor, group: Tensor) -> Tensor:
     return torch.stack(areas).amin(dim=0)
 
 
-class Metric(NamedTuple):
-    """A figure: the last parts of its outcomes' names, and their tensors [R, N] to [R] fp64."""
+class MetricDefinition(NamedTuple):
+    """The names of a metric's outcomes, and the function of their tensors [R, N] to values [R] fp64."""
 
     outcomes: tuple[str, ...]
     compute: Callable[..., Tensor]
@@ -114,50 +113,50 @@ def _ratio(part: Tensor, whole: Tensor) -> Tensor:
     return part.double().sum(dim=-1) / whole.double().sum(dim=-1).clamp(min=1)
 
 
-#: By the last part of a figure's name.
-METRICS: Mapping[str, Metric] = {
-    "accuracy": Metric(("correct",), _mean),
-    "worst_group_accuracy": Metric(("correct", "group"), worst_group),
-    "auroc": Metric(("score", "positive"), binary_auroc),
-    "worst_group_auroc": Metric(("score", "positive", "group"), worst_group_auroc),
-    "target_median": Metric(("target",), median),
-    "noise_median": Metric(("noise",), median),
-    "margin": Metric(("target", "noise"), margin),
-    "roc_auc": Metric(("target", "noise"), roc_auc),
-    "average_precision": Metric(("target", "noise"), average_precision),
-    "kl_bound": Metric(("bound",), _mean),
-    "supcon_loss": Metric(("supcon",), _mean),
-    "sincere_loss": Metric(("sincere",), _mean),
-    "supcon_repelling": Metric(("supcon_repels", "positives"), _ratio),
-    "sincere_repelling": Metric(("sincere_repels", "positives"), _ratio),
+#: By the last part of a metric's name.
+METRICS: Mapping[str, MetricDefinition] = {
+    "accuracy": MetricDefinition(("correct",), _mean),
+    "worst_group_accuracy": MetricDefinition(("correct", "group"), worst_group),
+    "auroc": MetricDefinition(("score", "positive"), binary_auroc),
+    "worst_group_auroc": MetricDefinition(("score", "positive", "group"), worst_group_auroc),
+    "target_median": MetricDefinition(("target",), median),
+    "noise_median": MetricDefinition(("noise",), median),
+    "margin": MetricDefinition(("target", "noise"), margin),
+    "roc_auc": MetricDefinition(("target", "noise"), roc_auc),
+    "average_precision": MetricDefinition(("target", "noise"), average_precision),
+    "kl_bound": MetricDefinition(("bound",), _mean),
+    "supcon_loss": MetricDefinition(("supcon",), _mean),
+    "sincere_loss": MetricDefinition(("sincere",), _mean),
+    "supcon_repelling": MetricDefinition(("supcon_repels", "positives"), _ratio),
+    "sincere_repelling": MetricDefinition(("sincere_repels", "positives"), _ratio),
 }
 
 _SUBSET = re.compile(r"(class|group)=(-?\d+)")
 
 
 class BoundMetric(NamedTuple):
-    """A figure's metric and its outcomes, the samples that count only, [N] each; at least one sample."""
+    """A metric with its outcomes, [N] each, N >= 1, without ignored samples."""
 
-    metric: Metric
+    definition: MetricDefinition
     outcomes: list[Tensor]
 
     def value(self) -> float:
-        """The figure of the samples as they are."""
-        return self.metric.compute(*(outcome[None] for outcome in self.outcomes)).item()
+        """The value of the metric."""
+        return self.definition.compute(*(outcome[None] for outcome in self.outcomes)).item()
 
 
 def bind_metric(name: str, outcomes: Mapping[str, Tensor]) -> BoundMetric | None:
-    """How the figure called ``name`` follows from ``outcomes`` ([N_test] each, by name); None if it does not.
+    """Find the metric ``name`` and its ``outcomes`` ([N_test] each, by name); None if there is none.
 
-    Samples that have NaN in one of the outcomes do not count.
+    Samples with NaN in an outcome are ignored.
     """
     prefix, _, last = name.rpartition("/")
-    metric = METRICS.get(last)
-    if metric is None:
+    definition = METRICS.get(last)
+    if definition is None:
         return None
     head, _, part = prefix.rpartition("/")
     found = _SUBSET.fullmatch(part)
-    names = [f"{head if found else prefix}/{outcome}" for outcome in metric.outcomes]
+    names = [f"{head if found else prefix}/{outcome}" for outcome in definition.outcomes]
     members = f"{head}/{found[1]}" if found else None
     if any(needed not in outcomes for needed in (*names, *([members] if members else []))):
         return None
@@ -168,15 +167,15 @@ def bind_metric(name: str, outcomes: Mapping[str, Tensor]) -> BoundMetric | None
     for tensor in tensors:
         if tensor.is_floating_point():
             keep &= ~tensor.isnan()
-    return BoundMetric(metric, [tensor[keep] for tensor in tensors]) if keep.any() else None
+    return BoundMetric(definition, [tensor[keep] for tensor in tensors]) if keep.any() else None
 
 
-def metric_results(prefix: str, figures: Iterable[str], outcomes: Mapping[str, Tensor]) -> Iterator[Result]:
-    """The ``figures`` that follow from ``outcomes``, then the outcomes themselves, all under ``prefix/``."""
+def metric_results(prefix: str, metrics: Iterable[str], outcomes: Mapping[str, Tensor]) -> Iterator[Result]:
+    """Yield the named ``metrics`` of ``outcomes``, then the outcomes, all under ``prefix/``."""
     named = {f"{prefix}/{name}": outcome for name, outcome in outcomes.items()}
-    for figure in figures:
-        found = bind_metric(f"{prefix}/{figure}", named)
+    for metric in metrics:
+        found = bind_metric(f"{prefix}/{metric}", named)
         if found is None:
-            raise ValueError(f"{prefix}/{figure} does not follow from the outcomes {sorted(outcomes)}")
-        yield f"{prefix}/{figure}", found.value()
+            raise ValueError(f"{prefix}/{metric} cannot be computed from the outcomes {sorted(outcomes)}")
+        yield f"{prefix}/{metric}", found.value()
     yield from named.items()

@@ -1,6 +1,6 @@
-"""What the losses see in frozen features: per anchor, over all pairs of one split, a block of rows at a time.
+"""Losses and related statistics per anchor, over all pairs of one split, computed in blocks of rows.
 
-Symbols as in SINCERE (arXiv 2309.14277): anchor i, its positives P_i (same class, not itself) and negatives
+Symbols as in SINCERE (arXiv 2309.14277): anchor i with positives P_i (same class, not itself) and negatives
 N_i, s_ij = cosine / temperature, n_i and p_i the logsumexp over N_i and P_i.
 """
 
@@ -21,19 +21,19 @@ from pysupcon.evaluators.metrics import metric_results
 
 @dataclass
 class PairsConfig:
-    """Losses, KL bound and repelling positives over all pairs of one split."""
+    """Losses, KL bound and repelled positives over all pairs of one split."""
 
     split: Literal["train", "val", "test"] = "test"
-    """"train", "val" or "test". Only the test split's figures have intervals and outcomes."""
+    """"train", "val" or "test". Only metrics of the test split have intervals and outcomes."""
 
     temperature: float = 0.1
-    """Divides the cosines. The KL bound holds at any; the temperature of training makes it tightest."""
+    """Temperature of the losses. The KL bound holds at any and is tightest at the training temperature."""
 
     per_class: bool = True
-    """Also the KL bound of every class."""
+    """Also report the KL bound of every class."""
 
     chunk_bytes: int = 1 << 26
-    """Memory for one block of similarities (rows x all rows), in bytes."""
+    """Memory of one block of similarities (rows x all rows), in bytes."""
 
     def __post_init__(self) -> None:
         if self.split not in ("train", "val", "test"):
@@ -45,7 +45,7 @@ class PairsConfig:
 
 
 class PairStatistics(NamedTuple):
-    """Per anchor, [N] each, on the CPU; losses are fp64 and NaN for an anchor without a positive."""
+    """Statistics per anchor, [N] each, on the CPU. Losses are fp64, and NaN for anchors without positives."""
 
     supcon: Tensor
     """logaddexp(n_i, p_i) - mean_{P_i} s"""
@@ -56,9 +56,9 @@ class PairStatistics(NamedTuple):
     negatives: Tensor
     """|N_i|, int64"""
     supcon_repels: Tensor
-    """How many of the positives SupCon pushes away: dL_i/ds_ip = softmax_p - 1/|P_i| > 0, int64"""
+    """Number of positives that SupCon repels, dL_i/ds_ip = softmax_p - 1/|P_i| > 0, int64"""
     sincere_repels: Tensor
-    """The same of SINCERE: dL_i/ds_ip = (sigma_p - 1) / |P_i| > 0, int64"""
+    """Number of positives that SINCERE repels, dL_i/ds_ip = (sigma_p - 1) / |P_i| > 0, int64"""
 
 
 def pair_statistics(
@@ -69,12 +69,12 @@ def pair_statistics(
     chunk_bytes: int = 1 << 26,
     progress: bool = False,
 ) -> PairStatistics:
-    """The table of ``features`` [N, D] with ``labels`` [N] int64. Memory grows with N, not with N squared."""
+    """Statistics of ``features`` [N, D] with ``labels`` [N] int64. Memory grows with N, not with N
+    squared."""
     blocks: list[tuple[Tensor, ...]] = []
     columns = torch.arange(len(features), device=features.device)
-    bank = (
-        features.double()
-    )  # repulsion is a matter of sign: fp32 rounding would decide it at softmax = 1/|P|
+    # Repulsion depends on a sign, which fp32 rounding would decide at softmax = 1/|P|.
+    bank = features.double()
     for rows, cosines in similarity_chunks(bank, bank, chunk_bytes, progress, description="pairs"):
         s = cosines / temperature
         same = labels[rows, None] == labels
@@ -88,7 +88,7 @@ def pair_statistics(
         away = F.softplus(n[:, None] - s).masked_fill(~positive, 0.0).sum(dim=1) / count
         softmax = (s - total[:, None]).exp()
         sigma = torch.sigmoid(s - n[:, None])
-        # One positive and no negative: softmax is 1 = 1/|P| but for the rounding of logsumexp.
+        # With one positive and no negative, softmax is 1 = 1/|P| up to the rounding of logsumexp.
         supcon_repels = positive & (softmax - 1 / count[:, None] > 1e-12)
         sincere_repels = positive & (sigma - 1 > 0)
         blocks.append(
@@ -105,12 +105,14 @@ def pair_statistics(
 
 
 def kl_bound(losses: Tensor, negatives: Tensor) -> Tensor:
-    """log|N_i| - L_i, [N] fp64, whose mean is a lower bound of the symmetrised KL divergence between the
-    target and the noise distribution, in nats (SINCERE, arXiv 2309.14277). It cannot exceed log|N_i|.
+    """Bound log|N_i| - L_i per anchor, [N] fp64, in nats (SINCERE, arXiv 2309.14277).
+
+    Its mean is a lower bound of the symmetrised KL divergence between the target and the noise distribution.
+    It is at most log|N_i|.
 
     Args:
-        losses: [N] SINCERE losses per anchor, NaN where there is none.
-        negatives: [N] int64, |N_i|. An anchor without one gives NaN.
+        losses: [N] SINCERE losses per anchor, NaN for anchors without a loss.
+        negatives: [N] int64, |N_i|. The result is NaN for anchors without negatives.
     """
     counts = negatives.double()
     return torch.where(negatives > 0, counts.log() - losses.double(), torch.nan)
@@ -119,9 +121,9 @@ def kl_bound(losses: Tensor, negatives: Tensor) -> Tensor:
 def loss_floors(
     positives: Tensor, negatives: Tensor, temperature: float, *, instances: int = 1, gap: float = 2.0
 ) -> dict[str, Tensor]:
-    """Values below which no unit-length embedding takes a loss, [N] fp64 each, by its name.
+    """Lower bounds of the losses over all unit-length embeddings, [N] fp64 each, by the name of the loss.
 
-    With the cosine of a positive at most 1 and of a negative at least 1 - ``gap``, and Jensen's inequality
+    Cosines of positives are at most 1, cosines of negatives at least 1 - ``gap``. With Jensen's inequality
     over the positives:
 
         supcon                      log(|P| + |N| e^(-gap/t))
@@ -129,13 +131,15 @@ def loss_floors(
         class_conditional_info_nce  log(|A| + (|P| - |A|) e^(-2/t))
 
     ``gap`` = 2 holds for any embedding. C classes of equal size reach cosines of -1/(C - 1) at best (a
-    simplex; Graf et al. 2021, arXiv 2102.08817): there the *mean* of SupCon or SINCERE over all anchors is at
-    least the floor with ``gap`` = C/(C - 1), and reaches it where each class is one point. The floor of cNCE
-    is reached where |P| = 1 or the other positives lie opposite.
+    simplex; Graf et al. 2021, arXiv 2102.08817). Then the mean of SupCon or SINCERE over all anchors is at
+    least the bound with ``gap`` = C/(C - 1), with equality if each class is one point. The bound of cNCE is
+    reached if |P| = 1 or the other positives are opposite to the anchor.
 
     Args:
         positives, negatives: [N] int64, |P_i| >= 1 and |N_i|.
-        instances: |A_i|, the other views of the anchor's sample.
+        temperature: t above.
+        instances: |A_i|, the number of other views of the anchor's sample.
+        gap: 1 minus the smallest cosine of negatives, in (0, 2].
     """
     if not temperature > 0 or not 0 < gap <= 2:
         raise ValueError(f"temperature must be > 0 and gap in (0, 2], got {temperature} and {gap}")
@@ -150,7 +154,7 @@ def loss_floors(
 
 
 def simplex_gap(labels: Tensor) -> float:
-    """The ``gap`` of :func:`loss_floors` that holds for ``labels`` [N]: C/(C - 1) for C equal classes, or
+    """The ``gap`` of :func:`loss_floors` for ``labels`` [N]: C/(C - 1) for C classes of equal size, else
     2."""
     counts = labels.unique(return_counts=True)[1]
     classes = len(counts)
@@ -158,17 +162,17 @@ def simplex_gap(labels: Tensor) -> float:
 
 
 class Pairs:
-    """Yields, under ``pairs/{fine,coarse}/``, over the samples of one split, one row each:
+    """Yields, under ``pairs/{fine,coarse}/``, over the samples of one split:
 
-    - ``supcon_loss``, ``sincere_loss``: means over the anchors that have a positive;
-    - ``supcon_floor``, ``sincere_floor``: the smallest values these means can take (:func:`loss_floors`);
-    - ``supcon_repelling``, ``sincere_repelling``: the share of positive pairs that the loss pushes apart;
-    - ``kl_bound``: mean_i(log|N_i| - L_i), with L SINCERE's loss: a lower bound of the symmetrised KL
+    - ``supcon_loss``, ``sincere_loss``: means over the anchors with a positive;
+    - ``supcon_floor``, ``sincere_floor``: lower bounds of these means (:func:`loss_floors`);
+    - ``supcon_repelling``, ``sincere_repelling``: fraction of positive pairs that the loss repels;
+    - ``kl_bound``: mean_i(log|N_i| - L_i), with the SINCERE loss L, a lower bound of the symmetrised KL
       divergence;
-    - ``kl_limit``: mean_i log|N_i|, where that bound saturates;
+    - ``kl_limit``: mean_i log|N_i|, the largest possible bound;
     - ``class=C/kl_bound``: the bound of the anchors of class C.
 
-    A level in which no sample has a positive and a negative yields nothing.
+    A level without any sample that has a positive and a negative yields nothing.
     """
 
     name: ClassVar[str] = "pairs"
@@ -188,11 +192,11 @@ class Pairs:
 
     def __call__(self, splits: FeatureSplits, *, progress: bool = False) -> Iterator[Result]:
         config = self.config
-        chosen = dict(splits.items())[config.split]
+        split = dict(splits.items())[config.split]
         for level in LEVELS:
-            labels = chosen.labels(level)
+            labels = split.labels(level)
             table = pair_statistics(
-                chosen.features,
+                split.features,
                 labels,
                 config.temperature,
                 chunk_bytes=config.chunk_bytes,
@@ -205,9 +209,9 @@ class Pairs:
             if len(known) == 0:
                 continue
             prefix = f"pairs/{level}"
-            figures = ["supcon_loss", "sincere_loss", "supcon_repelling", "sincere_repelling", "kl_bound"]
+            metrics = ["supcon_loss", "sincere_loss", "supcon_repelling", "sincere_repelling", "kl_bound"]
             if config.per_class:
-                figures += [f"class={c}/kl_bound" for c in labels[~bound.isnan()].unique().tolist()]
+                metrics += [f"class={c}/kl_bound" for c in labels[~bound.isnan()].unique().tolist()]
             outcomes = {
                 "supcon": table.supcon,
                 "sincere": table.sincere,
@@ -217,7 +221,7 @@ class Pairs:
                 "bound": bound,
                 "class": labels,
             }
-            for name, value in metric_results(prefix, figures, outcomes):
+            for name, value in metric_results(prefix, metrics, outcomes):
                 if config.split == "test" or not isinstance(value, Tensor):
                     yield name, value
             floors = loss_floors(

@@ -1,4 +1,4 @@
-"""Features in two dimensions, for a picture."""
+"""Two-dimensional projection of features, for plots."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 
 @dataclass
 class ProjectionConfig:
-    """The two-dimensional picture of the test features, on the unit sphere."""
+    """The two-dimensional plot of the normalised test features."""
 
     method: Literal["tsne", "pca"] = "tsne"
-    """"tsne", which shows neighbourhoods (distances between groups mean little), or "pca", which is linear
-    and shows true distances along the two directions of most variance."""
+    """"tsne", which preserves neighbourhoods but not distances between clusters, or "pca", which is linear
+    and preserves distances along the two directions of largest variance."""
 
     max_points: int = 1000
-    """A seeded sample of the test split beyond this many."""
+    """Larger test splits are randomly subsampled to this size."""
 
     seed: int = 0
-    """Of that sample and of t-SNE."""
+    """Seed of the subsample and of t-SNE."""
 
     def __post_init__(self) -> None:
         if self.method not in ("tsne", "pca"):
@@ -35,7 +35,7 @@ def project(features: Tensor, config: ProjectionConfig) -> tuple[Tensor, Tensor]
     """Two-dimensional points for ``features`` [N, D], normalised first.
 
     Returns:
-        points [M, 2] fp32 and the rows they stand for [M] int64, ascending, M = min(N, max_points).
+        Points [M, 2] fp32 and their row indices [M] int64, ascending, M = min(N, max_points).
     """
     n = len(features)
     rows = torch.arange(n)
@@ -47,16 +47,16 @@ def project(features: Tensor, config: ProjectionConfig) -> tuple[Tensor, Tensor]
         from sklearn.manifold import TSNE
         from threadpoolctl import threadpool_limits
 
-        # The perplexity must be below the number of points; three times it is t-SNE's own advice.
+        # t-SNE recommends at least three points per unit of perplexity.
         perplexity = min(30.0, (len(rows) - 1) / 3)
         tsne = TSNE(perplexity=perplexity, init="pca", random_state=config.seed)
-        # Few points gain nothing from threads, and lose much where the threads wait for a busy processor.
+        # Threads do not speed up small inputs and are slow on a busy machine.
         with threadpool_limits(1 if len(rows) <= 2000 else None):
             points = torch.from_numpy(tsne.fit_transform(chosen.float().numpy()))
         return points.float(), rows
     centred = chosen - chosen.mean(dim=0)
     directions = torch.linalg.svd(centred, full_matrices=False)[2][:2]
-    # The sign of a singular vector is arbitrary: its largest entry is made positive.
+    # The sign of a singular vector is arbitrary, so its largest entry is made positive.
     largest = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True))
     points = centred @ (directions * largest.sign()).T
     return F.pad(points, (0, 2 - points.shape[1])).float(), rows

@@ -1,4 +1,4 @@
-"""How far a class stands from the others, seen from each test sample (SINCERE, arXiv 2309.14277)."""
+"""Separation of the classes: nearest cosines of each test sample (SINCERE, arXiv 2309.14277)."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from pysupcon.evaluators.metrics import metric_results
 
 @dataclass
 class SeparationConfig:
-    """Nearest training sample of the same class (target) against the nearest of another class (noise)."""
+    """Nearest training sample of the same class (target) and of another class (noise)."""
 
     chunk_bytes: int = 1 << 26
-    """Memory for one block of similarities (test rows x all training rows), in bytes."""
+    """Memory of one block of similarities (test rows x all training rows), in bytes."""
 
     per_class: bool = True
-    """Also the two areas under curves of every class."""
+    """Also report ROC AUC and average precision of every class."""
 
     def __post_init__(self) -> None:
         if self.chunk_bytes < 1:
@@ -32,10 +32,10 @@ class SeparationConfig:
 def target_and_noise(
     train: FeatureSet, test: FeatureSet, level: Level, *, chunk_bytes: int = 1 << 26, progress: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Largest cosine of each test sample to a training sample of its class, and to one of another class.
+    """Largest cosine of each test sample to training samples of its class and of other classes.
 
     Returns:
-        target [N], noise [N]; -inf where there is no such training sample.
+        Target [N] and noise [N] cosines; -inf without such a training sample.
     """
     labels, truth = train.labels(level), test.labels(level)
     dtype = torch.promote_types(train.features.dtype, torch.float32)
@@ -53,15 +53,14 @@ def target_and_noise(
 class Separation:
     """Yields, under ``separation/{fine,coarse}/``, over the test samples:
 
-    - ``target_median``, ``noise_median``: of the largest cosine to a training sample of the same and of
-      another class;
+    - ``target_median``, ``noise_median``: medians of the largest cosine to training samples of the same class
+      and of other classes;
     - ``margin``: the difference of the two medians, |target - noise|;
-    - ``roc_auc``, ``average_precision``: of telling target cosines from noise cosines, all classes together;
-    - ``class=C/roc_auc``, ``class=C/average_precision``: the same of the test samples of class C;
+    - ``roc_auc``, ``average_precision``: of target cosines against noise cosines, over all classes;
+    - ``class=C/roc_auc``, ``class=C/average_precision``: the same for the test samples of class C;
     - the outcomes ``target``, ``noise`` and ``class``.
 
-    Samples without a target or without a noise sample are left out; a level without any of the others yields
-    nothing.
+    Samples without a target or a noise cosine are ignored; a level without other samples yields nothing.
     """
 
     name: ClassVar[str] = "separation"
@@ -91,8 +90,8 @@ class Separation:
                 "class": labels,
             }
             prefix = f"separation/{level}"
-            figures = ["target_median", "noise_median", "margin", "roc_auc", "average_precision"]
+            metrics = ["target_median", "noise_median", "margin", "roc_auc", "average_precision"]
             if self.config.per_class:
                 for label in labels[known].unique().tolist():
-                    figures += [f"class={label}/roc_auc", f"class={label}/average_precision"]
-            yield from metric_results(prefix, figures, outcomes)
+                    metrics += [f"class={label}/roc_auc", f"class={label}/average_precision"]
+            yield from metric_results(prefix, metrics, outcomes)

@@ -1,7 +1,7 @@
 """Hidden subgroups of classes, inferred from features (Sohoni et al. 2020, arXiv 2011.12945).
 
-Within each class: reduce the features, cluster them, choose the number of clusters by silhouette. The
-clusters are the groups that a robust training is given, in place of the unknown true ones.
+Within each class, the features are reduced and clustered; the silhouette selects the number of clusters.
+Robust training uses the clusters in place of the unknown true groups.
 """
 
 from __future__ import annotations
@@ -19,37 +19,36 @@ _MULTITHREADING_SIZE = 1 << 24
 
 @dataclass
 class SubgroupConfig:
-    """How the groups of a class are found from its features."""
+    """How the groups of a class are inferred from its features."""
 
     reduce: Literal["none", "pca", "umap"] = "pca"
-    """none, pca, or umap (which needs the package umap-learn)."""
+    """none, pca or umap (requires the package umap-learn)."""
 
     dimensions: int = 16
-    """Of the reduced features, at most; a class of fewer samples has fewer. No effect with none."""
+    """Maximum dimensions of the reduced features; small classes have fewer. No effect with none."""
 
     cluster: Literal["kmeans", "gmm"] = "gmm"
-    """k-means, or a mixture of Gaussians (with full covariances, or diagonal ones where a cluster would have
-    fewer than two samples a dimension)."""
+    """k-means, or a Gaussian mixture (with full covariances, or diagonal ones if a cluster would have fewer
+    than two samples per dimension)."""
 
     k_min: int = 2
-    """Fewest clusters tried in a class."""
+    """Smallest number of clusters to try per class."""
 
     k_max: int = 10
-    """Most clusters tried in a class; of equally good numbers the smaller is kept."""
+    """Largest number of clusters to try per class. A tie goes to the smaller number."""
 
     overcluster: int = 1
-    """Each class gets this many times the clusters that its silhouette chose: small groups that share a
-    cluster with a large one come apart. 1 is off."""
+    """Factor of the number of clusters selected by the silhouette, which separates small groups from large
+    ones. 1 is off."""
 
     normalize: bool = True
-    """Bring the features to unit length first."""
+    """Normalise the features to unit length first."""
 
     silhouette_samples: int = 2000
-    """Samples of a class, drawn with the seed, from which its silhouette is computed: its cost is their
-    square."""
+    """Number of samples of a class used for its silhouette, whose cost is quadratic in it."""
 
     seed: int = 0
-    """Of the first clusters, of umap and of those samples."""
+    """Seed of the clustering, of umap and of the silhouette's samples."""
 
     def __post_init__(self) -> None:
         if self.reduce not in ("none", "pca", "umap"):
@@ -71,8 +70,7 @@ class SubgroupConfig:
 
 
 class _ClassClusters(NamedTuple):
-    """One class: its reducer and clusterer (None: one group), the number of its first group, its
-    silhouette."""
+    """Fitted reducer and clusterer of a class (None for one group), its first group, size and silhouette."""
 
     reducer: Any
     clusterer: Any
@@ -82,13 +80,13 @@ class _ClassClusters(NamedTuple):
 
 
 class Subgroups:
-    """Groups of each class, numbered through over the classes in ascending order of their labels.
+    """Inferred groups, numbered class by class in ascending order of the labels.
 
     Attributes:
-        classes: [C] int64, the labels seen when it was fitted.
-        groups: [N] int64, the groups of the samples it was fitted to.
+        classes: [C] int64, the labels of the fitted samples.
+        groups: [N] int64, the groups of the fitted samples.
         parent: [G] int64, the class label of each group.
-        silhouettes: of each class, in [-1, 1]; 0 where a class is one group.
+        silhouettes: silhouette of each class, in [-1, 1]; 0 for a class of one group.
     """
 
     def __init__(self, features: Tensor, labels: Tensor, config: SubgroupConfig) -> None:
@@ -121,10 +119,7 @@ class Subgroups:
         return F.normalize(rows, dim=1) if self._config.normalize else rows
 
     def predict(self, features: Tensor, labels: Tensor) -> Tensor:
-        """The group of other samples [M, D] of known class ``labels`` [M], [M] int64.
-
-        -1 for a class that was not there when the groups were found.
-        """
+        """Groups [M] int64 of other samples [M, D] with class ``labels`` [M]; -1 for unknown classes."""
         rows, labels = self._prepare(features), labels.cpu()
         groups = torch.full((len(rows),), -1, dtype=torch.int64)
         for label, fit in zip(self.classes.tolist(), self._fits, strict=True):
@@ -142,12 +137,10 @@ class Subgroups:
 
 
 def infer_groups(features: Tensor, labels: Tensor, config: SubgroupConfig | None = None) -> Subgroups:
-    """Groups of ``features`` [N, D] within their classes ``labels`` [N] int64; see :class:`Subgroups`.
-
-    Its ``groups`` [N] are what a robust training takes in place of true groups.
+    """Infer groups of ``features`` [N, D] within the classes ``labels`` [N] int64; see :class:`Subgroups`.
 
     Raises:
-        ValueError: labels of another shape.
+        ValueError: ``labels`` has a wrong shape or dtype.
         ImportError: reduce="umap" without umap-learn.
     """
     return Subgroups(features, labels, config or SubgroupConfig())
@@ -156,7 +149,7 @@ def infer_groups(features: Tensor, labels: Tensor, config: SubgroupConfig | None
 def _threads(size: int) -> Any:
     from threadpoolctl import threadpool_limits
 
-    # Small products gain nothing from threads, and lose much where the threads wait for a busy processor.
+    # Threads do not speed up small inputs and are slow on a busy machine.
     return threadpool_limits(1 if size < _MULTITHREADING_SIZE else None)
 
 
@@ -188,15 +181,15 @@ def _clusterer(config: SubgroupConfig, k: int, points: Any) -> Any:
     from sklearn.mixture import GaussianMixture
 
     samples, width = points.shape
-    # A full covariance needs more samples than dimensions, or it fits the very samples and no other.
+    # A full covariance overfits without clearly more samples than dimensions.
     covariance = "full" if samples >= 2 * k * width else "diag"
     return GaussianMixture(k, covariance_type=covariance, random_state=config.seed)
 
 
 def _fit_class(rows: Tensor, first: int, config: SubgroupConfig) -> tuple[_ClassClusters, Tensor]:
-    """Clusters of one class, and the group of each of its ``rows`` [n, D]."""
+    """Cluster the ``rows`` [n, D] of one class; returns the clusters and the group of each row."""
     distinct = len(rows.unique(dim=0))
-    k_max = min(config.k_max, distinct - 1)  # a silhouette needs a cluster of two at least
+    k_max = min(config.k_max, distinct - 1)  # a silhouette needs a cluster of at least two samples
     if k_max < config.k_min:
         return _ClassClusters(None, None, first, 1, 0.0), torch.full((len(rows),), first)
     from sklearn.metrics import silhouette_score
@@ -205,28 +198,28 @@ def _fit_class(rows: Tensor, first: int, config: SubgroupConfig) -> tuple[_Class
         reducer = _reducer(config, len(rows), rows.shape[1])
         points = rows.numpy() if reducer is None else reducer.fit_transform(rows.numpy())
         generator = torch.Generator().manual_seed(config.seed)
-        shown = torch.randperm(len(rows), generator=generator)[: config.silhouette_samples].numpy()
+        sampled = torch.randperm(len(rows), generator=generator)[: config.silhouette_samples].numpy()
         best: tuple[float, int, Any] | None = None
         for k in range(config.k_min, k_max + 1):
             clusterer = _fit_quietly(_clusterer(config, k, points), points)
-            found = clusterer.predict(points)[shown]
+            found = clusterer.predict(points)[sampled]
             if len(set(found.tolist())) < 2:
                 continue
-            score = float(silhouette_score(points[shown], found))
+            score = float(silhouette_score(points[sampled], found))
             if best is None or score > best[0]:
                 best = (score, k, clusterer)
         if best is None:
             return _ClassClusters(None, None, first, 1, 0.0), torch.full((len(rows),), first)
         score, k, clusterer = best
-        more = min(k * config.overcluster, distinct)
-        if more > k:
-            k, clusterer = more, _fit_quietly(_clusterer(config, more, points), points)
+        k_final = min(k * config.overcluster, distinct)
+        if k_final > k:
+            k, clusterer = k_final, _fit_quietly(_clusterer(config, k_final, points), points)
         groups = first + torch.as_tensor(clusterer.predict(points)).long()
     return _ClassClusters(reducer, clusterer, first, k, score), groups
 
 
 def _fit_quietly(clusterer: Any, points: Any) -> Any:
-    """Fitted; a number of clusters that does not converge has a poor silhouette, and need not warn."""
+    """Fit without convergence warnings; a fit that does not converge has a poor silhouette."""
     import warnings
 
     from sklearn.exceptions import ConvergenceWarning
@@ -237,23 +230,23 @@ def _fit_quietly(clusterer: Any, points: Any) -> Any:
 
 
 class Recovery(NamedTuple):
-    """How well clusters tell the true groups: both in [0, 1]."""
+    """How well clusters match the true groups, in [0, 1]."""
 
     f1: float
-    """Mean over the true groups of the F1 of the cluster matched to each, one to one, so that the sum is
-    largest; 0 for a group without a cluster of its own"""
+    """Mean F1 score of the true groups under the best one-to-one matching with clusters; 0 for unmatched
+    groups"""
     purity: float
-    """Share of the samples that belong to the true group most frequent in their cluster"""
+    """Fraction of the samples that belong to the most frequent true group of their cluster"""
 
 
 def recovery(groups: Tensor, truth: Tensor) -> Recovery:
-    """Compares clusters ``groups`` [N] with true groups ``truth`` [N], both int64 with any labels."""
+    """Compare clusters ``groups`` [N] with true groups ``truth`` [N], both int64 with any labels."""
     from scipy.optimize import linear_sum_assignment
 
     _, cluster = groups.unique(return_inverse=True)
-    _, true = truth.unique(return_inverse=True)
-    table = torch.zeros(int(true.max()) + 1, int(cluster.max()) + 1, dtype=torch.int64)
-    table.index_put_((true, cluster), torch.ones_like(true), accumulate=True)
+    _, true_group = truth.unique(return_inverse=True)
+    table = torch.zeros(int(true_group.max()) + 1, int(cluster.max()) + 1, dtype=torch.int64)
+    table.index_put_((true_group, cluster), torch.ones_like(true_group), accumulate=True)
     f1 = 2 * table / (table.sum(dim=1, keepdim=True) + table.sum(dim=0, keepdim=True))
     rows, columns = linear_sum_assignment(f1.numpy(), maximize=True)
     matched = f1[torch.as_tensor(rows), torch.as_tensor(columns)].sum().item() / len(table)

@@ -1,9 +1,8 @@
-"""Transfer to another data set (protocol of SINCERE, arXiv 2309.14277): the frozen encoder, a new linear
-head.
+"""Transfer to another data set: a new linear head on the frozen encoder (SINCERE, arXiv 2309.14277).
 
-The penalty or the learning rate is chosen on the validation split, a stratified tenth of the training
-samples, then the head is trained once more on all training samples with that choice. To follow the paper to
-the letter: ``solver="sgd"`` and ``learning_rates`` of one's choice.
+The validation split, a stratified tenth of the training samples, selects the penalty or learning rate. The
+head is then trained again on all training samples. The paper uses ``solver="sgd"`` with a sweep of
+``learning_rates``.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from pysupcon.evaluators.linear_probe import FittedProbe, ProbeConfig, fit_probe
 
 @dataclass
 class TransferConfig(ProbeConfig):
-    """The linear head of the other data set."""
+    """The linear head for the other data set."""
 
     refit: bool = True
-    """Train once more on training and validation samples together with what validation chose."""
+    """Train again on training and validation samples with the selected hyperparameter."""
 
 
 def concatenate(first: FeatureSet, second: FeatureSet) -> FeatureSet:
-    """The samples of both."""
+    """Concatenate the samples of two feature sets."""
     return FeatureSet(
         torch.cat([first.features, second.features]),
         torch.cat([first.coarse, second.coarse]),
@@ -38,24 +37,29 @@ def concatenate(first: FeatureSet, second: FeatureSet) -> FeatureSet:
 def fit_transfer_head(
     splits: FeatureSplits, config: TransferConfig, *, progress: bool = False
 ) -> FittedProbe:
-    """The head, with the ``val_accuracy`` and the ``chosen`` of before the last training, whose last epoch
-    counts: nothing is left to choose an epoch by."""
+    """Fit the head; with ``refit``, ``val_accuracy`` is that of the selection.
+
+    No samples are left to select an epoch of the final training, so its last epoch is used.
+    """
     chosen = fit_probe(splits.train, splits.val, "fine", config, progress=progress)
-    if not config.refit or chosen.chosen == 0:  # 0: one class only, nothing was chosen
+    if not config.refit or chosen.chosen == 0:  # 0: only one class
         return chosen
     only = replace(config, penalties=[chosen.chosen], learning_rates=[chosen.chosen])
     both = concatenate(splits.train, splits.val)
-    # A class that no head knows is wrong after every epoch, and of equally good ones the last is kept.
+    # A validation class unknown to the head gives accuracy 0 in every epoch, and a tie keeps the last epoch.
     unknown = both.fine.max().expand(1) + 1
-    nothing = FeatureSet(both.features[:1], both.coarse[:1], unknown)
-    last = fit_probe(both, nothing, "fine", only, progress=progress)
+    unknown_sample = FeatureSet(both.features[:1], both.coarse[:1], unknown)
+    last = fit_probe(both, unknown_sample, "fine", only, progress=progress)
     return last._replace(val_accuracy=chosen.val_accuracy)
 
 
 class Transfer:
-    """Yields ``transfer/accuracy`` on the fine labels of the other data set's test split, its outcomes, and
-    how the head was chosen: ``val_accuracy``, ``chosen``, ``converged``. ``chance`` is its most frequent
-    class."""
+    """Yields ``transfer/accuracy`` on the fine labels of the other data set's test split, and its outcomes.
+
+    Also how the head was chosen: ``val_accuracy``, ``chosen`` and ``converged``. ``chance`` is the accuracy
+        of the
+    most frequent training class.
+    """
 
     name: ClassVar[str] = "transfer"
     units: ClassVar[Mapping[str, str]] = {

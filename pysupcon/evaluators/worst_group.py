@@ -1,8 +1,7 @@
-"""Worst-group robustness of the trained head, and of heads on frozen features (Sohoni et al. 2020, arXiv
-2011.12945; Thanos, arXiv 2204.07596).
+"""Worst-group robustness of linear heads (Sohoni et al. 2020, arXiv 2011.12945; Thanos, arXiv 2204.07596).
 
-Classes are the coarse labels; the true groups are the pairs of a class and a fine label, which a training on
-classes does not see.
+The heads are the one trained with the encoder and new ones on frozen features. Classes are the coarse labels.
+True groups are pairs of a class and a fine label, which are not used for training.
 """
 
 from __future__ import annotations
@@ -25,29 +24,27 @@ METHODS: tuple[Method, ...] = ("trained", "erm", "dro_inferred", "dro_true")
 
 @dataclass
 class WorstGroupConfig:
-    """Linear heads that are to be right in every group, not only on average: the one that the encoder was
-    trained with, and others on its frozen features."""
+    """Worst-group accuracy of the head trained with the encoder and of heads on its frozen features."""
 
     methods: list[Method] = field(default_factory=lambda: ["trained", "erm", "dro_inferred", "dro_true"])
-    """trained: the classification head that was trained together with the encoder, left out where there is
-    none. The others are fitted to frozen features: erm by the mean loss; dro_inferred by GroupDRO over groups
-    inferred from the features; dro_true by GroupDRO over the true groups, which is the bound of what
-    inference can reach."""
+    """trained: the classification head trained with the encoder, skipped if there is none. The others are
+    fitted to frozen features: erm by the mean loss; dro_inferred by GroupDRO over groups inferred from the
+    features; dro_true by GroupDRO over the true groups, an upper bound for inferred groups."""
 
     selection: Literal["known", "true"] = "known"
-    """Whose worst validation group chooses decay and epoch. known: of the groups that a method may know: the
-    classes for erm, the inferred groups for dro_inferred, the true ones for dro_true. true: of the true
-    groups for all, the protocol where a small validation set is annotated."""
+    """Validation groups whose worst accuracy selects weight decay and epoch. known: the groups that a method
+    knows, i.e. classes for erm, inferred groups for dro_inferred, true groups for dro_true. true: the true
+    groups for all methods, the protocol with an annotated validation set."""
 
     auroc: bool = False
-    """For two classes: also the area under the ROC curve, of all test samples and of the worst group (its
-    samples against those of the other class)."""
+    """For two classes, also report the area under the ROC curve, over all test samples and of the worst group
+    (its samples against those of the other class)."""
 
     subgroups: SubgroupConfig = field(default_factory=SubgroupConfig)
-    """How groups are inferred."""
+    """Arguments of the group inference."""
 
     head: HeadConfig = field(default_factory=HeadConfig)
-    """How the heads are trained."""
+    """Arguments of the heads."""
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.methods if name not in METHODS]
@@ -63,10 +60,10 @@ class TrueGroups(NamedTuple):
     """Pairs of a class and a fine label that occur in any split, numbered in ascending order."""
 
     pairs: Tensor
-    """[G, 2] int64: class, fine label"""
+    """Class and fine label of each group, [G, 2] int64"""
 
     def indices(self, split: FeatureSet) -> Tensor:
-        """The group of every sample of ``split``, [N] int64 on the CPU."""
+        """Group index of every sample of ``split``, [N] int64 on the CPU."""
         rows = torch.stack([split.coarse, split.fine], dim=1).cpu()
         found = torch.cat([self.pairs, rows]).unique(dim=0, return_inverse=True)[1]
         return found[len(self.pairs) :]
@@ -79,22 +76,22 @@ def true_groups(splits: FeatureSplits) -> TrueGroups:
 
 
 def _renumbered(groups: Tensor) -> Tensor:
-    """Numbered without gaps."""
+    """Renumber groups without gaps."""
     return groups.unique(return_inverse=True)[1]
 
 
 class WorstGroup:
-    """Yields, under ``worst_group/``, for every method M asked for:
+    """Yields, under ``worst_group/``, for every method M:
 
-    - ``M/accuracy``, ``M/worst_group_accuracy``, ``M/group=G/accuracy``: over the test samples, all of them
-      and by true group;
+    - ``M/accuracy``, ``M/worst_group_accuracy``, ``M/group=G/accuracy``: over all test
+      samples and by true group;
     - ``M/val_worst_group``, ``M/weight_decay``, ``M/epoch``: how the head was chosen (not for trained);
-    - ``M/auroc``, ``M/worst_group_auroc``: if asked for, with two classes;
+    - ``M/auroc``, ``M/worst_group_auroc``: with ``auroc`` and two classes;
     - the outcomes ``correct``, ``predicted`` and ``group``.
 
-    And ``group=G/{class,fine,train,val,test}``: the class and fine label of true group G, and its samples.
+    Also ``group=G/{class,fine,train,val,test}``: class, fine label and sizes of true group G.
     With dro_inferred also ``subgroups/{count,silhouette,f1,purity}``: the inferred groups of the training
-    split, and how well they recover the true ones.
+    split, and how well they match the true ones.
     """
 
     name: ClassVar[str] = "worst_group"
@@ -188,9 +185,9 @@ class WorstGroup:
         scores, coarse = head.logits(test.features), test.coarse.cpu()
         predicted = classes[scores.argmax(dim=1)]
         outcomes = {"correct": predicted == coarse, "predicted": predicted, "group": group}
-        figures = ["accuracy", "worst_group_accuracy"]
-        figures += [f"group={g}/accuracy" for g in group.unique().tolist()]
+        metrics = ["accuracy", "worst_group_accuracy"]
+        metrics += [f"group={g}/accuracy" for g in group.unique().tolist()]
         if self.config.auroc and len(classes) == 2:
             outcomes |= {"score": scores[:, 1] - scores[:, 0], "positive": coarse == classes[1]}
-            figures += ["auroc", "worst_group_auroc"]
-        yield from metric_results(prefix, figures, outcomes)
+            metrics += ["auroc", "worst_group_auroc"]
+        yield from metric_results(prefix, metrics, outcomes)

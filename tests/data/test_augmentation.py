@@ -1,4 +1,4 @@
-"""Views: whole batches equal torchvision sample by sample, and are a function of the draw."""
+"""Views of batches equal torchvision's sample by sample and depend only on the draw."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def digits() -> DataModule:
 
 
 def pictures(count: int, channels: int, height: int, width: int) -> Tensor:
-    """Smooth enough that a bilinear weight matters, with saturated pixels."""
+    """Smooth images with saturated pixels, for which bilinear weights matter."""
     generator = torch.Generator().manual_seed(0)
     small = torch.rand(count, channels, 5, 5, generator=generator) * 400 - 70
     return (
@@ -215,8 +215,8 @@ def test_numbers_belong_to_their_draw() -> None:
     assert correlations.abs().max() < 0.06  # neither within a draw nor from one to the next
 
 
-def test_numbers_never_change() -> None:
-    """A run is resumed with the views it would have had; later versions must draw the same."""
+def test_numbers_are_stable_across_versions() -> None:
+    """A resumed run has the views of the uninterrupted one, also with later versions."""
     assert philox_uniforms(0, [0], 2)[0].tolist() == [0.011546754286331562, 0.24154919656271812]
     assert philox_uniforms(7, [123456789], 2)[0].tolist() == [0.882302869278809, 0.08636463132337013]
 
@@ -285,7 +285,7 @@ def test_views_without_augmentation_are_not_copied(digits: DataModule) -> None:
     assert views.stride(1) == 0
 
 
-def test_a_plain_batch_is_its_items(digits: DataModule) -> None:
+def test_a_batch_equals_its_items(digits: DataModule) -> None:
     whole = digits.evaluation_dataset("test")
     assert isinstance(whole, EvaluationDataset)
     batch = whole.__getitems__([4, 0, 9])

@@ -1,4 +1,4 @@
-"""Data: readers on files of the true formats, labels, splits, views and batches."""
+"""Readers of files in their published formats, labels, splits and batches."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def digits() -> DataModule:
 @pytest.mark.parametrize(
     ("name", "inside", "compress"),
     [
-        ("mnist", "MNIST/raw", False),  # as torchvision leaves it
+        ("mnist", "MNIST/raw", False),  # torchvision's layout
         ("mnist", ".", True),
         ("fashion_mnist", "FashionMNIST/raw", False),
-        ("fashion_mnist", ".", True),  # as distributions ship it
+        ("fashion_mnist", ".", True),  # the layout of Linux distributions
     ],
 )
 def test_idx_files(tmp_path: Path, name: str, inside: str, compress: bool) -> None:
@@ -222,14 +222,14 @@ def test_stratified_subset(counts: list[int], share: float, seed: int) -> None:
             stratified_subset(labels, wrong, seed)
 
 
-def test_at_most() -> None:
+def test_cap_per_class() -> None:
     labels = torch.tensor([0, 1, 1, 0, 2, 1, 1, 2])
     kept = cap_per_class(labels, {0: 5, 1: 2, 2: 1}, 3)
     assert labels[kept].bincount().tolist() == [2, 2, 1]
     fewer = cap_per_class(labels, {0: 1, 1: 1, 2: 0}, 3)
     assert set(fewer.tolist()) < set(kept.tolist())
     drawn = {tuple(cap_per_class(labels, {0: 2, 1: 2, 2: 2}, seed).tolist()) for seed in range(40)}
-    assert len(drawn) == 6  # every two of the four of class 1
+    assert len(drawn) == 6  # every pair of the four samples of class 1
 
 
 def test_a_small_training_split_leaves_the_others_alone(digits: DataModule) -> None:
@@ -259,7 +259,7 @@ def test_a_small_training_split_leaves_the_others_alone(digits: DataModule) -> N
         config.check()
 
 
-def test_plain_dataset(digits: DataModule) -> None:
+def test_evaluation_dataset(digits: DataModule) -> None:
     train = digits.evaluation_dataset("train")
     images = torch.stack([train[i][0] for i in range(len(train))])
     assert images.shape == (1295, 1, 8, 8)
@@ -298,7 +298,7 @@ def test_balanced_batches(counts: list[int], size: int, seed: int) -> None:
     if size > len(labels):
         return
     classes = len(counts)
-    waits = -(-classes // size)  # batches until every class has come
+    waits = -(-classes // size)  # batches until every class has occurred
     batches = samples_of(list(BalancedBatchSampler(labels, size, seed=seed, steps=3 * waits)))
     for batch in batches:
         assert len(batch) == size

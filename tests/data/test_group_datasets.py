@@ -1,4 +1,4 @@
-"""Group-labelled data: files of the true formats, and colour that goes with the class at a chosen rate."""
+"""Data sets with groups: files in their published formats, and colour correlated with the class."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def test_coloured_digits_are_the_digits_biased_in_training_only():
     data = load_data(DataConfig("coloured_digits", spurious_rate=0.9))
     for name, rate in (("train", 0.9), ("val", 0.5), ("test", 0.5)):
         split, grey = data.splits[name], plain.splits[name]
-        # The very images of the plain splits: the brightest channel is the grey value.
+        # The images of the plain splits: the brightest channel is the grey value.
         assert torch.equal(split.images.amax(dim=1), grey.images[:, 0])
         assert torch.equal(split.coarse, grey.coarse)
         assert torch.equal(split.fine // 2, split.coarse)

@@ -1,4 +1,4 @@
-"""Published data sets, read from small files of their true formats."""
+"""Published data sets, read from small files in their published formats."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Figures of outcomes, their intervals and the losses' view of all pairs, against loops and other
-libraries."""
+"""Metrics of outcomes, their intervals and the losses over all pairs, against loops and other libraries."""
 
 from __future__ import annotations
 
@@ -107,7 +106,7 @@ def test_figures_are_found_by_name_and_leave_out_what_is_missing():
     assert value("a/class=1/margin") == pytest.approx(0.6 - 0.25)
     for name in ("a/chance", "b/accuracy", "a/group=0/accuracy", "a/class=7/accuracy", "accuracy"):
         assert bind_metric(name, outcomes) is None
-    with pytest.raises(ValueError, match=r"a/auroc does not follow from the outcomes \['correct'\]"):
+    with pytest.raises(ValueError, match=r"a/auroc cannot be computed from the outcomes \['correct'\]"):
         list(metric_results("a", ["auroc"], {"correct": outcomes["a/correct"]}))
 
 

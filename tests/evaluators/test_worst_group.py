@@ -320,7 +320,7 @@ def test_the_trained_head_is_judged_where_there_is_one(shortcut):
     assert not any("weight_decay" in name or "val_worst" in name for name in found)
     assert not any("/trained/" in name for name in judged_with(None))
     with pytest.raises(
-        ValueError, match=r"weight of head must be of shape \[C, D\] with D=3 .* got \[3, 2\]"
+        ValueError, match=r"head.weight must have the shape \[C, D\] with D=3, .* got \[3, 2\]"
     ):
         judged_with(LinearHead(weight[:, :2], torch.zeros(3)))
 

@@ -53,8 +53,8 @@ def write_mnist(folder: Path, *, compress: bool) -> np.ndarray:
 def write_cifar(
     root: Path, monkeypatch: pytest.MonkeyPatch, classes: int, *, count: int = 300, test_count: int = 300
 ) -> np.ndarray:
-    """The pickles of CIFAR-10 or CIFAR-100, labels in turn, and torchvision's checksums of them; the test
-    images come back."""
+    """Write the pickles of CIFAR-10 or CIFAR-100 with cyclic labels, patch torchvision's checksums, and
+    return the test images."""
     kind = datasets.CIFAR10 if classes == 10 else datasets.CIFAR100
     folder = root / kind.base_folder
     folder.mkdir()

@@ -19,7 +19,7 @@ def _write_csv(path: Path, rows: list[list[object]]) -> None:
 
 
 def write_waterbirds(root: Path) -> None:
-    """As the archive waterbird_complete95_forest2water2 holds it."""
+    """The layout of the archive waterbird_complete95_forest2water2."""
     rows: list[list[object]] = [["img_id", "img_filename", "y", "split", "place", "place_filename"]]
     for i in range(24):
         name = f"{i:03d}.Some_bird/Some_Bird_{i:04d}_{i}.jpg"
@@ -29,7 +29,7 @@ def write_waterbirds(root: Path) -> None:
 
 
 def write_celeba_txt(root: Path) -> None:
-    """As published: the number of rows, the names of the attributes, then rows in columns of blanks."""
+    """The published layout: number of rows, attribute names, then rows of columns separated by blanks."""
     names = ["5_o_Clock_Shadow", "Blond_Hair", "Male", "Young"]
     lines = ["12", " ".join(names) + " "]
     parts = []
@@ -43,7 +43,7 @@ def write_celeba_txt(root: Path) -> None:
 
 
 def write_celeba_csv(root: Path) -> None:
-    """As Kaggle distributes it: tables with commas, images in a folder within a folder of the same name."""
+    """Kaggle's layout: CSV tables, and images in a nested folder of the same name."""
     attributes: list[list[object]] = [["image_id", "5_o_Clock_Shadow", "Blond_Hair", "Male", "Young"]]
     parts: list[list[object]] = [["image_id", "partition"]]
     for i in range(12):
@@ -52,13 +52,11 @@ def write_celeba_csv(root: Path) -> None:
         attributes.append([name, -1, 1 if i % 3 == 0 else -1, 1 if i % 2 else -1, 1])
         parts.append([name, (0, 1, 2)[i // 4]])
     _write_csv(root / "list_attr_celeba.csv", attributes)
-    _write_csv(
-        root / "list_eval_partition.csv", list(reversed(parts[1:])) and [parts[0], *reversed(parts[1:])]
-    )
+    _write_csv(root / "list_eval_partition.csv", [parts[0], *reversed(parts[1:])])
 
 
 def write_isic(root: Path) -> None:
-    """As the archive's download, with the column of patches that the studies of them add; no division."""
+    """The layout of the ISIC archive with an additional column of patches and without a split column."""
     rows: list[list[object]] = [["isic_id", "attribution", "age_approx", "benign_malignant", "patch"]]
     for i in range(40):
         _write_image(root / "images" / f"ISIC_{i:07d}.jpg", 6 * i)
