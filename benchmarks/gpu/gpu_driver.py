@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-EMULATION = ROOT / "tests" / "cuda_emulation"
+EMULATION = ROOT / "tests" / "cuda" / "cuda_emulation"
 sys.path.insert(0, str(ROOT / "csrc"))
 
 from find_cuda import Toolkit, find_cuda  # noqa: E402

@@ -100,6 +100,7 @@ def test_results_are_named_after_the_device() -> None:
 def test_the_drivers_are_made_of_every_kernel_source(tmp_path: Path) -> None:
     compile_, links = gpu_driver.commands(TOOLKIT, "90", tmp_path)
     kernels = {p.name for p in (ROOT / "csrc" / "cuda").glob("*.cu")}
+    assert all(Path(command[-3]).is_file() for command in compile_)
     objects = {Path(command[-3]).name: command[-1] for command in compile_}
     assert set(objects) == kernels | {"emulate.cpp", "broken.cpp"}
     for link, program, source in zip(links, ("driver", "broken"), ("emulate.cpp", "broken.cpp"), strict=True):
@@ -307,7 +308,7 @@ INTERRUPTED = """
 import sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from benchmarks import gpu_check
+from benchmarks.gpu import gpu_check
 from benchmarks.gpu.gpu_steps import Step
 machine = dict(gpu="Fake", arch="90", driver="1.2", commit="abc", versions=dict(torch="2.11.0"))
 gpu_check.describe_machine = lambda log: (machine, "")
