@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.leftovers import GRANDCHILDREN, alive, children
+from helpers.stubborn_processes import STUBBORN_CHILDREN, is_running, printed_pids
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -49,13 +49,13 @@ def test_a_limit_interrupts_first(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
 @pytest.mark.parametrize("hangs", [True, False], ids=["at the limit", "left behind"])
 def test_no_grandchild_survives(tmp_path: Path, hangs: bool) -> None:
-    ended = _run(tmp_path, 4 if hangs else 60, GRANDCHILDREN + ("time.sleep(600)" if hangs else ""))
+    ended = _run(tmp_path, 4 if hangs else 60, STUBBORN_CHILDREN + ("time.sleep(600)" if hangs else ""))
     assert ended.cut is hangs
     assert ended.seconds < 6
-    left = children(ended.tail)
+    left = printed_pids(ended.tail)
     assert len(left) == 2
     time.sleep(0.2)
-    assert not [pid for pid in left if alive(pid)]
+    assert not [pid for pid in left if is_running(pid)]
 
 
 def test_commands_run_beside_each_other(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.leftovers import GRANDCHILDREN, alive, children
+from helpers.stubborn_processes import STUBBORN_CHILDREN, is_running, printed_pids
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "csrc")]
@@ -327,14 +327,14 @@ sys.exit(gpu_check.main(["--minutes", "8", "--json", {path!r}]))
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_leaves_the_numbers_and_no_process(tmp_path: Path, number: signal.Signals) -> None:
     result, path = tmp_path / "rows.json", tmp_path / "r.json"
-    program = _writes(result, [{"case": "speed", "both_s": 1.0}]) + GRANDCHILDREN + "time.sleep(600)"
+    program = _writes(result, [{"case": "speed", "both_s": 1.0}]) + STUBBORN_CHILDREN + "time.sleep(600)"
     text = INTERRUPTED.format(root=str(ROOT), result=str(result), program=program, path=str(path))
     check = subprocess.Popen(
         [PYTHON, "-u", "-c", text], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     assert check.stdout is not None
     printed = ""
-    while len(children(printed)) < 2:
+    while len(printed_pids(printed)) < 2:
         line = check.stdout.readline()
         assert line, printed
         printed += line
@@ -347,7 +347,7 @@ def test_an_interruption_leaves_the_numbers_and_no_process(tmp_path: Path, numbe
     stored = json.loads(path.read_text(encoding="utf-8"))
     assert stored["rows"] == [{"case": "speed", "both_s": 1.0}]
     assert [(step["name"], step["word"]) for step in stored["steps"]][1:] == [("measurements", "interrupted")]
-    assert not [pid for pid in children(printed) if alive(pid)]
+    assert not [pid for pid in printed_pids(printed) if is_running(pid)]
 
 
 # --- counters
