@@ -72,9 +72,9 @@ def _no_nvcc_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_packages_of_cuda_13_are_a_toolkit(tmp_path: Path) -> None:
     top = pip_packages(tmp_path, ALL)
-    found, word = find_cuda.find_cuda((), [str(tmp_path / "none"), str(tmp_path)])
+    found, detail = find_cuda.find_cuda((), [str(tmp_path / "none"), str(tmp_path)])
     assert found == (str(top / "bin/nvcc"), "13.0", [], top / "lib")
-    assert word == "nvcc 13.0"
+    assert detail == "nvcc 13.0"
 
 
 def test_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,10 +110,10 @@ def test_the_first_site_and_its_newest_cuda_come_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize("missing", list(PARTS))
 def test_a_missing_package_is_named(missing: str, tmp_path: Path) -> None:
     pip_packages(tmp_path, [name for name in ALL if name != missing])
-    found, word = find_cuda.find_cuda((), [str(tmp_path)])
+    found, detail = find_cuda.find_cuda((), [str(tmp_path)])
     assert found is None
-    assert f"pip's {missing} is missing" in word
-    assert PIP_LINE in word
+    assert f"pip's {missing} is missing" in detail
+    assert PIP_LINE in detail
 
 
 def test_packages_in_two_sites_complete_each_other(tmp_path: Path) -> None:
@@ -129,25 +129,25 @@ def test_nvcc_uses_no_compiler_of_another_site(tmp_path: Path) -> None:
     """Headers and libraries can be named on the command line; cicc is found beside nvcc or not at all."""
     pip_packages(tmp_path / "venv", [name for name in ALL if name != "nvidia-nvvm"])
     pip_packages(tmp_path / "base", ["nvidia-nvvm"])
-    found, word = find_cuda.find_cuda((), [str(tmp_path / "venv"), str(tmp_path / "base")])
+    found, detail = find_cuda.find_cuda((), [str(tmp_path / "venv"), str(tmp_path / "base")])
     assert found is None
-    assert "nvidia-nvvm" in word
+    assert "nvidia-nvvm" in detail
 
 
 def test_a_runtime_of_another_version_is_refused(tmp_path: Path) -> None:
     pip_packages(tmp_path, ALL, runtime=13020)
-    found, word = find_cuda.find_cuda((), [str(tmp_path)])
+    found, detail = find_cuda.find_cuda((), [str(tmp_path)])
     assert found is None
-    assert "nvcc is 13.0, but pip's nvidia-cuda-runtime is 13.2" in word
-    assert PIP_LINE in word
+    assert "nvcc is 13.0, but pip's nvidia-cuda-runtime is 13.2" in detail
+    assert PIP_LINE in detail
 
 
 def test_packages_of_cuda_12_have_no_nvcc(tmp_path: Path) -> None:
     touch(tmp_path / "nvidia/cuda_nvcc/bin/ptxas")
     touch(tmp_path / "nvidia/cuda_runtime/lib/libcudart_static.a")
-    found, word = find_cuda.find_cuda(("/nowhere",), [str(tmp_path)])
+    found, detail = find_cuda.find_cuda(("/nowhere",), [str(tmp_path)])
     assert found is None
-    assert word == (
+    assert detail == (
         "no nvcc was found (NVCC, PATH, CUDA_HOME, /nowhere, pip's packages); to install one: " + PIP_LINE
     )
 
@@ -157,17 +157,16 @@ def test_an_nvcc_that_does_not_work_is_passed_over(tmp_path: Path, monkeypatch: 
     old = toolkit(tmp_path / "old", version="11.8")
     monkeypatch.setenv("PATH", f"{Path(old).parent}:/usr/bin:/bin")
     top = pip_packages(tmp_path, ALL)
-    found, word = find_cuda.find_cuda((), [str(tmp_path)])
+    found, detail = find_cuda.find_cuda((), [str(tmp_path)])
     assert found is not None
-    assert (found.nvcc, word) == (str(top / "bin/nvcc"), "nvcc 13.0")
+    assert (found.nvcc, detail) == (str(top / "bin/nvcc"), "nvcc 13.0")
 
     (top / "compiles").unlink()
-    found, word = find_cuda.find_cuda((), [str(tmp_path)])
+    found, detail = find_cuda.find_cuda((), [str(tmp_path)])
     assert found is None
-    assert f"{old} is of CUDA 11.8, older than 12.0; " in word
+    assert f"{old} is of CUDA 11.8, older than 12.0; " in detail
     assert (
-        f"does not compile a small kernel: error: old gcc; to install what belongs together: {PIP_LINE}"
-        in word
+        f"does not compile a small kernel: error: old gcc; to install matching packages: {PIP_LINE}" in detail
     )
 
 
@@ -208,8 +207,8 @@ def test_packages_of_pip_compile_a_kernel_file(tmp_path: Path) -> None:
     programs = find_cuda.find_programs("nvcc", ())
     if not programs:
         pytest.skip(f"pip has installed no nvcc here: {PIP_LINE}")
-    found, word = find_cuda.find_cuda(())
-    assert found is not None, word
+    found, detail = find_cuda.find_cuda(())
+    assert found is not None, detail
     source, library = ROOT / "csrc/cuda/operations.cu", tmp_path / "operations.so"
     flags = [
         "-std=c++17",
