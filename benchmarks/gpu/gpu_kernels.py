@@ -112,9 +112,9 @@ def tools() -> tuple[Toolkit, list[str]]:
     Raises:
         ModelError: one of them is missing.
     """
-    toolkit, word = find_cuda()
+    toolkit, detail = find_cuda()
     if toolkit is None:
-        raise ModelError(word)
+        raise ModelError(detail)
     homes = [str(top_of(toolkit.nvcc)), *HOMES]
     triton = util.find_spec("triton")
     for place in (triton.submodule_search_locations or []) if triton else []:

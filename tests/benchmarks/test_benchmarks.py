@@ -17,7 +17,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import guard  # noqa: E402
+from benchmarks import fault_tolerance  # noqa: E402
 from benchmarks.kernels import bars, cases, compare, measure, oracle, peers, readme_table, run, suite  # noqa: E402
 from pysupcon import functional  # noqa: E402
 from pysupcon.profiling.workload import Inputs  # noqa: E402
@@ -112,12 +112,12 @@ def test_nan_is_never_within_tolerance() -> None:
     nan = float("nan")
     problem = cases.Problem(n=256)
     expected = oracle.Truth(3.0, torch.ones(256, 128, dtype=torch.float64))
-    for implementation, errors, words in (
+    for implementation, errors, message in (
         ("pysupcon", oracle.Errors(nan, 0.0), "loss error nan > 2e-06"),
         ("written", oracle.Errors(0.0, nan), "gradient error nan > 1e-03"),
         ("pysupcon", oracle.Errors(1e-6, 1e-6), None),
     ):
-        assert suite.wrong(implementation, problem, expected, errors) == words
+        assert suite.out_of_tolerance(implementation, problem, expected, errors) == message
 
 
 def test_a_gradient_that_vanishes_has_an_absolute_bar() -> None:
@@ -125,9 +125,9 @@ def test_a_gradient_that_vanishes_has_an_absolute_bar() -> None:
     problem = cases.Problem(n=2, dim=8, classes=1)
     expected = oracle.Truth(0.0, torch.zeros(2, 8, dtype=torch.float64))
     close = oracle.errors(torch.tensor(1e-8), torch.full((2, 8), 1e-7), expected)
-    assert suite.wrong("pysupcon", problem, expected, close) is None
+    assert suite.out_of_tolerance("pysupcon", problem, expected, close) is None
     far = oracle.errors(torch.tensor(1e-8), torch.full((2, 8), 1e-4), expected)
-    assert "gradient error 4.0e-04" in str(suite.wrong("pysupcon", problem, expected, far))
+    assert "gradient error 4.0e-04" in str(suite.out_of_tolerance("pysupcon", problem, expected, far))
 
 
 def test_wide_rows_of_16_bits_are_within_two_roundings() -> None:
@@ -141,9 +141,9 @@ def test_wide_rows_of_16_bits_are_within_two_roundings() -> None:
     gradient = expected.gradient + (rounded - weights) @ x / problem.temperature
     found = oracle.errors(torch.tensor(expected.loss), gradient.to(torch.bfloat16), expected)
     assert found.gradient > 2e-3
-    assert suite.wrong("pysupcon", problem, expected, found) is None
+    assert suite.out_of_tolerance("pysupcon", problem, expected, found) is None
     doubled = found._replace(gradient=4 * found.gradient)
-    assert suite.wrong("pysupcon", problem, expected, doubled) is not None
+    assert suite.out_of_tolerance("pysupcon", problem, expected, doubled) is not None
 
 
 @pytest.mark.parametrize("loss", cases.LOSSES + cases.TWO_SETS)
@@ -260,7 +260,7 @@ def test_compare(implementation: str, measure_name: str, new: float, slower: boo
 def test_compare_looks_at_equal_points_only() -> None:
     found = compare.regressions(_stored(_row(both_s=1.0)), _stored(_row(both_s=9.0, n=8192)))
     assert not found.slower
-    assert "no point is in both" in found.text
+    assert "have no point in common" in found.text
     other = compare.regressions(_stored(_row(both_s=1.0), processor="b"), _stored(_row(both_s=1.0)))
     assert "another machine (b)" in other.text
 
@@ -351,7 +351,7 @@ def test_an_implementation_that_fails_does_not_stop_the_others(
 ) -> None:
     """It raises when it is validated, when it is timed, and for lack of memory."""
     right = peers.PEERS["written"].build(cases.Problem(n=256))
-    for call, error, words in (
+    for call, error, message in (
         (1, ValueError("no such shape\nsecond line"), "ValueError: no such shape"),
         (3, torch.OutOfMemoryError("tried to allocate 20 GiB"), "out of memory: tried to allocate 20 GiB"),
     ):
@@ -365,7 +365,7 @@ def test_an_implementation_that_fails_does_not_stop_the_others(
 
         status, stored = _run_with(monkeypatch, tmp_path, "written", loss, "--cases", "small")
         assert status == 1
-        assert [row["failed"] for row in _rows(stored, "written")] == [words]
+        assert [row["failed"] for row in _rows(stored, "written")] == [message]
         for name in ("pysupcon", "tiled"):
             assert all(row["both_s"] > 0 for row in _rows(stored, name))
         assert "ended" not in stored
@@ -418,12 +418,12 @@ def test_a_lost_device_ends_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: P
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     # A device that has the CPU's tensors and a GPU's way to die.
-    monkeypatch.setattr(guard, "check_device", check_device)
-    attempt = guard.attempt
-    monkeypatch.setattr(guard, "attempt", lambda call, device: attempt(call, "cuda"))
+    monkeypatch.setattr(fault_tolerance, "check_device", check_device)
+    attempt = fault_tolerance.attempt
+    monkeypatch.setattr(fault_tolerance, "attempt", lambda call, device: attempt(call, "cuda"))
     status, stored = _run_with(monkeypatch, tmp_path, "written", loss, "--cases", "dims", "small")
     assert status == 3
-    assert stored["ended"].startswith("the GPU cannot be used by this process any more: RuntimeError: CUDA")
+    assert stored["ended"].startswith("the GPU is unusable for this process: RuntimeError: CUDA")
     assert len(lost) == 1
     assert {row["dim"] for row in stored["rows"]} == {32, 64}
     assert all(row["both_s"] > 0 for row in stored["rows"] if row["dim"] == 32)
@@ -440,16 +440,16 @@ def test_a_failed_call_holds_no_memory_when_the_device_is_freed(monkeypatch: pyt
         kept.append(weakref.ref(tensor))
         raise torch.OutOfMemoryError("tried to allocate 20 GiB")
 
-    monkeypatch.setattr(guard, "check_device", lambda: alive.append(kept[0]()))
-    assert guard.attempt(call, "cuda") == (None, "out of memory: tried to allocate 20 GiB")
+    monkeypatch.setattr(fault_tolerance, "check_device", lambda: alive.append(kept[0]()))
+    assert fault_tolerance.attempt(call, "cuda") == (None, "out of memory: tried to allocate 20 GiB")
     assert alive == [None]
 
 
 def test_results_are_replaced_whole(tmp_path: Path) -> None:
     path = tmp_path / "new" / "r.json"
-    guard.write_json(path, {"a": 1})
+    fault_tolerance.write_json(path, {"a": 1})
     with pytest.raises(TypeError):
-        guard.write_json(path, {"a": object()})
+        fault_tolerance.write_json(path, {"a": object()})
     assert json.loads(path.read_text(encoding="utf-8")) == {"a": 1}
     assert [p.name for p in path.parent.iterdir()] == ["r.json"]
 

@@ -57,9 +57,11 @@ def test_says_why_there_is_nothing_to_check() -> None:
 
 
 def test_obstacles() -> None:
-    assert gpu_check.obstacle("2.11.0+cu130", True) is None
-    assert "torch 2.11 or newer is needed, this is 2.10.1" in str(gpu_check.obstacle("2.10.1", True))
-    assert gpu_check.obstacle("2.12.0", False) == "torch sees no CUDA device"
+    assert gpu_check.unsupported_reason("2.11.0+cu130", True) is None
+    assert "torch 2.11 or newer is needed, this is 2.10.1" in str(
+        gpu_check.unsupported_reason("2.10.1", True)
+    )
+    assert gpu_check.unsupported_reason("2.12.0", False) == "torch sees no CUDA device"
 
 
 def test_a_missing_nvcc_is_explained(
@@ -165,8 +167,10 @@ def test_every_step_names_things_that_exist(tmp_path: Path) -> None:
 
 def test_steps_can_be_chosen(tmp_path: Path) -> None:
     plan = gpu_steps.stages(TOOLS, "90", tmp_path, 25)
-    assert gpu_steps.chosen(plan, []) == plan
-    names = [[step.name for step in stage] for stage in gpu_steps.chosen(plan, ["launches", "memcheck"])]
+    assert gpu_steps.select_steps(plan, []) == plan
+    names = [
+        [step.name for step in stage] for stage in gpu_steps.select_steps(plan, ["launches", "memcheck"])
+    ]
     assert names == [
         ["build the extension", "build the driver"],
         ["compute-sanitizer memcheck"],
@@ -266,12 +270,12 @@ def test_a_step_that_fails_does_not_stop_the_others(
     assert status == 1
     assert stored["machine"]["driver"] == "1.2"
     assert stored["machine"]["commit"] == "abc"
-    verdicts = {step["name"]: (step["verdict"], step["word"]) for step in stored["steps"]}
+    verdicts = {step["name"]: (step["verdict"], step["reason"]) for step in stored["steps"]}
     assert verdicts["build the extension"] == ("passed", "")
     assert verdicts["build the driver"] == ("FAILED", "exit status 1")
-    assert verdicts["quick look at the kernels"] == ("FAILED", "not begun: the driver was not built")
-    assert verdicts["compute-sanitizer"][0] == "left out"
-    assert verdicts["measurements: ours"][1].startswith("cut short after")
+    assert verdicts["quick look at the kernels"] == ("FAILED", "not started: the driver was not built")
+    assert verdicts["compute-sanitizer"][0] == "skipped"
+    assert verdicts["measurements: ours"][1].startswith("timed out after")
     assert verdicts["tests"] == ("FAILED", "exit status 1")
     assert verdicts["measurements: more"] == ("passed", "")
     assert stored["rows"] == [b, longer]
@@ -346,7 +350,9 @@ def test_an_interruption_leaves_the_numbers_and_no_process(tmp_path: Path, numbe
     assert f"gpu-check: interrupted ({number.name})" in rest
     stored = json.loads(path.read_text(encoding="utf-8"))
     assert stored["rows"] == [{"case": "speed", "both_s": 1.0}]
-    assert [(step["name"], step["word"]) for step in stored["steps"]][1:] == [("measurements", "interrupted")]
+    assert [(step["name"], step["reason"]) for step in stored["steps"]][1:] == [
+        ("measurements", "interrupted")
+    ]
     assert not [pid for pid in printed_pids(printed) if is_running(pid)]
 
 

@@ -82,9 +82,9 @@ def norm(rows: Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def wrappers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    toolkit, word = find_cuda()
+    toolkit, detail = find_cuda()
     if toolkit is None:
-        pytest.skip(word)
+        pytest.skip(detail)
     program = tmp_path_factory.mktemp("wrappers") / "wrappers"
     arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
     source = build.HERE / "wrappers.cu"
