@@ -55,7 +55,7 @@ def trained_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             job = Job(TABLE, method, 0)
             assert not paper_results.finished(job, folder)
             arguments = job.arguments(folder / TABLE.name / job.name)
-            assert paper_results.do(job, folder, arguments) == job.key
+            assert paper_results.run_job(job, folder, arguments) == job.key
             assert paper_results.finished(job, folder)
     return folder
 
@@ -257,9 +257,7 @@ def test_every_job_is_a_training_that_resolves() -> None:
         assert table.regime == "strong" or {f"{name}_seed0" for name in table.also_against[:1]} <= there
 
 
-def test_where_fashion_mnist_is_not_installed_it_is_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_fashion_mnist_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--collect", "--tables", "fashion_mnist_none", "--fashion-root", str(tmp_path / "none")]
     assert paper_results.main([*arguments, "--results", str(tmp_path), "--runs", str(tmp_path)]) == 0
-    assert re.search("fashion_mnist_none: skipped, there is no .*none", capsys.readouterr().err)
+    assert re.search("fashion_mnist_none: skipped, .*none does not exist", capsys.readouterr().err)
