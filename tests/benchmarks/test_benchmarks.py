@@ -44,7 +44,7 @@ def test_every_row_is_validated_and_timed(results: tuple[Path, dict[str, Any]]) 
         assert row["quartiles_s"][0] <= row["both_s"] <= row["quartiles_s"][1]
 
 
-def test_the_machine_and_the_commit_stand_beside_the_numbers(results: tuple[Path, dict[str, Any]]) -> None:
+def test_results_name_the_machine_and_the_commit(results: tuple[Path, dict[str, Any]]) -> None:
     machine = results[1]["machine"]
     assert machine["versions"]["torch"] == torch.__version__.split("+")[0] or "+" in torch.__version__
     assert machine["cores"] >= 1
@@ -53,7 +53,7 @@ def test_the_machine_and_the_commit_stand_beside_the_numbers(results: tuple[Path
     assert machine["commit"] is None or len(machine["commit"].rstrip("+")) == 12
 
 
-def test_others_have_no_such_loss(results: tuple[Path, dict[str, Any]]) -> None:
+def test_unsupported_losses_are_skipped(results: tuple[Path, dict[str, Any]]) -> None:
     found = {
         (row["implementation"], row["loss"]): row.get("skipped")
         for row in results[1]["rows"]
@@ -75,7 +75,7 @@ def test_bits_do_not_depend_on_threads(results: tuple[Path, dict[str, Any]]) -> 
     assert len({row["bits"] for row in rows}) == 2
 
 
-def test_rate_is_that_of_the_formula(results: tuple[Path, dict[str, Any]]) -> None:
+def test_rate_follows_the_formula(results: tuple[Path, dict[str, Any]]) -> None:
     (row,) = [r for r in results[1]["rows"] if "rate_ratio" in r]
     assert row["case"] == "rate"
     assert row["rate_ratio"] == pytest.approx(row["rate_flops"] / row["mm_flops"])
@@ -117,7 +117,7 @@ def test_nan_is_never_within_tolerance() -> None:
 
 
 def test_a_gradient_that_vanishes_has_an_absolute_bar() -> None:
-    """One sample of two views: SupCon's loss and gradient are 0, what is computed is not quite."""
+    """One sample of two views: SupCon's loss and gradient are 0, the computed ones almost 0."""
     problem = cases.Problem(n=2, dim=8, classes=1)
     expected = oracle.Truth(0.0, torch.zeros(2, 8, dtype=torch.float64))
     close = oracle.errors(torch.tensor(1e-8), torch.full((2, 8), 1e-7), expected)
@@ -127,7 +127,7 @@ def test_a_gradient_that_vanishes_has_an_absolute_bar() -> None:
 
 
 def test_wide_rows_of_16_bits_are_within_two_roundings() -> None:
-    """What rounding the weights and the result to bfloat16 gives at D = 768, 100 classes: 4.2e-3."""
+    """Rounding the weights and the result to bfloat16 has an error of 4.2e-3 at D = 768, 100 classes."""
     problem = cases.Problem(n=1024, dim=768, dtype="bfloat16")
     inputs = cases.make_inputs(problem, seed=0)
     x, expected = inputs.features.detach().double(), oracle.truth(problem, inputs)
@@ -153,7 +153,7 @@ def test_the_truth_in_chunks_is_the_dense_loss(loss: str) -> None:
 
 
 @pytest.mark.parametrize("loss", ["supcon", "sincere", *cases.TWO_SETS])
-def test_what_users_write_is_the_loss(loss: str) -> None:
+def test_written_losses_are_correct(loss: str) -> None:
     problem = cases.Problem(loss=loss, n=60, dim=8, classes=6, dtype="float64")
     inputs = cases.make_inputs(problem, seed=0)
     found = measure.evaluate(peers.PEERS["written"].build(problem), inputs)
@@ -174,7 +174,7 @@ def test_inputs_are_random_unit_rows_of_two_views() -> None:
     assert first.labels[::2].tolist() != sorted(first.labels[::2].tolist())
 
 
-def test_functions_take_turns_until_each_has_its_repetitions() -> None:
+def test_functions_are_timed_in_turns() -> None:
     problem = cases.Problem(n=4, dim=2, classes=1)
     inputs = [cases.make_inputs(problem, seed) for seed in range(2)]
     calls: list[tuple[str, int]] = []
@@ -192,7 +192,7 @@ def test_functions_take_turns_until_each_has_its_repetitions() -> None:
 
 
 def test_peak_memory_of_fresh_processes() -> None:
-    """The dense loss holds the matrices it says; ours stays below a single one."""
+    """The dense loss holds as many matrices as declared; pysupcon needs less than one."""
     problem = cases.Problem(n=2048, dim=64)
     matrix = 4 * problem.n**2
     peaks = {
@@ -200,13 +200,13 @@ def test_peak_memory_of_fresh_processes() -> None:
         for name in ("pysupcon", "written")
     }
     assert peaks["pysupcon"] < matrix / 2
-    # The gradient must be there: so much at least was seen.
+    # The peak includes at least the gradient.
     assert peaks["pysupcon"] > problem.input_bytes / 2
     assert peaks["written"] == pytest.approx(peers.PEERS["written"].matrices * matrix, rel=0.15)
 
 
-def test_a_row_costs_at_most_80_bytes_beside_its_gradient() -> None:
-    """By the growth from 32k to 64k rows: order, n, p, the gradients of both and of the mean, the weights."""
+def test_a_row_needs_at_most_80_bytes_besides_its_gradient() -> None:
+    """Measured from 32k to 64k rows: order, n, p, the gradients of both and of the mean, the weights."""
     problem = cases.Problem(n=65_536, dim=2, classes=1000)
     half = problem.smaller(problem.n // 2)
     ours = peers.PEERS["pysupcon"]
@@ -219,7 +219,7 @@ def test_a_process_that_dies_is_reported() -> None:
         measure.peak_memory("nobody", lambda i: i.features.sum(), cases.Problem(n=4, dim=2))
 
 
-def test_what_does_not_fit_is_left_out_with_the_number() -> None:
+def test_implementations_that_do_not_fit_are_skipped() -> None:
     problem = cases.Problem(n=65_536)
     assert peers.PEERS["written"].missing(problem, 100 * 2**30) == "needs 146 GiB"
     assert peers.PEERS["written"].missing(problem, 150 * 2**30) is None
@@ -241,7 +241,7 @@ def _stored(*rows: dict[str, Any], processor: str = "a") -> dict[str, Any]:
         ("pysupcon", "both_s", 1.3, True),
         ("pysupcon", "both_s", 1.2, False),
         ("pysupcon", "peak_bytes", 1.3, True),
-        ("written", "both_s", 2.0, False),  # theirs cannot regress
+        ("written", "both_s", 2.0, False),  # other implementations cannot regress
     ],
 )
 def test_compare(implementation: str, measure_name: str, new: float, slower: bool) -> None:
@@ -253,7 +253,7 @@ def test_compare(implementation: str, measure_name: str, new: float, slower: boo
     assert f"{new:.2f}" in found.text
 
 
-def test_compare_looks_at_equal_points_only() -> None:
+def test_compare_uses_equal_points_only() -> None:
     found = compare.regressions(_stored(_row(both_s=1.0)), _stored(_row(both_s=9.0, n=8192)))
     assert not found.slower
     assert "have no point in common" in found.text
@@ -273,7 +273,7 @@ def test_run_fails_on_a_regression(results: tuple[Path, dict[str, Any]], tmp_pat
     assert run.main([*arguments, "--tolerance", "1e9"]) == 0
 
 
-def test_arguments_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["--compare", str(tmp_path / "none.json")]) == 2
     assert "none.json" in capsys.readouterr().err
     assert run.main(["--sizes", "255"]) == 2

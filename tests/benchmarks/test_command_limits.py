@@ -1,4 +1,4 @@
-"""benchmarks/processes.py: commands end at their limit, and nothing of them is left."""
+"""benchmarks/processes.py: commands and all of their processes end at the time limit."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""benchmarks/gpu/gpu_check.py as far as it goes without a GPU: what it would run, and what is left of it when
-steps fail, hang, leave processes behind or are interrupted."""
+"""benchmarks/gpu/gpu_check.py without a GPU: its steps, and its results when steps fail, hang, leave
+processes behind or are interrupted."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TOOLKIT = Toolkit("/usr/bin/nvcc", "13.0", ["-isystem=/elsewhere/include"], Path
 
 
 def fake_toolkit(top: Path, fails: str = "") -> Toolkit:
-    """An nvcc that writes its command into its target. ``fails``: shell commands before that."""
+    """An nvcc that writes its command into its target. ``fails``: shell commands that run before."""
     nvcc = top / "bin" / "nvcc"
     (top / "lib64").mkdir()
     (top / "lib64" / "libcudart_static.a").touch()
@@ -76,13 +76,13 @@ def test_a_missing_nvcc_is_explained(
 
 
 def test_the_programs_beside_nvcc_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A toolkit that only NVCC names brings its own compute-sanitizer."""
+    """compute-sanitizer is found in a toolkit that only NVCC names."""
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     monkeypatch.setattr(gpu_check, "HOMES", ())
     toolkit = fake_toolkit(tmp_path)
     assert gpu_check.find_tools(toolkit).nvcc == toolkit.nvcc
-    if gpu_check.find_tools(toolkit).sanitizer is None:  # as long as this machine has no other
+    if gpu_check.find_tools(toolkit).sanitizer is None:  # unless this machine has another one
         sanitizer = tmp_path / "bin" / "compute-sanitizer"
         sanitizer.write_text("")
         sanitizer.chmod(0o755)
@@ -144,7 +144,7 @@ def test_every_step_names_things_that_exist(tmp_path: Path) -> None:
     steps = [step for stage in gpu_steps.stages(TOOLS, "90", tmp_path, 25) for step in stage]
     names = [step.name for step in steps]
     assert len(set(names)) == len(names)
-    # Measurements come as soon as there is something to measure, and the kernels were seen right.
+    # Measurements start as soon as the extension is built and the kernels have passed a first check.
     assert names[2:4] == ["quick look at the kernels", "measurements: ours"]
     for step in steps:
         assert step.needs in ("", "driver", "extension")
@@ -159,7 +159,7 @@ def test_every_step_names_things_that_exist(tmp_path: Path) -> None:
             assert options.json == step.result
     results = [step.result for step in steps if step.result]
     assert len(set(results)) == len(results)
-    # torch.compile of a loss takes longer than all else: few sizes.
+    # torch.compile of a loss takes longest, so only few sizes are measured.
     compiled = [s for s in steps if "compiled" in s.command]
     sizes = [s.command[s.command.index("--sizes") + 1 :] for s in compiled]
     assert sizes == [["16384"], ["1024", "65536"]]
@@ -196,7 +196,7 @@ def test_cases_of_the_driver_exist() -> None:
 
 
 def test_groups_of_tests_hold_every_test() -> None:
-    """By construction the last group is what no other has; here: that each of the others has something."""
+    """The last group has all tests that no other group has; every other group must match a test."""
     text = (ROOT / "tests/cuda/test_cuda_gpu.py").read_text()
     names = re.findall(r"^def (test_\w+)", text, re.MULTILINE)
     for words in gpu_steps.TESTS.values():
@@ -228,7 +228,7 @@ def _step(name: str, program: str, **more: Any) -> Step:
 def _check(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, plan: list[list[Step]], minutes: float
 ) -> tuple[int, dict[str, Any]]:
-    """Exit status and JSON of a check whose steps are these."""
+    """Exit status and JSON of a check with these steps."""
     monkeypatch.setattr(gpu_check, "describe_machine", lambda log: (dict(MACHINE), ""))
     monkeypatch.setattr(gpu_check, "find_cuda", lambda: (TOOLKIT, "nvcc 13.0"))
     monkeypatch.setattr(gpu_check, "stages", lambda *_: plan)
@@ -288,7 +288,7 @@ def test_a_step_that_fails_does_not_stop_the_others(
 def test_a_word_that_names_no_step_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Otherwise the builds alone would pass: "pairs" is a step of the long form only."""
+    """Otherwise only the builds would run and pass: "pairs" is a step of the long form."""
     machine = {"arch": "90", "gpu": "none", "driver": "1", "commit": "x", "versions": {"torch": "2.11.0"}}
     monkeypatch.setattr(gpu_check, "describe_machine", lambda log: (dict(machine), ""))
     toolkit = gpu_check.Toolkit("/usr/bin/nvcc", "13.0", [], Path("/usr/lib"))
@@ -301,7 +301,7 @@ def test_a_word_that_names_no_step_is_refused(
 
 
 def test_time_that_is_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A first step that takes all it may leaves the others what they were promised."""
+    """A first step that uses all of its time leaves the reserved time to the others."""
     plan = [[_step("slow", "import time; time.sleep(60)", seconds=3.0)], [_step("quick", "", seconds=3.0)]]
     _, stored = _check(monkeypatch, tmp_path, plan, 0.1)
     assert [step["verdict"] for step in stored["steps"]] == ["FAILED", "passed"]
@@ -391,7 +391,7 @@ NCU = "\n".join(
 
 
 def test_the_hot_kernels_are_profiled() -> None:
-    """ncu's pattern matches the kernels that visit pairs on tensor cores, and no other."""
+    """ncu's pattern matches exactly the kernels that compute pairs on tensor cores."""
     words, pattern = counters.KERNELS.split(":")
     assert words == "regex"
     found: dict[str, list[str]] = {}

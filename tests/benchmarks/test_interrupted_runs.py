@@ -25,7 +25,7 @@ from pysupcon.profiling.workload import Inputs  # noqa: E402
 def _run_with(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, loss: Any, *more: str
 ) -> tuple[int, dict[str, Any]]:
-    """Exit status and JSON of run.py where the implementation ``name`` is ``loss``."""
+    """Exit status and JSON of run.py with ``loss`` as the implementation ``name``."""
     monkeypatch.setitem(peers.PEERS, name, replace(peers.PEERS[name], build=lambda problem: loss))
     path = tmp_path / "r.json"
     arguments = [
@@ -52,7 +52,7 @@ def _rows(stored: dict[str, Any], implementation: str) -> list[dict[str, Any]]:
 def test_an_implementation_that_fails_does_not_stop_the_others(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """It raises when it is validated, when it is timed, and for lack of memory."""
+    """It raises during validation, during timing, and for lack of memory."""
     right = peers.PEERS["written"].build(cases.Problem(n=256))
     for call, error, message in (
         (1, ValueError("no such shape\nsecond line"), "ValueError: no such shape"),
@@ -78,7 +78,7 @@ def test_an_implementation_that_fails_does_not_stop_the_others(
 def test_a_signal_leaves_what_was_measured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: signal.Signals, call: int
 ) -> None:
-    """In the second of two cases: while it is validated (call 1), and among its repetitions (call 5)."""
+    """The signal arrives in the second of two cases: during validation (call 1) or a repetition (call 5)."""
     right = peers.PEERS["written"].build(cases.Problem(n=256))
     wide: list[int] = []
 
@@ -106,7 +106,7 @@ def test_a_signal_leaves_what_was_measured(
 
 
 def test_a_lost_device_ends_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """After an illegal address every later CUDA call fails: no further row can be measured."""
+    """After an illegal address every later CUDA call fails, so the run cannot continue."""
     lost: list[int] = []
     right = peers.PEERS["written"].build(cases.Problem(n=256))
 
@@ -120,7 +120,7 @@ def test_a_lost_device_ends_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         if lost:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    # A device that has the CPU's tensors and a GPU's way to die.
+    # Emulates a lost GPU with tensors on the CPU.
     monkeypatch.setattr(fault_tolerance, "check_device", check_device)
     attempt = fault_tolerance.attempt
     monkeypatch.setattr(fault_tolerance, "attempt", lambda call, device: attempt(call, "cuda"))
@@ -134,7 +134,7 @@ def test_a_lost_device_ends_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_a_failed_call_holds_no_memory_when_the_device_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its frames, and so its tensors, are gone before the GPU's cache is emptied for the next."""
+    """Its frames and tensors are freed before the GPU's cache is emptied for the next implementation."""
     kept: list[weakref.ref[torch.Tensor]] = []
     alive: list[torch.Tensor | None] = []
 

@@ -1,4 +1,4 @@
-"""benchmarks/matrix.py: which pairs there are, what their environments are told, how results are judged."""
+"""benchmarks/matrix.py: the pairs, the constraints of their environments and the evaluation of results."""
 
 from __future__ import annotations
 

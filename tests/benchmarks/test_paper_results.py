@@ -1,4 +1,4 @@
-"""benchmarks/paper_*.py: what is trained, that a stopped harness goes on, that tables say what runs say."""
+"""benchmarks/papers: the jobs, resuming a stopped command, and tables that agree with the runs."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def trained_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(name="results")
 def collected(runs: Path) -> dict[str, Any]:
-    """As paper_results.py stores them, but for the machine."""
+    """The stored results of paper_results.py, without the machine."""
     found = paper_results.collect(TABLE, runs)
     assert found is not None
     return found

@@ -1,4 +1,4 @@
-"""pysupcon/pairs/known_answers.py: right operators pass, and every kind of wrong answer is noticed."""
+"""pysupcon/pairs/known_answers.py: correct operators pass, and every kind of wrong result is detected."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_emulated_kernels_agree(dtype: torch.dtype, parts: int) -> None:
 
 
 def _one_element(right: Tensor) -> Tensor:
-    """One element in the middle of the values, off by 1 %."""
+    """One element in the middle of the values has an error of 1 %."""
     wrong = right.clone().reshape(-1)
     sizes = torch.where(wrong.isfinite(), wrong, 0.0).abs()
     candidates = sizes.nonzero().reshape(-1)
@@ -91,8 +91,7 @@ OUTPUTS = {
 
 
 class Wrong:
-    """The operators of :mod:`pysupcon.pairs.tiled`, one of whose outputs is spoiled where ``when`` holds of
-    the arguments."""
+    """The operators of :mod:`pysupcon.pairs.tiled`, with a wrong output where ``when`` is true."""
 
     def __init__(
         self,
@@ -153,7 +152,7 @@ WHEN: dict[str, tuple[str, str, Callable[..., bool], str]] = {
 
 @pytest.mark.parametrize("name", WHEN)
 def test_every_form_is_asked(name: str) -> None:
-    """A fault of one form only: of one width, one kind of candidates, one choice of sets."""
+    """A fault of one form only: one width, one kind of candidates, one choice of sets."""
     operator, output, when, named = WHEN[name]
     message = known_answers.disagreement(Wrong(operator, output, _scaled, when), CPU, torch.bfloat16)
     assert message is not None
@@ -202,7 +201,7 @@ def test_no_room_says_nothing_of_the_kernels() -> None:
 
 
 def test_n_of_many_rows_is_held_against_the_kernel_for_candidates() -> None:
-    """As the triangular forward of a GPU would be, were it wrong: from so many rows on, of one set."""
+    """Like a fault of the triangular forward on a GPU: only one set with at least so many rows."""
 
     class Half:
         def __getattr__(self, name: str) -> Any:
