@@ -1,14 +1,13 @@
 """Builds pysupcon's extension with one ninja file.
 
-Every source gets its own flags: the CPU kernels are compiled once per instruction set, the CUDA kernels by
-nvcc without any torch header (so that any torch build, CPU or CUDA, will do), and only the thin glue sees
-torch.
+Each source has its own flags. The CPU kernels are compiled once per instruction set. nvcc compiles the CUDA
+kernels without torch headers, so that both CPU and CUDA builds of torch work. Only the glue includes torch.
 
 Environment
-    PYSUPCON_CUDA=0|1        leave the CUDA kernels out | stop if they cannot be built
-                             (default: build them if nvcc is there; csrc/find_cuda.py says where it is sought)
+    PYSUPCON_CUDA=0|1        0: build without the CUDA kernels; 1: fail if they cannot be built
+                             (default: build them if csrc/find_cuda.py finds nvcc)
     PYSUPCON_CUDA_ARCHS      e.g. "80;90a" or "all"; default "80;90"; PTX of the newest is always added
-    CXX, NVCC, MAX_JOBS      compilers and the number of parallel jobs
+    CXX, NVCC, MAX_JOBS      C++ compiler, CUDA compiler and the number of parallel jobs
 """
 
 import os
@@ -51,19 +50,18 @@ X86_ISAS = {
 }
 
 
-def stop(message: str) -> NoReturn:
+def fail(message: str) -> NoReturn:
     sys.exit(f"\npysupcon: {message}\n")
 
 
 def require_torch() -> ModuleType:
-    """The torch the extension will run with; the build must see that very one."""
+    """The torch that the extension is compiled against; it must be the torch that it will run with."""
     try:
         import torch
     except ImportError:
-        stop(
-            "torch is not installed in the environment that builds the extension. The extension must be "
-            "compiled against the torch it will run with, so an isolated build cannot work. Install torch "
-            "first, then type\n"
+        fail(
+            "torch is not installed in the build environment. The extension must be compiled against the "
+            "torch that it will run with, so an isolated build cannot work. Install torch first, then run\n"
             f"    pip install 'setuptools>=77' wheel pybind11 ninja && {NO_ISOLATION}"
         )
     return torch
@@ -72,22 +70,22 @@ def require_torch() -> ModuleType:
 def find_ninja() -> str:
     beside_python = Path(sys.executable).with_name("ninja")
     found = str(beside_python) if beside_python.exists() else shutil.which("ninja")
-    return found or stop("ninja is missing: type `pip install ninja` and build again")
+    return found or fail("ninja is not installed: run `pip install ninja` and build again")
 
 
 def find_toolkit() -> tuple[Toolkit | None, str]:
-    """What compiles the CUDA kernels, or None; and the word on it for pysupcon.backends()."""
-    wish = os.environ.get("PYSUPCON_CUDA", "")
-    if wish not in ("", "0", "1"):
-        stop(f"PYSUPCON_CUDA must be 0, 1 or unset, got {wish!r}")
-    if wish == "0":
+    """The CUDA toolkit, or None for a CPU-only build; and the description for pysupcon.backends()."""
+    requested = os.environ.get("PYSUPCON_CUDA", "")
+    if requested not in ("", "0", "1"):
+        fail(f"PYSUPCON_CUDA must be 0, 1 or unset, got {requested!r}")
+    if requested == "0":
         return None, "PYSUPCON_CUDA=0 at build time"
     if not list((ROOT / "csrc/cuda").glob("*.cu")):
         return None, "this source tree has no CUDA kernels"
-    toolkit, word = find_cuda()
-    if toolkit is None and wish == "1":
-        stop(f"PYSUPCON_CUDA=1, but {word}")
-    return toolkit, word if toolkit else f"at build time, {word}"
+    toolkit, detail = find_cuda()
+    if toolkit is None and requested == "1":
+        fail(f"PYSUPCON_CUDA=1, but {detail}")
+    return toolkit, detail if toolkit else f"at build time, {detail}"
 
 
 def cuda_archs(nvcc: str) -> list[str]:
@@ -100,19 +98,19 @@ def cuda_archs(nvcc: str) -> list[str]:
     archs = [a.strip().replace(".", "") for a in re.split(r"[;,\s]+", text) if a.strip()]
     for arch in archs:
         if f"compute_{arch.rstrip('af')}" not in known:
-            stop(f"PYSUPCON_CUDA_ARCHS names {arch!r}; {nvcc} knows only {' '.join(known.split())}")
+            fail(f"PYSUPCON_CUDA_ARCHS: {nvcc} does not support {arch!r}, only {' '.join(known.split())}")
     return archs
 
 
 def gencode(archs: list[str]) -> list[str]:
     flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-    # PTX of a suffixed target ("90a") runs on that very chip only; newer ones need the plain form.
+    # PTX of a target with a suffix ("90a") runs on that architecture only; newer ones need the plain form.
     newest = max(int(a.rstrip("af")) for a in archs)
     return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
 
 
 class NinjaFile:
-    """Collects build statements; each object has its own flags."""
+    """Collects the build statements of a ninja file. Each object has its own flags."""
 
     def __init__(self, build_dir: Path) -> None:
         self.dir = build_dir
@@ -142,11 +140,11 @@ class NinjaFile:
             path.write_text(text)
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         if subprocess.run([ninja, "-f", str(path), *jobs]).returncode:
-            stop("the extension did not compile; the compiler's own words stand above")
+            fail("the extension did not compile; see the compiler's output above")
 
 
 class NinjaBuildExt(build_ext):
-    """setuptools' build_ext with the compile step given to ninja."""
+    """The build_ext command of setuptools, with ninja as the build tool."""
 
     def build_extension(self, ext: Extension) -> None:
         torch = require_torch()
@@ -157,11 +155,11 @@ class NinjaBuildExt(build_ext):
 
             pybind_include = pybind11.get_include()
         except ImportError:
-            stop(f"pybind11 is missing: type `pip install pybind11` and then `{NO_ISOLATION}`")
+            fail(f"pybind11 is not installed: run `pip install pybind11` and then `{NO_ISOLATION}`")
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        toolkit, cuda_word = find_toolkit()
+        toolkit, cuda_detail = find_toolkit()
         archs = cuda_archs(toolkit.nvcc) if toolkit else []
         tag = f"{sys.implementation.cache_tag}-torch{torch.__version__}"
         tag += "-cuda" + "-".join(archs) if toolkit else "-cpu"
@@ -185,15 +183,15 @@ class NinjaBuildExt(build_ext):
 
         if toolkit:
             self.add_cuda(ninja, toolkit, archs)
-            cuda_word = f"{cuda_word}, architectures {' '.join(archs)} and PTX"
+            cuda_detail = f"{cuda_detail}, architectures {' '.join(archs)} and PTX"
         else:
-            print(f"pysupcon: CPU only: {cuda_word}", flush=True)
+            print(f"pysupcon: CPU only: {cuda_detail}", flush=True)
 
         includes = [*cpp_extension.include_paths(), pybind_include, sysconfig.get_paths()["include"]]
         glue = [*base, "-std=c++20", "-fopenmp", "-Wno-unused-parameter", f"-I{ROOT / 'csrc'}"]
         glue += [f"-isystem{path}" for path in includes]
         glue += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
-        facts = {"TORCH_VERSION": torch.__version__, "CUDA_WORD": cuda_word, "COMPILER": Path(cxx).name}
+        facts = {"TORCH_VERSION": torch.__version__, "CUDA_DETAIL": cuda_detail, "COMPILER": Path(cxx).name}
         facts["CUDA_CODE"] = " ".join(re.findall(r",code=(\w+)", " ".join(gencode(archs)))) if toolkit else ""
         for source in ("csrc/library.cpp", "csrc/cpu_glue.cpp"):
             ninja.compile("cxx", source, glue)
@@ -212,7 +210,7 @@ class NinjaBuildExt(build_ext):
         ninja.run(find_ninja())
 
     def add_cuda(self, ninja: NinjaFile, toolkit: Toolkit, archs: list[str]) -> None:
-        """One nvcc call per kernel file; ptxas' report of registers and spills stays beside the object."""
+        """One nvcc call per kernel file. ptxas' report of registers and spills is stored with the object."""
         report = "$out.ptxas.txt"
         command = (
             f"{toolkit.nvcc} -MD -MF $out.d $flags -c $in -o $out > {report} 2>&1 || (cat {report}; exit 1)"
@@ -225,7 +223,7 @@ class NinjaBuildExt(build_ext):
             ninja.compile("nvcc", str(source.relative_to(ROOT)), flags)
 
 
-# ninja compiles the sources; setuptools is told of them as dependencies, for the source distribution.
+# ninja compiles the sources. As dependencies of the extension they become part of the source distribution.
 SOURCES = [path for path in sorted((ROOT / "csrc").rglob("*")) if path.is_file() and path.suffix != ".pyc"]
 
 setup(

@@ -1,6 +1,6 @@
-"""The machine, the versions and the commit that stand beside every number.
+"""Describes the machine, the package versions and the commit; stored with every result.
 
-python benchmarks/machine.py [cpu|cuda]      # as JSON; without "gpu" where torch sees no CUDA device
+python benchmarks/machine.py [cpu|cuda]      # prints JSON; without "gpu" if torch sees no CUDA device
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def name(machine: dict[str, Any]) -> str:
-    """One line: what a table is headed with."""
+    """The machine in one line, for the heading of a table."""
     if machine["device"] == "cuda":
         return f"{machine['gpu']}, driver {machine['driver']}, CUDA {machine['cuda']}"
     isa = machine["backends"]["cpu"].get("isa", "no compiled kernel")
@@ -60,7 +60,7 @@ def name(machine: dict[str, Any]) -> str:
 
 
 def available_memory(device: str) -> float:
-    """Bytes that a process can have now."""
+    """Bytes of memory that a process can allocate now."""
     if device == "cuda":
         return float(torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved())
     available = _memory("MemAvailable")
@@ -112,7 +112,7 @@ def _output(*command: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Hash, with "+" where code that is measured differs from it; None outside a checkout."""
+    """Commit hash, with "+" if the measured code has uncommitted changes; None outside a checkout."""
     commit = _output("git", "rev-parse", "--short=12", "HEAD")
     if commit is None:
         return None

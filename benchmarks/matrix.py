@@ -1,15 +1,16 @@
-"""Builds, imports and tests the losses with each pair of a Python and a torch that the project supports.
+"""Builds, imports and tests the losses with each supported pair of a Python and a torch version.
 
     python benchmarks/matrix.py                          # all pairs, one after the other
-    python benchmarks/matrix.py --pairs 3.10:2.11.0      # only this one (several: separated by spaces)
-    python benchmarks/matrix.py --slow --keep            # the slow tests too; leave the environments there
+    python benchmarks/matrix.py --pairs 3.10:2.11.0      # only this pair (separate several by spaces)
+    python benchmarks/matrix.py --slow --keep            # also the slow tests; keep the environments
 
-A pair gets a virtual environment with that torch, a build of the extension without CUDA, an import, and the
-tests named by --tests. An environment takes about 5 GB and is removed when its pair is done; pip, as it is
-set up here, fetches the packages. The oldest torch is what pyproject.toml allows, the newest what
-constraints.txt names. Pythons are sought on PATH and among those of pyenv; a pair without its Python failed.
+For each pair, the script creates a virtual environment with that torch version, builds the extension without
+CUDA, imports it and runs the tests named by --tests. An environment takes about 5 GB and is removed when its
+pair is finished; pip downloads the packages. The oldest torch is the minimum in pyproject.toml, the newest is
+the version in constraints.txt. Python interpreters are searched on PATH and in pyenv; a pair without an
+interpreter fails.
 
-Prints a table in Markdown; exit status 1 if a pair failed.
+Prints a Markdown table. Exit status 1 if a pair failed.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ BETWEEN = ("2.12.1",)
 TESTS = ("values", "contract", "operators", "gradcheck", "errors", "compile", "transforms")
 TOOLS = ("numpy", "setuptools>=77", "wheel", "pybind11", "ninja", "pytest", "pytest-xdist", "hypothesis",
          "expecttest")  # fmt: skip
-#: Versions of these follow from torch's, not from constraints.txt.
+#: Packages whose versions depend on torch's; constraints.txt is not used for them.
 FOLLOW_TORCH = re.compile(r"torch(vision)?=|triton=|nvidia-|cuda-|setuptools=|sympy=|networkx=|fsspec=")
 
 
 @dataclass
 class Result:
-    """What came of a pair."""
+    """The result of one pair."""
 
     python: str
     torch: str
@@ -50,20 +51,20 @@ class Result:
     failed: int = 0
     skipped: int = 0
     minutes: float = 0.0
-    words: str = ""
-    """why it stopped, if it did"""
+    error: str = ""
+    """The error that stopped the pair, or ""."""
 
     @property
-    def good(self) -> bool:
-        return self.imported and self.passed > 0 and not self.failed and not self.words
+    def succeeded(self) -> bool:
+        return self.imported and self.passed > 0 and not self.failed and not self.error
 
 
-class Stopped(Exception):
-    """A pair cannot go on; the message says why."""
+class PairError(Exception):
+    """A step of a pair failed."""
 
 
 def torch_versions(root: Path = ROOT) -> tuple[str, ...]:
-    """Oldest, those between, newest."""
+    """The oldest supported version, versions in between, the newest version."""
     oldest = re.search(r'"torch>=([\d.]+)"', (root / "pyproject.toml").read_text(encoding="utf-8"))
     newest = re.search(r"^torch==([\d.]+)", (root / "constraints.txt").read_text(encoding="utf-8"), re.M)
     if oldest is None or newest is None:
@@ -73,38 +74,38 @@ def torch_versions(root: Path = ROOT) -> tuple[str, ...]:
 
 
 def all_pairs(root: Path = ROOT) -> list[str]:
-    """ "PYTHON:TORCH", the oldest first."""
+    """All pairs as "PYTHON:TORCH", the oldest torch first."""
     return [f"{python}:{torch}" for torch in torch_versions(root) for python in PYTHONS]
 
 
 def constraints(text: str) -> str:
-    """Of constraints.txt what holds for any torch."""
+    """The lines of constraints.txt that hold for any torch version."""
     return "\n".join(line for line in text.splitlines() if not FOLLOW_TORCH.match(line)) + "\n"
 
 
 def find_python(version: str) -> str:
-    """A Python of this version that runs and has venv."""
+    """Path of a Python interpreter of this version that has the module venv."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     tried = [shutil.which(f"python{version}"), *map(str, sorted(pyenv.glob(f"{version}.*/bin/python3")))]
     code = f"import sys, venv; sys.exit(sys.version_info[:2] != {tuple(map(int, version.split('.')))})"
     for path in tried:
         if path and not subprocess.run([path, "-c", code], capture_output=True).returncode:
             return path
-    raise Stopped(f"no python{version} on PATH or among pyenv's")
+    raise PairError(f"no python{version} on PATH or in pyenv")
 
 
 def run(command: Sequence[str], log: Path, step: str, **options: object) -> None:
-    """Output goes to the log; its end is what a failure is told with."""
+    """Run a command and append its output to the log. If it fails, the error holds the last line."""
     with log.open("a", encoding="utf-8") as file:
         done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, **options)  # type: ignore[call-overload]
     if done.returncode:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-15:]
         print("\n".join(lines), flush=True)
-        raise Stopped(f"{step}: {lines[-1][:200] if lines else 'failed'}")
+        raise PairError(f"{step}: {lines[-1][:200] if lines else 'failed'}")
 
 
 def count(report: Path, result: Result) -> None:
-    """Fills in what a JUnit report counts."""
+    """Add the counts of a JUnit report to ``result``."""
     for suite in ElementTree.parse(report).getroot().iter("testsuite"):
         failed = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
         skipped = int(suite.get("skipped", 0))
@@ -113,8 +114,8 @@ def count(report: Path, result: Result) -> None:
         result.passed += int(suite.get("tests", 0)) - failed - skipped
 
 
-def examine(result: Result, folder: Path, tests: Sequence[str], slow: bool, workers: str) -> None:
-    """Everything about one pair, in a folder of its own."""
+def check_pair(result: Result, folder: Path, tests: Sequence[str], slow: bool, workers: str) -> None:
+    """Build, import and test one pair in its own folder, and fill ``result``."""
     log, environment, package = folder / "log.txt", folder / "environment", folder / "package"
     run([find_python(result.python), "-m", "venv", str(environment)], log, "venv")
     python = str(environment / "bin" / "python")
@@ -123,7 +124,7 @@ def examine(result: Result, folder: Path, tests: Sequence[str], slow: bool, work
     run([python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", str(limits),
          f"torch=={result.torch}", *TOOLS], log, "pip")  # fmt: skip
 
-    # A copy: the checkout may hold builds of its own, and the tests must not meet them.
+    # A copy, because the tests must not import an extension that was built in the checkout.
     shutil.copytree(
         ROOT / "pysupcon", package / "pysupcon", ignore=shutil.ignore_patterns("*.so", "__pycache__")
     )
@@ -150,13 +151,13 @@ def examine(result: Result, folder: Path, tests: Sequence[str], slow: bool, work
 
 
 def table(results: Sequence[Result]) -> str:
-    """Markdown."""
+    """The results as a Markdown table."""
     lines = ["| Python | torch | built | imported | passed | failed | skipped | minutes |",
              "| --- | --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
     for r in results:
-        words = f" ({r.words})" if r.words and not r.failed else ""
+        error = f" ({r.error})" if r.error and not r.failed else ""
         yes = ["yes" if value else "no" for value in (r.built, r.imported)]
-        cells = [r.python, r.torch, *yes, r.passed, r.failed, r.skipped, f"{r.minutes:.1f}{words}"]
+        cells = [r.python, r.torch, *yes, r.passed, r.failed, r.skipped, f"{r.minutes:.1f}{error}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
@@ -167,18 +168,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--pairs", nargs="+", default=all_pairs(), metavar="PYTHON:TORCH")
     parser.add_argument(
-        "--tests", nargs="+", default=list(TESTS), metavar="NAME", help="of tests/*/test_NAME.py"
+        "--tests", nargs="+", default=list(TESTS), metavar="NAME", help="run tests/*/test_NAME.py"
     )
-    parser.add_argument("--slow", action="store_true", help="the slow tests, too")
-    parser.add_argument("--workers", default=str(os.cpu_count() or 1), help="processes that test")
+    parser.add_argument("--slow", action="store_true", help="also run the slow tests")
+    parser.add_argument("--workers", default=str(os.cpu_count() or 1), help="number of test processes")
     parser.add_argument(
-        "--folder", type=Path, help="where environments and logs go (default: a temporary one)"
+        "--folder", type=Path, help="folder for environments and logs (default: a temporary folder)"
     )
-    parser.add_argument("--keep", action="store_true", help="leave the environments there")
-    parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument("--keep", action="store_true", help="keep the environments")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args(arguments)
     if wrong := [pair for pair in options.pairs if not re.fullmatch(r"\d+\.\d+:\d[\w.+]*", pair)]:
-        parser.error(f"a pair is PYTHON:TORCH, like {all_pairs()[0]}, got {wrong[0]!r}")
+        parser.error(f"--pairs: a pair must be PYTHON:TORCH, such as {all_pairs()[0]}, got {wrong[0]!r}")
     folder = (options.folder or Path(tempfile.mkdtemp(prefix="matrix-"))).resolve()
     results = []
     for pair in options.pairs:
@@ -187,9 +188,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         own.mkdir(parents=True)
         print(f"python {result.python}, torch {result.torch}: {own / 'log.txt'}", flush=True)
         try:
-            examine(result, own, options.tests, options.slow, options.workers)
-        except Stopped as stopped:
-            result.words = str(stopped)
+            check_pair(result, own, options.tests, options.slow, options.workers)
+        except PairError as error:
+            result.error = str(error)
         result.minutes = round((time.monotonic() - start) / 60, 1)
         results.append(result)
         if not options.keep:
@@ -200,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 json.dumps([asdict(r) for r in results], indent=1) + "\n", encoding="utf-8"
             )
     print("\n" + table(results))
-    return 0 if all(result.good for result in results) else 1
+    return 0 if all(result.succeeded for result in results) else 1
 
 
 if __name__ == "__main__":

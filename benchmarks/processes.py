@@ -1,9 +1,9 @@
-"""Commands with a time limit, of which no process is left when they have ended.
+"""Runs commands with a time limit and ends all of their processes.
 
-A command gets a session of its own. Shortly before its limit its whole process group gets SIGINT (Python then
-says where it was, pytest sums up, run.py saves), then SIGTERM, and at the limit SIGKILL. Processes that left
-the group are found by a mark in their environment and treated alike: one that holds a GPU would disturb
-whatever comes next.
+Each command runs in its own session. Shortly before its limit its process group gets SIGINT (Python prints a
+traceback, pytest a summary, run.py saves its results), then SIGTERM, and SIGKILL at the limit. Processes that
+left the group are found by a mark in their environment and get the same signals: a process that still uses
+the GPU would disturb the next measurement.
 """
 
 from __future__ import annotations
@@ -21,38 +21,41 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 MARK = "GPU_CHECK_COMMAND"
-PATIENCE = 6.0
-"""seconds before its limit at which a command gets SIGINT, at most; half of that for a SIGTERM"""
+GRACE = 6.0
+"""A command gets SIGINT at most so many seconds before its limit, and SIGTERM after half of that time."""
 TAIL = 4000
-"""characters of the output that are kept"""
+"""Number of characters of the output that are kept."""
 _count = itertools.count()
 
 
 class Command(NamedTuple):
-    words: Sequence[str]
+    arguments: Sequence[str]
     seconds: float
-    """at most, with everything that ending it takes"""
+    """time limit, including the time to end the command"""
     log: Path
-    """gets stdout and stderr"""
+    """file for stdout and stderr"""
     environment: Mapping[str, str]
-    """added to this process's own"""
+    """additional environment variables"""
 
 
-class Ended(NamedTuple):
-    code: int | None
+class Finished(NamedTuple):
+    exit_status: int | None
     """exit status, negative for a signal; None if the command could not be started or ended"""
     seconds: float
-    cut: bool
-    """the limit ended it"""
+    timed_out: bool
+    """whether the limit ended the command"""
     tail: str
 
 
-def run(commands: Sequence[Command], cwd: Path, echo: bool = True) -> list[Ended]:
-    """Runs commands beside each other and waits for all.
+def run(commands: Sequence[Command], cwd: Path, echo: bool = True) -> list[Finished]:
+    """Run commands in parallel and wait for all.
 
-    Their output is copied to stdout as it comes, if ``echo``.
+    An exception such as KeyboardInterrupt ends all commands before it is raised again.
 
-    An exception (KeyboardInterrupt, say) ends them all before it is passed on.
+    Args:
+        commands: the commands.
+        cwd: working directory.
+        echo: whether to copy their output to stdout while they run.
     """
     running = [_Running(command, cwd, echo) for command in commands]
     try:
@@ -63,7 +66,7 @@ def run(commands: Sequence[Command], cwd: Path, echo: bool = True) -> list[Ended
             one.interrupt()
         ended = False
         while not ended:
-            with suppress(KeyboardInterrupt):  # a second one changes nothing: the end is near
+            with suppress(KeyboardInterrupt):  # ignore a second interruption
                 time.sleep(0.05)
                 ended = all([one.step() for one in running])
         raise
@@ -72,29 +75,29 @@ def run(commands: Sequence[Command], cwd: Path, echo: bool = True) -> list[Ended
 
 @dataclass
 class _Running:
-    """One command, from its start to its last output."""
+    """A command that was started."""
 
     command: Command
     cwd: Path
     echo: bool
     start: float = field(default_factory=time.monotonic)
     sent: int = 0
-    """how many of the signals of :meth:`_due`"""
+    """number of signals sent so far: SIGINT, SIGTERM, SIGKILL"""
 
     def __post_init__(self) -> None:
         self.mark = f"{os.getpid()}.{next(_count)}"
-        self.ended = Ended(None, 0.0, False, "")
+        self.ended = Finished(None, 0.0, False, "")
         self.process: subprocess.Popen[bytes] | None = None
         limit = self.command.seconds
-        patience = min(PATIENCE, limit / 5)
-        self.due = [self.start + limit - patience, self.start + limit - patience / 2, self.start + limit]
+        grace = min(GRACE, limit / 5)
+        self.due = [self.start + limit - grace, self.start + limit - grace / 2, self.start + limit]
         self.command.log.parent.mkdir(parents=True, exist_ok=True)
         self.shown: BinaryIO = self.command.log.open("w+b")
         environment = {**os.environ, **self.command.environment, MARK: self.mark}
         try:
             with self.command.log.open("ab") as output:
                 self.process = subprocess.Popen(
-                    list(self.command.words), cwd=self.cwd, env=environment, stdin=subprocess.DEVNULL,
+                    list(self.command.arguments), cwd=self.cwd, env=environment, stdin=subprocess.DEVNULL,
                     stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
                 )  # fmt: skip
         except OSError as error:
@@ -102,7 +105,7 @@ class _Running:
             self.ended = self.ended._replace(tail=f"{type(error).__name__}: {error}")
 
     def step(self) -> bool:
-        """Looks after the command; True once it has ended."""
+        """Copy new output and send signals that are due. Returns True once the command has ended."""
         if self.process is None:
             return True
         self._show()
@@ -112,21 +115,21 @@ class _Running:
             while self.sent < 3 and now >= self.due[self.sent]:
                 self._signal((signal.SIGINT, signal.SIGTERM, signal.SIGKILL)[self.sent])
                 self.sent += 1
-            if now < self.due[2] + PATIENCE:  # beyond that not even SIGKILL could end it
+            if now < self.due[2] + GRACE:  # give up if even SIGKILL does not end it
                 return False
-        self._signal(signal.SIGKILL)  # of what the command left behind
+        self._signal(signal.SIGKILL)  # processes that the command left behind
         self._show()
         self.shown.close()
         self.process = None
         text = self.command.log.read_bytes()[-4 * TAIL :].decode("utf-8", "replace")
-        self.ended = Ended(code, time.monotonic() - self.start, self.sent > 0, text[-TAIL:])
+        self.ended = Finished(code, time.monotonic() - self.start, self.sent > 0, text[-TAIL:])
         return True
 
     def interrupt(self) -> None:
-        """Makes now the time of the first signal."""
+        """Send the first signal at the next step."""
         now = time.monotonic()
         if self.process is not None and self.sent == 0:
-            self.due = [now, now + PATIENCE / 2, now + PATIENCE]
+            self.due = [now, now + GRACE / 2, now + GRACE]
 
     def _show(self) -> None:
         text = self.shown.read().decode("utf-8", "replace")
@@ -146,7 +149,7 @@ class _Running:
 
 
 def marked(mark: str) -> list[int]:
-    """Processes whose environment bears the mark, wherever they went; none where there is no /proc."""
+    """Ids of the processes whose environment has the mark; none if there is no /proc."""
     wanted = f"{MARK}={mark}".encode()
     found = []
     for folder in Path("/proc").glob("[0-9]*"):

@@ -1,4 +1,4 @@
-"""Results as text: aligned for a terminal, or Markdown."""
+"""Formats results as aligned text for a terminal, or as Markdown."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ def memory(value: float | None) -> str:
 
 
 def align(lines: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width; the first line is the head."""
+    """A table with aligned columns; the first line is the header."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
     return "\n".join([text[0], "  ".join("-" * w for w in widths), *text[1:]])
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """The same as a Markdown table."""
+    """A Markdown table; the first line is the header."""
     rows = ["| " + " | ".join(line) + " |" for line in lines]
     return "\n".join([rows[0], "|" + " --- |" * len(lines[0]), *rows[1:]])
 
 
 def between_markers(readme: str, begin: str, end: str, section: str) -> str:
-    """``readme`` with ``section`` between two markers.
+    """``readme`` with the text between two markers replaced by ``section``.
 
     Raises:
-        ValueError: it has not exactly one marker of each kind, in order.
+        ValueError: ``readme`` does not have each marker exactly once, in order.
     """
     if readme.count(begin) != 1 or readme.count(end) != 1 or readme.index(begin) > readme.index(end):
-        raise ValueError(f"README must hold {begin} and after it {end}, once each")
+        raise ValueError(f"README must contain {begin} and then {end}, once each")
     before, rest = readme.split(begin)
     return f"{before}{begin}\n{section}\n{end}{rest.split(end)[1]}"
 
@@ -71,7 +71,7 @@ def _note(row: Mapping[str, Any]) -> str:
         )
     if "bytes_a_row" in row:
         parts.append(
-            f"{row['bytes_a_row']:.0f} B a row beside the gradient, {memory(row['fixed_bytes'])} fixed"
+            f"{row['bytes_a_row']:.0f} B per row without the gradient, {memory(row['fixed_bytes'])} fixed"
         )
     return "; ".join(parts)
 
@@ -117,6 +117,6 @@ def _error(value: float | None) -> str:
 
 
 def heading(machine: Mapping[str, Any]) -> str:
-    """Where the numbers come from."""
+    """The machine, versions and commit in one line."""
     versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items())
     return f"{machine_name(dict(machine))}; {versions}; commit {machine['commit']}; load {machine['load']}"

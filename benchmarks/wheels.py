@@ -1,12 +1,12 @@
-"""What a machine without a network lacks for the trainer: lists the packages and downloads their wheels.
+"""Lists and downloads the packages of the trainer that a machine without network access lacks.
 
-    python benchmarks/wheels.py --python 3.12 --out wheels        # here, where there is a network
-    pip install --no-index --no-deps --target carried wheels/*.whl        # there
+    python benchmarks/wheels.py --python 3.12 --out wheels        # on a machine with network access
+    pip install --no-index --no-deps --target carried wheels/*.whl        # on the other machine
     PYTHONPATH=carried make gpu-check ARGS="--minutes 25"
 
-Needed is what the extra "train" of pyproject.toml requires, with all that those packages require in turn.
-What --have names is there already, again with all of its requirements. They are read from the packages
-that are installed here (by ``make setup``), versions from constraints.txt.
+The trainer needs the packages of the extra "train" in pyproject.toml and all of their requirements. The
+packages named by --have and their requirements are assumed to be installed on the other machine. Requirements
+are read from the packages installed here (by ``make setup``), versions from constraints.txt.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
-#: What images for deep learning usually hold.
+#: Packages that container images for deep learning usually include.
 HAVE = (
     "torch", "numpy", "torchvision", "timm", "accelerate", "scikit-learn", "pandas", "matplotlib",
     "torchmetrics", "tensorboard", "safetensors", "pyyaml", "tqdm",
@@ -31,17 +31,17 @@ PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x8
 
 
 def plain(name: str) -> str:
-    """PEP 503's form of a package's name."""
+    """A package name, normalized as in PEP 503."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def closure(requirements: Iterable[str], python: str, leave: frozenset[str] = frozenset()) -> dict[str, str]:
-    """Every package that these require, directly or not, and the version that is installed here.
+    """All direct and indirect requirements, with the versions that are installed here.
 
     Args:
         requirements: as in a Requires-Dist line, with extras and markers.
-        python: of the other machine, "3.12"; markers are judged for it.
-        leave: packages that are not looked at.
+        python: Python version of the other machine, such as "3.12"; markers are evaluated for it.
+        leave: packages to skip.
 
     Raises:
         LookupError: a package is not installed here.
@@ -69,7 +69,7 @@ def closure(requirements: Iterable[str], python: str, leave: frozenset[str] = fr
 
 
 def training_requirements() -> list[str]:
-    """The extra "train" of pyproject.toml."""
+    """The requirements of the extra "train" in pyproject.toml."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     block = re.search(r"^train = \[(.*?)^\]", text, re.MULTILINE | re.DOTALL)
     assert block is not None
@@ -77,13 +77,13 @@ def training_requirements() -> list[str]:
 
 
 def missing(have: Sequence[str], python: str) -> dict[str, str]:
-    """Packages and versions to carry."""
-    there = frozenset(closure(have, python))
-    return dict(sorted(closure(training_requirements(), python, there).items()))
+    """Packages that the other machine lacks, with their versions."""
+    installed = frozenset(closure(have, python))
+    return dict(sorted(closure(training_requirements(), python, installed).items()))
 
 
 def download(packages: Sequence[str], python: str, platforms: Sequence[str], out: Path) -> int:
-    """pip's exit status."""
+    """Download wheels into ``out``. Returns pip's exit status."""
     command = [
         sys.executable,
         "-m",
@@ -104,13 +104,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--python", default="3.12", help="of the other machine (default %(default)s)")
-    parser.add_argument("--platform", nargs="+", default=list(PLATFORMS), help="wheel tags it can use")
+    parser.add_argument("--python", default="3.12", help="Python of the other machine (default %(default)s)")
+    parser.add_argument("--platform", nargs="+", default=list(PLATFORMS), help="wheel tags it supports")
     parser.add_argument(
         "--have", nargs="*", default=list(HAVE), metavar="NAME",
-        help=f"packages it has (default: {' '.join(HAVE)})",
+        help=f"packages installed on the other machine (default: {' '.join(HAVE)})",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, metavar="DIR", help="download there; without it only list")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="download the wheels to this folder")
     chosen = parser.parse_args(arguments)
     try:
         wanted = missing(chosen.have, chosen.python)
@@ -130,9 +130,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     wheels = sorted(chosen.out.glob("*.whl"))
     for wheel in wheels:
-        note = "" if wheel not in before else "  (was there)"
+        note = "" if wheel not in before else "  (already downloaded)"
         print(f"{wheel.stat().st_size / 1e6:8.2f} MB  {wheel.name}{note}")
-    print(f"{sum(wheel.stat().st_size for wheel in wheels) / 1e6:8.2f} MB  together; on the other machine:")
+    print(f"{sum(wheel.stat().st_size for wheel in wheels) / 1e6:8.2f} MB  in total; on the other machine:")
     print(f"    pip install --no-index --no-deps --target carried {chosen.out}/*.whl")
     print('    PYTHONPATH=carried make gpu-check ARGS="--minutes 25"')
     return 0

@@ -1,6 +1,6 @@
-// What both glues ask of the operators' arguments. Every message names the argument, what it must be and what
-// came. Values of a GPU's index tensors are not looked at: the host would have to wait for them.
-// Contracts of the operators: pysupcon/pairs/ops.py.
+// The operators' arguments and their checks, shared by cpu_glue.cpp and cuda_glue.cpp. Every message names
+// the argument, what it must be and what it is. The values of index tensors on a GPU are not checked, because
+// the host would have to synchronize with the device. Contracts of the operators: pysupcon/pairs/ops.py.
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -11,7 +11,46 @@
 #include <string>
 #include <vector>
 
+// Parameter lists of the operators, in the order of library.cpp.
+#define ROWS_ARGS \
+  const at::Tensor &x, const at::Tensor &labels, const at::Tensor &order, const at::Tensor &scale
+#define CANDIDATE_ARGS                                                                  \
+  const Maybe &candidates, const Maybe &candidate_labels, const Maybe &candidate_order, \
+      const Maybe &self_index
+#define INSTANCE_ARGS const Maybe &instances, const Maybe &candidate_instances
+#define GRADIENT_ARGS const at::Tensor &grad_x, const Maybe &grad_candidates
+
+#define PAIR_STATS_ARGS ROWS_ARGS, CANDIDATE_ARGS, INSTANCE_ARGS, bool negatives, bool positives
+#define PAIR_STATS_BACKWARD_ARGS                                                                          \
+  ROWS_ARGS, CANDIDATE_ARGS, INSTANCE_ARGS, const at::Tensor &n, const at::Tensor &p,                     \
+      const at::Tensor &grad_n, const at::Tensor &grad_p, const Maybe &grad_positive_sum,                 \
+      const Maybe &grad_instance_sum, const Maybe &candidate_n, const Maybe &candidate_p,                 \
+      const Maybe &candidate_grad_n, const Maybe &candidate_grad_p,                                       \
+      const Maybe &candidate_grad_positive_sum, const Maybe &candidate_grad_instance_sum, bool negatives, \
+      bool positives, GRADIENT_ARGS
+#define POSITIVE_SOFTPLUS_ARGS ROWS_ARGS, CANDIDATE_ARGS, const at::Tensor &n, double epsilon
+#define POSITIVE_SOFTPLUS_BACKWARD_ARGS                                           \
+  POSITIVE_SOFTPLUS_ARGS, const at::Tensor &grad_total, const Maybe &candidate_n, \
+      const Maybe &candidate_grad_total, GRADIENT_ARGS
+
+// Initializers of Rows, Candidates and Instances from those parameters.
+#define ROWS_AND_CANDIDATES \
+  {x, labels, order, scale}, { candidates, candidate_labels, candidate_order, self_index }
+#define INSTANCES {instances, candidate_instances}
+
 namespace pysupcon {
+
+using Maybe = std::optional<at::Tensor>;
+
+struct Rows {
+  const at::Tensor &x, &labels, &order, &scale;
+};
+struct Candidates {
+  const Maybe &rows, &labels, &order, &self_index;
+};
+struct Instances {  // both absent: instance sums are not computed
+  const Maybe anchors, candidates;
+};
 
 constexpr int64_t kMostRows = std::numeric_limits<int32_t>::max() - 1;
 
@@ -19,7 +58,25 @@ inline std::string describe(const at::Tensor& t) {
   return c10::str(t.scalar_type(), " of shape ", t.sizes(), " on ", t.device());
 }
 
-// x or candidates: [rows, D]. The dtype is the caller's matter.
+// The kernels' own enum of element types: cpu::Type or cuda::Dtype.
+template <class Dtype>
+Dtype dtype_of(const at::Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kFloat:
+      return Dtype::f32;
+    case at::kDouble:
+      return Dtype::f64;
+    case at::kBFloat16:
+      return Dtype::bf16;
+    case at::kHalf:
+      return Dtype::f16;
+    default:
+      TORCH_CHECK_VALUE(false, "pysupcon: x must be float32, float64, bfloat16 or float16, got ",
+                        x.scalar_type());
+  }
+}
+
+// x or candidates: [rows, D]. Checks no dtype.
 inline void check_rows(const at::Tensor& t, const char* name) {
   TORCH_CHECK_VALUE(t.dim() == 2 && t.size(1) > 0, "pysupcon: ", name,
                     " must be [rows, D] with D at least 1, got ", describe(t));
@@ -27,10 +84,10 @@ inline void check_rows(const at::Tensor& t, const char* name) {
                     " rows, got ", t.size(0));
 }
 
-// The candidates' arguments beside their rows: none without candidates, and what goes with them.
-inline void check_candidates(const at::Tensor& x, const std::optional<at::Tensor>& candidates,
-                             const std::optional<at::Tensor>& labels, const std::optional<at::Tensor>& order,
-                             const std::optional<at::Tensor>& self_index) {
+// candidate_labels and candidate_order are required with candidates; all arguments of candidates are refused
+// without them.
+inline void check_candidates(const at::Tensor& x, const Candidates& given) {
+  const auto& [candidates, labels, order, self_index] = given;
   if (!candidates) {
     TORCH_CHECK_VALUE(!labels && !order && !self_index,
                       "pysupcon: candidate_labels, candidate_order and self_index go with candidates, got ",
@@ -48,21 +105,21 @@ inline void check_candidates(const at::Tensor& x, const std::optional<at::Tensor
   TORCH_CHECK_VALUE(labels && order, "pysupcon: candidates need candidate_labels and candidate_order");
 }
 
-// Labels, an order, self_index: one int64 a row.
+// Labels, order, instances or self_index: one int64 per row.
 inline void check_index(const at::Tensor& t, int64_t rows, at::Device device, const char* name) {
   TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == rows && t.scalar_type() == at::kLong && t.device() == device,
                     "pysupcon: ", name, " must be int64 of shape [", rows, "] on ", device, ", got ",
                     describe(t));
 }
 
-// A statistic or its gradient: one number a row.
+// A statistic or its gradient: one number per row.
 inline void check_statistic(const at::Tensor& t, int64_t rows, at::Device device, const char* name) {
   TORCH_CHECK_VALUE(
       t.dim() == 1 && t.size(0) == rows && at::isFloatingType(t.scalar_type()) && t.device() == device,
       "pysupcon: ", name, " must be floating-point of shape [", rows, "] on ", device, ", got ", describe(t));
 }
 
-// Its value is looked at where it lies on the CPU.
+// The value is checked on the CPU only.
 inline void check_scale(const at::Tensor& t, at::Device device) {
   TORCH_CHECK_VALUE(t.dim() == 0 && at::isFloatingType(t.scalar_type()) && t.device() == device,
                     "pysupcon: scale must be a floating-point tensor of no dimensions on ", device, ", got ",
@@ -73,11 +130,24 @@ inline void check_scale(const at::Tensor& t, at::Device device) {
                     "pysupcon: scale must be finite and greater than 0, got ", scale);
 }
 
+// Checks what both devices require of the rows, the candidates and the scale, and returns the rows' dtype.
+// Index tensors are checked where they are read.
+template <class Dtype>
+Dtype check_operands(const Rows& rows, const Candidates& candidates, const Instances& instances) {
+  check_rows(rows.x, "x");
+  const Dtype dtype = dtype_of<Dtype>(rows.x);
+  check_scale(rows.scale, rows.x.device());
+  check_candidates(rows.x, candidates);
+  TORCH_CHECK_VALUE(instances.candidates.has_value() == (instances.anchors && candidates.rows),
+                    "pysupcon: candidate_instances go with candidates and instances");
+  return dtype;
+}
+
 inline void check_epsilon(double epsilon) {
   TORCH_CHECK_VALUE(std::isfinite(epsilon), "pysupcon: epsilon must be finite, got ", epsilon);
 }
 
-// Bytes [first, last) that a tensor's elements span.
+// The range of bytes [first, last) between a tensor's first and last element.
 struct Span {
   const char *first = nullptr, *last = nullptr;
   explicit Span(const at::Tensor& t) {
@@ -87,10 +157,10 @@ struct Span {
     first = static_cast<const char*>(t.const_data_ptr());
     last = first + (furthest + 1) * t.element_size();
   }
-  bool meets(const Span& other) const { return first < other.last && other.first < last; }
+  bool overlaps(const Span& other) const { return first < other.last && other.first < last; }
 };
 
-// Where a gradient is added to.
+// A buffer that a gradient is added to. Returns its data.
 inline void* check_gradient(const at::Tensor& g, const at::Tensor& rows, const char* name) {
   const auto type = rows.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   TORCH_CHECK_VALUE(g.sizes() == rows.sizes() && g.scalar_type() == type && g.is_contiguous() &&
@@ -98,21 +168,38 @@ inline void* check_gradient(const at::Tensor& g, const at::Tensor& rows, const c
                     "pysupcon: ", name, " must be a contiguous tensor of ", type, " and shape ", rows.sizes(),
                     " on ", rows.device(), ", got ", g.scalar_type(), " of shape ", g.sizes(),
                     " and strides ", g.strides(), " on ", g.device());
-  // Who saved it for a backward of his own learns that it has changed.
+  // Autograd detects the change if the tensor was saved for a backward.
   g.unsafeGetTensorImpl()->bump_version();
   return g.mutable_data_ptr();
 }
 
-// `read`: what is read while a gradient is written; undefined tensors may be among it.
+// `read`: the tensors that are read while the gradient is written; some may be undefined.
 inline void check_apart(const at::Tensor& gradient, const char* name, at::ArrayRef<at::Tensor> read) {
   const Span written(gradient);
   for (const at::Tensor& t : read)
-    TORCH_CHECK_VALUE(!t.defined() || !written.meets(Span(t)), "pysupcon: ", name,
+    TORCH_CHECK_VALUE(!t.defined() || !written.overlaps(Span(t)), "pysupcon: ", name,
                       " must not share memory with another argument");
 }
 
-// Which forms of the backward there are: see pysupcon/pairs/ops.py. column_side: the candidates' own
-// statistics are given.
+// The statistics of the candidates are given completely or not at all. Returns whether they are given.
+inline bool check_column_side(const Maybe& n, const Maybe& p, const Maybe& grad_n, const Maybe& grad_p,
+                              const Maybe& grad_positive_sum, const Maybe& grad_instance_sum) {
+  const bool given = n.has_value();
+  TORCH_CHECK_VALUE(
+      p.has_value() == given && grad_n.has_value() == given && grad_p.has_value() == given,
+      "pysupcon: candidate_n, candidate_p, candidate_grad_n and candidate_grad_p come together");
+  TORCH_CHECK_VALUE(given || (!grad_positive_sum && !grad_instance_sum),
+                    "pysupcon: candidate_grad_positive_sum and candidate_grad_instance_sum need candidate_n");
+  return given;
+}
+inline bool check_column_side(const Maybe& n, const Maybe& grad_total) {
+  TORCH_CHECK_VALUE(grad_total.has_value() == n.has_value(),
+                    "pysupcon: candidate_n and candidate_grad_total come together");
+  return n.has_value();
+}
+
+// The valid forms of the backward: see pysupcon/pairs/ops.py. column_side: the candidates' own statistics are
+// given.
 inline void check_form(bool column_side, bool candidates, bool self_index, bool grad_candidates) {
   TORCH_CHECK_VALUE(candidates || (!column_side && !grad_candidates),
                     "pysupcon: grad_candidates and candidate statistics go with candidates");
@@ -124,7 +211,7 @@ inline void check_form(bool column_side, bool candidates, bool self_index, bool 
                     "among the candidates");
 }
 
-// Of a CPU: each of the rows once.
+// A permutation of the rows, on the CPU.
 inline void check_order(const at::Tensor& order, const char* name) {
   const int64_t rows = order.size(0), *row = order.const_data_ptr<int64_t>();
   std::vector<char> seen(rows);

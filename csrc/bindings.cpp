@@ -1,4 +1,4 @@
-// The pybind11 module pysupcon._C: facts about the build and the machine. Importing it registers the
+// The pybind11 module pysupcon._C: properties of the build and of the machine. Importing it registers the
 // operators.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -6,11 +6,11 @@
 #include "cpu/select.h"
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build facts of pysupcon's compiled operators; the operators themselves are torch.ops.pysupcon.*";
+  m.doc() = "Properties of pysupcon's build; the operators themselves are torch.ops.pysupcon.*";
   m.attr("torch_version") = PYSUPCON_TORCH_VERSION;
   m.attr("compiler") = PYSUPCON_COMPILER;
-  m.attr("cuda") = PYSUPCON_CUDA_WORD;
-  m.attr("cuda_code") = PYSUPCON_CUDA_CODE;  // such as "sm_80 sm_90 compute_90", what nvcc was asked for
+  m.attr("cuda") = PYSUPCON_CUDA_DETAIL;
+  m.attr("cuda_code") = PYSUPCON_CUDA_CODE;  // what nvcc compiled for, such as "sm_80 sm_90 compute_90"
 #ifdef PYSUPCON_WITH_CUDA
   m.attr("with_cuda") = true;
 #else
@@ -21,6 +21,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isas", &pysupcon::cpu::isa_names,
         "Instruction sets that were compiled and that this machine can run.");
   m.def("set_cpu_isa", &pysupcon::cpu::set_isa, pybind11::arg("name"),
-        "Use the kernels of one instruction set from now on (tests and measurements). ValueError if it "
-        "cannot run.");
+        "Use the kernels of one instruction set from now on (for tests and measurements). Raises ValueError "
+        "if this machine cannot run it.");
 }

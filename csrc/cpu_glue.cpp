@@ -1,4 +1,4 @@
-// Tensors to pointers for the CPU kernels, and their registration with the dispatcher. No mathematics here.
+// Checks tensors, passes their pointers to the CPU kernels and registers the operators with the dispatcher.
 // Contracts of the operators: pysupcon/pairs/ops.py.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -23,7 +23,6 @@ namespace pysupcon {
 namespace {
 
 using at::Tensor;
-using Maybe = std::optional<Tensor>;
 
 void run_parallel(int64_t count, void* context, void (*body)(void*, int64_t, int64_t)) {
   at::parallel_for(0, count, 1, [&](int64_t first, int64_t last) { body(context, first, last); });
@@ -31,23 +30,7 @@ void run_parallel(int64_t count, void* context, void (*body)(void*, int64_t, int
 constexpr cpu::Threads kThreads{run_parallel};
 
 // ------------------------------------------------------------------------------------------------ arguments
-cpu::Type type_of(const Tensor& x, const char* name) {
-  switch (x.scalar_type()) {
-    case at::kFloat:
-      return cpu::Type::f32;
-    case at::kDouble:
-      return cpu::Type::f64;
-    case at::kBFloat16:
-      return cpu::Type::bf16;
-    case at::kHalf:
-      return cpu::Type::f16;
-    default:
-      TORCH_CHECK_VALUE(false, "pysupcon: ", name, " must be float32, float64, bfloat16 or float16, got ",
-                        x.scalar_type());
-  }
-}
-
-// One side's keys by row, and its rows in their order.
+// The sort keys (label, instance) of one side by row, and the order of its rows.
 struct Keys {
   const int64_t *labels = nullptr, *instances = nullptr, *order = nullptr;
   int64_t count = 0;
@@ -55,11 +38,11 @@ struct Keys {
     return {labels[order[position]], instances ? instances[order[position]] : 0};
   }
 };
-// Numbers of both sides by position: equal keys, equal numbers, ascending.
+// Keys of both sides numbered in ascending order, by position: equal keys have equal numbers.
 struct Numbers {
   std::vector<int32_t> anchors, candidates;
 };
-std::string instance(const Keys& keys, const std::pair<int64_t, int64_t>& key) {
+std::string describe_instance(const Keys& keys, const std::pair<int64_t, int64_t>& key) {
   return keys.instances ? ", instance " + std::to_string(key.second) : "";
 }
 Numbers number(const Keys& a, const Keys& b) {
@@ -72,7 +55,7 @@ Numbers number(const Keys& a, const Keys& b) {
     TORCH_CHECK_VALUE(number < 0 || next >= key, "pysupcon: ", first ? "order" : "candidate_order",
                       " must be the argsort of ", first ? "labels" : "candidate_labels",
                       a.instances ? " and, within a label, of instances" : "", "; it puts label ", next.first,
-                      instance(a, next), " after ", key.first, instance(a, key));
+                      describe_instance(a, next), " after ", key.first, describe_instance(a, key));
     if (number < 0 || next != key) ++number;
     key = next;
     (first ? numbers.anchors[i++] : numbers.candidates[j++]) = number;
@@ -80,31 +63,16 @@ Numbers number(const Keys& a, const Keys& b) {
   return numbers;
 }
 
-struct Rows {
-  const Tensor &x, &labels, &order, &scale;
-};
-struct Candidates {
-  const Maybe &rows, &labels, &order, &self_index;
-};
-struct Instances {  // of both sides; none: no sum over them is wanted
-  const Maybe anchors, candidates;
-};
-
-// Owns whatever the pointers in `problem` point to.
+// Checks the arguments and owns the memory that `problem` points to.
 struct Call {
   Tensor x, labels, order, c, c_labels, c_order, instances, c_instances;
   Numbers classes, by_instance;
   std::vector<int32_t> self_position;
-  bool selves = false;  // whether there is a self_index
+  bool has_self_index = false;
   cpu::Problem problem;
 
   Call(const Rows& a, const Candidates& b, const Instances& given = {}) {
-    check_rows(a.x, "x");
-    problem.type = type_of(a.x, "x");
-    check_scale(a.scale, at::kCPU);
-    check_candidates(a.x, b.rows, b.labels, b.order, b.self_index);
-    TORCH_CHECK_VALUE(given.candidates.has_value() == (given.anchors && b.rows),
-                      "pysupcon: candidate_instances go with instances and candidates");
+    problem.type = check_operands<cpu::Type>(a, b, given);
     x = with_unit_stride(a.x);
     labels = index(a.labels, x.size(0), "labels");
     order = index(a.order, x.size(0), "order");
@@ -126,8 +94,8 @@ struct Call {
     number_both();
     problem.anchors = side(x, order, classes.anchors, by_instance.anchors);
     problem.candidates = side(c, c_order, classes.candidates, by_instance.candidates);
-    selves = b.self_index.has_value();
-    if (selves) find_selves(*b.self_index);
+    has_self_index = b.self_index.has_value();
+    if (has_self_index) find_self_positions(*b.self_index);
   }
 
  private:
@@ -155,7 +123,7 @@ struct Call {
     check_index(t, rows, at::kCPU, name);
     return t.contiguous();
   }
-  void find_selves(const Tensor& given) {
+  void find_self_positions(const Tensor& given) {
     const Tensor self_index = index(given, x.size(0), "self_index");
     const int64_t *self = self_index.const_data_ptr<int64_t>(), *oa = order.const_data_ptr<int64_t>(),
                   *ob = c_order.const_data_ptr<int64_t>();
@@ -187,8 +155,8 @@ Tensor as_stats(const Maybe& t, int64_t rows, const char* name) {
 }
 const double* pointer(const Tensor& t) { return t.defined() ? t.const_data_ptr<double>() : nullptr; }
 
-// Where gradients are added to. Those of the 16-bit types are float: their owner rounds the sum.
-// `statistics`: what is read meanwhile, besides the rows.
+// The buffers that gradients are added to. They are float for 16-bit rows: the caller rounds the sum.
+// `statistics`: the tensors that are read at the same time, besides the rows.
 cpu::Gradients gradients(const Call& call, const Tensor& grad_x, const Maybe& grad_candidates,
                          at::ArrayRef<Tensor> statistics) {
   const auto gradient = [&](const Tensor& g, const Tensor& rows, const char* name) {
@@ -202,7 +170,7 @@ cpu::Gradients gradients(const Call& call, const Tensor& grad_x, const Maybe& gr
   return {gradient(grad_x, call.x, "grad_x"), gradient(*grad_candidates, call.c, "grad_candidates")};
 }
 
-// A non-finite row makes every statistic NaN; say which one it was.
+// A non-finite row makes every statistic NaN: find that row for the message.
 void check_finite(const Call& call, const Tensor& n) {
   if (n.size(0) == 0 || !std::isnan(n.const_data_ptr<double>()[0])) return;
   for (const Tensor* rows : {&call.x, &call.c}) {
@@ -219,18 +187,7 @@ void check_finite(const Call& call, const Tensor& n) {
 }
 
 // ------------------------------------------------------------------------------------------------ operators
-#define ROWS_ARGS const Tensor &x, const Tensor &labels, const Tensor &order, const Tensor &scale
-#define CANDIDATE_ARGS                                                                  \
-  const Maybe &candidates, const Maybe &candidate_labels, const Maybe &candidate_order, \
-      const Maybe &self_index
-#define INSTANCE_ARGS const Maybe &instances, const Maybe &candidate_instances
-#define CALL(name) \
-  Call name({x, labels, order, scale}, {candidates, candidate_labels, candidate_order, self_index})
-#define CALL_WITH_INSTANCES(name)                                                                   \
-  Call name({x, labels, order, scale}, {candidates, candidate_labels, candidate_order, self_index}, \
-            {instances, candidate_instances})
-
-// Samples by ascending id, equal ones as they came, and how many samples bear the id of each.
+// The stable argsort of samples by id, and the number of samples that share each sample's id.
 struct Sorted {
   Tensor samples;              // int64
   std::vector<int64_t> alike;  // by sample
@@ -241,7 +198,7 @@ Sorted sort_samples(const Tensor& ids) {
   if (!count) return s;
   const auto [low, high] = std::minmax_element(id, id + count);
   const uint64_t range = static_cast<uint64_t>(*high) - static_cast<uint64_t>(*low);
-  if (range < static_cast<uint64_t>(4 * count) + 1024) {  // classes are mostly numbered: count them
+  if (range < static_cast<uint64_t>(4 * count) + 1024) {  // most ids are small: use a counting sort
     const int64_t first = *low;
     std::vector<int64_t> start(range + 2);
     for (int64_t i = 0; i < count; ++i) ++start[id[i] - first + 1];
@@ -279,9 +236,8 @@ std::tuple<Tensor, Tensor> order_by_class(const Tensor& given, int64_t views) {
   return {order, others};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> pair_stats(ROWS_ARGS, CANDIDATE_ARGS, INSTANCE_ARGS,
-                                                      bool negatives, bool positives) {
-  CALL_WITH_INSTANCES(call);
+std::tuple<Tensor, Tensor, Tensor, Tensor> pair_stats(PAIR_STATS_ARGS) {
+  Call call(ROWS_AND_CANDIDATES, INSTANCES);
   call.problem.negatives = negatives;
   call.problem.positives = positives;
   const int64_t rows = call.x.size(0);
@@ -295,25 +251,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pair_stats(ROWS_ARGS, CANDIDATE_ARGS,
   return {n, p, positive_sum, instance_sum};
 }
 
-void pair_stats_backward(ROWS_ARGS, CANDIDATE_ARGS, INSTANCE_ARGS, const Tensor& n, const Tensor& p,
-                         const Tensor& grad_n, const Tensor& grad_p, const Maybe& grad_positive_sum,
-                         const Maybe& grad_instance_sum, const Maybe& candidate_n, const Maybe& candidate_p,
-                         const Maybe& candidate_grad_n, const Maybe& candidate_grad_p,
-                         const Maybe& candidate_grad_positive_sum, const Maybe& candidate_grad_instance_sum,
-                         bool negatives, bool positives, const Tensor& grad_x, const Maybe& grad_candidates) {
-  CALL_WITH_INSTANCES(call);
+void pair_stats_backward(PAIR_STATS_BACKWARD_ARGS) {
+  Call call(ROWS_AND_CANDIDATES, INSTANCES);
   call.problem.negatives = negatives;
   call.problem.positives = positives;
-  const bool column_side = candidate_n.has_value();
+  const bool column_side = check_column_side(candidate_n, candidate_p, candidate_grad_n, candidate_grad_p,
+                                             candidate_grad_positive_sum, candidate_grad_instance_sum);
   TORCH_CHECK_VALUE(
-      candidate_p.has_value() == column_side && candidate_grad_n.has_value() == column_side &&
-          candidate_grad_p.has_value() == column_side &&
-          candidate_grad_positive_sum.has_value() == (column_side && grad_positive_sum) &&
-          candidate_grad_instance_sum.has_value() == (column_side && grad_instance_sum),
-      "pysupcon: candidate_n, candidate_p, candidate_grad_n, candidate_grad_p and, where the anchors have "
-      "them, candidate_grad_positive_sum and candidate_grad_instance_sum come together");
+      !column_side || (candidate_grad_positive_sum.has_value() == grad_positive_sum.has_value() &&
+                       candidate_grad_instance_sum.has_value() == grad_instance_sum.has_value()),
+      "pysupcon: with candidate_n, grad_positive_sum and candidate_grad_positive_sum come "
+      "together, and so do grad_instance_sum and candidate_grad_instance_sum");
   TORCH_CHECK_VALUE(instances || !grad_instance_sum, "pysupcon: grad_instance_sum needs instances");
-  check_form(column_side, call.c.defined(), call.selves, grad_candidates.has_value());
+  check_form(column_side, call.c.defined(), call.has_self_index, grad_candidates.has_value());
   const int64_t rows = call.x.size(0), cols = call.c.defined() ? call.c.size(0) : 0;
   const Tensor a[6] = {as_stats(n, rows, "n"),
                        as_stats(p, rows, "p"),
@@ -337,8 +287,8 @@ void pair_stats_backward(ROWS_ARGS, CANDIDATE_ARGS, INSTANCE_ARGS, const Tensor&
   cpu::pair_stats_backward(call.problem, kThreads, side(a), side(b), g);
 }
 
-Tensor positive_softplus(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& n, double epsilon) {
-  CALL(call);
+Tensor positive_softplus(POSITIVE_SOFTPLUS_ARGS) {
+  Call call(ROWS_AND_CANDIDATES);
   call.problem.negatives = false;
   check_epsilon(epsilon);
   Tensor total = new_stats(call.x.size(0));
@@ -347,17 +297,12 @@ Tensor positive_softplus(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& n, double epsi
   return total;
 }
 
-Tensor positive_softplus_backward(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& n, double epsilon,
-                                  const Tensor& grad_total, const Maybe& candidate_n,
-                                  const Maybe& candidate_grad_total, const Tensor& grad_x,
-                                  const Maybe& grad_candidates) {
-  CALL(call);
+Tensor positive_softplus_backward(POSITIVE_SOFTPLUS_BACKWARD_ARGS) {
+  Call call(ROWS_AND_CANDIDATES);
   call.problem.negatives = false;
-  const bool column_side = candidate_n.has_value();
-  TORCH_CHECK_VALUE(candidate_grad_total.has_value() == column_side,
-                    "pysupcon: candidate_n and candidate_grad_total come together");
+  const bool column_side = check_column_side(candidate_n, candidate_grad_total);
   check_epsilon(epsilon);
-  check_form(column_side, call.c.defined(), call.selves, grad_candidates.has_value());
+  check_form(column_side, call.c.defined(), call.has_self_index, grad_candidates.has_value());
   const int64_t rows = call.x.size(0), cols = call.c.defined() ? call.c.size(0) : 0;
   const Tensor stats = as_stats(n, rows, "n"), w = as_stats(grad_total, rows, "grad_total");
   const Tensor other = as_stats(candidate_n, cols, "candidate_n"),

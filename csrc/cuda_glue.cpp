@@ -1,6 +1,6 @@
-// Tensors to pointers for the CUDA kernels, and their registration with the dispatcher. No mathematics here,
-// and no CUDA header: stream and device come through c10, so that this file compiles against any build of
-// torch. Contracts of the operators: pysupcon/pairs/ops.py.
+// Checks tensors, passes their pointers to the CUDA kernels and registers the operators with the dispatcher.
+// Includes no CUDA header: stream and device come through c10, so that this file compiles against any build
+// of torch. Contracts of the operators: pysupcon/pairs/ops.py.
 #include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -19,29 +19,11 @@ namespace pysupcon {
 namespace {
 
 using at::Tensor;
-using cuda::Dtype;
 using cuda::Operation;
 using cuda::Problem;
-using Maybe = std::optional<Tensor>;
 
-Dtype dtype_of(const Tensor& x, const char* name) {
-  switch (x.scalar_type()) {
-    case at::kFloat:
-      return Dtype::f32;
-    case at::kDouble:
-      return Dtype::f64;
-    case at::kBFloat16:
-      return Dtype::bf16;
-    case at::kHalf:
-      return Dtype::f16;
-    default:
-      TORCH_CHECK_VALUE(false, "pysupcon: ", name, " must be float32, float64, bfloat16 or float16, got ",
-                        x.scalar_type());
-  }
-}
-
-// How many bf16 numbers stand for one fp32 number: 3, unless torch.set_float32_matmul_precision ("high": 2,
-// "medium": 1) or torch.backends.cuda.matmul.fp32_precision ("tf32": 2) allows less.
+// The number of bf16 terms that an fp32 number is split into: 3, unless torch.set_float32_matmul_precision
+// ("high": 2, "medium": 1) or torch.backends.cuda.matmul.fp32_precision ("tf32": 2) allows fewer.
 int parts_of_float32() {
   const at::Context& context = at::globalContext();
   const auto precision = context.float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
@@ -49,42 +31,38 @@ int parts_of_float32() {
   if (precision != at::Float32Precision::TF32) return 3;
   try {
     return context.float32MatmulPrecision() == at::Float32MatmulPrecision::MEDIUM ? 1 : 2;
-  } catch (const c10::Error&) {  // torch refuses the older question where the newer setting was used
+  } catch (const c10::Error&) {  // torch raises if the newer setting was used
     return 2;
   }
 }
 
-struct Rows {
-  const Tensor &x, &labels, &order, &scale;
-};
-struct Candidates {
-  const Maybe &rows, &labels, &order, &self_index;
-};
-struct Instances {
-  const Maybe &of_rows, &of_candidates;
-};
-
-// Owns whatever the pointers in `problem` point to; the caching allocator keeps it until the stream is past
-// the kernels.
+// Checks the arguments and owns the memory that `problem` points to. The caching allocator does not reuse
+// that memory before the kernels have finished.
 class Call {
  public:
-  Call(Operation operation, const Rows& a, const Candidates& b) : device_(a.x.device()), guard_(device_) {
-    check_rows(a.x, "x");
+  Call(Operation operation, const Rows& a, const Candidates& b, const Instances& given = {})
+      : device_(a.x.device()), guard_(device_) {
     problem.operation = operation;
-    problem.dtype = dtype_of(a.x, "x");
+    problem.dtype = check_operands<cuda::Dtype>(a, b, given);
     problem.parts = parts_of_float32();
     problem.width = a.x.size(1);
     problem.negatives = problem.positives = true;
     problem.triangular_rows = cuda::kTriangularRows;
-    check_scale(a.scale, device_);
-    check_candidates(a.x, b.rows, b.labels, b.order, b.self_index);
     scale_ = a.scale.to(at::kDouble);
     problem.scale = scale_.const_data_ptr<double>();
     problem.anchors = side(a.x, a.labels, a.order, "labels", "order", tensors_);
+    if (given.anchors) {
+      tensors_.instances = indices(*given.anchors, a.x.size(0), "instances");
+      problem.anchors.instances = tensors_.instances.const_data_ptr<int64_t>();
+    }
     problem.one_set = !b.rows.has_value();
     problem.candidates = problem.anchors;
     if (!problem.one_set) {
       problem.candidates = side(*b.rows, *b.labels, *b.order, "candidate_labels", "candidate_order", others_);
+      if (given.candidates) {
+        others_.instances = indices(*given.candidates, b.rows->size(0), "candidate_instances");
+        problem.candidates.instances = others_.instances.const_data_ptr<int64_t>();
+      }
       if (b.self_index) {
         self_index_ = indices(*b.self_index, a.x.size(0), "self_index");
         problem.self_index = self_index_.const_data_ptr<int64_t>();
@@ -94,25 +72,9 @@ class Call {
                                &problem.shared_memory);
   }
 
-  // Both sets name the rows' instances, or none does.
-  void instances(const Instances& given) {
-    TORCH_CHECK_VALUE(
-        problem.one_set ? !given.of_candidates : given.of_candidates.has_value() == given.of_rows.has_value(),
-        "pysupcon: candidate_instances go with candidates and instances");
-    const auto take = [&](const Maybe& t, cuda::Rows& rows, const char* name, Tensor& keep) {
-      if (!t) return;
-      keep = indices(*t, rows.count, name);
-      rows.instances = keep.const_data_ptr<int64_t>();
-    };
-    take(given.of_rows, problem.anchors, "instances", tensors_.instances);
-    if (problem.one_set)
-      problem.candidates = problem.anchors;
-    else
-      take(given.of_candidates, problem.candidates, "candidate_instances", others_.instances);
-  }
-  // [rows], a statistic.
+  // A statistic, [rows].
   Tensor new_stats() const { return new_tensor({problem.anchors.count}, at::kDouble); }
-  // An upstream gradient or a statistic; kept alive by this call.
+  // A statistic or its upstream gradient as double; this object keeps the tensor alive.
   const double* stat(const Maybe& t, bool of_candidates, const char* name) {
     if (!t) return nullptr;
     const int64_t rows = of_candidates ? problem.candidates.count : problem.anchors.count;
@@ -120,7 +82,7 @@ class Call {
     kept_.push_back(t->to(at::kDouble).contiguous());
     return kept_.back().const_data_ptr<double>();
   }
-  // Where gradients are added to; called after every stat().
+  // Sets the buffers that gradients are added to. Call it after every stat().
   void gradients(bool column_side, const Tensor& grad_x, const Maybe& grad_candidates) {
     check_form(column_side, !problem.one_set, self_index_.defined(), grad_candidates.has_value());
     if (grad_candidates) {
@@ -181,19 +143,8 @@ class Call {
   std::vector<Tensor> kept_;
 };
 
-#define ROWS_ARGS const Tensor &x, const Tensor &labels, const Tensor &order, const Tensor &scale
-#define CANDIDATE_ARGS                                                                  \
-  const Maybe &candidates, const Maybe &candidate_labels, const Maybe &candidate_order, \
-      const Maybe &self_index
-#define CALL(operation) \
-  Call call(operation, {x, labels, order, scale}, {candidates, candidate_labels, candidate_order, self_index})
-
-#define INSTANCE_ARGS const Maybe &instances, const Maybe &candidate_instances
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> pair_stats(ROWS_ARGS, CANDIDATE_ARGS, INSTANCE_ARGS,
-                                                      bool negatives, bool positives) {
-  CALL(Operation::pair_stats);
-  call.instances({instances, candidate_instances});
+std::tuple<Tensor, Tensor, Tensor, Tensor> pair_stats(PAIR_STATS_ARGS) {
+  Call call(Operation::pair_stats, ROWS_AND_CANDIDATES, INSTANCES);
   const Tensor n = call.new_stats(), p = call.new_stats(), positive_sum = call.new_stats(),
                instance_sum = call.new_stats();
   Problem& problem = call.problem;
@@ -207,21 +158,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pair_stats(ROWS_ARGS, CANDIDATE_ARGS,
   return {n, p, positive_sum, instance_sum};
 }
 
-void pair_stats_backward(ROWS_ARGS, CANDIDATE_ARGS, INSTANCE_ARGS, const Tensor& n, const Tensor& p,
-                         const Tensor& grad_n, const Tensor& grad_p, const Maybe& grad_positive_sum,
-                         const Maybe& grad_instance_sum, const Maybe& candidate_n, const Maybe& candidate_p,
-                         const Maybe& candidate_grad_n, const Maybe& candidate_grad_p,
-                         const Maybe& candidate_grad_positive_sum, const Maybe& candidate_grad_instance_sum,
-                         bool negatives, bool positives, const Tensor& grad_x, const Maybe& grad_candidates) {
-  CALL(Operation::pair_stats_backward);
-  call.instances({instances, candidate_instances});
-  const bool column_side = candidate_n.has_value();
-  TORCH_CHECK_VALUE(
-      candidate_p.has_value() == column_side && candidate_grad_n.has_value() == column_side &&
-          candidate_grad_p.has_value() == column_side,
-      "pysupcon: candidate_n, candidate_p, candidate_grad_n and candidate_grad_p come together");
-  TORCH_CHECK_VALUE(column_side || (!candidate_grad_positive_sum && !candidate_grad_instance_sum),
-                    "pysupcon: candidate_grad_positive_sum and candidate_grad_instance_sum need candidate_n");
+void pair_stats_backward(PAIR_STATS_BACKWARD_ARGS) {
+  Call call(Operation::pair_stats_backward, ROWS_AND_CANDIDATES, INSTANCES);
+  const bool column_side = check_column_side(candidate_n, candidate_p, candidate_grad_n, candidate_grad_p,
+                                             candidate_grad_positive_sum, candidate_grad_instance_sum);
   Problem& problem = call.problem;
   problem.negatives = negatives;
   problem.positives = positives;
@@ -243,8 +183,8 @@ void pair_stats_backward(ROWS_ARGS, CANDIDATE_ARGS, INSTANCE_ARGS, const Tensor&
   call.run();
 }
 
-Tensor positive_softplus(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& n, double epsilon) {
-  CALL(Operation::positive_softplus);
+Tensor positive_softplus(POSITIVE_SOFTPLUS_ARGS) {
+  Call call(Operation::positive_softplus, ROWS_AND_CANDIDATES);
   check_epsilon(epsilon);
   const Tensor total = call.new_stats();
   call.problem.n = call.stat(n, false, "n");
@@ -254,14 +194,9 @@ Tensor positive_softplus(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& n, double epsi
   return total;
 }
 
-Tensor positive_softplus_backward(ROWS_ARGS, CANDIDATE_ARGS, const Tensor& n, double epsilon,
-                                  const Tensor& grad_total, const Maybe& candidate_n,
-                                  const Maybe& candidate_grad_total, const Tensor& grad_x,
-                                  const Maybe& grad_candidates) {
-  CALL(Operation::positive_softplus_backward);
-  const bool column_side = candidate_n.has_value();
-  TORCH_CHECK_VALUE(candidate_grad_total.has_value() == column_side,
-                    "pysupcon: candidate_n and candidate_grad_total come together");
+Tensor positive_softplus_backward(POSITIVE_SOFTPLUS_BACKWARD_ARGS) {
+  Call call(Operation::positive_softplus_backward, ROWS_AND_CANDIDATES);
+  const bool column_side = check_column_side(candidate_n, candidate_grad_total);
   check_epsilon(epsilon);
   Problem& problem = call.problem;
   const Tensor grad_n = call.new_stats();

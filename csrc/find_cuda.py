@@ -1,14 +1,14 @@
-"""Finds a CUDA compiler, without torch: for setup.py, and for the benchmarks that compile kernels.
+"""Finds a CUDA compiler without importing torch, for setup.py and for the benchmarks that compile kernels.
 
-NVCC decides alone where it is set. Otherwise the first nvcc that works is taken, in this order: PATH,
-CUDA_HOME, /usr/local/cuda, the packages that pip installed (in the order of sys.path). An nvcc works if it
-is new enough, has a static runtime, and compiles a small kernel with the host compiler.
+If the environment variable NVCC is set, only that compiler is tried. Otherwise the first nvcc that works is
+used, in this order: PATH, CUDA_HOME, /usr/local/cuda, pip packages (in the order of sys.path). An nvcc works
+if it is new enough, has a static runtime and compiles a small kernel with the host compiler.
 
-Packages of CUDA 13 share one folder, site-packages/nvidia/cu13, which is a toolkit if all of them are there
-and fit together. Some of them may lie in another site-packages than nvcc (a virtual environment over an
-installation that has torch); their headers then need flags of their own. nvcc's profile in these packages
-names lib64 where the folder is lib, so linking needs ``-L`` as well. Packages of CUDA 12 cannot be used: they
-have ptxas, but no nvcc.
+pip packages of CUDA 13 share one folder, site-packages/nvidia/cu13. It is a complete toolkit if all packages
+are installed and have matching versions. Some packages may be in another site-packages folder than nvcc, for
+example if a virtual environment extends an installation that has torch; their headers then need extra include
+flags. nvcc's profile in these packages names lib64, but the folder is lib, so linking also needs ``-L``. pip
+packages of CUDA 12 cannot be used: they contain ptxas but no nvcc.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from typing import NamedTuple
 
 MIN_NVCC = (12, 0)
 HOMES = ("/usr/local/cuda",)
-# Every package is named, since cuda-toolkit 13.0.2 (torch 2.11) leaves the version of what nvcc needs open.
+# Names every package, because cuda-toolkit 13.0.2 (torch 2.11) does not pin the packages that nvcc needs.
 PIP_LINE = "pip install 'cuda-toolkit[nvcc,crt,nvvm,cudart,cccl]==13.0.*'"
-# What the kernels need of each package: any of these files.
+# Files that the kernels need from each package: one of the alternatives must exist.
 PARTS = {
     "nvidia-nvvm": ("nvvm/bin/cicc",),
     "nvidia-cuda-runtime": ("include/cuda_runtime_api.h",),
@@ -38,7 +38,7 @@ KERNEL = "#include <cuda_bf16.h>\n#include <cuda_fp16.h>\n__global__ void empty(
 
 
 class Toolkit(NamedTuple):
-    """A compiler that works, and what its command lines need beside their own flags."""
+    """A compiler that works, and the flags that its command lines need."""
 
     nvcc: str
     version: str  # "13.0"
@@ -47,10 +47,14 @@ class Toolkit(NamedTuple):
 
 
 def find_cuda(homes: Sequence[str] = HOMES, sites: Sequence[str] | None = None) -> tuple[Toolkit | None, str]:
-    """The toolkit to compile with and "nvcc X.Y", or None and why there is none.
+    """Find a toolkit that works.
 
-    ``homes``: toolkits to try after CUDA_HOME. ``sites``: folders that packages are installed in; default
-    sys.path.
+    Args:
+        homes: toolkit folders to try after CUDA_HOME.
+        sites: folders with installed packages; default sys.path.
+
+    Returns:
+        The toolkit and "nvcc X.Y", or None and the reason why no toolkit works.
     """
     named = os.environ.get("NVCC")
     if named:
@@ -90,10 +94,10 @@ def is_pip_root(path: Path) -> bool:
 
 
 def examine(nvcc: str, sites: Sequence[str] | None = None) -> tuple[Toolkit | None, str]:
-    """The toolkit that this nvcc belongs to, or None and why it does not work."""
+    """The toolkit of this nvcc, or None and the reason why it does not work."""
     match = re.search(r"release (\d+)\.(\d+)", output([nvcc, "--version"]))
     if match is None:
-        return None, f"{nvcc} does not tell its version"
+        return None, f"{nvcc} --version prints no version"
     version = f"{match[1]}.{match[2]}"
     if (int(match[1]), int(match[2])) < MIN_NVCC:
         return None, f"{nvcc} is of CUDA {version}, older than {MIN_NVCC[0]}.{MIN_NVCC[1]}"
@@ -102,30 +106,30 @@ def examine(nvcc: str, sites: Sequence[str] | None = None) -> tuple[Toolkit | No
     remedy = ""
     if is_pip_root(top):
         roots += [root for root in pip_roots(top.name, sites) if root.resolve() != top]
-        remedy = f"; to install what belongs together: {PIP_LINE}"
-        if words := unfit_packages(roots, version):
-            return None, f"{nvcc} cannot be used: {words}{remedy}"
+        remedy = f"; to install matching packages: {PIP_LINE}"
+        if reason := unfit_packages(roots, version):
+            return None, f"{nvcc} cannot be used: {reason}{remedy}"
     flags = [flag for root in roots[1:] for flag in header_flags(root)]
     folders = [path for root in roots for path in (root / "lib64", root / "lib", *root.glob("targets/*/lib"))]
     cudart = next((path.resolve() for path in folders if (path / "libcudart_static.a").exists()), None)
     if cudart is None:
         return None, f"{nvcc} has no libcudart_static.a with it{remedy}"
-    if words := compile_error(nvcc, flags):
-        return None, f"{nvcc} does not compile a small kernel: {words}{remedy}"
+    if reason := compile_error(nvcc, flags):
+        return None, f"{nvcc} does not compile a small kernel: {reason}{remedy}"
     return Toolkit(nvcc, version, flags, cudart), ""
 
 
 def top_of(nvcc: str) -> Path:
-    """Folder of the toolkit; nvcc itself says it, since the path may be that of a wrapper elsewhere."""
+    """Folder of the toolkit, as printed by nvcc itself: ``nvcc`` may be a wrapper in another folder."""
     match = re.search(r"TOP=(.*)", output([nvcc, "--dryrun", "-x", "cu", os.devnull]))
     return (Path(match[1].strip()) if match else Path(nvcc).resolve().parent.parent).resolve()
 
 
 def unfit_packages(roots: list[Path], version: str) -> str:
-    """What is missing among pip's packages, or of another CUDA version than nvcc; "" if nothing is."""
+    """Which pip packages are missing or have another CUDA version than nvcc; "" if all packages match."""
     missing = []
     for package, files in PARTS.items():
-        # nvcc looks for its own programs beside itself only.
+        # nvcc looks for its own programs in its own toolkit folder only.
         places = roots[:1] if package == "nvidia-nvvm" else roots
         if not any((root / file).exists() for root in places for file in files):
             missing.append(package)
@@ -139,13 +143,13 @@ def unfit_packages(roots: list[Path], version: str) -> str:
 
 
 def header_flags(root: Path) -> list[str]:
-    """Headers of a folder that nvcc does not know; its own come first."""
+    """Include flags for a folder that nvcc does not search. nvcc searches its own folders first."""
     folders = [root / "include", root / "include/cccl"]
     return [f"-isystem={folder}" for folder in folders if folder.is_dir()]
 
 
 def compile_error(nvcc: str, flags: list[str]) -> str:
-    """The first error of nvcc or of what it calls (an unsupported host compiler, say), or "" without one."""
+    """The first error of nvcc or of a program that it calls, such as the host compiler; "" without one."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "empty.cu"
         source.write_text(KERNEL)
@@ -158,7 +162,7 @@ def compile_error(nvcc: str, flags: list[str]) -> str:
 
 
 def output(command: list[str]) -> str:
-    """What a command prints, on both streams; "" if it cannot be started."""
+    """Standard output and standard error of a command; "" if it cannot be started."""
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError:

@@ -1,6 +1,5 @@
-// The operator schemas of pysupcon, all in one place. Kernels register themselves per device in cpu/ and
-// cuda/; fakes for tracing stand in pysupcon/pairs/ops.py. Contracts (shapes, dtypes, meaning):
-// pysupcon/pairs/ops.py.
+// The schemas of all operators of pysupcon. cpu_glue.cpp and cuda_glue.cpp register the implementations.
+// pysupcon/pairs/ops.py has the contracts (shapes, dtypes, meaning) and the fake implementations for tracing.
 #include <torch/library.h>
 
 #define ROWS "Tensor x, Tensor labels, Tensor order, Tensor scale"

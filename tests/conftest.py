@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests: the streaming backends that can run here, and how hypothesis searches."""
+"""Fixtures of all tests, and the profiles of hypothesis."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, settings
 
 import pysupcon
 
-# Derandomised: the everyday suite must say the same thing twice. `--hypothesis-profile search` looks further.
+# Derandomized, so that the everyday suite is reproducible. `--hypothesis-profile search` tries more examples.
 settings.register_profile(
     "everyday",
     max_examples=40,
@@ -23,7 +23,7 @@ settings.load_profile("everyday")
 
 @pytest.fixture(params=["cpu", "tiled"])
 def backend(request: pytest.FixtureRequest) -> str:
-    """Every streaming backend that a CPU machine has."""
+    """The streaming backends that run on a CPU."""
     entry = pysupcon.backends()[request.param]
     if not entry["available"]:
         pytest.skip(f"backend {request.param!r}: {entry['detail']}")

@@ -1,4 +1,4 @@
-"""Nsight Compute's counters of the hot kernels: the command, and its CSV as rows."""
+"""Nsight Compute's counters of the hot kernels: the command, and a parser of its CSV output."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 KERNELS = "regex:(forward|backward)_(resident|streamed|triangular)"
-#: Sections exist on every chip, under the same name; single metrics do not.
+#: Sections have the same names on every GPU; single metrics do not.
 SECTIONS = (
     "SpeedOfLight",
     "ComputeWorkloadAnalysis",  # the pipes: tensor, xu (exponentials), fma, ...
@@ -20,7 +20,7 @@ SECTIONS = (
     "LaunchStats",  # registers, shared memory, grid
     "Occupancy",
 )
-#: Which of the sections' numbers are kept.
+#: Metrics that are kept.
 KEPT = re.compile(
     r"gpu__time_duration|pipe_|wavefronts_mem_shared|bank_conflicts|issue|inst_executed|warps_active|"
     r"dram__|lts__t_|l1tex__throughput|launch__|sm__throughput|sm__cycles|stall|local"
@@ -29,8 +29,8 @@ IDENTITY = ("ID", "Kernel Name", "Block Size", "Grid Size", "Device", "CC")
 
 
 def command(ncu: str, log: Path, program: Sequence[str], kernels: int) -> list[str]:
-    """Counters of a program's first ``kernels`` hot kernels, written to ``log``. Clocks are left alone."""
-    sections = [word for name in SECTIONS for word in ("--section", name)]
+    """Counters of a program's first ``kernels`` hot kernels, written to ``log``, without clock control."""
+    sections = [argument for name in SECTIONS for argument in ("--section", name)]
     return [
         ncu, "--csv", "--page", "raw", "--kernel-name", KERNELS, "--launch-count", str(kernels),
         "--clock-control", "none", "--force-overwrite", "--log-file", str(log), *sections, *program,
@@ -38,9 +38,9 @@ def command(ncu: str, log: Path, program: Sequence[str], kernels: int) -> list[s
 
 
 def parse(text: str) -> list[dict[str, Any]]:
-    """One row for each kernel: what identifies it, and the kept numbers with their units.
+    """One row per kernel launch: its identity, and the kept metrics with their units.
 
-    The raw page is a table whose second line holds the units; lines of ncu's own begin with "==".
+    The second line of the raw page has the units. Messages of ncu start with "==".
     """
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("==")]
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)

@@ -1,4 +1,4 @@
-"""Counts what the tile loop of a kernel issues for one column tile."""
+"""Counts the instructions of a kernel's tile loop for one column tile."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from benchmarks.gpu.gpu_kernels import Demand, ModelError
 
 
 class Counts(NamedTuple):
-    """What one iteration of a tile loop issues for one column tile: warp instructions of the whole block."""
+    """Warp instructions of a whole block for one column tile."""
 
     instructions: dict[str, float]
-    """by class, see classify()"""
+    """number by class, see classify()"""
     issued: tuple[float, float]
-    """all of them, low and high"""
+    """number of all instructions, low and high"""
     multiply_adds: float
     wavefronts: tuple[float, float]
-    """of shared memory, low and high"""
+    """wavefronts of shared memory, low and high"""
     copied: float
-    """bytes from global to shared memory"""
+    """bytes copied from global to shared memory"""
     exponentials: int
-    """a pair"""
+    """exponentials per pair"""
     even: bool
-    """whether every step of the path copies something, see Limit.step"""
+    """whether the path has a copy in every step, see Limit.step"""
 
 
 CLASSES = {
@@ -38,7 +38,7 @@ CLASSES = {
     "integer": "IADD IADD3 IABS IMNMX ISETP LOP LOP3 PLOP3 SHF LEA SEL PRMT MOV VIADD VIADDMNMX VIMNMX VOTE "
     "P2R R2P BMSK SGXT CS2R POPC FLO I2F F2I I2FP",
 }
-"""opcodes of the classes that hold several; others stand for themselves, or are "uniform" or "other" """
+"""Class -> opcodes. Other opcodes are classes of their own, or belong to "uniform" or "other"."""
 _CLASS_OF = {name: group for group, names in CLASSES.items() for name in names.split()}
 
 
@@ -56,7 +56,7 @@ def classify(instruction: sass.Instruction) -> str:
 
 
 def wavefronts(instruction: sass.Instruction) -> tuple[int, int]:
-    """Clocks of shared memory that one warp instruction takes without bank conflicts: (least, most)."""
+    """Clocks of shared memory per warp instruction without bank conflicts: (minimum, maximum)."""
     if instruction.guard == "!PT":
         return 0, 0
     words = sass_paths.width(instruction.opcode) // 4
@@ -69,9 +69,9 @@ def wavefronts(instruction: sass.Instruction) -> tuple[int, int]:
 
 
 def tile_loops(graph: sass.Graph) -> list[sass.Loop]:
-    """The loops that hold products on tensor cores and exponentials, inner ones first.
+    """The loops that contain tensor-core products and exponentials, inner loops first.
 
-    A kernel may work through the parts of a tile in a loop of their own.
+    A kernel may process the parts of a tile in an inner loop.
     """
 
     def holds_both(loop: sass.Loop) -> bool:
@@ -83,10 +83,10 @@ def tile_loops(graph: sass.Graph) -> list[sass.Loop]:
 
 
 def count(function: sass.Function, warps: int, need: Demand) -> list[Counts]:
-    """Counts of each path through the tile loop that does what ``need`` says, by exponentials a pair.
+    """Counts of the paths through the tile loop that do the work ``need``, by exponentials per pair.
 
     Raises:
-        ModelError: there is none: this is not the loop, or not the size, that was expected.
+        ModelError: no path does that work.
     """
     graph = sass.control_flow(function)
     longer = sass_paths.without_skips(graph)

@@ -1,10 +1,10 @@
-"""Compiles the kernels and their own drivers (tests/cuda/cuda_emulation) with nvcc, without torch.
+"""Compiles the kernels and their drivers (tests/cuda/cuda_emulation) with nvcc, without torch.
 
     python benchmarks/gpu/gpu_driver.py ARCH FOLDER
 
-The programs are FOLDER/driver (against the oracle) and FOLDER/broken (broken operands); ARCH is 80, 90, ...
-csrc/find_cuda.py finds nvcc. Compilers run side by side;
-each one's words are printed. Exit status 1 if one of them failed or there is none.
+The programs are FOLDER/driver (checks against the oracle) and FOLDER/broken (broken operands). ARCH is 80, 90
+and so on. csrc/find_cuda.py finds nvcc. The compilers run in parallel; their output is printed. Exit status 1
+if nvcc is not found or a compilation fails.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-EMULATION = ROOT / "tests" / "cuda_emulation"
+EMULATION = ROOT / "tests" / "cuda" / "cuda_emulation"
 sys.path.insert(0, str(ROOT / "csrc"))
 
 from find_cuda import Toolkit, find_cuda  # noqa: E402
@@ -25,7 +25,7 @@ PROGRAMS = {"driver": "emulate.cpp", "broken": "broken.cpp"}
 
 
 def commands(toolkit: Toolkit, arch: str, out: Path) -> tuple[list[list[str]], list[list[str]]]:
-    """nvcc calls for the objects (they may run side by side), and those that link the programs."""
+    """The nvcc commands that compile the objects (in any order), and those that link the programs."""
     kernels = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     sources = [*kernels, *(EMULATION / name for name in PROGRAMS.values())]
     flags = [
@@ -49,7 +49,7 @@ def commands(toolkit: Toolkit, arch: str, out: Path) -> tuple[list[list[str]], l
 
 
 def call(command: list[str]) -> bool:
-    """Whether the compiler succeeded."""
+    """Run a compiler and print its output. Returns whether it succeeded."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         print(f"{command[-3]}: exit status {done.returncode}")
@@ -63,9 +63,9 @@ def main(arch: str, folder: str) -> int:
     out.mkdir(parents=True, exist_ok=True)
     for program in PROGRAMS:
         (out / program).unlink(missing_ok=True)
-    toolkit, word = find_cuda()
+    toolkit, detail = find_cuda()
     if toolkit is None:
-        print(word)
+        print(detail)
         return 1
     compile_, links = commands(toolkit, arch, out)
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2)) as pool:

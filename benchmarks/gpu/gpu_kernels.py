@@ -1,4 +1,4 @@
-"""Compiles the pair kernels without a GPU, and says what the arithmetic demands of their tile loops."""
+"""Compiles the pair kernels without a GPU, and computes the work that their tile loops must do."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ RESIDENT_WIDTH = 128
 
 
 class ModelError(RuntimeError):
-    """The model cannot say anything: a tool is missing, or the code is not what it expects."""
+    """No prediction is possible: a tool is missing, or the code has an unexpected form."""
 
 
 class Config(NamedTuple):
-    """Constants of a kernel's configuration (ResidentForward, ...), as the compiler knows them."""
+    """Constants of a kernel's configuration (ResidentForward, ...)."""
 
     BM: int
     BN: int
@@ -43,7 +43,7 @@ class Config(NamedTuple):
     PARTS: int
     THREADS: int
     BLOCKS: int
-    """that run on a multiprocessor at the same time"""
+    """blocks that run on a multiprocessor at the same time"""
     SLICES: int
     """slices of a row that the kernel holds: of the gradient in the backward, of its rows in the forward"""
 
@@ -66,25 +66,25 @@ class Kernel(NamedTuple):
     stack: int
 
     def runs_at(self, dim: int) -> bool:
-        """Whether rows of so many numbers take this kernel."""
+        """Whether this kernel is used for rows of ``dim`` numbers."""
         resident = not self.base.endswith("_streamed")
         return resident == (self.config.PARTS == 1 and dim <= RESIDENT_WIDTH)
 
     def shares(self, dim: int) -> int:
-        """Blocks that share the gradient of the same rows."""
+        """Number of blocks that share the gradient of the same rows."""
         return -(-self.config.slices(dim) // self.config.SLICES) if self.base == "backward_streamed" else 1
 
 
 class Demand(NamedTuple):
-    """What the arithmetic demands of one warp for one column tile."""
+    """The work that one warp must do for one column tile."""
 
     multiply_adds: int
     pairs: int
-    """of one lane: exponentials, one for each"""
+    """pairs per lane; each needs an exponential"""
     copied: int
-    """bytes"""
+    """bytes copied to shared memory"""
     step: int
-    """least bytes copied between two barriers, where copies are spread over several steps"""
+    """minimal bytes copied between two barriers, if copies are spread over several steps"""
     trips: int
 
 
@@ -112,9 +112,9 @@ def tools() -> tuple[Toolkit, list[str]]:
     Raises:
         ModelError: one of them is missing.
     """
-    toolkit, word = find_cuda()
+    toolkit, detail = find_cuda()
     if toolkit is None:
-        raise ModelError(word)
+        raise ModelError(detail)
     homes = [str(top_of(toolkit.nvcc)), *HOMES]
     triton = util.find_spec("triton")
     for place in (triton.submodule_search_locations or []) if triton else []:
@@ -147,8 +147,8 @@ def compile_kernels(folder: Path, arch: str, number_format: str = "bf16", only: 
     """The hot kernels of one number format in ``folder``.
 
     Args:
-        folder: with the .cu files.
-        only: part of the file names that are compiled ("forward"); "": all of the format.
+        folder: folder of the .cu files.
+        only: compile the files whose names contain this text, such as "forward".
     """
     toolkit, disassembler = tools()
     sources = sorted(p for p in folder.glob(f"*_{number_format}.cu") if only in p.name)

@@ -1,32 +1,33 @@
-"""Predicts, without a GPU, how long the pair kernels take on one: counts what their tile loops issue.
+"""Predicts the time of the pair kernels on a GPU, without a GPU, from the instructions of their tile loops.
 
     python benchmarks/gpu/gpu_model.py --card h100
     python benchmarks/gpu/gpu_model.py --card rtx4090 --compare ../before/csrc/cuda --json model.json
 
-1. compiles csrc/cuda (or --kernels DIR) with nvcc for the card's architecture and disassembles it
-2. follows the path of a tile whose columns all belong to other classes, which almost every tile is, through
-   the tile loop (benchmarks/gpu/sass.py), and counts instructions
-3. converts them to clocks of each pipe for a tile on one multiprocessor
-4. predicts times, beside measured ones where benchmarks/results/ has a JSON of the card
-   (benchmarks/kernels/run.py)
+1. Compile csrc/cuda (or --kernels DIR) with nvcc for the card's architecture and disassemble it.
+2. Follow the path through the tile loop of a tile whose columns all belong to other classes, the case of
+   almost every tile (benchmarks/gpu/sass.py), and count its instructions.
+3. Convert the counts to clocks of each pipe per tile on one multiprocessor.
+4. Predict times, and print them with measured ones if benchmarks/results/ has a JSON of the card
+   (benchmarks/kernels/run.py).
 
-A path counts only if its products on tensor cores are those that the tile's size demands, it has one or two
-exponentials a pair and copies the tile's columns; if there is none, the program fails. Where a kernel has
-paths of one and of two exponentials a pair, both are shown.
+A path is valid if it has the tensor-core products that follow from the size of the tile, has one or two
+exponentials per pair, and copies the columns of the tile. The program fails if there is no valid path. If a
+kernel has valid paths with one and with two exponentials per pair, both are shown.
 
-**Everything here is a prediction.** The formula for a tile: the largest pipe, plus a share of 10 to 22 % of
-the sum of the other pipes among tensor, shared, issue and ex2. The share stands for what eight warps a
-multiprocessor cannot overlap. It is not measured: it was chosen so that the ranges agree, within 7 %, with an
-estimate made by hand from the SASS of the first kernels on an H100 (forward 2,400 - 2,900 clocks a tile of
-128 x 128, backward 2,700 - 3,400 a tile of 128 x 64, D = 128). The pipes fp32, alu and l2 enter only
-where one of them is the largest. Time is a multiprocessor's number of tiles * clocks of a tile / clock rate:
-of whole blocks of rows, or an equal share where those would leave some idle. Left out: start-up, sorting,
-tiles that hold the block's own class, with them the passes over positives, global memory, bank conflicts.
+**All results are predictions.** The clocks of a tile are those of the largest pipe plus 10 to 22 % of the sum
+of the other pipes among tensor, shared, issue and ex2, for the work that eight warps per multiprocessor
+cannot overlap. This share is not measured: it was chosen so that the ranges agree, within 7 %, with a manual
+estimate from the SASS of the first kernels on an H100 (forward 2,400 - 2,900 clocks per tile of 128 x 128,
+backward 2,700 - 3,400 per tile of 128 x 64, D = 128). The pipes fp32, alu and l2 count only if one of them is
+the largest. Time is the number of tiles of a multiprocessor * clocks of a tile / clock rate. The tiles are
+those of whole row blocks, or equal shares if whole row blocks would leave multiprocessors idle. The model
+ignores start-up, sorting, tiles with columns of the block's own class, the passes over positives, global
+memory and bank conflicts.
 
-Two counts are ranges. A load of 8 or 16 bytes a thread from shared memory takes one wavefront if lanes share
-addresses, else two or four. Issue slots lie between the shortest path and the one that skips nothing
-(``sass_paths.without_skips``). "Copies not followed": no path copies something in every step, so issue slots
-may be those of a path that no run takes.
+Two counts are ranges. A load of 8 or 16 bytes per thread from shared memory takes one wavefront if lanes
+share addresses, else two or four. Issue slots are between those of the shortest path and those of the path
+that skips nothing (``sass_paths.without_skips``). "Copies not followed": no path has a copy in every step, so
+the issue slots may belong to a path that is never executed.
 """
 
 from __future__ import annotations
@@ -50,17 +51,17 @@ from benchmarks.gpu.gpu_kernels import Kernel, ModelError, compile_kernels, dema
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = 1
 SHARE = (0.10, 0.22)
-"""of the other pipes that is not hidden behind the largest: low and high end of the prediction"""
+"""Share of the other pipes that does not overlap with the largest: low and high end of the prediction."""
 WAVEFRONT = 128
-"""bytes that shared memory serves in a clock"""
+"""Bytes that shared memory transfers per clock."""
 
 
 class Card(NamedTuple):
-    """A GPU. Rates are per clock and multiprocessor, from NVIDIA's data sheets where not said otherwise."""
+    """A GPU. Rates are per clock and multiprocessor, from NVIDIA's data sheets unless noted."""
 
     arch: str
     pattern: str
-    """regular expression for the device's name, as benchmarks/machine.py stores it"""
+    """regular expression for the device name in results of benchmarks/machine.py"""
     multiprocessors: int
     ghz: float
     """boost clock; H100 and H200: assumed clock under load"""
@@ -72,7 +73,7 @@ class Card(NamedTuple):
     """second-level cache; assumed, from published microbenchmarks"""
 
 
-#: mma.sync reaches 63.5 % of what wgmma does (2,048) on Hopper; GeForce halves the rate of fp32 accumulation.
+#: On Hopper, mma.sync reaches 63.5 % of the rate of wgmma (2,048). GeForce has half the rate for fp32 sums.
 CARDS = {
     "h100": Card("sm_90", r"H100(?!.*PCIe)|GH200", 132, 1.70, 1300, 128, 24),
     "h200": Card("sm_90", r"H200", 132, 1.70, 1300, 128, 24),
@@ -85,10 +86,10 @@ CARDS = {
     "rtx5090": Card("sm_120", r"RTX 5090(?! D)", 170, 2.41, 256, 128, 16),
 }
 ISSUE, EX2, ALU = 4, 16, 64
-"""warp instructions, special functions, integer operations per clock and multiprocessor, every card"""
+"""Warp instructions, special functions and integer operations per clock and multiprocessor of all cards."""
 
 FORMATS = {"bf16": "bfloat16", "f16": "float16", "f32x2": None, "f32x3": "float32"}
-"""dtype of measured rows; benchmarks/kernels/run.py measures float32 at the default precision, three parts"""
+"""Format -> dtype of measured rows. run.py measures float32 at the default precision, in three parts."""
 
 Range = tuple[float, float]
 OVERLAPPING = ("tensor", "shared", "issue", "ex2")
@@ -128,9 +129,9 @@ def tile_clocks(clocks: Mapping[str, Range]) -> Range:
 
 
 def seconds(clocks: Range, kernel: Kernel, card: Card, n: int, dim: int) -> Range:
-    """Of N rows against themselves, shared out as share_out() of csrc/cuda/plan.h does it."""
+    """The tiles of N rows against themselves, divided as by share_out() in csrc/cuda/plan.h."""
     blocks, slots = kernel.config.BLOCKS, card.multiprocessors * kernel.config.BLOCKS
-    if kernel.base == "forward_triangular":  # equal runs of the tiles from the diagonal on
+    if kernel.base == "forward_triangular":  # equal runs of the tiles on and above the diagonal
         row_blocks, columns = -(-n // kernel.config.BM), -(-n // kernel.config.BN)
         tiles = (row_blocks * columns - row_blocks * (row_blocks - 1)) / card.multiprocessors
         return tiles * clocks[0] / (card.ghz * 1e9), tiles * clocks[1] / (card.ghz * 1e9)
@@ -186,8 +187,11 @@ def totals(lines: Sequence[Line]) -> list[tuple[Line, int, Range]]:
 
 
 def measured(folder: Path, card: Card, dtype: str | None) -> dict[tuple[str, int, int], float]:
-    """Seconds by ("forward", "backward" or "both", D, N) of SupCon in those results of
-    benchmarks/kernels/run.py that are of the card and the dtype; where several have a point, the fastest."""
+    """Measured seconds of SupCon by ("forward", "backward" or "both", D, N).
+
+    Uses the results of benchmarks/kernels/run.py for the card and the dtype; the fastest, if there are
+    several.
+    """
     found: dict[tuple[str, int, int], float] = {}
     for path in sorted(folder.glob("*.json")):
         results = json.loads(path.read_text(encoding="utf-8"))
@@ -209,7 +213,7 @@ def measured(folder: Path, card: Card, dtype: str | None) -> dict[tuple[str, int
 
 
 def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    """Names of templates as code: Markdown takes <...> for HTML."""
+    """Format template names as code, because Markdown interprets <...> as HTML."""
     code = [[re.sub(r"\w+<.*>", r"`\g<0>`", cell) for cell in line] for line in lines]
     return table.markdown(code)
 
@@ -333,19 +337,21 @@ def to_json(lines: Sequence[Line]) -> list[dict[str, Any]]:
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--card", choices=list(CARDS), default="h100")
-    found.add_argument("--arch", help="compile for this one, sm_90 (default: the card's)")
+    found.add_argument("--arch", help="architecture, such as sm_90 (default: the card's)")
     found.add_argument(
-        "--kernels", type=Path, default=ROOT / "csrc" / "cuda", metavar="DIR", help="the sources"
+        "--kernels", type=Path, default=ROOT / "csrc" / "cuda", metavar="DIR", help="folder of the sources"
     )
-    found.add_argument("--compare", type=Path, metavar="DIR", help="sources of before, counted beside them")
+    found.add_argument("--compare", type=Path, metavar="DIR", help="folder of older sources to compare with")
     found.add_argument(
-        "--format", choices=list(FORMATS), default="bf16", help="of the rows (default %(default)s)"
+        "--format", choices=list(FORMATS), default="bf16", help="format of the rows (default %(default)s)"
     )
     found.add_argument("--dims", type=int, nargs="+", default=[128, 768], metavar="D")
     found.add_argument("--sizes", type=int, nargs="+", default=[65_536, 1_048_576], metavar="N")
     found.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", metavar="DIR",
                        help="JSON files of benchmarks/kernels/run.py with measured times")  # fmt: skip
-    found.add_argument("--json", type=Path, metavar="FILE", help="write counts, clocks and times there")
+    found.add_argument(
+        "--json", type=Path, metavar="FILE", help="write counts, clocks and times to this file"
+    )
     found.add_argument("--markdown", action="store_true", help="print Markdown tables")
     return found
 

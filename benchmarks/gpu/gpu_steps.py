@@ -1,4 +1,4 @@
-"""The steps of gpu_check.py: what runs on the GPU, in which order, and for how long at most."""
+"""The steps of gpu_check.py: their commands, order and time limits."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from benchmarks.gpu import counters
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK_MINUTES = 8.0
-"""what the short form promises"""
+"""Time limit of the short form."""
 FORMATS = ("bf16", "f16", "f32x1", "f32x2", "f32x3", "f64")
-#: One small case of every kind, to be seen right before anything is measured.
+#: One small case of every kind, checked before anything is measured.
 QUICK_CASES = ("bf16-tiles", "bf16-triangle-300", "bf16-long", "f16-candidates", "f32x3-own", "f64-tiles")
-# The smallest cases that start every kernel; a sanitizer makes a kernel some hundred times slower.
+# The smallest cases that launch every kernel; a sanitizer makes a kernel some hundred times slower.
 SANITIZED = (
     "bf16-tiles",
     "bf16-triangle-300",
@@ -31,8 +31,8 @@ SANITIZED = (
     "f64-own",
 )
 SANITIZED_BROKEN = ("f64-own", "f32x2")
-#: Groups of tests/cuda/test_cuda_gpu.py, each in a process of its own: -k expressions. The last one is all
-#: others.
+#: Groups of tests/cuda/test_cuda_gpu.py as -k expressions. Each group runs in its own process, and so do all
+#: other tests together.
 TESTS = {
     "losses, bfloat16": "agree_with_float64 and torch.bfloat16",
     "losses, float16": "agree_with_float64 and torch.float16",
@@ -43,7 +43,7 @@ TESTS = {
     "graphs and threads": "graph or capture or streams or threads or compile",
     "errors": "failed",
 }
-#: What `accelerate launch pysupcon/train.py` imports that a machine may lack; see benchmarks/wheels.py.
+#: Imports of `accelerate launch pysupcon/train.py` that may not be installed; see benchmarks/wheels.py.
 TRAINING = (
     "accelerate",
     "jsonargparse",
@@ -60,21 +60,21 @@ class Step:
     name: str
     command: Sequence[str]
     seconds: float
-    """at most"""
+    """time limit"""
     needs: str = ""
     """"extension" or "driver": the step that builds it must have passed"""
     missing: str = ""
-    """why the step is left out"""
+    """reason why the step is skipped, or "" """
     environment: dict[str, str] = field(default_factory=dict)
     result: Path | None = None
-    """what it writes: JSON with rows, or the counters' CSV"""
+    """output file of the step: JSON with rows, or the CSV of ncu"""
     stored_as: str = ""
-    """where the result goes in gpu_check's JSON: "rows", "launches" or "counters" """
+    """key of the result in gpu_check's JSON: "rows", "launches" or "counters" """
 
 
 @dataclass(frozen=True)
 class Tools:
-    """Of the CUDA toolkit; None: not installed."""
+    """Paths of CUDA tools; None: not installed."""
 
     nvcc: str
     sanitizer: str | None
@@ -82,7 +82,7 @@ class Tools:
 
 
 def stages(tools: Tools, arch: str, out: Path, minutes: float) -> list[list[Step]]:
-    """The steps in order; those of one stage run beside each other. The long form has more of them."""
+    """The stages in order; the steps of one stage run in parallel. The long form has more stages."""
     found = [
         _build(tools.nvcc, arch, out),
         [_driver("quick look at the kernels", out, QUICK_CASES, 12)],
@@ -109,31 +109,31 @@ def stages(tools: Tools, arch: str, out: Path, minutes: float) -> list[list[Step
 
 _OURS = ("speed", "losses", "memory", "blocks", "dtypes", "dims")
 _DENSE = ("pysupcon", "tiled", "dense", "written")
-#: torch.compile takes half a minute for each size: it is measured at a few of them.
+#: torch.compile takes half a minute per size, so only a few sizes are measured.
 _COMPILED = ("pysupcon", "compiled")
 _MORE = ("speed", "memory")
 _OTHERS = ("pysupcon", "tiled", "dense", "written", "metric-learning")
 _TABLE = ("small", "speed", "losses", "blocks", "dims", "dtypes", "classes", "temperatures", "memory")
 
 
-def chosen(plan: Sequence[Sequence[Step]], words: Sequence[str]) -> list[list[Step]]:
-    """The steps whose names hold one of the words, and the builds; all where there is no word."""
+def select_steps(plan: Sequence[Sequence[Step]], names: Sequence[str]) -> list[list[Step]]:
+    """The builds and the steps whose names contain one of ``names``; all steps if ``names`` is empty."""
     kept = [
-        [s for s in stage if not words or s.name.startswith("build") or any(w in s.name for w in words)]
+        [s for s in stage if not names or s.name.startswith("build") or any(n in s.name for n in names)]
         for stage in plan
     ]
     return [stage for stage in kept if stage]
 
 
 def limits(plan: Sequence[Sequence[Step]], seconds: float) -> list[float]:
-    """Seconds of each stage, which together are at most ``seconds``; none for what is left out."""
+    """Time limit of each stage, in total at most ``seconds``; 0 for a stage whose steps are skipped."""
     wanted = [max(0.0 if step.missing else step.seconds for step in stage) for stage in plan]
     shrink = min(1.0, seconds / sum(wanted))
     return [shrink * limit for limit in wanted]
 
 
 def _python_path() -> dict[str, str]:
-    """This checkout first; then whatever carried packages the caller named."""
+    """This checkout first, then the caller's PYTHONPATH."""
     return {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
@@ -152,16 +152,20 @@ def _driver(name: str, out: Path, cases: Sequence[str], seconds: float, program:
 
 
 def _tests() -> list[Step]:
-    groups = {**TESTS, "all others": f"not ({' or '.join(f'({words})' for words in TESTS.values())})"}
+    groups = {**TESTS, "all others": f"not ({' or '.join(f'({group})' for group in TESTS.values())})"}
     return [
-        Step(f"tests on the GPU: {name}", _pytest(words), seconds, "extension", environment=_python_path())
-        for (name, words), seconds in zip(groups.items(), (12, 12, 12, 12, 20, 20, 28, 20, 20), strict=True)
+        Step(
+            f"tests on the GPU: {name}", _pytest(expression), seconds, "extension", environment=_python_path()
+        )
+        for (name, expression), seconds in zip(
+            groups.items(), (12, 12, 12, 12, 20, 20, 28, 20, 20), strict=True
+        )
     ]
 
 
-def _pytest(words: str) -> list[str]:
+def _pytest(expression: str) -> list[str]:
     options = ["-v", "--tb=short", "--noconftest", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=10"]
-    return [sys.executable, "-m", "pytest", *options, "-k", words, "tests/cuda/test_cuda_gpu.py"]
+    return [sys.executable, "-m", "pytest", *options, "-k", expression, "tests/cuda/test_cuda_gpu.py"]
 
 
 def _sanitizers(sanitizer: str | None, out: Path) -> list[Step]:
@@ -188,7 +192,7 @@ def _measured(
     *cases: str,
     sizes: Sequence[str] = (),
 ) -> Step:
-    """``seconds`` for each implementation's repetitions at a point; no implementations: all of the case."""
+    """A run of run.py with time limit ``limit``; ``seconds`` and empty ``implementations`` as in run.py."""
     result = out / f"{re.sub(r'[^a-z]+', '-', name)}.json"
     command = [sys.executable, "benchmarks/kernels/run.py", "--device", "cuda", "--seconds", seconds]
     command += ["--json", str(result), "--cases", *cases]
@@ -233,7 +237,7 @@ def _counters(ncu: str | None, out: Path) -> list[Step]:
                 50,
                 "extension",
                 "" if ncu else "ncu is not installed",
-                # Only the step's own kernels: no comparison with known answers before it.
+                # Profile only the kernels of the step, without the self-test against known answers.
                 {**_python_path(), "PYSUPCON_TRUST": "1"},
                 log,
                 "counters",
@@ -243,8 +247,8 @@ def _counters(ncu: str | None, out: Path) -> list[Step]:
 
 
 def _training(out: Path) -> Step:
-    lacks = [name for name in TRAINING if importlib.util.find_spec(name) is None]
-    missing = f"not installed: {', '.join(lacks)}; see benchmarks/wheels.py" if lacks else ""
+    absent = [name for name in TRAINING if importlib.util.find_spec(name) is None]
+    missing = f"not installed: {', '.join(absent)}; see benchmarks/wheels.py" if absent else ""
     command = [
         sys.executable,
         "-m",

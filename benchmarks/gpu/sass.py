@@ -1,5 +1,6 @@
-"""Reads disassembled kernels (SASS): instructions, the control flow graph, its loops. What a path through a
-loop does is counted in sass_paths.py.
+"""Parses disassembled kernels (SASS): instructions, the control flow graph and its loops.
+
+sass_paths.py counts the work of the paths through a loop.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ _LABEL = re.compile(r"^(?P<label>[.$\w]+):\s*$")
 _SECTION = re.compile(r"^\.text\.(?P<name>\S+):\s*$|^\s*Function : (?P<function>\S+)\s*$")
 _TARGET = re.compile(r"`\((?P<label>[^)]+)\)|(?P<address>0x[0-9a-f]+)$")
 _JUMP_TABLE = re.compile(r"BRANCH_TARGETS (?P<labels>[.$\w,]+)")
-#: Opcodes after which a block ends. A CALL returns, mostly (_far_jumps); BSYNC goes on behind itself.
+#: Opcodes that end a block. Most CALLs return (_far_jumps); after BSYNC the next instruction follows.
 _JUMPS = ("BRA", "JMP", "BRX", "JMX", "EXIT", "RET", "KILL", "BPT")
 
 
 class Instruction(NamedTuple):
     address: int
     guard: str
-    """predicate that it is executed under; "" for always"""
+    """predicate of the instruction; "" if it has none"""
     opcode: str
-    """with its modifiers, LDSM.16.M88.4"""
+    """opcode with modifiers, such as LDSM.16.M88.4"""
     operands: str
     targets: tuple[int, ...]
-    """addresses that it may jump to: one, or those of a jump table (BRX)"""
+    """target addresses of a jump: one, or those of a jump table (BRX)"""
 
     @property
     def name(self) -> str:
@@ -37,19 +38,19 @@ class Instruction(NamedTuple):
 
     @property
     def is_conditional(self) -> bool:
-        """Whether a jump may also not be taken: it has a guard, or a predicate before its target."""
+        """Whether a jump is conditional: it has a guard, or a predicate before its target."""
         before_target = re.split(r"`\(|\b0x", self.operands)[0].strip(" ,")
         return self.guard not in ("", "PT") or (self.name in ("BRA", "JMP") and before_target != "")
 
 
 class Function(NamedTuple):
     name: str
-    """mangled"""
+    """mangled name"""
     instructions: list[Instruction]
 
 
 def parse(text: str) -> list[Function]:
-    """The functions in what ``nvdisasm -c`` or ``cuobjdump -sass`` printed."""
+    """The functions in the output of ``nvdisasm -c`` or ``cuobjdump -sass``."""
     found: list[Function] = []
     labels: dict[str, int] = {}
     waiting: list[str] = []
@@ -89,7 +90,7 @@ def _targets(instruction: re.Match[str], labels: Mapping[str, int]) -> tuple[int
 
 @dataclass
 class Graph:
-    """Basic blocks by the address they start at, and the blocks that may follow each."""
+    """Basic blocks by start address, and the successors of each block."""
 
     blocks: dict[int, list[Instruction]]
     successors: dict[int, list[int]]
@@ -124,7 +125,7 @@ def _ends(instruction: Instruction, far_jumps: frozenset[int]) -> bool:
 
 
 def _far_jumps(graph: Graph) -> frozenset[int]:
-    """Calls that never return: ptxas also writes CALL for a jump that is too far for a BRA."""
+    """Calls that never return: ptxas also uses CALL for jumps that are too far for a BRA."""
     found = set()
     for instruction in (i for block in graph.blocks.values() for i in block if i.name == "CALL"):
         todo, seen = list(instruction.targets), set()

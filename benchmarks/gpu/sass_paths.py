@@ -1,10 +1,10 @@
-"""What the paths through a loop of a disassembled kernel do, and how many instructions each issues.
+"""Finds the paths through a loop of a disassembled kernel, their work and their numbers of instructions.
 
-A tile loop holds branches that a run hardly ever takes, such as the masks of tiles with more than one class.
-So blocks are not summed up: ``loop_paths`` walks every path through one iteration, inner loops included, and
-keeps the path of fewest instructions among those that do the same work: products, exponentials, copied
-bytes. Branches are not correlated: a path that skips a copy in one step could take two in the next.
-``Limit.step`` excludes that: between two barriers at least so many bytes are copied.
+A tile loop has branches that are rarely executed, such as the masks of tiles with more than one class, so the
+sum over all blocks would be too large. ``loop_paths`` follows every path through one iteration, including
+inner loops. Among paths with the same work (products, exponentials, copied bytes) it keeps the one with the
+fewest instructions. Branches are not correlated: a path that skips a copy in one step could take two in the
+next. ``Limit.step`` excludes such paths: at least so many bytes must be copied between two barriers.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from benchmarks.gpu.sass import Graph, Instruction, Loop
 
 
 class Work(NamedTuple):
-    """What one warp does on a path."""
+    """The work of one warp on a path."""
 
     multiply_adds: int = 0
-    """on tensor cores"""
+    """multiply-adds on tensor cores"""
     exponentials: int = 0
-    """MUFU.EX2"""
+    """number of MUFU.EX2"""
     copied: int = 0
     """bytes copied by cp.async between the path's first and last barrier"""
     before: int = 0
-    """bytes copied before the first barrier; all of them where there is none"""
+    """bytes copied before the first barrier; all bytes if there is no barrier"""
     after: int = 0
     """bytes copied after the last barrier"""
     barrier: bool = False
@@ -35,13 +35,13 @@ class Work(NamedTuple):
 
 class Path(NamedTuple):
     issued: int
-    """instructions"""
+    """number of instructions"""
     parts: tuple[int | Path, ...] = ()
-    """its blocks, by their address, and shorter paths"""
+    """addresses of its blocks, and the paths that it consists of"""
 
     @property
     def times(self) -> Counter[int]:
-        """How often each block is executed."""
+        """Number of executions of each block."""
         found: Counter[int] = Counter()
         todo: list[int | Path] = [self]
         while todo:
@@ -73,20 +73,21 @@ def copied_bytes(opcode: str) -> int:
 
 
 def width(opcode: str) -> int:
-    """Bytes a thread moves: 4 unless the opcode says otherwise."""
+    """Bytes that a thread moves: 4 unless the opcode has a width."""
     modifiers = opcode.split(".")
     return 16 if "128" in modifiers else 8 if "64" in modifiers else 4
 
 
 @dataclass(frozen=True)
 class Limit:
-    """Which paths are followed.
+    """Limits of the paths that are followed.
 
     Attributes:
-        multiply_adds, exponentials: no path with more.
-        copied: more bytes count as these.
-        step: no path that copies fewer bytes between two barriers.
-        trips: inner loops with products on tensor cores run at most so often; other loops run once.
+        multiply_adds: maximum of a path.
+        exponentials: maximum of a path.
+        copied: more copied bytes count as this number.
+        step: minimal number of bytes copied between two barriers.
+        trips: maximal trip count of inner loops with tensor-core products; other loops run once.
     """
 
     multiply_adds: int
@@ -100,7 +101,7 @@ _ANYTHING = Limit(1 << 62, 1 << 62, 1 << 62, 0, 1)
 
 
 def work_of(instructions: Iterable[Instruction], limit: Limit = _ANYTHING) -> Work | None:
-    """Work of consecutive instructions; None if it is beyond the limit."""
+    """Work of consecutive instructions; None if it exceeds the limit."""
     work: Work | None = Work()
     for instruction in instructions:
         one = Work(
@@ -181,9 +182,9 @@ def _walk(graph: Graph, loop: Loop, limit: Limit) -> tuple[Paths, dict[int, Path
 
 
 def _whole(graph: Graph, loop: Loop, limit: Limit) -> dict[int, Paths]:
-    """An inner loop from entry to exit, for every number of trips. Loops without products are run once.
+    """An inner loop from entry to exit, for every trip count. Loops without products run once.
 
-    A path that leaves with products is a trip, too: the loop is tested at its end.
+    A path that leaves the loop after products is also a trip, because the loop condition is at its end.
     """
     cycle, exits = _walk(graph, loop, limit)
     turns: list[Paths] = [{Work(): Path(0)}]
@@ -245,10 +246,10 @@ def _merge(into: Paths, paths: Paths) -> None:
 
 
 def without_skips(graph: Graph, longest: int = 64) -> Graph:
-    """The graph in which short stretches that a branch could skip are always executed.
+    """The graph in which short conditional sequences are always executed.
 
-    Only stretches without products, exponentials, copies and barriers: address arithmetic of valid rows, the
-    decision which kind of tile this is. The truth lies between a path of this graph and one of the original.
+    Affects only sequences without products, exponentials, copies and barriers, such as address arithmetic and
+    the decision about the kind of a tile. The real count is between those of this graph and of the original.
     """
     edges = {block: list(after) for block, after in graph.successors.items()}
     changed = True
@@ -263,7 +264,7 @@ def without_skips(graph: Graph, longest: int = 64) -> Graph:
 
 
 def _leads_to(start: int, end: int, graph: Graph, edges: Mapping[int, list[int]], longest: int) -> bool:
-    """Whether a stretch without work leads from one block to another, and nowhere else."""
+    """Whether a sequence without work leads from one block only to another one."""
     length, block, seen = 0, start, set()
     while block != end:
         length += len(graph.blocks[block])

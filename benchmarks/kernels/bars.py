@@ -1,4 +1,4 @@
-"""The bars that the CPU kernels are held against, computed from the rows of one run."""
+"""Performance targets ("bars") of the CPU kernels, computed from the rows of one run."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Bar(NamedTuple):
 
 
 def measured(rows: Iterable[Mapping[str, Any]]) -> list[Bar]:
-    """Those bars whose points were measured on the CPU."""
+    """The bars whose points were measured on the CPU."""
     own = [row for row in rows if row["device"] == "cpu"]
     return [*_speed(own), *_memory(own), *_rate(own), *_losses(own), *_small(own), *_threads(own)]
 
 
 def lines(found: Sequence[Bar]) -> list[list[str]]:
-    """Cells of a table, its head first."""
+    """The cells of a table; the first line is the header."""
     cells = [["bar", "measured", "wanted", ""]]
     for bar in found:
         sign = ">=" if bar.at_least else "<="
@@ -52,7 +52,7 @@ def _value(rows: Rows, field: str, **wanted: Any) -> float | None:
 
 
 def _quotient(above: float | None, below: float | None) -> Iterator[float]:
-    """Their ratio, where both were measured."""
+    """The ratio, if both were measured."""
     if above is not None and below:
         yield above / below
 
@@ -108,7 +108,7 @@ def _small(rows: Rows) -> Iterator[Bar]:
 
 
 def _threads(rows: Rows) -> Iterator[Bar]:
-    """Bits of every point that was measured with several numbers of threads."""
+    """Whether the results of a point are bitwise equal for all numbers of threads."""
     bits: dict[tuple[Any, ...], set[str]] = {}
     counts: dict[tuple[Any, ...], set[int]] = {}
     for row in rows:

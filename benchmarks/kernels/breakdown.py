@@ -1,11 +1,11 @@
-"""Where the CPU kernels' time goes: products, what is done to every pair, the rest.
+"""Breaks the time of the CPU kernels down into products, work per pair and the rest.
 
     python benchmarks/kernels/breakdown.py [--n 8192] [--json FILE]
 
-A pass over pairs takes T(D) = a + b D: the products (1u forward, 3u backward) grow with the width of the
-rows; what is done to a pair once its similarity is known (exponential, masks, weights, sums) does not. Both
-are fitted to widths at which the blocks have the same size, timed in turns. The rest of a loss is what its
-forward and backward take beyond the two operators.
+A pass over pairs takes T(D) = a + b D. The time of the products (1u forward, 3u backward) grows with the
+width D of the rows; the time of the other work per pair (exponential, masks, weights, sums) does not. a and b
+are fitted to widths with the same block size, which are timed in turns. The rest is the time of the loss
+outside of the two operators.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WIDTHS = (32, 64, 96, 128)
 SHOWN = 128
 CLASSES = 100
 PRODUCTS = {"pair_stats": 1, "pair_stats_backward": 3}
-"""What a pass multiplies, in units of N^2 D floating-point operations."""
+"""Products of a pass, in units of N^2 D floating-point operations."""
 
 
 def operators(n: int, width: int) -> dict[str, Callable[[], object]]:
@@ -61,7 +61,7 @@ def operators(n: int, width: int) -> dict[str, Callable[[], object]]:
 
 
 def timed(n: int, rounds: int) -> dict[str, dict[int, float]]:
-    """Medians in seconds, by operator and width; all take turns."""
+    """Median seconds by operator and width; all are timed in turns."""
     work = {width: operators(n, width) for width in WIDTHS}
     seconds: dict[str, dict[int, list[float]]] = {}
     for turn in range(rounds + 1):
@@ -75,8 +75,12 @@ def timed(n: int, rounds: int) -> dict[str, dict[int, float]]:
 
 
 def breakdown(seconds: dict[str, dict[int, float]], n: int) -> dict[str, Any]:
-    """Parts of one forward and backward at D = 128, seconds; rates of the products, floating-point operations
-    a second; what a pair costs beside them, seconds."""
+    """The parts of one forward and backward at D = 128.
+
+    Returns:
+        "seconds" of each part and "loss_seconds" of the whole; "product_flops", the rate of the products in
+        floating-point operations per second; "pair_seconds", the other work for one pair.
+    """
     found: dict[str, Any] = {"seconds": {}, "product_flops": {}, "pair_seconds": {}}
     for name, units in PRODUCTS.items():
         widths = list(seconds[name])
@@ -104,9 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--n", type=int, default=8192, help="rows")
-    parser.add_argument("--rounds", type=int, default=9, help="repetitions of everything")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    parser.add_argument("--n", type=int, default=8192, help="number of rows")
+    parser.add_argument("--rounds", type=int, default=9, help="number of repetitions")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
     options = parser.parse_args(arguments)
     about = machine.describe("cpu")
     found = breakdown(timed(options.n, options.rounds), options.n)
@@ -114,7 +118,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table.align(lines(found)))
     for name, rate in found["product_flops"].items():
         pair = found["pair_seconds"][name]
-        print(f"{name}: products at {rate / 1e9:.0f} GFLOP/s; {pair * 1e9:.2f} ns a pair beside them")
+        print(
+            f"{name}: products at {rate / 1e9:.0f} GFLOP/s; {pair * 1e9:.2f} ns per pair for the other work"
+        )
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         stored = {"machine": about, "n": options.n, **found}

@@ -1,4 +1,4 @@
-"""What is measured: problems (a loss and the shape of its inputs), their random inputs, and named sweeps."""
+"""Benchmark problems (a loss and the shape of its inputs), their random inputs, and named sweeps."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from pysupcon.profiling.workload import VIEWS, Inputs, unit_rows
 
 LOSSES = ("supcon", "sincere", "cnce", "spread")
-#: Of two sets: first views are queries, second views their candidates; no labels. "infonce" is the cross
-#: entropy of each query's own candidate among all, "clip" the mean of that and of its mirror image.
+#: Losses of two sets without labels: first views are queries, second views their candidates. "infonce" is the
+#: cross entropy of each query's own candidate among all; "clip" is the mean over both directions.
 TWO_SETS = ("infonce", "clip")
 DTYPES = {
     "float64": torch.float64,
@@ -46,21 +46,21 @@ class Problem:
 
     @property
     def flops(self) -> float:
-        """4u = 4 N^2 D: what the two passes over pairs cost where both use the symmetry of s."""
+        """4u = 4 N^2 D: the cost of both passes over pairs if both use the symmetry of s."""
         return 4.0 * self.n * self.n * self.dim
 
     @property
     def anchors(self) -> int:
-        """Rows whose losses are averaged."""
+        """Number of rows whose losses are averaged."""
         return self.n // VIEWS if self.loss in TWO_SETS else self.n
 
     @property
     def input_bytes(self) -> int:
-        """Bytes of the rows, and so of their gradient."""
+        """Size of the rows in bytes; their gradient has the same size."""
         return self.n * self.dim * DTYPES[self.dtype].itemsize
 
     def smaller(self, n: int) -> Problem:
-        """The same with at most ``n`` rows, and classes enough that several samples share one."""
+        """This problem with at most ``n`` rows, and so few classes that several samples share one."""
         rows = min(self.n, n)
         return replace(self, n=rows, classes=max(1, min(self.classes, rows // (2 * VIEWS))))
 
@@ -81,7 +81,7 @@ def make_inputs(problem: Problem, seed: int) -> Inputs:
 
 
 class Point(NamedTuple):
-    """One line of a case: a problem, and how many threads (None: as many as the run has)."""
+    """A problem and a number of threads; None: the number of the run."""
 
     problem: Problem
     threads: int | None = None
@@ -89,16 +89,16 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """A named sweep and the implementations that are worth comparing on it."""
+    """A named sweep and the implementations to compare."""
 
     name: str
     purpose: str
     points: tuple[Point, ...]
     implementations: tuple[str, ...]
     measures: tuple[str, ...] = ("time",)
-    """of "time" and "memory" """
+    """subset of "time" and "memory" """
     in_turns: bool = False
-    """the points have the same inputs and are timed in turns: their ratios are what is asked for"""
+    """the points have the same inputs and are timed in turns, because their ratios matter"""
 
 
 ALL = ("pysupcon", "tiled", "dense", "written", "compiled", "metric-learning", "keops")
@@ -107,11 +107,11 @@ PAIRED = ("pysupcon", "written", "compiled", "inf-cl", "memeff")
 
 
 def build_cases(device: str, sizes: Sequence[int] | None = None) -> dict[str, Case]:
-    """Every case of a device.
+    """All cases of a device.
 
     Args:
         device: "cpu" or "cuda".
-        sizes: N to use in place of each case's own.
+        sizes: replaces the values of N of every case.
     """
     cuda = device == "cuda"
     base = Problem(device=device, dtype="bfloat16" if cuda else "float32")

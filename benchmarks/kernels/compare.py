@@ -1,4 +1,4 @@
-"""Whether new results are worse than old ones."""
+"""Compares new results with old ones and reports regressions."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ _MEASURES = {"both_s": table.seconds, "peak_bytes": table.memory}
 class Comparison(NamedTuple):
     text: str
     slower: bool
-    """pysupcon is slower, or takes more memory, than the tolerance allows"""
+    """pysupcon is slower or uses more memory than the tolerance allows"""
 
 
 def regressions(old: Mapping[str, Any], new: Mapping[str, Any], tolerance: float = TOLERANCE) -> Comparison:
-    """Ratios new / old of every point that both have. Only what is ours can regress: where the others are
-    slower too, the machine was busy, and the table shows it."""
+    """Ratios new / old of every point that both results have.
+
+    Only pysupcon's own implementations can regress. If the others are slower too, the machine was busy.
+    """
     before = {_key(row): row for row in old["rows"]}
     lines = [["case", "implementation", "loss", "N", "D", "measure", "old", "new", "ratio", ""]]
     slower = False
@@ -48,10 +50,10 @@ def regressions(old: Mapping[str, Any], new: Mapping[str, Any], tolerance: float
                 ]
             )
     if len(lines) == 1:
-        return Comparison("nothing to compare: no point is in both results", False)
+        return Comparison("nothing to compare: the results have no point in common", False)
     note = ""
     if old["machine"]["processor"] != new["machine"]["processor"]:
-        note = f"\nnote: the old results are of another machine ({old['machine']['processor']})"
+        note = f"\nnote: the old results were measured on another machine ({old['machine']['processor']})"
     return Comparison(table.align(lines) + note, slower)
 
 

@@ -2,11 +2,12 @@
 
     python benchmarks/kernels/converged.py [--losses supcon cnce] [--backends cpu tiled] [--json FILE]
 
-A batch converges when views of a sample nearly agree: the loss is then a small difference of large parts. The
-truth is the dense loss in float64 (``pysupcon.pairs.reference``) of the same float32 rows. The peer is the
-dense loss in float32, which rounds every similarity once and takes all parts from it. Errors are the largest
-over the seeds: of the losses of the anchors, root mean square; of the gradient's tangential part (what a step
-on the sphere sees), its norm as a share of 1 / (temperature sqrt(N)), the size of the parts that cancel.
+In a converged batch, the views of a sample are nearly equal, and the loss is a small difference of large
+parts. The ground truth is the dense loss in float64 (``pysupcon.pairs.reference``) of the same float32 rows.
+Errors are compared with those of the dense loss in float32, which rounds every similarity once. Each error is
+the largest over the seeds. The error of the losses is the root mean square over the anchors. The error of the
+gradient is the norm of its tangential part, divided by 1 / (temperature sqrt(N)), the size of the parts that
+cancel.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ VIEWS = (2, 8)
 SEEDS = 5
 ROWS, WIDTH = 1024, 128
 ALLOWED = 2.0
-"""times the error of the dense float32 loss"""
+"""Largest allowed error, as a multiple of the error of the dense float32 loss."""
 SLACK = 1e-9
-"""added to it: a dense float32 loss can be right by chance"""
+"""Added to the allowed error, because the dense float32 loss can be exact by chance."""
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "supcon": functional.supcon,
@@ -58,12 +59,14 @@ class Errors(NamedTuple):
 
 
 WITHIN = {"cnce", "spread", "spread_sincere"}
-"""losses that contrast within a class, which needs several samples"""
+"""Losses that contrast within a class; they need several samples per class."""
 
 
 def rows(case: Case, seed: int, of_class: int = 1) -> tuple[Tensor, Tensor]:
-    """Unit rows [1024 / V, V, 128] float32 and labels [1024 / V], ``of_class`` samples a class. A converged
-    batch: views of a sample differ by about 0.1."""
+    """Unit rows [1024 / V, V, 128] float32 and labels [1024 / V], with ``of_class`` samples per class.
+
+    In a converged batch, the views of a sample differ by about 0.1.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -78,7 +81,7 @@ def rows(case: Case, seed: int, of_class: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def loss_and_gradient(loss: Callable[..., Tensor], x: Tensor, *arguments: Any, **options: Any) -> Any:
-    """Losses of the anchors, and the tangential part of the gradient of their mean; float64."""
+    """The losses of the anchors and the tangential part of the gradient of their mean, in float64."""
     leaf = x.clone().requires_grad_()
     losses = loss(leaf, *arguments, reduction="none", **options)
     losses.mean().backward()
@@ -108,7 +111,7 @@ def errors(name: str, case: Case, backends: list[str], seeds: int = SEEDS) -> tu
 
 
 def exceeded(found: dict[str, Errors]) -> list[str]:
-    """The backends that err more than twice as much as the dense float32 loss, in words."""
+    """A message for each backend whose error is more than ALLOWED times that of the dense float32 loss."""
     dense = found["dense float32"]
     return [
         f"{backend}: {part} {got:.1e}, dense float32 {peer:.1e}"
@@ -140,7 +143,7 @@ def main() -> int:
             found.append({"loss": name, **case._asdict(), "value": value, "errors": result})
             shown = [f"{error.loss:.1e} / {error.gradient:.1e}" for error in result.values()]
             lines.append([name, case.batch, f"{case.temperature:g}", str(case.views), f"{value:.1e}", *shown])
-            wrong += [f"{name}, {case}: {words}" for words in exceeded(result)]
+            wrong += [f"{name}, {case}: {message}" for message in exceeded(result)]
     head = ["loss", "batch", "temperature", "views", "value", "dense float32", *arguments.backends]
     print(table.align([head, *lines]))
     print(f"\nmore than {ALLOWED:g} times the dense float32 error: {'; '.join(wrong) or 'none'}")

@@ -1,11 +1,11 @@
-"""Peak resident memory of one training step on a large batch: GradCache beside the whole batch in one graph.
+"""Peak resident memory of one training step on a large batch: GradCache and the whole batch in one graph.
 
     python benchmarks/kernels/gradcache_memory.py --batch 4096 --chunk 64 --limit-gib 12 --json results.json
 
-ResNet-18 of timm with a stem for small images (3x3, stride 1, no pooling), 32x32 images, projection to 128,
-SupCon, float32, on the CPU. Every step runs in a fresh process whose memory is limited, so that the machine
-survives a step that does not fit; where the whole batch does not, half of it is tried, and so on. Prints a
-table; --json also writes it, with the machine.
+The model is timm's ResNet-18 with a stem for small images (3x3, stride 1, no pooling), 32x32 images, a
+projection to 128 dimensions and SupCon, in float32 on the CPU. Every step runs in a new process with a memory
+limit. If the whole batch does not fit into the limit, half of it is tried, and so on. Prints a table; --json
+also writes it to a file, with a description of the machine.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Encoder(nn.Module):
 
 
 def step(model: nn.Module, images: Tensor, labels: Tensor, chunk: int | None) -> float:
-    """Forward and backward; the loss."""
+    """One forward and backward. Returns the loss."""
     criterion = pysupcon.SupConLoss(0.1)
     if chunk is not None:
         return float(GradCache(model, chunk)(images, lambda embeddings: criterion(embeddings, labels)))
@@ -58,7 +58,7 @@ def step(model: nn.Module, images: Tensor, labels: Tensor, chunk: int | None) ->
 
 
 def _private() -> int:
-    """Bytes of private writable memory, which RLIMIT_DATA counts."""
+    """Bytes of private writable memory, the memory that RLIMIT_DATA limits."""
     found = re.search(r"^VmData:\s+(\d+) kB$", Path("/proc/self/status").read_text("ascii"), re.MULTILINE)
     if found is None:
         raise OSError("/proc/self/status has no VmData")
@@ -66,18 +66,19 @@ def _private() -> int:
 
 
 def peak() -> int:
-    """Bytes: the most that has been resident in this process."""
+    """Peak resident set size of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def measure(batch: int, chunk: int | None, limit: float) -> dict[str, Any]:
-    """One step, in this process; the limit, in bytes, is on memory above model and images."""
+    """Run one step in this process. ``limit``: bytes of memory in addition to the model and the images."""
     torch.manual_seed(0)
     model, images = Encoder(), torch.randn(batch, 3, 32, 32)
     labels = torch.arange(batch) % CLASSES
-    step(model, images[:4], labels[:4] % 2, None if chunk is None else 2)  # libraries, threads, .grad
-    most = int(_private() + limit)
-    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+    # The warm-up loads libraries, starts threads and allocates .grad.
+    step(model, images[:4], labels[:4] % 2, None if chunk is None else 2)
+    maximum = int(_private() + limit)
+    resource.setrlimit(resource.RLIMIT_DATA, (maximum, maximum))
     before, start = peak(), time.perf_counter()
     try:
         loss = step(model, images, labels, chunk)
@@ -136,10 +137,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--batch", type=int, default=4096)
-    parser.add_argument("--chunk", type=int, help="images per chunk of GradCache; default 64")
-    parser.add_argument("--limit-gib", type=float, default=12.0, help="memory that a step may have")
+    parser.add_argument("--chunk", type=int, help="images per chunk of GradCache (default 64)")
+    parser.add_argument("--limit-gib", type=float, default=12.0, help="memory limit of a step")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -153,7 +154,7 @@ def main() -> None:
     def run(batch: int, size: int | None) -> dict[str, Any]:
         rows.append(in_fresh_process(batch, size, limit, arguments.threads))
         show(rows[-1])
-        if arguments.json is not None:  # after every row: a step may take long
+        if arguments.json is not None:  # after every row, because a step can take minutes
             save(arguments.json, rows, limit)
         return rows[-1]
 

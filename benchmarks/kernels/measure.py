@@ -1,4 +1,4 @@
-"""Time and peak memory of a loss, forward and backward."""
+"""Measures the time and the peak memory of a loss, forward and backward."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from benchmarks import guard
+from benchmarks import fault_tolerance
 from benchmarks.kernels.cases import Problem, make_inputs
 from pysupcon.profiling.memory import peak_bytes
 from pysupcon.profiling.workload import Inputs
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 Key = TypeVar("Key")
 PROBE = Path(__file__).with_name("memory_probe.py")
 SLOW = 2.0
-"""seconds; a call that takes longer needs no other call to warm it up"""
+"""A call that takes longer (in seconds) is not preceded by a warm-up call."""
 
 
 class Result(NamedTuple):
-    """Of one call."""
+    """The result of one call."""
 
     loss: Tensor
     gradient: Tensor
@@ -43,13 +43,13 @@ class Result(NamedTuple):
 
 @dataclass
 class Timing:
-    """Seconds of every repetition."""
+    """Seconds of each repetition."""
 
     forward: list[float] = field(default_factory=list)
     backward: list[float] = field(default_factory=list)
 
     def add(self, seconds: tuple[float, float]) -> None:
-        """One repetition's forward and backward."""
+        """Add the forward and backward seconds of one repetition."""
         self.forward.append(seconds[0])
         self.backward.append(seconds[1])
 
@@ -58,7 +58,7 @@ class Timing:
         return [f + b for f, b in zip(self.forward, self.backward, strict=True)]
 
     def summary(self) -> dict[str, Any]:
-        """Medians, and the quartiles of forward plus backward; empty without a repetition."""
+        """Medians, and the quartiles of forward plus backward; empty without repetitions."""
         both = sorted(self.both)
         if not both:
             return {}
@@ -72,7 +72,7 @@ class Timing:
 
 
 def evaluate(function: Implementation, inputs: Inputs) -> Result:
-    """One call, untimed."""
+    """One forward and backward without timing."""
     inputs.features.grad = None
     loss = function(inputs)
     loss.backward()
@@ -83,7 +83,7 @@ def evaluate(function: Implementation, inputs: Inputs) -> Result:
 
 
 def _timed(function: Implementation, inputs: Inputs) -> tuple[float, float]:
-    """Seconds of forward and backward; by events on a GPU."""
+    """Seconds of forward and backward; on a GPU measured with CUDA events."""
     inputs.features.grad = None
     if inputs.features.is_cuda:
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
@@ -114,19 +114,21 @@ def interleaved(
     most: int = 50,
     timings: dict[Key, Timing] | None = None,
 ) -> tuple[dict[Key, Timing], dict[Key, str]]:
-    """Times all functions in turns, so that what disturbs the machine disturbs them alike.
+    """Time all functions in turns, so that other load on the machine affects all of them.
 
     Args:
-        inputs: taken in turns too.
-        seconds: for the repetitions of one function.
-        least, most: repetitions.
-        timings: filled as the repetitions go, for a caller that wants to have them after an interruption.
+        functions: the functions by name.
+        inputs: sets of inputs, also used in turns.
+        seconds: time for the repetitions of one function.
+        least: minimal number of repetitions.
+        most: maximal number of repetitions.
+        timings: filled after each repetition, so that the caller has them after an interruption.
 
     Returns:
-        The timings, and what went wrong with those functions that failed; the others went on without them.
+        The timings, and the error messages of the functions that failed.
 
     Raises:
-        DeviceLost: see :func:`~benchmarks.guard.attempt`.
+        DeviceLost: see :func:`~benchmarks.fault_tolerance.attempt`.
     """
     timings = {} if timings is None else timings
     failures: dict[Key, str] = {}
@@ -134,10 +136,10 @@ def interleaved(
     device = inputs[0].features.device.type
 
     def timed(name: Key, at: Inputs) -> tuple[float, float] | None:
-        found, words = guard.attempt(lambda: _timed(functions[name], at), device)
+        found, message = fault_tolerance.attempt(lambda: _timed(functions[name], at), device)
         at.features.grad = None
         if found is None:
-            failures[name] = words
+            failures[name] = message
         return found
 
     for name in functions:
@@ -159,7 +161,7 @@ def interleaved(
 
 
 def median_seconds(call: Callable[[], object], repetitions: int) -> float:
-    """Of a call on the CPU, after one for warming up."""
+    """Median seconds of a call on the CPU, after one warm-up call."""
     call()
     found = []
     for _ in range(repetitions):
@@ -177,7 +179,7 @@ def product_rate(rows: int, inner: int, columns: int, repetitions: int = 5) -> f
 
 
 def digest(result: Result) -> str:
-    """Of the bits of loss and gradient."""
+    """Hash of the bits of the loss and the gradient."""
     found = hashlib.sha256()
     for tensor in result:
         found.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -186,7 +188,7 @@ def digest(result: Result) -> str:
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """So many threads of torch; None: as they are."""
+    """Set torch's number of threads inside the context; None: do not change it."""
     before = torch.get_num_threads()
     try:
         if count is not None:
@@ -197,12 +199,12 @@ def threads(count: int | None) -> Iterator[None]:
 
 
 def peak_memory(implementation: str, function: Implementation, problem: Problem) -> int:
-    """Bytes that forward and backward add, at their peak, to what is there with the inputs.
+    """Peak memory of forward and backward in bytes, in addition to the inputs.
 
-    On the CPU: resident set of a fresh process (memory_probe.py). On a GPU: the allocator's.
+    On the CPU: the resident set of a new process (memory_probe.py). On a GPU: the allocator's statistics.
 
     Raises:
-        MemoryError: the process was ended for lack of memory.
+        MemoryError: the process failed, usually for lack of memory.
     """
     if problem.device == "cuda":
         inputs = make_inputs(problem, seed=0)
@@ -210,7 +212,7 @@ def peak_memory(implementation: str, function: Implementation, problem: Problem)
         torch.cuda.empty_cache()
         return peak_bytes(inputs.features.device, lambda: evaluate(function, inputs))
     description = json.dumps(problem.to_dict())
-    # glibc keeps freed blocks of up to 32 MiB for whoever asks next: what nobody holds is not to be counted.
+    # By default glibc keeps freed blocks of up to 32 MiB. Return them, so that only memory in use is counted.
     returned = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "65536")
     environment = os.environ | returned | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(

@@ -1,10 +1,10 @@
-"""Peak resident memory of one loss, in a process of its own: ``memory_probe.py IMPLEMENTATION PROBLEM``.
+"""Measures the peak resident memory of one loss: ``memory_probe.py IMPLEMENTATION PROBLEM``.
 
-PROBLEM is the JSON of :class:`benchmarks.kernels.cases.Problem`. Prints one line of JSON. What is counted is
-the growth of the resident set over the interpreter with torch and the inputs, through one forward and
-backward: the gradient and an implementation's own workspace are in it. Libraries and the threads of torch are
-warmed up by a small dense loss, not by the implementation itself, whose first call is the one that is
-measured (torch.compile excepted: what its compiler takes is no part of the loss).
+PROBLEM is the JSON of :class:`benchmarks.kernels.cases.Problem`. Prints one line of JSON: the growth of the
+resident set during one forward and backward, over a process that has loaded torch and the inputs. It includes
+the gradient and the workspace of the implementation. A small dense loss loads libraries and starts torch's
+threads first. The implementation itself is measured in its first call, except for torch.compile, so that the
+memory of the compiler is not counted.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""One forward and backward of a loss on a GPU, for a profiler to look at.
+"""Runs one forward and backward of a loss on a GPU, for use under a profiler.
 
 ncu ... python benchmarks/kernels/one_step.py --n 65536 --dim 128 --dtype bfloat16
-python benchmarks/kernels/one_step.py --n 1024 --launches FILE   # counted by torch.profiler, one loss a line
+python benchmarks/kernels/one_step.py --n 1024 --launches FILE   # counts kernel launches of every loss
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from benchmarks import guard
+from benchmarks import fault_tolerance
 from benchmarks.kernels.cases import DTYPES, LOSSES, Problem, make_inputs
 from benchmarks.kernels.measure import evaluate
 from benchmarks.kernels.peers import PEERS
 
 
 def launches(problem: Problem) -> dict[str, Any]:
-    """What one step puts on the device's stream, by name; not the first step, which loads the kernels."""
+    """Kernels and copies of the second step by name; the first step also loads the kernels."""
     from torch.profiler import ProfilerActivity, profile
 
     function, inputs = PEERS["pysupcon"].build(problem), make_inputs(problem, seed=0)
@@ -41,10 +41,15 @@ def main() -> int:
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--n", type=int, nargs="+", default=[65_536], help="rows")
+    options.add_argument("--n", type=int, nargs="+", default=[65_536], help="numbers of rows")
     options.add_argument("--dim", type=int, default=128)
     options.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
-    options.add_argument("--launches", type=Path, metavar="FILE", help="count them, for every loss")
+    options.add_argument(
+        "--launches",
+        type=Path,
+        metavar="FILE",
+        help="count kernel launches of every loss, write them here",
+    )
     chosen = options.parse_args()
     if not torch.cuda.is_available():
         print("torch sees no CUDA device", file=sys.stderr)
@@ -59,10 +64,10 @@ def main() -> int:
     for problem in problems:
         for loss in LOSSES:
             rows.append(launches(Problem(**{**problem.to_dict(), "loss": loss})))
-            print(f"{loss} N={problem.n}: {rows[-1]['launches']} launches a step", flush=True)
-            guard.write_json(chosen.launches, {"rows": rows})
+            print(f"{loss} N={problem.n}: {rows[-1]['launches']} launches per step", flush=True)
+            fault_tolerance.write_json(chosen.launches, {"rows": rows})
     if not all(row["launches"] for row in rows):
-        print("the profiler saw no kernel: it could not use CUPTI on this machine", file=sys.stderr)
+        print("the profiler recorded no kernel: CUPTI is not usable on this machine", file=sys.stderr)
         return 1
     return 0
 

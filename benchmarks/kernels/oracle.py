@@ -1,4 +1,4 @@
-"""The truth in float64, a few anchors at a time, and how far a result is from it."""
+"""Ground truth in float64, computed for a few anchors at a time, and the errors of results."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class Truth(NamedTuple):
 
     @property
     def norm(self) -> float:
-        """Of the gradient."""
+        """Norm of the gradient."""
         return torch.linalg.vector_norm(self.gradient).item()
 
 
 def truth(problem: Problem, inputs: Inputs, anchors: int = 256) -> Truth:
-    """Loss and gradient of the very rows that the implementations get (rounded to their dtype), in float64.
+    """Loss and gradient in float64 of the rows that the implementations get (rounded to their dtype).
 
-    Memory is O(anchors N): the dense reference on ``anchors`` rows of the matrix at a time.
+    Uses the dense reference on ``anchors`` rows of the matrix at a time: memory is O(anchors N).
     """
     x = inputs.features.detach().to(torch.float64).requires_grad_()
     total = 0.0
@@ -66,7 +66,7 @@ def truth(problem: Problem, inputs: Inputs, anchors: int = 256) -> Truth:
 
 
 def tangent(gradient: Tensor, features: Tensor) -> Tensor:
-    """Gradient with respect to unit rows that the loss itself normalises: without the part along a row."""
+    """The gradient of a loss that normalizes unit rows itself: without the component along each row."""
     rows = features.detach().to(gradient.dtype)
     return gradient - (gradient * rows).sum(dim=1, keepdim=True) * rows
 
@@ -80,7 +80,7 @@ class Errors(NamedTuple):
 
 
 def errors(loss: Tensor, gradient: Tensor, expected: Truth) -> Errors:
-    """NaN wherever something is not finite, so that no comparison passes by accident."""
+    """Errors of a result; NaN if the result is not finite, so that every comparison fails."""
     difference = gradient.to(torch.float64) - expected.gradient
     return Errors(
         abs(loss.item() - expected.loss) / (abs(expected.loss) or 1.0),

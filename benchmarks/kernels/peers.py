@@ -1,8 +1,8 @@
-"""The implementations that are compared: ours, and what people use instead.
+"""The implementations that are compared: those of pysupcon and the alternatives.
 
-Each is a function of :class:`~benchmarks.kernels.cases.Inputs` that gives a loss to call backward on. A dense
-one says how many N x N matrices it holds at its peak, so that a run can leave it out, with the number, where
-it would not fit.
+Each is a function of :class:`~pysupcon.profiling.workload.Inputs` that returns a differentiable loss. Dense
+implementations declare how many N x N matrices they hold at their peak, so that a run skips them if the
+matrices do not fit into memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Implementation = Callable[[Inputs], Tensor]
 
 
 def _of_pairs(problem: Problem, loss: Callable[[Tensor, Tensor], Tensor]) -> Implementation:
-    """A loss of (queries, candidates) as one of interleaved views; "clip" is the mean of both directions."""
+    """Adapts a loss of (queries, candidates) to interleaved views; "clip" is the mean of both directions."""
 
     def one(i: Inputs) -> Tensor:
         return loss(i.features[0::VIEWS], i.features[1::VIEWS])
@@ -49,7 +49,7 @@ def _functional(problem: Problem, backend: str) -> Implementation:
 
 
 def written_supcon(features: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """SupCon as most code bases carry it: similarities, less their largest, masks of floats, exp and log."""
+    """SupCon as in most code bases: similarities minus their maximum, float masks, exp and log."""
     same = (labels.unsqueeze(1) == labels.unsqueeze(0)).to(features.dtype)
     similarities = torch.matmul(features, features.T) / temperature
     largest = similarities.max(dim=1, keepdim=True).values
@@ -74,7 +74,7 @@ def written_sincere(features: Tensor, labels: Tensor, temperature: float) -> Ten
 
 
 def written_info_nce(queries: Tensor, candidates: Tensor, temperature: float) -> Tensor:
-    """InfoNCE of two sets as most code bases carry it: cross entropy, with the diagonal as the labels."""
+    """InfoNCE of two sets as in most code bases: cross entropy with the diagonal as labels."""
     similarities = torch.matmul(queries, candidates.T) / temperature
     own = torch.arange(len(queries), device=queries.device)
     return torch.nn.functional.cross_entropy(similarities, own)
@@ -95,15 +95,15 @@ def _written(problem: Problem) -> Implementation:
 
 
 def _compiled(problem: Problem) -> Implementation:
-    torch._dynamo.reset()  # every problem is compiled for its own, fixed, shape
+    torch._dynamo.reset()  # compile each problem for its own static shape
     return _written_by(problem, lambda function: torch.compile(function, dynamic=False))
 
 
 def _inf_cl(problem: Problem) -> Implementation:
-    """The package computes in float32 (TF32 products); its argument ``scale`` needs several processes."""
+    """inf_cl computes in float32 (TF32 products). ``scale`` works with several processes only."""
     from inf_cl import cal_inf_loss  # type: ignore[import-not-found]
 
-    head = math.gcd(problem.dim, 256)  # the kernel walks a row in heads of a power of two, at least 16
+    head = math.gcd(problem.dim, 256)  # the kernel needs a power of two, at least 16
     if head < 16:
         raise ValueError(f"inf_cl needs a multiple of 16 dimensions, got {problem.dim}")
 
@@ -116,7 +116,7 @@ def _inf_cl(problem: Problem) -> Implementation:
 
 
 def _memeff(problem: Problem) -> Implementation:
-    """The textbook gradient (stable=False), and no false-negative mask (margin=2 switches it off)."""
+    """stable=False: the exact gradient; margin=2.0: no mask of false negatives."""
     import memeff  # type: ignore[import-not-found]
 
     common = {"temperature": problem.temperature, "normalized_inputs": True, "stable": False}
@@ -141,7 +141,7 @@ def _keops(problem: Problem) -> Implementation:
         classes = i.labels.to(x.dtype)[:, None]
         rows = torch.arange(len(x), device=x.device, dtype=x.dtype)[:, None]
         s = (LazyTensor(x[:, None, :]) * LazyTensor(x[None, :, :])).sum(-1)
-        # Squares of integers: 0 for the same class (row), at least 1 otherwise.
+        # Squared differences of integers: 0 for the same class (row), at least 1 otherwise.
         other_class = (LazyTensor(classes[:, None, :]) - LazyTensor(classes[None, :, :])).square()
         self_pair = (LazyTensor(rows[:, None, :]) - LazyTensor(rows[None, :, :])).square()
         not_self = (self_pair - 0.5).step()
@@ -162,24 +162,25 @@ class Peer:
     losses: tuple[str, ...]
     build: Callable[[Problem], Implementation]
     matrices: float = 0.0
-    """N x N matrices at the peak of forward and backward, of float32 (float64 for float64 rows); 0: none"""
+    """number of N x N matrices at the peak of forward and backward, float32 (float64 for float64 rows)"""
     module: str | None = None
-    """package that must be installed"""
+    """module that must be installed"""
     dtypes: tuple[str, ...] = tuple(DTYPES)
     devices: tuple[str, ...] = ("cpu", "cuda")
     normalizes: bool = False
-    """normalises rows itself: its gradient has no part along a row"""
+    """normalizes rows itself, so that its gradient has no component along a row"""
 
     def bytes_needed(self, problem: Problem) -> float:
-        """Of the matrices; rows and constants are small beside them."""
+        """Bytes of the matrices; other tensors are small in comparison."""
         size = 8 if problem.dtype == "float64" else 4
         return self.matrices * problem.anchors * problem.anchors * size
 
     def missing(self, problem: Problem, memory: float) -> str | None:
-        """Why it cannot run on this machine or problem, in the words of the table; None if it can.
+        """The reason, as printed in the table, why it cannot run on this machine or problem; None if it can.
 
         Args:
-            memory: bytes that a process can have.
+            problem: what would be measured.
+            memory: available memory in bytes.
         """
         if problem.loss not in self.losses:
             return f"no {problem.loss}"

@@ -1,4 +1,4 @@
-"""Time and memory against N, as PNG."""
+"""Plots time and memory against N."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _PICTURES = {
     "both_s": ("time", ("speed", "small"), "seconds, forward + backward"),
     "peak_bytes": ("memory", ("memory", "memory65k"), "GiB above the inputs, at the peak"),
 }
-# Chosen for all kinds of colour vision (Petroff 2021, arXiv 2107.02270).
+# Colours for readers with any kind of colour vision (Petroff 2021, arXiv 2107.02270).
 _COLOURS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300")
 _MARKERS = "os^Dv*P"
 
 
 def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:
-    """time.png and memory.png, of what was measured of SupCon; the paths."""
+    """Draw time.png and memory.png of the SupCon results. Returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for measure, (name, cases, label) in _PICTURES.items():
@@ -65,7 +65,7 @@ def _mark_too_large(
     scale: float,
     colour: str,
 ) -> None:
-    """A cross where it needs more memory than was free, joined to what was measured by a dotted line."""
+    """Mark points that need more memory than was free by a cross, joined by a dotted line."""
     absent = sorted({row["n"]: row["needs_bytes"] / scale for row in rows if row.get("needs_bytes")}.items())
     if absent:
         axes.plot(*zip(*points[-1:], *absent, strict=True), linestyle=":", color=colour)

@@ -1,15 +1,15 @@
-"""Measures the losses of pysupcon beside what people use instead.
+"""Measures the losses of pysupcon and of alternative implementations.
 
     python benchmarks/kernels/run.py --device cpu --cases small speed memory --json results.json --plot plots
     python benchmarks/kernels/run.py --device cpu --cases speed --sizes 4096 --compare results.json
 
-Every point is validated against float64, then timed, then its peak memory is measured. --json is written
-anew whenever there is a new number, so that whatever ends a run leaves what was measured until then: an
-implementation that raises or runs out of memory (its row says "failed", the others go on), SIGINT or SIGTERM,
-or a CUDA error after which the process cannot use its GPU any more (both end the run; "ended" says why).
+Every point is validated against float64, then timed, then its peak memory is measured. The --json file is
+rewritten after every new result, so that it has all results until the run ends. If an implementation raises
+or runs out of memory, its row gets "failed" and the run continues. SIGINT, SIGTERM and CUDA errors that make
+the GPU unusable end the run; "ended" has the reason.
 
-Exit status: 0; 1 where a result is wrong or missing, or slower or larger than --compare allows; 2 for
-arguments that cannot be; 3 for a lost device; 130 for an interruption.
+Exit status: 0: success; 1: a result is wrong, missing, or slower or larger than --compare allows; 2: invalid
+arguments; 3: the GPU became unusable; 130: interrupted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from benchmarks import guard, machine, table
+from benchmarks import fault_tolerance, machine, table
 from benchmarks.kernels import bars
 from benchmarks.kernels.cases import build_cases
 from benchmarks.kernels.compare import TOLERANCE, regressions
@@ -41,22 +41,28 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     found.add_argument("--cases", nargs="+", choices=names, default=names, metavar="CASE", help=_cases())
     found.add_argument(
-        "--sizes", nargs="+", type=int, metavar="N", help="numbers of rows, in place of the cases' own"
+        "--sizes", nargs="+", type=int, metavar="N", help="numbers of rows (default: those of each case)"
     )
     found.add_argument(
         "--implementations", nargs="+", choices=list(PEERS), metavar="NAME",
-        help=f"only these of {', '.join(PEERS)} (default: each case's own)",
+        help=f"some of {', '.join(PEERS)} (default: those of each case)",
     )  # fmt: skip
     found.add_argument(
-        "--seconds", type=float, default=2.0, help="for the repetitions of one implementation at one point"
+        "--seconds",
+        type=float,
+        default=2.0,
+        help="time for the repetitions of one implementation at one point (default %(default)s)",
     )
-    found.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
-    found.add_argument("--plot", type=Path, metavar="DIR", help="draw time and memory against N there")
+    found.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
+    found.add_argument("--plot", type=Path, metavar="DIR", help="plot time and memory against N here")
     found.add_argument(
-        "--compare", type=Path, metavar="FILE", help="results of an earlier run to hold against"
+        "--compare", type=Path, metavar="FILE", help="results of an earlier run to compare with"
     )
     found.add_argument(
-        "--tolerance", type=float, default=TOLERANCE, help="largest ratio to --compare (default %(default)s)"
+        "--tolerance",
+        type=float,
+        default=TOLERANCE,
+        help="largest ratio to --compare (default %(default)s)",
     )
     return found
 
@@ -88,10 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def save() -> None:
         if options.json is not None:
-            guard.write_json(options.json, results)
+            fault_tolerance.write_json(options.json, results)
 
     status = 0
-    with guard.interruptible():
+    with fault_tolerance.interruptible():
         save()
         try:
             run_cases(
@@ -102,8 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 report=_progress,
                 save=save,
             )
-        except guard.DeviceLost as error:
-            results["ended"], status = f"the GPU cannot be used by this process any more: {error}", 3
+        except fault_tolerance.DeviceLost as error:
+            results["ended"], status = f"the GPU is unusable for this process: {error}", 3
         except KeyboardInterrupt as error:
             results["ended"], status = f"interrupted by {error or 'SIGINT'}", 130
     save()

@@ -1,4 +1,4 @@
-"""Runs cases: each point is validated, then timed, then its peak memory is measured."""
+"""Runs benchmark cases: each point is validated, then timed, then its peak memory is measured."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import guard, machine
+from benchmarks import fault_tolerance, machine
 from benchmarks.kernels import measure, tolerances
 from benchmarks.kernels.cases import DTYPES, Case, Point, Problem, make_inputs
 from benchmarks.kernels.oracle import Errors, Truth, errors, tangent, truth
@@ -18,14 +18,13 @@ VALIDATED_ROWS = 2048
 INPUT_SETS = 4
 
 Row = dict[str, Any]
-"""One line of the results: plain numbers and text, as they are stored"""
-
+"""One row of the results, as stored in JSON."""
 
 _EXACT = ("pysupcon", "tiled")
 
 
-def wrong(implementation: str, problem: Problem, expected: Truth, found: Errors) -> str | None:
-    """What is out of tolerance, in words; None if nothing is. NaN is out."""
+def out_of_tolerance(implementation: str, problem: Problem, expected: Truth, found: Errors) -> str | None:
+    """A message if an error is out of tolerance or NaN, else None."""
     allowed = tolerances.OTHERS[DTYPES[problem.dtype]]
     if implementation in _EXACT:
         allowed = _bars(problem, expected)
@@ -38,7 +37,7 @@ def wrong(implementation: str, problem: Problem, expected: Truth, found: Errors)
 
 
 def _bars(problem: Problem, expected: Truth) -> tuple[float, float]:
-    """Largest errors of our own loss and gradient; units: :class:`~benchmarks.kernels.oracle.Errors`."""
+    """Largest allowed errors of pysupcon, as :class:`~benchmarks.kernels.oracle.Errors`."""
     dtype, similarity = DTYPES[problem.dtype], 1 / problem.temperature
     both = tolerances.parts(similarity / problem.anchors, problem.n)
     loss = tolerances.loss_bar(expected.loss, dtype, similarity)
@@ -55,21 +54,22 @@ def run_cases(
     report: Callable[[Row], None],
     save: Callable[[], None] = lambda: None,
 ) -> None:
-    """Measures all cases.
+    """Measure all cases.
 
-    An implementation that fails has a row with "failed", and the others go on. After an interruption or the
-    loss of the device, ``rows`` holds what was measured until then; what a row lacks is named in it.
+    The row of an implementation that fails gets "failed"; the others continue. After an interruption or the
+    loss of the device, ``rows`` has all results until then, and "failed" names what a row lacks.
 
     Args:
-        implementations: only these; None: each case's own.
-        seconds: for the repetitions of one implementation at one point.
-        rows: the results are appended here as they come.
-        report: gets each row as soon as it is complete.
-        save: called whenever ``rows`` holds something new.
+        cases: the cases.
+        implementations: names of implementations; None: those of each case.
+        seconds: time for the repetitions of one implementation at one point.
+        rows: the results are appended to this list.
+        report: called with each completed row.
+        save: called after each change of ``rows``.
 
     Raises:
-        DeviceLost: the CUDA context of this process is beyond use.
-        KeyboardInterrupt: the user (or a signal) ended the run.
+        DeviceLost: the CUDA context of this process is unusable.
+        KeyboardInterrupt: the user or a signal ended the run.
     """
     for case in cases:
         names = [name for name in (implementations or case.implementations) if name in PEERS]
@@ -81,7 +81,7 @@ def run_cases(
                 with measure.threads(points[0].threads):
                     _run_points(case, points, own, seconds, save)
             except BaseException as error:
-                _mark_unfinished(found, case, guard.describe(error))
+                _mark_unfinished(found, case, fault_tolerance.describe(error))
                 save()
                 raise
             for row in found:
@@ -89,23 +89,23 @@ def run_cases(
             save()
 
 
-def _mark_unfinished(rows: Iterable[Row], case: Case, words: str) -> None:
-    """Says in a row that was not finished why it was not."""
+def _mark_unfinished(rows: Iterable[Row], case: Case, message: str) -> None:
+    """Set "failed" in the rows that lack a measurement."""
     for row in rows:
-        lacks = [m for m in case.measures if {"time": "both_s", "memory": "peak_bytes"}[m] not in row]
-        if lacks and _runs(row):
-            row["failed"] = f"no {' and no '.join(lacks)}: {words}"
+        missing = [m for m in case.measures if {"time": "both_s", "memory": "peak_bytes"}[m] not in row]
+        if missing and _runs(row):
+            row["failed"] = f"no {' and no '.join(missing)}: {message}"
 
 
 class _Running(NamedTuple):
-    """A point, what runs at it, and the row of each implementation."""
+    """A point, the implementations that run at it, and their rows."""
 
     problem: Problem
     functions: dict[str, Implementation]
     rows: dict[str, Row]
 
     def running(self) -> dict[str, Implementation]:
-        """Those that have not failed."""
+        """The implementations that have not failed."""
         return {name: function for name, function in self.functions.items() if _runs(self.rows[name])}
 
 
@@ -116,7 +116,7 @@ def _run_points(
     seconds: float,
     save: Callable[[], None],
 ) -> None:
-    """Fills one row for each point and implementation; all are timed in turns, on the same inputs."""
+    """Fill one row for each point and implementation; all are timed in turns on the same inputs."""
     found = [_prepare(point.problem, of_point, save) for point, of_point in zip(points, rows, strict=True)]
     if "time" in case.measures:
         _time(case, found, seconds)
@@ -124,7 +124,7 @@ def _run_points(
     if "memory" in case.measures:
         for running in found:
             for name, function in running.running().items():
-                _remember(name, function, running.problem, running.rows[name])
+                _measure_memory(name, function, running.problem, running.rows[name])
                 save()
 
 
@@ -140,9 +140,11 @@ def _prepare(problem: Problem, rows: dict[str, Row], save: Callable[[], None]) -
     functions = {}
     for name, row in rows.items():
         if _runs(row):
-            function, words = guard.attempt(lambda name=name: PEERS[name].build(problem), problem.device)
+            function, message = fault_tolerance.attempt(
+                lambda name=name: PEERS[name].build(problem), problem.device
+            )
             if function is None:
-                row["failed"] = words
+                row["failed"] = message
             else:
                 functions[name] = function
     return _Running(problem, functions, rows)
@@ -158,15 +160,15 @@ def _runs(row: Row) -> bool:
 
 
 def _validate(problem: Problem, rows: dict[str, Row], save: Callable[[], None]) -> None:
-    """Errors against float64, at the problem's own size or at as many rows as float64 takes in a moment."""
+    """Errors against float64, for at most VALIDATED_ROWS rows."""
     if not any(map(_runs, rows.values())):
         return
     small = problem.smaller(VALIDATED_ROWS)
     inputs = make_inputs(small, seed=1000)
-    expected, words = guard.attempt(lambda: truth(small, inputs), problem.device)
+    expected, message = fault_tolerance.attempt(lambda: truth(small, inputs), problem.device)
     if expected is None:
         for row in filter(_runs, rows.values()):
-            row["failed"] = f"no float64 truth to hold it against: {words}"
+            row["failed"] = f"no float64 truth to compare with: {message}"
         return
     for name, row in rows.items():
         if not _runs(row):
@@ -174,16 +176,16 @@ def _validate(problem: Problem, rows: dict[str, Row], save: Callable[[], None]) 
         gradient = (
             tangent(expected.gradient, inputs.features) if PEERS[name].normalizes else expected.gradient
         )
-        result, words = guard.attempt(
+        result, message = fault_tolerance.attempt(
             lambda name=name: measure.evaluate(PEERS[name].build(small), inputs), problem.device
         )
         inputs.features.grad = None
         if result is None:
-            row["failed"] = words
+            row["failed"] = message
             continue
         found = errors(*result, expected._replace(gradient=gradient))
         row |= {"validated_n": small.n, "loss_error": found.loss, "gradient_error": found.gradient}
-        problem_found = wrong(name, small, expected, found)
+        problem_found = out_of_tolerance(name, small, expected, found)
         if problem_found is not None:
             row["failed"] = problem_found
         save()
@@ -194,12 +196,12 @@ def _time(case: Case, found: Sequence[_Running], seconds: float) -> None:
     everything = {
         (at, name): function for at, point in enumerate(found) for name, function in point.functions.items()
     }
-    inputs, words = guard.attempt(
+    inputs, message = fault_tolerance.attempt(
         lambda: [make_inputs(found[0].problem, seed) for seed in range(INPUT_SETS)], device
     )
     if inputs is None:
         for at, name in everything:
-            found[at].rows[name]["failed"] = words
+            found[at].rows[name]["failed"] = message
         return
     timings: dict[tuple[int, str], measure.Timing] = {}
     failures: dict[tuple[int, str], str] = {}
@@ -208,8 +210,8 @@ def _time(case: Case, found: Sequence[_Running], seconds: float) -> None:
     finally:
         for (at, name), timing in timings.items():
             found[at].rows[name] |= timing.summary()
-    for (at, name), words in failures.items():
-        found[at].rows[name]["failed"] = words
+    for (at, name), message in failures.items():
+        found[at].rows[name]["failed"] = message
     for problem, functions, rows in found:
         if "pysupcon" not in functions or not _runs(rows["pysupcon"]):
             continue
@@ -221,10 +223,12 @@ def _time(case: Case, found: Sequence[_Running], seconds: float) -> None:
 def _compare_at_size(
     problem: Problem, running: dict[str, Implementation], rows: dict[str, Row], inputs: Inputs
 ) -> None:
-    """Bits of pysupcon's result at the timed size, and how far from it those are that are not slow."""
-    own, words = guard.attempt(lambda: measure.evaluate(running["pysupcon"], inputs), problem.device)
+    """Hash of pysupcon's result at the timed size, and the distances of the other results to it."""
+    own, message = fault_tolerance.attempt(
+        lambda: measure.evaluate(running["pysupcon"], inputs), problem.device
+    )
     if own is None:
-        rows["pysupcon"]["failed"] = words
+        rows["pysupcon"]["failed"] = message
         return
     rows["pysupcon"]["bits"] = measure.digest(own)
     for name, function in running.items():
@@ -234,20 +238,20 @@ def _compare_at_size(
         if PEERS[name].normalizes:
             gradient = tangent(gradient, inputs.features)
         expected = Truth(own.loss.item(), gradient)
-        distance, words = guard.attempt(
+        distance, message = fault_tolerance.attempt(
             lambda function=function, expected=expected: errors(
                 *measure.evaluate(function, inputs), expected
             ),
             problem.device,
         )
         if distance is None:
-            rows[name]["failed"] = words
+            rows[name]["failed"] = message
         else:
             rows[name] |= {"loss_distance": distance.loss, "gradient_distance": distance.gradient}
 
 
 def _rate(problem: Problem, function: Implementation, row: Row, inputs: Sequence[Inputs]) -> None:
-    """Floating-point operations a second of the loss, and of torch.mm, in turns."""
+    """Floating-point operations per second of the loss and of torch.mm, measured in turns."""
     products: list[float] = []
     own = measure.Timing()
     for _ in range(5):
@@ -260,21 +264,23 @@ def _rate(problem: Problem, function: Implementation, row: Row, inputs: Sequence
     row |= {"rate_flops": rate, "mm_flops": thin, "square_mm_flops": square, "rate_ratio": rate / thin}
 
 
-def _remember(name: str, function: Implementation, problem: Problem, row: Row) -> None:
-    """Peak memory; of pysupcon also what a row costs beside its gradient, from half as many rows."""
-    peak, words = guard.attempt(lambda: measure.peak_memory(name, function, problem), problem.device)
+def _measure_memory(name: str, function: Implementation, problem: Problem, row: Row) -> None:
+    """Peak memory. For pysupcon also the bytes per row without the gradient, from half as many rows."""
+    peak, message = fault_tolerance.attempt(
+        lambda: measure.peak_memory(name, function, problem), problem.device
+    )
     if peak is None:
-        row["failed"] = words
+        row["failed"] = message
         return
     row["peak_bytes"] = peak
     if name != "pysupcon" or problem.n < 4:
         return
     half = problem.smaller(problem.n // 4 * 2)
-    least, words = guard.attempt(
+    least, message = fault_tolerance.attempt(
         lambda: measure.peak_memory(name, PEERS[name].build(half), half), problem.device
     )
     if least is None:
-        row["failed"] = words
+        row["failed"] = message
         return
     slope = (peak - least) / (problem.n - half.n)
     row["bytes_a_row"] = slope - problem.input_bytes / problem.n

@@ -1,4 +1,4 @@
-"""What the results of paper_results.py are held against: the claims of the two papers."""
+"""Compares the results of paper_results.py with the claims of the two papers."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 from benchmarks.table import markdown
 
 LIFT = 0.111
-"""Chen et al. 2022: Thanos less SupCon, fine accuracy, mean over five data sets."""
+"""Chen et al. 2022: fine accuracy of Thanos minus that of SupCon, mean over five data sets."""
 THANOS = "Thanos, two frozen backbones"
 BOUND = "SupCon + cNCE, spectral normalisation"
 Results = Mapping[str, Any]
 
 
 class Goal(NamedTuple):
-    """A claim, what was measured of it, and whether it holds."""
+    """A claim, the measured and the required value, and whether the claim holds."""
 
     claim: str
     measured: str
@@ -24,7 +24,7 @@ class Goal(NamedTuple):
 
 
 def goals(stored: Sequence[Results]) -> list[Goal]:
-    """The claims that the stored tables say something about."""
+    """The claims for which the stored tables have results."""
     transfers = [results for results in stored if _row(results, THANOS) is not None]
     collapsing = [results for results in transfers if results["regime"] == "none"]
     return [
@@ -36,7 +36,7 @@ def goals(stored: Sequence[Results]) -> list[Goal]:
 
 
 def table(stored: Sequence[Results]) -> str:
-    """The goals as Markdown; empty without any."""
+    """The goals as a Markdown table; empty if there are none."""
     found = goals(stored)
     if not found:
         return ""
@@ -58,7 +58,7 @@ def _lift(collapsing: Sequence[Results]) -> Iterator[Goal]:
 
 
 def _order(results: Results) -> Iterator[Goal]:
-    """SupCon < SupCon + cNCE < Thanos, where the classes collapse."""
+    """SupCon < SupCon + cNCE < Thanos, if the classes collapse."""
     middle = BOUND if _row(results, BOUND) else "SupCon + cNCE"
     row = _row(results, middle)
     if row is None:
@@ -82,7 +82,7 @@ def _never_below(results: Results) -> Iterator[Goal]:
 
 
 def _margin(results: Results) -> Iterator[Goal]:
-    """SINCERE above SupCon, both at one temperature, and each at that of its paper."""
+    """SINCERE above SupCon, both at the same temperature, and each at the temperature of its paper."""
     base = next(row["method"] for row in results["rows"] if row["baseline"])
     found = [
         {"method": row["method"], "less": base, **row["margin_difference"]}

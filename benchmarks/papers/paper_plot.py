@@ -1,4 +1,4 @@
-"""Pictures of what paper_results.py stored: differences to SupCon, and the sweep of cNCE's weight."""
+"""Plots the results of paper_results.py: differences to SupCon, and the sweep of cNCE's weight."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ALPHA_TABLE = "mnist5k_alpha"
 
 
 def draw(stored: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
-    """The pictures that the results have figures for; their paths."""
+    """Draw the plots for which there are results. Returns their paths."""
     drawn = []
     compared = [results for results in stored if any(row["baseline"] for row in transfer_rows(results))]
     if compared:
@@ -26,7 +26,7 @@ def draw(stored: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
 
 
 def transfer_rows(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Rows of a coarse-to-fine table whose baseline is SupCon; none of another table."""
+    """The rows of a coarse-to-fine table with SupCon as the baseline; empty for other tables."""
     rows: list[Mapping[str, Any]] = results["rows"]
     base = next(row["method"] for row in rows if row["baseline"])
     return rows if base == "SupCon" and "_fine" not in results["table"] else []

@@ -1,14 +1,14 @@
-"""Trains and evaluates the runs that benchmarks/papers/README.md shows, and stores their results.
+"""Trains and evaluates the methods of the two papers and stores the results.
 
-    python benchmarks/papers/paper_results.py  # whatever is missing, all tables
+    python benchmarks/papers/paper_results.py  # train the missing runs of all tables
     python benchmarks/papers/paper_results.py --tables mnist5k_none --seeds 0  # one table, one seed
-    python benchmarks/papers/paper_results.py --collect  # train nothing, store what is there
+    python benchmarks/papers/paper_results.py --collect  # train nothing, store the finished runs
     python benchmarks/papers/paper_table.py  # render the page
 
-Runs lie in runs/paper/TABLE/METHOD_seedN; one that is finished is not trained again, so the command goes on
-where it was stopped. Each is a training of a config of configs/small, as `python pysupcon/train.py` does it,
-on one thread; its evaluation; and for frozen Thanos `python -m pysupcon concatenate`. The results are the
-figures of each run, and the paired differences of `python -m pysupcon compare`.
+Runs are stored in runs/paper/TABLE/METHOD_seedN. Finished runs are not repeated, so a stopped command can be
+started again. Each run is a training of a config of configs/small, as by `python pysupcon/train.py`, on one
+thread, and its evaluation; for frozen Thanos also `python -m pysupcon concatenate`. The results are the
+figures of each run and the paired differences of `python -m pysupcon compare`.
 """
 
 from __future__ import annotations
@@ -53,13 +53,16 @@ FIGURES = {
 COMPARED = ("probe", "coarse", "logistic", "knn", "margin")
 
 
-def do(job: Job, runs: Path, arguments: list[str]) -> str:
-    """Train and judge one run; returns its key.
+def run_job(job: Job, runs: Path, arguments: list[str]) -> str:
+    """Train and evaluate one run.
 
     Args:
-        job: what is trained.
+        job: the run.
         runs: folder of all runs.
-        arguments: of pysupcon/train.py; none for encoders put side by side.
+        arguments: arguments of pysupcon/train.py; none for concatenated encoders.
+
+    Returns:
+        The key of the job.
     """
     import torch
 
@@ -94,7 +97,7 @@ def do(job: Job, runs: Path, arguments: list[str]) -> str:
 
 
 def finished(job: Job, runs: Path) -> bool:
-    """Whether a run is trained and judged: what is written last is there."""
+    """Whether a run is trained and evaluated: the file that is written last exists."""
     return (_folder(job, runs) / COST_FILE).is_file()
 
 
@@ -105,23 +108,23 @@ def _folder(job: Job, runs: Path) -> Path:
 def train_all(
     wanted: Iterable[Job], runs: Path, roots: Mapping[str, Sequence[str]], processes: int
 ) -> list[str]:
-    """Do the jobs in order, each as soon as what it needs is there; returns the keys of those that failed."""
-    waiting = [job for job in wanted if not finished(job, runs)]
+    """Run the jobs in order, each after the runs that it needs. Returns the keys of failed jobs."""
+    pending = [job for job in wanted if not finished(job, runs)]
     running: dict[Future[str], Job] = {}
     failed: list[str] = []
-    start, total = time.perf_counter(), len(waiting)
+    start, total = time.perf_counter(), len(pending)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_quiet) as pool:
-        while waiting or running:
-            for job in list(waiting):
+        while pending or running:
+            for job in list(pending):
                 if len(running) == processes:
                     break
                 if all((_folder(job, runs).with_name(name) / COST_FILE).is_file() for name in job.needs):
-                    waiting.remove(job)
+                    pending.remove(job)
                     arguments = job.arguments(_folder(job, runs), roots.get(job.table.data, ()))
-                    running[pool.submit(do, job, runs, arguments)] = job
-            if not running:  # what they need has failed
-                return failed + [job.key for job in waiting]
+                    running[pool.submit(run_job, job, runs, arguments)] = job
+            if not running:  # the runs that they need have failed
+                return failed + [job.key for job in pending]
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 job = running.pop(future)
                 error = future.exception()
@@ -130,23 +133,23 @@ def train_all(
                     traceback.print_exception(error)
                 minutes = (time.perf_counter() - start) / 60
                 state = "failed" if error else "done"
-                left = len(waiting) + len(running)
+                left = len(pending) + len(running)
                 print(f"{minutes:6.1f} min  {state} {job.key}, {left} of {total} left", flush=True)
     return failed
 
 
 def _quiet() -> None:
-    """Bars of several trainings at once say nothing."""
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # for as long as the process lives
+    """Discard standard error, because progress bars of parallel trainings are not readable."""
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # open until the process ends
     os.environ["OMP_NUM_THREADS"] = "1"
     os.nice(19)
 
 
 def collect(table: Table, runs: Path) -> dict[str, Any] | None:
-    """The results of the runs of a table that are there; None without the baseline and another method.
+    """The results of the finished runs of a table; None without the baseline and another method.
 
-    Of the seeds those count for which every method is finished; where there is none, the baseline's, and the
-    methods that have all of them.
+    Uses the seeds for which every method is finished. If there are none, it uses the seeds of the baseline,
+    and the methods that have all of them.
     """
     from pysupcon.commands.compare import compare
     from pysupcon.reports.evaluated_runs import read_run
@@ -191,8 +194,7 @@ def collect(table: Table, runs: Path) -> dict[str, Any] | None:
 
 
 def _orders(table: Table, found: Comparison) -> Iterator[dict[str, Any]]:
-    """Of every method its fine accuracy by the linear probe, or else its margin, less that of another
-    baseline."""
+    """Differences of all methods to another baseline: fine accuracy of the linear probe, or margin."""
     names = {group.name: title(table, group.runs[0].name) for group in found.configurations}
     figure = next(name for name in ("probe", "margin") if FIGURES[name] in found.values)
     for group, difference in found.differences[FIGURES[figure]].items():
@@ -200,7 +202,7 @@ def _orders(table: Table, found: Comparison) -> Iterator[dict[str, Any]]:
 
 
 def _figures(folder: Path) -> dict[str, Any]:
-    """What one run says of itself: value, interval where there is one, minutes."""
+    """The figures of one run (value, and interval if there is one) and its cost in minutes."""
     report = json.loads((folder / "evaluation" / "metrics.json").read_text(encoding="utf-8"))
     metrics = report["metrics"]
     found: dict[str, Any] = json.loads((folder / COST_FILE).read_text(encoding="utf-8"))
@@ -220,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--seeds", nargs="+", type=int, default=list(SEEDS), help="default: 0 1 2")
     add("--runs", type=Path, default=RUNS, help="folder of the runs (default: %(default)s)")
     add("--results", type=Path, default=RESULTS, help="folder of paper_TABLE.json (default: %(default)s)")
-    add("--processes", type=int, default=2, help="trainings at once (default: %(default)s)")
+    add("--processes", type=int, default=2, help="parallel trainings (default: %(default)s)")
     add("--fashion-root", default=FASHION_ROOT, help="folder of Fashion-MNIST's files (default: %(default)s)")
     add("--collect", action="store_true", help="train nothing")
     options = parser.parse_args(arguments)
@@ -251,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _has_data(table: str, fashion_root: str) -> bool:
     there = not table.startswith("fashion") or Path(fashion_root).is_dir()
     if not there:
-        print(f"{table}: skipped, there is no {fashion_root}; --fashion-root FOLDER", file=sys.stderr)
+        print(f"{table}: skipped, {fashion_root} does not exist; see --fashion-root", file=sys.stderr)
     return there
 
 

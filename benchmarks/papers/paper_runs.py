@@ -1,4 +1,4 @@
-"""Which trainings the tables of paper_results.py need: data set, regime, methods, seeds."""
+"""The trainings that the tables of paper_results.py need: data set, regime, methods, seeds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REGIMES: dict[str, tuple[str, ...]] = {
         "--trainer.epochs", "10", "--trainer.checkpoint_epochs", "10",
     ),
 }  # fmt: skip
-"""Augmentation -> arguments that follow the config, which is written for none."""
+"""Augmentation -> arguments added to the config, which has no augmentation."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Method:
 
     Attributes:
         name: end of the config's name.
-        title: in the table.
-        parts: methods whose frozen encoders are put side by side; empty for one that is trained.
-        overrides: arguments that follow those of the regime.
+        title: title in the table.
+        parts: methods whose frozen encoders are concatenated; empty for a method that is trained.
+        overrides: arguments added after those of the regime.
     """
 
     name: str
@@ -51,8 +51,8 @@ METHODS = (
     Method("thanos_frozen", "Thanos, two frozen backbones", parts=("supcon_cnce", "ce_autoencoder")),
 )
 _MECHANISMS = ("supcon_cnce_spectral", "supcon_autoencoder", "thanos_one", "thanos")
-"""What else breaks the invariance under permutations within a class: compared once, where augmentation does
-not."""
+"""Other methods that break the invariance under permutations within a class; compared once, without
+augmentation."""
 MARGIN_METHODS = (
     Method("supcon", "SupCon, temperature 0.05", overrides=("--loss.temperature", "0.05")),
     Method("supcon", "SupCon, temperature 0.1"),
@@ -70,13 +70,13 @@ class Table:
     """Methods that are compared on one data set under one augmentation.
 
     Attributes:
-        name: of its folder of runs and of its entry in the results.
-        data: start of the configs' names.
-        regime: of :data:`REGIMES`.
+        name: name of its folder of runs and of its results.
+        data: prefix of the names of the configs.
+        regime: key of :data:`REGIMES`.
         methods: its rows.
         baseline: name of the method that the others are compared with.
-        also_against: names of further ones, whose differences show the order.
-        seeds: of the trainings.
+        also_against: names of further methods to compare with.
+        seeds: seeds of the trainings.
     """
 
     name: str
@@ -90,12 +90,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Job:
-    """One training, or putting two side by side, and its evaluation.
+    """One training, or the concatenation of two encoders, and its evaluation.
 
     Attributes:
         table: its table.
         method: its row.
-        seed: of the training.
+        seed: seed of the training.
     """
 
     table: Table
@@ -104,21 +104,21 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Of the run's folder within that of the table."""
+        """Name of the run's folder in the folder of the table."""
         return f"{_slug(self.method)}_seed{self.seed}"
 
     @property
     def key(self) -> str:
-        """In messages."""
+        """Name in messages."""
         return f"{self.table.name}/{self.name}"
 
     @property
     def needs(self) -> list[str]:
-        """Names of the runs that must be there first."""
+        """Names of the runs that must be finished before."""
         return [f"{part}_seed{self.seed}" for part in self.method.parts]
 
     def arguments(self, run_dir: Path, roots: Sequence[str] = ()) -> list[str]:
-        """Of pysupcon/train.py; none for encoders put side by side."""
+        """Arguments of pysupcon/train.py; none for concatenated encoders."""
         if self.method.parts:
             return []
         config = CONFIGS / f"{self.table.data}_{self.method.name}.yaml"
@@ -149,12 +149,11 @@ TABLES = {
         Table("mnist5k_alpha", "mnist5k_coarse", "none", ALPHA_METHODS, baseline="supcon_cnce_0", seeds=(0,)),
     )
 }
-"""In the order in which they are trained."""
+"""All tables, in the order of training."""
 
 
 def jobs(tables: Iterable[Table], seeds: Sequence[int]) -> Iterator[Job]:
-    """Jobs of the tables: one table after the other, in it one seed after the other, so that a harness that
-    is stopped has whole comparisons."""
+    """The jobs by table and then by seed, so that the comparisons of finished seeds are complete."""
     for table in tables:
         for seed in (seed for seed in table.seeds if seed in seeds):
             for method in table.methods:
@@ -162,5 +161,5 @@ def jobs(tables: Iterable[Table], seeds: Sequence[int]) -> Iterator[Job]:
 
 
 def title(table: Table, run: str) -> str:
-    """Of the row that a run (or a configuration of :mod:`pysupcon.commands.compare`) belongs to."""
+    """Title of the row of a run, or of a configuration of :mod:`pysupcon.commands.compare`."""
     return {_slug(method): method.title for method in table.methods}[run.rpartition("_seed")[0] or run]

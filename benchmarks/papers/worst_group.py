@@ -1,14 +1,14 @@
 """Worst-group accuracy on coloured digits: ERM, and GroupDRO over groups that were inferred from embeddings.
 
-    nice -n 5 python benchmarks/papers/worst_group.py  # whatever is missing of three seeds, then the table
-    python benchmarks/papers/worst_group.py --collect  # train nothing, store and print what is there
-    python benchmarks/papers/worst_group.py --print  # the table of the stored results
+    nice -n 5 python benchmarks/papers/worst_group.py  # train the missing runs, print the table
+    python benchmarks/papers/worst_group.py --collect  # train nothing; store and print the finished runs
+    python benchmarks/papers/worst_group.py --print  # print the table of the stored results
 
-For each seed: ERM, SupCon and Thanos's two encoders; the groups inferred from each, and from Thanos's side by
-side; GroupDRO over the true groups and over those of ERM, SupCon and Thanos. Trainings are those of
-configs/worst_group/coloured_mnist5k_*.yaml, one after the other, on one thread, in runs/worst_group; one that
-is finished is not done again. ERM and GroupDRO keep the epoch whose worst validation group (of the true ones)
-is best.
+For each seed, the script trains ERM, SupCon and Thanos's two encoders, infers groups from each of them and
+from Thanos's concatenated embeddings, and trains GroupDRO over the true groups and over those of ERM, SupCon
+and Thanos. The configs are configs/worst_group/coloured_mnist5k_*.yaml. Trainings run one after the other on
+one thread, in runs/worst_group; finished ones are not repeated. ERM and GroupDRO keep the epoch with the best
+accuracy of the worst true group of the validation set.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "ce_autoencoder": ("ce_autoencoder",),
     "thanos": ("supcon_cnce", "ce_autoencoder"),
 }
-"""Runs from whose embeddings, side by side, groups are inferred."""
+"""Name of the groups -> runs whose concatenated embeddings they are inferred from."""
 CLASSIFIERS = {
     "erm": "ERM",
     "group_dro_erm": "GroupDRO, groups of ERM",
@@ -70,7 +70,7 @@ FIGURES = ("accuracy", "worst_group_accuracy")
 
 
 def run_seed(seed: int, runs: Path) -> None:
-    """Everything of one seed that is not there yet."""
+    """Train the missing runs of one seed and infer the missing groups."""
     for name in ("erm", *ENCODERS, "group_dro_annotated"):
         _train(name, seed, runs)
     for source, encoders in GROUPS.items():
@@ -139,7 +139,7 @@ def _write(path: Path, content: Any) -> None:
 
 
 def collect(seeds: Sequence[int], runs: Path) -> dict[str, Any]:
-    """All figures of finished runs; mean, spread and intervals over the test samples for each classifier."""
+    """All figures of finished runs; mean, spread and intervals over the test samples per classifier."""
     bootstrap = BootstrapConfig()
     classifiers: dict[str, Any] = {}
     drawn: dict[tuple[str, str], torch.Tensor] = {}
@@ -185,7 +185,7 @@ def collect(seeds: Sequence[int], runs: Path) -> dict[str, Any]:
 
 
 def _one(folder: Path) -> dict[str, Any]:
-    """Figures of one classifier: by true group too, and which epoch was kept."""
+    """The figures of one classifier, also by true group, and the epoch that was kept."""
     from pysupcon.trainer.run import read_log
 
     prefix = "worst_group/trained/"
@@ -194,7 +194,7 @@ def _one(folder: Path) -> dict[str, Any]:
         name.removeprefix(prefix): metric["value"] for name, metric in metrics.items() if prefix in name
     }
     checked = [line for line in read_log(folder / "log.jsonl") if "val_worst_group" in line]
-    best = max(checked, key=lambda line: line["val_worst_group"])  # the first of equal ones
+    best = max(checked, key=lambda line: line["val_worst_group"])  # the first, if several are equal
     kept = {
         name: best[name] for name in ("epoch", "val_worst_group", "val_worst_known_group") if name in best
     }
@@ -207,7 +207,7 @@ def _summary(values: Sequence[float], interval: tuple[float, float] | None = Non
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: the classifiers, then how well their groups tell the true ones."""
+    """The Markdown tables of the classifiers and of the agreement of inferred with true groups."""
     seeds = list(results["classifiers"]["erm"]["seeds"])
     rows = [
         ("training", "accuracy, %", "worst group, %", "worst group above ERM, points", "by seed"),
@@ -262,15 +262,17 @@ def _cell(entry: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train what is missing, store, print."""
+    """Train the missing runs, store the results and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument(
         "--runs", type=Path, default=RUNS, help="folder of the runs (default: runs/worst_group)"
     )
-    parser.add_argument("--output", type=Path, default=RESULTS, help="the results, JSON")
-    parser.add_argument("--collect", action="store_true", help="train nothing, store what is there")
-    parser.add_argument("--print", action="store_true", help="train and store nothing, print what is stored")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="JSON file of the results")
+    parser.add_argument("--collect", action="store_true", help="train nothing, store the finished runs")
+    parser.add_argument(
+        "--print", action="store_true", help="train and store nothing, print the stored table"
+    )
     chosen = parser.parse_args(arguments)
     if not chosen.print:
         torch.set_num_threads(1)

@@ -1,5 +1,5 @@
-"""benchmarks/gpu/gpu_check.py as far as it goes without a GPU: what it would run, and what is left of it when
-steps fail, hang, leave processes behind or are interrupted."""
+"""benchmarks/gpu/gpu_check.py without a GPU: its steps, and its results when steps fail, hang, leave
+processes behind or are interrupted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.leftovers import GRANDCHILDREN, alive, children
+from helpers.stubborn_processes import STUBBORN_CHILDREN, is_running, printed_pids
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "csrc")]
@@ -32,7 +32,7 @@ TOOLKIT = Toolkit("/usr/bin/nvcc", "13.0", ["-isystem=/elsewhere/include"], Path
 
 
 def fake_toolkit(top: Path, fails: str = "") -> Toolkit:
-    """An nvcc that writes its command into its target. ``fails``: shell commands before that."""
+    """An nvcc that writes its command into its target. ``fails``: shell commands that run before."""
     nvcc = top / "bin" / "nvcc"
     (top / "lib64").mkdir()
     (top / "lib64" / "libcudart_static.a").touch()
@@ -57,9 +57,11 @@ def test_says_why_there_is_nothing_to_check() -> None:
 
 
 def test_obstacles() -> None:
-    assert gpu_check.obstacle("2.11.0+cu130", True) is None
-    assert "torch 2.11 or newer is needed, this is 2.10.1" in str(gpu_check.obstacle("2.10.1", True))
-    assert gpu_check.obstacle("2.12.0", False) == "torch sees no CUDA device"
+    assert gpu_check.unsupported_reason("2.11.0+cu130", True) is None
+    assert "torch 2.11 or newer is needed, this is 2.10.1" in str(
+        gpu_check.unsupported_reason("2.10.1", True)
+    )
+    assert gpu_check.unsupported_reason("2.12.0", False) == "torch sees no CUDA device"
 
 
 def test_a_missing_nvcc_is_explained(
@@ -74,13 +76,13 @@ def test_a_missing_nvcc_is_explained(
 
 
 def test_the_programs_beside_nvcc_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A toolkit that only NVCC names brings its own compute-sanitizer."""
+    """compute-sanitizer is found in a toolkit that only NVCC names."""
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     monkeypatch.setattr(gpu_check, "HOMES", ())
     toolkit = fake_toolkit(tmp_path)
     assert gpu_check.find_tools(toolkit).nvcc == toolkit.nvcc
-    if gpu_check.find_tools(toolkit).sanitizer is None:  # as long as this machine has no other
+    if gpu_check.find_tools(toolkit).sanitizer is None:  # unless this machine has another one
         sanitizer = tmp_path / "bin" / "compute-sanitizer"
         sanitizer.write_text("")
         sanitizer.chmod(0o755)
@@ -100,6 +102,7 @@ def test_results_are_named_after_the_device() -> None:
 def test_the_drivers_are_made_of_every_kernel_source(tmp_path: Path) -> None:
     compile_, links = gpu_driver.commands(TOOLKIT, "90", tmp_path)
     kernels = {p.name for p in (ROOT / "csrc" / "cuda").glob("*.cu")}
+    assert all(Path(command[-3]).is_file() for command in compile_)
     objects = {Path(command[-3]).name: command[-1] for command in compile_}
     assert set(objects) == kernels | {"emulate.cpp", "broken.cpp"}
     for link, program, source in zip(links, ("driver", "broken"), ("emulate.cpp", "broken.cpp"), strict=True):
@@ -141,7 +144,7 @@ def test_every_step_names_things_that_exist(tmp_path: Path) -> None:
     steps = [step for stage in gpu_steps.stages(TOOLS, "90", tmp_path, 25) for step in stage]
     names = [step.name for step in steps]
     assert len(set(names)) == len(names)
-    # Measurements come as soon as there is something to measure, and the kernels were seen right.
+    # Measurements start as soon as the extension is built and the kernels have passed a first check.
     assert names[2:4] == ["quick look at the kernels", "measurements: ours"]
     for step in steps:
         assert step.needs in ("", "driver", "extension")
@@ -156,7 +159,7 @@ def test_every_step_names_things_that_exist(tmp_path: Path) -> None:
             assert options.json == step.result
     results = [step.result for step in steps if step.result]
     assert len(set(results)) == len(results)
-    # torch.compile of a loss takes longer than all else: few sizes.
+    # torch.compile of a loss takes longest, so only few sizes are measured.
     compiled = [s for s in steps if "compiled" in s.command]
     sizes = [s.command[s.command.index("--sizes") + 1 :] for s in compiled]
     assert sizes == [["16384"], ["1024", "65536"]]
@@ -164,8 +167,10 @@ def test_every_step_names_things_that_exist(tmp_path: Path) -> None:
 
 def test_steps_can_be_chosen(tmp_path: Path) -> None:
     plan = gpu_steps.stages(TOOLS, "90", tmp_path, 25)
-    assert gpu_steps.chosen(plan, []) == plan
-    names = [[step.name for step in stage] for stage in gpu_steps.chosen(plan, ["launches", "memcheck"])]
+    assert gpu_steps.select_steps(plan, []) == plan
+    names = [
+        [step.name for step in stage] for stage in gpu_steps.select_steps(plan, ["launches", "memcheck"])
+    ]
     assert names == [
         ["build the extension", "build the driver"],
         ["compute-sanitizer memcheck"],
@@ -191,7 +196,7 @@ def test_cases_of_the_driver_exist() -> None:
 
 
 def test_groups_of_tests_hold_every_test() -> None:
-    """By construction the last group is what no other has; here: that each of the others has something."""
+    """The last group has all tests that no other group has; every other group must match a test."""
     text = (ROOT / "tests/cuda/test_cuda_gpu.py").read_text()
     names = re.findall(r"^def (test_\w+)", text, re.MULTILINE)
     for words in gpu_steps.TESTS.values():
@@ -223,7 +228,7 @@ def _step(name: str, program: str, **more: Any) -> Step:
 def _check(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, plan: list[list[Step]], minutes: float
 ) -> tuple[int, dict[str, Any]]:
-    """Exit status and JSON of a check whose steps are these."""
+    """Exit status and JSON of a check with these steps."""
     monkeypatch.setattr(gpu_check, "describe_machine", lambda log: (dict(MACHINE), ""))
     monkeypatch.setattr(gpu_check, "find_cuda", lambda: (TOOLKIT, "nvcc 13.0"))
     monkeypatch.setattr(gpu_check, "stages", lambda *_: plan)
@@ -265,12 +270,12 @@ def test_a_step_that_fails_does_not_stop_the_others(
     assert status == 1
     assert stored["machine"]["driver"] == "1.2"
     assert stored["machine"]["commit"] == "abc"
-    verdicts = {step["name"]: (step["verdict"], step["word"]) for step in stored["steps"]}
+    verdicts = {step["name"]: (step["verdict"], step["reason"]) for step in stored["steps"]}
     assert verdicts["build the extension"] == ("passed", "")
     assert verdicts["build the driver"] == ("FAILED", "exit status 1")
-    assert verdicts["quick look at the kernels"] == ("FAILED", "not begun: the driver was not built")
-    assert verdicts["compute-sanitizer"][0] == "left out"
-    assert verdicts["measurements: ours"][1].startswith("cut short after")
+    assert verdicts["quick look at the kernels"] == ("FAILED", "not started: the driver was not built")
+    assert verdicts["compute-sanitizer"][0] == "skipped"
+    assert verdicts["measurements: ours"][1].startswith("timed out after")
     assert verdicts["tests"] == ("FAILED", "exit status 1")
     assert verdicts["measurements: more"] == ("passed", "")
     assert stored["rows"] == [b, longer]
@@ -283,7 +288,7 @@ def test_a_step_that_fails_does_not_stop_the_others(
 def test_a_word_that_names_no_step_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Otherwise the builds alone would pass: "pairs" is a step of the long form only."""
+    """Otherwise only the builds would run and pass: "pairs" is a step of the long form."""
     machine = {"arch": "90", "gpu": "none", "driver": "1", "commit": "x", "versions": {"torch": "2.11.0"}}
     monkeypatch.setattr(gpu_check, "describe_machine", lambda log: (dict(machine), ""))
     toolkit = gpu_check.Toolkit("/usr/bin/nvcc", "13.0", [], Path("/usr/lib"))
@@ -296,7 +301,7 @@ def test_a_word_that_names_no_step_is_refused(
 
 
 def test_time_that_is_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A first step that takes all it may leaves the others what they were promised."""
+    """A first step that uses all of its time leaves the reserved time to the others."""
     plan = [[_step("slow", "import time; time.sleep(60)", seconds=3.0)], [_step("quick", "", seconds=3.0)]]
     _, stored = _check(monkeypatch, tmp_path, plan, 0.1)
     assert [step["verdict"] for step in stored["steps"]] == ["FAILED", "passed"]
@@ -307,7 +312,7 @@ INTERRUPTED = """
 import sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from benchmarks import gpu_check
+from benchmarks.gpu import gpu_check
 from benchmarks.gpu.gpu_steps import Step
 machine = dict(gpu="Fake", arch="90", driver="1.2", commit="abc", versions=dict(torch="2.11.0"))
 gpu_check.describe_machine = lambda log: (machine, "")
@@ -326,14 +331,14 @@ sys.exit(gpu_check.main(["--minutes", "8", "--json", {path!r}]))
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_leaves_the_numbers_and_no_process(tmp_path: Path, number: signal.Signals) -> None:
     result, path = tmp_path / "rows.json", tmp_path / "r.json"
-    program = _writes(result, [{"case": "speed", "both_s": 1.0}]) + GRANDCHILDREN + "time.sleep(600)"
+    program = _writes(result, [{"case": "speed", "both_s": 1.0}]) + STUBBORN_CHILDREN + "time.sleep(600)"
     text = INTERRUPTED.format(root=str(ROOT), result=str(result), program=program, path=str(path))
     check = subprocess.Popen(
         [PYTHON, "-u", "-c", text], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     assert check.stdout is not None
     printed = ""
-    while len(children(printed)) < 2:
+    while len(printed_pids(printed)) < 2:
         line = check.stdout.readline()
         assert line, printed
         printed += line
@@ -345,8 +350,10 @@ def test_an_interruption_leaves_the_numbers_and_no_process(tmp_path: Path, numbe
     assert f"gpu-check: interrupted ({number.name})" in rest
     stored = json.loads(path.read_text(encoding="utf-8"))
     assert stored["rows"] == [{"case": "speed", "both_s": 1.0}]
-    assert [(step["name"], step["word"]) for step in stored["steps"]][1:] == [("measurements", "interrupted")]
-    assert not [pid for pid in children(printed) if alive(pid)]
+    assert [(step["name"], step["reason"]) for step in stored["steps"]][1:] == [
+        ("measurements", "interrupted")
+    ]
+    assert not [pid for pid in printed_pids(printed) if is_running(pid)]
 
 
 # --- counters
@@ -384,7 +391,7 @@ NCU = "\n".join(
 
 
 def test_the_hot_kernels_are_profiled() -> None:
-    """ncu's pattern matches the kernels that visit pairs on tensor cores, and no other."""
+    """ncu's pattern matches exactly the kernels that compute pairs on tensor cores."""
     words, pattern = counters.KERNELS.split(":")
     assert words == "regex"
     found: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""benchmarks/gpu/gpu_model.py: what it reads in disassembled kernels, and what it makes of it."""
+"""benchmarks/gpu/gpu_model.py: parsing of disassembled kernels, counts and predictions."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_instructions_are_read() -> None:
 
 
 def test_cuobjdump_is_read_alike() -> None:
-    """It prints addresses for labels, and the encoding behind each instruction."""
+    """It prints addresses instead of labels, and the encoding after each instruction."""
     text = (
         "\t\tFunction : f\n\t.headerflags\t@EF_CUDA_SM80\n"
         "        /*0000*/                   MUFU.EX2 R4, R4 ;      /* 0x0000000000087882 */\n"
@@ -111,7 +111,7 @@ def test_conditional_jumps(jump: str, conditional: bool) -> None:
 
 
 def test_a_call_that_never_returns_is_a_jump() -> None:
-    """ptxas writes CALL where a branch would be too far; a subroutine ends in RET."""
+    """ptxas uses CALL if a branch would be too far; a subroutine ends with RET."""
     text = (
         ".text.f:\n.L_x_1:\n"
         "        /*0000*/               CALL.REL.NOINC `($sub) ;\n"
@@ -124,7 +124,7 @@ def test_a_call_that_never_returns_is_a_jump() -> None:
 
 
 def test_a_jump_table_leads_to_all_its_targets() -> None:
-    """nvcc makes one of what a tile may be: different, same or mixed."""
+    """nvcc generates one for the kinds of a tile: different, same or mixed."""
     text = (
         ".text.f:\n.L_x_1:\n"
         '        /*0000*/               BRX R36 -0x10   (*"BRANCH_TARGETS .L_x_2,.L_x_3"*) ;\n.L_x_2:\n'
@@ -161,7 +161,7 @@ def test_the_path_of_uniform_tiles_is_counted() -> None:
 
 
 def test_two_exponentials_a_pair_are_a_path_of_their_own() -> None:
-    """A switch on the device: the other branch takes each exponential twice."""
+    """A branch on the device: one of its sides computes each exponential twice."""
     text = TILE_LOOP.replace("FSEL", "MUFU.EX2")
     one, two = gpu_counts.count(function(text), 8, NEED)
     assert (one.exponentials, two.exponentials) == (1, 2)
@@ -200,7 +200,7 @@ def test_an_unknown_product_is_refused() -> None:
 
 
 def test_every_step_copies() -> None:
-    """Two barriers in a slice: no path copies between each two of them, and the count says so."""
+    """Two barriers per slice: no path has a copy between each two of them, and the count reports it."""
     text = TILE_LOOP.replace(
         "        /*0090*/", "        /*0088*/                   BAR.SYNC 0x0 ;\n        /*0090*/"
     )
@@ -324,7 +324,7 @@ def line(config: Config, name: str, exponentials: int) -> gpu_model.Line:
 
 
 def test_counts_before_and_after() -> None:
-    """A kernel is held against its earlier self even if its template arguments have changed."""
+    """A kernel is compared with its earlier version even if its template arguments have changed."""
     before = [line(RESIDENT_BACKWARD, "old", 2)]
     after = [line(RESIDENT_BACKWARD._replace(THREADS=256), "new", exponentials) for exponentials in (1, 2)]
     rows = gpu_model.count_table(after, before)
@@ -390,7 +390,7 @@ def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 def test_the_real_forward() -> None:
-    """csrc/cuda as it is: the counts that follow from the tile's size, and the tables."""
+    """The current csrc/cuda: counts that follow from the size of the tile, and the tables."""
     try:
         gpu_kernels.tools()
     except ModelError as error:

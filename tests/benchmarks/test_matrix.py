@@ -1,4 +1,4 @@
-"""benchmarks/matrix.py: which pairs there are, what their environments are told, how results are judged."""
+"""benchmarks/matrix.py: the pairs, the constraints of their environments and the evaluation of results."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def test_what_follows_torch_is_not_constrained() -> None:
 
 
 def test_a_missing_python_and_a_failed_step_stop_a_pair(tmp_path: Path) -> None:
-    with pytest.raises(matrix.Stopped, match=r"no python3\.99"):
+    with pytest.raises(matrix.PairError, match=r"no python3\.99"):
         matrix.find_python("3.99")
     code = "import sys; print('the reason'); sys.exit(3)"
-    with pytest.raises(matrix.Stopped, match="build: the reason"):
+    with pytest.raises(matrix.PairError, match="build: the reason"):
         matrix.run([sys.executable, "-c", code], tmp_path / "log.txt", "build")
 
 
@@ -45,12 +45,12 @@ def test_counts_and_verdicts(tmp_path: Path) -> None:
     report = tmp_path / "tests.xml"
     report.write_text('<testsuites><testsuite tests="9" failures="1" errors="1" skipped="3"/></testsuites>')
     result = matrix.Result("3.10", "2.11.0", built=True, imported=True)
-    assert not result.good  # no test has passed
+    assert not result.succeeded  # no test has passed
     matrix.count(report, result)
-    assert (result.passed, result.failed, result.skipped, result.good) == (4, 2, 3, False)
+    assert (result.passed, result.failed, result.skipped, result.succeeded) == (4, 2, 3, False)
     result.failed = 0
-    assert result.good
+    assert result.succeeded
     assert matrix.table([result]).endswith("| 3.10 | 2.11.0 | yes | yes | 4 | 0 | 3 | 0.0 |")
-    result.words = "pip: no such version"
-    assert not result.good
+    result.error = "pip: no such version"
+    assert not result.succeeded
     assert matrix.table([result]).endswith("0.0 (pip: no such version) |")

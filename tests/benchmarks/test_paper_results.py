@@ -1,4 +1,4 @@
-"""benchmarks/paper_*.py: what is trained, that a stopped harness goes on, that tables say what runs say."""
+"""benchmarks/papers: the jobs, resuming a stopped command, and tables that agree with the runs."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def trained_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             job = Job(TABLE, method, 0)
             assert not paper_results.finished(job, folder)
             arguments = job.arguments(folder / TABLE.name / job.name)
-            assert paper_results.do(job, folder, arguments) == job.key
+            assert paper_results.run_job(job, folder, arguments) == job.key
             assert paper_results.finished(job, folder)
     return folder
 
 
 @pytest.fixture(name="results")
 def collected(runs: Path) -> dict[str, Any]:
-    """As paper_results.py stores them, but for the machine."""
+    """The stored results of paper_results.py, without the machine."""
     found = paper_results.collect(TABLE, runs)
     assert found is not None
     return found
@@ -156,7 +156,7 @@ def test_readme_needs_its_markers(
     assert "no results of paper_results.py" in capsys.readouterr().err
     with_machine(results, tmp_path)
     assert paper_table.main(where) == 2
-    assert "README must hold" in capsys.readouterr().err
+    assert "README must contain" in capsys.readouterr().err
 
 
 def test_seeds_and_sure_differences(results: dict[str, Any]) -> None:
@@ -258,9 +258,7 @@ def test_every_job_is_a_training_that_resolves() -> None:
         assert table.regime == "strong" or {f"{name}_seed0" for name in table.also_against[:1]} <= there
 
 
-def test_where_fashion_mnist_is_not_installed_it_is_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_fashion_mnist_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--collect", "--tables", "fashion_mnist_none", "--fashion-root", str(tmp_path / "none")]
     assert paper_results.main([*arguments, "--results", str(tmp_path), "--runs", str(tmp_path)]) == 0
-    assert re.search("fashion_mnist_none: skipped, there is no .*none", capsys.readouterr().err)
+    assert re.search("fashion_mnist_none: skipped, .*none does not exist", capsys.readouterr().err)

@@ -1,4 +1,4 @@
-"""benchmarks/wheels.py: what a machine without a network lacks for the trainer."""
+"""benchmarks/wheels.py: the packages of the trainer that another machine lacks."""
 
 from __future__ import annotations
 

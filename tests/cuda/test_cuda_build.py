@@ -1,5 +1,4 @@
-"""What nvcc said about the kernels: no spills and no stack on any architecture, shared memory within every
-chip's limit.
+"""Checks the reports of nvcc: no spills and no stack on any architecture, shared memory within all limits.
 
 ``python tests/cuda/test_cuda_build.py [LOG...]`` prints the table "registers/spilled bytes/bytes of stack"
 for csrc/cuda/README.md.
@@ -18,9 +17,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHS = ["80", "86", "89", "90", "90a", "100", "120"]
-# No kernel may spill or have a stack; these are the ones whose registers are worth a table.
+# No kernel may spill or have a stack; the registers of these kernels are printed.
 HOT = re.compile(r"forward_resident|forward_streamed|forward_triangular|backward_resident|backward_streamed")
-# What a kernel with dynamic shared memory may declare statically, beside it.
+# Allowed static shared memory of a kernel that also has dynamic shared memory.
 STATIC_SHARED = 448
 ENTRY = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for 'sm_(?P<arch>\w+)'.*?"
@@ -38,14 +37,14 @@ class Kernel(NamedTuple):
     spills: int
     stack: int
     shared: int = 0
-    """bytes of shared memory that it declares statically"""
+    """bytes of static shared memory"""
 
     def __str__(self) -> str:
         return f"{self.registers}/{self.spills}/{self.stack}"
 
 
 def readable(mangled: str) -> str:
-    """backward_resident<Bf16, 4 warps, StatisticsWeights> from its mangled name; others keep theirs."""
+    """backward_resident<Bf16, 4 warps, StatisticsWeights> from its mangled name; others do not change."""
     hot = HOT.search(mangled)
     config = re.search(r"3gpu\d+(Bf16|F16)E(?:Li(\d)E)?", mangled)
     if not (hot and config):
@@ -74,7 +73,7 @@ def kernels_of(log: str) -> list[Kernel]:
 
 
 def in_local_memory(kernels: list[Kernel]) -> list[str]:
-    """Kernels that keep in memory what belongs in registers, or declare too much shared memory."""
+    """Kernels that spill, have a stack or declare too much shared memory."""
     return [
         f"{k.name} on sm_{k.arch}: {k}"
         for k in kernels
@@ -83,7 +82,7 @@ def in_local_memory(kernels: list[Kernel]) -> list[str]:
 
 
 def included(source: Path) -> set[Path]:
-    """A source and what it includes of its own folder."""
+    """A source and the headers of its own folder that it includes."""
     found, waiting = set(), [source]
     while waiting:
         path = waiting.pop()
@@ -95,7 +94,7 @@ def included(source: Path) -> set[Path]:
 
 
 def logs() -> list[Path]:
-    """Reports beside the objects that are newer than their source and what it includes."""
+    """Reports of ptxas that are newer than their source and its headers."""
     found = []
     for source in (ROOT / "csrc" / "cuda").glob("*.cu"):
         newest = max(path.stat().st_mtime for path in included(source))
@@ -139,7 +138,7 @@ def test_names_are_readable(mangled: str, name: str) -> None:
 
 @pytest.mark.parametrize(("stack", "stores", "loads"), [(8, 16, 4), (8, 0, 0), (0, 0, 4), (0, 0, 0)])
 def test_spills_and_stack_frames_are_seen(stack: int, stores: int, loads: int) -> None:
-    """The parser, on ptxas' own words; the middle one of three kernels."""
+    """The parser, on the output of ptxas for three kernels."""
 
     def entry(name: str, stack: int, stores: int, loads: int, shared: str = "") -> str:
         return (
@@ -189,8 +188,10 @@ def test_every_architecture_compiles_without_spills_and_stack(arch: str, source:
 
 
 def test_shared_memory_fits_every_chip(tmp_path: Path) -> None:
-    """sm_86, sm_89 and sm_120 give a block 99 KiB; every kernel stays below at any width of rows. Blocks that
-    shall run two at a time leave 1 KiB each to the driver."""
+    """On sm_86, sm_89 and sm_120 a block has at most 99 KiB; no kernel needs more at any width of rows.
+
+    If two blocks run at the same time, each leaves 1 KiB to the driver.
+    """
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
     from cuda_emulation import build
@@ -224,7 +225,7 @@ def test_shared_memory_fits_every_chip(tmp_path: Path) -> None:
     out = subprocess.run([str(tmp_path / "sizes")], capture_output=True, text=True, check=True).stdout
     *sizes, (_, most) = [tuple(map(int, line.split())) for line in out.splitlines()]
     assert len(sizes) == 8 + 6
-    # Static shared memory counts, too, and what launch() asks for is more.
+    # Static shared memory is included; launch() requests more than the dynamic part.
     assert max(size for _, size in sizes) <= most <= (99 << 10) - STATIC_SHARED
     # Two blocks of the forward fit what sm_86 has, 100 KiB; of the backward, what plan.h asks for.
     forward, backward, *again = (2 * (size + 1024) for blocks, size in sizes if blocks == 2)
@@ -233,7 +234,7 @@ def test_shared_memory_fits_every_chip(tmp_path: Path) -> None:
 
 
 def test_the_extension_needs_no_cuda_library() -> None:
-    """Linked statically: importing works where there is neither a driver nor a toolkit."""
+    """The runtime is linked statically, so that importing needs neither a driver nor a toolkit."""
     libraries = list((ROOT / "pysupcon").glob("_C*.so"))
     if not libraries or shutil.which("readelf") is None:
         pytest.skip("no extension built in place, or no readelf")

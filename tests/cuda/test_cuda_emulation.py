@@ -1,7 +1,7 @@
-"""The CUDA kernels' own sources, run on the CPU: against a float64 oracle, under sanitizers, in any order.
+"""Runs the sources of the CUDA kernels on the CPU, against a float64 oracle and under sanitizers.
 
-No GPU is involved: what this cannot see (races between blocks, a wrong PTX string, registers, speed) is
-test_cuda_gpu.py's.
+The emulation cannot detect races between blocks, wrong PTX strings, register use or speed; test_cuda_gpu.py
+tests those on a GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None or platform.system() != "Linux", reason="the emulation needs g++ on Linux"
 )
 
-# Every kernel in its smallest case; the sanitizers take long.
+# The smallest case of every kernel, because the sanitizers are slow.
 ASAN_CASES = [
     "bf16-candidates",
     "f16-own",
@@ -87,7 +87,7 @@ def test_broken_operands_give_nan_everywhere() -> None:
     broken("plain")
 
 
-def test_broken_operands_lead_to_no_access_outside() -> None:
+def test_broken_operands_access_no_invalid_memory() -> None:
     broken("asan", *ASAN_BROKEN)
 
 
@@ -101,7 +101,7 @@ def test_host_twins_of_the_wrappers_agree_with_plain_arithmetic() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_tensor_core_agrees_with_a_second_statement_of_its_models() -> None:
+def test_tensor_core_agrees_with_a_second_implementation() -> None:
     done = build.run(build.build("plain", "tensor_core_selftest.cpp"))
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -125,9 +125,9 @@ def test_unknown_case_is_a_failure() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "f32"])
 def test_supcon_starts_six_kernels(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    """Forward and backward, through autograd and the operators that ship: a small batch waits for launches.
+    """Launches limit the speed of small batches. Counts those of forward and backward through autograd.
 
-    Kernels and memsets are counted and not run, after a batch that shows that running changes nothing.
+    The first batch runs its kernels and memsets, the others only count them; both give the same counts.
     """
     path = str(build.build_operators())
     torch.ops.load_library(path)
@@ -174,7 +174,7 @@ NORMS = """
 #include "prepare.cuh"
 using namespace pysupcon::cuda;
 int main() {
-  constexpr int rows = 4097;  // some warps take one row, some two, one takes three
+  constexpr int rows = 4097;  // some warps process one row, some two, one three
   static float x[rows], norms[kExtremeBlocks];
   for (const int place : {-1, 0, 7, 8, 2047, 2048, 4096}) {
     for (float& value : x) value = 0.5f;
@@ -189,8 +189,8 @@ int main() {
 """
 
 
-def test_no_row_that_is_nan_is_missed_by_the_norms(tmp_path: Path) -> None:
-    """The triangular forward adds integers, which cannot hold a NaN: such a batch must not take it."""
+def test_the_norms_detect_every_nan_row(tmp_path: Path) -> None:
+    """The triangular forward adds integers, which cannot represent NaN: it must not run on such a batch."""
     source = tmp_path / "norms.cpp"
     source.write_text(NORMS)
     (program,) = build.compile_objects([source], ["-O0"], tmp_path, build.KERNELS, jobs=1)
@@ -203,11 +203,11 @@ def test_no_row_that_is_nan_is_missed_by_the_norms(tmp_path: Path) -> None:
 
 
 def test_every_mutant_finds_its_line() -> None:
-    """What the slow test of the mutants takes for granted."""
+    """The slow test of the mutants requires it."""
     from cuda_emulation import mutants
 
     lost = [m.name for m in mutants.MUTANTS if m.old not in (build.KERNELS / m.file).read_text()]
-    assert not lost, f"lines that are no longer there: {lost}"
+    assert not lost, f"mutants whose line no longer exists: {lost}"
     assert len({m.name for m in mutants.MUTANTS}) == len(mutants.MUTANTS)
     assert all(m.old != m.new for m in mutants.MUTANTS)
 
@@ -234,14 +234,14 @@ def test_broken_operands_under_the_address_sanitizer(prefix: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", ["f16", "f64"])
 def test_broken_orders_under_the_thread_sanitizer(shape: str) -> None:
-    """An order that holds a row twice sends two threads to one place."""
+    """If an order holds a row twice, two threads write to the same place."""
     broken("tsan", "-order", shape)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("share", range(SHARES))
 def test_nine_in_ten_injected_bugs_are_caught(share: int) -> None:
-    """Of a sample, in shares, so that every worker of the tests takes some. A share of eight may miss one."""
+    """Tests a sample, split into shares for the test workers. One mutant in ten per share may be missed."""
     from cuda_emulation import mutants
 
     results = [mutants.judge(mutant) for mutant in mutants.sample()[share::SHARES]]

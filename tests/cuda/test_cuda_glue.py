@@ -1,4 +1,4 @@
-"""csrc/cuda_glue.cpp without a GPU: registered for CPU tensors over emulated kernels."""
+"""csrc/cuda_glue.cpp without a GPU: registered for CPU tensors, with emulated kernels."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def close(got: Tensor, want: Tensor, tolerance: float) -> None:
 
 
 class Pairs(NamedTuple):
-    """What is summed, written down: [M, N] in float64."""
+    """The terms of the sums as a matrix [M, N] in float64."""
 
     s: Tensor
     negative: Tensor
@@ -81,7 +81,7 @@ class Problem(NamedTuple):
     candidate_instances: Tensor | None
 
     def pairs(self, x: Tensor, candidates: Tensor | None) -> Pairs:
-        """Of float64 copies of the rows, which may require a gradient."""
+        """Computed from float64 copies of the rows, which may require a gradient."""
         one_set = candidates is None
         c = x if candidates is None else candidates
         other_labels = self.labels if one_set else self.candidate_labels
@@ -203,7 +203,7 @@ def test_matmul_precision_chooses_the_split(emulated: Any) -> None:
 
 
 def test_newer_precision_setting_is_understood(emulated: Any) -> None:
-    """torch.get_float32_matmul_precision() raises once this one is set; the operators must not."""
+    """torch.get_float32_matmul_precision() raises once the new setting is used; the operators must not."""
     problem = Problem(*rows(40, 64, torch.float32, 4, 3), torch.tensor(20.0), *ALONE)
     exact = emulated.pair_stats(*problem, True, True)[0]
     before = torch.backends.cuda.matmul.fp32_precision
@@ -373,7 +373,7 @@ def evaluate(loss: str, x: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[
 def test_a_broken_row_makes_every_loss_nan(
     emulated: Any, monkeypatch: pytest.MonkeyPatch, loss: str, dtype: torch.dtype
 ) -> None:
-    """Also a row of a class of its own, and no gradient is plausible. Without it, all is as in float64."""
+    """Even if the row is alone in its class. Without the broken row, the results agree with float64."""
     generator = torch.Generator().manual_seed(1)
     x = torch.nn.functional.normalize(torch.randn(35, 2, 20, generator=generator, dtype=torch.float64), dim=2)
     labels = torch.arange(35) % 3

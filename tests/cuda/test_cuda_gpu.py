@@ -1,4 +1,4 @@
-"""The CUDA kernels on a GPU: what emulation cannot see. Skipped, with the reason, where there is none."""
+"""Tests of the CUDA kernels that need a GPU, because emulation cannot cover them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def features(samples: int, width: int, dtype: torch.dtype, classes: int) -> tupl
 
 
 def both(loss: Any, x: Tensor, labels: Tensor, **arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss and gradient by the kernels, and by dense float64."""
+    """Loss and gradient of the kernels and of the dense loss in float64."""
     mine = x.clone().requires_grad_()
     value = loss(mine, labels, backend="cuda", **arguments)
     (grad,) = torch.autograd.grad(value, mine)
@@ -82,9 +82,9 @@ def norm(rows: Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def wrappers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    toolkit, word = find_cuda()
+    toolkit, detail = find_cuda()
     if toolkit is None:
-        pytest.skip(word)
+        pytest.skip(detail)
     program = tmp_path_factory.mktemp("wrappers") / "wrappers"
     arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
     source = build.HERE / "wrappers.cu"
@@ -179,7 +179,7 @@ def row_problem(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_own_rows_gradient_is_complete(dtype: torch.dtype) -> None:
-    """Half of the rows as anchors, with every row's statistics: their part of the whole batch's gradient."""
+    """Half of the rows as anchors, with the statistics of all rows: their part of the gradient."""
     x, labels, order, scale = row_problem(301, 96, dtype, 4)
     n, p, *_ = ops.pair_stats(x, labels, order, scale, *ALONE, True, True)
     u, v = torch.randn_like(n), torch.randn_like(p)
@@ -192,7 +192,7 @@ def test_own_rows_gradient_is_complete(dtype: torch.dtype) -> None:
         backward, x[:half], mine, torch.argsort(mine, stable=True), scale, *candidates,
         None, None, n[:half], p[:half], u[:half], v[:half], None, None, n, p, u, v, None, None, True, True,
     )  # fmt: skip
-    # Both err, by float32 sums and by weights of 16 bits.
+    # Both have errors from float32 sums and 16-bit weights.
     bar = 2 * (TABLE[dtype].gradient + TABLE[dtype].output)
     assert norm(part.double() - whole[:half].double()) <= bar * norm(whole[:half])
 
@@ -214,7 +214,7 @@ def test_same_bits_twice(dtype: torch.dtype) -> None:
 
 @functools.cache
 def leaning_rows(count: int, width: int, dtype: torch.dtype, seed: int) -> Tensor:
-    """[count, width] unit rows that share a direction, so that a sum of them grows with their number."""
+    """[count, width] unit rows with a common direction, so that their sum grows with their number."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(count, width, generator=generator).add_(0.3)
     return torch.nn.functional.normalize(x, dim=1).to("cuda", dtype)
@@ -223,7 +223,7 @@ def leaning_rows(count: int, width: int, dtype: torch.dtype, seed: int) -> Tenso
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("few", [1, 5])
 def test_few_anchors_and_many_candidates(few: int, dtype: torch.dtype) -> None:
-    """A million rows are added up for each anchor: a sum that truncates loses a part of the gradient."""
+    """Sums a million rows per anchor: a sum that truncates loses a part of the gradient."""
     x, c = leaning_rows(few, 128, dtype, 1), leaning_rows(MANY, 128, dtype, 0)
     labels = torch.zeros(few, dtype=torch.long, device="cuda")
     c_labels = torch.ones(MANY, dtype=torch.long, device="cuda")
@@ -246,7 +246,7 @@ def test_few_anchors_and_many_candidates(few: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("few", [1, 5])
 def test_many_anchors_and_few_candidates(few: int, dtype: torch.dtype) -> None:
-    """The same for the gradient of the candidates, which is added up over the anchors."""
+    """The same for the gradient of the candidates, which is a sum over the anchors."""
     x, c = leaning_rows(MANY, 128, dtype, 0), leaning_rows(few, 128, dtype, 1)
     labels = torch.zeros(MANY, dtype=torch.long, device="cuda")
     c_labels = torch.ones(few, dtype=torch.long, device="cuda")
@@ -265,7 +265,7 @@ def test_many_anchors_and_few_candidates(few: int, dtype: torch.dtype) -> None:
 
 
 def test_wide_rows_that_are_alike() -> None:
-    """Similarities near 0.9 over 4,096 numbers: a product that truncates is too small in every pair."""
+    """Similarities near 0.9 of 4,096 numbers: a product that truncates is too small for every pair."""
     count, width, temperature = 512, 4096, 0.07
     generator = torch.Generator().manual_seed(7)
     shared = torch.randn(1, width, generator=generator)
@@ -281,7 +281,7 @@ def test_wide_rows_that_are_alike() -> None:
 
 
 def test_threads_with_rows_of_different_widths() -> None:
-    """Two host threads on one device: what one launch sets up must not be taken from the other."""
+    """Two host threads on one device: the launches of one must not affect those of the other."""
     widths, repetitions = (64, 256), 200
     start = threading.Barrier(len(widths))
 
@@ -306,7 +306,7 @@ def test_threads_with_rows_of_different_widths() -> None:
 
 
 def in_a_fresh_process(body: str) -> None:
-    """Runs a program that has rows x, what belongs to them, and ``step``: statistics and their gradient."""
+    """Run a program that has rows x, their labels and order, and ``step``: statistics and their gradient."""
     program = f"""
 import torch
 from pysupcon import ops
@@ -356,7 +356,7 @@ for dtype in (torch.bfloat16, torch.float32):
 
 
 def test_a_failed_call_leaves_no_error_behind() -> None:
-    """A launch into a capture that has become invalid fails; the next call on a good stream must not."""
+    """A launch into an invalid capture fails; the next call on a valid stream must not."""
     in_a_fresh_process("""
 inputs = problem(torch.bfloat16)
 wanted = step(*inputs)
@@ -370,7 +370,7 @@ def expect(call):
 
 def capture():
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
-        expect(torch.cuda.synchronize)  # not allowed here: the capture becomes invalid
+        expect(torch.cuda.synchronize)  # not allowed during a capture, which becomes invalid
         expect(lambda: step(*inputs))
 
 expect(capture)
@@ -436,12 +436,12 @@ def test_autocast_and_compile() -> None:
     assert torch.equal(grad, want_grad)
     value, grad = result(torch.compile(loss, fullgraph=True))
     torch.testing.assert_close(value, want)
-    # Compiled code may add the gradient's parts up in another order.
+    # Compiled code may add the parts of the gradient in another order.
     assert norm(grad - want_grad) <= TABLE[torch.float32].gradient * norm(want_grad)
 
 
 def test_extra_memory() -> None:
-    """At most 32 bytes a row beside the sorted copy, the results, and a scratch that does not grow with N."""
+    """At most 32 bytes per row besides the sorted copy, the results and a scratch of constant size."""
     count, width = 1 << 17, 64
     x, labels, order, scale = row_problem(count, width, torch.bfloat16, 1000)
     n, p, *_ = ops.pair_stats(x, labels, order, scale, *ALONE, True, True)
@@ -480,7 +480,7 @@ def test_offsets_beyond_32_bits() -> None:
 @pytest.mark.parametrize("count", [8192, 20_001])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_of_the_pairs(dtype: torch.dtype, count: int, temperature: float) -> None:
-    """n alone of many rows comes from the triangular kernel; at 0.02 another does its work, at 0.05 some."""
+    """The triangular kernel computes n alone of many rows; at 0.02 another kernel does, at 0.05 partly."""
     x, labels, order, _ = row_problem(count, 128, dtype, 50)
     scale = torch.tensor(1 / temperature, device="cuda")
     apart = torch.arange(count, device="cuda")

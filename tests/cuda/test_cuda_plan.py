@@ -1,4 +1,4 @@
-"""csrc/cuda/plan.h: what is decided before a kernel starts, compiled as the plain C++ it is."""
+"""csrc/cuda/plan.h: decisions of the host before a kernel starts, compiled as plain C++."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Runs(NamedTuple):
     parts: int
 
     def lengths(self) -> list[int]:
-        """Units of each run; test_runs_cover_every_unit_once says that run_begin() makes these."""
+        """Number of units of each run, as run_begin() has them; see test_runs_cover_every_unit_once."""
         begins = [self.units * run // self.blocks for run in range(self.blocks + 1)]
         return [end - begin for begin, end in pairwise(begins)]
 
@@ -93,11 +93,11 @@ class Plan(NamedTuple):
     positive_candidates: Runs
 
     def part_bytes(self) -> int:
-        """Of one part of a row block, at most: its gradient and a number for each row, or its statistics."""
+        """Maximal size of one part of a row block: its gradient and a number per row, or its statistics."""
         return self.rows * (4 * self.share_width * self.shares + 4 if self.share_width else 24)
 
     def part_count(self) -> int:
-        """One launch after the other, all in the same place; at most what the largest has."""
+        """Launches run one after the other and share memory: the size of the largest."""
         return max(runs.parts for runs in self[7:])
 
 
@@ -141,13 +141,13 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Planner:
     return ask
 
 
-SLACK = 20 * 256  # every piece starts at a multiple of 256 bytes
+SLACK = 20 * 256  # every buffer starts at a multiple of 256 bytes
 SCANNED = 16 * 256  # extremes of large batches
 VERDICTS = 8 * 4 * 1024  # of the rows and the orders of two sides
 
 
 def copy_bytes(rows: int, width: int, dtype: str, parts: int = 3) -> int:
-    """Of the sorted 16-bit copy: rows padded to 256, and to whole slices of 64 or, in several parts, 32."""
+    """Bytes of the sorted 16-bit copy: rows padded to 256, width to slices of 64 (several parts: 32)."""
     split = parts if dtype == "f32" else 1
     numbers = 64 if split == 1 else 32
     return -(-rows // 256) * 256 * -(-width // numbers) * numbers * 2 * split
@@ -201,7 +201,7 @@ def test_parts_stay_small_whatever_the_batch(
 
 
 def makespan(runs: Runs, slots: int) -> int:
-    """Tiles of the slot that ends last: each block goes where it can start first, in order."""
+    """Tiles of the slot that ends last, if each block in order starts on the first free slot."""
     ends = [0] * slots
     for length in runs.lengths():
         heapq.heappush(ends, heapq.heappop(ends) + length)
@@ -213,7 +213,7 @@ def makespan(runs: Runs, slots: int) -> int:
     ("dtype", "width"), [("bf16", 128), ("bf16", 64), ("bf16", 768), ("f32", 128), ("f32", 768)]
 )
 def test_the_device_is_kept_busy(plan: Planner, dtype: str, width: int, multiprocessors: int) -> None:
-    """No multiprocessor waits for more than a tile, or 1/17 of the time, while others still work."""
+    """No multiprocessor is idle for more than a tile, or 1/17 of the time, while others work."""
     around = [size + step for size in (16_384, 17_408, 20_000, 65_536) for step in (-128, -1, 0, 1, 128)]
     for n in (300, 1000, 2048, 4096, 8192, 33_792, 33_793, *around, 262_144):
         for operation in ("stats", "stats_backward"):
@@ -230,7 +230,7 @@ def test_the_device_is_kept_busy(plan: Planner, dtype: str, width: int, multipro
 def runs_in_full(runs: Runs) -> int:
     assert runs.units == runs.row_blocks * runs.tiles
     lengths = runs.lengths()
-    assert min(lengths) >= 1  # no block starts for nothing
+    assert min(lengths) >= 1  # every block has work
     return sum(lengths)
 
 
@@ -238,7 +238,7 @@ def runs_in_full(runs: Runs) -> int:
 def test_whole_row_blocks_would_leave_half_of_the_device_idle(
     plan: Planner, multiprocessors: int, n: int
 ) -> None:
-    """The makespan of the test above notices it: blocks of 128 rows, one a multiprocessor."""
+    """The test above detects blocks of 128 rows with one block per multiprocessor."""
     found = plan("stats", "f32", n, n, 128, multiprocessors=multiprocessors)
     runs = found.anchors
     whole = runs._replace(blocks=runs.row_blocks)
@@ -347,7 +347,7 @@ int main() {
 
 
 def test_runs_cover_every_unit_once(tmp_path: Path) -> None:
-    """runs.cuh, compiled for the CPU: row blocks, runs and parts agree, up to 2^49 units without overflow."""
+    """runs.cuh, compiled for the CPU: row blocks, runs and parts agree, without overflow up to 2^49 units."""
     if shutil.which("g++") is None or platform.system() != "Linux":
         pytest.skip("needs g++ on Linux")
     from cuda_emulation import build

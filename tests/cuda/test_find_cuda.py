@@ -1,4 +1,4 @@
-"""csrc/find_cuda.py: which nvcc is taken, and what is said of those that cannot be used."""
+"""csrc/find_cuda.py: which nvcc is used, and the messages about those that cannot be used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT / "csrc"))
 import find_cuda  # noqa: E402
 from find_cuda import PARTS, PIP_LINE  # noqa: E402
 
-# Answers as nvcc does. It compiles only if its folder has a file named compiles; else it prints an error.
+# A fake nvcc. It compiles only if its folder has a file named compiles; else it prints an error.
 NVCC = """#!/bin/sh
 top=$(dirname "$0")/..
 case "$*" in
@@ -39,13 +39,13 @@ def put_nvcc(top: Path, version: str = "13.0") -> str:
 
 
 def toolkit(top: Path, version: str = "13.0") -> str:
-    """An ordinary toolkit in top; returns its nvcc."""
+    """Create an ordinary toolkit in ``top``. Returns its nvcc."""
     touch(top / "lib64" / "libcudart_static.a")
     return put_nvcc(top, version)
 
 
 def pip_packages(site: Path, names: list[str], runtime: int = 13000) -> Path:
-    """The files of these packages of CUDA 13 in a site-packages; returns their common folder."""
+    """Create the files of pip packages of CUDA 13 in a site-packages. Returns their common folder."""
     top = site / "nvidia" / "cu13"
     for name in names:
         if name == "nvidia-cuda-nvcc":
@@ -72,13 +72,13 @@ def _no_nvcc_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_packages_of_cuda_13_are_a_toolkit(tmp_path: Path) -> None:
     top = pip_packages(tmp_path, ALL)
-    found, word = find_cuda.find_cuda((), [str(tmp_path / "none"), str(tmp_path)])
+    found, detail = find_cuda.find_cuda((), [str(tmp_path / "none"), str(tmp_path)])
     assert found == (str(top / "bin/nvcc"), "13.0", [], top / "lib")
-    assert word == "nvcc 13.0"
+    assert detail == "nvcc 13.0"
 
 
 def test_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NVCC, PATH, CUDA_HOME, the usual place, pip: each is taken once those before it are gone."""
+    """NVCC, PATH, CUDA_HOME, /usr/local/cuda, pip: each is used if those before it do not exist."""
     tops = {name: tmp_path / name for name in ("named", "path", "home", "usual")}
     nvccs = {name: toolkit(top) for name, top in tops.items()}
     nvccs["pip"] = str(pip_packages(tmp_path, ALL) / "bin/nvcc")
@@ -110,14 +110,14 @@ def test_the_first_site_and_its_newest_cuda_come_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize("missing", list(PARTS))
 def test_a_missing_package_is_named(missing: str, tmp_path: Path) -> None:
     pip_packages(tmp_path, [name for name in ALL if name != missing])
-    found, word = find_cuda.find_cuda((), [str(tmp_path)])
+    found, detail = find_cuda.find_cuda((), [str(tmp_path)])
     assert found is None
-    assert f"pip's {missing} is missing" in word
-    assert PIP_LINE in word
+    assert f"pip's {missing} is missing" in detail
+    assert PIP_LINE in detail
 
 
 def test_packages_in_two_sites_complete_each_other(tmp_path: Path) -> None:
-    """A virtual environment with nvcc over an installation with torch, which brought the runtime."""
+    """A virtual environment with nvcc that extends an installation with torch and its CUDA runtime."""
     nvcc = pip_packages(tmp_path / "venv", [name for name in ALL if name != "nvidia-cuda-runtime"])
     runtime = pip_packages(tmp_path / "base", ["nvidia-cuda-runtime"])
     found, _ = find_cuda.find_cuda((), [str(tmp_path / "venv"), str(tmp_path / "base")])
@@ -126,48 +126,47 @@ def test_packages_in_two_sites_complete_each_other(tmp_path: Path) -> None:
 
 
 def test_nvcc_uses_no_compiler_of_another_site(tmp_path: Path) -> None:
-    """Headers and libraries can be named on the command line; cicc is found beside nvcc or not at all."""
+    """Flags can name headers and libraries, but nvcc finds cicc only in its own toolkit folder."""
     pip_packages(tmp_path / "venv", [name for name in ALL if name != "nvidia-nvvm"])
     pip_packages(tmp_path / "base", ["nvidia-nvvm"])
-    found, word = find_cuda.find_cuda((), [str(tmp_path / "venv"), str(tmp_path / "base")])
+    found, detail = find_cuda.find_cuda((), [str(tmp_path / "venv"), str(tmp_path / "base")])
     assert found is None
-    assert "nvidia-nvvm" in word
+    assert "nvidia-nvvm" in detail
 
 
 def test_a_runtime_of_another_version_is_refused(tmp_path: Path) -> None:
     pip_packages(tmp_path, ALL, runtime=13020)
-    found, word = find_cuda.find_cuda((), [str(tmp_path)])
+    found, detail = find_cuda.find_cuda((), [str(tmp_path)])
     assert found is None
-    assert "nvcc is 13.0, but pip's nvidia-cuda-runtime is 13.2" in word
-    assert PIP_LINE in word
+    assert "nvcc is 13.0, but pip's nvidia-cuda-runtime is 13.2" in detail
+    assert PIP_LINE in detail
 
 
 def test_packages_of_cuda_12_have_no_nvcc(tmp_path: Path) -> None:
     touch(tmp_path / "nvidia/cuda_nvcc/bin/ptxas")
     touch(tmp_path / "nvidia/cuda_runtime/lib/libcudart_static.a")
-    found, word = find_cuda.find_cuda(("/nowhere",), [str(tmp_path)])
+    found, detail = find_cuda.find_cuda(("/nowhere",), [str(tmp_path)])
     assert found is None
-    assert word == (
+    assert detail == (
         "no nvcc was found (NVCC, PATH, CUDA_HOME, /nowhere, pip's packages); to install one: " + PIP_LINE
     )
 
 
 def test_an_nvcc_that_does_not_work_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A distribution's old nvcc on PATH does not hide the one that pip installed; without it, all is said."""
+    """An old nvcc on PATH does not hide the one that pip installed; without that one, all are reported."""
     old = toolkit(tmp_path / "old", version="11.8")
     monkeypatch.setenv("PATH", f"{Path(old).parent}:/usr/bin:/bin")
     top = pip_packages(tmp_path, ALL)
-    found, word = find_cuda.find_cuda((), [str(tmp_path)])
+    found, detail = find_cuda.find_cuda((), [str(tmp_path)])
     assert found is not None
-    assert (found.nvcc, word) == (str(top / "bin/nvcc"), "nvcc 13.0")
+    assert (found.nvcc, detail) == (str(top / "bin/nvcc"), "nvcc 13.0")
 
     (top / "compiles").unlink()
-    found, word = find_cuda.find_cuda((), [str(tmp_path)])
+    found, detail = find_cuda.find_cuda((), [str(tmp_path)])
     assert found is None
-    assert f"{old} is of CUDA 11.8, older than 12.0; " in word
+    assert f"{old} is of CUDA 11.8, older than 12.0; " in detail
     assert (
-        f"does not compile a small kernel: error: old gcc; to install what belongs together: {PIP_LINE}"
-        in word
+        f"does not compile a small kernel: error: old gcc; to install matching packages: {PIP_LINE}" in detail
     )
 
 
@@ -178,14 +177,14 @@ def test_nvcc_of_the_environment_decides_alone(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_toolkit_needs_the_static_runtime(tmp_path: Path) -> None:
-    """The shared one would be needed at import, where there may be no toolkit."""
+    """The shared runtime would be needed at import, possibly without a toolkit."""
     nvcc = toolkit(tmp_path)
     (tmp_path / "lib64/libcudart_static.a").rename(tmp_path / "lib64/libcudart.so.13")
     assert find_cuda.find_cuda([str(tmp_path)], ()) == (None, f"{nvcc} has no libcudart_static.a with it")
 
 
 def test_the_source_distribution_has_the_sources(tmp_path: Path) -> None:
-    """And the search, without which setup.py does not start."""
+    """It also needs find_cuda.py, which setup.py imports."""
     command = [sys.executable, "setup.py", "-q", "egg_info", f"--egg-base={tmp_path}"]
     subprocess.run(
         [*command, "sdist", f"--dist-dir={tmp_path}", "--formats=tar"],
@@ -204,12 +203,12 @@ def test_the_source_distribution_has_the_sources(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_packages_of_pip_compile_a_kernel_file(tmp_path: Path) -> None:
-    """Really: one kernel file, linked into a library that needs no CUDA library."""
+    """Compiles one kernel file and links it into a library that needs no CUDA library."""
     programs = find_cuda.find_programs("nvcc", ())
     if not programs:
         pytest.skip(f"pip has installed no nvcc here: {PIP_LINE}")
-    found, word = find_cuda.find_cuda(())
-    assert found is not None, word
+    found, detail = find_cuda.find_cuda(())
+    assert found is not None, detail
     source, library = ROOT / "csrc/cuda/operations.cu", tmp_path / "operations.so"
     flags = [
         "-std=c++17",

@@ -1,4 +1,4 @@
-"""pysupcon/pairs/known_answers.py: right operators pass, and every kind of wrong answer is noticed."""
+"""pysupcon/pairs/known_answers.py: correct operators pass, and every kind of wrong result is detected."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_emulated_kernels_agree(dtype: torch.dtype, parts: int) -> None:
 
 
 def _one_element(right: Tensor) -> Tensor:
-    """One element in the middle of the values, off by 1 %."""
+    """One element in the middle of the values has an error of 1 %."""
     wrong = right.clone().reshape(-1)
     sizes = torch.where(wrong.isfinite(), wrong, 0.0).abs()
     candidates = sizes.nonzero().reshape(-1)
@@ -91,8 +91,7 @@ OUTPUTS = {
 
 
 class Wrong:
-    """The operators of :mod:`pysupcon.pairs.tiled`, one of whose outputs is spoiled where ``when`` holds of
-    the arguments."""
+    """The operators of :mod:`pysupcon.pairs.tiled`, with a wrong output where ``when`` is true."""
 
     def __init__(
         self,
@@ -133,11 +132,11 @@ class Wrong:
 )
 def test_every_wrong_answer_is_noticed(operator: str, output: str, fault: str, dtype: torch.dtype) -> None:
     parts = 3 if dtype == torch.float32 else 0
-    words = known_answers.disagreement(Wrong(operator, output, FAULTS[fault]), CPU, dtype, parts)
-    assert words is not None
-    assert words.startswith(f"{operator} (")
-    assert ("the sum" if output == "total" else output) in words
-    assert ("is not finite in 1 of" in words) == (fault == "one NaN")
+    message = known_answers.disagreement(Wrong(operator, output, FAULTS[fault]), CPU, dtype, parts)
+    assert message is not None
+    assert message.startswith(f"{operator} (")
+    assert ("the sum" if output == "total" else output) in message
+    assert ("is not finite in 1 of" in message) == (fault == "one NaN")
 
 
 WHEN: dict[str, tuple[str, str, Callable[..., bool], str]] = {
@@ -153,19 +152,19 @@ WHEN: dict[str, tuple[str, str, Callable[..., bool], str]] = {
 
 @pytest.mark.parametrize("name", WHEN)
 def test_every_form_is_asked(name: str) -> None:
-    """A fault of one form only: of one width, one kind of candidates, one choice of sets."""
+    """A fault of one form only: one width, one kind of candidates, one choice of sets."""
     operator, output, when, named = WHEN[name]
-    words = known_answers.disagreement(Wrong(operator, output, _scaled, when), CPU, torch.bfloat16)
-    assert words is not None
-    assert named in words
+    message = known_answers.disagreement(Wrong(operator, output, _scaled, when), CPU, torch.bfloat16)
+    assert message is not None
+    assert named in message
 
 
 def test_a_wrong_empty_set_is_noticed() -> None:
     def filled(right: Tensor) -> Tensor:
         return torch.where(right == -torch.inf, 0.0, right)
 
-    words = known_answers.disagreement(Wrong("pair_stats", "p", filled), CPU, torch.float64)
-    assert words == "pair_stats (one set, D=72): p is not -inf where a set is empty"
+    message = known_answers.disagreement(Wrong("pair_stats", "p", filled), CPU, torch.float64)
+    assert message == "pair_stats (one set, D=72): p is not -inf where a set is empty"
 
 
 def test_a_gradient_that_replaces_what_was_there_is_noticed() -> None:
@@ -177,17 +176,17 @@ def test_a_gradient_that_replaces_what_was_there_is_noticed() -> None:
 
             return call
 
-    words = known_answers.disagreement(Replaces("pair_stats_backward", "", _scaled), CPU, torch.bfloat16)
-    assert words is not None
-    assert words.startswith("pair_stats_backward (one set, D=72): grad_x differs in")
+    message = known_answers.disagreement(Replaces("pair_stats_backward", "", _scaled), CPU, torch.bfloat16)
+    assert message is not None
+    assert message.startswith("pair_stats_backward (one set, D=72): grad_x differs in")
 
 
 def test_an_operator_that_cannot_run_is_named() -> None:
     def fail(right: Tensor) -> Tensor:
         raise RuntimeError("no kernel image is available for execution on the device\nmore words")
 
-    words = known_answers.disagreement(Wrong("positive_softplus", "total", fail), CPU, torch.float16)
-    assert words == (
+    message = known_answers.disagreement(Wrong("positive_softplus", "total", fail), CPU, torch.float16)
+    assert message == (
         "positive_softplus (one set, D=72) did not run: no kernel image is available for execution on the "
         "device"
     )
@@ -202,7 +201,7 @@ def test_no_room_says_nothing_of_the_kernels() -> None:
 
 
 def test_n_of_many_rows_is_held_against_the_kernel_for_candidates() -> None:
-    """As the triangular forward of a GPU would be, were it wrong: from so many rows on, of one set."""
+    """Like a fault of the triangular forward on a GPU: only one set with at least so many rows."""
 
     class Half:
         def __getattr__(self, name: str) -> Any:
@@ -215,6 +214,6 @@ def test_n_of_many_rows_is_held_against_the_kernel_for_candidates() -> None:
 
     assert known_answers.disagreement(tiled, CPU, torch.float64, many=1001) is None
     assert known_answers.disagreement(Half(), CPU, torch.float64) is None
-    words = known_answers.disagreement(Half(), CPU, torch.float64, many=1001)
-    assert words is not None
-    assert words.startswith("pair_stats (negatives only, 1001 rows): n differs in 1 of 1001 places")
+    message = known_answers.disagreement(Half(), CPU, torch.float64, many=1001)
+    assert message is not None
+    assert message.startswith("pair_stats (negatives only, 1001 rows): n differs in 1 of 1001 places")

@@ -1,4 +1,4 @@
-"""The check of the CUDA kernels on a GPU: what tests/pairs/test_trust.py cannot see without one."""
+"""The self-test of the CUDA kernels on a GPU, in addition to tests/pairs/test_trust.py."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def _unjudged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test begins without a verdict."""
+    """Every test starts without a result of the self-test."""
     monkeypatch.setattr(trust, "_verdicts", {})
     monkeypatch.setattr(trust, "_warned", set())
     monkeypatch.delenv("PYSUPCON_TRUST", raising=False)

@@ -1,4 +1,4 @@
-"""The losses and their gradients with 60 digits, pair by pair: the truth where float64 is not enough."""
+"""The losses and their gradients with 60 digits, pair by pair, for tests in which float64 is not enough."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _DIGITS = 60
 
 
 class Exact(NamedTuple):
-    """Rounded to float64 at the end."""
+    """Exact results, rounded to float64."""
 
     loss: Tensor
-    """[N]; 0 for an anchor that has none"""
+    """[N]; 0 for anchors without positives"""
     grad: Tensor
-    """of the sum of the losses, [N, D]"""
+    """gradient of the sum of the losses, [N, D]"""
     slope: float
-    """its derivative by the temperature"""
+    """derivative of that sum with respect to the temperature"""
 
 
 def _log_sum(values: list[Any]) -> Any:
@@ -32,7 +32,7 @@ def _log_sum(values: list[Any]) -> Any:
 def _anchor(
     name: str, s: dict[int, Any], positives: list[int], negatives: list[int], own: list[int], epsilon: Any
 ) -> tuple[Any, dict[int, Any]]:
-    """The loss of one anchor and its derivatives by the similarities ``s``."""
+    """The loss of one anchor and its derivatives with respect to the similarities ``s``."""
     slope = dict.fromkeys(s, mpmath.mpf(0))
     if not positives:
         return mpmath.mpf(0), slope
@@ -65,9 +65,11 @@ def exact(
     """A weighted sum of losses of rows [N, D].
 
     Args:
-        parts: weight of "supcon", "sincere" and "cnce".
+        parts: weights of "supcon", "sincere" and "cnce".
+        x: rows, [N, D].
         labels: [N].
         instances: [N].
+        temperature: of all losses.
         epsilon: of "sincere".
     """
     with mpmath.workdps(_DIGITS):
@@ -90,7 +92,7 @@ def exact(
                         grad[i][k] += pull * rows[j][k]
                         grad[j][k] += pull * rows[i][k]
             losses.append(float(loss))
-        # Every similarity is of degree 2 in the rows and of degree -1 in the temperature.
+        # Similarities are homogeneous of degree 2 in the rows and of degree -1 in the temperature.
         slope = -mpmath.fsum(mpmath.fdot(row, pull) for row, pull in zip(rows, grad, strict=True)) / (2 * tau)
         return Exact(
             torch.tensor(losses, dtype=torch.float64),

@@ -1,4 +1,4 @@
-"""Features whose classes are known, for the tests of the evaluators."""
+"""Synthetic features with known classes for the tests of the evaluators."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FINE_OF_COARSE = 3  # fine classes 0..5, coarse class = fine // 3
 def blobs(
     n: int, *, width: int = 8, distance: float = 2.0, seed: int = 0, dtype: torch.dtype = torch.float64
 ) -> FeatureSet:
-    """Gaussian blobs of deviation 1 round six centres, of which three make a coarse class."""
+    """Gaussian blobs with standard deviation 1 around six centres, three centres per coarse class."""
     centres = torch.randn(6, width, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     fine = torch.arange(n) % 6
@@ -27,5 +27,5 @@ def splits(distance: float = 2.0, train: int = 120, dtype: torch.dtype = torch.f
 
 
 def numbers(results: Iterable[Result]) -> dict[str, float]:
-    """The results without the outcomes behind them."""
+    """The results that are numbers, without the outcomes per sample."""
     return {name: value for name, value in results if isinstance(value, float)}

@@ -1,4 +1,4 @@
-"""Backward operators as functions that return what they add."""
+"""Calls backward operators and returns the gradients that they add."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pysupcon.pairs import ops
 
 
 def added(operator: Any, *arguments: Any, candidates: bool = False) -> tuple[Tensor, Any, Any]:
-    """Call a backward operator on zeros.
+    """Call a backward operator with gradient buffers of zeros.
 
     Args:
-        operator: one of the three.
-        arguments: all but the two last, which say where the gradients go.
-        candidates: whether the gradient of the candidates is wanted.
+        operator: a backward operator.
+        arguments: all arguments except grad_x and grad_candidates.
+        candidates: whether to compute the gradient of the candidates.
 
     Returns:
-        dL/dx, dL/dcandidates or None, and what the operator returns.
+        dL/dx, dL/dcandidates or None, and the operator's result.
     """
     grad_x = ops.zero_gradients(arguments[0])
     grad_candidates = ops.zero_gradients(arguments[4]) if candidates else None

@@ -1,7 +1,8 @@
-"""Calls of the raw operators by argument name: valid ones drawn at random, and faults of single arguments.
+"""Calls the raw operators by argument name: random valid problems, and problems with one invalid argument.
 
-What an operator takes is read from its schema, so that an operator or an argument that comes later is called
-too. Knows nothing of the package: it also runs where only a sanitized library of the operators is loaded.
+The arguments of an operator are read from its schema, so that new operators and arguments are included. This
+module does not import the package, because it is also used where only a sanitized library of the operators is
+loaded.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 @functools.cache
 def operators(namespace: str) -> dict[str, list[str]]:
-    """Names of the arguments of every operator of pairs (others name a backend, and call these)."""
+    """Argument names of the operators on pairs, without the operators that take a backend."""
     prefix = namespace + "::"
     schemas = [schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith(prefix)]
     taken = {s.name.removeprefix(prefix): [argument.name for argument in s.arguments] for s in schemas}
@@ -39,22 +40,22 @@ STATISTICS = ("n", "p", "grad_n", "grad_p", "grad_positive_sum", "grad_instance_
 
 
 def sort(labels: Tensor, instances: Tensor) -> Tensor:
-    """By label, then by instance."""
+    """The stable argsort by label, then by instance."""
     order = torch.argsort(instances, stable=True)
     return order[torch.argsort(labels[order], stable=True)]
 
 
-def draw(dice: random.Random, form: str, dtype: torch.dtype, most: int = 40) -> Values:
-    """A valid problem: every argument that an operator may have."""
+def draw(dice: random.Random, form: str, dtype: torch.dtype, max_rows: int = 40) -> Values:
+    """A random valid problem with all arguments of all operators."""
     generator = torch.Generator().manual_seed(dice.getrandbits(32))
-    rows, width, classes = dice.randint(0, most), dice.randint(1, 20), dice.choice([1, 3, 9, 50])
+    rows, width, classes = dice.randint(0, max_rows), dice.randint(1, 20), dice.choice([1, 3, 9, 50])
 
     def normal(*shape: int) -> Tensor:
         drawn = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
         if len(shape) == 2 and dice.random() < 0.3:
             return torch.cat([drawn, drawn], 1)[:, : shape[1]]  # strided rows
         if len(shape) == 2 and dice.random() < 0.1:
-            return drawn[:1].expand(shape) if shape[0] else drawn  # one row in many places
+            return drawn[:1].expand(shape) if shape[0] else drawn  # an expanded row
         return drawn.T.contiguous().T if dice.random() < 0.1 else drawn
 
     def column(size: int) -> Tensor:
@@ -70,7 +71,7 @@ def draw(dice: random.Random, form: str, dtype: torch.dtype, most: int = 40) -> 
         "positives": dice.random() < 0.8,
         "epsilon": dice.choice([0.0, 0.25, -2.0]),
     }
-    count = dice.randint(0, most)
+    count = dice.randint(0, max_rows)
     if form != "self":
         values["candidates"], values["candidate_labels"] = normal(count, width), ids(count)
         values["candidate_instances"] = ids(count)
@@ -97,14 +98,14 @@ def draw(dice: random.Random, form: str, dtype: torch.dtype, most: int = 40) -> 
 
 
 class Fault(NamedTuple):
-    """``change`` makes another value of the argument, or None where this problem cannot have the fault."""
+    """An invalid argument. ``change`` returns its value, or None if the problem cannot have this fault."""
 
     name: str
     argument: str
     change: Callable[[Values], Any]
     message: str
     on_device: bool = False
-    """whether it shows only in values that lie on the device"""
+    """whether only the values of a tensor show the fault; those of GPU tensors are not checked"""
 
 
 def _put(argument: str, value: int, at: int = 0) -> Callable[[Values], Any]:
@@ -283,8 +284,7 @@ FAULTS = [
 
 
 def applied(fault: Fault, arguments: list[str], values: Values) -> Values | None:
-    """The problem with this fault; None where the operator does not take the argument or the fault cannot
-    be."""
+    """The problem with this fault; None if the operator or the problem cannot have it."""
     if fault.argument not in arguments or values.get(fault.argument) is None:
         return None
     changed = fault.change(values)

@@ -1,7 +1,7 @@
 """Assertions that a result is close to the float64 truth; benchmarks/kernels/tolerances.py has the numbers.
 
-At S <= 1 the bars of the design remain: loss 2e-6, gradient 5e-6 (norm-wise). The error of a gradient is
-measured against its parts, attraction and repulsion, and not against what is left of them.
+At S <= 1 the relative tolerances in float32 are 2e-6 for the loss and 5e-6 for the norm of the gradient. The
+error of a gradient is relative to its parts, attraction and repulsion, and not to their difference.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = [
 
 
 def largest_similarity(x: Tensor, candidates: Tensor | None, temperature: float) -> float:
-    """S, from rows [..., D]."""
+    """S, the largest possible similarity of rows [..., D]."""
     if not x.numel() or (candidates is not None and not candidates.numel()):
         return 0.0
     top = x.detach().double().norm(dim=-1).max().item()
@@ -37,27 +37,27 @@ def largest_similarity(x: Tensor, candidates: Tensor | None, temperature: float)
 
 
 def assert_loss_close(got: Tensor, truth: Tensor, dtype: torch.dtype, similarity: float) -> None:
-    """``similarity`` is S; ``truth`` is float64."""
+    """Check a loss. ``similarity`` is S; ``truth`` is float64."""
     tolerance = TABLE[dtype]
     assert torch.isfinite(got).all(), f"not finite: {got}"
     allowed = tolerance.loss * truth.abs() + 4 * tolerance.eps * (1 + similarity)
     worst = ((got.double() - truth).abs() / allowed).max().item() if truth.numel() else 0.0
-    assert worst <= 1, f"loss is off by {worst:.2f} times what is allowed: {got} instead of {truth}"
+    assert worst <= 1, f"the error of the loss is {worst:.2f} times the tolerance: {got} instead of {truth}"
 
 
 def assert_gradient_close(
     got: Tensor, truth: Tensor, dtype: torch.dtype, similarity: float, pull: float
 ) -> None:
-    """``pull``: max|c| / temperature times the largest upstream gradient of one anchor's loss."""
+    """Check a gradient. ``pull``: max|c| / temperature times the largest upstream gradient of an anchor."""
     tolerance = TABLE[dtype]
     assert got.dtype == dtype
     assert torch.isfinite(got).all(), "gradient is not finite"
     rows = max(truth.numel() // max(truth.shape[-1], 1), 1)
     allowed = (tolerance.gradient + tolerance.output) * truth.norm().item()
     allowed += 4 * tolerance.eps * (1 + similarity) * parts(pull, rows)
-    # A subnormal or a value below the smallest of a 16-bit type is lost whatever one does.
+    # Values below the smallest normal number of the type are lost.
     allowed += torch.finfo(dtype).tiny * math.sqrt(max(truth.numel(), 1))
     error = (got.double() - truth).norm().item()
     assert error <= allowed, (
-        f"gradient is off by {error:.3e}, allowed {allowed:.3e} (norm {truth.norm():.3e})"
+        f"the error of the gradient is {error:.3e}, allowed {allowed:.3e} (norm {truth.norm():.3e})"
     )

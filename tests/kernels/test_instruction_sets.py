@@ -1,4 +1,4 @@
-"""The numerics contract of the design, for every instruction set that was compiled and runs here."""
+"""Accuracy of the CPU kernels for every instruction set that was compiled and runs on this machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if not pysupcon.backends()["cpu"]["available"]:
     pytest.skip(pysupcon.backends()["cpu"]["detail"], allow_module_level=True)
 _C = importlib.import_module("pysupcon._C")
 
-ROWS, WIDTH, CLASSES = 1000, 128, 10  # several blocks, the last one ragged; several chunks of a row
+ROWS, WIDTH, CLASSES = 1000, 128, 10  # several blocks, the last one partial; several chunks per row
 LOSSES = {
     "supcon": functional.supcon,
     "sincere": functional.sincere,
@@ -47,7 +47,7 @@ def rows(kind: str) -> Tensor:
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("temperature", [0.005, 0.07, 10.0])  # running maxima; one reference; flat
 @pytest.mark.parametrize("kind", ["unit", "unnormalised"])
-def test_the_numerics_contract(isa: str, kind: str, temperature: float, loss: str) -> None:
+def test_results_are_within_tolerance(isa: str, kind: str, temperature: float, loss: str) -> None:
     labels = torch.arange(ROWS // 2) % CLASSES
 
     def run(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
@@ -58,9 +58,9 @@ def test_the_numerics_contract(isa: str, kind: str, temperature: float, loss: st
     x = rows(kind)
     value, grad = run(x, "cpu")
     truth, true_grad = run(x.double(), "reference")
-    bar = TABLE[torch.float32]
-    assert (value - truth).abs() <= bar.loss * truth.abs()
-    assert (grad - true_grad).norm() <= bar.gradient * true_grad.norm()
+    tolerance = TABLE[torch.float32]
+    assert (value - truth).abs() <= tolerance.loss * truth.abs()
+    assert (grad - true_grad).norm() <= tolerance.gradient * true_grad.norm()
 
 
 def test_an_unknown_instruction_set_is_refused() -> None:
@@ -68,7 +68,7 @@ def test_an_unknown_instruction_set_is_refused() -> None:
         _C.set_cpu_isa("mmx")
 
 
-def test_the_environment_forces_one() -> None:
+def test_the_environment_selects_the_instruction_set() -> None:
     command = "from pysupcon import _C; print(_C.cpu_isa())"
     for name in ("generic", _C.cpu_isas()[0]):
         done = subprocess.run(

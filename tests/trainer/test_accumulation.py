@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.nursery import Nursery, start_nursery  # noqa: F401
 from helpers.parallel_training import assert_same_training, training_arguments
+from helpers.training_server import TrainingServer, start_training_server  # noqa: F401
 from safetensors.torch import load_file
 
 from pysupcon.config import Config, parse_args
@@ -125,14 +125,14 @@ def test_a_training_resumed_between_steps(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("chunks", [(), ("--trainer.chunk_size", "24")], ids=["whole", "chunks"])
 def test_two_processes_take_the_steps_of_one(
-    nursery: Nursery, tmp_path: Path, chunks: tuple[str, ...]
+    server: TrainingServer, tmp_path: Path, chunks: tuple[str, ...]
 ) -> None:
     """They exchange gradients once a step, of all its batches."""
     one, two = tmp_path / "one", tmp_path / "two"
     options = ("--trainer.accumulation_steps", "2", "--optimizer.warmup_epochs", "0")
-    assert nursery.run(training_arguments(one, *options)) == 0, nursery.said()
-    assert nursery.run(training_arguments(two, *options, *chunks), processes=2) == 0, nursery.said()
-    assert nursery.said().count("trainer.accumulation_steps 2: a step takes the mean gradient") == 1
+    assert server.run(training_arguments(one, *options)) == 0, server.output()
+    assert server.run(training_arguments(two, *options, *chunks), processes=2) == 0, server.output()
+    assert server.output().count("trainer.accumulation_steps 2: a step takes the mean gradient") == 1
     assert_same_training(two, one)
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from helpers.nursery import ENVIRONMENT, REPOSITORY, Nursery, start_nursery  # noqa: F401
 from helpers.parallel_training import assert_same_training, training_arguments
+from helpers.training_server import ENVIRONMENT, REPOSITORY, TrainingServer, start_training_server  # noqa: F401
 from safetensors.torch import load_file
 
 from pysupcon.commands.export import export_run
@@ -185,15 +185,15 @@ def test_what_does_not_compile_is_named(tmp_path: Path, monkeypatch: pytest.Monk
         train(config(tmp_path / "run"))
 
 
-def test_two_processes_train_what_one_trains(nursery: Nursery, tmp_path: Path) -> None:
+def test_two_processes_train_what_one_trains(server: TrainingServer, tmp_path: Path) -> None:
     """Compiled around DistributedDataParallel, which goes on exchanging gradients after validation and
     checkpoints."""
     one, two = tmp_path / "one", tmp_path / "two"
     fast = ("--trainer.checkpoint_steps", "4")
-    assert nursery.run(training_arguments(one, *fast)) == 0, nursery.said()
+    assert server.run(training_arguments(one, *fast)) == 0, server.output()
     environment = {"ACCELERATE_DYNAMO_BACKEND": "eager"}
-    assert nursery.run(training_arguments(two, *fast), processes=2, environment=environment) == 0, (
-        nursery.said()
+    assert server.run(training_arguments(two, *fast), processes=2, environment=environment) == 0, (
+        server.output()
     )
     assert_same_training(two, one)
 

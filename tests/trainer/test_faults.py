@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.nursery import Nursery, start_nursery, when_logged  # noqa: F401
+from helpers.training_server import TrainingServer, after_log_lines, start_training_server  # noqa: F401
 
 from pysupcon.config import Config, parse_args
 from pysupcon.errors import Interrupted, RunError
@@ -45,11 +45,11 @@ def config(folder: Path, *more: str) -> Config:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+def undisturbed(server: TrainingServer, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     """A run, and its seconds."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     start = time.monotonic()
-    assert nursery.run(arguments(folder)) == 0, nursery.said()
+    assert server.run(arguments(folder)) == 0, server.output()
     return folder, time.monotonic() - start
 
 
@@ -83,7 +83,7 @@ def without_times(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("kills", [4, pytest.param(24, marks=pytest.mark.slow)])
 def test_killed_at_any_moment(
-    nursery: Nursery, undisturbed: tuple[Path, float], tmp_path: Path, kills: int
+    server: TrainingServer, undisturbed: tuple[Path, float], tmp_path: Path, kills: int
 ) -> None:
     whole, seconds = undisturbed
     draw = random.Random(kills)
@@ -93,17 +93,17 @@ def test_killed_at_any_moment(
     while len(died) < kills:
         within_a_save = len(died) % 2 == 0
         if within_a_save:
-            status = nursery.run(arguments(folder), die_at=draw.randrange(1, 60))
+            status = server.run(arguments(folder), kill_at_disk_operation=draw.randrange(1, 60))
         else:
-            status = nursery.run(arguments(folder), kill_after=draw.uniform(0.2, 1.0) * seconds)
+            status = server.run(arguments(folder), kill_after=draw.uniform(0.2, 1.0) * seconds)
         if status == 0:
             same(folder, whole)
             shutil.rmtree(folder)
             finished += 1
         else:
-            assert status == -signal.SIGKILL, nursery.said()
+            assert status == -signal.SIGKILL, server.output()
             died.append("in a save" if within_a_save else "at a random moment")
-    assert nursery.run(arguments(folder)) == 0, nursery.said()
+    assert server.run(arguments(folder)) == 0, server.output()
     same(folder, whole)
     assert died.count("in a save") == kills // 2
     print(f"{len(died)} kills, {finished + 1} runs finished, all equal to the undisturbed one")
@@ -122,7 +122,7 @@ def test_a_signal_stops_and_saves(
 ) -> None:
     handlers = [signal.getsignal(known) for known in (signal.SIGTERM, signal.SIGUSR1)]
     folder = tmp_path / "run"
-    sender = when_logged(folder, 4, lambda: os.kill(os.getpid(), number))
+    sender = after_log_lines(folder, 4, lambda: os.kill(os.getpid(), number))
     with pytest.raises(
         Interrupted, match=rf"stopped by {number.name} after step \d+ of 20; checkpoint"
     ) as told:
@@ -137,21 +137,21 @@ def test_a_signal_stops_and_saves(
     same_but_validation(folder, undisturbed[0])
 
 
-def test_a_time_budget(tmp_path: Path, nursery: Nursery, undisturbed: tuple[Path, float]) -> None:
+def test_a_time_budget(tmp_path: Path, server: TrainingServer, undisturbed: tuple[Path, float]) -> None:
     """As the command sees it: status 75, and 0 where torchrun would start it again."""
     folder = tmp_path / "run"
     budget = ("--trainer.time_budget", "1e-6")
-    assert nursery.run(arguments(folder, *budget)) == EX_TEMPFAIL
+    assert server.run(arguments(folder, *budget)) == EX_TEMPFAIL
     ended = "stopped by the end of its 1e-06 minutes (trainer.time_budget) after step 1 of 20; checkpoint"
-    assert ended in nursery.said()
+    assert ended in server.output()
     for step in (2, 3):
-        assert nursery.run(arguments(folder, *budget)) == EX_TEMPFAIL
+        assert server.run(arguments(folder, *budget)) == EX_TEMPFAIL
         assert read_manifest(checkpoints(folder)[-1])["step"] == step
-    assert nursery.run(arguments(folder), environment={"TORCHELASTIC_MAX_RESTARTS": "3"}) == 0
+    assert server.run(arguments(folder), environment={"TORCHELASTIC_MAX_RESTARTS": "3"}) == 0
     same_but_validation(folder, undisturbed[0])
     other = arguments(tmp_path / "other", *budget)
-    assert nursery.run(other, environment={"TORCHELASTIC_MAX_RESTARTS": "3"}) == 0
-    assert ended in nursery.said()
+    assert server.run(other, environment={"TORCHELASTIC_MAX_RESTARTS": "3"}) == 0
+    assert ended in server.output()
 
 
 def same_but_validation(one: Path, other: Path) -> None:

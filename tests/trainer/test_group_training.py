@@ -19,7 +19,7 @@ from helpers.group_training import (  # noqa: F401
     train_group_dro,
     write_groups_file,
 )
-from helpers.nursery import Nursery, start_nursery  # noqa: F401
+from helpers.training_server import TrainingServer, start_training_server  # noqa: F401
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -193,10 +193,12 @@ def shared(folder: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.parametrize("more", [(), ("--trainer.chunk_size", "24")], ids=["two", "two, chunks"])
-def test_two_processes_train_what_one_trains(nursery: Nursery, tmp_path: Path, more: tuple[str, ...]) -> None:
+def test_two_processes_train_what_one_trains(
+    server: TrainingServer, tmp_path: Path, more: tuple[str, ...]
+) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    assert nursery.run(shared(one)) == 0, nursery.said()
-    assert nursery.run(shared(two, *more), processes=2) == 0, nursery.said()
+    assert server.run(shared(one)) == 0, server.output()
+    assert server.run(shared(two, *more), processes=2) == 0, server.output()
     logs = [read_log(run / "log.jsonl") for run in (one, two)]
     names = ["loss", "group_dro", "cross_entropy", "gradient_norm"]
     names += [f"group={g}/{what}" for g in range(4) for what in ("loss", "weight")]

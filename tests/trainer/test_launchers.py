@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.nursery import ENVIRONMENT, REPOSITORY, free_port, when_logged
+from helpers.training_server import ENVIRONMENT, REPOSITORY, after_log_lines, free_port
 from safetensors.torch import load_file
 
 from pysupcon.train import EX_TEMPFAIL
@@ -91,7 +91,7 @@ def test_torchrun_starts_again(undisturbed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     command = [*TORCHRUN, "--standalone", "--nproc_per_node", "2", "--max-restarts", "2"]
     process = start([*command, *arguments(folder)], tmp_path)
-    killer = when_logged(folder, 7, lambda: os.kill(workers(process.pid)[0], signal.SIGKILL))
+    killer = after_log_lines(folder, 7, lambda: os.kill(workers(process.pid)[0], signal.SIGKILL))
     said = finish(process)
     killer.join(timeout=1)
     assert process.returncode == 0, said
@@ -106,7 +106,7 @@ def test_torchrun_passes_sigterm_on(undisturbed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     command = [*TORCHRUN, "--standalone", "--nproc_per_node", "2"]
     process = start([*command, *arguments(folder)], tmp_path)
-    stopper = when_logged(folder, 5, lambda: process.send_signal(signal.SIGTERM))
+    stopper = after_log_lines(folder, 5, lambda: process.send_signal(signal.SIGTERM))
     said = finish(process)
     stopper.join(timeout=1)
     assert process.returncode != 0

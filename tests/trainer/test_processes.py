@@ -9,8 +9,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from helpers.nursery import Nursery, start_nursery, when_logged  # noqa: F401
 from helpers.parallel_training import assert_same_training, training_arguments
+from helpers.training_server import TrainingServer, after_log_lines, start_training_server  # noqa: F401
 
 from pysupcon.train import EX_TEMPFAIL
 from pysupcon.trainer.checkpoint import checkpoints, read_checkpoint, read_manifest
@@ -20,9 +20,9 @@ FEW = ("--trainer.epochs", "1")
 
 
 @pytest.fixture(scope="module")
-def one(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def one(server: TrainingServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("one") / "run"
-    assert nursery.run(training_arguments(folder)) == 0, nursery.said()
+    assert server.run(training_arguments(folder)) == 0, server.output()
     return folder
 
 
@@ -30,7 +30,7 @@ def one(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("processes", "chunks"), [(1, "24"), (2, None), (2, "24")], ids=["chunks", "two", "two, chunks"]
 )
 def test_what_one_process_trains(
-    nursery: Nursery,
+    server: TrainingServer,
     one: Path,
     tmp_path: Path,
     processes: int,
@@ -39,22 +39,22 @@ def test_what_one_process_trains(
     """GradCache too, with a chunk that does not divide the batch: gradient, temperature, norm, clipping."""
     folder = tmp_path / "run"
     more = () if chunks is None else ("--trainer.chunk_size", chunks)
-    assert nursery.run(training_arguments(folder, *more), processes=processes) == 0, nursery.said()
+    assert server.run(training_arguments(folder, *more), processes=processes) == 0, server.output()
     assert_same_training(folder, one)
     if processes == 2:
-        assert nursery.said().count("0/20 [00:00<?") == 1, "only the main process shows progress"
+        assert server.output().count("0/20 [00:00<?") == 1, "only the main process shows progress"
     saved = read_checkpoint(checkpoints(folder)[-1])
     assert len(saved.random) == read_manifest(checkpoints(folder)[-1])["processes"] == processes
     states = {bytes(state["torch"].numpy()) for state in saved.random}
     assert len(states) == processes
 
 
-def test_processes_that_do_not_gather(nursery: Nursery, tmp_path: Path) -> None:
+def test_processes_that_do_not_gather(server: TrainingServer, tmp_path: Path) -> None:
     """Each contrasts its own rows; all stop when one of them is told to."""
     folder = tmp_path / "run"
-    thread = when_logged(folder, 3, lambda: os.kill(nursery.pid(1), signal.SIGTERM))
-    assert nursery.run(training_arguments(folder, "--loss.gather", "false"), processes=2) == EX_TEMPFAIL, (
-        nursery.said()
+    thread = after_log_lines(folder, 3, lambda: os.kill(server.pid(1), signal.SIGTERM))
+    assert server.run(training_arguments(folder, "--loss.gather", "false"), processes=2) == EX_TEMPFAIL, (
+        server.output()
     )
     thread.join()
     log = read_log(folder / "log.jsonl")
@@ -63,13 +63,13 @@ def test_processes_that_do_not_gather(nursery: Nursery, tmp_path: Path) -> None:
     share, rows = per_process // 2, per_process * 2
     sincere, cnce = math.log1p(rows - 2 * share), math.log(2 * share - 1)
     assert log[-1]["chance"] == pytest.approx((sincere + cnce) / 2)
-    assert nursery.said().count("stopped by a signal to another process after step") == 1
+    assert server.output().count("stopped by a signal to another process after step") == 1
     assert read_checkpoint(checkpoints(folder)[-1]).step == len(log) < 20
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
 def test_another_number_of_processes(
-    nursery: Nursery,
+    server: TrainingServer,
     one: Path,
     tmp_path: Path,
     before: int,
@@ -77,9 +77,9 @@ def test_another_number_of_processes(
 ) -> None:
     folder = tmp_path / "run"
     first = training_arguments(folder, "--trainer.time_budget", "1e-6")
-    assert nursery.run(first, processes=before) == EX_TEMPFAIL, nursery.said()
-    assert nursery.run(training_arguments(folder), processes=after) == 0, nursery.said()
-    said = nursery.said()
+    assert server.run(first, processes=before) == EX_TEMPFAIL, server.output()
+    assert server.run(training_arguments(folder), processes=after) == 0, server.output()
+    said = server.output()
     assert said.count("resuming from ") == 1
     assert (
         f"changed: processes: {before} -> {after}: each takes {128 // after} samples of a global batch of "
@@ -90,17 +90,17 @@ def test_another_number_of_processes(
 
 
 def test_what_changed_is_said_and_what_cannot_is_refused(
-    nursery: Nursery,
+    server: TrainingServer,
     one: Path,
     tmp_path: Path,
 ) -> None:
     more = ("--trainer.epochs", "3", "--trainer.ema_decay", "0.9", "--loss.gather", "false")
-    assert nursery.run(training_arguments(one, *more, "--data.batch_size", "64"), processes=2) == 2
+    assert server.run(training_arguments(one, *more, "--data.batch_size", "64"), processes=2) == 2
     refusal = f"data.batch_size must be as in the checkpoint {checkpoints(one)[-1]} to resume from it"
-    assert nursery.said().count(f"train.py: error: {refusal}") == 1
+    assert server.output().count(f"train.py: error: {refusal}") == 1
     copy = tmp_path / "run"
-    assert nursery.run(training_arguments(copy, *FEW)) == 0
-    assert nursery.run(training_arguments(copy, *more), processes=2) == 0, nursery.said()
+    assert server.run(training_arguments(copy, *FEW)) == 0
+    assert server.run(training_arguments(copy, *more), processes=2) == 0, server.output()
     for change in (
         "trainer.epochs: 1 -> 3",
         "trainer.ema_decay: None -> 0.9",
@@ -108,5 +108,5 @@ def test_what_changed_is_said_and_what_cannot_is_refused(
         "processes: 1 -> 2: each takes 64 samples",
         "loss.gather is false: each process contrasts its own rows only, so the loss changes",
     ):
-        assert f"  changed: {change}" in nursery.said()
-    assert "checkpoint_epochs" not in nursery.said()
+        assert f"  changed: {change}" in server.output()
+    assert "checkpoint_epochs" not in server.output()

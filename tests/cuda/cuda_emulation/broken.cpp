@@ -1,9 +1,8 @@
-// The operators of csrc/cuda on operands that are broken: a number that is not finite, wherever it stands;
-// rows or a scale whose similarities overflow; an order or an index that is none. Every result must be NaN
-// then, whatever the operator, and under the address sanitizer nothing may be read or written outside.
-//   broken              every shape;   broken NAME...   the shapes whose name starts with one of these
-//   broken -order ...   only the broken orders and indices: the operands that decide who reads and writes
-//   what
+// The operators of csrc/cuda on broken operands: non-finite numbers at any place, rows or a scale whose
+// similarities overflow, and invalid orders or indices. Every result of every operator must be NaN, and the
+// address sanitizer must report no invalid access.
+//   broken              all shapes;   broken NAME...   the shapes whose name starts with a NAME
+//   broken -order ...   only the broken orders and indices, which determine the memory accesses
 #include <functional>
 #include <limits>
 
@@ -44,7 +43,7 @@ struct Set {
   std::vector<int64_t> labels, instances, order;
 };
 
-// What a call is given, before it lies in buffers of exactly its size.
+// The operands of a call, before they are copied into buffers of exactly their size.
 struct Operands {
   Set anchors, candidates;  // the second is empty for Form::one_set
   std::vector<int64_t> self_index;
@@ -85,13 +84,13 @@ Operands good(const Sizes& shape) {
   return o;
 }
 
-// One call of every operator. Backward operators get the statistics of the operands before they broke.
+// One call of every operator. Backward operators get the statistics of the unbroken operands.
 class Calls {
  public:
   explicit Calls(const Sizes& shape)
       : shape_(shape), gradient_(shape.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32) {}
 
-  // How many results there are, and how many of them are NaN.
+  // The number of results, and how many of them are NaN.
   struct Tally {
     size_t values = 0, nans = 0;
   };
@@ -209,7 +208,7 @@ std::string number(double x) {
   return text;
 }
 
-// Begins the name of what must change nothing.
+// Prefix of the names of changes that must not change a result.
 const std::string kFine = "(fine) ";
 
 struct Break {

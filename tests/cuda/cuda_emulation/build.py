@@ -1,7 +1,7 @@
-"""Compiles csrc/cuda for the CPU: every .cu goes through g++ behind cuda_host_shim.h; emulate.cpp drives it.
+"""Compiles csrc/cuda for the CPU with g++ and cuda_host_shim.h.
 
-A build is kept under build/cuda_emulation by the hash of its sources and flags; workers of one test run
-share it.
+Builds are cached in build/cuda_emulation by the hash of their sources and flags. The workers of a test run
+share them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ROOT = HERE.parents[2]
 KERNELS = ROOT / "csrc" / "cuda"
 CACHE = ROOT / "build" / "cuda_emulation"
 
-# Uninitialised variables hold a pattern; -O0 for the sanitizers, whose compile time is most of their cost.
+# Uninitialized variables get a pattern. The sanitizers use -O0, because compilation is most of their cost.
 COMMON = ["-std=c++17", "-ftrivial-auto-var-init=pattern", "-Wno-unknown-pragmas", "-DCUDA_SHIM_OWN_TYPES"]
 FLAGS = {
     "plain": ["-O1", "-fPIC"],  # also linked into the library of build_operators
@@ -42,7 +42,11 @@ def fingerprint(paths: list[Path], flags: list[str]) -> str:
 
 
 def compile_objects(sources: list[Path], flags: list[str], out: Path, kernels: Path, jobs: int) -> list[Path]:
-    """One object per source; g++'s own words are the error."""
+    """One object per source.
+
+    Raises:
+        RuntimeError: a source does not compile; with the output of g++.
+    """
 
     def one(source: Path) -> Path:
         target = out / (source.name + ".o")
@@ -59,7 +63,7 @@ def compile_objects(sources: list[Path], flags: list[str], out: Path, kernels: P
 
 @contextmanager
 def folder_for(name: str, sources: list[Path], flags: list[str]) -> Iterator[Path]:
-    """The folder of this product, held by one worker at a time."""
+    """The cache folder of a build, locked by one worker at a time."""
     out = CACHE / f"{name}-{fingerprint(sources, flags)}"
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "lock", "w") as lock:
@@ -68,7 +72,7 @@ def folder_for(name: str, sources: list[Path], flags: list[str]) -> Iterator[Pat
 
 
 def headers() -> list[Path]:
-    """What the kernels include; a driver's own headers are its own matter."""
+    """The headers that the kernels include."""
     shim = [HERE / name for name in ("cuda_host_shim.h", "cuda_host_types.h", "tensor_core.h")]
     return [*KERNELS.glob("*.cuh"), *KERNELS.glob("*.h"), *shim]
 
@@ -84,7 +88,7 @@ def kernel_objects(kind: str) -> list[Path]:
 
 
 def build(kind: str, driver: str = "emulate.cpp") -> Path:
-    """The program of this driver and kind ("plain", "asan", "tsan"), compiled unless it is there already."""
+    """The program of a driver and a kind ("plain", "asan", "tsan"), compiled if it is not cached."""
     sources = [*kernel_sources(), *HERE.glob("*.h"), HERE / driver]
     flags = FLAGS[kind]
     kernels = kernel_objects(kind) if driver in ("emulate.cpp", "broken.cpp") else []
@@ -105,9 +109,14 @@ def run(
     tensor_core: str = "h100",
     timeout: float = 600,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs the cases whose names start so (all if none is named).
+    """Run a program of :func:`build`.
 
-    order: forward, reverse or a seed. tensor_core: h100 or a100, see tensor_core.h.
+    Args:
+        program: the program.
+        cases: prefixes of the names of cases; none: all cases.
+        order: order of threads and blocks: "forward", "reverse" or a seed.
+        tensor_core: "h100" or "a100", see tensor_core.h.
+        timeout: seconds.
     """
     settings = {"CUDA_SHIM_ORDER": order, "CUDA_SHIM_TENSOR_CORE": tensor_core}
     environment = {**os.environ, **SANITIZER_ENVIRONMENT, **settings}
@@ -117,7 +126,7 @@ def run(
 
 
 def build_operators() -> Path:
-    """A library of torch operators ``pysupcon_emulated::*``: csrc/cuda_glue.cpp for CPU tensors, emulated."""
+    """A library of torch operators ``pysupcon_emulated::*``: csrc/cuda_glue.cpp with emulated kernels."""
     import torch
     from torch.utils import cpp_extension
 

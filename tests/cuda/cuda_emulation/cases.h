@@ -1,4 +1,4 @@
-// What is emulated: small shapes, each with the reason it is there, and a few large ones, named "large-...".
+// The emulated cases: small shapes, each with its purpose, and a few large ones, named "large-...".
 #pragma once
 #include <string>
 #include <vector>
@@ -34,8 +34,8 @@ struct Case {
   bool instances = false;         // rows of a class are of several instances
   bool sums = true;               // the sums of the positives have upstream gradients
   double other_gradients = 1;     // factor of the upstream gradients of all but positive_sum
-  // Where set, see converged.h: rows in classes of `copies` that nearly agree; how many times the error of a
-  // dense float32 evaluation is allowed in the loss and in the gradient.
+  // If set, see converged.h: classes of `copies` nearly equal rows; the allowed error of the loss and of the
+  // gradient, as a multiple of the error of a dense float32 evaluation.
   int copies = 0;
   double loss_bar = 0, gradient_bar = 0;
 };
@@ -146,8 +146,8 @@ inline std::vector<Case> all_cases() {
   extra("two-classes", x3, 420, 0, 20, 2).multiprocessors = 3;
   extra("two-classes-wide", f, 420, 0, 140, 2);
 
-  // Views that nearly agree: the loss and its gradient are small differences of large numbers. Two parts hold
-  // fp32 rows to 2^-17, which shows; of 16-bit rows similarities are summed inside the tensor core.
+  // Nearly equal views: the loss and its gradient are small differences of large numbers. Two parts represent
+  // fp32 rows only to 2^-17; similarities of 16-bit rows are summed inside the tensor core.
   for (const Format& k : formats)
     for (const int copies : {2, 8})
       for (const double temperature : {0.02, 0.1}) {
@@ -160,7 +160,7 @@ inline std::vector<Case> all_cases() {
         c.gradient_bar = two_parts ? 30 : k.dtype == Dtype::f32 ? 2 : 3;
       }
 
-  // Tensor cores truncate where they add to a large sum.
+  // Tensor cores truncate when they add to a large sum.
   for (const Format& k : {formats[0], formats[1]}) {
     const bool bf16 = k.dtype == Dtype::bf16;
     const auto large = [&](const char* name, int m, int n, int width) -> Case& {
@@ -168,14 +168,15 @@ inline std::vector<Case> all_cases() {
       return all.back();
     };
     // Few anchors against many candidates with a common mean: a gradient that is summed over all columns
-    // inside the tensor core shrinks (bf16: by 1e-4 and more), while the rounding of the weights to 16 bits
-    // averages out (to 7e-6). epsilon keeps the sigmoids away from 1, where all would be rounded alike.
+    // inside the tensor core is too small (bf16: by 1e-4 and more), while the rounding of the weights to 16
+    // bits averages out (to 7e-6). epsilon keeps the sigmoids away from 1, where all would round equally.
     Case& columns = large("columns", 16, bf16 ? 1 << 16 : 1 << 15, 16);
     columns.form = Form::candidates, columns.of_candidates = false;
     columns.temperature = 0.5, columns.mean = 0.3, columns.epsilon = -10;
     columns.length_bar = bf16 ? 2e-5 : 7e-6;
-    // Wide rows, similarities near 0.9: one that is summed over all slices inside is too small by 1e-5, which
-    // the temperature multiplies by 100. The rounding of the weights of 64 columns leaves 2e-5 (bf16).
+    // Wide rows, similarities near 0.9: a similarity summed over all slices inside the tensor core is too
+    // small by 1e-5, times 100 for the temperature. The rounding of the weights of 64 columns leaves 2e-5
+    // (bf16).
     Case& rows = large("rows", 64, 0, 4096);
     rows.temperature = 0.01, rows.mean = 10. / 3, rows.length_bar = 1.2e-4;
   }

@@ -1,6 +1,6 @@
-// SupCon of views that nearly agree: p_i and the mean of s over P_i agree in nearly all digits, and the
-// gradient is a small difference of large parts. The kernels' error against float64 beside that of a dense
-// evaluation in float32, which subtracts similarities before it exponentiates them.
+// SupCon of nearly equal views: p_i and the mean of s over P_i are equal in nearly all digits, and the
+// gradient is a small difference of large parts. Compares the error of the kernels against float64 with that
+// of a dense evaluation in float32, which subtracts similarities before it exponentiates them.
 #pragma once
 #include "oracle.h"
 
@@ -12,11 +12,12 @@ class ConvergedRun : public Run {
 
   std::vector<Finding> all() {
     const Result right = dense<double>(), in_float = dense<float>(), mine = kernels();
-    const double rows = a_.count, unit = 1 / c_.temperature / std::sqrt(rows);  // of what cancels
+    const double rows = a_.count,
+                 unit = 1 / c_.temperature / std::sqrt(rows);  // size of the parts that cancel
     const bool bf16 = c_.dtype == Dtype::bf16, f16 = c_.dtype == Dtype::f16, f64 = c_.dtype == Dtype::f64;
-    // What 16-bit rows lose: in the gradient the rounding of the negatives' weights, unless they are cold and
-    // vanish; in the loss that of similarities that are summed inside the tensor core, in what is left of it
-    // without log |P|. The rest is for where float32 happens to be exact.
+    // Errors of 16-bit rows: in the gradient, the rounding of the negatives' weights, unless the temperature
+    // is so low that they vanish; in the loss without log |P|, the rounding of similarities that are summed
+    // inside the tensor core. The remaining slack is for cases in which float32 happens to be exact.
     const bool cold = c_.temperature < 0.05;
     const double of_weights = cold ? 0 : bf16 ? 0x1p-9 : f16 ? 0x1p-12 : 0;
     const double of_sums = bf16 || f16 ? 0x1p-20 : 0x1p-26, least = f64 ? 1e-13 : 1e-9;
@@ -44,7 +45,7 @@ class ConvergedRun : public Run {
 
   bool same(int i, int j) const { return a_.labels[size_t(i)] == a_.labels[size_t(j)]; }
 
-  // Norm of the difference without what lies along the rows.
+  // Norm of the difference without the components along the rows.
   double distance(const Result& a, const Result& b) const {
     const int w = c_.width;
     double square = 0;
@@ -63,7 +64,7 @@ class ConvergedRun : public Run {
     return std::sqrt(square);
   }
 
-  // x . y as a vector unit sums it, in eight parts.
+  // x . y, summed in eight parts as a vector unit does.
   template <class T>
   static T dot(const double* x, const double* y, int width) {
     T sum[8] = {};
@@ -110,7 +111,7 @@ class ConvergedRun : public Run {
     return out;
   }
 
-  // Through the operators, the step between them in double.
+  // SupCon from the operators; the arithmetic between them is in double.
   Result kernels() {
     const int m = a_.count, w = c_.width;
     Problem p = problem(Operation::pair_stats);

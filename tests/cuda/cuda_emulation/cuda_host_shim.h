@@ -2,13 +2,13 @@
 //
 //   g++ -std=c++17 -O1 -g -ftrivial-auto-var-init=pattern -include cuda_host_shim.h -x c++ my_kernel.cu
 //
-// One OS thread. Every CUDA thread is a fiber that runs until it meets a barrier or a warp collective; blocks
-// run one after the other. The first lanes of a warp collective park with pointers to their operands, the
-// last one computes the result of all. Because a fiber runs as far ahead as the barriers allow, a missing
-// barrier usually gives a wrong result; with -fsanitize=thread it is reported as a data race.
-// -fsanitize=address,undefined also work (see the #if blocks).
+// There is one OS thread. Every CUDA thread is a fiber that runs until it reaches a barrier or a warp
+// collective; blocks run one after the other. The first lanes of a warp collective wait with pointers to
+// their operands, and the last lane computes the results of all. Because a fiber runs as far ahead as the
+// barriers allow, a missing barrier usually gives a wrong result; -fsanitize=thread reports it as a data
+// race. -fsanitize=address,undefined also works (see the #if blocks).
 //
-// Environment: CUDA_SHIM_ORDER=forward|reverse|<seed>   order in which runnable threads and blocks are picked
+// Environment: CUDA_SHIM_ORDER=forward|reverse|<seed>   order of runnable threads and of blocks
 //              CUDA_SHIM_TENSOR_CORE=h100|a100          how products are summed, see tensor_core.h
 // Errors (deadlock, divergent barrier or collective, bad launch...) are thrown from launch() as
 // std::runtime_error.
@@ -52,7 +52,7 @@ void AnnotateIgnoreWritesEnd(const char*, int);
 #define __device__
 #define __host__
 #define __constant__ static
-#define __shared__ static  // right because one block at a time runs to its end; for extern use DYNAMIC_SHARED
+#define __shared__ static  // correct, because only one block runs at a time; use DYNAMIC_SHARED for extern
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
@@ -115,7 +115,7 @@ struct Block {
   std::vector<Warp> warps;
   unsigned pos = 0, n = 0, at_barrier = 0, done = 0, phase = 0;
   char sync[2], start_sync, done_sync, fence;
-  int tally[2];  // threads whose predicate held at this barrier, and at the next
+  int tally[2];  // threads whose predicate is true at this barrier and at the next
   unsigned shadow_age = 0;
   std::function<void()> body;
   std::string error;
@@ -131,8 +131,7 @@ constexpr size_t STACK = 256 << 10;
 #else
 constexpr size_t STACK = 64 << 10;
 #endif
-#ifdef __SANITIZE_THREAD__  // the shim's own bookkeeping is shared by all fibers on purpose: hide it from
-                            // TSan
+#ifdef __SANITIZE_THREAD__  // hides the shim's bookkeeping, which all fibers share, from TSan
 struct Quiet {
   Quiet() {
     AnnotateIgnoreReadsBegin("", 0);
@@ -221,8 +220,8 @@ inline std::string where(const Fiber& f) {
 inline void yield() {  // run the next runnable fiber
   if (B.policy == 2)
     B.pos = B.rng() % B.n;
-  else if (B.cur != &B.main)  // stay in the warp while it can run: the larger the skew between warps, the
-                              // more races show
+  else if (B.cur != &B.main)  // stay in the warp while it can run: a larger skew between warps shows
+                              // more races
     for (unsigned k = 1; k < 32; ++k) {
       unsigned i = B.cur->warp * 32 + ((B.cur->lane + (B.policy ? 32 - k : k)) & 31);
       if (i < B.n && B.at[i]->st == READY) {
@@ -295,7 +294,7 @@ inline int syncthreads_count(bool predicate, Site site) {
   Quiet q;
   return *tally;
 }
-// All lanes of `mask` meet here; fn(in, out) with in[lane], out[lane] is run once, by the last one.
+// Waits for all lanes of `mask`; the last one runs fn(in, out) with in[lane], out[lane] once.
 template <class Out, class In, class Fn>
 Out collective(const char* op, unsigned mask, const In& in, Fn fn, Site site) {
   Quiet q;
@@ -428,8 +427,8 @@ void run_block(F&& body) {
   if (B.policy == 1) std::reverse(B.order.begin(), B.order.end());
   if (B.policy == 2) std::shuffle(B.order.begin(), B.order.end(), B.rng);
 #ifdef __SANITIZE_THREAD__
-  // A fiber's shadow is dear to make, so it serves many blocks; it never returns from fiber_main, so not for
-  // ever.
+  // Creating the shadow of a fiber is expensive, so it is reused for many blocks. It is replaced at
+  // intervals, because it never returns from fiber_main.
   const bool renew = ++B.shadow_age % 512 == 0;
   __tsan_release(&B.start_sync);
   for (Fiber* f : B.at) {
@@ -469,7 +468,7 @@ void launch(void (*k)(P...), dim3 grid, dim3 block, size_t smem, A&&... args) {
   ++cuda_shim_enqueued;
   if (cuda_shim_count_only) return;
   const char* o = getenv("CUDA_SHIM_ORDER");
-  tensor_core();  // complains about an unknown model here, not in a fiber
+  tensor_core();  // throws here for an unknown model, not in a fiber
   B.policy = !o || !strcmp(o, "forward") ? 0 : !strcmp(o, "reverse") ? 1 : 2;
   if (B.policy == 2) B.rng.seed(unsigned(atoi(o)));
   while (B.fib.size() < n) {  // stacks are kept for the next launch
@@ -525,8 +524,8 @@ inline unsigned __ballot_sync(unsigned m, int p, SHIM_SITE) {
 }
 inline int __any_sync(unsigned m, int p, SHIM_SITE) { return shim::ballot("__any_sync", m, p, site) != 0; }
 inline int __all_sync(unsigned m, int p, SHIM_SITE) { return shim::ballot("__all_sync", m, p, site) == m; }
-// For TSan two fences order what stands before the first and behind the second. Nothing else needs ordering:
-// blocks run one after the other.
+// For TSan, a fence orders all accesses before it with all accesses after the next fence. Nothing else needs
+// ordering, because blocks run one after the other.
 inline void __threadfence() { shim::tsan_release(&shim::B.fence), shim::tsan_acquire(&shim::B.fence); }
 inline void __threadfence_block() { __threadfence(); }
 template <class T, class F>
@@ -563,14 +562,14 @@ template <class T>
 T atomicCAS(T* p, shim_same<T> c, shim_same<T> v) {
   return shim_rmw(p, [=](T o) { return o == c ? v : o; });
 }
-inline unsigned atomicInc(unsigned* p, unsigned top) {  // wraps to 0 behind top
+inline unsigned atomicInc(unsigned* p, unsigned top) {  // wraps to 0 after top
   return shim_rmw(p, [=](unsigned o) { return o >= top ? 0 : o + 1; });
 }
 template <class T>
 T __ldg(const T* p) {
   return *p;
 }
-template <class T>  // past the first-level cache: there is none here
+template <class T>  // bypasses the L1 cache on a GPU
 T __ldcg(const T* p) {
   return *p;
 }

@@ -1,4 +1,4 @@
-// The types of CUDA C++ and the host functions of its runtime that the kernels' host code calls.
+// The types of CUDA C++ and the functions of its runtime that the host code of the kernels calls.
 #pragma once
 #include <cstdint>
 #include <cstdlib>
@@ -6,7 +6,7 @@
 
 // ------------------------------------------------------------------ vector and 16-bit types
 #if __has_include( \
-    <cuda_bf16.h>) && !defined(CUDA_SHIM_OWN_TYPES)  // NVIDIA's own host versions, where the toolkit is
+    <cuda_bf16.h>) && !defined(CUDA_SHIM_OWN_TYPES)  // NVIDIA's headers, if a toolkit is installed
 #include <vector_functions.h>
 #include <vector_types.h>
 #include <cuda_bf16.h>
@@ -88,7 +88,7 @@ inline float2 __half22float2(__half2 v) { return {__half2float(v.x), __half2floa
 #endif
 
 // ------------------------------------------------------------------ the runtime's host functions
-// One device, number 0. Like the runtime, a failed call leaves its error for cudaGetLastError.
+// There is one device, number 0. As in the runtime, a failed call stores its error for cudaGetLastError.
 typedef struct CUstream_st* cudaStream_t;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidDevice = 101 };
 enum cudaDeviceAttr {
@@ -109,10 +109,10 @@ struct cudaFuncAttributes {
 };
 extern "C" {                          // for tests that load a library of operators
 inline long cuda_shim_enqueued = 0;   // kernels and memsets so far
-inline int cuda_shim_count_only = 0;  // enqueue, but do nothing: buffers stay as they are
+inline int cuda_shim_count_only = 0;  // count, but run nothing: buffers do not change
 }
 namespace shim {
-constexpr int kMaxShared = 227 << 10;  // bytes of dynamic shared memory a block may ask for
+constexpr int kMaxShared = 227 << 10;  // maximal dynamic shared memory of a block in bytes
 inline cudaError_t last_error = cudaSuccess;
 inline cudaError_t checked(bool ok, cudaError_t error) { return ok ? cudaSuccess : last_error = error; }
 }  // namespace shim
@@ -128,7 +128,7 @@ inline const char* cudaGetErrorString(cudaError_t error) {
                                           : "invalid device ordinal";
 }
 inline cudaError_t cudaMallocManaged(void** p, size_t bytes) {
-  return posix_memalign(p, 256, bytes), cudaSuccess;  // exactly that size: a sanitizer sees the end
+  return posix_memalign(p, 256, bytes), cudaSuccess;  // exact size, so that a sanitizer detects overruns
 }
 inline cudaError_t cudaFree(void* p) { return free(p), cudaSuccess; }
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }

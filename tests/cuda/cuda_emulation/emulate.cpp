@@ -1,7 +1,7 @@
-// The operators of csrc/cuda, run on the CPU through their real entry point, against a double-precision
-// oracle that writes every pair down. Buffers have exactly the size they need and start as NaN.
-//   emulate              every case;   emulate NAME...   the cases whose name starts with one of these;
-//   emulate -l
+// Runs the operators of csrc/cuda through their entry point and compares the results with a double-precision
+// oracle that evaluates every pair. Buffers have exactly the required size and are initialized with NaN.
+//   emulate              all cases;   emulate NAME...   the cases whose name starts with a NAME;
+//   emulate -l           lists the cases
 #include <chrono>
 
 #include "cases.h"

@@ -1,10 +1,12 @@
 # ruff: noqa: E501  a mutant is a line of a table
-"""Injects one bug at a time into csrc/cuda and reports which build of the emulator notices.
+"""Mutation tests of csrc/cuda: injects one bug at a time and reports which build of the emulator detects it.
 
-``python tests/cuda/cuda_emulation/mutants.py [NAME...]`` prints the table; the builds are tried in the order plain, reverse
-order, broken operands, large cases, address sanitizer, thread sanitizer, until one notices; those of what keeps broken
-operands out on broken operands alone. Bugs marked invisible change speed only or need a size that
-no emulation reaches; they are listed so that nobody believes them covered.
+    python tests/cuda/cuda_emulation/mutants.py [NAME...]
+
+prints a table of the mutants whose name contains a NAME. The builds are tried in this order until one detects
+the bug: plain, reverse order, broken operands, large cases, address sanitizer, thread sanitizer. Bugs in the
+handling of broken operands are tried on broken operands only. Bugs marked invisible change only the speed or
+need sizes that are too large for emulation; they are listed to show that they are not covered.
 """
 
 from __future__ import annotations
@@ -31,11 +33,11 @@ class Mutant(NamedTuple):
     file: str
     old: str  # occurs in the file; the first occurrence is replaced
     new: str
-    invisible: str = ""  # why no emulation can see it
+    invisible: str = ""  # why the emulation cannot detect it
 
     @property
     def broken(self) -> bool:
-        """Whether it makes a difference to broken operands only."""
+        """Whether the bug changes results of broken operands only."""
         return self.name.startswith(
             ("verdicts:", "broken place", "a negative place", "order:", "self_index:", "rows:")
         )
@@ -43,7 +45,7 @@ class Mutant(NamedTuple):
 
 class Verdict(NamedTuple):
     name: str
-    caught: str  # the build and what it said; empty: not caught
+    caught: str  # the build and its error; empty: not detected
     invisible: bool
 
 
@@ -303,17 +305,17 @@ def _baseline(kind: str) -> dict[str, Path]:
 
 
 def baseline(kind: str) -> dict[str, Path]:
-    """The objects without any bug: what a bug cannot reach is not compiled again."""
+    """The objects without a bug. Objects that a bug does not affect are not compiled again."""
     with _baseline_lock:
         return _baseline(kind)
 
 
-def noticed(program: Path, cases: list[str], order: str = "forward") -> str:
-    """What the emulator said against the program; empty if nothing."""
+def detected(program: Path, cases: list[str], order: str = "forward") -> str:
+    """The error that the emulator reports; empty if there is none."""
     try:
         done = build.run(program, *cases, order=order, timeout=900)
     except subprocess.TimeoutExpired:
-        return "does not end"
+        return "timeout"
     if done.returncode == 0:
         return ""
     text = done.stdout + done.stderr
@@ -365,18 +367,18 @@ def judge(mutant: Mutant) -> Verdict:
                 link = [
                     "-no-pie",
                     "-Wl,--unresolved-symbols=ignore-all,-z,lazy",
-                ]  # the units left out are never called
+                ]  # missing units are never called
                 subprocess.run(["g++", *flags, *link, *map(str, objects), "-o", str(program)], check=True)
-            if words := noticed(program, cases, order):
+            if error := detected(program, cases, order):
                 how = kind + " large" * (cases == LARGE_CASES) + " broken" * (driver == "broken")
                 how += "" if order == "forward" else f" {order}"
-                return Verdict(mutant.name, f"{how}: {words}", bool(mutant.invisible))
+                return Verdict(mutant.name, f"{how}: {error}", bool(mutant.invisible))
     return Verdict(mutant.name, "", bool(mutant.invisible))
 
 
 def sample() -> list[Mutant]:
-    """What the slow test judges: every third of the table, whose whole takes the better part of an hour, and the
-    two bugs that only the large cases see."""
+    """The mutants of the slow test: every third one (all of them take most of an hour), and the two bugs that only
+    the large cases detect."""
     large = [mutant for mutant in MUTANTS if mutant.name.endswith("inside the tensor core")]
     visible = [mutant for mutant in MUTANTS if not mutant.invisible and mutant not in large]
     return [*large, *visible[::3]]
@@ -385,7 +387,7 @@ def sample() -> list[Mutant]:
 def main() -> None:
     wanted = sys.argv[1:]
     control = Mutant("none (control)", T, "", "")
-    chosen = [m for m in [control, *MUTANTS] if not wanted or any(word in m.name for word in wanted)]
+    chosen = [m for m in [control, *MUTANTS] if not wanted or any(name in m.name for name in wanted)]
     with ThreadPoolExecutor(2) as pool:
         for mutant, verdict in zip(chosen, pool.map(judge, chosen), strict=True):
             note = f" ({mutant.invisible})" if mutant.invisible else ""

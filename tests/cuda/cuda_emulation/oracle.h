@@ -1,4 +1,4 @@
-// Runs the four operators on one case and compares each with sums over written-down pairs, in double.
+// Runs the four operators on one case and compares the results with explicit sums over pairs in double.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -21,7 +21,7 @@ struct Finding {
   double error, tolerance;
 };
 
-// A device buffer that the host reads too: exact size, filled with 0xff (NaN, -1), 256-byte aligned.
+// A device buffer that the host can read: exact size, filled with 0xff (NaN, -1), 256-byte aligned.
 struct Buffer {
   unsigned char* data = nullptr;
   size_t bytes;
@@ -50,7 +50,8 @@ inline double get(const Buffer& b, Dtype t, size_t i) {
   return __half2float(reinterpret_cast<const __half*>(b.data)[i]);
 }
 
-// The emulated tensor cores are those of two devices; others, and the fast exponential, may err otherwise.
+// The emulation models the tensor cores of two devices. Others, and the fast exponential, can have other
+// errors.
 #ifdef CUDA_HOST_SHIM
 constexpr double kSlack = 1;
 #else
@@ -79,7 +80,7 @@ class Run {
       b_ = make_side(c.candidates);
       std::vector<int64_t> self(size_t(c.anchors), -1);
       for (int i = 0; i < c.anchors && i < c.candidates; ++i)
-        if (c.form == Form::own_rows || i % 3) {  // the anchor is candidate `at`, under its own label
+        if (c.form == Form::own_rows || i % 3) {  // the anchor is candidate `at`, with its own label
           const int at = (i * 37 + 5) % c.candidates;
           bool taken = false;
           for (int k = 0; k < i; ++k) taken |= self[size_t(k)] == at;
@@ -101,7 +102,7 @@ class Run {
   std::vector<Finding> all() {
     const Side& cols = columns();
     const int m = a_.count, n = cols.count, w = c_.width;
-    // similarities, and who counts
+    // similarities and the sets N_i, P_i and A_i
     Vector s(size_t(m) * size_t(n));
     for (int i = 0; i < m; ++i)
       for (int j = 0; j < n; ++j) {
@@ -117,7 +118,7 @@ class Run {
       return c_.instances && same(i, j) && a_.instances[size_t(i)] == cols.instances[size_t(j)];
     };
 
-    // pair_stats; of the sums, what they are for each positive
+    // pair_stats; the sums are divided by the number of positives
     Vector want_n(size_t(m), -INFINITY), want_p = want_n, mean(size_t(m), 0.), part(size_t(m), 0.),
                                          positives(size_t(m), 0.);
     for (int i = 0; i < m; ++i)
@@ -157,7 +158,7 @@ class Run {
     };
     backward(Operation::pair_stats_backward, s, counts, same, instance, weight);
 
-    // positive_softplus, with the complete n whatever pair_stats was asked for
+    // positive_softplus, with the complete n even if pair_stats did not compute it
     epsilon_ = c_.epsilon;
     Vector total(size_t(m), 0.), all_n(size_t(m), -INFINITY);
     for (int i = 0; i < m; ++i)
@@ -185,7 +186,7 @@ class Run {
  protected:
   const Case& c_;
   std::mt19937 rng_;
-  Dtype gradient_;  // of the gradients: statistics are double
+  Dtype gradient_;  // dtype of the gradients; statistics are double
   Side a_, b_;
   std::vector<int64_t> self_;
   Shared self_buffer_, scale_buffer_;
@@ -233,7 +234,7 @@ class Run {
         s.labels.push_back(i / c_.copies);
         continue;
       }
-      // the first class takes half of the rows; labels are large and negative too
+      // the first class has half of the rows; some labels are large or negative
       const int k = i % 2 && c_.classes < count ? 0 : i % c_.classes;
       s.labels.push_back(int64_t(k) * 10000000019 - 3);
     }
@@ -262,16 +263,15 @@ class Run {
     s.labels_buffer = integers(s.labels), s.order_buffer = integers(s.order);
     s.instances_buffer = integers(s.instances);
   }
-  // One part of fp32 is a rounding of the rows, for the pair operators only.
+  // With one part of fp32, the pair operators round the rows to bf16.
   void upstream(Side& s, const Vector& n, const Vector& p, double others = 1) {
     std::normal_distribution<double> normal;
     s.n = n, s.p = p;
     for (Vector* v : {&s.u, &s.v, &s.w, &s.a}) v->clear();
-    const auto draw =
-        [&] {  // where lengths are compared, of one sign and size: rows count alike, none cancel
-          const double x = normal(rng_);
-          return 1e-3 * (c_.length_bar > 0 ? 1 + std::abs(x) / 4 : x);
-        };
+    const auto draw = [&] {  // if lengths are compared: of equal sign and size, so that no rows cancel
+      const double x = normal(rng_);
+      return 1e-3 * (c_.length_bar > 0 ? 1 + std::abs(x) / 4 : x);
+    };
     for (int i = 0; i < s.count; ++i) {
       s.u.push_back(i % 5 ? others * draw() : 0.);
       s.v.push_back(others * draw());
@@ -281,7 +281,7 @@ class Run {
     s.bn = stats(s.n), s.bp = stats(s.p), s.bu = stats(s.u), s.bv = stats(s.v);
     s.bw = stats(s.w), s.ba = stats(s.a);
   }
-  // The candidates' own statistics, were they all anchors.
+  // The statistics of the candidates as anchors.
   Vector own_statistics(bool negatives) const {
     Vector out(size_t(b_.count), -INFINITY);
     for (int i = 0; i < b_.count; ++i)
@@ -360,7 +360,7 @@ class Run {
           want_c[size_t(j * w + d)] += scale_ * g * a_.x[size_t(i * w + d)];
         }
       }
-    // Gradients are added to what is there, here something smaller than they are.
+    // Gradients are added to existing values, here to smaller ones.
     const double start_x = small_beside(want_x), start_c = small_beside(want_c);
     for (size_t i = 0; i < want_x.size(); ++i) put(gx, gradient_, i, start_x);
     for (size_t i = 0; i < want_c.size(); ++i) put(gc, gradient_, i, start_c);
@@ -382,15 +382,15 @@ class Run {
     return square > 0 ? std::exp2(std::floor(std::log2(square / double(v.size())) / 2) - 2) : 0x1p-8;
   }
 
-  // Statistics: absolute error, at similarities of at most row_norm^2 / temperature, which fp32 itself
-  // carries to 2^-24.
+  // Statistics: absolute error. Similarities are at most row_norm^2 / temperature; fp32 represents them to a
+  // relative error of 2^-24.
   double stat_tolerance() const {
     const double top = c_.row_norm * c_.row_norm / c_.temperature;
     if (c_.dtype == Dtype::f64) return 1e-12 * std::max(1., top);
-    if (c_.dtype == Dtype::f32 && c_.parts == 1) return 4e-3 * top;  // 2^-8 per row, as its name says
+    if (c_.dtype == Dtype::f32 && c_.parts == 1) return 4e-3 * top;  // rows are rounded to 2^-8
     return (c_.parts == 2 ? 3e-5 : 5e-7) * std::max(4., top);
   }
-  // Gradients: norm of the error by norm of the gradient; the exponential multiplies the similarity's error.
+  // Gradients: norm of the error / norm of the gradient. The exponential amplifies errors of similarities.
   double gradient_tolerance() const {
     const double top = std::max(4., c_.row_norm * c_.row_norm / c_.temperature);
     if (c_.dtype == Dtype::f64) return 1e-12 * top;
@@ -416,7 +416,7 @@ class Run {
     findings_.push_back({what + " (norm)", size > 0 ? std::sqrt(error) / size : std::sqrt(error), tolerance});
     findings_.push_back({what + " (worst)", top > 0 ? worst / top : worst, 4 * tolerance});
   }
-  // The error along the gradient. The rounding of the weights averages out in it, truncation does not.
+  // The error along the gradient, in which the rounding of the weights averages out but truncation does not.
   void compare_length(const std::string& what, const Buffer& got, const Vector& want) {
     double square = 0, along = 0;
     for (size_t i = 0; i < want.size(); ++i)

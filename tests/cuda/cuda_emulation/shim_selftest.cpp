@@ -1,5 +1,5 @@
-// Semantics of each primitive of the emulation, and that misuse is reported. With an argument: a race that
-// TSan must see.
+// Tests the semantics of each primitive of the emulation, and that misuse is reported. With an argument: a
+// race that TSan must report.
 #include "gpu_ops.cuh"
 extern "C" const char* __asan_default_options() {
   return "detect_leaks=0";
@@ -61,8 +61,8 @@ __global__ void k_sum(const float* x, int n, float* total, unsigned* ticket, flo
   __syncthreads();
   if (last && tid == 0) *result = atomicAdd(total, 0.f);
 }
-// Blocks hand their parts over and the last one adds them up in the order of the blocks; the ticket wraps to
-// 0 for the next launch.
+// Blocks write their parts, and the last block adds them in the order of the blocks; the ticket wraps to 0
+// for the next launch.
 struct Parts {
   float* part;
   unsigned* ticket;
@@ -82,7 +82,7 @@ __global__ void k_ordered_sum(const __grid_constant__ Parts parts, const float* 
     for (unsigned k = 0; k < gridDim.x * blockDim.x; ++k) sum = sum / 2 + __ldcg(parts.part + k);
   if (threadIdx.x == 0) *result = sum;
 }
-// The same within a block: the last warp that has written reads what the others wrote, without a barrier.
+// The same within a block: the last warp reads the parts of the other warps, without a barrier.
 __global__ void k_last_warp(int* part, unsigned* ticket, int* result) {
   const unsigned warp = threadIdx.x / 32, warps = blockDim.x / 32;
   part[threadIdx.x] = int(threadIdx.x);
@@ -112,7 +112,7 @@ __global__ void k_atomics(int* i, unsigned* u, unsigned long long* l) {
   atomicAdd(l, 1ull << 40);
   atomicMax(i + 1, int(threadIdx.x) - 40), atomicMin(i + 2, -int(threadIdx.x));
 }
-// Independent statement of the fragments: CuTe's SM80_16x8x16 layouts (T32,V) -> A: m + 16 k, B: n + 8 k, C:
+// Independent definition of the fragments: CuTe's SM80_16x8x16 layouts (T32,V) -> A: m + 16 k, B: n + 8 k, C:
 // m + 16 n.
 template <bool HALF>
 __global__ void k_mma(const float* A, const float* Bm, float* C) {

@@ -1,8 +1,7 @@
-// How a tensor core computes D = A B + C in fp32. The 16 products of an element are taken in blocks. In each
-// block the products and the accumulator are aligned to the largest exponent among them, cut off (toward
-// zero) behind the last bit that fp32 has there and a few guard bits, added exactly, and the sum is rounded
-// toward zero to fp32. Hence a term that is small beside the accumulator loses its low bits, always toward
-// zero.
+// How a tensor core computes D = A B + C in fp32. The 16 products of an element are added in blocks. In each
+// block, the products and the accumulator are aligned to the largest exponent among them, truncated after the
+// last fp32 bit at that exponent and a few guard bits, and added exactly; the sum is rounded toward zero to
+// fp32. So a term that is much smaller than the accumulator loses its low bits, always toward zero.
 //
 // Two published models, both bit-accurate on the hardware they were fitted to (MMA-Sim, arXiv:2511.10909;
 // Accurate Models of NVIDIA Tensor Cores, arXiv:2512.07004).
@@ -24,7 +23,7 @@ struct TensorCore {
 };
 constexpr TensorCore kTensorCores[] = {{"h100", 16, 2}, {"a100", 8, 1}};
 
-// The model in use; the environment's CUDA_SHIM_TENSOR_CORE (h100 if unset) until somebody assigns another.
+// The model in use. Its initial value is that of CUDA_SHIM_TENSOR_CORE in the environment, h100 if unset.
 inline TensorCore& tensor_core() {
   static TensorCore chosen = [] {
     const char* name = getenv("CUDA_SHIM_TENSOR_CORE");
@@ -36,7 +35,7 @@ inline TensorCore& tensor_core() {
   return chosen;
 }
 
-// The arithmetic is most of the emulation's time: optimised in every build.
+// Optimized in every build, because this arithmetic takes most of the emulation's time.
 #pragma GCC push_options
 #pragma GCC optimize("O3")
 
@@ -71,7 +70,7 @@ struct Factors {
       zero[row] = !any, finite[row] = !special;
     }
   }
-  // With infinities and NaN; only where a block contains one.
+  // Handles infinities and NaN; called only if a block contains one.
   double value(int row, int k, int fraction_bits) const {
     const float m = mantissa[row][k];
     const int e = exponent[row][k];

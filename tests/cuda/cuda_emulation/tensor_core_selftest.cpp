@@ -1,5 +1,5 @@
-// The emulated tensor core against a second statement of its models, which works on numbers in long double
-// and takes the machine's rounding mode; and facts that are known of tensor cores.
+// Tests the emulated tensor core against a second implementation of its models, in long double with the
+// rounding mode of the processor, and against known properties of tensor cores.
 #include <cfenv>
 #include <random>
 
@@ -47,7 +47,7 @@ uint16_t bits_of(double x) {
   return bits;
 }
 
-// The exponent of x as the hardware sees it: that of the smallest normal number for everything below it.
+// The exponent of x in hardware: subnormal numbers have the exponent of the smallest normal number.
 int exponent_of(double x, int smallest) { return x == 0 ? smallest : std::max(std::ilogb(x), smallest); }
 
 float toward_zero(long double x) {
@@ -89,7 +89,7 @@ float expected(const shim::TensorCore& model, const Product& p, int m, int n) {
 
 bool identical(float x, float y) { return (std::isnan(x) && std::isnan(y)) || memcmp(&x, &y, sizeof x) == 0; }
 
-// Fragments that lean on every part of the arithmetic.
+// Fragments that exercise every part of the arithmetic.
 template <class F>
 void fill(Product& p, int kind, std::mt19937& rng) {
   std::normal_distribution<double> normal;

@@ -1,5 +1,5 @@
-// Every operation of gpu_ops.cuh against plain arithmetic. One source for nvcc and a GPU, and for g++ and the
-// emulation: the first says whether the PTX is right, the second whether its host twin is.
+// Tests every operation of gpu_ops.cuh against plain arithmetic. nvcc compiles this source to test the PTX on
+// a GPU, g++ compiles it to test the host implementations of the emulation.
 #include <cmath>
 #include <cstdio>
 

@@ -1,5 +1,6 @@
-// Calls every entry point of csrc/cpu on exactly allocated memory, for the address and undefined-behaviour
-// sanitizers: shapes around a block and a tile, every type, every form, both references.
+// Calls every entry point of csrc/cpu under the address and undefined-behaviour sanitizers. Buffers have
+// exactly the required size. Covers shapes around the size of a block and of a tile, all types, all forms and
+// both kinds of reference.
 #include <cstdint>
 #include <cstdio>
 #include <cstring>

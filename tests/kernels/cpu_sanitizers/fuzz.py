@@ -1,9 +1,10 @@
-"""Calls the raw operators of a sanitized library with valid and with wrong arguments, and counts what comes.
+"""Calls the raw operators of a sanitized library with valid and with invalid arguments.
 
     python fuzz.py LIBRARY NAMESPACE CALLS SEED
 
-Stops with an error at a valid problem that is refused, at a fault that is accepted, and at an error that is
-not a sentence of the library; the sanitizers stop it where memory is read or written outside.
+Fails if a valid problem is refused, if an invalid one is accepted, or if an error is not raised by a check of
+the library. The sanitizers end the process at an invalid memory access. Prints the number of accepted and of
+refused calls.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from helpers.raw_operators import DTYPES, FAULTS, FORMS, Values, applied, call, 
 SIZES = [1, 3, 40, 40, 40, 140]
 
 
-def spoil(dice: random.Random, values: Values) -> bool:
-    """Sometimes a number that is no number, or too large: accepted or refused, but never a crash."""
+def put_extreme_value(dice: random.Random, values: Values) -> bool:
+    """Sometimes replace a number by NaN, infinity or 1e30, which may be accepted or refused."""
     if dice.random() < 0.8:
         return False
     name = dice.choice(
@@ -41,7 +42,7 @@ def spoil(dice: random.Random, values: Values) -> bool:
 
 
 def order_by_class(namespace: str, dice: random.Random) -> None:
-    """Ids of any size; wrong ones are refused."""
+    """Check order_by_class with random ids, and that invalid arguments are refused."""
     operator = getattr(torch.ops, namespace).order_by_class
     count, views = dice.choice(SIZES), dice.choice([1, 2, 3])
     ids = torch.tensor([dice.randint(-(2 ** dice.choice([2, 8, 63])), 2) for _ in range(count)])
@@ -62,12 +63,12 @@ def order_by_class(namespace: str, dice: random.Random) -> None:
 def main(library: str, namespace: str, calls: str, seed: str) -> None:
     torch.ops.load_library(library)
     torch.set_num_threads(2)
-    dice, refused, accepted, spoiled = random.Random(int(seed)), Counter[str](), 0, 0
+    dice, refused, accepted, accepted_extreme = random.Random(int(seed)), Counter[str](), 0, 0
     taken = operators(namespace)
     for number in range(int(calls)):
         name = dice.choice(list(taken))
         values = draw(dice, dice.choice(FORMS), dice.choice(DTYPES), dice.choice(SIZES))
-        anything = spoil(dice, values)
+        extreme = put_extreme_value(dice, values)
         wrong: dict[str, Any] = {}
         faults = []
         for fault in dice.sample(FAULTS, dice.choice([0, 8])):
@@ -81,22 +82,25 @@ def main(library: str, namespace: str, calls: str, seed: str) -> None:
         try:
             call(namespace, name, values)
         except ValueError as error:
-            words = str(error).split("\n")[0]
-            if not words.startswith(("pysupcon: ", "features must be ")):
+            message = str(error).split("\n")[0]
+            if not message.startswith(("pysupcon: ", "features must be ")):
                 raise
-            if not faults and not anything:
+            if not faults and not extreme:
                 raise
-            if len(faults) == 1 and not anything and not re.search(faults[0].message, words):
+            if len(faults) == 1 and not extreme and not re.search(faults[0].message, message):
                 raise
-            refused[re.sub(r"-?\d+", "#", words.split(", got")[0])] += 1
+            refused[re.sub(r"-?\d+", "#", message.split(", got")[0])] += 1
         else:
             if faults:
                 raise AssertionError(f"{name} accepted {[fault.name for fault in faults]}")
             accepted += 1
-            spoiled += anything
-    print(f"{calls} calls: {accepted} accepted ({spoiled} of strange numbers), {refused.total()} refused")
-    for words, count in refused.most_common():
-        print(f"{count:6} {words}")
+            accepted_extreme += extreme
+    print(
+        f"{calls} calls: {accepted} accepted ({accepted_extreme} with extreme values), "
+        f"{refused.total()} refused"
+    )
+    for message, count in refused.most_common():
+        print(f"{count:6} {message}")
 
 
 if __name__ == "__main__":

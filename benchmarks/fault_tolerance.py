@@ -1,4 +1,4 @@
-"""What keeps a run's numbers when something goes wrong: one implementation, the device, or the time."""
+"""Keeps the results of a run when an implementation fails, the GPU is lost or the run is interrupted."""
 
 from __future__ import annotations
 
@@ -13,46 +13,49 @@ from types import FrameType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-WORDS = 300
-"""characters of an error that are kept"""
+MAX_MESSAGE = 300
+"""Number of characters of an error message that are kept."""
 
 
 class DeviceLost(Exception):
-    """The CUDA context is beyond use (an illegal address, say): every later call of this process fails."""
+    """The CUDA context is unusable, for example after an illegal address: later calls of the process fail."""
 
 
 def attempt(call: Callable[[], T], device: str) -> tuple[T | None, str]:
-    """The result of a call that may fail in any way, or None and what went wrong.
+    """Call a function that may raise any exception.
 
-    After a failure on a GPU its memory is given back, so that the next implementation has all of it.
+    After a failure on a GPU the cached memory is released, so that the next implementation can use it.
+
+    Returns:
+        The result and "", or None and the error message.
 
     Raises:
-        DeviceLost: the failure left the CUDA context unusable.
+        DeviceLost: the CUDA context is unusable after the failure.
     """
     try:
         return call(), ""
     except Exception as error:
-        words = describe(error)
-    # Outside of the handler: the traceback held the failed call's tensors.
+        message = describe(error)
+    # Outside of the handler, because the traceback refers to the tensors of the failed call.
     gc.collect()
     if device == "cuda":
         try:
             check_device()
         except Exception as error:
-            raise DeviceLost(f"{words}; after that: {describe(error)}"[:WORDS]) from None
-    return None, words
+            raise DeviceLost(f"{message}; after that: {describe(error)}"[:MAX_MESSAGE]) from None
+    return None, message
 
 
 def describe(error: BaseException) -> str:
     """Type and first line of an error."""
     lines = str(error).strip().splitlines() or [""]
     name = type(error).__name__
-    kind = "out of memory" if name == "OutOfMemoryError" else name  # torch's, which need not be here
-    return f"{kind}: {lines[0]}"[:WORDS]
+    kind = "out of memory" if name == "OutOfMemoryError" else name  # avoids importing torch
+    return f"{kind}: {lines[0]}"[:MAX_MESSAGE]
 
 
 def check_device() -> None:
-    """Waits for the GPU, gives cached memory back and computes something; raises what is left of an error."""
+    """Synchronizes, releases cached memory and runs a small kernel; raises if the GPU is unusable."""
     import torch
 
     torch.cuda.synchronize()
@@ -61,11 +64,11 @@ def check_device() -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes aside and renames: whoever reads the file finds it whole, old or new."""
+    """Writes a temporary file and renames it, so that a reader never sees an incomplete file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    aside.replace(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 @contextmanager

@@ -1,12 +1,12 @@
-"""A program that leaves processes behind which are hard to end, and how to find them."""
+"""A program whose child processes are hard to end, and functions that find them."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-#: Starts two children that ignore SIGINT and SIGTERM, of which the second leaves its parent's session, too.
-GRANDCHILDREN = """
+#: Starts two child processes that ignore SIGINT and SIGTERM. The second also starts its own session.
+STUBBORN_CHILDREN = """
 import os, signal, subprocess, sys, time
 stubborn = "import signal, time; signal.signal(2, signal.SIG_IGN); signal.signal(15, signal.SIG_IGN); "
 stubborn += "print('ready', flush=True); time.sleep(600)"
@@ -18,13 +18,13 @@ for leaves in (False, True):
 """
 
 
-def children(printed: str) -> list[int]:
-    """Process ids that GRANDCHILDREN printed."""
+def printed_pids(printed: str) -> list[int]:
+    """The process ids that STUBBORN_CHILDREN printed."""
     return [int(pid) for pid in re.findall(r"^child (\d+)$", printed, re.MULTILINE)]
 
 
-def alive(pid: int) -> bool:
-    """Whether it still runs; a zombie does not."""
+def is_running(pid: int) -> bool:
+    """Whether the process still runs. A zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:

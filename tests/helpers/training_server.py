@@ -1,5 +1,7 @@
-"""Trainings in processes of their own, for the price of a fork: :class:`Nursery` starts this file, which
-imports everything once, then forks for each line on stdin and answers with the exit statuses.
+"""Runs trainings in processes of their own without the cost of the imports.
+
+:class:`TrainingServer` starts this file as a process. That process imports everything once, forks the
+processes of one training per request (a line of JSON on stdin) and answers with their exit statuses.
 """
 
 from __future__ import annotations
@@ -24,19 +26,19 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITOR
 OK = 0
 
 
-@pytest.fixture(scope="module", name="nursery")
-def start_nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    """To be imported by the modules that use it."""
-    made = Nursery(tmp_path_factory.mktemp("nursery"))
-    yield made
-    made.close()
+@pytest.fixture(scope="module", name="server")
+def start_training_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainingServer]:
+    """The fixture ``server``; test modules that use it import this function."""
+    server = TrainingServer(tmp_path_factory.mktemp("training_server"))
+    yield server
+    server.close()
 
 
-class Nursery:
+class TrainingServer:
     """Runs pysupcon/train.py with given arguments.
 
     Args:
-        folder: for what the trainings say, ``said()``.
+        folder: where the output of the trainings is stored, see :meth:`output`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -52,38 +54,41 @@ class Nursery:
         args: list[str],
         *,
         processes: int = 1,
-        die_at: int | None = None,
+        kill_at_disk_operation: int | None = None,
         kill_after: float | None = None,
         environment: dict[str, str] | None = None,
     ) -> int:
-        """Exit status, as ``subprocess`` gives it (negative for a signal); the first that is not 0.
+        """Run one training and wait for its end.
 
         Args:
-            args: of the command line.
-            processes: of the training, numbered as torchrun does.
-            die_at: kill oneself at this dealing with the disk: in the middle of writing a file of a
-                checkpoint, before a sync, a rename, a removal.
-            kill_after: seconds after which to be killed from outside.
-            environment: additions.
+            args: arguments of the command line.
+            processes: number of processes; their environment is that of torchrun.
+            kill_at_disk_operation: each process sends itself SIGKILL at this disk operation, counted from 1:
+                in the middle of writing a file of a checkpoint, before a sync, a rename or a removal.
+            kill_after: seconds after which every process gets SIGKILL.
+            environment: additional environment variables.
+
+        Returns:
+            The first exit status that is not 0, negative for a signal as in ``subprocess``; else 0.
         """
         assert self.process.stdin is not None
         self.stderr.write_text("")
-        for former in self.stderr.parent.glob("pid_*"):
-            former.unlink()
-        line = {
-            "args": args, "stderr": str(self.stderr), "processes": processes, "die_at": die_at,
-            "kill_after": kill_after, "environment": environment or {},
+        for pid_file in self.stderr.parent.glob("pid_*"):
+            pid_file.unlink()
+        request = {
+            "args": args, "stderr": str(self.stderr), "processes": processes, "kill_after": kill_after,
+            "kill_at_disk_operation": kill_at_disk_operation, "environment": environment or {},
         }  # fmt: skip
-        self.process.stdin.write(json.dumps(line) + "\n")
+        self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         return next((status for status in self._read() if status), OK)
 
-    def said(self) -> str:
-        """What the last training's processes wrote."""
+    def output(self) -> str:
+        """Standard output and standard error of all processes of the last training."""
         return self.stderr.read_text()
 
     def pid(self, rank: int) -> int:
-        """Number of a process of the training that is running."""
+        """Process id of a rank of the training that is running."""
         return int(self.stderr.with_name(f"pid_{rank}").read_text())
 
     def close(self) -> None:
@@ -97,8 +102,8 @@ class Nursery:
         return answer
 
 
-def when_logged(run_dir: Path, lines: int, act: Callable[[], object]) -> threading.Thread:
-    """Act as soon as the log of a run has so many lines."""
+def after_log_lines(run_dir: Path, lines: int, act: Callable[[], object]) -> threading.Thread:
+    """Call ``act`` in a thread as soon as the log of a run has at least ``lines`` lines."""
 
     def watch() -> None:
         log = run_dir / "log.jsonl"
@@ -117,7 +122,8 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def die_at(number: int) -> None:
+def kill_at_disk_operation(number: int) -> None:
+    """Make this process send itself SIGKILL at disk operation ``number``, counted from 1."""
     from pysupcon.trainer import checkpoint
 
     done = 0
@@ -140,36 +146,39 @@ def die_at(number: int) -> None:
     os.fsync, os.replace, shutil.rmtree = counted(os.fsync), counted(os.replace), counted(shutil.rmtree)
 
 
-def child(line: dict[str, Any], rank: int, port: int) -> int:
+def run_training(request: dict[str, Any], rank: int, port: int) -> int:
+    """What a forked process does. Returns the exit status of the training."""
     from pysupcon.train import main
 
-    with open(line["stderr"], "a") as stderr:
+    with open(request["stderr"], "a") as stderr:
         os.dup2(stderr.fileno(), 2)
     os.dup2(2, 1)
-    os.environ.update(line["environment"])
-    Path(line["stderr"]).with_name(f"pid_{rank}").write_text(str(os.getpid()))
-    if line["processes"] > 1:
-        count = str(line["processes"])
+    os.environ.update(request["environment"])
+    Path(request["stderr"]).with_name(f"pid_{rank}").write_text(str(os.getpid()))
+    if request["processes"] > 1:
+        count = str(request["processes"])
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=count, LOCAL_WORLD_SIZE=count)
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    if line["die_at"] is not None:
-        die_at(line["die_at"])
-    return main(line["args"])
+    if request["kill_at_disk_operation"] is not None:
+        kill_at_disk_operation(request["kill_at_disk_operation"])
+    return main(request["args"])
 
 
-def status_of(pid: int, kill_after: float | None) -> int:
+def wait_for(pid: int, kill_after: float | None) -> int:
+    """Exit status of a process, which gets SIGKILL after ``kill_after`` seconds."""
     deadline = None if kill_after is None else time.monotonic() + kill_after
     while True:
         done, status = os.waitpid(pid, 0 if deadline is None else os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
         if deadline is not None and time.monotonic() > deadline:
-            os.kill(pid, signal.SIGKILL)  # not waited for yet: the number is still its own
+            os.kill(pid, signal.SIGKILL)  # not reaped yet: the process id is still valid
             deadline = None
         time.sleep(0.005)
 
 
 def serve() -> None:
+    """Fork the processes of one training for each line on stdin."""
     import timm.utils  # noqa: F401
     import torch
 
@@ -179,17 +188,17 @@ def serve() -> None:
     from pysupcon.trainer import loop  # noqa: F401
 
     torch.set_num_threads(1)
-    parse_args([])  # reads all docstrings, once for all children
+    parse_args([])  # parses the docstrings once for all forked processes
     read_source(DataConfig(dataset="digits"))
     print([OK], flush=True)
-    for text in sys.stdin:
-        line, port, pids = json.loads(text), free_port(), []
-        for rank in range(line["processes"]):
+    for line in sys.stdin:
+        request, port, pids = json.loads(line), free_port(), []
+        for rank in range(request["processes"]):
             pid = os.fork()
             if pid == 0:
                 status = 99
                 try:
-                    status = child(line, rank, port)
+                    status = run_training(request, rank, port)
                 except BaseException:
                     import traceback
 
@@ -198,8 +207,8 @@ def serve() -> None:
                     sys.stderr.flush()
                     os._exit(status)
             pids.append(pid)
-        print([status_of(pid, line["kill_after"]) for pid in pids], flush=True)
-    os._exit(0)  # nothing to tidy up
+        print([wait_for(pid, request["kill_after"]) for pid in pids], flush=True)
+    os._exit(0)  # skips the clean-up of torch and timm
 
 
 if __name__ == "__main__":
