@@ -122,7 +122,7 @@ class Counts(NamedTuple):
 
 def lay_out(
     name: str, features: Tensor, labels: Any, mask: Any, options: Mapping[str, Any],
-    refused: str | None = None, **more: Any,
+    temperature: float | Tensor, need_instances: bool, refused: str | None,
 ) -> tuple[Problem, str]:  # fmt: skip
     """The checked problem of one call of the function ``name``, and its reduction. ``refused``: a keyword
     that this function does not take."""
@@ -130,7 +130,10 @@ def lay_out(
     if len(given) != len(DEFAULTS) or refused in options:
         unknown = next(key for key in options if key not in DEFAULTS or key == refused)
         raise TypeError(f"{name}() got an unexpected keyword argument {unknown!r}")
-    return prepare(features, labels, mask, **given, **more), given["reduction"]
+    problem = prepare(
+        features, labels, mask, temperature=temperature, need_instances=need_instances, **given
+    )  # fmt: skip
+    return problem, given["reduction"]
 
 
 def dense_sets(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -152,13 +155,12 @@ def dense_sets(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @named("pysupcon::loss")
 def compute(
     loss: type[ContrastiveLoss], features: Tensor, labels: Tensor | None, mask: Tensor | None,
-    options: Mapping[str, Any], *, temperature: float | Tensor, **own: Any,
+    options: Mapping[str, Any], temperature: float | Tensor, **own: Any,
 ) -> Tensor:  # fmt: skip
     """The value of a loss. ``own``: the checked parameters that only this loss has."""
     problem, reduction = lay_out(
-        loss.function.__name__, features, labels, mask, options,
+        loss.function.__name__, features, labels, mask, options, temperature, loss.needs_instances,
         "candidate_labels" if loss.self_supervised else None,
-        temperature=temperature, need_instances=loss.needs_instances,
     )  # fmt: skip
     everybody, mean_of = problem.everybody, 1
     if everybody is not None:

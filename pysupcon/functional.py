@@ -88,9 +88,8 @@ def pair_statistics(
     float64 (float32 on devices that have no float64).
     """
     problem, _ = lay_out(
-        "pair_statistics", features, labels, mask, options, "reduction",
-        temperature=temperature, need_instances=False,
-    )  # fmt: skip
+        "pair_statistics", features, labels, mask, options, temperature, False, refused="reduction"
+    )
     count = problem.count if problem.everybody is None else problem.everybody.own_counts[0]
     if problem.backend == "reference":
         s, positives, negatives, _ = dense_sets(problem)

@@ -67,7 +67,7 @@ def supcon(
     """
     if base_temperature is not None:
         base_temperature = check_temperature("base_temperature", base_temperature)
-    loss = compute(SupConLoss, features, labels, mask, options, temperature=temperature)
+    loss = compute(SupConLoss, features, labels, mask, options, temperature)
     if base_temperature is None:
         return loss
     temperature = check_temperature("temperature", temperature)
@@ -127,7 +127,7 @@ def sincere(
     negative gives 0 (minus epsilon).
     """
     epsilon = check_epsilon(epsilon)
-    return compute(SINCERELoss, features, labels, mask, options, temperature=temperature, epsilon=epsilon)
+    return compute(SINCERELoss, features, labels, mask, options, temperature, epsilon=epsilon)
 
 
 class SINCERELoss(ContrastiveLoss):
@@ -175,7 +175,7 @@ def class_conditional_info_nce(
     sample: V >= 2 or ``instances`` (rows of one instance must share a label). Anchors without another row of
     their sample have no loss.
     """
-    return compute(ClassConditionalInfoNCELoss, features, labels, mask, options, temperature=temperature)
+    return compute(ClassConditionalInfoNCELoss, features, labels, mask, options, temperature)
 
 
 class ClassConditionalInfoNCELoss(ContrastiveLoss):
@@ -228,7 +228,7 @@ def spread(
     """
     own = {"alpha": check_number("alpha", alpha, 0.0, 1.0), "base": base}
     check_choice("base", base, tuple(_BASES))
-    return compute(SpreadLoss, features, labels, mask, options, temperature=temperature, **own)
+    return compute(SpreadLoss, features, labels, mask, options, temperature, **own)
 
 
 class SpreadLoss(ContrastiveLoss):
@@ -253,7 +253,7 @@ class SpreadLoss(ContrastiveLoss):
         self.base = base
 
     @staticmethod
-    def statistics(alpha: float, base: str) -> dict[str, Any]:
+    def statistics(alpha: float = 0.5, base: str = "supcon") -> dict[str, Any]:
         return {**ClassConditionalInfoNCELoss.statistics(), **_BASES[base].statistics()}
 
     @staticmethod
@@ -279,7 +279,7 @@ def info_nce(
     The positives of a row are the other rows of its sample. With V > 2 views the loss is their mean, as in
     :func:`supcon` without labels.
     """
-    return compute(InfoNCELoss, features, None, None, options, temperature=temperature)
+    return compute(InfoNCELoss, features, None, None, options, temperature)
 
 
 class InfoNCELoss(ContrastiveLoss):

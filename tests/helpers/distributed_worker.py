@@ -22,14 +22,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import pysupcon
 from helpers import gradcache_wrappers
-from helpers.cases import CASES
+from helpers.cases import CASES as LOSS_CASES
 from pysupcon.distributed import AllGather, Ring
 from pysupcon.gradcache import GradCache
 
 WIDTH, CLASSES = 7, 3
 LOSSES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     name: (loss, {"temperature": 0.3 if loss.needs_instances else 0.2, **own})
-    for name, (loss, own) in [*CASES.items(), ("infonce", (pysupcon.InfoNCELoss, {}))]
+    for name, (loss, own) in [*LOSS_CASES.items(), ("infonce", (pysupcon.InfoNCELoss, {}))]
 }
 MODES: dict[str, bool | str] = {"all": True, "ring": "ring"}
 
