@@ -39,11 +39,13 @@ from pysupcon.pairs.rows import mean, positive_gap, supcon_rows
 
 __all__ = [
     "ClassConditionalInfoNCELoss",
+    "DCLLoss",
     "InfoNCELoss",
     "SINCERELoss",
     "SpreadLoss",
     "SupConLoss",
     "class_conditional_info_nce",
+    "dcl",
     "info_nce",
     "sincere",
     "spread",
@@ -271,6 +273,48 @@ class SpreadLoss(ContrastiveLoss):
 _BASES: dict[str, type[ContrastiveLoss]] = {"supcon": SupConLoss, "sincere": SINCERELoss}
 
 
+def dcl(
+    features: Tensor,
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.07,
+    **options: Unpack[Options],
+) -> Tensor:
+    """Decoupled contrastive loss, DCL (Yeh et al. 2022, arXiv 2110.06848): no positive is in the
+    denominator.
+
+    -mean_{p in P_i} log( e^{s_ip} / sum_{j in N_i} e^{s_ij} ), which may be below 0. Anchors without a
+    negative, whose denominator is empty, are skipped like anchors without a positive.
+    """
+    return compute(DCLLoss, features, labels, mask, options, temperature)
+
+
+class DCLLoss(ContrastiveLoss):
+    """Decoupled contrastive loss, DCL (Yeh et al. 2022); see :func:`pysupcon.functional.dcl`."""
+
+    function = staticmethod(dcl)
+    trained_as: ClassVar = {"dcl": {}}
+    needs = "a positive and a negative"
+
+    @staticmethod
+    def valid(counts: Counts) -> Tensor:
+        return (counts.positives > 0) & (counts.positives < counts.candidates)
+
+    @staticmethod
+    def statistics() -> dict[str, Any]:
+        return {"negatives": True, "positives": True}
+
+    @staticmethod
+    def rows(s: RowStatistics, counts: Counts, valid: Tensor) -> Tensor:
+        return torch.where(valid, s.n, 0.0) - torch.where(valid, mean(s.positive_sum, counts.positives), 0.0)
+
+    @staticmethod
+    def dense(s: Tensor, positives: Tensor, negatives: Tensor, same: Tensor) -> Tensor:
+        valid = positives.any(dim=1) & negatives.any(dim=1)
+        return torch.where(valid, log_sum_exp(s, negatives) - mean_over(positives, s), 0.0)
+
+
 def info_nce(
     features: Tensor, *, temperature: float | Tensor = 0.07, **options: Unpack[SelfSupervisedOptions]
 ) -> Tensor:
@@ -297,11 +341,11 @@ class InfoNCELoss(ContrastiveLoss):
     dense = staticmethod(SupConLoss.dense)
 
 
-LossName = Literal["supcon", "sincere", "eps_supinfonce", "cnce", "spread", "infonce"]
+LossName = Literal["supcon", "sincere", "eps_supinfonce", "cnce", "spread", "dcl", "infonce"]
 """What the trainer can choose"""
 FAMILY: dict[str, type[ContrastiveLoss]] = {
     name: loss
-    for loss in (SupConLoss, SINCERELoss, ClassConditionalInfoNCELoss, SpreadLoss, InfoNCELoss)
+    for loss in (SupConLoss, SINCERELoss, ClassConditionalInfoNCELoss, SpreadLoss, DCLLoss, InfoNCELoss)
     for name in loss.trained_as
 }
 """The class of every :data:`LossName`"""

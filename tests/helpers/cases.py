@@ -21,13 +21,14 @@ CASES: dict[str, tuple[type[ContrastiveLoss], dict[str, Any]]] = {
     "cnce": (pysupcon.ClassConditionalInfoNCELoss, {}),
     "spread": (pysupcon.SpreadLoss, {"alpha": 0.3}),
     "spread_sincere": (pysupcon.SpreadLoss, {"alpha": 0.3, "base": "sincere"}),
+    "dcl": (pysupcon.DCLLoss, {}),
 }
 """Every loss that takes labels: its module, and its own parameters"""
 LOSSES: dict[str, Callable[..., Tensor]] = {
     name: partial(loss.function, **own) for name, (loss, own) in CASES.items()
 }
 NEEDS_INSTANCES = {name for name, (loss, _) in CASES.items() if loss.needs_instances}
-NEGATIVE = {"eps_supinfonce"}
+NEGATIVE = {"eps_supinfonce", "dcl"}
 """Losses that may be below 0"""
 
 
@@ -47,6 +48,8 @@ def _anchor_loss(
             return -torch.stack([s - _log_sum(positives + negatives) for s in positives]).mean()
         epsilon = 0.25 if name == "eps_supinfonce" else 0.0
         return -torch.stack([s - _log_sum([s - epsilon, *negatives]) for s in positives]).mean()
+    if name == "dcl":
+        return _log_sum(negatives) - torch.stack(positives).mean() if positives and negatives else None
     if name == "cnce":
         return -torch.stack([s - _log_sum(positives) for s in own]).mean() if own and positives else None
     if not positives:
