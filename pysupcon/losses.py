@@ -1,337 +1,351 @@
-"""The losses as modules. Arguments, shapes and errors: :mod:`pysupcon.functional`.
+"""The losses: of each its formulas, its function and its module. Arguments, shapes and errors:
+:mod:`pysupcon.functional`.
 
-``gather=False``: each process contrasts its own rows only. ``gather=True`` or ``"ring"`` contrasts with the
-rows of every process (:mod:`pysupcon.distributed`); an object of the :class:`pysupcon.functional.Gather`
-protocol is used as it is.
+In modules ``temperature``, ``base_temperature``, ``epsilon`` and ``alpha`` are numbers, of Python or NumPy,
+or tensors of one element that want no gradient; the modules keep them as Python numbers. The other keywords
+of modules: :class:`pysupcon.contrastive.ModuleOptions`.
 
-``temperature``, ``base_temperature``, ``epsilon`` and ``alpha`` are numbers, of Python or NumPy, or tensors
-of one element that want no gradient; the modules keep them as Python numbers.
-
-``learnable_temperature=True`` makes the logarithm of the temperature a parameter, ``log_temperature``, which
-starts from ``temperature``; it cannot become negative.
+A new loss needs a function, a subclass of :class:`pysupcon.contrastive.ContrastiveLoss`, its name in
+:data:`LossName` and its class in :data:`FAMILY`.
 """
 
 from __future__ import annotations
 
-import importlib
-import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from typing_extensions import Unpack
 
-from pysupcon import functional
+from pysupcon.contrastive import (
+    ContrastiveLoss,
+    Counts,
+    ModuleOptions,
+    Options,
+    SelfSupervisedOptions,
+    SharedModuleOptions,
+    compute,
+)
+from pysupcon.pairs.autograd import RowStatistics
 from pysupcon.pairs.checks import (
-    BACKENDS,
     TEMPERATURE_RANGE,
     check_choice,
     check_epsilon,
-    check_gather,
     check_number,
+    check_temperature,
 )
+from pysupcon.pairs.reference import log_sum_exp, mean_over
+from pysupcon.pairs.rows import mean, positive_gap, supcon_rows
 
-__all__ = ["ClassConditionalInfoNCELoss", "InfoNCELoss", "SINCERELoss", "SpreadLoss", "SupConLoss"]
-
-GatherArgument = bool | Literal["ring"] | functional.Gather
-
-
-class _Loss(nn.Module):
-    """What all losses share."""
-
-    def __init__(
-        self,
-        temperature: float,
-        contrast_mode: str,
-        *,
-        reduction: str,
-        normalize: bool,
-        gather: GatherArgument,
-        backend: str,
-        learnable_temperature: bool,
-    ) -> None:
-        super().__init__()
-        if isinstance(temperature, Tensor) and temperature.requires_grad:
-            raise TypeError(
-                "temperature must be a number, got a tensor that wants a gradient; "
-                "learnable_temperature=True makes it a parameter of the loss"
-            )
-        self._temperature = float(check_number("temperature", temperature, *TEMPERATURE_RANGE))
-        check_choice("contrast_mode", contrast_mode, ("all", "one"))
-        check_choice("reduction", reduction, ("mean", "sum", "none"))
-        check_choice("backend", backend, BACKENDS)
-        self.contrast_mode = contrast_mode
-        self.reduction = reduction
-        self.normalize = normalize
-        self.backend = backend
-        self.gather = gather
-        self._gather = _resolve_gather(gather)
-        self.log_temperature: nn.Parameter | None = None
-        if learnable_temperature:
-            self.log_temperature = nn.Parameter(torch.tensor(math.log(self._temperature)))
-
-    @property
-    def temperature(self) -> float | Tensor:
-        """The number, or with ``learnable_temperature`` a tensor of no dimensions."""
-        return self._temperature if self.log_temperature is None else self.log_temperature.exp()
-
-    def _common(self) -> dict[str, Any]:
-        if self._gather is None and _among_processes():
-            importlib.import_module("pysupcon.distributed").warn_without_gather(type(self).__name__)
-        return {
-            "temperature": self.temperature,
-            "contrast_mode": self.contrast_mode,
-            "reduction": self.reduction,
-            "normalize": self.normalize,
-            "backend": self.backend,
-            "gather": self._gather,
-        }
-
-    def _own_repr(self) -> str:
-        return ""
-
-    def extra_repr(self) -> str:
-        with torch.no_grad():
-            temperature = float(self.temperature)
-        learnable = " (learnable)" if self.log_temperature is not None else ""
-        return (
-            f"temperature={temperature:g}{learnable}, "
-            f"{self._own_repr()}contrast_mode={self.contrast_mode!r}, "
-            f"reduction={self.reduction!r}, normalize={self.normalize}, gather={self.gather!r}, "
-            f"backend={self.backend!r}"
-        )
+__all__ = [
+    "ClassConditionalInfoNCELoss",
+    "DCLLoss",
+    "InfoNCELoss",
+    "SINCERELoss",
+    "SpreadLoss",
+    "SupConLoss",
+    "class_conditional_info_nce",
+    "dcl",
+    "info_nce",
+    "sincere",
+    "spread",
+    "supcon",
+]
 
 
-def _among_processes() -> bool:
-    if torch.compiler.is_compiling() or not torch.distributed.is_available():
-        return False
-    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+def supcon(
+    features: Tensor,
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.07,
+    base_temperature: float | Tensor | None = None,
+    **options: Unpack[Options],
+) -> Tensor:
+    """Supervised contrastive loss, L_out (Khosla et al. 2020, arXiv 2004.11362, equation 2).
+
+    -mean_{p in P_i} log( e^{s_ip} / sum_{j in P_i + N_i} e^{s_ij} ), times temperature / base_temperature
+    where that is given. Without labels it is the multi-view NT-Xent loss.
+    """
+    if base_temperature is not None:
+        base_temperature = check_temperature("base_temperature", base_temperature)
+    loss = compute(SupConLoss, features, labels, mask, options, temperature)
+    if base_temperature is None:
+        return loss
+    temperature = check_temperature("temperature", temperature)
+    if torch.compiler.is_compiling():  # a quotient of numbers would make each of them a graph of its own
+        temperature = loss.new_ones(()) * temperature
+    factor = temperature / base_temperature
+    return loss * (factor.to(loss) if isinstance(factor, Tensor) else factor)
 
 
-def _resolve_gather(gather: GatherArgument) -> functional.Gather | None:
-    if gather is False:
-        return None
-    if gather is True or isinstance(gather, str):
-        check_choice("gather", gather, (False, True, "ring"))
-        distributed = importlib.import_module("pysupcon.distributed")
-        resolved: functional.Gather = distributed.resolve(gather)
-        return resolved
-    check_gather(gather)
-    return gather
-
-
-class SupConLoss(_Loss):
+class SupConLoss(ContrastiveLoss):
     """Supervised contrastive loss (Khosla et al. 2020, L_out); see :func:`pysupcon.functional.supcon`.
 
     ``base_temperature`` (None: no factor) multiplies the loss by temperature / base_temperature.
     """
+
+    function = staticmethod(supcon)
+    own = ("base_temperature",)
+    trained_as: ClassVar = {"supcon": {}}
+    rows = staticmethod(supcon_rows)
+    reduces = True
 
     def __init__(
         self,
         temperature: float = 0.07,
         contrast_mode: str = "all",
         base_temperature: float | None = None,
-        *,
-        reduction: str = "mean",
-        normalize: bool = False,
-        gather: GatherArgument = False,
-        backend: str = "auto",
-        learnable_temperature: bool = False,
+        **options: Unpack[SharedModuleOptions],
     ) -> None:
-        super().__init__(
-            temperature, contrast_mode, reduction=reduction, normalize=normalize, gather=gather,
-            backend=backend, learnable_temperature=learnable_temperature,
-        )  # fmt: skip
+        super().__init__(temperature, contrast_mode=contrast_mode, **options)
         if base_temperature is not None:
             base_temperature = float(check_number("base_temperature", base_temperature, *TEMPERATURE_RANGE))
         self.base_temperature = base_temperature
 
-    def _own_repr(self) -> str:
-        return f"base_temperature={self.base_temperature}, "
+    @staticmethod
+    def statistics() -> dict[str, Any]:
+        return {"negatives": True, "positives": True}
 
-    def forward(
-        self,
-        features: Tensor,
-        labels: Tensor | None = None,
-        mask: Tensor | None = None,
-        *,
-        candidates: Tensor | None = None,
-        candidate_labels: Tensor | None = None,
-        instances: Tensor | None = None,
-        candidate_instances: Tensor | None = None,
-    ) -> Tensor:
-        return functional.supcon(
-            features, labels, mask, candidates=candidates, candidate_labels=candidate_labels,
-            instances=instances, candidate_instances=candidate_instances,
-            base_temperature=self.base_temperature, **self._common(),
-        )  # fmt: skip
+    @staticmethod
+    def dense(s: Tensor, positives: Tensor, negatives: Tensor, same: Tensor) -> Tensor:
+        log_probability = s - log_sum_exp(s, positives | negatives)[:, None]
+        return torch.where(positives.any(dim=1), -mean_over(positives, log_probability), 0.0)
 
 
-class SINCERELoss(_Loss):
+def sincere(
+    features: Tensor,
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.07,
+    epsilon: float = 0.0,
+    **options: Unpack[Options],
+) -> Tensor:
+    """SINCERE (Feeney and Hughes 2023, arXiv 2309.14277), and with ``epsilon`` > 0 epsilon-SupInfoNCE
+    (Barbano et al. 2022, arXiv 2211.05568).
+
+    -mean_{p in P_i} log( e^{s_ip} / (e^{s_ip - epsilon} + sum_{j in N_i} e^{s_ij}) ). An anchor without a
+    negative gives 0 (minus epsilon).
+    """
+    epsilon = check_epsilon(epsilon)
+    return compute(SINCERELoss, features, labels, mask, options, temperature, epsilon=epsilon)
+
+
+class SINCERELoss(ContrastiveLoss):
     """SINCERE (Feeney and Hughes 2023), with ``epsilon`` epsilon-SupInfoNCE; see
     :func:`pysupcon.functional.sincere`."""
 
+    function = staticmethod(sincere)
+    own = ("epsilon",)
+    trained_as: ClassVar = {"sincere": {}, "eps_supinfonce": {"epsilon": 0.25}}
+
     def __init__(
-        self,
-        temperature: float = 0.07,
-        epsilon: float = 0.0,
-        *,
-        contrast_mode: str = "all",
-        reduction: str = "mean",
-        normalize: bool = False,
-        gather: GatherArgument = False,
-        backend: str = "auto",
-        learnable_temperature: bool = False,
+        self, temperature: float = 0.07, epsilon: float = 0.0, **options: Unpack[ModuleOptions]
     ) -> None:
-        super().__init__(
-            temperature, contrast_mode, reduction=reduction, normalize=normalize, gather=gather,
-            backend=backend, learnable_temperature=learnable_temperature,
-        )  # fmt: skip
+        super().__init__(temperature, **options)
         self.epsilon = float(check_epsilon(epsilon))
 
-    def _own_repr(self) -> str:
-        return f"epsilon={self.epsilon:g}, "
+    @staticmethod
+    def statistics(epsilon: float = 0.0) -> dict[str, Any]:
+        return {"negatives": True, "epsilon": epsilon}
 
-    def forward(
-        self,
-        features: Tensor,
-        labels: Tensor | None = None,
-        mask: Tensor | None = None,
-        *,
-        candidates: Tensor | None = None,
-        candidate_labels: Tensor | None = None,
-        instances: Tensor | None = None,
-        candidate_instances: Tensor | None = None,
-    ) -> Tensor:
-        return functional.sincere(
-            features, labels, mask, candidates=candidates, candidate_labels=candidate_labels,
-            instances=instances, candidate_instances=candidate_instances, epsilon=self.epsilon,
-            **self._common(),
-        )  # fmt: skip
+    @staticmethod
+    def rows(s: RowStatistics, counts: Counts, valid: Tensor, epsilon: float = 0.0) -> Tensor:
+        loss = mean(s.softplus, counts.positives)
+        if torch.compiler.is_compiling() or epsilon:  # a graph that tests the number would be for it alone
+            loss = torch.where(valid, loss - epsilon, 0.0)
+        return loss
+
+    @staticmethod
+    def dense(s: Tensor, positives: Tensor, negatives: Tensor, same: Tensor, epsilon: float = 0.0) -> Tensor:
+        denominator = torch.logaddexp(s - epsilon, log_sum_exp(s, negatives)[:, None])
+        return torch.where(positives.any(dim=1), mean_over(positives, denominator - s), 0.0)
 
 
-class ClassConditionalInfoNCELoss(_Loss):
+def class_conditional_info_nce(
+    features: Tensor,
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.07,
+    **options: Unpack[Options],
+) -> Tensor:
+    """Class-conditional InfoNCE, cNCE (Chen et al. 2022, arXiv 2204.07596): InfoNCE within the class.
+
+    -mean_{a in A_i} log( e^{s_ia} / sum_{p in P_i} e^{s_ip} ). It must know which rows are views of one
+    sample: V >= 2 or ``instances`` (rows of one instance must share a label). Anchors without another row of
+    their sample have no loss.
+    """
+    return compute(ClassConditionalInfoNCELoss, features, labels, mask, options, temperature)
+
+
+class ClassConditionalInfoNCELoss(ContrastiveLoss):
     """Class-conditional InfoNCE, cNCE (Chen et al. 2022); see
     :func:`pysupcon.functional.class_conditional_info_nce`."""
 
-    def __init__(
-        self,
-        temperature: float = 0.07,
-        *,
-        contrast_mode: str = "all",
-        reduction: str = "mean",
-        normalize: bool = False,
-        gather: GatherArgument = False,
-        backend: str = "auto",
-        learnable_temperature: bool = False,
-    ) -> None:
-        super().__init__(
-            temperature, contrast_mode, reduction=reduction, normalize=normalize, gather=gather,
-            backend=backend, learnable_temperature=learnable_temperature,
-        )  # fmt: skip
+    function = staticmethod(class_conditional_info_nce)
+    trained_as: ClassVar = {"cnce": {"temperature": 0.5}}
+    needs_instances = True
 
-    def forward(
-        self,
-        features: Tensor,
-        labels: Tensor | None = None,
-        mask: Tensor | None = None,
-        *,
-        candidates: Tensor | None = None,
-        candidate_labels: Tensor | None = None,
-        instances: Tensor | None = None,
-        candidate_instances: Tensor | None = None,
-    ) -> Tensor:
-        return functional.class_conditional_info_nce(
-            features, labels, mask, candidates=candidates, candidate_labels=candidate_labels,
-            instances=instances, candidate_instances=candidate_instances, **self._common(),
-        )  # fmt: skip
+    @staticmethod
+    def valid(counts: Counts) -> Tensor:
+        assert counts.instances is not None
+        return (counts.instances > 0) & (counts.positives > 0)
+
+    @staticmethod
+    def statistics() -> dict[str, Any]:
+        return {"positives": True}
+
+    @staticmethod
+    def rows(s: RowStatistics, counts: Counts, valid: Tensor) -> Tensor:
+        assert counts.instances is not None
+        if counts.nested:
+            return positive_gap(s, s.instance_sum, counts.instances, counts.positives, valid)
+        return torch.where(valid, s.p - mean(s.instance_sum, counts.instances), 0.0)
+
+    @staticmethod
+    def dense(s: Tensor, positives: Tensor, negatives: Tensor, same: Tensor) -> Tensor:
+        valid = same.any(dim=1) & positives.any(dim=1)
+        log_probability = s - log_sum_exp(s, positives)[:, None]
+        return torch.where(valid, -mean_over(same, log_probability), 0.0)
 
 
-class SpreadLoss(_Loss):
+def spread(
+    features: Tensor,
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.5,
+    alpha: float = 0.5,
+    base: str = "supcon",
+    **options: Unpack[Options],
+) -> Tensor:
+    """L_spread (Chen et al. 2022, arXiv 2204.07596): (1 - alpha) * base + alpha * class-conditional InfoNCE,
+    per anchor.
+
+    ``base`` is "supcon" or "sincere" (the form of the paper's own code). ``alpha`` in [0, 1] weighs cNCE; the
+    earlier paper "The Details Matter" writes alpha on the other term. The mean is over the anchors that have
+    a positive; one without another row of its sample has no cNCE part. It costs what its base costs.
+    """
+    own = {"alpha": check_number("alpha", alpha, 0.0, 1.0), "base": base}
+    check_choice("base", base, tuple(_BASES))
+    return compute(SpreadLoss, features, labels, mask, options, temperature, **own)
+
+
+class SpreadLoss(ContrastiveLoss):
     """L_spread (Chen et al. 2022): (1 - alpha) * base + alpha * cNCE; see
     :func:`pysupcon.functional.spread`."""
+
+    function = staticmethod(spread)
+    own = ("alpha", "base")
+    trained_as: ClassVar = {"spread": {"temperature": 0.5, "alpha": 0.5, "base": "supcon"}}
+    needs_instances = True
 
     def __init__(
         self,
         temperature: float = 0.5,
         alpha: float = 0.5,
         base: str = "supcon",
-        *,
-        contrast_mode: str = "all",
-        reduction: str = "mean",
-        normalize: bool = False,
-        gather: GatherArgument = False,
-        backend: str = "auto",
-        learnable_temperature: bool = False,
+        **options: Unpack[ModuleOptions],
     ) -> None:
-        super().__init__(
-            temperature, contrast_mode, reduction=reduction, normalize=normalize, gather=gather,
-            backend=backend, learnable_temperature=learnable_temperature,
-        )  # fmt: skip
-        check_choice("base", base, ("supcon", "sincere"))
+        super().__init__(temperature, **options)
+        check_choice("base", base, tuple(_BASES))
         self.alpha = float(check_number("alpha", alpha, 0.0, 1.0))
         self.base = base
 
-    def _own_repr(self) -> str:
-        return f"alpha={self.alpha:g}, base={self.base!r}, "
+    @staticmethod
+    def statistics(alpha: float = 0.5, base: str = "supcon") -> dict[str, Any]:
+        return {**ClassConditionalInfoNCELoss.statistics(), **_BASES[base].statistics()}
 
-    def forward(
-        self,
-        features: Tensor,
-        labels: Tensor | None = None,
-        mask: Tensor | None = None,
-        *,
-        candidates: Tensor | None = None,
-        candidate_labels: Tensor | None = None,
-        instances: Tensor | None = None,
-        candidate_instances: Tensor | None = None,
-    ) -> Tensor:
-        return functional.spread(
-            features, labels, mask, candidates=candidates, candidate_labels=candidate_labels,
-            instances=instances, candidate_instances=candidate_instances, alpha=self.alpha, base=self.base,
-            **self._common(),
-        )  # fmt: skip
+    @staticmethod
+    def rows(s: RowStatistics, counts: Counts, valid: Tensor, alpha: float, base: str) -> Tensor:
+        first = _BASES[base].rows(s, counts, valid)
+        cnce = ClassConditionalInfoNCELoss
+        return (1 - alpha) * first + alpha * cnce.rows(s, counts, cnce.valid(counts))
+
+    @staticmethod
+    def dense(s: Tensor, *sets: Tensor, alpha: float, base: str) -> Tensor:
+        first, second = _BASES[base].dense(s, *sets), ClassConditionalInfoNCELoss.dense(s, *sets)
+        return (1 - alpha) * first + alpha * second
 
 
-class InfoNCELoss(_Loss):
+_BASES: dict[str, type[ContrastiveLoss]] = {"supcon": SupConLoss, "sincere": SINCERELoss}
+
+
+def dcl(
+    features: Tensor,
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.07,
+    **options: Unpack[Options],
+) -> Tensor:
+    """Decoupled contrastive loss, DCL (Yeh et al. 2022, arXiv 2110.06848): no positive is in the
+    denominator.
+
+    -mean_{p in P_i} log( e^{s_ip} / sum_{j in N_i} e^{s_ij} ), which may be below 0. Anchors without a
+    negative, whose denominator is empty, are skipped like anchors without a positive.
+    """
+    return compute(DCLLoss, features, labels, mask, options, temperature)
+
+
+class DCLLoss(ContrastiveLoss):
+    """Decoupled contrastive loss, DCL (Yeh et al. 2022); see :func:`pysupcon.functional.dcl`."""
+
+    function = staticmethod(dcl)
+    trained_as: ClassVar = {"dcl": {}}
+    needs = "a positive and a negative"
+
+    @staticmethod
+    def valid(counts: Counts) -> Tensor:
+        return (counts.positives > 0) & (counts.positives < counts.candidates)
+
+    @staticmethod
+    def statistics() -> dict[str, Any]:
+        return {"negatives": True, "positives": True}
+
+    @staticmethod
+    def rows(s: RowStatistics, counts: Counts, valid: Tensor) -> Tensor:
+        return torch.where(valid, s.n, 0.0) - torch.where(valid, mean(s.positive_sum, counts.positives), 0.0)
+
+    @staticmethod
+    def dense(s: Tensor, positives: Tensor, negatives: Tensor, same: Tensor) -> Tensor:
+        valid = positives.any(dim=1) & negatives.any(dim=1)
+        return torch.where(valid, log_sum_exp(s, negatives) - mean_over(positives, s), 0.0)
+
+
+def info_nce(
+    features: Tensor, *, temperature: float | Tensor = 0.07, **options: Unpack[SelfSupervisedOptions]
+) -> Tensor:
+    """InfoNCE / NT-Xent (van den Oord et al. 2018, arXiv 1807.03748; Chen et al. 2020, arXiv 2002.05709).
+
+    The positives of a row are the other rows of its sample. With V > 2 views the loss is their mean, as in
+    :func:`supcon` without labels.
+    """
+    return compute(InfoNCELoss, features, None, None, options, temperature)
+
+
+class InfoNCELoss(ContrastiveLoss):
     """InfoNCE / NT-Xent (Chen et al. 2020); see :func:`pysupcon.functional.info_nce`.
 
-    ``labels`` and ``mask`` stand in the signature so that the losses can take one another's place; they must
-    be None.
+    ``labels``, ``mask`` and ``candidate_labels`` must be None. They are in the signature so that one loss can
+    replace another.
     """
 
-    def __init__(
-        self,
-        temperature: float = 0.07,
-        *,
-        contrast_mode: str = "all",
-        reduction: str = "mean",
-        normalize: bool = False,
-        gather: GatherArgument = False,
-        backend: str = "auto",
-        learnable_temperature: bool = False,
-    ) -> None:
-        super().__init__(
-            temperature, contrast_mode, reduction=reduction, normalize=normalize, gather=gather,
-            backend=backend, learnable_temperature=learnable_temperature,
-        )  # fmt: skip
+    function = staticmethod(info_nce)
+    trained_as: ClassVar = {"infonce": {}}
+    self_supervised = reduces = True
+    statistics = staticmethod(SupConLoss.statistics)
+    rows = staticmethod(SupConLoss.rows)
+    dense = staticmethod(SupConLoss.dense)
 
-    def forward(
-        self,
-        features: Tensor,
-        labels: Tensor | None = None,
-        mask: Tensor | None = None,
-        *,
-        candidates: Tensor | None = None,
-        candidate_labels: Tensor | None = None,
-        instances: Tensor | None = None,
-        candidate_instances: Tensor | None = None,
-    ) -> Tensor:
-        if labels is not None or mask is not None or candidate_labels is not None:
-            raise ValueError(
-                "InfoNCELoss is self-supervised: labels, mask and candidate_labels must be None "
-                "(instances say which rows are views of one sample); SupConLoss takes labels"
-            )
-        return functional.info_nce(
-            features, candidates=candidates, instances=instances, candidate_instances=candidate_instances,
-            **self._common(),
-        )  # fmt: skip
+
+LossName = Literal["supcon", "sincere", "eps_supinfonce", "cnce", "spread", "dcl", "infonce"]
+"""What the trainer can choose"""
+FAMILY: dict[str, type[ContrastiveLoss]] = {
+    name: loss
+    for loss in (SupConLoss, SINCERELoss, ClassConditionalInfoNCELoss, SpreadLoss, DCLLoss, InfoNCELoss)
+    for name in loss.trained_as
+}
+"""The class of every :data:`LossName`"""

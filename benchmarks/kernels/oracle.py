@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.cases import TWO_SETS, Problem
+from pysupcon.losses import FAMILY
 from pysupcon.pairs import reference
 from pysupcon.profiling.workload import Inputs
 
@@ -50,14 +51,8 @@ def truth(problem: Problem, inputs: Inputs, anchors: int = 256) -> Truth:
         s = reference.similarity(x[rows], x, problem.temperature)
         positives, negatives = reference.pair_sets(inputs.labels[rows], inputs.labels, own)
         same, _ = reference.pair_sets(inputs.instances[rows], inputs.instances, own)
-        if problem.loss == "supcon":
-            loss = reference.supcon(s, positives, negatives)
-        elif problem.loss == "sincere":
-            loss = reference.sincere(s, positives, negatives)
-        elif problem.loss == "cnce":
-            loss = reference.class_conditional_info_nce(s, positives, same)
-        else:
-            loss = reference.spread(s, positives, negatives, same, SPREAD_ALPHA, "supcon")
+        own_parameters = {"alpha": SPREAD_ALPHA, "base": "supcon"} if problem.loss == "spread" else {}
+        loss = FAMILY[problem.loss].dense(s, positives, negatives, same, **own_parameters)
         part = loss.sum() / problem.n  # every row has its other view as a positive
         part.backward()
         total += part.item()

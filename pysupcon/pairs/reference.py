@@ -1,14 +1,10 @@
-"""The dense truth: every loss written as its equation, on the whole [M, N] matrix of similarities.
+"""The dense truth: similarities and sets as [M, N] matrices, and the sums over them.
 
 For tests and small batches; plain PyTorch that autograd differentiates as often as wanted. Knows torch only.
+The equations of the losses on these matrices are the ``dense`` methods in :mod:`pysupcon.losses`.
 
 Symbols: anchors x_i [M, D], candidates c_j [N, D] (the anchors themselves where none are given), similarity
-s_ij = x_i . c_j / temperature; P_i positives, N_i negatives, A_i the other rows of the anchor's instance; all
-of them bool [M, N] and without the anchor itself. An anchor for which a loss is not defined gets 0.
-
-Sources: SupCon, Khosla et al. 2020 (arXiv 2004.11362), L_out, equation 2; SINCERE, Feeney and Hughes 2023
-(arXiv 2309.14277); epsilon-SupInfoNCE, Barbano et al. 2022 (arXiv 2211.05568); class-conditional InfoNCE and
-L_spread, Chen et al. 2022 (arXiv 2204.07596).
+s_ij = x_i . c_j / temperature; P_i positives, N_i negatives, both bool [M, N] and without the anchor itself.
 """
 
 from __future__ import annotations
@@ -19,16 +15,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-__all__ = [
-    "class_conditional_info_nce",
-    "info_nce",
-    "log_sum_exp",
-    "pair_sets",
-    "similarity",
-    "sincere",
-    "spread",
-    "supcon",
-]
+__all__ = ["log_sum_exp", "mean_over", "pair_sets", "similarity"]
 
 
 def similarity(x: Tensor, candidates: Tensor | None, temperature: float | Tensor) -> Tensor:
@@ -72,37 +59,6 @@ def log_sum_exp(s: Tensor, where: Tensor) -> Tensor:
     return s.masked_fill(~where, -math.inf).logsumexp(dim=1)
 
 
-def _mean(values: Tensor, where: Tensor) -> Tensor:
+def mean_over(where: Tensor, values: Tensor) -> Tensor:
+    """Mean of the values of each row in ``where`` [M]; 0 for an empty set."""
     return torch.where(where, values, 0.0).sum(dim=1) / where.sum(dim=1).clamp(min=1)
-
-
-def supcon(s: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
-    """-mean_{p in P_i} log( e^{s_ip} / sum_{j in P_i + N_i} e^{s_ij} )."""
-    log_probability = s - log_sum_exp(s, positives | negatives)[:, None]
-    return torch.where(positives.any(dim=1), -_mean(log_probability, positives), 0.0)
-
-
-def sincere(s: Tensor, positives: Tensor, negatives: Tensor, epsilon: float = 0.0) -> Tensor:
-    """-mean_{p in P_i} log( e^{s_ip} / (e^{s_ip - epsilon} + sum_{j in N_i} e^{s_ij}) )."""
-    denominator = torch.logaddexp(s - epsilon, log_sum_exp(s, negatives)[:, None])
-    return torch.where(positives.any(dim=1), _mean(denominator - s, positives), 0.0)
-
-
-def class_conditional_info_nce(s: Tensor, positives: Tensor, instances: Tensor) -> Tensor:
-    """-mean_{a in A_i} log( e^{s_ia} / sum_{p in P_i} e^{s_ip} )."""
-    valid = instances.any(dim=1) & positives.any(dim=1)
-    log_probability = s - log_sum_exp(s, positives)[:, None]
-    return torch.where(valid, -_mean(log_probability, instances), 0.0)
-
-
-def spread(
-    s: Tensor, positives: Tensor, negatives: Tensor, instances: Tensor, alpha: float, base: str
-) -> Tensor:
-    """(1 - alpha) * base + alpha * class-conditional InfoNCE."""
-    first = supcon(s, positives, negatives) if base == "supcon" else sincere(s, positives, negatives)
-    return (1 - alpha) * first + alpha * class_conditional_info_nce(s, positives, instances)
-
-
-def info_nce(s: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
-    """SupCon whose positives are the other rows of the anchor's instance."""
-    return supcon(s, positives, negatives)

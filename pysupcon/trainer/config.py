@@ -5,10 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pysupcon import losses
 from pysupcon.errors import ConfigError, check
 
-LossName = Literal["supcon", "sincere", "eps_supinfonce", "cnce", "spread", "infonce", "none"]
-NEEDS_VIEWS = ("cnce", "spread", "infonce")
+LossName = Literal[losses.LossName, "none"]
+NEEDS_VIEWS = tuple(
+    name for name, loss in losses.FAMILY.items() if loss.needs_instances or loss.self_supervised
+)
+"""Losses that must know which rows are views of one sample"""
+OWN = ("epsilon", "alpha", "base")
+"""Fields of single losses"""
 CONTRASTIVE = (
     "temperature", "learnable_temperature", "contrast_mode", "pairing", "gather", "backend", "weight",
     "infonce_weight",
@@ -44,8 +50,8 @@ class LossConfig:
     """Contrastive loss; InfoNCE, cross-entropy and reconstruction beside it."""
 
     name: LossName = "supcon"
-    """supcon, sincere, eps_supinfonce, cnce (class-conditional InfoNCE), spread (supcon or sincere mixed with
-    cnce), infonce (no labels), or none: cross-entropy or reconstruction alone."""
+    """Contrastive loss: cnce is class-conditional InfoNCE, spread mixes supcon or sincere with cnce, infonce
+    uses no labels; README lists them all. none: cross-entropy or reconstruction alone."""
 
     temperature: float | None = None
     """Similarities are divided by it. None means 0.5 for spread and cnce, 0.07 for the others."""
@@ -102,9 +108,8 @@ class LossConfig:
         """
         if self.temperature is not None:
             check(self.temperature > 0, "loss.temperature", "be greater than 0", self.temperature)
-        self._only("epsilon", self.epsilon, "eps_supinfonce")
-        self._only("alpha", self.alpha, "spread")
-        self._only("base", self.base, "spread")
+        for field_name in OWN:
+            self._check_own(field_name)
         if self.alpha is not None:
             check(0 <= self.alpha <= 1, "loss.alpha", "lie in [0, 1]", self.alpha)
         check(self.weight > 0, "loss.weight", "be greater than 0", self.weight)
@@ -128,13 +133,12 @@ class LossConfig:
 
     def resolve(self) -> None:
         """Write the values that None stands for."""
-        if self.temperature is None and self.name != "none":
-            self.temperature = 0.5 if self.name in ("spread", "cnce") else 0.07
-        if self.name == "eps_supinfonce" and self.epsilon is None:
-            self.epsilon = 0.25
-        if self.name == "spread":
-            self.alpha = 0.5 if self.alpha is None else self.alpha
-            self.base = self.base or "supcon"
+        if self.name == "none":
+            return
+        defaults = {"temperature": 0.07, **losses.FAMILY[self.name].trained_as[self.name]}
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
 
     def _refuse_contrastive(self) -> None:
         plain = LossConfig()
@@ -142,10 +146,12 @@ class LossConfig:
             if getattr(self, name) != getattr(plain, name):
                 raise ConfigError(f"loss.{name} has no effect with loss.name=none: leave it out")
 
-    def _only(self, name: str, value: object, loss: str) -> None:
-        if value is not None and self.name != loss:
+    def _check_own(self, field_name: str) -> None:
+        having = [name for name, loss in losses.FAMILY.items() if field_name in loss.trained_as[name]]
+        if getattr(self, field_name) is not None and self.name not in having:
             raise ConfigError(
-                f"loss.{name} has no effect with loss.name={self.name}, only with {loss}: leave it out"
+                f"loss.{field_name} has no effect with loss.name={self.name}, only with "
+                f"{', '.join(having)}: leave it out"
             )
 
 

@@ -12,37 +12,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pysupcon.contrastive import ContrastiveLoss, Counts
 from pysupcon.evaluators import GroupDRO
-from pysupcon.losses import ClassConditionalInfoNCELoss, InfoNCELoss, SINCERELoss, SpreadLoss, SupConLoss
+from pysupcon.losses import FAMILY
 from pysupcon.models.model import ModelOutput
+from pysupcon.pairs.autograd import RowStatistics
 from pysupcon.trainer.config import LossConfig, LossName
 
-Contrastive = SupConLoss | SINCERELoss | ClassConditionalInfoNCELoss | SpreadLoss | InfoNCELoss
 
-
-def build_loss(config: LossConfig, name: LossName | None = None) -> Contrastive:
+def build_loss(config: LossConfig, name: LossName | None = None) -> ContrastiveLoss:
     """The contrastive loss of a resolved config, or the one of another ``name`` with the same temperature."""
-    name = name or config.name
     assert config.temperature is not None, "LossConfig.resolve() first; there is no loss of the name none"
-    common: dict[str, Any] = {
-        "temperature": config.temperature,
-        "contrast_mode": config.contrast_mode,
-        "gather": config.gather,
-        "backend": config.backend,
-        "learnable_temperature": config.learnable_temperature,
-    }
-    if name == "supcon":
-        return SupConLoss(**common)
-    if name == "sincere":
-        return SINCERELoss(**common)
-    if name == "eps_supinfonce":
-        return SINCERELoss(epsilon=config.epsilon or 0.0, **common)
-    if name == "cnce":
-        return ClassConditionalInfoNCELoss(**common)
-    if name == "infonce":
-        return InfoNCELoss(**common)
-    assert config.alpha is not None
-    return SpreadLoss(alpha=config.alpha, base=config.base or "supcon", **common)
+    name = name or config.name
+    return FAMILY[name](
+        temperature=config.temperature,
+        contrast_mode=config.contrast_mode,
+        gather=config.gather,
+        backend=config.backend,
+        learnable_temperature=config.learnable_temperature,
+        **_own(config, name),
+    )
+
+
+def _own(config: LossConfig, name: LossName) -> dict[str, Any]:
+    """The parameters that only this loss has."""
+    fields = FAMILY[name].trained_as[name]
+    return {field: getattr(config, field) for field in fields if field != "temperature"}
 
 
 class Objective(nn.Module):
@@ -93,7 +88,7 @@ class Objective(nn.Module):
         features = outputs.projection.unflatten(0, (-1, self.views))
         parts: dict[str, tuple[float, Tensor]] = {}
         if self.contrastive is not None:
-            given = None if config.name == "infonce" else labels
+            given = None if self.contrastive.self_supervised else labels
             parts["contrastive"] = config.weight, self._contrast(self.contrastive, features, given)
         if self.infonce is not None:
             parts["infonce"] = config.infonce_weight, self._contrast(self.infonce, features, None)
@@ -114,7 +109,7 @@ class Objective(nn.Module):
         loss = torch.stack([weight * part for weight, part in parts.values()]).sum()
         return {"loss": loss, **{name: part for name, (_, part) in parts.items()}, **figures}
 
-    def _contrast(self, loss: Contrastive, features: Tensor, labels: Tensor | None) -> Tensor:
+    def _contrast(self, loss: ContrastiveLoss, features: Tensor, labels: Tensor | None) -> Tensor:
         """``features`` are [B, V, D]."""
         if self.config.pairing == "all":
             return loss(features, labels)
@@ -123,7 +118,7 @@ class Objective(nn.Module):
 
 
 def batch_statistics(config: LossConfig, labels: Tensor, class_counts: Tensor, views: int) -> Tensor:
-    """How many anchors have a positive, and the contrastive loss if all rows were the same point.
+    """How many anchors have a loss, and the contrastive loss if all rows were the same point.
 
     Args:
         config: resolved; of a contrastive loss.
@@ -135,28 +130,22 @@ def batch_statistics(config: LossConfig, labels: Tensor, class_counts: Tensor, v
         [valid anchors of this process; their mean loss at equal similarities, the "chance level": log(N - 1)
         for SupCon and N rows], float64 on the device of ``labels``.
     """
+    loss, own = FAMILY[config.name], _own(config, config.name)
     cross = config.pairing == "cross"
     candidates = 1 if cross else views  # of a sample
-    if config.name == "infonce":
+    if loss.self_supervised:
         rows = torch.full_like(labels, candidates, dtype=torch.float64)
     else:
         rows = (class_counts[labels] * candidates).to(torch.float64)
     positives = rows if cross else rows - 1
     negatives = class_counts.sum() * candidates - rows
-    epsilon = config.epsilon or 0.0
-    supcon, cnce = (positives + negatives).log(), positives.log()
-    sincere = (negatives * torch.exp(labels.new_tensor(epsilon, dtype=torch.float64))).log1p() - epsilon
-    if config.name in ("supcon", "infonce"):
-        level = supcon
-    elif config.name == "cnce":
-        level = cnce
-    elif config.name == "spread":
-        assert config.alpha is not None, "LossConfig.resolve() first"
-        base = supcon if config.base == "supcon" else sincere
-        level = (1 - config.alpha) * base + config.alpha * cnce
-    else:
-        level = sincere
-    valid = positives > 0
+    counts = Counts(positives, positives, positives + negatives)
+    valid = loss.valid(counts)
+    # Every similarity is 0.
+    n, p, zeros = negatives.log(), positives.log(), torch.zeros_like(positives)
+    epsilon = loss.statistics(**own).get("epsilon", 0.0)
+    statistics = RowStatistics(n, p, zeros, zeros, positives * F.softplus(n + epsilon))
+    level = loss.rows(statistics, counts, valid, **own)
     anchors = 1 if cross or config.contrast_mode == "one" else views
-    mean = torch.where(valid, level, 0.0).sum() / valid.sum().clamp(min=1)
+    mean = level.sum() / valid.sum().clamp(min=1)
     return torch.stack([valid.sum() * float(anchors), mean])

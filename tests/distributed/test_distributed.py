@@ -20,6 +20,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 from helpers import distributed_worker as worker
 from helpers import gradcache_wrappers, tolerances
+from helpers.cases import CASES
 from torch import Tensor
 
 import pysupcon
@@ -243,12 +244,6 @@ def test_grad_cache_refuses_a_static_graph_twice(world: int, results: list[dict[
         assert "static_graph=True has one graph per step" in result["static_graph_twice",]
 
 
-BACKWARD_BYTES = {
-    "supcon": 24, "infonce": 24, "sincere": 24, "eps_supinfonce": 24, "cnce": 16, "spread": 24,
-    "spread_sincere": 32,
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("case", TRAFFIC, ids=lambda case: "-".join(case[1:]))
 @pytest.mark.parametrize("world", [2])
 def test_bytes(world: int, case: tuple[Any, ...], results: list[dict[Any, Any]]) -> None:
@@ -257,7 +252,8 @@ def test_bytes(world: int, case: tuple[Any, ...], results: list[dict[Any, Any]])
     samples, views = 4, 2 if layout == "views" else 1
     rows, element = samples * views, {"float64": 8, "float32": 4, "bfloat16": 2}[dtype]
     embeddings, ids = rows * worker.WIDTH * element, 8 * samples
-    scalars = BACKWARD_BYTES[name] * rows
+    loss, own = CASES.get(name, (pysupcon.InfoNCELoss, {}))
+    scalars = 8 * (1 + len(loss.statistics(**own))) * rows  # dL/dloss; n, p and dL/dn as far as asked for
     own_pass = "sincere" in name or name == "eps_supinfonce"
     labels = 0 if name == "infonce" else 1
     instances = 1 if layout == "rows" and name in ("cnce", "spread", "spread_sincere") else 0

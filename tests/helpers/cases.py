@@ -11,17 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pysupcon import functional
+import pysupcon
+from pysupcon.contrastive import ContrastiveLoss
 
-LOSSES: dict[str, Callable[..., Tensor]] = {
-    "supcon": functional.supcon,
-    "sincere": functional.sincere,
-    "eps_supinfonce": partial(functional.sincere, epsilon=0.25),
-    "cnce": functional.class_conditional_info_nce,
-    "spread": partial(functional.spread, alpha=0.3),
-    "spread_sincere": partial(functional.spread, alpha=0.3, base="sincere"),
+CASES: dict[str, tuple[type[ContrastiveLoss], dict[str, Any]]] = {
+    "supcon": (pysupcon.SupConLoss, {}),
+    "sincere": (pysupcon.SINCERELoss, {}),
+    "eps_supinfonce": (pysupcon.SINCERELoss, {"epsilon": 0.25}),
+    "cnce": (pysupcon.ClassConditionalInfoNCELoss, {}),
+    "spread": (pysupcon.SpreadLoss, {"alpha": 0.3}),
+    "spread_sincere": (pysupcon.SpreadLoss, {"alpha": 0.3, "base": "sincere"}),
+    "dcl": (pysupcon.DCLLoss, {}),
 }
-NEEDS_INSTANCES = {"cnce", "spread", "spread_sincere"}
+"""Every loss that takes labels: its module, and its own parameters"""
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    name: partial(loss.function, **own) for name, (loss, own) in CASES.items()
+}
+NEEDS_INSTANCES = {name for name, (loss, _) in CASES.items() if loss.needs_instances}
+NEGATIVE = {"eps_supinfonce", "dcl"}
+"""Losses that may be below 0"""
 
 
 def _log_sum(values: list[Tensor]) -> Tensor:
@@ -40,6 +48,8 @@ def _anchor_loss(
             return -torch.stack([s - _log_sum(positives + negatives) for s in positives]).mean()
         epsilon = 0.25 if name == "eps_supinfonce" else 0.0
         return -torch.stack([s - _log_sum([s - epsilon, *negatives]) for s in positives]).mean()
+    if name == "dcl":
+        return _log_sum(negatives) - torch.stack(positives).mean() if positives and negatives else None
     if name == "cnce":
         return -torch.stack([s - _log_sum(positives) for s in own]).mean() if own and positives else None
     if not positives:

@@ -22,18 +22,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import pysupcon
 from helpers import gradcache_wrappers
+from helpers.cases import CASES as LOSS_CASES
 from pysupcon.distributed import AllGather, Ring
 from pysupcon.gradcache import GradCache
 
 WIDTH, CLASSES = 7, 3
 LOSSES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
-    "supcon": (pysupcon.SupConLoss, {"temperature": 0.2}),
-    "sincere": (pysupcon.SINCERELoss, {"temperature": 0.2}),
-    "eps_supinfonce": (pysupcon.SINCERELoss, {"temperature": 0.2, "epsilon": 0.25}),
-    "cnce": (pysupcon.ClassConditionalInfoNCELoss, {"temperature": 0.3}),
-    "spread": (pysupcon.SpreadLoss, {"temperature": 0.3, "alpha": 0.3}),
-    "spread_sincere": (pysupcon.SpreadLoss, {"temperature": 0.3, "alpha": 0.3, "base": "sincere"}),
-    "infonce": (pysupcon.InfoNCELoss, {"temperature": 0.2}),
+    name: (loss, {"temperature": 0.3 if loss.needs_instances else 0.2, **own})
+    for name, (loss, own) in [*LOSS_CASES.items(), ("infonce", (pysupcon.InfoNCELoss, {}))]
 }
 MODES: dict[str, bool | str] = {"all": True, "ring": "ring"}
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from helpers.cases import LOSSES
+from helpers.cases import CASES, LOSSES
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
@@ -23,10 +24,9 @@ COMPILED = pysupcon.backends()["cpu"]
 needs_extension = pytest.mark.skipif(not COMPILED["available"], reason=COMPILED["detail"])
 
 MODULES: dict[str, Callable[..., torch.nn.Module]] = {
-    "supcon": lambda **k: pysupcon.SupConLoss(0.2, **k),
+    **{name: partial(loss, temperature=0.2) for name, (loss, own) in CASES.items() if not own},
     "supcon one": lambda **k: pysupcon.SupConLoss(0.2, "one", 0.1, normalize=True, **k),
     "sincere": lambda **k: pysupcon.SINCERELoss(0.2, 0.1, **k),
-    "cnce": lambda **k: pysupcon.ClassConditionalInfoNCELoss(0.2, **k),
     "spread": lambda **k: pysupcon.SpreadLoss(0.2, base="sincere", learnable_temperature=True, **k),
     "info_nce": lambda **k: pysupcon.InfoNCELoss(0.2, **k),
 }

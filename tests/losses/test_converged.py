@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.cases import LOSSES, NEEDS_INSTANCES
+from helpers.cases import LOSSES, NEEDS_INSTANCES, NEGATIVE
 from helpers.gradients import added
 
 import pysupcon
@@ -41,7 +41,7 @@ def test_every_loss_and_temperature(name: str) -> None:
 
 @pytest.mark.parametrize("temperature", [0.02, 0.05, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", [name for name in LOSSES if name != "eps_supinfonce"])
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in NEGATIVE])
 def test_no_loss_is_negative(name: str, dtype: torch.dtype, temperature: float, backend: str) -> None:
     """Equal views, in classes of one and of two samples: the true loss is far below a rounding of s."""
     generator = torch.Generator().manual_seed(0)

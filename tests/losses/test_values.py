@@ -26,6 +26,7 @@ def _options(kind: str) -> dict[str, Any]:
     other = {"candidates": queue, "candidate_labels": torch.tensor([3, 3, 0, 7, 8, 3])}
     mask = torch.rand(B, B, generator=generator) < 0.4
     mask[2] = False  # an anchor without a positive
+    mask[3] = True  # and one without a negative
     return {
         "labels": {"labels": labels},
         "self-supervised": {},

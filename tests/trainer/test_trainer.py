@@ -6,7 +6,7 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from pysupcon.config import Config, parse_args
 from pysupcon.errors import ConfigError, RunError
+from pysupcon.losses import FAMILY
 from pysupcon.models.model import ContrastiveModel, ModelOutput
 from pysupcon.trainer import LossConfig, OptimizerConfig, loop, progress
 from pysupcon.trainer.checkpoint import checkpoints, read_checkpoint
+from pysupcon.trainer.config import LossName
 from pysupcon.trainer.folders import choose_run_dir
 from pysupcon.trainer.objective import Objective, batch_statistics
 from pysupcon.trainer.optim import build_optimizer, build_scheduler
@@ -244,14 +246,14 @@ def test_unknown_tracker(tmp_path: Path) -> None:
 
 
 LOSSES: list[dict[str, Any]] = [
-    {"name": "supcon"},
-    {"name": "sincere"},
-    {"name": "eps_supinfonce", "epsilon": 0.3},
-    {"name": "cnce"},
+    *({"name": name} for name in FAMILY),
     {"name": "spread", "alpha": 0.3},
     {"name": "spread", "alpha": 0.3, "base": "sincere"},
-    {"name": "infonce"},
 ]
+
+
+def test_the_names_of_losses() -> None:
+    assert get_args(LossName) == (*FAMILY, "none")
 
 
 @pytest.mark.parametrize("arguments", LOSSES, ids=lambda a: "-".join(map(str, a.values())))

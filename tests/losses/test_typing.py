@@ -1,0 +1,83 @@
+"""Keywords of the losses: mypy sees them at the call, and an unknown one is a TypeError that names it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.cases import LOSSES
+from mypy import api
+
+import pysupcon
+from pysupcon import functional
+
+CALLS = """\
+from torch import Tensor
+import pysupcon
+from pysupcon import functional
+
+def right(x: Tensor, y: Tensor) -> Tensor:
+    loss = pysupcon.SupConLoss(0.1, "one", 0.2, reduction="sum", gather="ring", learnable_temperature=True)
+    pysupcon.SINCERELoss(0.1, 0.2, contrast_mode="one")
+    pysupcon.InfoNCELoss(0.1, backend="tiled")
+    functional.info_nce(x, temperature=0.1, candidates=x)
+    functional.pair_statistics(x, y, normalize=True)
+    return loss(x, y, candidates=x, candidate_labels=y) + functional.spread(x, y, alpha=0.3, instances=y)
+
+def wrong(x: Tensor, y: Tensor) -> None:
+    pysupcon.SupConLoss(temprature=1)
+    pysupcon.SINCERELoss(reducton="sum")
+    pysupcon.SpreadLoss(normalize="yes")
+    pysupcon.InfoNCELoss(temperature="warm")
+    pysupcon.ClassConditionalInfoNCELoss(epsilon=0.1)
+    functional.supcon(x, y, reducton="sum")
+    functional.sincere(x, y, epsilon="small")
+    functional.class_conditional_info_nce(x, y, instance=y)
+    functional.spread(x, y, contrast_mode=1)
+    functional.info_nce(x, labels=y)
+    functional.pair_statistics(x, y, reduction="sum")
+"""
+CONFIG = """\
+[mypy]
+disable_error_code = import-untyped, import-not-found
+[mypy-torch.*]
+follow_imports = skip
+"""
+
+
+def test_mypy_rejects_what_is_no_argument(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "calls.py").write_text(CALLS)
+    (tmp_path / "mypy.ini").write_text(CONFIG)  # torch is left out: reading it takes a minute
+    monkeypatch.setenv("MYPYPATH", str(Path(pysupcon.__file__).parents[1]))
+    arguments = ["--config-file", tmp_path / "mypy.ini", "--cache-dir", tmp_path / "cache"]
+    found, _, _ = api.run([*map(str, arguments), "--follow-imports=silent", str(tmp_path / "calls.py")])
+    lines = {int(line) for line in re.findall(r"calls\.py:(\d+): error", found)}
+    first = CALLS.splitlines().index("def wrong(x: Tensor, y: Tensor) -> None:") + 2
+    assert lines == set(range(first, len(CALLS.splitlines()) + 1)), found
+
+
+X, Y = torch.randn(4, 2, 3), torch.tensor([0, 1, 0, 1])
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_an_unknown_keyword_of_a_function(name: str) -> None:
+    with pytest.raises(TypeError, match=r"^\w+\(\) got an unexpected keyword argument 'reducton'"):
+        LOSSES[name](X, Y, reducton="sum")
+
+
+def test_an_unknown_keyword() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'temprature'"):
+        pysupcon.SupConLoss(temprature=1)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'candidate'"):
+        pysupcon.SpreadLoss()(X, Y, candidate=X)
+    with pytest.raises(TypeError, match="'reduction'"):
+        pysupcon.SupConLoss()(X, Y, reduction="sum")
+    for argument in ("labels", "candidate_labels", "epsilon"):
+        with pytest.raises(TypeError, match=rf"info_nce\(\) got an unexpected keyword argument '{argument}'"):
+            functional.info_nce(X, **{argument: Y})
+    with pytest.raises(
+        TypeError, match=r"pair_statistics\(\) got an unexpected keyword argument 'reduction'"
+    ):
+        functional.pair_statistics(X, Y, reduction="sum")  # type: ignore[call-arg]
