@@ -120,7 +120,7 @@ class Counts(NamedTuple):
     """A_i is a part of P_i; a mask may differ"""
 
 
-def lay_out(
+def build_problem(
     name: str, features: Tensor, labels: Any, mask: Any, options: Mapping[str, Any],
     temperature: float | Tensor, need_instances: bool, refused: str | None,
 ) -> tuple[Problem, str]:  # fmt: skip
@@ -158,7 +158,7 @@ def compute(
     options: Mapping[str, Any], temperature: float | Tensor, **own: Any,
 ) -> Tensor:  # fmt: skip
     """The value of a loss. ``own``: the checked parameters that only this loss has."""
-    problem, reduction = lay_out(
+    problem, reduction = build_problem(
         loss.function.__name__, features, labels, mask, options, temperature, loss.needs_instances,
         "candidate_labels" if loss.self_supervised else None,
     )  # fmt: skip
@@ -171,24 +171,24 @@ def compute(
         def per_anchor(s: RowStatistics, count: Tensor, instances: Tensor | None) -> tuple[Tensor, Tensor]:
             counts = Counts(count, instances, candidates)
             valid = loss.valid(counts)
-            return loss.rows(s, counts, valid, **own), valid
+            return loss.per_anchor(s, counts, valid, **own), valid
 
         value, _, anchors = gathered_losses(problem, per_anchor, loss.statistics(**own))
-        divisor = get_divisor(anchors, reduction, loss.needs)
+        divisor = get_divisor(anchors, reduction, loss.requirement)
         mean_of = len(global_batch.communicator.samples) if reduction == "mean" else 1
     else:
         counts = Counts(problem.count, problem.instance_count, _candidates(problem), mask is None)
         valid = loss.valid(counts)
         if problem.backend == "reference":
             value = loss.dense(*dense_sets(problem), **own)
-            divisor = get_divisor(valid.sum(), reduction, loss.needs)
+            divisor = get_divisor(valid.sum(), reduction, loss.requirement)
         else:
             s = problem.statistics(**loss.statistics(**own))
-            divisor = get_divisor(valid.sum(), reduction, loss.needs)
-            if loss.reduces:
-                value, divisor = loss.rows(s, counts, valid, divisor), None
+            divisor = get_divisor(valid.sum(), reduction, loss.requirement)
+            if loss.fused_reduction:
+                value, divisor = loss.per_anchor(s, counts, valid, divisor), None
             else:
-                value = loss.rows(s, counts, valid, **own)
+                value = loss.per_anchor(s, counts, valid, **own)
     if divisor is not None:
         value = value.sum() / divisor
     if mean_of > 1:  # the mean over the processes is the mean over all their anchors
@@ -210,25 +210,25 @@ class ContrastiveLoss(nn.Module):
 
     function: ClassVar[Callable[..., Tensor]]
     """The same loss as a function; its docstring has the equation and the source"""
-    own: ClassVar[tuple[str, ...]] = ()
+    own_parameters: ClassVar[tuple[str, ...]] = ()
     """Names of the parameters that only this loss has; attributes of the module"""
-    trained_as: ClassVar[dict[str, dict[str, Any]]]
+    trainer_defaults: ClassVar[dict[str, dict[str, Any]]]
     """Name in the trainer's LossConfig -> what its fields stand for where they are None. The temperature is
     0.07 where it is left out; the other fields are accepted with this name only."""
     statistics: ClassVar[Callable[..., dict[str, Any]]]
     """(**own) -> arguments of :meth:`pysupcon.pairs.problem.Problem.statistics`"""
-    rows: ClassVar[Callable[..., Tensor]]
+    per_anchor: ClassVar[Callable[..., Tensor]]
     """(RowStatistics, Counts, valid, **own) -> losses [M], 0 where not valid, linear in the sums"""
     dense: ClassVar[Callable[..., Tensor]]
     """(s, P, N, A, **own) -> losses [M] by the equation: backend="reference", the truth for tests"""
-    needs: ClassVar[str] = "a positive"
+    requirement: ClassVar[str] = "a positive"
     """What an anchor must have to have a loss"""
     needs_instances: ClassVar[bool] = False
     """A_i is asked for"""
     self_supervised: ClassVar[bool] = False
     """Takes no labels"""
-    reduces: ClassVar[bool] = False
-    """``rows`` takes a fourth argument, by which it divides the sum of the losses (None: no sum)"""
+    fused_reduction: ClassVar[bool] = False
+    """``per_anchor`` takes a fourth argument, by which it divides the sum of the losses (None: no sum)"""
 
     def __init__(
         self,
@@ -300,7 +300,7 @@ class ContrastiveLoss(nn.Module):
             "backend": self.backend,
             "gather": self._gather,
         }
-        for name in self.own:
+        for name in self.own_parameters:
             found[name] = getattr(self, name)
         return found
 
@@ -308,7 +308,7 @@ class ContrastiveLoss(nn.Module):
         with torch.no_grad():
             temperature = float(self.temperature)
         learnable = " (learnable)" if self.log_temperature is not None else ""
-        own = {name: getattr(self, name) for name in self.own}
+        own = {name: getattr(self, name) for name in self.own_parameters}
         return ", ".join([
             f"temperature={temperature:g}{learnable}",
             *(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v!r}" for k, v in own.items()),

@@ -45,9 +45,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from pysupcon.contrastive import Options, StatisticsOptions, dense_sets, lay_out
+from pysupcon.contrastive import Options, StatisticsOptions, build_problem, dense_sets
 from pysupcon.losses import *  # noqa: F403
-from pysupcon.losses import FAMILY
+from pysupcon.losses import LOSSES_BY_NAME
 from pysupcon.pairs.problem import Gather
 from pysupcon.pairs.reference import log_sum_exp
 
@@ -56,7 +56,7 @@ __all__ = [
     "Options",
     "PairStatistics",
     "pair_statistics",
-    *sorted({loss.function.__name__ for loss in FAMILY.values()}),
+    *sorted({loss.function.__name__ for loss in LOSSES_BY_NAME.values()}),
 ]
 
 
@@ -87,7 +87,7 @@ def pair_statistics(
     Empty sets are -inf: select (``torch.where``) before using them, or a gradient becomes NaN. Statistics are
     float64 (float32 on devices that have no float64).
     """
-    problem, _ = lay_out(
+    problem, _ = build_problem(
         "pair_statistics", features, labels, mask, options, temperature, False, refused="reduction"
     )
     count = problem.count if problem.global_batch is None else problem.global_batch.own_counts[0]

@@ -6,7 +6,7 @@ or tensors of one element that want no gradient; the modules keep them as Python
 of modules: :class:`pysupcon.contrastive.ModuleOptions`.
 
 A new loss needs a function, a subclass of :class:`pysupcon.contrastive.ContrastiveLoss`, its name in
-:data:`LossName` and its class in :data:`FAMILY`.
+:data:`LossName` and its class in :data:`LOSSES_BY_NAME`.
 """
 
 from __future__ import annotations
@@ -86,10 +86,10 @@ class SupConLoss(ContrastiveLoss):
     """
 
     function = staticmethod(supcon)
-    own = ("base_temperature",)
-    trained_as: ClassVar = {"supcon": {}}
-    rows = staticmethod(supcon_rows)
-    reduces = True
+    own_parameters = ("base_temperature",)
+    trainer_defaults: ClassVar = {"supcon": {}}
+    per_anchor = staticmethod(supcon_rows)
+    fused_reduction = True
 
     def __init__(
         self,
@@ -137,8 +137,8 @@ class SINCERELoss(ContrastiveLoss):
     :func:`pysupcon.functional.sincere`."""
 
     function = staticmethod(sincere)
-    own = ("epsilon",)
-    trained_as: ClassVar = {"sincere": {}, "eps_supinfonce": {"epsilon": 0.25}}
+    own_parameters = ("epsilon",)
+    trainer_defaults: ClassVar = {"sincere": {}, "eps_supinfonce": {"epsilon": 0.25}}
 
     def __init__(
         self, temperature: float = 0.07, epsilon: float = 0.0, **options: Unpack[ModuleOptions]
@@ -151,7 +151,7 @@ class SINCERELoss(ContrastiveLoss):
         return {"negatives": True, "epsilon": epsilon}
 
     @staticmethod
-    def rows(s: RowStatistics, counts: Counts, valid: Tensor, epsilon: float = 0.0) -> Tensor:
+    def per_anchor(s: RowStatistics, counts: Counts, valid: Tensor, epsilon: float = 0.0) -> Tensor:
         loss = mean(s.softplus, counts.positives)
         if torch.compiler.is_compiling() or epsilon:  # a graph that tests the number would be for it alone
             loss = torch.where(valid, loss - epsilon, 0.0)
@@ -185,7 +185,7 @@ class ClassConditionalInfoNCELoss(ContrastiveLoss):
     :func:`pysupcon.functional.class_conditional_info_nce`."""
 
     function = staticmethod(class_conditional_info_nce)
-    trained_as: ClassVar = {"cnce": {"temperature": 0.5}}
+    trainer_defaults: ClassVar = {"cnce": {"temperature": 0.5}}
     needs_instances = True
 
     @staticmethod
@@ -198,7 +198,7 @@ class ClassConditionalInfoNCELoss(ContrastiveLoss):
         return {"positives": True}
 
     @staticmethod
-    def rows(s: RowStatistics, counts: Counts, valid: Tensor) -> Tensor:
+    def per_anchor(s: RowStatistics, counts: Counts, valid: Tensor) -> Tensor:
         assert counts.instances is not None
         if counts.nested:
             return positive_gap(s, s.instance_sum, counts.instances, counts.positives, valid)
@@ -238,8 +238,8 @@ class SpreadLoss(ContrastiveLoss):
     :func:`pysupcon.functional.spread`."""
 
     function = staticmethod(spread)
-    own = ("alpha", "base")
-    trained_as: ClassVar = {"spread": {"temperature": 0.5, "alpha": 0.5, "base": "supcon"}}
+    own_parameters = ("alpha", "base")
+    trainer_defaults: ClassVar = {"spread": {"temperature": 0.5, "alpha": 0.5, "base": "supcon"}}
     needs_instances = True
 
     def __init__(
@@ -259,10 +259,10 @@ class SpreadLoss(ContrastiveLoss):
         return {**ClassConditionalInfoNCELoss.statistics(), **_BASES[base].statistics()}
 
     @staticmethod
-    def rows(s: RowStatistics, counts: Counts, valid: Tensor, alpha: float, base: str) -> Tensor:
-        first = _BASES[base].rows(s, counts, valid)
+    def per_anchor(s: RowStatistics, counts: Counts, valid: Tensor, alpha: float, base: str) -> Tensor:
+        first = _BASES[base].per_anchor(s, counts, valid)
         cnce = ClassConditionalInfoNCELoss
-        return (1 - alpha) * first + alpha * cnce.rows(s, counts, cnce.valid(counts))
+        return (1 - alpha) * first + alpha * cnce.per_anchor(s, counts, cnce.valid(counts))
 
     @staticmethod
     def dense(s: Tensor, *sets: Tensor, alpha: float, base: str) -> Tensor:
@@ -294,8 +294,8 @@ class DCLLoss(ContrastiveLoss):
     """Decoupled contrastive loss, DCL (Yeh et al. 2022); see :func:`pysupcon.functional.dcl`."""
 
     function = staticmethod(dcl)
-    trained_as: ClassVar = {"dcl": {}}
-    needs = "a positive and a negative"
+    trainer_defaults: ClassVar = {"dcl": {}}
+    requirement = "a positive and a negative"
 
     @staticmethod
     def valid(counts: Counts) -> Tensor:
@@ -306,7 +306,7 @@ class DCLLoss(ContrastiveLoss):
         return {"negatives": True, "positives": True}
 
     @staticmethod
-    def rows(s: RowStatistics, counts: Counts, valid: Tensor) -> Tensor:
+    def per_anchor(s: RowStatistics, counts: Counts, valid: Tensor) -> Tensor:
         return torch.where(valid, s.n, 0.0) - torch.where(valid, mean(s.positive_sum, counts.positives), 0.0)
 
     @staticmethod
@@ -334,18 +334,18 @@ class InfoNCELoss(ContrastiveLoss):
     """
 
     function = staticmethod(info_nce)
-    trained_as: ClassVar = {"infonce": {}}
-    self_supervised = reduces = True
+    trainer_defaults: ClassVar = {"infonce": {}}
+    self_supervised = fused_reduction = True
     statistics = staticmethod(SupConLoss.statistics)
-    rows = staticmethod(SupConLoss.rows)
+    per_anchor = staticmethod(SupConLoss.per_anchor)
     dense = staticmethod(SupConLoss.dense)
 
 
 LossName = Literal["supcon", "sincere", "eps_supinfonce", "cnce", "spread", "dcl", "infonce"]
 """What the trainer can choose"""
-FAMILY: dict[str, type[ContrastiveLoss]] = {
+LOSSES_BY_NAME: dict[str, type[ContrastiveLoss]] = {
     name: loss
     for loss in (SupConLoss, SINCERELoss, ClassConditionalInfoNCELoss, SpreadLoss, DCLLoss, InfoNCELoss)
-    for name in loss.trained_as
+    for name in loss.trainer_defaults
 }
 """The class of every :data:`LossName`"""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.cases import TWO_SETS, Problem
-from pysupcon.losses import FAMILY
+from pysupcon.losses import LOSSES_BY_NAME
 from pysupcon.pairs import reference
 from pysupcon.profiling.workload import Inputs
 
@@ -52,7 +52,7 @@ def truth(problem: Problem, inputs: Inputs, anchors: int = 256) -> Truth:
         positives, negatives = reference.pair_sets(inputs.labels[rows], inputs.labels, own)
         same, _ = reference.pair_sets(inputs.instances[rows], inputs.instances, own)
         own_parameters = {"alpha": SPREAD_ALPHA, "base": "supcon"} if problem.loss == "spread" else {}
-        loss = FAMILY[problem.loss].dense(s, positives, negatives, same, **own_parameters)
+        loss = LOSSES_BY_NAME[problem.loss].dense(s, positives, negatives, same, **own_parameters)
         part = loss.sum() / problem.n  # every row has its other view as a positive
         part.backward()
         total += part.item()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pysupcon.pairs.unit import unit_rows
+from pysupcon.pairs.normalize import unit_rows
 
 
 class Concatenation(nn.Module):

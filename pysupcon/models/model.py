@@ -10,7 +10,7 @@ from pysupcon.models.backbones import build_backbone
 from pysupcon.models.concatenation import Concatenation, concatenate_unit_features
 from pysupcon.models.config import DEFAULT_PROJECTION_DIM, ModelConfig
 from pysupcon.models.decoder import build_decoder
-from pysupcon.pairs.unit import unit_rows
+from pysupcon.pairs.normalize import unit_rows
 
 
 class ModelOutput(NamedTuple):

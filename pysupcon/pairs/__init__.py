@@ -3,17 +3,17 @@
 In reading order; a module imports only modules listed above it:
 
     modes           eager, traced or transformed: the mode in which torch runs a loss
-    unit            L2 normalisation of rows
+    normalize       L2 normalisation of rows
     checks          checks of the arguments that users pass
     ops             the compiled operators: contracts, fakes, what this build supports
     tiles           tiles of pairs in label order, and checks of operator arguments
     tiled           the operators in pure PyTorch
     statistics      which statistics a loss needs; forward and gradients by the operators of a backend
     known_answers   the known-answer test of operators
-    trust           whether the CUDA kernels may be used on a device
+    kernel_check    whether the CUDA kernels may be used on a device
     traced          the same during a trace of torch.compile
     backends        the choice of a backend, and the report on all of them
-    opaque          the differentiable step as one custom operator, for tracing and transforms
+    custom_op       the differentiable step as one custom operator, for tracing and transforms
     autograd        the differentiable step: rows to statistics per anchor
     pairing         positives and instances: ids or a mask to index arguments and counts
     global_batch    the batch of all processes, and the protocols of communication

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pysupcon.pairs import opaque
+from pysupcon.pairs import custom_op
 from pysupcon.pairs.modes import NO_FORWARD_MODE, ONCE_ONLY, is_batched, is_eager
 from pysupcon.pairs.statistics import Plan, RowStatistics, compute, gradients
 
@@ -46,7 +46,7 @@ class _RowStatisticsFunction(torch.autograd.Function):
         plan = ctx.plan.with_tensors(tensors)
         with torch.no_grad():
             if any(grad is not None and is_batched(grad) for grad in grads):  # is_grads_batched=True
-                result = opaque.gradients(plan, x, candidates, scale, n, p, grads, ctx.needs_input_grad)
+                result = custom_op.gradients(plan, x, candidates, scale, n, p, grads, ctx.needs_input_grad)
             else:
                 result = gradients(plan, x, candidates, scale, n, p, grads, ctx.needs_input_grad)
         if torch.is_grad_enabled():
@@ -72,5 +72,5 @@ def row_statistics(x: Tensor, candidates: Tensor | None, scale: Tensor, plan: Pl
     if is_eager(x):
         result = _RowStatisticsFunction.apply(x, candidates, scale, plan)
     else:
-        result = opaque.row_statistics(x, candidates, scale, plan)
+        result = custom_op.row_statistics(x, candidates, scale, plan)
     return RowStatistics(*(scale if value is None else value for value in result))

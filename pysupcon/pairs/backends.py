@@ -1,7 +1,7 @@
 """Which implementation computes a loss: the compiled kernels, tiled PyTorch or the dense reference.
 
 The choice depends on what is compiled (:mod:`pysupcon.pairs.ops`), on the device of the features and, for
-CUDA, on the verdict of :mod:`pysupcon.pairs.trust`.
+CUDA, on the verdict of :mod:`pysupcon.pairs.kernel_check`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pysupcon.pairs import ops, trust
+from pysupcon.pairs import kernel_check, ops
 from pysupcon.pairs.checks import BACKENDS, check_choice
 
 __all__ = ["backends", "check_kernels", "resolve_backend"]
@@ -38,7 +38,7 @@ def backends(*, check: bool = False) -> dict[str, dict[str, Any]]:
     report = ops.compiled_backends()
     cuda = report["cuda"]
     if cuda["available"]:
-        devices = trust.report(check)
+        devices = kernel_check.report(check)
         details = "; ".join(f"{name}: {entry['detail']}" for name, entry in devices.items())
         report["cuda"] = {
             "available": any(entry["available"] for entry in devices.values()),
@@ -99,7 +99,7 @@ def resolve_backend(backend: str, device: torch.device, masked: bool) -> str:
 
 
 def check_kernels(requested: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Decides between the CUDA kernels and tiled PyTorch (see :mod:`pysupcon.pairs.trust`).
+    """Decides between the CUDA kernels and tiled PyTorch (see :mod:`pysupcon.pairs.kernel_check`).
 
     Args:
         requested: the backend that the caller gave, "auto" or "cuda".
@@ -117,7 +117,7 @@ def check_kernels(requested: str, device: torch.device, dtype: torch.dtype) -> s
 
         reason = traced.check_device(device, dtype, requested == "auto")
     else:
-        reason = trust.check_device(device, dtype, requested == "auto")
+        reason = kernel_check.check_device(device, dtype, requested == "auto")
     if reason is None:
         return "cuda"
     if requested == "auto":

@@ -1,7 +1,7 @@
 """The mode in which torch runs a loss: eager, traced, or under a functional transform.
 
 In eager mode the values of tensors can be read, and the differentiable step is a lean autograd.Function. In
-all other modes the differentiable step is one custom operator (:mod:`pysupcon.pairs.opaque`).
+all other modes the differentiable step is one custom operator (:mod:`pysupcon.pairs.custom_op`).
 """
 
 from __future__ import annotations

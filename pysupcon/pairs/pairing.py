@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pysupcon.pairs import modes, opaque, ops, tiled
+from pysupcon.pairs import custom_op, modes, ops, tiled
 from pysupcon.pairs.statistics import Pairing
 
 __all__ = [
@@ -123,7 +123,7 @@ def pair_by_mask(
     if modes.is_eager(mask):
         count = tiled.positive_count(positives, self_index, symmetric=not rectangular)
     else:
-        count = opaque.positive_count(*positives, self_index, not rectangular)
+        count = custom_op.positive_count(*positives, self_index, not rectangular)
     order, candidate_order = (torch.arange(side.shape[0], device=mask.device) for side in (rows, columns))
     if not rectangular:
         return Pairing(rows, order), count, positives

@@ -22,9 +22,9 @@ from pysupcon.pairs.checks import (
     check_temperature,
 )
 from pysupcon.pairs.global_batch import Gather, GlobalBatch, build_global_batch
+from pysupcon.pairs.normalize import unit_rows
 from pysupcon.pairs.pairing import InstanceIds, add_instances, number_by_label, pair_by_id, pair_by_mask
 from pysupcon.pairs.statistics import Pairing, Plan, RowStatistics
-from pysupcon.pairs.unit import unit_rows
 
 __all__ = ["Gather", "Problem", "prepare"]
 

@@ -50,7 +50,7 @@ class Plan(NamedTuple):
     negatives: bool = True
     positives: bool = True
     epsilon: float | Tensor | None = None
-    """None: no softplus sum. :mod:`pysupcon.pairs.opaque` gives a tensor of no dimensions."""
+    """None: no softplus sum. :mod:`pysupcon.pairs.custom_op` gives a tensor of no dimensions."""
 
     @property
     def tensors(self) -> tuple[Any, ...]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import torch
 
-from pysupcon.pairs import trust
+from pysupcon.pairs import kernel_check
 
 __all__ = ["check_device"]
 
 
 @torch.compiler.assume_constant_result
 def check_device(device: torch.device, dtype: torch.dtype, warn: bool) -> str | None:
-    """Calls :func:`pysupcon.pairs.trust.check_device`."""
-    return trust.check_device(device, dtype, warn)
+    """Calls :func:`pysupcon.pairs.kernel_check.check_device`."""
+    return kernel_check.check_device(device, dtype, warn)

@@ -10,7 +10,7 @@ from pysupcon.errors import ConfigError, check
 
 LossName = Literal[losses.LossName, "none"]
 NEEDS_VIEWS = tuple(
-    name for name, loss in losses.FAMILY.items() if loss.needs_instances or loss.self_supervised
+    name for name, loss in losses.LOSSES_BY_NAME.items() if loss.needs_instances or loss.self_supervised
 )
 """Losses that must know which rows are views of one sample"""
 OWN = ("epsilon", "alpha", "base")
@@ -135,7 +135,7 @@ class LossConfig:
         """Write the values that None stands for."""
         if self.name == "none":
             return
-        defaults = {"temperature": 0.07, **losses.FAMILY[self.name].trained_as[self.name]}
+        defaults = {"temperature": 0.07, **losses.LOSSES_BY_NAME[self.name].trainer_defaults[self.name]}
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -147,7 +147,9 @@ class LossConfig:
                 raise ConfigError(f"loss.{name} has no effect with loss.name=none: leave it out")
 
     def _check_own(self, field_name: str) -> None:
-        having = [name for name, loss in losses.FAMILY.items() if field_name in loss.trained_as[name]]
+        having = [
+            name for name, loss in losses.LOSSES_BY_NAME.items() if field_name in loss.trainer_defaults[name]
+        ]
         if getattr(self, field_name) is not None and self.name not in having:
             raise ConfigError(
                 f"loss.{field_name} has no effect with loss.name={self.name}, only with "

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pysupcon.contrastive import ContrastiveLoss, Counts
 from pysupcon.evaluators import GroupDRO
-from pysupcon.losses import FAMILY
+from pysupcon.losses import LOSSES_BY_NAME
 from pysupcon.models.model import ModelOutput
 from pysupcon.pairs.autograd import RowStatistics
 from pysupcon.trainer.config import LossConfig, LossName
@@ -24,7 +24,7 @@ def build_loss(config: LossConfig, name: LossName | None = None) -> ContrastiveL
     """The contrastive loss of a resolved config, or the one of another ``name`` with the same temperature."""
     assert config.temperature is not None, "LossConfig.resolve() first; there is no loss of the name none"
     name = name or config.name
-    return FAMILY[name](
+    return LOSSES_BY_NAME[name](
         temperature=config.temperature,
         contrast_mode=config.contrast_mode,
         gather=config.gather,
@@ -36,7 +36,7 @@ def build_loss(config: LossConfig, name: LossName | None = None) -> ContrastiveL
 
 def _own(config: LossConfig, name: LossName) -> dict[str, Any]:
     """The parameters that only this loss has."""
-    fields = FAMILY[name].trained_as[name]
+    fields = LOSSES_BY_NAME[name].trainer_defaults[name]
     return {field: getattr(config, field) for field in fields if field != "temperature"}
 
 
@@ -130,7 +130,7 @@ def batch_statistics(config: LossConfig, labels: Tensor, class_counts: Tensor, v
         [valid anchors of this process; their mean loss at equal similarities, the "chance level": log(N - 1)
         for SupCon and N rows], float64 on the device of ``labels``.
     """
-    loss, own = FAMILY[config.name], _own(config, config.name)
+    loss, own = LOSSES_BY_NAME[config.name], _own(config, config.name)
     cross = config.pairing == "cross"
     candidates = 1 if cross else views  # of a sample
     if loss.self_supervised:
@@ -145,7 +145,7 @@ def batch_statistics(config: LossConfig, labels: Tensor, class_counts: Tensor, v
     n, p, zeros = negatives.log(), positives.log(), torch.zeros_like(positives)
     epsilon = loss.statistics(**own).get("epsilon", 0.0)
     statistics = RowStatistics(n, p, zeros, zeros, positives * F.softplus(n + epsilon))
-    level = loss.rows(statistics, counts, valid, **own)
+    level = loss.per_anchor(statistics, counts, valid, **own)
     anchors = 1 if cross or config.contrast_mode == "one" else views
     mean = level.sum() / valid.sum().clamp(min=1)
     return torch.stack([valid.sum() * float(anchors), mean])

@@ -12,7 +12,7 @@ import torch
 from cuda_emulation import build
 from torch import Tensor
 
-from pysupcon.pairs import known_answers, ops, tiled, trust
+from pysupcon.pairs import kernel_check, known_answers, ops, tiled
 
 CPU = torch.device("cpu")
 PRECISIONS = {3: "highest", 2: "high", 1: "medium"}
@@ -45,7 +45,7 @@ def test_emulated_kernels_agree(dtype: torch.dtype, parts: int) -> None:
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision(PRECISIONS.get(parts, "highest"))
-        assert trust.parts_of_float32() == (parts or 3)
+        assert kernel_check.parts_of_float32() == (parts or 3)
         assert known_answers.disagreement(torch.ops.pysupcon_emulated, CPU, dtype, parts) is None
     finally:
         torch.set_float32_matmul_precision(before)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pysupcon import compat, functional
 from pysupcon.models.concatenation import concatenate_unit_features
-from pysupcon.pairs.unit import smallest_norm, unit_rows
+from pysupcon.pairs.normalize import smallest_norm, unit_rows
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LABELS = torch.arange(16) % 3

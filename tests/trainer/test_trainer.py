@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pysupcon.config import Config, parse_args
 from pysupcon.errors import ConfigError, RunError
-from pysupcon.losses import FAMILY
+from pysupcon.losses import LOSSES_BY_NAME
 from pysupcon.models.model import ContrastiveModel, ModelOutput
 from pysupcon.trainer import LossConfig, OptimizerConfig, loop, progress
 from pysupcon.trainer.checkpoint import checkpoints, read_checkpoint
@@ -246,14 +246,14 @@ def test_unknown_tracker(tmp_path: Path) -> None:
 
 
 LOSSES: list[dict[str, Any]] = [
-    *({"name": name} for name in FAMILY),
+    *({"name": name} for name in LOSSES_BY_NAME),
     {"name": "spread", "alpha": 0.3},
     {"name": "spread", "alpha": 0.3, "base": "sincere"},
 ]
 
 
 def test_the_names_of_losses() -> None:
-    assert get_args(LossName) == (*FAMILY, "none")
+    assert get_args(LossName) == (*LOSSES_BY_NAME, "none")
 
 
 @pytest.mark.parametrize("arguments", LOSSES, ids=lambda a: "-".join(map(str, a.values())))

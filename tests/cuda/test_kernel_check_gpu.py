@@ -1,4 +1,4 @@
-"""The self-test of the CUDA kernels on a GPU, in addition to tests/pairs/test_trust.py."""
+"""The self-test of the CUDA kernels on a GPU, in addition to tests/pairs/test_kernel_check.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 import pysupcon
 from pysupcon import functional
-from pysupcon.pairs import backends, known_answers, ops, trust
+from pysupcon.pairs import backends, kernel_check, known_answers, ops
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,8 +21,8 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def _unjudged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test starts without a result of the self-test."""
-    monkeypatch.setattr(trust, "_verdicts", {})
-    monkeypatch.setattr(trust, "_warned", set())
+    monkeypatch.setattr(kernel_check, "_verdicts", {})
+    monkeypatch.setattr(kernel_check, "_warned", set())
     monkeypatch.delenv("PYSUPCON_TRUST", raising=False)
     torch.cuda.init()
 
@@ -33,8 +33,8 @@ def test_kernels_answer_right(dtype: torch.dtype, parts: int) -> None:
     try:
         torch.set_float32_matmul_precision({2: "high", 1: "medium"}.get(parts, "highest"))
         for index in range(torch.cuda.device_count()):
-            assert trust.unusable_reason(index, dtype) is None
-            assert list(trust._verdicts)[-1] == (index, dtype, parts)
+            assert kernel_check.unusable_reason(index, dtype) is None
+            assert list(kernel_check._verdicts)[-1] == (index, dtype, parts)
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -42,7 +42,7 @@ def test_kernels_answer_right(dtype: torch.dtype, parts: int) -> None:
 def test_nothing_is_kept() -> None:
     device, held = torch.cuda.current_device(), torch.cuda.memory_allocated()
     state = torch.cuda.get_rng_state()
-    assert trust.unusable_reason(0, torch.bfloat16) is None
+    assert kernel_check.unusable_reason(0, torch.bfloat16) is None
     assert torch.cuda.memory_allocated() == held
     assert torch.cuda.current_device() == device
     assert torch.equal(torch.cuda.get_rng_state(), state)
@@ -57,7 +57,7 @@ def test_a_capture_goes_on() -> None:
         y = x + 1
     graph.replay()
     assert torch.equal(y, x + 1)
-    assert trust._verdicts == {}
+    assert kernel_check._verdicts == {}
 
 
 def test_a_trace_judges() -> None:
@@ -65,5 +65,5 @@ def test_a_trace_judges() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(functional.supcon, fullgraph=True, backend="aot_eager")
     got = compiled(x, labels, backend="cuda")
-    assert list(trust._verdicts.values()) == [None]
+    assert list(kernel_check._verdicts.values()) == [None]
     torch.testing.assert_close(got, functional.supcon(x, labels, backend="cuda"))

@@ -1,4 +1,4 @@
-"""pysupcon/pairs/trust.py without a GPU: on which cards a build runs, and the effect of wrong answers.
+"""pysupcon/pairs/kernel_check.py without a GPU: on which cards a build runs, and the effect of wrong answers.
 
 The queries of torch.cuda are monkeypatched, the "kernels" are operators for CPU tensors, and the rows of a
 loss are fake CUDA tensors.
@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pysupcon
 from pysupcon import functional
-from pysupcon.pairs import backends, known_answers, ops, tiled, trust
+from pysupcon.pairs import backends, kernel_check, known_answers, ops, tiled
 
 CPU = torch.device("cpu")
 FIRST = torch.device("cuda", 0)
@@ -55,16 +55,16 @@ FIRST = torch.device("cuda", 0)
 def test_code_for_a_card(
     capability: tuple[int, int], architectures: list[str], ptx: str | None, runs: bool
 ) -> None:
-    why = trust.missing_code(capability, architectures, ptx)
+    why = kernel_check.missing_code(capability, architectures, ptx)
     assert (why is None) == runs
 
 
 def test_missing_code_is_named() -> None:
-    assert trust.missing_code((7, 5), ["80", "90"], "90") == (
+    assert kernel_check.missing_code((7, 5), ["80", "90"], "90") == (
         "this build holds no code for compute capability 7.5 (it holds sm_80 sm_90 compute_90); "
         "the kernels need 8.0 or newer"
     )
-    assert str(trust.missing_code((8, 6), ["90a"], None)).endswith(
+    assert str(kernel_check.missing_code((8, 6), ["90a"], None)).endswith(
         '(it holds sm_90a); build with PYSUPCON_CUDA_ARCHS="86"'
     )
 
@@ -84,7 +84,7 @@ def test_parts_of_float32(setting: str, parts: int) -> None:
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision(setting)
-        assert trust.parts_of_float32() == parts
+        assert kernel_check.parts_of_float32() == parts
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -93,9 +93,9 @@ def test_parts_of_float32_by_the_newer_setting() -> None:
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         torch.backends.cuda.matmul.fp32_precision = "tf32"
-        assert trust.parts_of_float32() == 2
+        assert kernel_check.parts_of_float32() == 2
         torch.backends.cuda.matmul.fp32_precision = "ieee"
-        assert trust.parts_of_float32() == 3
+        assert kernel_check.parts_of_float32() == 3
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 
@@ -158,9 +158,9 @@ def cards(monkeypatch: pytest.MonkeyPatch) -> Cards:
         "stream": lambda stream: made.streams.append(stream) or nullcontext(),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(trust, "_capturing", lambda index: made.capturing)
-    monkeypatch.setattr(trust, "_verdicts", {})
-    monkeypatch.setattr(trust, "_warned", set())
+    monkeypatch.setattr(kernel_check, "_capturing", lambda index: made.capturing)
+    monkeypatch.setattr(kernel_check, "_verdicts", {})
+    monkeypatch.setattr(kernel_check, "_warned", set())
     monkeypatch.setattr(known_answers, "disagreement", made.examine)
     monkeypatch.delenv("PYSUPCON_TRUST", raising=False)
     return made
@@ -449,7 +449,7 @@ def test_a_loss_on_the_cpu_runs_no_check(compiled: bool, monkeypatch: pytest.Mon
     def never(*_: Any) -> None:
         raise AssertionError("the CUDA check ran")
 
-    monkeypatch.setattr(trust, "unusable_reason", never)
+    monkeypatch.setattr(kernel_check, "unusable_reason", never)
     x, labels = torch.randn(8, 2, 4), torch.arange(8) % 3
     function = (
         torch.compile(functional.supcon, fullgraph=True, backend="eager") if compiled else functional.supcon
