@@ -39,7 +39,6 @@ backend (``init_process_group()`` without a backend, or ``"cpu:gloo,cuda:nccl"``
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Generator
 from typing import TYPE_CHECKING
 
@@ -47,6 +46,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pysupcon.caller import warn_caller
 from pysupcon.pairs.global_batch import Block
 from pysupcon.ranges import named, region
 
@@ -243,9 +243,8 @@ def warn_without_gather(name: str) -> None:
     if _warned or _world_size(None) == 1:
         return
     _warned = True
-    warnings.warn(
+    warn_caller(
         f"{name} runs in {_world_size(None)} processes, and each contrasts its own rows only; "
         f"{name}(..., gather=True) contrasts with the rows of all processes, as one process with the whole "
-        "batch would (this warning is shown once)",
-        stacklevel=6,  # the line that calls the module
+        "batch would (this warning is shown once)"
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from pysupcon.caller import warn_caller
 from pysupcon.gradcache.chunks import rebuild, tensors
 from pysupcon.gradcache.ddp import broadcast_buffers, has_static_graph, no_sync
 from pysupcon.gradcache.replay import (
@@ -256,11 +256,10 @@ class GradCache:
         difference = ((second - first).float().norm() / first.float().norm().clamp(min=1e-30)).item()
         if difference > _TOLERANCE:
             self._compare = False
-            warnings.warn(
+            warn_caller(
                 "the model's second pass over a chunk did not repeat its first (relative difference "
                 f"{difference:.2g}): it uses random numbers that are not torch's, or keeps state outside "
-                "its buffers, so the gradients are not those of the loss",
-                stacklevel=4,
+                "its buffers, so the gradients are not those of the loss"
             )
 
 

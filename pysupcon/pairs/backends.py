@@ -6,11 +6,11 @@ CUDA, on the verdict of :mod:`pysupcon.pairs.kernel_check`.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 
+from pysupcon.caller import warn_caller
 from pysupcon.pairs import kernel_check, ops
 from pysupcon.pairs.checks import BACKENDS, check_choice
 
@@ -77,11 +77,10 @@ def resolve_backend(backend: str, device: torch.device, masked: bool) -> str:
             return device.type
         if device.type not in (*_warned, "meta") and not torch.compiler.is_compiling():
             _warned.add(device.type)
-            warnings.warn(
+            warn_caller(
                 f"pysupcon has no compiled kernel for {device.type} tensors "
                 f"({_unavailable_reason(device.type)}); "
-                "the slower pure-PyTorch path, backend='tiled', takes its place",
-                stacklevel=4,
+                "falling back to the slower backend='tiled' (pure PyTorch)"
             )
         return "tiled"
     if backend in ("tiled", "reference"):

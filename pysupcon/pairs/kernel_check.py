@@ -31,13 +31,13 @@ from __future__ import annotations
 
 import os
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
 
+from pysupcon.caller import warn_caller
 from pysupcon.pairs import known_answers, ops
 
 __all__ = ["check_device", "missing_code", "report", "unusable_reason"]
@@ -192,8 +192,7 @@ def check_device(device: torch.device, dtype: torch.dtype, warn: bool) -> str | 
             first = key not in _warned
             _warned.add(key)
         if first:
-            message = f"{reason}; the slower pure-PyTorch path, backend='tiled', takes its place"
-            warnings.warn(message, stacklevel=6)  # the line that calls the loss
+            warn_caller(f"{reason}; falling back to the slower backend='tiled' (pure PyTorch)")
     return reason
 
 

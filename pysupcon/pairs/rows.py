@@ -7,13 +7,13 @@ NaN. ``count`` is |P_i| (for an instance |A_i|), int64 [M]; statistics as in
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pysupcon.caller import warn_caller
 from pysupcon.pairs.autograd import RowStatistics
 from pysupcon.pairs.modes import is_eager
 
@@ -59,7 +59,7 @@ def _softplus(x: Tensor) -> Tensor:
 def supcon_rows(s: RowStatistics, counts: Any, valid: Tensor, divisor: Tensor | int | None = None) -> Tensor:
     """log sum_{P_i, N_i} e^s - mean_{P_i} s; with a ``divisor`` their sum divided by it.
 
-    By :class:`_SupConRows`, or in a graph and under transforms by the nodes for which it stands.
+    Computed by :class:`_SupConRows`; when traced or transformed, by the equivalent torch operations.
     """
     count = counts.positives
     if is_eager(s.n):
@@ -73,24 +73,23 @@ def supcon_rows(s: RowStatistics, counts: Any, valid: Tensor, divisor: Tensor | 
 
 def positive_gap(s: RowStatistics, total: Tensor, among: Tensor, count: Tensor, valid: Tensor) -> Tensor:
     """p - mean, the mean over ``among`` of the ``count`` terms of p; 0 where not valid. It is not negative
-    (Jensen): a value below 0 is rounding, and gets the gradient that it would have above."""
+    (Jensen): negative values are rounding errors; they become 0 and keep their gradient."""
     p = torch.where(count == 1, s.positive_sum, s.p)  # the same, without an exponential and its logarithm
     gap = torch.where(valid, p - mean(total, among), 0.0)
     return gap + (gap.detach().clamp(min=0.0) - gap.detach())
 
 
-def get_divisor(anchors: Tensor, reduction: str, needs: str) -> Tensor | int | None:
+def get_divisor(anchors: Tensor, reduction: str, requirement: str) -> Tensor | int | None:
     """The divisor of the sum of the losses of ``anchors`` anchors; None: no sum is taken.
 
-    Warns where there is no anchor, if that is known without waiting for a device. ``needs``: what an anchor
-    must have to have a loss.
+    Warns where there is no anchor, if that is known without waiting for a device. ``requirement``: what an
+    anchor needs to have a loss.
     """
     divisor: Tensor | int
     if anchors.device.type == "cpu" and is_eager(anchors):
         divisor = int(anchors)
         if not divisor:
-            words = f"no anchor of this batch has {needs}: the loss is 0 and teaches nothing"
-            warnings.warn(words, stacklevel=5)  # the caller of the loss
+            warn_caller(f"no anchor of this batch has {requirement}: the loss and its gradient are 0")
             divisor = 1
     else:
         divisor = anchors.clamp(min=1)

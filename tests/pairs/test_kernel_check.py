@@ -189,7 +189,7 @@ def test_wrong_answers_warn_once_and_raise_the_same_message(cards: Cards) -> Non
     with pytest.warns(UserWarning, match="pysupcon") as caught:
         assert loss().device == FIRST
     assert [str(w.message) for w in caught] == [
-        f"{MESSAGE}; the slower pure-PyTorch path, backend='tiled', takes its place"
+        f"{MESSAGE}; falling back to the slower backend='tiled' (pure PyTorch)"
     ]
     assert caught[0].filename == __file__
     with warnings.catch_warnings():

@@ -1,0 +1,52 @@
+"""A warning shows the line of the user's code that calls the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import pysupcon
+from pysupcon import compat, functional
+from pysupcon.pairs import backends, ops
+
+X = torch.eye(4)
+LABELS = torch.arange(4)
+CALLS: dict[str, Callable[[], Any]] = {
+    "function": lambda: functional.supcon(X, LABELS),
+    "function without a graph": lambda: torch.no_grad()(functional.supcon)(X, LABELS),
+    "module": lambda: pysupcon.SupConLoss()(X, LABELS),
+    "module within modules": lambda: torch.nn.Sequential(pysupcon.InfoNCELoss())(torch.zeros(0, 2, 4)),
+    "cNCE": lambda: pysupcon.ClassConditionalInfoNCELoss()(X, LABELS, instances=LABELS),
+    "SupContrast": lambda: compat.SupConLoss()(X[:1, None]),
+    "SINCERE": lambda: compat.SINCERELoss()(X, LABELS),
+    "pytorch-metric-learning": lambda: compat.MetricLearningSupConLoss()(X, LABELS),
+}
+
+
+def assert_here(call: Callable[[], Any], message: str) -> None:
+    with pytest.warns(UserWarning, match=message) as caught:
+        call()
+    line = call.__code__.co_firstlineno
+    assert [(warning.filename, warning.lineno) for warning in caught] == [(__file__, line)]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_no_positive(name: str) -> None:
+    assert_here(CALLS[name], "no anchor of this batch has a positive")
+
+
+@pytest.mark.parametrize("name", ["function", "module", "pair_statistics", "compat"])
+def test_no_compiled_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "compiled_for", lambda device: False)
+    monkeypatch.setattr(backends, "_warned", set())
+    same = LABELS // 2
+    calls: dict[str, Callable[[], Any]] = {
+        "function": lambda: functional.supcon(X, same),
+        "module": lambda: pysupcon.SupConLoss()(X, same),
+        "pair_statistics": lambda: functional.pair_statistics(X, same),
+        "compat": lambda: compat.SINCERELoss()(X, same),
+    }
+    assert_here(calls[name], "no compiled kernel for cpu tensors")
