@@ -1,4 +1,4 @@
-"""pysupcon: supervised contrastive losses that never write the N x N matrix down.
+"""pysupcon: supervised contrastive losses that never store the N x N matrix.
 
 ``SupConLoss``, ``SINCERELoss``, ``ClassConditionalInfoNCELoss``, ``SpreadLoss``, ``DCLLoss`` and
 ``InfoNCELoss`` are modules, :mod:`pysupcon.functional` holds the same as functions, :mod:`pysupcon.compat`

@@ -12,6 +12,12 @@ Every class takes one more keyword, ``backend`` (see :mod:`pysupcon.functional`)
 real dtype on any device. ``temperature``, ``base_temperature`` and ``epsilon`` are numbers or tensors of one
 element, in the ranges of :mod:`pysupcon.functional`; a temperature that is a parameter gets its gradient.
 
+>>> import torch
+>>> from pysupcon.compat import SupConLoss
+>>> features = torch.eye(2)[:, None].expand(2, 2, 2)  # [bsz, n_views, D]
+>>> SupConLoss(temperature=1.0, base_temperature=1.0)(features, torch.tensor([0, 1]))
+tensor(0.5514)
+
 Intended differences, all classes
     Memory and time. Sums are taken in float32 at least, also for half-precision input and under autocast, and
     the loss is float32 at least. Features that are not finite are an error on a CPU. A batch in which no

@@ -30,8 +30,8 @@ class _Candidates(TypedDict, total=False):
     """[Nc, D] or [Bc, V, D]: rows to contrast with instead of the features (a queue, another tower). Features
     are then anchors only, and no pair is left out as an anchor with itself."""
     instances: Tensor | None
-    """Integers [B] or [N]: rows of one number are views of one sample. Needed where the second dimension of
-    features does not say so."""
+    """Integers [B] or [N]: rows of one number are views of one sample. For features [N, D] they are
+    needed by cNCE, by spread, and by every loss without labels."""
     candidate_instances: Tensor | None
     """Integers [Bc]: the same for the candidates."""
 
@@ -104,11 +104,15 @@ DEFAULTS: dict[str, Any] = {
     "candidates": None, "candidate_labels": None, "instances": None, "candidate_instances": None,
     "contrast_mode": "all", "normalize": False, "backend": "auto", "gather": None, "reduction": "mean",
 }  # fmt: skip
-"""Of :class:`Options`"""
+"""Default values of :class:`Options`"""
 
 
 class Counts(NamedTuple):
-    """Sizes of the sets of each anchor, int64 [M]."""
+    """Sizes of the sets of each anchor, int64 [M].
+
+    Convert before log or exp: ``counts.positives.to(s.n)``. Statistics are float64, but the logarithm of an
+    int64 tensor is float32.
+    """
 
     positives: Tensor
     """|P_i|"""
@@ -198,7 +202,7 @@ def compute(
 
 
 def _candidates(problem: Problem) -> int:
-    """Of each anchor, without itself."""
+    """Returns the number of candidates of an anchor, without the anchor."""
     if problem.candidates is None:
         return problem.x.shape[0] - 1
     return problem.candidates.shape[0] - int(problem.pairing.self_index is not None)
@@ -213,22 +217,22 @@ class ContrastiveLoss(nn.Module):
     own_parameters: ClassVar[tuple[str, ...]] = ()
     """Names of the parameters that only this loss has; attributes of the module"""
     trainer_defaults: ClassVar[dict[str, dict[str, Any]]]
-    """Name in the trainer's LossConfig -> what its fields stand for where they are None. The temperature is
-    0.07 where it is left out; the other fields are accepted with this name only."""
+    """Name in the trainer's LossConfig -> default values of the config fields that are None. If the
+    temperature is left out, it is 0.07; the other fields are accepted with this name only."""
     statistics: ClassVar[Callable[..., dict[str, Any]]]
     """(**own) -> arguments of :meth:`pysupcon.pairs.problem.Problem.statistics`"""
     per_anchor: ClassVar[Callable[..., Tensor]]
     """(RowStatistics, Counts, valid, **own) -> losses [M], 0 where not valid, linear in the sums"""
     dense: ClassVar[Callable[..., Tensor]]
-    """(s, P, N, A, **own) -> losses [M] by the equation: backend="reference", the truth for tests"""
+    """(s, P, N, A, **own) -> losses [M] by the equation: backend="reference", used by the tests"""
     requirement: ClassVar[str] = "a positive"
-    """What an anchor must have to have a loss"""
+    """What an anchor needs to have a loss"""
     needs_instances: ClassVar[bool] = False
-    """A_i is asked for"""
+    """Whether the loss needs A_i"""
     self_supervised: ClassVar[bool] = False
-    """Takes no labels"""
+    """Whether the loss takes no labels"""
     fused_reduction: ClassVar[bool] = False
-    """``per_anchor`` takes a fourth argument, by which it divides the sum of the losses (None: no sum)"""
+    """``per_anchor`` takes a fourth argument: the divisor of the summed loss; None: losses per anchor"""
 
     def __init__(
         self,
@@ -244,7 +248,7 @@ class ContrastiveLoss(nn.Module):
         super().__init__()
         if isinstance(temperature, Tensor) and temperature.requires_grad:
             raise TypeError(
-                "temperature must be a number, got a tensor that wants a gradient; "
+                "temperature must be a number, got a tensor with requires_grad=True; "
                 "learnable_temperature=True makes it a parameter of the loss"
             )
         self._temperature = float(check_number("temperature", temperature, *TEMPERATURE_RANGE))
@@ -263,7 +267,7 @@ class ContrastiveLoss(nn.Module):
 
     @staticmethod
     def valid(counts: Counts) -> Tensor:
-        """Which anchors have a loss, bool [M]; by the counts alone."""
+        """Which anchors have a loss, bool [M]. Depends on the counts only."""
         return counts.positives > 0
 
     @property

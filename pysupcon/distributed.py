@@ -4,7 +4,13 @@
 :class:`Ring`; pass an object of either class to choose a process group. ``torch.distributed`` must be
 initialised, for example by torchrun, ``accelerate launch`` or ``init_process_group``. If it is not, or if
 there is one process, a loss behaves as with ``gather=False``. Any backend that supports all-gather (for a
-ring: send and receive) works, such as NCCL and gloo, with or without DistributedDataParallel.
+ring: send and receive) works, such as NCCL and gloo, with or without DistributedDataParallel. This module
+only exchanges rows; the differentiable step, with its backward, is :mod:`pysupcon.pairs.gathered`.
+
+>>> import torch, pysupcon
+>>> loss = pysupcon.SupConLoss(temperature=1.0, gather=True)  # here in one process
+>>> loss(torch.eye(2).repeat(2, 1), torch.tensor([0, 1, 0, 1]))
+tensor(0.5514)
 
 Inputs of each process: features, and labels or instances, of its own samples. The number of samples may
 differ between processes and may be 0. Number of views, D and dtype must be the same. A class must have the

@@ -1,4 +1,4 @@
-"""The losses as functions. Formulas, shapes and arguments are the same for all; see :func:`supcon`.
+"""The losses as functions. Shapes, arguments and errors are the same for all; see below.
 
 Similarity s_ij = z_i . z_j / temperature. For an anchor i, P_i are the other rows of its class, N_i the rows
 of other classes, A_i the other rows of its sample (its views). The N x N matrix is never stored.
@@ -13,19 +13,19 @@ Args:
     temperature: a number, of Python or NumPy, or a tensor of one element; from 1e-12 to 1e12. A tensor gets a
         gradient of its own shape. Its value is read only on a CPU and not while it is traced
         (``torch.compile``). ``base_temperature`` likewise. ``epsilon`` (from -1e4 to 1e4) and ``alpha`` (from
-        0 to 1) are numbers, or tensors of one element that want no gradient.
+        0 to 1) are numbers, or tensors of one element with requires_grad=False.
     **options: the fields of :class:`Options`: ``candidates``, ``candidate_labels``, ``instances``,
         ``candidate_instances``, ``contrast_mode``, ``reduction``, ``normalize``, ``backend``, ``gather``.
 
 Returns:
     float32 (float64 for float64 features); gradients have the dtype of their inputs. Anchors without a
-    positive are skipped. A batch in which no anchor has one gives 0, connected to the graph, and on a CPU a
-    warning. Second derivatives are refused (except by backend="reference").
+    positive are skipped. If no anchor has a positive, the loss is 0 (with a graph), and on a CPU a warning is
+    issued. Second derivatives are refused (except by backend="reference").
 
 Raises:
-    ValueError, TypeError: names the argument, what it must be and what came; on a CPU also for features that
-        are not finite, and where the largest |z| |z| / temperature is beyond 7e14 (on a GPU, where the check
-        would make the caller wait, the loss is NaN then).
+    ValueError, TypeError: an argument is invalid; the message names it, the requirement and the value. On a
+        CPU also if features are not finite, or if the largest |z| |z| / temperature is beyond 7e14. On a GPU
+        there is no such check, because it would synchronise; the loss is NaN.
     RuntimeError: the backend is not compiled, or CUDA kernels answer wrongly or cannot run on the device. If
         an argument is changed in place between forward and backward, autograd refuses the backward, or the
         change has no effect. Changes through NumPy or ``.data`` are not seen.
@@ -35,6 +35,12 @@ torch.compile(fullgraph=True), torch.export, make_fx, fake and meta tensors see 
 change without a new graph. torch.func's grad, vmap and jacrev work. Forward mode (jvp, jacfwd, hessian, dual
 numbers) and torch.jit.trace are refused, except by backend="reference". Of torch.func inside torch.compile
 only what torch can trace works (it refuses vmap of grad).
+
+>>> import torch
+>>> from pysupcon import functional
+>>> rows = torch.eye(2).repeat(2, 1)  # [N, D]: two classes, two rows each
+>>> functional.supcon(rows, torch.tensor([0, 1, 0, 1]), temperature=1.0)
+tensor(0.5514)
 """
 
 from __future__ import annotations
@@ -81,8 +87,8 @@ def pair_statistics(
     temperature: float | Tensor = 0.07,
     **options: Unpack[StatisticsOptions],
 ) -> PairStatistics:
-    """The statistics from which most losses of the family follow, for a loss of your own. Arguments: those of
-    the module but ``reduction``.
+    """Statistics per anchor, from which you can build your own loss. Arguments: module docstring of
+    :mod:`pysupcon.functional`, without ``reduction``.
 
     Empty sets are -inf: select (``torch.where``) before using them, or a gradient becomes NaN. Statistics are
     float64 (float32 on devices that have no float64).
@@ -96,12 +102,12 @@ def pair_statistics(
         n, p = log_sum_exp(s, negatives), log_sum_exp(s, positives)
         total = torch.where(positives, s, 0.0).sum(dim=1)
     else:
-        asked = {"negatives": True, "positives": True}
+        requested = {"negatives": True, "positives": True}
         if problem.global_batch is None:
-            statistics = problem.statistics(**asked)
+            statistics = problem.statistics(**requested)
         else:
             from pysupcon.pairs.gathered import gathered_statistics
 
-            statistics = gathered_statistics(problem, asked)
+            statistics = gathered_statistics(problem, requested)
         n, p, total = statistics.n, statistics.p, statistics.positive_sum
     return PairStatistics(n, p, total / count.clamp(min=1), count)

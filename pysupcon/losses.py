@@ -1,12 +1,19 @@
-"""The losses: of each its formulas, its function and its module. Arguments, shapes and errors:
-:mod:`pysupcon.functional`.
+"""The losses. Each has a function, a module and its formulas.
+
+Arguments, shapes and errors: :mod:`pysupcon.functional`.
 
 In modules ``temperature``, ``base_temperature``, ``epsilon`` and ``alpha`` are numbers, of Python or NumPy,
-or tensors of one element that want no gradient; the modules keep them as Python numbers. The other keywords
-of modules: :class:`pysupcon.contrastive.ModuleOptions`.
+or tensors of one element with requires_grad=False; the modules keep them as Python numbers. The other
+keywords of modules: :class:`pysupcon.contrastive.ModuleOptions`.
 
 A new loss needs a function, a subclass of :class:`pysupcon.contrastive.ContrastiveLoss`, its name in
 :data:`LossName` and its class in :data:`LOSSES_BY_NAME`.
+
+>>> import torch, pysupcon
+>>> loss = pysupcon.SpreadLoss(temperature=0.5, alpha=0.25)
+>>> views = torch.eye(4).reshape(2, 2, 4)  # [B, V, D]: two views of two samples
+>>> loss(views, torch.tensor([0, 1]))
+tensor(0.8240)
 """
 
 from __future__ import annotations
@@ -66,6 +73,7 @@ def supcon(
 
     -mean_{p in P_i} log( e^{s_ip} / sum_{j in P_i + N_i} e^{s_ij} ), times temperature / base_temperature
     where that is given. Without labels it is the multi-view NT-Xent loss.
+    Arguments: module docstring of :mod:`pysupcon.functional`.
     """
     if base_temperature is not None:
         base_temperature = check_temperature("base_temperature", base_temperature)
@@ -73,7 +81,7 @@ def supcon(
     if base_temperature is None:
         return loss
     temperature = check_temperature("temperature", temperature)
-    if torch.compiler.is_compiling():  # a quotient of numbers would make each of them a graph of its own
+    if torch.compiler.is_compiling():  # dividing Python numbers would compile a new graph for every value
         temperature = loss.new_ones(()) * temperature
     factor = temperature / base_temperature
     return loss * (factor.to(loss) if isinstance(factor, Tensor) else factor)
@@ -88,7 +96,7 @@ class SupConLoss(ContrastiveLoss):
     function = staticmethod(supcon)
     own_parameters = ("base_temperature",)
     trainer_defaults: ClassVar = {"supcon": {}}
-    per_anchor = staticmethod(supcon_rows)
+    per_anchor = staticmethod(supcon_rows)  # fused: pairs/rows.py
     fused_reduction = True
 
     def __init__(
@@ -126,7 +134,7 @@ def sincere(
     (Barbano et al. 2022, arXiv 2211.05568).
 
     -mean_{p in P_i} log( e^{s_ip} / (e^{s_ip - epsilon} + sum_{j in N_i} e^{s_ij}) ). An anchor without a
-    negative gives 0 (minus epsilon).
+    negative gives 0 (minus epsilon). Arguments: module docstring of :mod:`pysupcon.functional`.
     """
     epsilon = check_epsilon(epsilon)
     return compute(SINCERELoss, features, labels, mask, options, temperature, epsilon=epsilon)
@@ -153,7 +161,7 @@ class SINCERELoss(ContrastiveLoss):
     @staticmethod
     def per_anchor(s: RowStatistics, counts: Counts, valid: Tensor, epsilon: float = 0.0) -> Tensor:
         loss = mean(s.softplus, counts.positives)
-        if torch.compiler.is_compiling() or epsilon:  # a graph that tests the number would be for it alone
+        if torch.compiler.is_compiling() or epsilon:  # testing epsilon would specialise the graph
             loss = torch.where(valid, loss - epsilon, 0.0)
         return loss
 
@@ -173,9 +181,9 @@ def class_conditional_info_nce(
 ) -> Tensor:
     """Class-conditional InfoNCE, cNCE (Chen et al. 2022, arXiv 2204.07596): InfoNCE within the class.
 
-    -mean_{a in A_i} log( e^{s_ia} / sum_{p in P_i} e^{s_ip} ). It must know which rows are views of one
-    sample: V >= 2 or ``instances`` (rows of one instance must share a label). Anchors without another row of
-    their sample have no loss.
+    -mean_{a in A_i} log( e^{s_ia} / sum_{p in P_i} e^{s_ip} ). The loss needs to know which rows are
+    views of one sample: V >= 2 or ``instances`` (rows of one instance must share a label). Anchors without
+    another row of their sample are skipped. Arguments: module docstring of :mod:`pysupcon.functional`.
     """
     return compute(ClassConditionalInfoNCELoss, features, labels, mask, options, temperature)
 
@@ -226,7 +234,8 @@ def spread(
 
     ``base`` is "supcon" or "sincere" (the form of the paper's own code). ``alpha`` in [0, 1] weighs cNCE; the
     earlier paper "The Details Matter" writes alpha on the other term. The mean is over the anchors that have
-    a positive; one without another row of its sample has no cNCE part. It costs what its base costs.
+    a positive; for an anchor without another view the cNCE term is 0. The loss takes as long as its base.
+    Arguments: module docstring of :mod:`pysupcon.functional`.
     """
     own = {"alpha": check_number("alpha", alpha, 0.0, 1.0), "base": base}
     check_choice("base", base, tuple(_BASES))
@@ -286,6 +295,7 @@ def dcl(
 
     -mean_{p in P_i} log( e^{s_ip} / sum_{j in N_i} e^{s_ij} ), which may be below 0. Anchors without a
     negative, whose denominator is empty, are skipped like anchors without a positive.
+    Arguments: module docstring of :mod:`pysupcon.functional`.
     """
     return compute(DCLLoss, features, labels, mask, options, temperature)
 
@@ -321,7 +331,7 @@ def info_nce(
     """InfoNCE / NT-Xent (van den Oord et al. 2018, arXiv 1807.03748; Chen et al. 2020, arXiv 2002.05709).
 
     The positives of a row are the other rows of its sample. With V > 2 views the loss is their mean, as in
-    :func:`supcon` without labels.
+    :func:`supcon` without labels. Arguments: module docstring of :mod:`pysupcon.functional`.
     """
     return compute(InfoNCELoss, features, None, None, options, temperature)
 

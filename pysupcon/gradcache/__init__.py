@@ -5,11 +5,14 @@ GradCache (Gao et al. 2021, arXiv 2101.06983) embeds the batch chunk by chunk wi
 gradient of the loss with respect to the embeddings, runs each chunk again with a graph, and backpropagates
 its part of that gradient. The result is the gradient of the whole batch, at the cost of one more forward.
 
-    grad_cache = GradCache(model, chunk_size=64)
-    for images, labels in loader:
-        optimizer.zero_grad()
-        loss = grad_cache(images, lambda embeddings: criterion(embeddings, labels))
-        optimizer.step()
+>>> import torch, pysupcon
+>>> model, criterion = torch.nn.Linear(8, 4), pysupcon.SupConLoss(normalize=True)
+>>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+>>> grad_cache = pysupcon.GradCache(model, chunk_size=64)
+>>> for images, labels in [(torch.randn(256, 8), torch.arange(256) % 10)]:
+...     optimizer.zero_grad()
+...     loss = grad_cache(images, lambda embeddings: criterion(embeddings, labels))  # and its backward
+...     optimizer.step()
 
 Several models (two towers) are given as a list, each with its own chunk size:
 

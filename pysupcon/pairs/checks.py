@@ -119,7 +119,7 @@ def check_number(name: str, value: Any, low: float, high: float) -> float:
     """
     value = _as_tensor_in_trace(value)
     if isinstance(value, Tensor) and value.requires_grad:
-        raise TypeError(f"{name} gets no gradient, so it must not require one: give {name}.detach()")
+        raise TypeError(f"{name} is not differentiable: pass {name}.detach()")
     number = _number(value)
     if number is None:
         raise TypeError(f"{name} must be a number or a tensor of one element, got {describe(value)}")
@@ -138,7 +138,8 @@ def check_epsilon(value: Any) -> float:
 def check_temperature(name: str, value: Any) -> float | Tensor:
     """Checks a number of :data:`TEMPERATURE_RANGE`, or a tensor of one element.
 
-    The value of a tensor is checked only on a CPU in eager mode.
+    For functions; modules, whose temperature is a number, call :func:`check_number`. The value of a tensor is
+    checked only on a CPU in eager mode.
 
     Returns:
         A number, or a tensor of no dimensions.
@@ -178,8 +179,7 @@ def check_features(name: str, value: Any, like: Tensor | None = None) -> None:
     if value.dtype not in _FLOATS or value.dim() not in (2, 3) or 0 in value.shape[1:]:
         raise ValueError(
             f"{name} must be float64, float32, bfloat16 or float16 of shape [N, D] or [B, V, D] with "
-            "D and V at "
-            f"least 1, got {describe(value)}"
+            f"D and V at least 1, got {describe(value)}"
         )
     if like is not None and value.shape[-1] != like.shape[-1]:
         raise ValueError(
@@ -205,7 +205,7 @@ def check_ids(name: str, value: Any, features: Tensor) -> Tensor:
 
     def contract() -> str:
         axis = "B" if features.dim() == 3 else "N"
-        return f"{name} must be int64 of shape [{axis}]=[{count}] (one per sample)"
+        return f"{name} must be integers of shape [{axis}]=[{count}] (one per sample)"
 
     if not isinstance(value, Tensor):
         raise TypeError(f"{contract()}, got {describe(value)}")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pysupcon.pairs import statistics, tiles
+from pysupcon.pairs import ops, statistics, tiles
 from pysupcon.pairs.modes import ONCE_ONLY, is_transformed
 
 __all__ = ["gradients", "positive_count", "row_statistics"]
@@ -70,7 +70,7 @@ def _statistics(*arguments: Any) -> _Tensors:
 
 def _fake_statistics(*arguments: Any) -> _Tensors:
     x, epsilon, instances = arguments[0], arguments[3], arguments[9]
-    n, p, positive_sum, *optional = (x.new_empty(x.shape[0], dtype=tiles.stats_dtype(x)) for _ in range(5))
+    n, p, positive_sum, *optional = (x.new_empty(x.shape[0], dtype=ops.stats_dtype(x)) for _ in range(5))
     requested = instances is not None, epsilon is not None
     some = (value if wanted else x.new_empty(0) for value, wanted in zip(optional, requested, strict=True))
     return n, p, positive_sum, *some

@@ -8,9 +8,9 @@ the :class:`pysupcon.pairs.global_batch.Communicator` of the problem.
 
 Communicated per anchor in the backward: the upstream gradient g of its loss, and those of n, p and dL/dn that
 the loss needs. Each process differentiates the O(N) step from statistics to losses again for all anchors.
-Bytes: SupCon and InfoNCE (g, n, p) 24, cNCE (g, p) 16, SINCERE (g, n, dL/dn) 24, spread (g, n, p) 24, with
-SINCERE as base (g, n, p, dL/dn) 32. The scalars are float64, because the parts of a gradient that come from
-them cancel as a loss converges.
+Bytes: SupCon, InfoNCE and DCL (g, n, p) 24, cNCE (g, p) 16, SINCERE (g, n, dL/dn) 24, spread (g, n, p) 24,
+spread with base SINCERE (g, n, p, dL/dn) 32. The scalars are float64, because the parts of a gradient that
+come from them cancel as a loss converges.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """From the arguments of a loss to a :class:`Problem`: rows, positives and their counts, backend.
 
-:mod:`pysupcon.functional` calls :func:`prepare` once per loss. Nothing here waits for a GPU.
+:func:`pysupcon.contrastive.build_problem` calls :func:`prepare` once per loss. Nothing here waits for a GPU.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pysupcon.pairs import modes, tiled
+from pysupcon.pairs import modes, ops, tiled
 from pysupcon.pairs.autograd import row_statistics
 from pysupcon.pairs.backends import check_kernels, resolve_backend
 from pysupcon.pairs.checks import (
@@ -57,7 +57,7 @@ class Problem:
     @property
     def scale(self) -> Tensor:
         """1 / temperature, no dimensions, in the dtype of the statistics."""
-        dtype = tiled.stats_dtype(self.x)
+        dtype = ops.stats_dtype(self.x)
         if isinstance(self.temperature, Tensor):
             return self.temperature.to(device=self.x.device, dtype=dtype).reciprocal()
         if torch.compiler.is_compiling():  # torch.full would compile a graph for each number

@@ -1,6 +1,6 @@
-"""The dense truth: similarities and sets as [M, N] matrices, and the sums over them.
+"""The dense reference: similarities and sets as [M, N] matrices, and the sums over them.
 
-For tests and small batches; plain PyTorch that autograd differentiates as often as wanted. Knows torch only.
+For tests and small batches; plain PyTorch that supports higher-order derivatives. Imports only torch.
 The equations of the losses on these matrices are the ``dense`` methods in :mod:`pysupcon.losses`.
 
 Symbols: anchors x_i [M, D], candidates c_j [N, D] (the anchors themselves where none are given), similarity
@@ -32,8 +32,8 @@ def pair_sets(
     self_index: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(P, N), bool [M, N]. Either labels [M] (and [N] of the candidates) or ``mask`` [M, N] says who is a
-    positive.
+    """(P, N), bool [M, N]. Either labels [M] (and [N] of the candidates) or ``mask`` [M, N] defines the
+    positives.
 
     Without candidates (``candidate_labels`` None, and ``mask`` square with ``self_index`` None) an anchor is
     not its own candidate; with them ``self_index`` [M] names the candidate that is the anchor, -1 for none.

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pysupcon.pairs.ops import stats_dtype
 from pysupcon.pairs.tiles import (  # fmt: skip
     Pairs,
     PositiveMask,
@@ -25,7 +26,6 @@ from pysupcon.pairs.tiles import (  # fmt: skip
     no_autocast,
     positive_count,
     readable,
-    stats_dtype,
     zero_unless,
 )
 
@@ -36,7 +36,6 @@ __all__ = [
     "positive_count",
     "positive_softplus",
     "positive_softplus_backward",
-    "stats_dtype",
 ]
 
 

@@ -2,7 +2,8 @@
 
 Rows are sorted by label first. On a CPU this shows which tiles contain only positives or only negatives, and
 which can be skipped. Without separate candidates only tiles on and above the diagonal are visited, each for
-both of its sides. Tiles are float32 (float64 for float64 rows); values per row are :func:`stats_dtype`.
+both of its sides. Tiles are float32 (float64 for float64 rows); values per row are in
+:func:`pysupcon.pairs.ops.stats_dtype`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from pysupcon.pairs import ops
 
 Slice = tuple[int, int]
 _CPU_TILE = 512  # 1 MiB of float32: a tile and its temporaries stay near the cores
@@ -31,11 +30,6 @@ class PositiveMask(NamedTuple):
     mask: Tensor
     rows: Tensor
     columns: Tensor
-
-
-def stats_dtype(x: Tensor) -> torch.dtype:
-    """Returns the dtype of values per row: float64, or float32 on devices without float64."""
-    return ops.stats_dtype(x)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -10,14 +10,21 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from pysupcon.losses import LOSSES_BY_NAME
+
 
 def loss_flops(loss: str, n: int, dim: int, classes: int) -> float:
     """Return 4 D times the number of pairs of a loss.
 
-    cnce uses only pairs of the same class; sincere uses all pairs, and those of the same class again.
+    A loss without negatives (cnce) uses only pairs of the same class; one with a softplus sum (sincere) uses
+    all pairs, and those of the same class again.
     """
+    description = LOSSES_BY_NAME[loss]
+    defaults = description.trainer_defaults[loss]
+    own = {name: defaults[name] for name in description.own_parameters if name in defaults}
+    needed = description.statistics(**own)
     same = 1 / min(classes, n)
-    share = {"cnce": same, "sincere": 1 + same}.get(loss, 1.0)
+    share = (1.0 if needed.get("negatives") else same) + (same if "epsilon" in needed else 0.0)
     return 4.0 * n * n * dim * share
 
 

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pysupcon import functional
+from pysupcon.losses import LOSSES_BY_NAME
 from pysupcon.ranges import region
 
 VIEWS = 2
-LOSSES = ("supcon", "sincere", "cnce", "spread", "infonce")
+LOSSES = tuple(LOSSES_BY_NAME)
 
 
 class Inputs(NamedTuple):
@@ -51,20 +51,16 @@ def unit_rows(
 
 def loss_function(name: str, temperature: float, backend: str = "auto") -> Callable[[Inputs], Tensor]:
     """Return the loss ``name`` of LOSSES as a function of its inputs."""
+    description = LOSSES_BY_NAME[name]
+    own: dict[str, Any] = {**description.trainer_defaults[name], "temperature": temperature}
 
     def loss(i: Inputs) -> Tensor:
-        common: dict[str, Any] = {"temperature": temperature, "backend": backend}
-        if name == "supcon":
-            return functional.supcon(i.features, i.labels, **common)
-        if name == "sincere":
-            return functional.sincere(i.features, i.labels, **common)
-        if name == "cnce":
-            return functional.class_conditional_info_nce(
-                i.features, i.labels, instances=i.instances, **common
-            )
-        if name == "spread":
-            return functional.spread(i.features, i.labels, instances=i.instances, **common)
-        return functional.info_nce(i.features, instances=i.instances, **common)
+        arguments = dict(own)
+        if not description.self_supervised:
+            arguments["labels"] = i.labels
+        if description.self_supervised or description.needs_instances:
+            arguments["instances"] = i.instances
+        return description.function(i.features, backend=backend, **arguments)
 
     return loss
 

@@ -13,7 +13,10 @@ NEEDS_VIEWS = tuple(
     name for name, loss in losses.LOSSES_BY_NAME.items() if loss.needs_instances or loss.self_supervised
 )
 """Losses that must know which rows are views of one sample"""
-OWN = ("epsilon", "alpha", "base")
+OWN = tuple(dict.fromkeys(
+    field_name for name, loss in losses.LOSSES_BY_NAME.items()
+    for field_name in loss.trainer_defaults[name] if field_name != "temperature"
+))  # fmt: skip
 """Fields of single losses"""
 CONTRASTIVE = (
     "temperature", "learnable_temperature", "contrast_mode", "pairing", "gather", "backend", "weight",

@@ -171,6 +171,8 @@ def test_work_of_the_losses() -> None:
     assert loss_flops("supcon", 1000, 64, 10) == whole
     assert loss_flops("cnce", 1000, 64, 10) == pytest.approx(whole / 10)
     assert loss_flops("sincere", 1000, 64, 10) == pytest.approx(whole * 1.1)
+    assert loss_flops("eps_supinfonce", 1000, 64, 10) == pytest.approx(whole * 1.1)
+    assert loss_flops("spread", 1000, 64, 10) == loss_flops("dcl", 1000, 64, 10) == whole
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -1,1 +1,1 @@
-"""What several rooms of the tests share."""
+"""Code that several folders of tests share."""

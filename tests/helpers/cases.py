@@ -1,5 +1,4 @@
-"""The losses under test, and a truth that shares no line with the package: sets by their definition, pair by
-pair."""
+"""The losses under test, and an independent reference: sets by their definition, pair by pair."""
 
 from __future__ import annotations
 
@@ -52,6 +51,8 @@ def _anchor_loss(
         return _log_sum(negatives) - torch.stack(positives).mean() if positives and negatives else None
     if name == "cnce":
         return -torch.stack([s - _log_sum(positives) for s in own]).mean() if own and positives else None
+    if name not in ("spread", "spread_sincere"):
+        raise KeyError(f"cases.py has no formula for {name}")
     if not positives:
         return None
     base = _anchor_loss("sincere" if name == "spread_sincere" else "supcon", positives, negatives, own)

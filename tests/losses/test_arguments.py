@@ -1,4 +1,4 @@
-"""What callers hand in beside Python's own numbers and int64 labels: accepted, with the same result."""
+"""Argument types other than Python numbers and int64 labels give the same result."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_numbers(kind: str, taker: str) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in NUMBERS if kind != "int"])
 def test_numbers_as_temperature_of_a_compiled_function(kind: str) -> None:
-    """No graph break, and a schedule of NumPy's numbers makes no graph a value."""
+    """No graph break, and a schedule of NumPy numbers does not recompile per value."""
     torch._dynamo.reset()
     count = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(

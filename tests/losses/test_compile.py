@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import pysupcon
 from pysupcon import compat, functional
-from pysupcon.pairs import tiles
+from pysupcon.pairs import ops
 
 COMPILED = pysupcon.backends()["cpu"]
 needs_extension = pytest.mark.skipif(not COMPILED["available"], reason=COMPILED["detail"])
@@ -249,7 +249,7 @@ def test_rows_that_are_not_finite_are_refused_in_a_graph_too(backend: str) -> No
 def _operator_arguments(kind: str, backend: str) -> tuple[Any, ...]:
     """Of torch.ops.pysupcon.row_statistics."""
     x, labels = torch.randn(7, 5, requires_grad=True), torch.tensor([2, 0, 2, 1, 0, 2, 5])
-    scale = torch.tensor(2.0, dtype=tiles.stats_dtype(x), requires_grad=True)
+    scale = torch.tensor(2.0, dtype=ops.stats_dtype(x), requires_grad=True)
     order, epsilon = torch.argsort(labels, stable=True), torch.tensor(0.25, dtype=scale.dtype)
     flags = (backend, True, True)
     nothing: tuple[None, ...] = (None,) * 3

@@ -8,7 +8,7 @@ import resource
 import subprocess
 import sys
 import warnings
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,7 +17,8 @@ from helpers.gradients import added
 from helpers.tolerances import assert_loss_close, largest_similarity
 
 import pysupcon
-from pysupcon import functional
+from pysupcon import functional, losses
+from pysupcon.contrastive import ContrastiveLoss
 from pysupcon.pairs import ops, tiled
 
 COMPILED = pysupcon.backends()["cpu"]
@@ -27,7 +28,7 @@ needs_extension = pytest.mark.skipif(not COMPILED["available"], reason=COMPILED[
 def _operator_arguments(dtype: torch.dtype, kind: str) -> tuple[Any, ...]:
     """(x, labels, order, scale, candidates, candidate_labels, candidate_order, self_index)"""
     x, labels = torch.randn(7, 5, dtype=dtype), torch.tensor([2, 0, 2, 1, 0, 2, 5])
-    scale = torch.tensor(2.0, dtype=tiled.stats_dtype(x))
+    scale = torch.tensor(2.0, dtype=ops.stats_dtype(x))
     rows = (x, labels, torch.argsort(labels, stable=True), scale)
     if kind == "self":
         return (*rows, None, None, None, None)
@@ -39,7 +40,7 @@ def _operator_arguments(dtype: torch.dtype, kind: str) -> tuple[Any, ...]:
 def _all_operators(dtype: torch.dtype, kind: str) -> dict[str, tuple[Any, ...]]:
     """Arguments of each of the four operators. "own rows" is the third form of the backward."""
     rows = _operator_arguments(dtype, kind)
-    wide = {"dtype": tiled.stats_dtype(rows[0])}
+    wide = {"dtype": ops.stats_dtype(rows[0])}
     # Sorted by label; rows of a label are of ascending instances, in the order of the rows.
     instances = torch.tensor([0, 0, 0, 4, 0, 3, 4]), None if rows[4] is None else torch.arange(9) // 3
     pairs = *rows, *instances
@@ -76,7 +77,7 @@ def test_operators_keep_the_dispatcher_contract(name: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_compiled_and_tiled_operators_agree(name: str, kind: str) -> None:
-    """Gradients among what they say: both add to the same buffers' copies."""
+    """Outputs and gradients are equal."""
     arguments = _all_operators(torch.float64, kind)[name]
     theirs = copy.deepcopy(arguments)
     got, want = getattr(ops, name)(*arguments), getattr(tiled, name)(*theirs)
@@ -342,3 +343,17 @@ def test_memory_grows_with_rows_not_pairs(name: str, backend: str) -> None:
     LOSSES[name](x, labels, backend=backend).backward()
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert grown < 100e6, f"{grown / 1e6:.0f} MB"
+
+
+def test_every_loss_is_registered_and_exported() -> None:
+    modules = {getattr(pysupcon, name) for name in pysupcon.__all__ if name.endswith("Loss")}
+    assert modules == set(losses.LOSSES_BY_NAME.values())
+    assert modules == {loss for loss in vars(losses).values() if is_loss(loss)}
+    assert set(get_args(losses.LossName)) == set(losses.LOSSES_BY_NAME)
+    assert {loss.__name__ for loss in modules} <= set(losses.__all__)
+    assert all(hasattr(functional, name) for name in functional.__all__)
+
+
+def is_loss(value: Any) -> bool:
+    """Whether the value is a class of a loss."""
+    return isinstance(value, type) and issubclass(value, ContrastiveLoss) and value is not ContrastiveLoss

@@ -44,20 +44,24 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "float labels": (
         lambda: supcon(X, Y.float()),
         ValueError,
-        "labels must be int64 of shape [B]=[4] (one per sample), got float32 of shape [4]",
+        "labels must be integers of shape [B]=[4] (one per sample), got float32 of shape [4]",
     ),
     "boolean labels": (lambda: supcon(X, Y.bool()), ValueError, "got bool of shape [4]"),
     "labels of another length": (
         lambda: supcon(ROWS, Y[:3]),
         ValueError,
-        "labels must be int64 of shape [N]=[4] (one per sample), got int64 of shape [3]",
+        "labels must be integers of shape [N]=[4] (one per sample), got int64 of shape [3]",
     ),
     "labels as a column": (lambda: supcon(X, Y[:, None]), ValueError, "got int64 of shape [4, 1]"),
-    "labels as a list": (lambda: supcon(X, [0, 1, 0, 1]), TypeError, "labels must be int64 of shape [B]=[4]"),
+    "labels as a list": (
+        lambda: supcon(X, [0, 1, 0, 1]),
+        TypeError,
+        "labels must be integers of shape [B]=[4]",
+    ),
     "labels elsewhere": (
         lambda: supcon(X, Y.to("meta")),
         ValueError,
-        "labels must be int64 of shape [B]=[4] (one per sample) on cpu, got it on meta",
+        "labels must be integers of shape [B]=[4] (one per sample) on cpu, got it on meta",
     ),
     "labels and mask": (
         lambda: supcon(X, Y, torch.ones(4, 4, dtype=torch.bool)),
@@ -162,7 +166,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "instances of another length": (
         lambda: functional.spread(X, Y, instances=torch.arange(8)),
         ValueError,
-        "instances must be int64 of shape [B]=[4] (one per sample), got int64 of shape [8]",
+        "instances must be integers of shape [B]=[4] (one per sample), got int64 of shape [8]",
     ),
     "candidates of another width": (
         lambda: supcon(X, Y, candidates=torch.randn(5, 4), candidate_labels=torch.arange(5)),
@@ -199,7 +203,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "candidate_labels of another length": (
         lambda: supcon(X, Y, candidates=torch.randn(5, 3), candidate_labels=Y),
         ValueError,
-        "candidate_labels must be int64 of shape [N]=[5] (one per sample), got int64 of shape [4]",
+        "candidate_labels must be integers of shape [N]=[5] (one per sample), got int64 of shape [4]",
     ),
     "epsilon": (
         lambda: functional.sincere(X, Y, epsilon=float("nan")),
@@ -214,7 +218,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "epsilon with a gradient": (
         lambda: functional.sincere(X, Y, epsilon=torch.tensor(0.1, requires_grad=True)),
         TypeError,
-        "epsilon gets no gradient, so it must not require one: give epsilon.detach()",
+        "epsilon is not differentiable: pass epsilon.detach()",
     ),
     "temperature too small": (
         lambda: supcon(X, Y, temperature=1e-30),
@@ -249,8 +253,8 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "module temperature tensor": (
         lambda: pysupcon.SupConLoss(torch.tensor(0.1, requires_grad=True)),
         TypeError,
-        "temperature must be a number, got a tensor that wants a gradient; learnable_temperature=True makes "
-        "it a parameter of the loss",
+        "temperature must be a number, got a tensor with requires_grad=True; learnable_temperature=True "
+        "makes it a parameter of the loss",
     ),
     "module mode": (
         lambda: pysupcon.SINCERELoss(contrast_mode="x"),

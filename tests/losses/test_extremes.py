@@ -1,7 +1,7 @@
-"""Temperatures, rows and epsilons of every size: a call is right or refused, never finite and wrong.
+"""Temperatures, rows and epsilons of every size: no result is finite and wrong.
 
-The size of a problem is S_i = |x_i| max|x_j| / temperature. Its similarities err by eps * S_i, whoever
-computes them in one precision, and so do loss and gradient (see ``benchmarks/kernels/tolerances.py``).
+The size of a problem is S_i = |x_i| max|x_j| / temperature. In one precision, similarities, loss and
+gradient have an error of eps * S_i (see ``benchmarks/kernels/tolerances.py``).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor
 from pysupcon import functional
 from pysupcon.pairs.checks import TEMPERATURE_RANGE
 
-_ROOM = {torch.float32: 1e7, torch.float64: 5e14}
-"""S up to which every backend must give an answer: eps * S is about 1 there, and beyond it a similarity is
-known to no digit behind the point."""
+_LARGEST_S = {torch.float32: 1e7, torch.float64: 5e14}
+"""Largest S for which every backend must give an answer: eps * S is about 1 there, and beyond it no
+decimal of a similarity is correct."""
 _KINDS: dict[str, tuple[dict[str, float], str, dict[str, Any]]] = {
     "supcon": ({"supcon": 1.0}, "supcon", {}),
     "sincere": ({"sincere": 1.0}, "sincere", {}),
@@ -131,7 +131,7 @@ def test_within_the_room_every_call_is_right(
     kind: str, dtype: torch.dtype, seeds: range, backend: str
 ) -> None:
     for seed in seeds:
-        case = _draw(kind, dtype, seed, -40, math.log10(_ROOM[dtype]))
+        case = _draw(kind, dtype, seed, -40, math.log10(_LARGEST_S[dtype]))
         problem = _wrong(case, backend, mask=backend == "tiled" and seed % 4 == 0)
         assert problem is None, _said(case, problem)
 
@@ -144,7 +144,7 @@ def test_beyond_the_room_a_call_is_right_or_refused(
     kind: str, dtype: torch.dtype, seeds: range, backend: str
 ) -> None:
     for seed in seeds:
-        case = _draw(kind, dtype, seed, math.log10(_ROOM[dtype]), 50)
+        case = _draw(kind, dtype, seed, math.log10(_LARGEST_S[dtype]), 50)
         try:
             problem = _wrong(case, backend, mask=backend == "tiled" and seed % 4 == 0)
         except ValueError:

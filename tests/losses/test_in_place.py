@@ -166,7 +166,7 @@ def test_compiled(changed: str, backend: str) -> None:
 
 
 class _Alone:
-    """Two processes, the other of which has no rows; what "travels" is the very tensor that was sent."""
+    """Two processes, the other of which has no rows; the tensor that is sent is received itself."""
 
     rank = 0
 
@@ -206,7 +206,7 @@ def test_gathered_losses(name: str, form: str, backend: str) -> None:
 @pytest.mark.parametrize("form", ["views", "rows and candidates", "rows, mask"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_saved_tensors_hooks_see_everything(name: str, form: str) -> None:
-    """What the backward needs passes through autograd: it may be moved away, and is let go of afterwards."""
+    """What the backward needs passes through autograd: it may be moved away, and is freed afterwards."""
     batch, seen = _batch(form, name), []
 
     def loss(**arguments: Tensor) -> Tensor:
