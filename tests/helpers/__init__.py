@@ -1,1 +1,1 @@
-"""What several rooms of the tests share."""
+"""Helpers shared by several test folders."""
