@@ -56,7 +56,8 @@ def name(machine: dict[str, Any]) -> str:
     if machine["device"] == "cuda":
         return f"{machine['gpu']}, driver {machine['driver']}, CUDA {machine['cuda']}"
     isa = machine["backends"]["cpu"].get("isa", "no compiled kernel")
-    return f"{machine['processor']}, {machine['threads']} threads, {isa}"
+    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    return f"{machine['processor']}, {threads}, {isa}"
 
 
 def available_memory(device: str) -> float:

@@ -46,15 +46,15 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([rows[0], "|" + " --- |" * len(lines[0]), *rows[1:]])
 
 
-def between_markers(readme: str, begin: str, end: str, section: str) -> str:
-    """``readme`` with the text between two markers replaced by ``section``.
+def between_markers(page: str, begin: str, end: str, section: str) -> str:
+    """``page`` with the text between two markers replaced by ``section``.
 
     Raises:
-        ValueError: ``readme`` does not have each marker exactly once, in order.
+        ValueError: ``page`` does not have each marker exactly once, in order.
     """
-    if readme.count(begin) != 1 or readme.count(end) != 1 or readme.index(begin) > readme.index(end):
-        raise ValueError(f"README must contain {begin} and then {end}, once each")
-    before, rest = readme.split(begin)
+    if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
+        raise ValueError(f"the page must contain {begin} and then {end}, once each")
+    before, rest = page.split(begin)
     return f"{before}{begin}\n{section}\n{end}{rest.split(end)[1]}"
 
 
@@ -86,7 +86,7 @@ def results(rows: Iterable[Mapping[str, Any]]) -> str:
 
 def _case(rows: Sequence[Mapping[str, Any]]) -> str:
     own = {_point(row): row.get("both_s") for row in rows if row["implementation"] == "pysupcon"}
-    head = [*_COLUMNS, "implementation", "forward", "backward", "both", "to ours", "peak memory"]
+    head = [*_COLUMNS, "implementation", "forward", "backward", "both", "relative to pysupcon", "peak memory"]
     lines = [[*head, "loss error", "grad error", ""]]
     for row in rows:
         ours, both = own.get(_point(row)), row.get("both_s")

@@ -1,5 +1,4 @@
-"""The loss classes people already import, with their signatures and semantics: change the import line,
-nothing else.
+"""Drop-in replacements for loss classes of other libraries, with their signatures and semantics.
 
 ``SupConLoss``
     for ``losses.SupConLoss`` of HobbitLong/SupContrast
@@ -21,22 +20,22 @@ tensor(0.5514)
 Intended differences, all classes
     Memory and time. Sums are taken in float32 at least, also for half-precision input and under autocast, and
     the loss is float32 at least. Features that are not finite are an error on a CPU. A batch in which no
-    anchor has a positive warns on a CPU. Second derivatives are refused, never silently wrong.
+    anchor has a positive warns on a CPU. Second derivatives raise an error.
 ``SupConLoss``
     An anchor without a positive counts as 0 in the mean over all anchors, as in that repository now; older
     copies give NaN there, or add 1e-9 inside the logarithm. ``mask`` must hold zeros and ones (on a CPU it is
     checked), not weights.
-``SINCERELoss`` and its kin
-    An anchor without a positive is left out of the mean; there it makes the whole loss NaN.
+``SINCERELoss`` and the other classes of tufts-ml/SupContrast
+    An anchor without a positive is left out of the mean; in the original it makes the whole loss NaN.
     ``InfoNCELoss`` accepts embeddings on any device.
 ``MetricLearningSupConLoss``
     ``indices_tuple`` (miners), another ``distance`` or ``reducer`` than the default ones, embedding
-    regularisers and records are refused with an error. Every anchor that has a positive counts in the mean;
-    there an anchor whose loss rounds to 0 does not, so that in a converged batch the mean is over fewer
-    anchors. ``ref_emb`` with the very same ``labels`` object as ``ref_labels`` is refused, because there it
-    silently drops each row's own index: pass ``labels.clone()`` for references that are not the rows
-    themselves. A batch with a single positive and a single negative pair has a loss; there it is 0. No
-    epsilon is added to the number of positives.
+    regularisers and records are refused with an error. The mean is over the anchors that have a
+    positive; the original also leaves out anchors whose loss rounds to 0, so that in a converged batch its
+    mean is over fewer anchors. ``ref_emb`` with the same object as ``labels`` and ``ref_labels`` is refused,
+    because the original then silently drops each row's own index: pass ``labels.clone()`` if the references
+    are not the embeddings. A batch with a single positive and a single negative pair has a loss; in the
+    original it is 0. No epsilon is added to the number of positives.
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ def _class_ids(labels: Any, like: Tensor) -> Tensor:
 
 
 def _class_ids_of_both(labels: Any, ref_labels: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    """One numbering for both sides, also where one is of floats and the other of integers."""
+    """Class ids for both sides, which may be floats on one side and integers on the other."""
     first, second = _labels(labels, like), _labels(ref_labels, like, "ref_labels")
     ids = _class_ids(torch.cat([first, second]), like)
     return ids[: len(first)], ids[len(first) :]
@@ -94,7 +93,8 @@ class SupConLoss(nn.Module):
 
     ``features`` [bsz, n_views, ...] (what follows the views is flattened), ``labels`` [bsz] or [bsz, 1] of
     any dtype, or ``mask`` [bsz, bsz] of zeros and ones, possibly asymmetric. Returns the loss times
-    temperature / base_temperature, averaged over all anchors; one without a positive counts as 0.
+    temperature / base_temperature, averaged over all anchors; an anchor without a positive counts
+    as 0.
     """
 
     def __init__(
@@ -232,8 +232,8 @@ _REDUCER = {"low": 0, "high": None, "collect_stats": False}
 
 
 def _check_default(name: str, value: Any, default: str, attributes: dict[str, Any]) -> None:
-    """``value`` must be None or an object like pytorch-metric-learning's ``default``. That is told by the
-    names of its class and by its attributes, so that the package need not be installed."""
+    """``value`` must be None or an object like pytorch-metric-learning's ``default``. The check
+    compares the class name and attributes, so the package need not be installed."""
     if value is None:
         return
     got = describe(value) if type(value).__name__ != default else None
@@ -250,15 +250,15 @@ class MetricLearningSupConLoss(nn.Module):
     """pytorch-metric-learning: ``SupConLoss(temperature)`` with its default distance and reducer.
 
     ``embeddings`` [N, D] are L2-normalised, ``labels`` [N]; ``ref_emb`` [M, D] with ``ref_labels`` [M] are
-    what to contrast with instead of the embeddings.
+    contrasted with the embeddings instead of the embeddings themselves.
 
     The mean is over the anchors that have a positive; a batch without any positive or without any negative
-    pair gives 0. There it is over the anchors whose loss is above 0 after rounding, which is the same in
-    exact arithmetic: only the loss of an anchor whose one candidate is its positive is 0.
+    pair gives 0. In the original the mean is over the anchors whose loss is above 0 after rounding, which is
+    the same in exact arithmetic: only an anchor whose single candidate is its positive has loss 0.
 
-    The other keywords of the original are accepted where they say what is the default: ``distance`` None or
+    The other keywords of the original are accepted only with their default values: ``distance`` None or
     ``CosineSimilarity()``, ``reducer`` None or ``AvgNonZeroReducer()``, ``embedding_regularizer`` None (with
-    any ``embedding_reg_weight``, which then weighs nothing), ``collect_stats`` None or False. Anything else
+    any ``embedding_reg_weight``, which then has no effect), ``collect_stats`` None or False. Anything else
     is a NotImplementedError.
     """
 
@@ -312,8 +312,8 @@ class MetricLearningSupConLoss(nn.Module):
                 raise ValueError("ref_labels must be given with ref_emb")
             if ref_labels is labels:
                 raise NotImplementedError(
-                    "ref_labels is the same object as labels: whether row i of ref_emb is row i of "
-                    "embeddings cannot be told; pass labels.clone() if it is not, and no ref_emb if it is"
+                    "ref_labels is the same object as labels: it is ambiguous whether ref_emb and embeddings "
+                    "are the same rows; pass labels.clone() if they are not, and no ref_emb if they are"
                 )
             labels, ref_labels = _class_ids_of_both(labels, ref_labels, embeddings)
         loss = functional.supcon(

@@ -80,7 +80,7 @@ class Config:
         loss, views = self.loss, self.data.views
         if loss.name in NEEDS_VIEWS and views < 2:
             raise ConfigError(
-                f"data.views must be at least 2 for loss.name={loss.name}, whose positives or weights are "
+                f"data.views must be at least 2 for loss.name={loss.name}, whose positives are "
                 f"the other views of a sample, got {views}"
             )
         if loss.contrast_mode == "one" and views < 2:

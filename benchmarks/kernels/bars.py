@@ -25,14 +25,14 @@ class Bar(NamedTuple):
 
 
 def measured(rows: Iterable[Mapping[str, Any]]) -> list[Bar]:
-    """The bars whose points were measured on the CPU."""
+    """The targets whose problems were measured on the CPU."""
     own = [row for row in rows if row["device"] == "cpu"]
     return [*_speed(own), *_memory(own), *_rate(own), *_losses(own), *_small(own), *_threads(own)]
 
 
 def lines(found: Sequence[Bar]) -> list[list[str]]:
     """The cells of a table; the first line is the header."""
-    cells = [["bar", "measured", "wanted", ""]]
+    cells = [["quantity", "measured", "target", ""]]
     for bar in found:
         sign = ">=" if bar.at_least else "<="
         verdict = "met" if bar.met else "MISSED"
@@ -78,7 +78,7 @@ def _memory(rows: Rows) -> Iterator[Bar]:
         yield Bar(f"peak memory, N={LARGE}", peak, 2.0**30, False, table.memory)
     row = _value(rows, "bytes_a_row", case="memory65k", n=LARGE)
     if row is not None:
-        yield Bar("extra memory a row, beside the gradient and what is fixed", row, 64.0, False, table.memory)
+        yield Bar("memory per row, without gradient and fixed buffers", row, 64.0, False, table.memory)
 
 
 def _rate(rows: Rows) -> Iterator[Bar]:

@@ -155,7 +155,7 @@ def build_cases(device: str, sizes: Sequence[int] | None = None) -> dict[str, Ca
         ),
         Case(
             "losses",
-            "every loss, 1000 classes",
+            "SupCon, SINCERE, cNCE and spread, 1000 classes",
             sweep(one, [replace(thousand, loss=loss) for loss in LOSSES]),
             ("pysupcon",),
             in_turns=True,

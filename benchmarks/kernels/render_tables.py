@@ -50,11 +50,11 @@ def render(results: Mapping[str, Any], source: str) -> str:
         ]
     losses = [row for row in rows if row["case"] == "losses" and "both_s" in row]
     if losses:
-        head = f"Every loss, N={losses[0]['n']}, D={losses[0]['dim']}, {losses[0]['classes']} classes."
+        head = f"Four losses, N={losses[0]['n']}, D={losses[0]['dim']}, {losses[0]['classes']} classes."
         parts += [head, _losses(losses)]
     found = bars.measured(rows)
     if found:
-        parts += ["What the CPU kernels are held against.", table.markdown(bars.lines(found))]
+        parts += ["Performance targets of the CPU kernels.", table.markdown(bars.lines(found))]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -92,7 +92,7 @@ def _find(rows: Rows, name: str, n: int, measure: str) -> Mapping[str, Any] | No
 
 
 def _losses(rows: Rows) -> str:
-    lines = [["loss", "forward", "backward", "both", "to SupCon"]]
+    lines = [["loss", "forward", "backward", "both", "relative to SupCon"]]
     own = next((row["both_s"] for row in rows if row["loss"] == "supcon"), None)
     for row in rows:
         times = [table.seconds(row[key]) for key in ("forward_s", "backward_s", "both_s")]

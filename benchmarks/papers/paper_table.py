@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "benchmarks" / "papers" / "README.md"
 HEADINGS = {
-    "mnist5k_none": "MNIST-coarse, 3,600 images, no augmentation: classes collapse where the loss lets them",
+    "mnist5k_none": "MNIST-coarse, 3,600 images, no augmentation: some losses let classes collapse",
     "mnist5k_strong": "MNIST-coarse, strong augmentation",
     "fashion_mnist_none": "Fashion-MNIST-coarse, 5,000 images, no augmentation",
     "fashion_mnist_strong": "Fashion-MNIST-coarse, strong augmentation",
@@ -98,12 +98,12 @@ def section(stored: Sequence[Mapping[str, Any]]) -> str:
     stored = sorted(stored, key=lambda results: order.index(results["table"]))
     machine = stored[0]["machine"]
     parts = [
-        f"{machine['processor']}, one thread a training; torch {machine['versions']['torch']}.",
+        f"{machine['processor']}, one thread per training; torch {machine['versions']['torch']}.",
         *(render(results) for results in stored),
         paper_goals.table(stored),
         "Mean over the seeds ± their standard deviation, per cent. In brackets the "
         f"{100 * stored[0]['confidence']:g} % interval of the difference over the test images (paired "
-        "bootstrap); bold: it does not hold 0. Minutes: of one processor, training and "
+        "bootstrap); bold: the interval excludes 0. Minutes: of one processor, training and "
         "evaluation; frozen encoders were trained in the rows that they come from.",
         *_pictures(stored),
     ]

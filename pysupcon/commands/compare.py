@@ -1,6 +1,6 @@
 """``pysupcon compare RUN RUN ...``: compare evaluated runs on the same test samples.
 
-Runs whose configs differ only in the seed form one configuration. Its figure is the mean over the seeds, and
+Runs whose configs differ only in the seed form one configuration. Its metrics are means over the seeds, and
 the table shows the standard deviation over the seeds. Confidence intervals of differences come from a paired
 bootstrap: every run is resampled with the same test samples.
 """
@@ -53,13 +53,13 @@ HEADLINES = (
 
 @dataclass(frozen=True)
 class Value:
-    """A figure of one configuration.
+    """A metric of one configuration.
 
     Attributes:
         mean: mean over the seeds.
         spread: standard deviation over the seeds, None for one seed.
         low, high: bootstrap percentile interval of the mean over the test samples.
-        seeds: the figure of each run.
+        seeds: the metric of each run.
     """
 
     mean: float
@@ -71,7 +71,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Difference:
-    """A figure of one configuration minus that of the baseline, with its paired bootstrap interval."""
+    """A metric of one configuration minus that of the baseline, with its paired bootstrap interval."""
 
     value: float
     low: float
@@ -90,7 +90,7 @@ class Comparison:
     Attributes:
         configurations: the configurations in order.
         baseline: name of the baseline configuration.
-        values: figures by name and configuration.
+        values: metrics by name and configuration.
         differences: differences to the baseline by name and configuration.
         confidence: confidence level of the intervals.
     """
@@ -103,18 +103,18 @@ class Comparison:
 
 
 def common_figures(runs: Sequence[EvaluatedRun], patterns: Sequence[str] | None = None) -> list[str]:
-    """Find the figures that every run has and that can be computed from its outcomes.
+    """Find the metrics that every run has and that can be computed from its outcomes.
 
     Args:
         runs: the evaluated runs.
-        patterns: regular expressions; a figure is chosen if one of them matches a part of its name. None
-            chooses all figures except those of single classes and groups.
+        patterns: regular expressions; a metric is chosen if one of them matches a part of its name. None
+            chooses all metrics except those of single classes and groups.
 
     Returns:
         The names in the order of the first run.
 
     Raises:
-        RunError: there is no such figure.
+        RunError: there is no such metric.
     """
     shared = [
         name
@@ -128,7 +128,7 @@ def common_figures(runs: Sequence[EvaluatedRun], patterns: Sequence[str] | None 
     if not chosen:
         matching = "" if patterns is None else f" that match {list(patterns)}"
         raise RunError(
-            f"the runs have no figures in common{matching}; evaluate them with the same evaluators. "
+            f"the runs have no metrics in common{matching}; evaluate them with the same evaluators. "
             f"Shared by all: {', '.join(shared) or 'nothing'}"
         )
     return chosen
@@ -142,7 +142,7 @@ def compare(
     bootstrap: BootstrapConfig | None = None,
     progress: bool = False,
 ) -> Comparison:
-    """Compare the figures of every configuration with those of the baseline.
+    """Compare the metrics of every configuration with those of the baseline.
 
     Args:
         runs: two or more runs with the same test samples.
@@ -152,10 +152,10 @@ def compare(
         progress: show a progress bar.
 
     Returns:
-        The figures and their paired differences to the baseline.
+        The metrics and their paired differences to the baseline.
 
     Raises:
-        RunError: there are fewer than two runs, their test samples differ, or they share no figure.
+        RunError: there are fewer than two runs, their test samples differ, or they share no metric.
     """
     bootstrap = bootstrap or BootstrapConfig()
     all_runs = list({run.dir.resolve(): run for run in [*runs, *([baseline] if baseline else [])]}.values())
@@ -223,7 +223,7 @@ def _heading(name: str) -> str:
 
 
 def to_markdown(comparison: Comparison) -> str:
-    """Return the tables: headline figures by configuration, then every figure with its differences."""
+    """Return the tables: headline metrics by configuration, then every metric with its differences."""
     headlines = [name for name in HEADLINES if name in comparison.values] or list(comparison.values)[:6]
     lines = ["# Comparison", ""]
     rows = [
@@ -246,7 +246,7 @@ def to_markdown(comparison: Comparison) -> str:
             )
             for name in comparison.values
         ]
-        header = ("figure", comparison.baseline, *(f"{o} - {comparison.baseline}" for o in others))
+        header = ("metric", comparison.baseline, *(f"{o} - {comparison.baseline}" for o in others))
         lines += markdown_table(header, rows)
         lines += [
             "",
@@ -325,7 +325,7 @@ def main(arguments: Sequence[str]) -> int:
     add("--baseline", metavar="RUN", help="run of the baseline configuration (default: the first run)")
     add("--of", default=EVALUATION, metavar="PART", help="results to compare: %(default)s or transfer/NAME")
     add("--output", default="comparison", help="folder of the results (default: %(default)s)")
-    add("--figures", nargs="+", metavar="REGEX", help="figures to compare (default: all but single classes)")
+    add("--figures", nargs="+", metavar="REGEX", help="metrics to compare (default: all but single classes)")
     add("--resamples", type=int, default=1000, help="bootstrap resamples (default: %(default)s)")
     add("--confidence", type=float, default=0.95, help="confidence level (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of the bootstrap (default: %(default)s)")

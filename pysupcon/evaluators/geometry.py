@@ -1,8 +1,7 @@
 """Geometry of the embedding: spread, subclass distances and collapse (Thanos, arXiv 2204.07596).
 
 Symbols: f_i is a row of unit length, m the mean of all rows, m_c the mean of class c. A subclass is a fine
-    class
-within a coarse one. All values are computed in fp64.
+class within a coarse one. All values are computed in fp64.
 """
 
 from __future__ import annotations

@@ -56,9 +56,8 @@ def fit_transfer_head(
 class Transfer:
     """Yields ``transfer/accuracy`` on the fine labels of the other data set's test split, and its outcomes.
 
-    Also how the head was chosen: ``val_accuracy``, ``chosen`` and ``converged``. ``chance`` is the accuracy
-        of the
-    most frequent training class.
+    ``val_accuracy``, ``chosen`` and ``converged`` describe how the head was chosen. ``chance`` is the
+    accuracy of the most frequent training class.
     """
 
     name: ClassVar[str] = "transfer"

@@ -19,7 +19,7 @@ class Cost:
 
 
 @dataclass
-class Largest:
+class LargestBatch:
     """The largest batch that fits into memory."""
 
     available_bytes: int
@@ -41,7 +41,7 @@ class Profile:
     flops: float
     """Floating-point operations of the loss (4 u)."""
     predicted: Cost
-    largest: Largest
+    largest: LargestBatch
     measured: Cost | None = None
     table: str | None = None
     recorded_rows: int | None = None
@@ -91,7 +91,7 @@ def _profile(name: str, found: Profile) -> list[str]:
     return [*lines, *_largest(found.largest), *_table(found)]
 
 
-def _largest(found: Largest) -> list[str]:
+def _largest(found: LargestBatch) -> list[str]:
     line = (
         f"  largest batch in {_memory(found.available_bytes)} of free memory: {found.rows:,} rows "
         f"({found.bytes_a_row:,.0f} bytes per row with its input), {_seconds(found.seconds)}"

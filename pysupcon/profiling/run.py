@@ -12,7 +12,7 @@ from pysupcon.errors import ConfigError
 from pysupcon.profiling.cost import Line, largest_dense_rows, largest_rows, loss_flops
 from pysupcon.profiling.memory import available_bytes, peak_bytes
 from pysupcon.profiling.recorder import SNAPSHOT_FILE, operator_table, recorded, write_record
-from pysupcon.profiling.report import Cost, Largest, Profile
+from pysupcon.profiling.report import Cost, LargestBatch, Profile
 from pysupcon.profiling.workload import Encoder, LossWork, StepWork, loss_function, unit_rows
 
 LOSS_ROWS = {"cpu": 4096, "cuda": 32_768}
@@ -83,7 +83,7 @@ def profile_loss(request: ProfileRequest) -> Profile:
         calibrated_rows=(small, large),
         flops=work_flops,
         predicted=Cost(forward, backward, both, memory.at(request.n)),
-        largest=Largest(available, 0, 0.0, memory.slope + request.row_bytes, a_pair),
+        largest=LargestBatch(available, 0, 0.0, memory.slope + request.row_bytes, a_pair),
     )
     rows_bytes = memory
     if request.measure:
@@ -147,7 +147,7 @@ def profile_step(request: ProfileRequest, loss: Profile) -> Profile:
         calibrated_rows=(small, large),
         flops=loss.flops,
         predicted=Cost(None, None, predicted, memory.at(request.n)),
-        largest=Largest(available, 0, 0.0, memory.slope + image_bytes, None),
+        largest=LargestBatch(available, 0, 0.0, memory.slope + image_bytes, None),
     )
     del runs
     if request.measure:

@@ -22,27 +22,27 @@ CONTRASTIVE = (
     "temperature", "learnable_temperature", "contrast_mode", "pairing", "gather", "backend", "weight",
     "infonce_weight",
 )  # fmt: skip
-"""Fields without effect where there is no contrastive loss"""
+"""Fields without effect if there is no contrastive loss"""
 GROUP_ACCURACIES = ("worst_group", "worst_known_group")
 """Values of best_by that are maximised; the others are minimised."""
 
 
 @dataclass
 class GroupDROConfig:
-    """Cross-entropy of the groups, the worst weighted most (Sagawa et al. 2020)."""
+    """Cross-entropy of the groups, weighted towards the worst group (Sagawa et al. 2020)."""
 
     eta: float = 0.01
     """Step of the groups' weights: q_g <- q_g exp(eta (loss_g + C / sqrt(n_g))), normalised."""
 
     adjustment: float = 0.0
-    """C of that step, n_g the training samples of a group: small groups, which generalise less, count for
-    more."""
+    """C of that step, where n_g is the number of training samples of group g: small groups, which generalise
+    less, get more weight."""
 
     def check(self) -> None:
-        """Refuse values that cannot run.
+        """Check the values.
 
         Raises:
-            ConfigError: names the field.
+            ConfigError: a value is not valid; the message names the field.
         """
         check(self.eta > 0, "loss.group_dro.eta", "be greater than 0", self.eta)
         check(self.adjustment >= 0, "loss.group_dro.adjustment", "be at least 0", self.adjustment)
@@ -50,20 +50,21 @@ class GroupDROConfig:
 
 @dataclass
 class LossConfig:
-    """Contrastive loss; InfoNCE, cross-entropy and reconstruction beside it."""
+    """Contrastive loss plus optional InfoNCE, cross-entropy and reconstruction terms."""
 
     name: LossName = "supcon"
     """Contrastive loss: cnce is class-conditional InfoNCE, spread mixes supcon or sincere with cnce, infonce
     uses no labels; README lists them all. none: cross-entropy or reconstruction alone."""
 
     temperature: float | None = None
-    """Similarities are divided by it. None means 0.5 for spread and cnce, 0.07 for the others."""
+    """Temperature that divides the similarities. None means 0.5 for spread and cnce, 0.07 for the others."""
 
     learnable_temperature: bool = False
     """Train the temperature's logarithm, starting from temperature."""
 
     epsilon: float | None = None
-    """eps_supinfonce only: margin, after the division by the temperature. None means 0.25."""
+    """eps_supinfonce only: margin in units of s, the similarity divided by the temperature. None means
+    0.25."""
 
     alpha: float | None = None
     """spread only: weight of cnce; the base has 1 - alpha. None means 0.5."""
@@ -79,8 +80,9 @@ class LossConfig:
     the first (needs two views), as in the paper of the spread loss."""
 
     gather: bool | Literal["ring"] = False
-    """Several processes: contrast with the rows of all processes (true), passed around without any process
-    holding all of them (ring), or with the process's own rows only (false)."""
+    """With several processes, true: contrast with the rows of all processes; ring: the same, but rows are
+    passed from process to process and no process stores all; false: contrast with the process's own rows
+    only."""
 
     backend: Literal["auto", "cpu", "cuda", "tiled", "reference"] = "auto"
     """auto: the compiled kernel of the device, else tiled, pure PyTorch in O(N) memory; reference: dense."""
@@ -89,25 +91,25 @@ class LossConfig:
     """Weight of the contrastive loss in the sum."""
 
     infonce_weight: float = 0.0
-    """Weight of InfoNCE beside a loss that takes labels; of the same temperature and pairs."""
+    """Weight of InfoNCE in addition to a loss that takes labels. It uses the same temperature and pairs."""
 
     cross_entropy_weight: float = 0.0
     """Weight of the classification head's cross-entropy in the sum (of both heads', with two encoders); needs
     model.classifier."""
 
     group_dro: GroupDROConfig | None = None
-    """GroupDRO: the cross-entropies of the groups of data.groups, weighted, in place of the mean over the
-    samples; {} takes its defaults. Validation keeps the mean. None: no groups."""
+    """GroupDRO: the weighted cross-entropies of the groups of data.groups replace the mean over the samples;
+    {} uses its defaults. Validation uses the mean. None: no GroupDRO."""
 
     reconstruction_weight: float = 0.0
     """Weight of the reconstruction in the sum: the mean squared error of the views, normalised as the encoder
     sees them; needs model.decoder."""
 
     def check(self) -> None:
-        """Refuse values that cannot run.
+        """Check the values.
 
         Raises:
-            ConfigError: names the field.
+            ConfigError: a value is not valid; the message names the field.
         """
         if self.temperature is not None:
             check(self.temperature > 0, "loss.temperature", "be greater than 0", self.temperature)
@@ -120,8 +122,7 @@ class LossConfig:
             check(getattr(self, name) >= 0, f"loss.{name}", "be at least 0", getattr(self, name))
         if self.name == "infonce" and self.infonce_weight > 0:
             raise ConfigError(
-                "loss.infonce_weight is for InfoNCE beside another loss; with loss.name=infonce use "
-                "loss.weight"
+                "loss.infonce_weight adds InfoNCE to another loss; with loss.name=infonce use loss.weight"
             )
         if self.group_dro is not None:
             self.group_dro.check()
@@ -135,7 +136,7 @@ class LossConfig:
                 check(not wrong, f"loss.{name}", "be left out for loss.pairing=cross", value)
 
     def resolve(self) -> None:
-        """Write the values that None stands for."""
+        """Replace None by the defaults of the loss."""
         if self.name == "none":
             return
         defaults = {"temperature": 0.07, **losses.LOSSES_BY_NAME[self.name].trainer_defaults[self.name]}

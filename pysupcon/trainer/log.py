@@ -25,7 +25,7 @@ class StepLog:
         gradient_norm: before clipping.
         temperature: before the step, if it is learnable.
         group=G/loss, group=G/weight: with GroupDRO; the loss is that of the last batch with samples of G.
-        valid_anchors: anchors with a positive, summed over the processes, if there is a contrastive loss.
+        valid_anchors: anchors that have a loss, summed over the processes, if there is a contrastive loss.
         chance: the contrastive loss if all embeddings were equal.
         val_loss and its terms: at checkpoints.
         val_accuracy, val_worst_group: at checkpoints, if ``trainer.best_by`` is a group accuracy.

@@ -1,7 +1,7 @@
-"""What is minimised: a contrastive loss; InfoNCE, cross-entropy and reconstruction beside it.
+"""The training objective: a contrastive loss plus optional InfoNCE, cross-entropy and reconstruction terms.
 
-With all of them it is Thanos, L_spread, cross-entropy and a class-conditional autoencoder (Chen et al. 2022,
-"Perfectly Balanced", arXiv 2204.07596); with some of them, its baselines.
+Thanos (Chen et al. 2022, "Perfectly Balanced", arXiv 2204.07596) is L_spread plus cross-entropy and
+reconstruction by a class-conditional autoencoder. Its baselines use some of the terms.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from pysupcon.trainer.config import LossConfig, LossName
 
 
 def build_loss(config: LossConfig, name: LossName | None = None) -> ContrastiveLoss:
-    """The contrastive loss of a resolved config, or the one of another ``name`` with the same temperature."""
-    assert config.temperature is not None, "LossConfig.resolve() first; there is no loss of the name none"
+    """The contrastive loss of a resolved config, or the loss called ``name`` with the same temperature."""
+    assert config.temperature is not None, "call LossConfig.resolve() first; none is no contrastive loss"
     name = name or config.name
     return LOSSES_BY_NAME[name](
         temperature=config.temperature,
@@ -41,12 +41,12 @@ def _own(config: LossConfig, name: LossName) -> dict[str, Any]:
 
 
 class Objective(nn.Module):
-    """The sum of the parts, each with its weight: ``loss.weight * contrastive``, ``loss.infonce_weight *
+    """The weighted sum of the terms: ``loss.weight * contrastive``, ``loss.infonce_weight *
     infonce``, ``loss.cross_entropy_weight * cross_entropy`` (of both heads, with two encoders) and
     ``loss.reconstruction_weight * reconstruction``.
 
-    With ``group_dro`` the robust cross-entropy of the groups takes the place of the mean one where groups are
-    given: in training.
+    With ``group_dro`` and groups (in training), the robust cross-entropy of the groups replaces the mean
+    cross-entropy.
     """
 
     def __init__(self, config: LossConfig, views: int, group_dro: GroupDRO | None = None) -> None:
@@ -59,7 +59,7 @@ class Objective(nn.Module):
 
     @property
     def temperature(self) -> float:
-        """As it is now.
+        """Current temperature.
 
         Raises:
             ValueError: there is no contrastive loss.
@@ -72,17 +72,17 @@ class Objective(nn.Module):
     def forward(
         self, outputs: ModelOutput, labels: Tensor, groups: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Loss and its parts.
+        """Computes the loss and its terms.
 
         Args:
             outputs: of B * V images, the views of a sample one after another.
             labels: int64 [B].
-            groups: int64 [B], for GroupDRO, whose weights take a step.
+            groups: int64 [B], for GroupDRO; updates its group weights.
 
         Returns:
-            "loss", and what there is of "contrastive", "infonce", "cross_entropy", "second_cross_entropy",
-            "group_dro" and "reconstruction", without their weights; with groups also the loss and weight of
-            each; tensors of no dimensions.
+            Scalar tensors: "loss", and the terms without their weights, those that are used: "contrastive",
+            "infonce", "cross_entropy", "second_cross_entropy", "group_dro" and "reconstruction". With groups
+            also the loss and weight of each group.
         """
         config = self.config
         features = outputs.projection.unflatten(0, (-1, self.views))
@@ -113,17 +113,17 @@ class Objective(nn.Module):
         """``features`` are [B, V, D]."""
         if self.config.pairing == "all":
             return loss(features, labels)
-        # A candidate is of the instance of the anchor at its position.
+        # Candidate k and anchor k are views of one sample.
         return loss(features[:, 1], labels, candidates=features[:, 0], candidate_labels=labels)
 
 
 def batch_statistics(config: LossConfig, labels: Tensor, class_counts: Tensor, views: int) -> Tensor:
-    """How many anchors have a loss, and the contrastive loss if all rows were the same point.
+    """Number of anchors that have a loss, and the contrastive loss if all rows were equal.
 
     Args:
-        config: resolved; of a contrastive loss.
-        labels: of this process's samples, int64 [B].
-        class_counts: samples of each class among all that the loss contrasts with, int64 [classes].
+        config: resolved, with a contrastive loss.
+        labels: labels of this process's samples, int64 [B].
+        class_counts: number of samples of each class among the candidates' samples, int64 [classes].
         views: rows of a sample.
 
     Returns:

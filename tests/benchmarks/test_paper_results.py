@@ -156,7 +156,7 @@ def test_readme_needs_its_markers(
     assert "no results of paper_results.py" in capsys.readouterr().err
     with_machine(results, tmp_path)
     assert paper_table.main(where) == 2
-    assert "README must contain" in capsys.readouterr().err
+    assert "the page must contain" in capsys.readouterr().err
 
 
 def test_seeds_and_sure_differences(results: dict[str, Any]) -> None:

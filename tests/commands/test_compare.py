@@ -1,4 +1,4 @@
-"""Runs compared in pairs: figures known by construction, seeds of one config, and every way to refuse."""
+"""Paired comparison of runs: metrics known by construction, seeds of one config, and all errors."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_differences_are_paired_and_seeds_averaged(tmp_path):
     assert difference.low == pytest.approx(0.05 - 1.96 * error, abs=0.45 * error)
     assert difference.high == pytest.approx(0.05 + 1.96 * error, abs=0.45 * error)
     assert difference.significant
-    # The very same cosines but for a shift: the paired difference of margins is the shift, without doubt.
+    # The cosines are equal except for a shift: the paired difference of margins is exactly the shift.
     margin = found.differences["separation/fine/margin"]["sincere"]
     assert (margin.value, margin.low, margin.high) == pytest.approx((0.25, 0.25, 0.25), abs=1e-6)
     assert compare(runs, runs[2]).differences["separation/fine/margin"]["supcon"].value == pytest.approx(
@@ -95,7 +95,7 @@ def test_differences_are_paired_and_seeds_averaged(tmp_path):
     )
 
 
-def test_equal_runs_differ_by_nothing(tmp_path):
+def test_differences_of_equal_runs_are_zero(tmp_path):
     runs = [read_run(write_run(tmp_path / loss, errors=50, loss=loss)) for loss in ("a", "b")]
     difference = compare(runs).differences["knn/k=1/fine/accuracy"]["b"]
     assert (difference.value, difference.low, difference.high, difference.significant) == (0, 0, 0, False)
@@ -110,7 +110,7 @@ def test_figures_are_chosen_by_pattern_and_the_bootstrap_by_arguments(tmp_path):
     )
     assert wide.low < narrow.low < narrow.high < wide.high
     with pytest.raises(
-        RunError, match=r"no figures in common that match \['nothing'\].*Shared by all: knn/k=1"
+        RunError, match=r"no metrics in common that match \['nothing'\].*Shared by all: knn/k=1"
     ):
         compare(runs, figures=["nothing"])
 
@@ -166,7 +166,7 @@ def test_seeds_of_one_config_alone_are_averaged(tmp_path):
     assert "only one configuration" in to_markdown(found)
 
 
-def test_transfers_are_compared_whatever_the_encoders_were_trained_on(tmp_path, capsys):
+def test_transfers_are_compared_for_any_training_data_of_the_encoders(tmp_path, capsys):
     runs = []
     for name, errors, dataset in (("a", 40, "digits"), ("b", 20, "mnist5k")):
         run = write_run(tmp_path / name, errors=errors, dataset=dataset)
@@ -250,7 +250,7 @@ def no_labels(folder: Path) -> str:
         no_labels,
     ],
 )
-def test_what_cannot_be_compared_is_refused_by_name(tmp_path, capsys, breakage):
+def test_runs_that_cannot_be_compared_raise_an_error(tmp_path, capsys, breakage):
     runs = [write_run(tmp_path / name, errors=9, loss=name) for name in ("a", "b")]
     message = breakage(runs[1])
     assert main(["compare", *map(str, runs), "--output", str(tmp_path / "out")]) == 1

@@ -1,4 +1,4 @@
-"""Two frozen runs as one: its embedding, what opens it, what is refused."""
+"""The command ``concatenate``: the embedding of two frozen runs, its readers, its errors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def trained(folder: Path, *args: str) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """L_spread in bounded layers of another width, and an autoencoder."""
+    """Two runs: L_spread with bounded layers of another width, and an autoencoder."""
     folder = tmp_path_factory.mktemp("runs")
     ends = "--loss.name none --model.classifier true --loss.cross_entropy_weight 1 --model.decoder plain "
     ends += "--loss.reconstruction_weight 1 --model.width 6"
@@ -87,7 +87,7 @@ def test_what_opens_it(
 
 
 def test_its_config(runs: tuple[Path, Path], both: Path, tmp_path: Path) -> None:
-    """Says how both were trained, so that compare tells it from any other pair; trains nothing."""
+    """The config states how both were trained, so that compare distinguishes pairs; nothing is trained."""
     config = load_config(both / "config.yaml")
     assert [part["loss"]["name"] for part in config.model.concatenated] == ["spread", "none"]
     assert [part["model"]["width"] for part in config.model.concatenated] == [4, 6]

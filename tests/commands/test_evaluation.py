@@ -1,4 +1,4 @@
-"""From a run's folder to its report, and every way in which that can fail."""
+"""The evaluation of a run, from its folder to the report, and all errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ QUICK = EvaluationConfig(
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A run on 8x8 digits: a cross-entropy on the coarse labels, seconds long."""
+    """A run of a few seconds: cross-entropy on the coarse labels of 8x8 digits."""
     folder = tmp_path_factory.mktemp("runs") / "digits"
     folder.mkdir()
     config = Config()
@@ -109,7 +109,7 @@ def test_features_keep_the_order_of_the_data(batch_size, workers):
 
 
 def test_the_whole_evaluation(run_dir, capsys):
-    """With the defaults of every evaluator but for k, which the run's config says."""
+    """With the defaults of every evaluator except k, which the run's config sets."""
     assert main(["evaluate", str(run_dir), "--progress", "false"]) == 0
     printed = capsys.readouterr()
     folder = run_dir / "evaluation"
@@ -162,7 +162,7 @@ def test_the_command_line_overrides_the_run(run_dir, capsys):
     assert "80 % interval" in capsys.readouterr().out
 
 
-def test_evaluating_twice_gives_the_same_numbers_and_drops_what_is_stale(run_dir):
+def test_evaluating_twice_gives_the_same_numbers_and_deletes_stale_files(run_dir):
     first = evaluate_run(run_dir, QUICK)
     outcomes = (run_dir / "evaluation" / "outcomes.safetensors").read_bytes()
     (run_dir / "log.jsonl").unlink()
@@ -170,7 +170,7 @@ def test_evaluating_twice_gives_the_same_numbers_and_drops_what_is_stale(run_dir
     second = evaluate_run(str(run_dir), QUICK)
     assert second.metrics == first.metrics
     assert (run_dir / "evaluation" / "outcomes.safetensors").read_bytes() == outcomes
-    # No log, no curve: said, and the old curve is not left beside the new numbers. A user's own file is.
+    # Without a log there is a message and no curve. The old curve is deleted; files of the user stay.
     assert second.warnings == [f"no loss curve: {run_dir / 'log.jsonl'} is missing"]
     assert set(contents(run_dir / "evaluation")) == (FILES | CONFUSIONS | {"note.txt"}) - {"loss.png"}
 
@@ -186,7 +186,7 @@ def test_features_are_those_before_the_head_without_augmentation(run_dir):
     assert report.metrics["geometry/variance/total"].value == pytest.approx(spread, rel=1e-4)
 
 
-def test_collapse_is_shouted(run_dir):
+def test_collapse_is_reported(run_dir):
     weights = load_file(run_dir / "model.safetensors")
     save_file({name: 1e-6 * value if value.is_floating_point() else value for name, value in weights.items()},
               run_dir / "model.safetensors")  # fmt: skip
@@ -198,7 +198,7 @@ def test_collapse_is_shouted(run_dir):
     assert "warning: complete collapse" in report.table()
 
 
-# Bad input. An earlier evaluation must survive every failure.
+# Invalid input. Every failure must keep the earlier evaluation.
 
 
 def break_nothing_there(run_dir: Path) -> str:
@@ -265,7 +265,7 @@ def test_broken_runs_are_named_and_earlier_results_stay(run_dir, breakage, capsy
         assert not [path for path in run_dir.iterdir() if path.name.startswith(".")]
 
 
-def test_a_failure_at_the_very_end_leaves_the_earlier_evaluation_whole(run_dir, monkeypatch):
+def test_a_failure_at_the_end_keeps_the_earlier_evaluation(run_dir, monkeypatch):
     evaluate_run(run_dir, QUICK)
     before = contents(run_dir / "evaluation")
 

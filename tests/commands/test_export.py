@@ -1,4 +1,4 @@
-"""The exported backbone: timm loads it, it gives the run's embedding, and its card says what was measured."""
+"""The exported backbone: timm loads it, it gives the run's embedding, and its card lists the metrics."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from pysupcon.trainer.run import load_run
 QUIET = InferenceArguments(SubgroupConfig(k_max=3), device="cpu", progress=False)
 
 
-def test_infer_groups_writes_what_training_takes(
+def test_infer_groups_writes_a_file_for_training(
     erm_run: Path, group_dro_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "groups.safetensors"
@@ -80,7 +80,7 @@ def test_embeddings_of_several_runs_are_concatenated(
     assert 0 < both.purity <= 1
 
 
-def test_infer_groups_refuses_what_does_not_fit(
+def test_infer_groups_refuses_mismatched_runs(
     erm_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = train(

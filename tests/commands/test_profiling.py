@@ -1,4 +1,4 @@
-"""The profile command, the ranges in the product's code, and the recorded steps of a training."""
+"""The profile command, the profiler ranges of the package, and the recorded steps of a training."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_profile_of_a_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "pysupcon::pair_stats" in (tmp_path / "loss" / "operators.txt").read_text(encoding="utf-8")
     largest = found["largest"]
     assert largest["rows"] > largest["dense_rows"] > 2048
-    # Rows, label and sample are part of what a row takes; the dense loss holds several matrices of float32.
+    # A row's memory includes its label and sample id; the dense loss stores several float32 matrices.
     assert largest["bytes_a_row"] > 64 * 4 + 16
     assert 8 < largest["dense_bytes_a_pair"] < 100
     assert f"{largest['rows']:,} rows" in output
@@ -98,7 +98,7 @@ def test_predicting_runs_nothing_large(tmp_path: Path, capsys: pytest.CaptureFix
     assert "measured" in capsys.readouterr().out
 
 
-def test_what_will_not_fit_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_problems_that_do_not_fit_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--n", str(2**34), "--device", "cpu", "--output", str(tmp_path)]
     assert profile.main(arguments) == 2
     assert "GiB by prediction" in capsys.readouterr().err
@@ -118,7 +118,7 @@ def test_what_will_not_fit_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
         (["--n", "64", "--encoder", "small_cnn", "--chunk", "16"], "at most an eighth of --n=64, got 16"),
     ],
 )
-def test_arguments_that_cannot_be(
+def test_invalid_arguments(
     arguments: list[str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     device = [] if "--device" in arguments else ["--device", "cpu"]
@@ -232,7 +232,7 @@ def test_allocated_memory_is_read_from_a_trace(tmp_path: Path) -> None:
     assert not (tmp_path / "none.png").exists()
 
 
-def test_training_records_the_steps_that_were_asked_for(tmp_path: Path) -> None:
+def test_training_records_the_requested_steps(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     from pysupcon.config import parse_args
     from pysupcon.trainer import loop

@@ -1,4 +1,4 @@
-"""The report's three forms say the same, and its pictures decode and show what they were given."""
+"""The three formats of a report have the same content, and its pictures show the given data."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_table_is_aligned_and_whole():
     assert first.split() == ["k=1/accuracy", "95.12", "[94.00,", "96.25]", "%"]
     assert first.index("95.12") + 5 == second.index("100.00") + 6  # right-aligned
     assert first.index("%") == second.index("%")
-    # A group stands where its first metric came.
+    # Groups are in the order of their first metrics.
     heads = [line for line in lines[3:] if not line.startswith(" ")]
     assert heads == ["knn", "geometry", "alone", "warning: class collapse"]
     assert all(line == line.rstrip() for line in lines)
@@ -150,7 +150,7 @@ def test_a_report_without_metrics_still_has_its_forms():
 
 
 def pixels(path) -> np.ndarray:
-    """[H, W, 3] uint8 of a PNG file, decoded by another library than the one that wrote it."""
+    """[H, W, 3] uint8 of a PNG file, decoded by another library than the writer's."""
     from PIL import Image
 
     with Image.open(path) as image:
@@ -176,7 +176,7 @@ def test_embedding_picture_shows_every_class(tmp_path):
         assert count_colour(image, colour) > 300
     draw_embedding(tmp_path / "again.png", points, fine, fine // 2, **arguments)
     assert np.array_equal(pixels(tmp_path / "again.png"), image)
-    # Another labelling of the same points is another picture.
+    # Other labels of the same points give another picture.
     draw_embedding(tmp_path / "other.png", points, fine[::-1], fine[::-1] // 2, **arguments)
     assert not np.array_equal(pixels(tmp_path / "other.png"), image)
 

@@ -285,9 +285,9 @@ def test_candidates_need_instances_where_the_anchors_have_them(emulated: Any) ->
 def test_faults_that_the_host_can_see_are_refused(emulated: Any, fault: raw_operators.Fault) -> None:
     tried = 0
     for form in raw_operators.FORMS:
-        dice = random.Random(form)
+        rng = random.Random(form)
         for dtype in raw_operators.DTYPES:
-            values = raw_operators.draw(dice, form, dtype)
+            values = raw_operators.draw(rng, form, dtype)
             for name, taken in raw_operators.operators("pysupcon_emulated").items():
                 wrong = raw_operators.applied(fault, taken, values)
                 if wrong is not None:

@@ -1,1 +1,1 @@
-"""Code that several folders of tests share."""
+"""Helpers shared by several test folders."""

@@ -45,33 +45,33 @@ def sort(labels: Tensor, instances: Tensor) -> Tensor:
     return order[torch.argsort(labels[order], stable=True)]
 
 
-def draw(dice: random.Random, form: str, dtype: torch.dtype, max_rows: int = 40) -> Values:
+def draw(rng: random.Random, form: str, dtype: torch.dtype, max_rows: int = 40) -> Values:
     """A random valid problem with all arguments of all operators."""
-    generator = torch.Generator().manual_seed(dice.getrandbits(32))
-    rows, width, classes = dice.randint(0, max_rows), dice.randint(1, 20), dice.choice([1, 3, 9, 50])
+    generator = torch.Generator().manual_seed(rng.getrandbits(32))
+    rows, width, classes = rng.randint(0, max_rows), rng.randint(1, 20), rng.choice([1, 3, 9, 50])
 
     def normal(*shape: int) -> Tensor:
         drawn = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-        if len(shape) == 2 and dice.random() < 0.3:
+        if len(shape) == 2 and rng.random() < 0.3:
             return torch.cat([drawn, drawn], 1)[:, : shape[1]]  # strided rows
-        if len(shape) == 2 and dice.random() < 0.1:
+        if len(shape) == 2 and rng.random() < 0.1:
             return drawn[:1].expand(shape) if shape[0] else drawn  # an expanded row
-        return drawn.T.contiguous().T if dice.random() < 0.1 else drawn
+        return drawn.T.contiguous().T if rng.random() < 0.1 else drawn
 
     def column(size: int) -> Tensor:
         return torch.randn(size, generator=generator, dtype=torch.float64)
 
     def ids(size: int) -> Tensor:
         drawn = torch.randint(-classes, classes, (size,), generator=generator)
-        return drawn.repeat_interleave(2)[::2] if dice.random() < 0.2 else drawn
+        return drawn.repeat_interleave(2)[::2] if rng.random() < 0.2 else drawn
 
     values: Values = {
-        "scale": torch.tensor(dice.uniform(0.1, 3), dtype=torch.float64),
-        "negatives": dice.random() < 0.8,
-        "positives": dice.random() < 0.8,
-        "epsilon": dice.choice([0.0, 0.25, -2.0]),
+        "scale": torch.tensor(rng.uniform(0.1, 3), dtype=torch.float64),
+        "negatives": rng.random() < 0.8,
+        "positives": rng.random() < 0.8,
+        "epsilon": rng.choice([0.0, 0.25, -2.0]),
     }
-    count = dice.randint(0, max_rows)
+    count = rng.randint(0, max_rows)
     if form != "self":
         values["candidates"], values["candidate_labels"] = normal(count, width), ids(count)
         values["candidate_instances"] = ids(count)
@@ -92,7 +92,7 @@ def draw(dice: random.Random, form: str, dtype: torch.dtype, max_rows: int = 40)
         values |= {f"candidate_{name}": column(count) for name in STATISTICS}
     wide = torch.promote_types(dtype, torch.float32)
     values["grad_x"] = torch.zeros(values["x"].shape, dtype=wide)
-    if form in ("candidates", "self index") and dice.random() < 0.8:
+    if form in ("candidates", "self index") and rng.random() < 0.8:
         values["grad_candidates"] = torch.zeros(values["candidates"].shape, dtype=wide)
     return values
 

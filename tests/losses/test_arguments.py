@@ -1,4 +1,4 @@
-"""Argument types other than Python numbers and int64 labels give the same result."""
+"""Argument types other than Python numbers and int64 labels: accepted, with the same result."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROWS = X.flatten(0, 1)
 Y = torch.tensor([0, 1, 0, 2, 1, 0])
 ROW_LABELS = Y.repeat_interleave(2)
 
-# 0.25 in every dtype, and 1 in those of integers.
+# 0.25 in floating-point dtypes, 1 in integer dtypes.
 NUMBERS: dict[str, Any] = {
     "int": 1,
     "numpy float64": np.float64(0.25),
@@ -119,7 +119,7 @@ def test_a_learnable_temperature_gets_its_gradient_in_its_own_shape(
         loss.backward()
         assert temperature.grad is not None, name
         assert temperature.grad.shape == shape, name
-        # The central difference errs by the square of its step, 1e-6, times a third derivative.
+        # The error of a central difference is its squared step, 1e-6, times a third derivative.
         assert temperature.grad.item() == pytest.approx(slope(call, 0.3), rel=1e-4), name
 
 
@@ -195,7 +195,7 @@ def test_masks_of_every_dtype(dtype: torch.dtype) -> None:
 
 
 class CosineSimilarity:
-    """pytorch-metric-learning's default distance, as far as a loss looks at it."""
+    """The attributes of pytorch-metric-learning's default distance that the loss reads."""
 
     def __init__(self, p: int = 2) -> None:
         self.normalize_embeddings, self.p, self.power, self.is_inverted, self.collect_stats = (
@@ -208,7 +208,7 @@ class CosineSimilarity:
 
 
 class AvgNonZeroReducer:
-    """Its default reducer."""
+    """The same for its default reducer."""
 
     def __init__(self, low: float = 0) -> None:
         self.low, self.high, self.collect_stats = low, None, False

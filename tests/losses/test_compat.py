@@ -1,4 +1,4 @@
-"""The drop-in classes against dense transcriptions of what each peer computes, values and gradients."""
+"""Values and gradients of the drop-in classes against dense transcriptions of the originals."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def hobbit_long(
     mode: str = "all",
     base_temperature: float = 0.07,
 ) -> Tensor:
-    """SupContrast's loss as it stands now: view-major rows, mean over all anchors, 0 where there is no
+    """SupContrast's current loss: view-major rows, mean over all anchors, 0 where there is no
     positive."""
     samples, views = features.shape[:2]
     rows = torch.cat([features[:, v].flatten(1) for v in range(views)])
@@ -42,7 +42,7 @@ def hobbit_long(
 
 
 def tufts(embeds: Tensor, labels: Tensor, temperature: float = 0.07, epsilon: float = 0.0) -> Tensor:
-    """SINCERE of its authors: per positive pair the cross-entropy against the negatives, averaged twice."""
+    """The authors' SINCERE: cross-entropy of each positive pair against the negatives, averaged twice."""
     logits = embeds @ embeds.T / temperature
     same = labels[:, None] == labels[None, :]
     negatives = logits.masked_fill(same, -math.inf).logsumexp(1, keepdim=True).expand_as(logits)
@@ -157,7 +157,7 @@ def test_tufts_multiview(views: int) -> None:
 
 
 def test_tufts_without_positives_is_the_mean_of_the_rest() -> None:
-    """There one anchor without a positive makes everything NaN."""
+    """In the original one anchor without a positive makes the whole loss NaN."""
     x = _unit(9, 6)
     assert torch.isnan(tufts(x, LABELS))
     keep = LABELS != 5
@@ -212,7 +212,7 @@ def test_metric_learning_without_positives_or_negatives(labels: Tensor) -> None:
 
 
 def _converged(seed: int) -> tuple[Tensor, Tensor]:
-    """Two views a class that nearly agree, but for two of them: most losses round to 0 in float32."""
+    """Two views per class that nearly agree, except in two classes: most losses round to 0 in float32."""
     torch.manual_seed(seed)
     first = _unit(32, 64)
     second = first + 0.02 * torch.randn_like(first)
@@ -221,14 +221,14 @@ def _converged(seed: int) -> tuple[Tensor, Tensor]:
 
 
 def test_metric_learning_counts_the_anchors_that_have_a_positive(backend: str) -> None:
-    """Not those whose rounded loss is above 0, whose number says how far the batch has converged."""
+    """Anchors whose loss rounds to 0 count in the mean too."""
     for seed in range(5):
         x, labels = _converged(seed)
         loss = compat.MetricLearningSupConLoss(0.05, backend=backend)
         want = metric_learning.SupConLoss(0.05)(x, labels).item()  # float64: no loss rounds to 0
         assert loss(x, labels).item() == pytest.approx(want, rel=1e-9)
         assert loss(x.float(), labels).item() == pytest.approx(want, rel=1e-5)
-    # Classes whose two rows are the same: there even float64 drops them.
+    # Classes whose two rows are equal: the original drops them even in float64.
     same = torch.cat([x[2:4], x[2:4], x[:2], x[32:34]])
     labels = torch.tensor([8, 9, 8, 9, 0, 1, 0, 1])
     want = functional.supcon(same, labels, temperature=0.01, normalize=True, backend="reference").item()
@@ -238,7 +238,7 @@ def test_metric_learning_counts_the_anchors_that_have_a_positive(backend: str) -
 
 @pytest.mark.filterwarnings("ignore:no anchor of this batch has a positive")
 def test_metric_learning_exact_zeros() -> None:
-    """An anchor whose one candidate is its positive has the loss 0: whether it counts cannot be seen."""
+    """The loss is 0 for an anchor whose single candidate is its positive."""
     x, one = _unit(3, 6), _unit(1, 6)
     for labels in (torch.tensor([0, 1, 0]), torch.tensor([0, 0, 0]), torch.tensor([1, 1, 1])):
         for ours, theirs in (

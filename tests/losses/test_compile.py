@@ -86,7 +86,7 @@ def test_the_reference_compiles(name: str) -> None:
 @pytest.mark.parametrize("samples", [10, MANY])
 @pytest.mark.parametrize("name", MODULES)
 def test_compiles_with_inductor(name: str, samples: int, dtype: torch.dtype, backend: str) -> None:
-    """Rows are not normalised, but by "supcon one". Float32 is held to the gradient's norm."""
+    """Only "supcon one" normalises rows. Float32 tolerances are relative to the gradient's norm."""
     model = Model(MODULES[name](backend=backend)).to(dtype)
     x, labels = _batch(samples, dtype)
     got = _results(torch.compile(model, fullgraph=True), model.parameters(), x, labels)
@@ -169,7 +169,7 @@ NUMBERS: dict[str, Callable[..., Tensor]] = {
 
 
 def _follows(name: str, backend: str, compiler: str) -> None:
-    """A number that changes from call to call: right values, and no graph per value."""
+    """A number that changes from call to call: correct values, and no recompilation per value."""
     counter = CompileCounterWithBackend(compiler)
     call = NUMBERS[name]
     compiled = torch.compile(call, fullgraph=True, backend=counter)
@@ -247,7 +247,7 @@ def test_rows_that_are_not_finite_are_refused_in_a_graph_too(backend: str) -> No
 
 
 def _operator_arguments(kind: str, backend: str) -> tuple[Any, ...]:
-    """Of torch.ops.pysupcon.row_statistics."""
+    """Arguments of torch.ops.pysupcon.row_statistics."""
     x, labels = torch.randn(7, 5, requires_grad=True), torch.tensor([2, 0, 2, 1, 0, 2, 5])
     scale = torch.tensor(2.0, dtype=ops.stats_dtype(x), requires_grad=True)
     order, epsilon = torch.argsort(labels, stable=True), torch.tensor(0.25, dtype=scale.dtype)
@@ -313,7 +313,7 @@ def test_shapes_without_values(where: str, name: str, wish: str) -> None:
 
 @pytest.mark.parametrize("name", [*LOSSES, "mask", "candidates"])
 def test_the_default_device_is_not_that_of_the_rows(name: str, backend: str) -> None:
-    """Every tensor that a loss makes lies where its rows are."""
+    """A loss allocates all tensors on the device of its rows."""
     x, labels = torch.randn(6, 2, 4, dtype=torch.float64), torch.arange(6) % 3
     extra: dict[str, Any] = {"labels": labels}
     if name == "mask":
@@ -337,7 +337,7 @@ def test_the_default_device_is_not_that_of_the_rows(name: str, backend: str) -> 
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("name", ["supcon", "spread", "sincere"])
 def test_export(name: str, strict: bool, backend: str) -> None:
-    """With a batch size of its own; the exported program trains."""
+    """The exported program accepts another batch size and can be trained."""
     model = Model(MODULES[name](backend=backend)).double()
     size = torch.export.Dim("size", min=2, max=4096)
     x, labels = _batch(6)

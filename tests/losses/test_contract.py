@@ -1,5 +1,4 @@
-"""What the losses promise besides values: tracing, autocast, determinism, memory, graph behaviour,
-backends."""
+"""Properties of the losses other than values: tracing, autocast, determinism, memory, graphs, backends."""
 
 from __future__ import annotations
 
@@ -41,7 +40,7 @@ def _all_operators(dtype: torch.dtype, kind: str) -> dict[str, tuple[Any, ...]]:
     """Arguments of each of the four operators. "own rows" is the third form of the backward."""
     rows = _operator_arguments(dtype, kind)
     wide = {"dtype": ops.stats_dtype(rows[0])}
-    # Sorted by label; rows of a label are of ascending instances, in the order of the rows.
+    # Sorted by label; rows of a label have ascending instances, in the order of the rows.
     instances = torch.tensor([0, 0, 0, 4, 0, 3, 4]), None if rows[4] is None else torch.arange(9) // 3
     pairs = *rows, *instances
     n, p, *_ = tiled.pair_stats(*pairs, True, True)
@@ -90,7 +89,7 @@ def test_compiled_and_tiled_operators_agree(name: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", [name for name in OPERATORS if name.endswith("_backward")])
 def test_backward_operators_add(name: str, kind: str, backend: str) -> None:
-    """Twice on the same buffers gives twice the gradient; nothing else is written to."""
+    """Two calls with the same buffers give twice the gradient; no other argument changes."""
     operator = getattr(tiled if backend == "tiled" else ops, name)
     arguments = _all_operators(torch.float64, kind)[name]
     before = copy.deepcopy(arguments)
@@ -124,8 +123,8 @@ def test_gradient_buffers_are_checked(change: Any, message: str) -> None:
 
 @pytest.mark.parametrize("name", ["pair_stats", "positive_softplus"])
 def test_own_rows_form_is_part_of_the_whole_gradient(name: str, backend: str) -> None:
-    """Each of two halves, given the other's statistics and upstream gradients, finds its part of the whole
-    gradient."""
+    """Each half of the rows, given the statistics and upstream gradients of the other half, computes its part
+    of the gradient."""
     operators = tiled if backend == "tiled" else ops
     x, labels = torch.randn(8, 5, dtype=torch.float64), torch.tensor([2, 0, 2, 1, 0, 2, 5, 2])
     order, scale = torch.argsort(labels, stable=True), torch.tensor(2.0, dtype=torch.float64)
@@ -233,7 +232,7 @@ def test_few_candidates(candidates: int, backend: str) -> None:
     loss = functional.supcon(
         x, labels, candidates=queue, candidate_labels=others, backend=backend, reduction="none"
     )
-    # One candidate is all of the denominator.
+    # A single candidate forms the whole denominator.
     assert_loss_close(loss, torch.zeros(3).double(), torch.float32, largest_similarity(x, queue, 0.07))
     loss.sum().backward()
     assert queue.grad is not None
@@ -248,7 +247,7 @@ def test_second_derivatives_are_refused(backend: str) -> None:
             grad.square().sum().backward()
 
 
-def test_gradient_only_where_it_is_wanted(backend: str) -> None:
+def test_only_inputs_that_require_a_gradient_get_one(backend: str) -> None:
     queue = torch.randn(5, 4, requires_grad=True)
     x, labels = torch.randn(4, 4), torch.tensor([0, 1, 0, 1])
     loss = functional.supcon(

@@ -1,4 +1,4 @@
-"""Batches whose views nearly agree: a loss is the small difference of large parts, and keeps its digits."""
+"""Batches whose views nearly agree: a loss is a small difference of large terms and must stay accurate."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BACKENDS = ["tiled", *(["cpu"] if pysupcon.backends()["cpu"]["available"] else [
 def test_errors_are_at_most_twice_those_of_a_dense_loss(
     name: str, batch: str, temperature: float, views: int
 ) -> None:
-    """The bar of ``benchmarks/kernels/converged.py``, which asks every loss, temperature and more seeds."""
+    """The tolerance of ``benchmarks/kernels/converged.py``, which runs more cases and seeds."""
     case = converged.Case(batch, temperature, views)
     _, found = converged.errors(name, case, BACKENDS, seeds=1)
     assert not converged.exceeded(found)
@@ -58,7 +58,7 @@ def test_no_loss_is_negative(name: str, dtype: torch.dtype, temperature: float, 
 
 @pytest.mark.parametrize("rows", [64, 700])
 def test_one_positive_and_no_negative_is_exactly_zero(rows: int, backend: str) -> None:
-    """p is the one similarity, and so is the mean."""
+    """p and the mean both equal the single similarity."""
     x = torch.randn(rows, 2, 24)
     statistics = functional.pair_statistics(x, temperature=0.07, backend=backend)
     gap = statistics.positive_logsumexp - statistics.positive_mean

@@ -1,4 +1,4 @@
-"""Bad input: each error names the argument, the contract and what came."""
+"""Invalid input: each error names the argument, the requirement and the value."""
 
 from __future__ import annotations
 

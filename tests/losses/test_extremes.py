@@ -1,7 +1,8 @@
-"""Temperatures, rows and epsilons of every size: no result is finite and wrong.
+"""Temperatures, rows and epsilons of every size: a result is correct, or the call raises an error.
 
-The size of a problem is S_i = |x_i| max|x_j| / temperature. In one precision, similarities, loss and
-gradient have an error of eps * S_i (see ``benchmarks/kernels/tolerances.py``).
+The size of a problem is S_i = |x_i| max|x_j| / temperature. In any implementation, the rounding
+error of its similarities is eps * S_i, and so is that of loss and gradient (see
+``benchmarks/kernels/tolerances.py``).
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from pysupcon import functional
 from pysupcon.pairs.checks import TEMPERATURE_RANGE
 
 _LARGEST_S = {torch.float32: 1e7, torch.float64: 5e14}
-"""Largest S for which every backend must give an answer: eps * S is about 1 there, and beyond it no
-decimal of a similarity is correct."""
+"""Largest S for which every backend must return a result. eps * S is about 1 there: beyond it the absolute
+error of a similarity is above 1."""
 _KINDS: dict[str, tuple[dict[str, float], str, dict[str, Any]]] = {
     "supcon": ({"supcon": 1.0}, "supcon", {}),
     "sincere": ({"sincere": 1.0}, "sincere", {}),
@@ -90,10 +91,10 @@ def _call(case: Case, backend: str, mask: bool) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _wrong(case: Case, backend: str, mask: bool = False) -> str | None:
-    """What is wrong with a call; None for a right answer.
+    """Describes the error of a wrong result; None for a correct one.
 
     Raises:
-        ValueError: where the call is refused.
+        ValueError: the call raised it.
     """
     loss, grad, slope = _call(case, backend, mask)
     epsilon = case.options.get("epsilon", 0.0)
@@ -103,7 +104,7 @@ def _wrong(case: Case, backend: str, mask: bool = False) -> str | None:
     allowed = tolerance.loss * truth.loss.abs() + 4 * tolerance.eps * (1 + case.sizes + abs(epsilon))
     if not (error <= allowed).all():
         return f"loss {loss.tolist()} for {truth.loss.tolist()}"
-    # Beyond eps * S = 1 a weight is any number of [0, 1], and a gradient any sum of the parts.
+    # Beyond eps * S = 1 a weight can be any number in [0, 1], and a gradient any sum of the parts.
     relative = min(4 * tolerance.eps * (1 + case.sizes.max().item() + abs(epsilon)), 2.0)
     pull = case.x.double().norm(dim=1).max().item() / case.temperature
     bound = tolerance.gradient * truth.grad.norm().item() + relative * parts(pull, len(case.x))
@@ -127,7 +128,7 @@ def _said(case: Case, problem: str) -> str:
 @pytest.mark.parametrize("seeds", [range(60), pytest.param(range(60, 600), marks=pytest.mark.slow)], ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", _KINDS)
-def test_within_the_room_every_call_is_right(
+def test_up_to_the_largest_s_every_result_is_correct(
     kind: str, dtype: torch.dtype, seeds: range, backend: str
 ) -> None:
     for seed in seeds:
@@ -140,7 +141,7 @@ def test_within_the_room_every_call_is_right(
 @pytest.mark.parametrize("seeds", [range(60), pytest.param(range(60, 600), marks=pytest.mark.slow)], ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", _KINDS)
-def test_beyond_the_room_a_call_is_right_or_refused(
+def test_beyond_the_largest_s_a_result_is_correct_or_an_error(
     kind: str, dtype: torch.dtype, seeds: range, backend: str
 ) -> None:
     for seed in seeds:
@@ -163,7 +164,7 @@ def test_beyond_the_room_a_call_is_right_or_refused(
     ],
 )
 def test_a_single_class_of_opposite_rows(name: str, backend: str, dtype: torch.dtype, size: float) -> None:
-    """No negative, one positive: 0, however far away it is."""
+    """Without negatives and with one positive the loss is 0, whatever the distance."""
     x = torch.tensor([[size], [-size]], dtype=dtype)
     try:
         loss = getattr(functional, name)(x, torch.tensor([0, 0]), temperature=1e-12, backend=backend)
@@ -196,7 +197,7 @@ def test_a_gradient_is_bounded_by_its_parts(backend: str, dtype: torch.dtype, si
 
 @pytest.mark.parametrize("value", [1.001 * TEMPERATURE_RANGE[0], 1e-6, 1e6, 0.999 * TEMPERATURE_RANGE[1]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_range_of_temperatures_itself_is_right(value: float, dtype: torch.dtype, backend: str) -> None:
+def test_the_limits_of_the_temperature_are_correct(value: float, dtype: torch.dtype, backend: str) -> None:
     """Rows that make S = 10, and a learnable temperature in float32."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(6, 3, generator=generator, dtype=torch.float64)

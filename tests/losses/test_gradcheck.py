@@ -70,7 +70,7 @@ def test_candidates(name: str, backend: str) -> None:
         return LOSSES[name](x, LABELS, candidates=c, candidate_labels=labels, backend=backend, **ids)
 
     assert torch.autograd.gradcheck(loss, (_features(), queue), **GRADCHECK)
-    # Only one side wants a gradient.
+    # Only one side requires a gradient.
     assert torch.autograd.gradcheck(loss, (_features().detach(), queue), **GRADCHECK)
     assert torch.autograd.gradcheck(loss, (_features(), queue.detach()), **GRADCHECK)
 

@@ -1,5 +1,5 @@
-"""What a caller changes in place between forward and backward: refused by autograd, or without effect, but
-never a silently wrong gradient."""
+"""In-place changes between forward and backward raise an autograd error or have no effect. The gradient is
+never silently wrong."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ FORMS = {
 
 
 def _change(tensor: Tensor) -> None:
-    """Another value of the same kind, in place. Through a view: autograd counts the changes of a storage."""
+    """Changes a tensor in place, through a view: autograd counts the changes of a storage."""
     whole = tensor.view(-1)
     if tensor.dtype == torch.bool:
         whole.logical_not_()
@@ -67,7 +67,7 @@ def _change(tensor: Tensor) -> None:
 def _gradients(
     loss: Callable[..., Tensor], batch: dict[str, Tensor], changed: str | None = None, *, before: bool = False
 ) -> list[Tensor] | str:
-    """Gradients of features, candidates and temperature, or the words of the refusal. ``changed`` is changed
+    """Gradients of features, candidates and temperature, or the message of the error. ``changed`` is changed
     in place between forward and backward, or ``before`` the forward."""
     held = {name: tensor.clone() for name, tensor in batch.items()}
     if changed is not None and before:
@@ -86,7 +86,7 @@ def _gradients(
 
 
 def _check(loss: Callable[..., Tensor], batch: dict[str, Tensor]) -> dict[str, bool]:
-    """Whether the change of each argument was refused; it must be, or have no effect."""
+    """Whether the change of each argument raised an error. Asserts that the others had no effect."""
     right = _gradients(loss, batch)
     assert not isinstance(right, str)
     refused = {}
@@ -166,7 +166,7 @@ def test_compiled(changed: str, backend: str) -> None:
 
 
 class _Alone:
-    """Two processes, the other of which has no rows; the tensor that is sent is received itself."""
+    """Two processes; the other one has no rows. The exchange returns the tensor itself."""
 
     rank = 0
 
@@ -206,7 +206,7 @@ def test_gathered_losses(name: str, form: str, backend: str) -> None:
 @pytest.mark.parametrize("form", ["views", "rows and candidates", "rows, mask"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_saved_tensors_hooks_see_everything(name: str, form: str) -> None:
-    """What the backward needs passes through autograd: it may be moved away, and is freed afterwards."""
+    """Tensors for the backward pass through saved-tensor hooks and are freed afterwards."""
     batch, seen = _batch(form, name), []
 
     def loss(**arguments: Tensor) -> Tensor:
@@ -229,8 +229,8 @@ def test_saved_tensors_hooks_see_everything(name: str, form: str) -> None:
 
 
 @pytest.mark.parametrize("gather", [None, _Alone()], ids=["", "gathered"])
-def test_index_tensors_are_let_go_of(gather: Any, backend: str) -> None:
-    """The loss outlives its graph in most training loops; labels do not have to."""
+def test_index_tensors_are_freed(gather: Any, backend: str) -> None:
+    """A loss value that is kept does not keep the labels alive."""
     x, labels = torch.randn(12, 4, requires_grad=True), torch.arange(12) % 3
     value = functional.supcon(x, labels, backend=backend, gather=gather)
     value.backward()
@@ -242,7 +242,7 @@ def test_index_tensors_are_let_go_of(gather: Any, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["cpu", "tiled"])
 def test_labels_and_masks_of_inference_mode(backend: str) -> None:
-    """Autograd cannot save them; a loader may give them."""
+    """Autograd cannot save such tensors, but a data loader may return them."""
     x = torch.randn(8, 4, requires_grad=True)
     with torch.inference_mode():
         labels = torch.arange(8) // 2

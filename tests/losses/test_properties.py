@@ -1,4 +1,4 @@
-"""What the mathematics promises, on inputs drawn by hypothesis."""
+"""Mathematical properties of the losses, on inputs drawn by hypothesis."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def test_a_mask_of_labels_is_labels(batch: Batch) -> None:
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_within_class_permutation(name: str, backend: str) -> None:
-    """Only losses that know instances, as cNCE, see which sample of a class is which."""
+    """Only losses that use instances, such as cNCE, distinguish the samples of a class."""
     labels = torch.tensor([0, 1, 0, 1, 0, 2])
     x = torch.randn(6, 2, 5, dtype=torch.float64)
     moved = x.clone()

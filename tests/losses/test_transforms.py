@@ -1,5 +1,5 @@
-"""torch.func and forward-mode derivatives: right, or refused by a sentence that names backend="reference",
-which takes them all."""
+"""torch.func and forward-mode derivatives are correct, or raise an error that names backend="reference",
+which supports all of them."""
 
 from __future__ import annotations
 

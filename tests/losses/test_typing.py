@@ -1,4 +1,4 @@
-"""Keywords of the losses: mypy sees them at the call, and an unknown one is a TypeError that names it."""
+"""Keywords of the losses: mypy checks them at the call, and an unknown one is a TypeError that names it."""
 
 from __future__ import annotations
 

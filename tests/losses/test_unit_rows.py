@@ -1,4 +1,4 @@
-"""``normalize=True`` of rows that have no direction, in every dtype."""
+"""``normalize=True`` on rows of norm 0 or nearly 0, in every dtype."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_other_rows_are_what_torch_makes_of_them(dtype: torch.dtype) -> None:
 
 
 def test_a_norm_that_overflows_is_refused(backend: str) -> None:
-    """1e30 has no square in float32: dividing by infinity would make the row zero, unseen."""
+    """The square of 1e30 overflows float32: dividing by infinity would silently make the row zero."""
     rows = torch.randn(16, 8)
     rows[3] *= 1e30
     with pytest.raises(ValueError, match="features must be finite"):
@@ -121,7 +121,7 @@ def test_the_model_normalises_alike(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_transformations(dtype: torch.dtype) -> None:
-    """Compiled, vmap and forward-mode derivatives know the same rows; second derivatives are finite."""
+    """Compile, vmap and forward mode handle the same rows; second derivatives are finite."""
     rows = _rows(dtype)
     tangent = torch.randn_like(rows)
     want, along = torch.func.jvp(unit_rows, (rows,), (tangent,))

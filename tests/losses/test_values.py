@@ -1,4 +1,4 @@
-"""Every loss, option and backend against a truth written pair by pair in float64."""
+"""Every loss, option and backend against a reference written pair by pair in float64."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ B, V, D = 7, 2, 5
 
 
 def _options(kind: str) -> dict[str, Any]:
-    """Arguments besides features [7, 2, 5], one set per way of saying who is a positive."""
+    """Arguments besides features [7, 2, 5], one set per way to define the positives."""
     generator = torch.Generator().manual_seed(5)
     labels = torch.tensor([3, -1, 3, 0, 3, 7, 0])  # 7 and -1 have their own second view only
     queue = torch.randn(6, D, generator=generator, dtype=torch.float64)
@@ -119,8 +119,8 @@ def test_reductions_leave_out_anchors_without_a_loss(name: str, reduction: str, 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", LOSSES)
 def test_dtypes(name: str, dtype: torch.dtype, backend: str) -> None:
-    """Error against the truth on the same (rounded) inputs; loss at least float32; gradient in the input's
-    dtype."""
+    """Error relative to the reference on the same (rounded) inputs; the loss is float32 at least, the
+    gradient has the dtype of the input."""
     x = torch.nn.functional.normalize(torch.randn(65, 2, 32), dim=-1).to(dtype).requires_grad_()
     labels = torch.randint(0, 6, (65,))
     loss = LOSSES[name](x, labels, temperature=0.1, backend=backend)
@@ -208,7 +208,7 @@ def test_tile_edges(rows: int, backend: str) -> None:
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
-def test_large_batch_in_float32_keeps_the_bar(backend: str) -> None:
+def test_large_batch_in_float32_meets_the_tolerance(backend: str) -> None:
     x = torch.nn.functional.normalize(torch.randn(3000, 64), dim=-1).requires_grad_()
     labels = torch.randint(0, 40, (3000,))
     loss = functional.supcon(x, labels, temperature=0.1, backend=backend)

@@ -1,4 +1,4 @@
-"""Steps of several batches: the mean gradient, and everything counted in steps of the optimiser."""
+"""Steps of several batches use the mean gradient; logs and checkpoints count optimizer steps."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def config(output_dir: Path, *args: str) -> Config:
 def test_the_step_is_that_of_the_mean_gradient(
     tmp_path: Path, clip_norm: float | None, chunk_size: int | None
 ) -> None:
-    """Against the three batches by hand, in a network with batch normalisation and a learned temperature."""
+    """Equals three batches accumulated by hand, with batch normalisation and a learnable temperature."""
     sgd = (
         "--optimizer.name sgd --optimizer.momentum 0 --optimizer.weight_decay 0 --optimizer.learning_rate 0.5"
     )
@@ -73,7 +73,7 @@ def test_the_step_is_that_of_the_mean_gradient(
     assert values["valid_anchors"] == anchors
     after = [*trainer.network.parameters(), *trainer.objective.parameters()]
     for parameter, gradient, updated in zip(parameters, gradients, after, strict=True):
-        # Sums of three float32 gradients, divided before or after: their last digits differ.
+        # Sums of three float32 gradients, divided before or after the sum, differ by rounding.
         torch.testing.assert_close(updated, parameter - 0.5 * factor * gradient, rtol=1e-5, atol=1e-6)
     for buffer, moved in zip(network.buffers(), trainer.network.buffers(), strict=True):
         torch.testing.assert_close(moved, buffer)  # running statistics of every batch
@@ -81,7 +81,7 @@ def test_the_step_is_that_of_the_mean_gradient(
 
 
 def test_everything_is_counted_in_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of ten batches an epoch three steps of three are made; the tenth is left out."""
+    """An epoch of ten batches has three steps of three batches; the tenth batch is skipped."""
     whole = config(tmp_path, "--trainer.accumulation_steps", "3", "--optimizer.warmup_epochs", "1")
     train(whole)
     log = read_log(tmp_path / "log.jsonl")
@@ -106,7 +106,7 @@ def test_no_word_where_nothing_is_contrasted(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_a_training_resumed_between_steps(tmp_path: Path) -> None:
-    """In the middle of an epoch; the weights are those of an undisturbed training, to the bit."""
+    """Resumed within an epoch, the run ends with the weights of an uninterrupted run, bitwise."""
     options = ("--trainer.accumulation_steps", "4", "--trainer.ema_decay", "0.5", "--trainer.best_by", "null")
     undisturbed, folder = tmp_path / "undisturbed", tmp_path / "run"
     train(config(undisturbed, *options))
@@ -127,7 +127,7 @@ def test_a_training_resumed_between_steps(tmp_path: Path) -> None:
 def test_two_processes_take_the_steps_of_one(
     server: TrainingServer, tmp_path: Path, chunks: tuple[str, ...]
 ) -> None:
-    """They exchange gradients once a step, of all its batches."""
+    """The processes exchange gradients once per step, for all its batches."""
     one, two = tmp_path / "one", tmp_path / "two"
     options = ("--trainer.accumulation_steps", "2", "--optimizer.warmup_epochs", "0")
     assert server.run(training_arguments(one, *options)) == 0, server.output()

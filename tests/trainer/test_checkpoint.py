@@ -1,4 +1,4 @@
-"""Checkpoints and runs: resuming equals not stopping; what is damaged is named and nothing is lost."""
+"""Checkpoints: a resumed run equals an uninterrupted one; damaged files are named and nothing is lost."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TIMES = ("images_per_second", "peak_memory_mib")
 
 def config(output_dir: Path, *args: str) -> Config:
     """Three epochs of ten steps of a network with random depth and dropout: random states matter. No
-    validation: which checkpoint is the best is a matter of luck."""
+    validation, because the best checkpoint would depend on chance."""
     fixed = (
         "--data.dataset digits --data.augmentation weak --data.batch_size 128 --trainer.epochs 3 "
         "--trainer.threads 1 --evaluate false --trainer.cpu true --model.backbone vit_tiny_patch16_224 "
@@ -44,7 +44,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def interrupted(finished: Path, tmp_path: Path) -> Path:
-    """The run as it was after its 20th step, but for three lines of log more, the last of them cut."""
+    """The run after its 20th step, with three more lines in the log, the last of them truncated."""
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     shutil.rmtree(folder / "checkpoints/step_00000030")
@@ -119,7 +119,7 @@ def test_an_earlier_checkpoint_is_offered(finished: Path, tmp_path: Path) -> Non
 def test_the_checkpoint_before_a_damaged_one_is_used(
     finished: Path, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The damaged one is named; the run goes on from the one before it, to the same end."""
+    """The damaged checkpoint is named; the run resumes from the one before and ends with the same weights."""
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     torn = folder / "checkpoints/step_00000030"
@@ -148,7 +148,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(
 
 
 def test_foreign_code_is_not_run(interrupted: Path) -> None:
-    """Not even by a checkpoint whose checksums are right."""
+    """Even if the checksums of the checkpoint are correct."""
     folder = interrupted / "checkpoints/step_00000020"
     proof = interrupted / "code ran"
 
@@ -168,7 +168,7 @@ def test_foreign_code_is_not_run(interrupted: Path) -> None:
 
 
 def test_an_earlier_course_is_left(finished: Path, tmp_path: Path) -> None:
-    """Going on from an earlier checkpoint drops what came after it as soon as it has a successor."""
+    """A run resumed from an earlier checkpoint deletes later ones as soon as it saves a new one."""
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     first = str(folder / "checkpoints/step_00000020")
@@ -180,7 +180,8 @@ def test_an_earlier_course_is_left(finished: Path, tmp_path: Path) -> None:
 
 
 def test_the_best_is_kept(tmp_path: Path) -> None:
-    """The last and the one of the least validation loss, which may also give the final weights."""
+    """The last checkpoint and the one with the lowest validation loss are kept; the latter can give the final
+    weights."""
     folder = tmp_path / "run"
     with_best = ("--trainer.keep_checkpoints", "1", "--trainer.checkpoint_steps", "4")
     with_best += ("--trainer.best_by", "loss")
@@ -220,7 +221,7 @@ def test_another_model_or_data_is_refused(interrupted: Path) -> None:
 
 
 def test_a_half_written_checkpoint_is_not_taken(interrupted: Path) -> None:
-    """What a killed process leaves under the temporary name is neither resumed from nor kept."""
+    """A temporary folder of a killed process is not resumed from, and is deleted."""
     aside = interrupted / "checkpoints/writing_00000030"
     shutil.copytree(interrupted / "checkpoints/step_00000020", aside)
     (aside / "manifest.json").unlink()

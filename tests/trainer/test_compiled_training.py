@@ -1,4 +1,4 @@
-"""Trainings of a model that Accelerate compiles: as ``accelerate launch --dynamo_backend`` asks for it."""
+"""Trainings of a model that Accelerate compiles (``accelerate launch --dynamo_backend``)."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _forget() -> None:
 
 
 def config(output_dir: Path, *args: str) -> Config:
-    """Ten steps of a network with dropout, whose random numbers matter; checkpoints after 6 and 10."""
+    """Ten steps of a network with dropout, which uses random numbers; checkpoints after 6 and 10."""
     fixed = (
         "--data.dataset digits --data.augmentation weak --data.batch_size 128 --trainer.epochs 1 "
         "--trainer.threads 1 --evaluate false --trainer.cpu true --model.backbone vit_tiny_patch16_224 "
@@ -78,7 +78,7 @@ def assert_same(one: Path, other: Path) -> None:
 
 
 def cut(finished: Path, folder: Path) -> Path:
-    """The run as it was after its sixth step."""
+    """The run after its sixth step."""
     shutil.copytree(finished, folder)
     shutil.rmtree(folder / "checkpoints/step_00000010")
     (folder / "model.safetensors").unlink()
@@ -87,7 +87,7 @@ def cut(finished: Path, folder: Path) -> Path:
 
 @pytest.fixture
 def compilations(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """What was handed to torch.compile."""
+    """The arguments of torch.compile."""
     given: list[object] = []
     compiled = torch.compile
 
@@ -103,7 +103,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 def test_the_weights_have_their_own_names(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compilations: list[object], backend: str
 ) -> None:
-    """These backends run torch's own kernels: the training is the same to the bit, though it is compiled."""
+    """These backends run torch's own kernels, so the compiled training is bitwise equal."""
     compile_with(monkeypatch, backend, USE_FULLGRAPH="True", USE_DYNAMIC="False")
     train(config(tmp_path / "run"))
     assert len(compilations) == 1
@@ -136,7 +136,7 @@ def test_resumed_with_and_without(
     before: str,
     after: str,
 ) -> None:
-    """Weights, optimiser and random states fit, whichever part was compiled; what changed is said."""
+    """Weights, optimizer and random states load whether or not a part was compiled; changes are printed."""
     whole = plain
     if before != "no":
         compile_with(monkeypatch, before)
@@ -200,7 +200,7 @@ def test_two_processes_train_what_one_trains(server: TrainingServer, tmp_path: P
 
 @pytest.mark.slow
 def test_accelerate_launch_with_inductor(tmp_path: Path) -> None:
-    """Stopped, resumed, evaluated and exported, each by its command; resumed to the bit."""
+    """Stopped, resumed, evaluated and exported by the commands; the resumed run is bitwise equal."""
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu"]
     launch += ["--num_processes", "1", "--dynamo_backend", "inductor", str(REPOSITORY / "pysupcon/train.py")]
     fixed = (

@@ -1,4 +1,4 @@
-"""The typed config: what it refuses, by the text of its message, and what it keeps."""
+"""The typed config: messages for invalid values, and what is written and read back."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def test_there_are_recipes() -> None:
 
 
 def stored(tmp_path: Path, evaluation: str) -> Path:
-    """The config of a run, with something else in its evaluation section."""
+    """The config of a run with an unknown evaluator."""
     config = parse_args(["--loss.temperature", "0.3"])[0]
     text = to_yaml(config)
     path = tmp_path / "config.yaml"

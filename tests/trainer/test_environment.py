@@ -1,4 +1,4 @@
-"""What Accelerate reads from the environment: all is known, and honoured, refused by name, or harmless."""
+"""Environment variables that Accelerate reads: each one is used, refused by name, or harmless."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ READERS = ("parse_flag_from_env", "parse_choice_from_env", "get_int_from_env", "
 FOREIGN = (
     "KMP_AFFINITY", "KMP_BLOCKTIME", "CUDA_VISIBLE_DEVICES", "PYTHONPATH",
 )  # fmt: skip
-"""What launchers set for others than Accelerate."""
+"""Variables that launchers set for other software than Accelerate."""
 
 
 @pytest.fixture(autouse=True)
 def _afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No variable but the test's own, and none of Accelerate's objects."""
+    """Removes Accelerate's variables and resets its singletons."""
     for name in list(os.environ):
         if name.startswith("ACCELERATE_") or name in environment.PROCESSES:
             monkeypatch.delenv(name)
@@ -50,12 +50,12 @@ def config(*args: str, output_dir: Path | None = None) -> Config:
     return made
 
 
-# --- the table is whole
+# --- the table is complete
 
 
 class Reads(ast.NodeVisitor):
-    """Names of the environment variables that a module reads or writes, and the expressions that are no
-    names. Prefixes are put in where the function assigns them."""
+    """Names of the environment variables that a module reads or writes, and the expressions that are not
+    names. Prefixes that the function assigns are substituted."""
 
     def __init__(self) -> None:
         self.names: set[str] = set()
@@ -109,7 +109,7 @@ class Reads(ast.NodeVisitor):
 
 
 def test_every_variable_that_accelerate_reads_is_in_the_table() -> None:
-    """Fails with a version of Accelerate that reads more: try what is new, and put it in the table."""
+    """Fails if a new version of Accelerate reads more variables: try them and add them to the table."""
     root, reads = Path(accelerate.__file__).parent, Reads()
     files = [path for path in root.rglob("*.py") if "test_utils" not in path.parts]
     for path in files:
@@ -117,7 +117,7 @@ def test_every_variable_that_accelerate_reads_is_in_the_table() -> None:
     assert len(files) > 50
     assert {"ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND", "FSDP_VERSION"} <= reads.names
     assert {name for name in reads.names if lookup(name) is None} == set()
-    # Arguments of the functions that read: their callers were seen above.
+    # Arguments of the reading functions: their callers are covered above.
     assert reads.unclear <= {"e", "key", "env_var_name", "env_var", "self.cpu_ram_efficient_loading"}
 
 
@@ -160,7 +160,7 @@ def test_every_entry_says_why() -> None:
     assert lookup("PATH") is None
 
 
-# --- refused, by name, before anything is made
+# --- refused by name, before any file is written
 
 
 REFUSED = [name for name, variable in VARIABLES.items() if variable.kind == "refused"]
@@ -236,7 +236,7 @@ def test_an_installed_torch_xla_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_half_precision_is_not_for_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Accelerate would train in float32 without a word."""
+    """Accelerate would silently train in float32."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     with pytest.raises(ConfigError, match="mixed_precision=fp16 does not work on cpu"):
         loop.train(config("--trainer.cpu", "true", output_dir=tmp_path))
@@ -244,7 +244,7 @@ def test_half_precision_is_not_for_cpus(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("name", environment.PROCESSES)
 def test_processes_that_do_not_join_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without an accelerator, and without trainer.cpu, each of them would train by itself."""
+    """Without an accelerator and without trainer.cpu, each process would train alone."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv(name, "2")
     with pytest.raises(ConfigError, match=rf"^{name}=2, but 1 joined: .* --trainer.cpu true"):
@@ -284,7 +284,7 @@ def test_the_launchers_defaults_are_accepted(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_training_on_what_the_launcher_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The processes are joined as those of a CPU, in the precision that was asked for; the folder says so."""
+    """The processes join as CPU processes, in the requested precision; the run folder records it."""
     joined: list[bool] = []
     precisions: list[str] = []
     join, build = loop.join_processes, loop.build_accelerator
@@ -315,7 +315,7 @@ def test_a_training_on_what_the_launcher_chose(tmp_path: Path, monkeypatch: pyte
 def test_a_compiled_model_does_not_change_the_precision_of_the_losses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On CUDA devices Accelerate allows TF32 to a compiled model, and with it to all else."""
+    """On CUDA devices Accelerate enables TF32 for a compiled model, and thereby for all other code."""
     made = setup.Accelerator
 
     def accelerator(**arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A run survives: killed at any moment, asked to stop, out of disk, it goes on to the very same weights."""
+"""A run that is killed, asked to stop, or out of disk space resumes to identical weights."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def undisturbed(server: TrainingServer, tmp_path_factory: pytest.TempPathFactory
 
 
 def same(one: Path, other: Path) -> None:
-    """Weights, their average, the whole last state and the log are equal to the bit."""
+    """Weights, their average, the last state and the log are bitwise equal."""
     assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
     first, second = (read_checkpoint(checkpoints(folder)[-1]) for folder in (one, other))
     assert first.step == second.step == 20
@@ -138,7 +138,7 @@ def test_a_signal_stops_and_saves(
 
 
 def test_a_time_budget(tmp_path: Path, server: TrainingServer, undisturbed: tuple[Path, float]) -> None:
-    """As the command sees it: status 75, and 0 where torchrun would start it again."""
+    """Exit status of the command: 75, or 0 if torchrun would restart it otherwise."""
     folder = tmp_path / "run"
     budget = ("--trainer.time_budget", "1e-6")
     assert server.run(arguments(folder, *budget)) == EX_TEMPFAIL
@@ -155,7 +155,7 @@ def test_a_time_budget(tmp_path: Path, server: TrainingServer, undisturbed: tupl
 
 
 def same_but_validation(one: Path, other: Path) -> None:
-    """A step that training is stopped after does not validate."""
+    """Training does not validate after the step at which it stops."""
     assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
     first, second = (without_times(read_log(folder / "log.jsonl")) for folder in (one, other))
     assert [{k: v for k, v in line.items() if k[:3] != "val"} for line in first] == [
@@ -168,7 +168,7 @@ def same_but_validation(one: Path, other: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path, undisturbed: tuple[Path, float]) -> Iterator[Path]:
-    """A file system of its own with room for one checkpoint, not two."""
+    """A separate file system with space for one checkpoint, not two."""
     sizes = [path.stat().st_size for path in checkpoints(undisturbed[0])[-1].iterdir()]
     blocks = sum(-(-size // 4096) for size in sizes)
     place = tmp_path / "disk"
@@ -206,7 +206,7 @@ def test_a_full_disk(small_disk: Path, undisturbed: tuple[Path, float], tmp_path
 
 @pytest.mark.parametrize("file", range(1, 7), ids=lambda n: f"file{n}")
 def test_a_full_disk_at_any_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: int) -> None:
-    """Each file of a checkpoint, and its manifest, may be the one that does not fit."""
+    """The disk is full at each file of a checkpoint in turn, and at its manifest."""
     from pysupcon.trainer import checkpoint
 
     saved = checkpoint.Checkpoint(

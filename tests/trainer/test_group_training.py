@@ -41,7 +41,7 @@ from pysupcon.trainer.run import load_run, read_log
 
 @pytest.mark.parametrize("shares", [(7, 9), (16, 0), (1, 4, 11)])
 def test_the_mean_over_the_processes_is_the_loss_of_the_whole_batch(shares: tuple[int, ...]) -> None:
-    """Values, gradients and weights; a process may hold no sample of a group, or none at all."""
+    """Values, gradients and weights; a process may have no sample of a group, or no sample at all."""
     generator = torch.Generator().manual_seed(0)
     losses = torch.rand(16, generator=generator, dtype=torch.float64)
     groups = torch.randint(3, (16,), generator=generator)
@@ -130,7 +130,7 @@ def test_weights_and_loss_follow_the_formula_at_every_step(group_dro_run: Path) 
 
 
 def test_one_group_is_erm(erm_run: Path, groups_file: tuple[Path, DataModule], tmp_path: Path) -> None:
-    """The robust loss of a single group is the mean: the same steps from the same first weights."""
+    """With a single group the robust loss is the mean: the same steps from the same initial weights."""
     data = groups_file[1]
     labels = coarse_labels(data)
     alone = Groups(torch.zeros_like(labels["train"]), torch.zeros_like(labels["val"]), torch.tensor([0]), {})
@@ -214,7 +214,7 @@ def test_two_processes_train_what_one_trains(
     )
 
 
-# Choice by the worst group, and the trained head
+# Selection by the worst group, and the trained head
 
 
 def accuracies(run_dir: Path, split: str) -> tuple[float, dict[int, float]]:

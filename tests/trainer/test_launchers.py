@@ -1,4 +1,4 @@
-"""Under the launchers themselves: torchrun starts again after a process died, two machines train as one."""
+"""Trainings under real launchers: torchrun restarts after a process died; two machines train together."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_torchrun_starts_again(undisturbed: Path, tmp_path: Path) -> None:
 
 
 def test_torchrun_passes_sigterm_on(undisturbed: Path, tmp_path: Path) -> None:
-    """What a cluster does to a job: every process saves and stops; the next job goes on."""
+    """As when a cluster ends a job: the processes save and stop; the next job resumes."""
     folder = tmp_path / "run"
     command = [*TORCHRUN, "--standalone", "--nproc_per_node", "2"]
     process = start([*command, *arguments(folder)], tmp_path)
@@ -121,7 +121,7 @@ def test_torchrun_passes_sigterm_on(undisturbed: Path, tmp_path: Path) -> None:
 
 
 def test_accelerate_launch(tmp_path: Path) -> None:
-    """One process, stopped by its budget."""
+    """One process, stopped by its time budget."""
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu"]
     more = ("--trainer.time_budget", "1e-6")
@@ -133,7 +133,7 @@ def test_accelerate_launch(tmp_path: Path) -> None:
 
 @dataclass
 class Machine:
-    """How commands are started there, and what the others call it."""
+    """A simulated machine: prefix of its commands, its address and network interface."""
 
     prefix: list[str] = field(default_factory=list)
     address: str = "127.0.0.1"
@@ -142,8 +142,8 @@ class Machine:
 
 @pytest.fixture(scope="module")
 def namespaces() -> Iterator[list[Machine] | str]:
-    """Two network namespaces, joined by a pair of virtual cards: they share no address, not even loopback. Or
-    why there are none."""
+    """Two network namespaces, joined by a virtual Ethernet pair, without a common address; or the reason why
+    they cannot be created."""
     ip = shutil.which("ip")
     if ip is None or os.geteuid() != 0:
         yield "network namespaces need root and iproute2"
@@ -172,7 +172,7 @@ def namespaces() -> Iterator[list[Machine] | str]:
 
 @pytest.fixture(params=["network namespaces", "loopback"])
 def machines(request: pytest.FixtureRequest, namespaces: list[Machine] | str) -> list[Machine]:
-    """Loopback where namespaces cannot be made."""
+    """Two network namespaces, or loopback if they cannot be created."""
     if request.param == "loopback":
         if not isinstance(namespaces, str):
             pytest.skip("runs where network namespaces cannot be made")
@@ -183,9 +183,9 @@ def machines(request: pytest.FixtureRequest, namespaces: list[Machine] | str) ->
 
 
 def test_two_machines(undisturbed: Path, tmp_path: Path, machines: list[Machine]) -> None:
-    """Each has a launcher and a folder of its own; what they train is what two processes of one machine do.
+    """Each machine has its own launcher and folder; the result equals that of two processes on one machine.
 
-    They are stopped after a few steps, and go on from the checkpoint that only the first machine has.
+    They stop after a few steps and resume from the checkpoint, which only the first machine has.
     """
     folders = [tmp_path / name / "run" for name in "ab"]
     port = free_port()

@@ -1,5 +1,5 @@
-"""Several processes train what one process trains, go on where another number of them stopped, and stop
-together."""
+"""Several processes give the same training as one process, resume runs of another number of processes, and
+stop together."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_what_one_process_trains(
     processes: int,
     chunks: str | None,
 ) -> None:
-    """GradCache too, with a chunk that does not divide the batch: gradient, temperature, norm, clipping."""
+    """Also with GradCache, with a chunk that does not divide the batch; gradient, temperature, clipping."""
     folder = tmp_path / "run"
     more = () if chunks is None else ("--trainer.chunk_size", chunks)
     assert server.run(training_arguments(folder, *more), processes=processes) == 0, server.output()
@@ -50,7 +50,7 @@ def test_what_one_process_trains(
 
 
 def test_processes_that_do_not_gather(server: TrainingServer, tmp_path: Path) -> None:
-    """Each contrasts its own rows; all stop when one of them is told to."""
+    """Each process contrasts its own rows; all stop when one of them receives the signal."""
     folder = tmp_path / "run"
     thread = after_log_lines(folder, 3, lambda: os.kill(server.pid(1), signal.SIGTERM))
     assert server.run(training_arguments(folder, "--loss.gather", "false"), processes=2) == EX_TEMPFAIL, (
@@ -89,7 +89,7 @@ def test_another_number_of_processes(
     assert_same_training(folder, one)
 
 
-def test_what_changed_is_said_and_what_cannot_is_refused(
+def test_changes_are_printed_and_invalid_ones_are_refused(
     server: TrainingServer,
     one: Path,
     tmp_path: Path,

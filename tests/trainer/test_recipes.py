@@ -31,7 +31,7 @@ METHODS = (
 
 
 def header(path: Path) -> str:
-    """The comment that a file opens with, without its marks."""
+    """The first comment of a file, without the comment signs."""
     lines = path.read_text(encoding="utf-8").splitlines()
     count = next(i for i, line in enumerate(lines) if not line.startswith("#"))
     return "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines[:count])

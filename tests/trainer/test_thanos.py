@@ -1,4 +1,4 @@
-"""Thanos and its baselines: cross pairing, decoder, two encoders, bounded layers, and what is minimised."""
+"""Thanos and its baselines: cross pairing, decoder, two encoders, bounded layers, objective."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_cross_pairing_is_its_equation(arguments: dict[str, Any], definition: Ca
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 @pytest.mark.parametrize("base", ["supcon", "sincere"])
 def test_the_ends_of_alpha(alpha: float, base: str) -> None:
-    """The pure losses, also where a class has one sample: no 0 * inf."""
+    """alpha 0 and 1 give the pure losses, also if a class has one sample (no 0 * inf)."""
     rows = nn.functional.normalize(torch.randn(12, 5, dtype=torch.float64), dim=1).requires_grad_()
     outputs = ModelOutput(rows, rows, None)
     pure = {"name": "cnce"} if alpha else {"name": base}
@@ -118,8 +118,8 @@ def test_the_ends_of_alpha(alpha: float, base: str) -> None:
     )
 
 
-def test_infonce_beside_supcon() -> None:
-    """Each with its weight, one temperature that both learn."""
+def test_infonce_added_to_supcon() -> None:
+    """Each loss has its weight; both share one learnable temperature."""
     rows = nn.functional.normalize(torch.randn(12, 5), dim=1)
     outputs = ModelOutput(rows, rows, None)
     both = objective(weight=0.5, infonce_weight=0.25, temperature=0.3, learnable_temperature=True)
@@ -142,7 +142,7 @@ def test_infonce_beside_supcon() -> None:
     assert other.temperature == pytest.approx(0.3)
 
 
-def test_what_is_minimised_without_a_contrastive_loss() -> None:
+def test_objective_without_a_contrastive_loss() -> None:
     rows, logits, error = torch.randn(4, 3), torch.randn(4, 3), torch.rand(4)
     loss = objective(name="none", cross_entropy_weight=0.5, reconstruction_weight=2.0)
     parts = loss(ModelOutput(rows, rows, logits, error, logits.flip(1)), torch.tensor([0, 1]))
@@ -174,7 +174,7 @@ def test_refused_sides(side: int) -> None:
 
 @pytest.mark.parametrize(("channels", "size"), [(1, 8), (1, 28), (3, 32), (3, 64)])
 def test_reconstruction(channels: int, size: int) -> None:
-    """The squared error of what the decoder makes of the embedding; every weight learns from it."""
+    """The squared error of the decoded embedding; every weight gets a gradient."""
     model = build(channels, size, width=4, decoder="labelled")
     images, labels = torch.randn(3, channels, size, size), torch.tensor([0, 1, 2])
     outputs = model(images, labels)
@@ -210,7 +210,7 @@ def test_the_decoder_is_as_wide_as_its_backbone() -> None:
 
 
 def test_the_decoder_learns() -> None:
-    """A few images are learned by heart."""
+    """The decoder overfits a few images."""
     torch.manual_seed(0)
     decoder = Decoder(6, 1, 8, width=16, min_width=8)
     images, codes = torch.randn(4, 1, 8, 8), torch.randn(4, 6)
@@ -224,9 +224,9 @@ def test_the_decoder_learns() -> None:
 
 
 @pytest.mark.parametrize("decoder", ["none", "plain", "labelled"])
-def test_only_the_decoder_sees_which_point_of_a_class_is_whose(decoder: str) -> None:
-    """Points permuted within their class have the same L_spread, but the error of a decoder that learned
-    which was whose grows."""
+def test_only_the_decoder_sees_permutations_within_a_class(decoder: str) -> None:
+    """L_spread does not change if the points of a class are permuted, but the error of a trained decoder
+    grows."""
     model = build(width=8, decoder=decoder)
     images, permuted = torch.randn(6, 1, 8, 8), torch.tensor([1, 2, 0, 4, 3, 5])
     rows = model(images, LABELS).projection.detach().repeat_interleave(2, dim=0)  # two views, equal
@@ -253,7 +253,7 @@ def test_only_the_decoder_sees_which_point_of_a_class_is_whose(decoder: str) -> 
 
 
 def test_two_encoders() -> None:
-    """Each loss trains its own backbone; the embedding is both, of unit length each."""
+    """Each loss trains its own backbone; the embedding concatenates both, each of unit length."""
     model = build(width=4, encoders="two", decoder="plain", classifier=True, projection="linear")
     images = torch.randn(5, 1, 8, 8)
     model.eval()
@@ -285,7 +285,7 @@ def singular_values(model: nn.Module) -> list[float]:
 
 @pytest.mark.parametrize("arguments", [{"width": 4}, VIT], ids=["small_cnn", "vit"])
 def test_layers_are_bounded(arguments: dict[str, Any]) -> None:
-    """To their largest singular value, that of the heads left alone; weights may move on."""
+    """The largest singular value of each layer except the heads is bounded, also after the weights change."""
     model = build(**arguments, spectral_norm=True, lipschitz=0.5, classifier=True)
     assert not isinstance(getattr(model.classifier, "parametrizations", None), nn.ModuleDict)
     with torch.no_grad():
@@ -338,7 +338,7 @@ def test_a_bounded_model_is_copied_and_saved() -> None:
     ids=["labelled", "two", "bounded"],
 )
 def test_the_gradient_in_chunks(arguments: dict[str, Any]) -> None:
-    """GradCache's equals that of the whole batch."""
+    """The gradient with GradCache equals that of the whole batch."""
     model = build(**VIT, **arguments).train()
     weights = {"name": "spread", "pairing": "cross", "cross_entropy_weight": 0.7}
     weights |= {"reconstruction_weight": 0.3} if "decoder" in arguments else {}
@@ -367,11 +367,11 @@ def test_the_gradient_in_chunks(arguments: dict[str, Any]) -> None:
         torch.testing.assert_close(grad, grads[1][name], rtol=1e-4, atol=2e-6 * scale)
 
 
-# --- the whole
+# --- all parts together
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
-    """Bit for bit, with all of it: two bounded encoders, decoder with labels, averaged weights, chunks."""
+    """Bitwise, with all options: two bounded encoders, decoder with labels, averaged weights, chunks."""
     fixed = (
         "--data.dataset digits --data.augmentation weak --data.batch_size 256 --model.width 4 "
         "--trainer.epochs 1 --trainer.threads 1 --trainer.cpu true --evaluate false --trainer.chunk_size 100 "

@@ -1,4 +1,4 @@
-"""The loop: it learns, it logs, it stops when it must, and several processes run it."""
+"""The training loop: learning, logging and stopping, with one or several processes."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_a_folder_that_holds_a_run_is_left_alone(tmp_path: Path, monkeypatch: py
 
 
 def test_the_average_of_the_weights(tmp_path: Path) -> None:
-    """EMA of the definition, over the weights after each step; it is what the run ends with and validates."""
+    """The average equals the definition over the weights after each step; the run validates and saves it."""
     args = "--trainer.ema_decay 0.6 --trainer.final_weights ema --trainer.checkpoint_steps 1"
     config = tiny(tmp_path, *args.split(), "--trainer.keep_checkpoints", "100")
     loop.train(config)
@@ -224,7 +224,7 @@ def test_trackers_get_the_log(tmp_path: Path) -> None:
     assert [event.value for event in events.Scalars("val_loss")] == [pytest.approx(log[-1]["val_loss"])]
 
 
-def test_a_word_on_what_takes_long(
+def test_slow_operations_are_reported(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "DELAY", 0.02)
@@ -242,7 +242,7 @@ def test_unknown_tracker(tmp_path: Path) -> None:
         loop.train(tiny(tmp_path, "--trainer.trackers", "[abacus]"))
 
 
-# --- objective and optimiser
+# --- objective and optimizer
 
 
 LOSSES: list[dict[str, Any]] = [

@@ -24,28 +24,26 @@ from helpers.raw_operators import DTYPES, FAULTS, FORMS, Values, applied, call, 
 SIZES = [1, 3, 40, 40, 40, 140]
 
 
-def put_extreme_value(dice: random.Random, values: Values) -> bool:
+def put_extreme_value(rng: random.Random, values: Values) -> bool:
     """Sometimes replace a number by NaN, infinity or 1e30, which may be accepted or refused."""
-    if dice.random() < 0.8:
+    if rng.random() < 0.8:
         return False
-    name = dice.choice(
-        [name for name in ("x", "candidates", "n", "p", "grad_n", "epsilon") if name in values]
-    )
-    bad = dice.choice([float("nan"), float("inf"), -float("inf"), 1e30])
+    name = rng.choice([name for name in ("x", "candidates", "n", "p", "grad_n", "epsilon") if name in values])
+    bad = rng.choice([float("nan"), float("inf"), -float("inf"), 1e30])
     if name == "epsilon":
         values[name] = 1e30
         return True
     values[name] = values[name].clone(memory_format=torch.contiguous_format)
     if values[name].numel():
-        values[name].view(-1)[dice.randrange(values[name].numel())] = bad
+        values[name].view(-1)[rng.randrange(values[name].numel())] = bad
     return True
 
 
-def order_by_class(namespace: str, dice: random.Random) -> None:
+def order_by_class(namespace: str, rng: random.Random) -> None:
     """Check order_by_class with random ids, and that invalid arguments are refused."""
     operator = getattr(torch.ops, namespace).order_by_class
-    count, views = dice.choice(SIZES), dice.choice([1, 2, 3])
-    ids = torch.tensor([dice.randint(-(2 ** dice.choice([2, 8, 63])), 2) for _ in range(count)])
+    count, views = rng.choice(SIZES), rng.choice([1, 2, 3])
+    ids = torch.tensor([rng.randint(-(2 ** rng.choice([2, 8, 63])), 2) for _ in range(count)])
     order, others = operator(ids, views)
     rows = ids.repeat_interleave(views)
     assert torch.equal(order, torch.argsort(rows, stable=True))
@@ -63,22 +61,22 @@ def order_by_class(namespace: str, dice: random.Random) -> None:
 def main(library: str, namespace: str, calls: str, seed: str) -> None:
     torch.ops.load_library(library)
     torch.set_num_threads(2)
-    dice, refused, accepted, accepted_extreme = random.Random(int(seed)), Counter[str](), 0, 0
+    rng, refused, accepted, accepted_extreme = random.Random(int(seed)), Counter[str](), 0, 0
     taken = operators(namespace)
     for number in range(int(calls)):
-        name = dice.choice(list(taken))
-        values = draw(dice, dice.choice(FORMS), dice.choice(DTYPES), dice.choice(SIZES))
-        extreme = put_extreme_value(dice, values)
+        name = rng.choice(list(taken))
+        values = draw(rng, rng.choice(FORMS), rng.choice(DTYPES), rng.choice(SIZES))
+        extreme = put_extreme_value(rng, values)
         wrong: dict[str, Any] = {}
         faults = []
-        for fault in dice.sample(FAULTS, dice.choice([0, 8])):
+        for fault in rng.sample(FAULTS, rng.choice([0, 8])):
             changed = applied(fault, taken[name], values)
             if changed is not None and fault.argument not in wrong and len(faults) < 1 + (number % 8 == 0):
                 wrong[fault.argument] = changed[fault.argument]
                 faults.append(fault)
         values |= wrong
         if number % 100 == 0:
-            order_by_class(namespace, dice)
+            order_by_class(namespace, rng)
         try:
             call(namespace, name, values)
         except ValueError as error:
