@@ -7,9 +7,10 @@ makes of them per anchor. :func:`compute` does the rest.
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, TypedDict
+from typing import Any, ClassVar, Literal, NamedTuple, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -99,12 +100,35 @@ class ModuleOptions(SharedModuleOptions, total=False):
     """As in :class:`Options`."""
 
 
+F = TypeVar("F", bound=Callable[..., Any])
 GatherArgument = bool | Literal["ring"] | Gather
 DEFAULTS: dict[str, Any] = {
     "candidates": None, "candidate_labels": None, "instances": None, "candidate_instances": None,
     "contrast_mode": "all", "normalize": False, "backend": "auto", "gather": None, "reduction": "mean",
 }  # fmt: skip
 """Default values of :class:`Options`"""
+_ROW_OPTIONS = RowOptions.__annotations__.keys()
+
+
+def expand_signature(function: F) -> F:
+    """Decorator that replaces ``**options: Unpack[...]`` by its keywords in ``inspect.signature`` and ``help``.
+
+    A call is not changed.
+    """
+    names = function.__globals__[
+        function.__annotations__["options"].removeprefix("Unpack[").removesuffix("]")
+    ]
+    keywords = names.__annotations__  # a TypedDict's, in the order of its definition
+    of_module = {"gather": False, "learnable_temperature": False}
+    defaults = {**DEFAULTS, **of_module} if "learnable_temperature" in keywords else DEFAULTS
+    found = inspect.signature(function)
+    parameters = [p for p in found.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    for name, annotation in keywords.items():
+        text = getattr(annotation, "__forward_arg__", annotation)
+        kind = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(inspect.Parameter(name, kind, default=defaults[name], annotation=text))
+    function.__signature__ = found.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return function
 
 
 class Counts(NamedTuple):
@@ -275,6 +299,7 @@ class ContrastiveLoss(nn.Module):
         """The number, or with ``learnable_temperature`` a tensor of no dimensions."""
         return self._temperature if self.log_temperature is None else self.log_temperature.exp()
 
+    @expand_signature
     def forward(
         self,
         features: Tensor,
@@ -283,6 +308,9 @@ class ContrastiveLoss(nn.Module):
         **options: Unpack[RowOptions],
     ) -> Tensor:
         """The loss; arguments, shapes and errors as in :mod:`pysupcon.functional`."""
+        if options and not options.keys() <= _ROW_OPTIONS:
+            unknown = min(options.keys() - _ROW_OPTIONS)
+            raise TypeError(f"{type(self).__name__}.forward() got an unexpected keyword argument {unknown!r}")
         if not self.self_supervised:
             return self.function(features, labels, mask, **self._options(), **options)
         if labels is not None or mask is not None or options.pop("candidate_labels", None) is not None:
@@ -315,7 +343,7 @@ class ContrastiveLoss(nn.Module):
         own = {name: getattr(self, name) for name in self.own_parameters}
         return ", ".join([
             f"temperature={temperature:g}{learnable}",
-            *(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v!r}" for k, v in own.items()),
+            *(f"{k}={v:.15g}" if isinstance(v, float) else f"{k}={v!r}" for k, v in own.items()),
             f"contrast_mode={self.contrast_mode!r}, reduction={self.reduction!r}, normalize={self.normalize}",
             f"gather={self.gather!r}, backend={self.backend!r}",
         ])  # fmt: skip

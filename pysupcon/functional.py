@@ -51,7 +51,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from pysupcon.contrastive import Options, StatisticsOptions, build_problem, dense_sets
+from pysupcon.contrastive import Options, StatisticsOptions, build_problem, dense_sets, expand_signature
 from pysupcon.losses import *  # noqa: F403
 from pysupcon.losses import LOSSES_BY_NAME
 from pysupcon.pairs.problem import Gather
@@ -79,6 +79,7 @@ class PairStatistics(NamedTuple):
     """|P_i|, int64"""
 
 
+@expand_signature
 def pair_statistics(
     features: Tensor,
     labels: Tensor | None = None,

@@ -32,6 +32,7 @@ from pysupcon.contrastive import (
     SelfSupervisedOptions,
     SharedModuleOptions,
     compute,
+    expand_signature,
 )
 from pysupcon.pairs.autograd import RowStatistics
 from pysupcon.pairs.checks import (
@@ -60,6 +61,7 @@ __all__ = [
 ]
 
 
+@expand_signature
 def supcon(
     features: Tensor,
     labels: Tensor | None = None,
@@ -99,6 +101,7 @@ class SupConLoss(ContrastiveLoss):
     per_anchor = staticmethod(supcon_rows)  # fused: pairs/rows.py
     fused_reduction = True
 
+    @expand_signature
     def __init__(
         self,
         temperature: float = 0.07,
@@ -121,6 +124,7 @@ class SupConLoss(ContrastiveLoss):
         return torch.where(positives.any(dim=1), -mean_over(positives, log_probability), 0.0)
 
 
+@expand_signature
 def sincere(
     features: Tensor,
     labels: Tensor | None = None,
@@ -148,6 +152,7 @@ class SINCERELoss(ContrastiveLoss):
     own_parameters = ("epsilon",)
     trainer_defaults: ClassVar = {"sincere": {}, "eps_supinfonce": {"epsilon": 0.25}}
 
+    @expand_signature
     def __init__(
         self, temperature: float = 0.07, epsilon: float = 0.0, **options: Unpack[ModuleOptions]
     ) -> None:
@@ -171,6 +176,7 @@ class SINCERELoss(ContrastiveLoss):
         return torch.where(positives.any(dim=1), mean_over(positives, denominator - s), 0.0)
 
 
+@expand_signature
 def class_conditional_info_nce(
     features: Tensor,
     labels: Tensor | None = None,
@@ -219,6 +225,7 @@ class ClassConditionalInfoNCELoss(ContrastiveLoss):
         return torch.where(valid, -mean_over(same, log_probability), 0.0)
 
 
+@expand_signature
 def spread(
     features: Tensor,
     labels: Tensor | None = None,
@@ -251,6 +258,7 @@ class SpreadLoss(ContrastiveLoss):
     trainer_defaults: ClassVar = {"spread": {"temperature": 0.5, "alpha": 0.5, "base": "supcon"}}
     needs_instances = True
 
+    @expand_signature
     def __init__(
         self,
         temperature: float = 0.5,
@@ -282,6 +290,7 @@ class SpreadLoss(ContrastiveLoss):
 _BASES: dict[str, type[ContrastiveLoss]] = {"supcon": SupConLoss, "sincere": SINCERELoss}
 
 
+@expand_signature
 def dcl(
     features: Tensor,
     labels: Tensor | None = None,
@@ -325,6 +334,7 @@ class DCLLoss(ContrastiveLoss):
         return torch.where(valid, log_sum_exp(s, negatives) - mean_over(positives, s), 0.0)
 
 
+@expand_signature
 def info_nce(
     features: Tensor, *, temperature: float | Tensor = 0.07, **options: Unpack[SelfSupervisedOptions]
 ) -> Tensor:

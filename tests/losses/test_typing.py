@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
@@ -70,10 +71,10 @@ def test_an_unknown_keyword_of_a_function(name: str) -> None:
 def test_an_unknown_keyword() -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'temprature'"):
         pysupcon.SupConLoss(temprature=1)  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match="unexpected keyword argument 'candidate'"):
-        pysupcon.SpreadLoss()(X, Y, candidate=X)
-    with pytest.raises(TypeError, match="'reduction'"):
-        pysupcon.SupConLoss()(X, Y, reduction="sum")
+    for name, value in (("candidate", X), ("reduction", "sum"), ("base_temperature", 1.0)):
+        words = rf"SpreadLoss.forward\(\) got an unexpected keyword argument '{name}'"
+        with pytest.raises(TypeError, match=words):
+            pysupcon.SpreadLoss()(X, Y, **{name: value})
     for argument in ("labels", "candidate_labels", "epsilon"):
         with pytest.raises(TypeError, match=rf"info_nce\(\) got an unexpected keyword argument '{argument}'"):
             functional.info_nce(X, **{argument: Y})
@@ -81,3 +82,41 @@ def test_an_unknown_keyword() -> None:
         TypeError, match=r"pair_statistics\(\) got an unexpected keyword argument 'reduction'"
     ):
         functional.pair_statistics(X, Y, reduction="sum")  # type: ignore[call-arg]
+
+
+ROWS = ["candidates", "instances", "candidate_instances", "candidate_labels"]
+COMPUTATION = ["contrast_mode", "normalize", "backend", "gather"]
+
+
+@pytest.mark.parametrize("name", pysupcon.losses.LOSSES_BY_NAME)
+def test_signatures_name_every_keyword(name: str) -> None:
+    """For `help`, editors, and code that filters its keywords by the signature."""
+    loss = pysupcon.losses.LOSSES_BY_NAME[name]
+    forward = inspect.signature(loss.forward).parameters
+    assert list(forward) == ["self", "features", "labels", "mask", *ROWS]
+    assert all(forward[keyword].default is None for keyword in ROWS)
+    found = inspect.signature(loss).parameters
+    shared = {
+        "contrast_mode": "all",
+        "reduction": "mean",
+        "normalize": False,
+        "gather": False,
+        "backend": "auto",
+    }
+    shared["learnable_temperature"] = False
+    assert {keyword: found[keyword].default for keyword in shared} == shared
+    assert set(found) == {"temperature", *shared, *loss.own_parameters}
+    function = inspect.signature(loss.function).parameters
+    labels = () if loss.self_supervised else ("labels", "mask", "candidate_labels")
+    own = {"features", "temperature", "reduction", *labels, *loss.own_parameters}
+    assert set(function) == own | {*ROWS, *COMPUTATION} - (
+        {"candidate_labels"} if loss.self_supervised else set()
+    )
+    assert function["contrast_mode"].default == "all"
+    assert function["gather"].default is None
+    assert not any(p.kind is p.VAR_KEYWORD for p in [*forward.values(), *found.values(), *function.values()])
+
+
+def test_the_signature_of_the_statistics() -> None:
+    found = inspect.signature(functional.pair_statistics).parameters
+    assert set(found) == {"features", "labels", "mask", "temperature", *ROWS, *COMPUTATION}
