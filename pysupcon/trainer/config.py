@@ -12,12 +12,12 @@ LossName = Literal[losses.LossName, "none"]
 NEEDS_VIEWS = tuple(
     name for name, loss in losses.LOSSES_BY_NAME.items() if loss.needs_instances or loss.self_supervised
 )
-"""Losses that must know which rows are views of one sample"""
+"""Losses that need to know which rows are views of one sample"""
 OWN = tuple(dict.fromkeys(
     field_name for name, loss in losses.LOSSES_BY_NAME.items()
     for field_name in loss.trainer_defaults[name] if field_name != "temperature"
 ))  # fmt: skip
-"""Fields of single losses"""
+"""Fields that only some losses use"""
 CONTRASTIVE = (
     "temperature", "learnable_temperature", "contrast_mode", "pairing", "gather", "backend", "weight",
     "infonce_weight",
