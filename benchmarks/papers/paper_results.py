@@ -202,7 +202,7 @@ def _orders(table: Table, found: Comparison) -> Iterator[dict[str, Any]]:
 
 
 def _figures(folder: Path) -> dict[str, Any]:
-    """The figures of one run (value, and interval if there is one) and its cost in minutes."""
+    """The metrics of one run (value, and interval if there is one) and its cost in minutes."""
     report = json.loads((folder / "evaluation" / "metrics.json").read_text(encoding="utf-8"))
     metrics = report["metrics"]
     found: dict[str, Any] = json.loads((folder / COST_FILE).read_text(encoding="utf-8"))

@@ -83,7 +83,7 @@ def _difference(row: Mapping[str, Any], key: str) -> str:
 
 
 def _minutes(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Of one processor, training and evaluation, mean over the seeds."""
+    """Processor minutes of training and evaluation, mean over the seeds."""
     total = sum(run["train_processor_minutes"] + run["evaluate_processor_minutes"] for run in runs)
     return f"{total / len(runs):.1f}"
 

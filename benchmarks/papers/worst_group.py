@@ -139,7 +139,7 @@ def _write(path: Path, content: Any) -> None:
 
 
 def collect(seeds: Sequence[int], runs: Path) -> dict[str, Any]:
-    """All figures of finished runs; mean, spread and intervals over the test samples per classifier."""
+    """All metrics of finished runs; mean, deviation and intervals over the test samples per classifier."""
     bootstrap = BootstrapConfig()
     classifiers: dict[str, Any] = {}
     drawn: dict[tuple[str, str], torch.Tensor] = {}
@@ -185,7 +185,7 @@ def collect(seeds: Sequence[int], runs: Path) -> dict[str, Any]:
 
 
 def _one(folder: Path) -> dict[str, Any]:
-    """The figures of one classifier, also by true group, and the epoch that was kept."""
+    """The metrics of one classifier, also by true group, and the selected epoch."""
     from pysupcon.trainer.run import read_log
 
     prefix = "worst_group/trained/"

@@ -22,7 +22,7 @@ from pysupcon.trainer.config import LossConfig, LossName
 
 def build_loss(config: LossConfig, name: LossName | None = None) -> ContrastiveLoss:
     """The contrastive loss of a resolved config, or the loss called ``name`` with the same temperature."""
-    assert config.temperature is not None, "call LossConfig.resolve() first; none is no contrastive loss"
+    assert config.temperature is not None, "call LossConfig.resolve() first; name=none has no loss"
     name = name or config.name
     return LOSSES_BY_NAME[name](
         temperature=config.temperature,

@@ -42,7 +42,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
         (f"{ENTROPY} --model.normalize false", "model.normalize has no effect with loss.name=none"),
         (f"{ENTROPY} --trainer.best_by contrastive", "best_by=contrastive needs a contrastive loss"),
         ("--trainer.best_by reconstruction", "trainer.best_by=reconstruction needs model.decoder"),
-        ("--loss.name infonce --loss.infonce_weight 1", "loss.infonce_weight is for InfoNCE beside another"),
+        ("--loss.name infonce --loss.infonce_weight 1", "loss.infonce_weight adds InfoNCE to another loss"),
         ("--loss.infonce_weight 1 --data.views 1", "loss.infonce_weight needs data.views of at least 2"),
         ("--loss.pairing cross --data.views 3", "loss.pairing=cross needs data.views of 2, got 3"),
         ("--loss.pairing cross --loss.gather ring", "loss.gather must be left out for loss.pairing=cross"),
