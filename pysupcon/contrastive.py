@@ -111,14 +111,12 @@ _ROW_OPTIONS = RowOptions.__annotations__.keys()
 
 
 def expand_signature(function: F) -> F:
-    """Decorator that replaces ``**options: Unpack[...]`` by its keywords in ``inspect.signature`` and ``help``.
+    """Decorator: ``inspect.signature`` and ``help`` show the keywords of ``**options: Unpack[...]``.
 
     A call is not changed.
     """
-    names = function.__globals__[
-        function.__annotations__["options"].removeprefix("Unpack[").removesuffix("]")
-    ]
-    keywords = names.__annotations__  # a TypedDict's, in the order of its definition
+    options = function.__annotations__["options"].removeprefix("Unpack[").removesuffix("]")
+    keywords = function.__globals__[options].__annotations__  # in the order of the TypedDict
     of_module = {"gather": False, "learnable_temperature": False}
     defaults = {**DEFAULTS, **of_module} if "learnable_temperature" in keywords else DEFAULTS
     found = inspect.signature(function)
