@@ -51,9 +51,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from pysupcon.contrastive import Options, StatisticsOptions, build_problem, dense_sets, expand_signature
+from pysupcon.contrastive import build_problem, dense_sets
 from pysupcon.losses import *  # noqa: F403
 from pysupcon.losses import LOSSES_BY_NAME
+from pysupcon.options import Options, StatisticsOptions, expand_signature
 from pysupcon.pairs.problem import Gather
 from pysupcon.pairs.reference import log_sum_exp
 

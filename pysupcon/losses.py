@@ -4,7 +4,7 @@ Arguments, shapes and errors: :mod:`pysupcon.functional`.
 
 In modules ``temperature``, ``base_temperature``, ``epsilon`` and ``alpha`` are numbers, of Python or NumPy,
 or tensors of one element with requires_grad=False; the modules keep them as Python numbers. The other
-keywords of modules: :class:`pysupcon.contrastive.ModuleOptions`.
+keywords of modules: :class:`pysupcon.options.ModuleOptions`.
 
 A new loss needs a function, a subclass of :class:`pysupcon.contrastive.ContrastiveLoss`, its name in
 :data:`LossName` and its class in :data:`LOSSES_BY_NAME`.
@@ -24,14 +24,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from pysupcon.contrastive import (
-    ContrastiveLoss,
-    Counts,
+from pysupcon.contrastive import ContrastiveLoss, Counts, compute
+from pysupcon.options import (
     ModuleOptions,
     Options,
     SelfSupervisedOptions,
     SharedModuleOptions,
-    compute,
     expand_signature,
 )
 from pysupcon.pairs.autograd import RowStatistics

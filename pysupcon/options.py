@@ -1,0 +1,131 @@
+"""The keywords that the losses share, each documented and given a default once.
+
+Functions and modules take them as ``**options: Unpack[...]``, which mypy and editors check at every call.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal, TypedDict, TypeVar
+
+from torch import Tensor
+
+from pysupcon.pairs.problem import Gather
+
+__all__ = [
+    "DEFAULTS",
+    "ROW_OPTIONS",
+    "GatherArgument",
+    "ModuleOptions",
+    "Options",
+    "RowOptions",
+    "SelfSupervisedOptions",
+    "SharedModuleOptions",
+    "StatisticsOptions",
+    "expand_signature",
+]
+
+
+class _Candidates(TypedDict, total=False):
+    candidates: Tensor | None
+    """[Nc, D] or [Bc, V, D]: rows to contrast with instead of the features (a queue, another tower). Features
+    are then anchors only, and no pair is left out as an anchor with itself."""
+    instances: Tensor | None
+    """Integers [B] or [N]: rows of one number are views of one sample. For features [N, D] they are
+    needed by cNCE, by spread, and by every loss without labels."""
+    candidate_instances: Tensor | None
+    """Integers [Bc]: the same for the candidates."""
+
+
+class RowOptions(_Candidates, total=False):
+    """Keywords of every module's forward."""
+
+    candidate_labels: Tensor | None
+    """Integers [Bc], with labels and candidates. Without labels candidate sample k is the positive of
+    sample k."""
+
+
+class _Computation(TypedDict, total=False):
+    contrast_mode: str
+    """"all" (default): every row is an anchor; "one": only view 0 of each sample is."""
+    normalize: bool
+    """L2-normalise rows first; default False. A row whose norm is below 1e-12 (float16: 2^-14, its smallest
+    normal number) has no direction: the row and its gradient become zero. A row whose squared norm overflows
+    (float64: in float64, otherwise in float32) counts as not finite."""
+    backend: str
+    """"auto" (default): the compiled kernel of the device, or tiled PyTorch where there is none (with one
+    warning); "cpu", "cuda", "tiled", or "reference" (dense, for tests; differentiable twice). The first call
+    with a dtype on a GPU checks the CUDA kernels. If they answer wrongly or cannot run, "auto" uses tiled
+    PyTorch and "cuda" raises (``PYSUPCON_TRUST=1`` skips the check)."""
+    gather: Gather | None
+    """None (default), or an object that contrasts with the rows of other processes (:class:`Gather`; see
+    :mod:`pysupcon.distributed` for what each process returns)."""
+
+
+class StatisticsOptions(RowOptions, _Computation, total=False):
+    """Keywords of :func:`pysupcon.functional.pair_statistics`."""
+
+
+class SelfSupervisedOptions(_Candidates, _Computation, total=False):
+    """Keywords of :func:`pysupcon.functional.info_nce`."""
+
+    reduction: str
+    """"mean" (default) over the anchors that have a loss; "sum"; or "none": one loss per anchor, [B, V] or
+    [N] ([B] for contrast_mode="one"), 0 where an anchor has no loss."""
+
+
+class Options(SelfSupervisedOptions, RowOptions, total=False):
+    """Keywords of every function that takes labels."""
+
+
+class SharedModuleOptions(TypedDict, total=False):
+    """Keywords of every module but ``contrast_mode``."""
+
+    reduction: str
+    """As in :class:`Options`, and so are ``normalize`` and ``backend``."""
+    normalize: bool
+    gather: GatherArgument
+    """False (default): each process contrasts with its own rows only. True or "ring": with the rows of every
+    process (:mod:`pysupcon.distributed`). An object of the :class:`Gather` protocol is used as it is."""
+    backend: str
+    learnable_temperature: bool
+    """True makes the logarithm of the temperature a parameter, ``log_temperature``, which starts from
+    ``temperature``, so that the temperature stays positive. Default False."""
+
+
+class ModuleOptions(SharedModuleOptions, total=False):
+    """Keywords of every module."""
+
+    contrast_mode: str
+    """As in :class:`Options`."""
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+GatherArgument = bool | Literal["ring"] | Gather
+DEFAULTS: dict[str, Any] = {
+    "candidates": None, "candidate_labels": None, "instances": None, "candidate_instances": None,
+    "contrast_mode": "all", "normalize": False, "backend": "auto", "gather": None, "reduction": "mean",
+}  # fmt: skip
+"""Default values of :class:`Options`"""
+ROW_OPTIONS = RowOptions.__annotations__.keys()
+"""Names of the keywords of :class:`RowOptions`"""
+
+
+def expand_signature(function: F) -> F:
+    """Decorator: ``inspect.signature`` and ``help`` show the keywords of ``**options: Unpack[...]``.
+
+    A call is not changed.
+    """
+    options = function.__annotations__["options"].removeprefix("Unpack[").removesuffix("]")
+    keywords = function.__globals__[options].__annotations__  # in the order of the TypedDict
+    of_module = {"gather": False, "learnable_temperature": False}
+    defaults = {**DEFAULTS, **of_module} if "learnable_temperature" in keywords else DEFAULTS
+    found = inspect.signature(function)
+    parameters = [p for p in found.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    for name, annotation in keywords.items():
+        text = getattr(annotation, "__forward_arg__", annotation)
+        kind = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(inspect.Parameter(name, kind, default=defaults[name], annotation=text))
+    function.__signature__ = found.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return function
