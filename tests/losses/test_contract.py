@@ -196,7 +196,7 @@ def test_same_bits_for_any_number_of_threads(name: str, backend: str) -> None:
 def test_empty_batch(name: str, shape: tuple[int, ...], reduction: str, backend: str) -> None:
     x = torch.zeros(shape, requires_grad=True)
     more = {"instances": torch.zeros(0, dtype=torch.int64)} if len(shape) == 2 else {}
-    with pytest.warns(UserWarning, match="no anchor of this batch has a positive.*: the loss is 0"):
+    with pytest.warns(UserWarning, match="no anchor of this batch has a positive"):
         loss = LOSSES[name](
             x, torch.zeros(0, dtype=torch.int64), backend=backend, reduction=reduction, **more
         )
