@@ -45,6 +45,7 @@ backend (``init_process_group()`` without a backend, or ``"cpu:gloo,cuda:nccl"``
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Generator
 from typing import TYPE_CHECKING
 
@@ -101,7 +102,7 @@ class Ring(AllGather):
         return _RingCommunicator(samples, views, self.group)
 
 
-class _Communicator:
+class _Communicator(ABC):
     """Implements :class:`pysupcon.pairs.global_batch.Communicator`."""
 
     def __init__(self, samples: tuple[int, ...], views: int, group: ProcessGroup | None) -> None:
@@ -120,11 +121,11 @@ class _Communicator:
     def exchange(self, columns: Tensor) -> Tensor:
         return _all_gather(columns.T, self.rows, self.group).T.contiguous()
 
-    def keep(self, rows: Tensor) -> Tensor | None:
-        raise NotImplementedError
+    @abstractmethod
+    def keep(self, rows: Tensor) -> Tensor | None: ...
 
-    def blocks(self, rows: Tensor, kept: Tensor | None) -> Generator[Block, None, None]:
-        raise NotImplementedError
+    @abstractmethod
+    def blocks(self, rows: Tensor, kept: Tensor | None) -> Generator[Block, None, None]: ...
 
 
 class _AllGatherCommunicator(_Communicator):

@@ -24,7 +24,7 @@ from pysupcon.commands import program
 from pysupcon.data.datamodule import DataModule
 from pysupcon.data.group_files import Groups, fingerprint, write_groups
 from pysupcon.errors import ConfigError, RunError
-from pysupcon.evaluation.features import extract_features, resolve_device
+from pysupcon.evaluation.features import extract_split, resolve_device
 from pysupcon.evaluators import SubgroupConfig, infer_groups, recovery
 from pysupcon.trainer.run import WEIGHTS_FILE, Run, open_run
 
@@ -174,18 +174,11 @@ def _embeddings(run: Run, arguments: InferenceArguments) -> dict[str, Tensor]:
     backbone, datasets = run.model.to(device).backbone, run.splits()
     features = {}
     for name in SPLITS:
-        try:
-            found = extract_features(
-                backbone,
-                datasets[name],
-                batch_size=arguments.batch_size,
-                device=device,
-                workers=run.config.data.workers,
-                progress=arguments.progress,
-                description=f"{name} features of {run.dir.name}",
-            )
-        except ValueError as error:
-            raise RunError(f"the {name} split of {run.dir}: {error}") from error
+        found = extract_split(
+            backbone, datasets[name], name, run.dir, batch_size=arguments.batch_size, device=device,
+            workers=run.config.data.workers, progress=arguments.progress,
+            description=f"{name} features of {run.dir.name}",
+        )  # fmt: skip
         rows = found.features.to("cpu", torch.float64)
         features[name] = F.normalize(rows, dim=1) if arguments.subgroups.normalize else rows
     return features

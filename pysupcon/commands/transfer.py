@@ -20,7 +20,7 @@ from pysupcon.data.config import DataConfig
 from pysupcon.data.datamodule import DataModule, EvaluationDataset
 from pysupcon.errors import ConfigError, RunError
 from pysupcon.evaluation.evaluate import write_results
-from pysupcon.evaluation.features import SPLITS, extract_features, resolve_device
+from pysupcon.evaluation.features import SPLITS, extract_split, resolve_device
 from pysupcon.evaluators import (
     BootstrapConfig,
     FeatureSet,
@@ -105,18 +105,10 @@ def transfer_features(run: Run, arguments: TransferArguments) -> tuple[FeatureSp
         dataset = EvaluationDataset(
             data.splits[name], size, run.data.normalize, data.coarse_names, data.fine_names
         )
-        try:
-            features[name] = extract_features(
-                encode,
-                dataset,
-                batch_size=arguments.batch_size,
-                device=device,
-                workers=config.workers,
-                progress=arguments.progress,
-                description=f"{name} features",
-            )
-        except ValueError as error:
-            raise RunError(f"the {name} split of {config.dataset}: {error}") from error
+        features[name] = extract_split(
+            encode, dataset, name, config.dataset, batch_size=arguments.batch_size, device=device,
+            workers=config.workers, progress=arguments.progress,
+        )  # fmt: skip
     return FeatureSplits(features["train"], features["val"], features["test"]), data
 
 

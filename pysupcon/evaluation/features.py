@@ -60,6 +60,24 @@ def extract_features(
     return FeatureSet(torch.cat(features), torch.cat(coarse).to(device), torch.cat(fine).to(device))
 
 
+def extract_split(
+    encode: Callable[[Tensor], Tensor],
+    dataset: Dataset[tuple[Tensor, int, int]],
+    split: str,
+    source: object,
+    **options: Any,
+) -> FeatureSet:
+    """Call :func:`extract_features` for one split; ``options`` are its keywords.
+
+    Raises:
+        RunError: ``encode`` did not return finite features; the message names ``split`` and ``source``.
+    """
+    try:
+        return extract_features(encode, dataset, **{"description": f"{split} features", **options})
+    except ValueError as error:
+        raise RunError(f"the {split} split of {source}: {error}") from error
+
+
 def resolve_device(name: str) -> torch.device:
     """Return the device called ``name``; "auto" is the accelerator if there is one, else the CPU.
 
@@ -95,18 +113,10 @@ def run_features(run: Run, config: EvaluationConfig, device: torch.device) -> Fe
             raise RunError(
                 f"the {name} split of {run.dir} must hold at least {_MIN_SAMPLES} samples, got {size}"
             )
-        try:
-            features[name] = extract_features(
-                model.backbone,
-                datasets[name],
-                batch_size=config.batch_size,
-                device=device,
-                workers=run.config.data.workers,
-                progress=config.progress,
-                description=f"{name} features",
-            )
-        except ValueError as error:
-            raise RunError(f"the {name} split of {run.dir}: {error}") from error
+        features[name] = extract_split(
+            model.backbone, datasets[name], name, run.dir, batch_size=config.batch_size, device=device,
+            workers=run.config.data.workers, progress=config.progress,
+        )  # fmt: skip
     return FeatureSplits(**features, head=_trained_head(run))
 
 

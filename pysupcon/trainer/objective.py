@@ -144,7 +144,7 @@ def batch_statistics(config: LossConfig, labels: Tensor, class_counts: Tensor, v
     # Every similarity is 0.
     n, p, zeros = negatives.log(), positives.log(), torch.zeros_like(positives)
     epsilon = loss.statistics(**own).get("epsilon", 0.0)
-    statistics = RowStatistics(n, p, zeros, zeros, positives * F.softplus(n + epsilon))
+    statistics = RowStatistics(n, p, zeros, zeros, positives * torch.logaddexp(n + epsilon, zeros))
     level = loss.per_anchor(statistics, counts, valid, **own)
     anchors = 1 if cross or config.contrast_mode == "one" else views
     mean = level.sum() / valid.sum().clamp(min=1)
