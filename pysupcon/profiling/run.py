@@ -11,7 +11,15 @@ import torch
 from pysupcon.errors import ConfigError
 from pysupcon.profiling.cost import Line, largest_dense_rows, largest_rows, loss_flops
 from pysupcon.profiling.memory import available_bytes, peak_bytes
-from pysupcon.profiling.recorder import SNAPSHOT_FILE, operator_table, recorded, write_record
+from pysupcon.profiling.recorder import (
+    SNAPSHOT_FILE,
+    TRACE_FILE,
+    allocated_in,
+    allocated_peak,
+    operator_table,
+    recorded,
+    write_record,
+)
 from pysupcon.profiling.report import Cost, LargestBatch, Profile
 from pysupcon.profiling.workload import Encoder, LossWork, StepWork, loss_function, unit_rows
 
@@ -72,7 +80,7 @@ def profile_loss(request: ProfileRequest) -> Profile:
     _loss_work(request, small)()  # warm up libraries, threads and the kernels' scratch memory
     runs = [_loss_work(request, n) for n in (small, large)]
     times = [work.seconds(SECONDS / 4) for work in runs]
-    peaks = [float(peak_bytes(request.device, work)) for work in runs]
+    peaks = [float(allocated_peak(request.device, work)) for work in runs]
     flops = [_flops(request, n) for n in (small, large)]
     lines = [Line.through((flops[0], times[0][part]), (flops[1], times[1][part])) for part in range(3)]
     memory = Line.through((small, peaks[0]), (large, peaks[1]))
@@ -91,8 +99,9 @@ def profile_loss(request: ProfileRequest) -> Profile:
         work = _loss_work(request, request.n)
         peak = peak_bytes(request.device, work)
         seconds = work.seconds(SECONDS)
+        profile.table, allocated = _record(request, work, request.output / "loss")
+        peak = max(peak, allocated)
         profile.measured = Cost(*seconds, float(peak))
-        profile.table = _record(request, work, request.output / "loss")
         rows_bytes = Line.through((small, peaks[0]), (request.n, float(peak)))
     rows = largest_rows(available, rows_bytes, request.row_bytes)
     profile.largest.rows = rows
@@ -155,16 +164,17 @@ def profile_step(request: ProfileRequest, loss: Profile) -> Profile:
         work = _step_work(request, encoder, optimizer, request.n)
         taken: list[float] = []
         peak = peak_bytes(request.device, lambda: taken.append(work.seconds()))
+        rows = request.n if request.chunk is None else min(request.n, RECORDED_CHUNKS * request.chunk)
+        if rows < request.n:
+            work = _step_work(request, encoder, optimizer, rows)
+        profile.table, allocated = _record(request, work, request.output / "step")
+        profile.recorded_rows = rows
+        peak = max(peak, allocated)
         profile.measured = Cost(None, None, taken[0], float(peak))
         if request.chunk is None:
             memory = Line.through((small, peaks[0]), (request.n, float(peak)))
         else:
             memory = Line(max(peak - a_row * request.n, 0.0), a_row)
-        rows = request.n if request.chunk is None else min(request.n, RECORDED_CHUNKS * request.chunk)
-        if rows < request.n:
-            work = _step_work(request, encoder, optimizer, rows)
-        profile.table = _record(request, work, request.output / "step")
-        profile.recorded_rows = rows
     profile.largest.rows = largest_rows(available, memory, image_bytes)
     profile.largest.seconds = seconds(profile.largest.rows)
     profile.largest.bytes_a_row = memory.slope + image_bytes
@@ -198,7 +208,7 @@ def _dense_bytes_a_pair(request: ProfileRequest) -> float:
     """Measured bytes per pair of rows of the dense reference."""
     work = _loss_work(request, DENSE_ROWS, "reference")
     work()
-    return peak_bytes(request.device, work) / DENSE_ROWS**2
+    return allocated_peak(request.device, work) / DENSE_ROWS**2
 
 
 def _check_memory(needed: float, available: int, what: str) -> None:
@@ -209,8 +219,13 @@ def _check_memory(needed: float, available: int, what: str) -> None:
         )
 
 
-def _record(request: ProfileRequest, work: Callable[[], object], folder: Path) -> str:
-    """Run once more under the profiler; return the operator table."""
+def _record(request: ProfileRequest, work: Callable[[], object], folder: Path) -> tuple[str, int]:
+    """Run once more under the profiler.
+
+    Returns:
+        the operator table, and on the CPU the peak of the memory allocated by torch (elsewhere 0): the least
+        that the resident memory must have grown by.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     on_gpu = request.device.type == "cuda"
     if on_gpu:
@@ -224,4 +239,5 @@ def _record(request: ProfileRequest, work: Callable[[], object], folder: Path) -
         if on_gpu:
             torch.cuda.memory._record_memory_history(enabled=None)
     write_record(found, request.device, folder)
-    return operator_table(found, request.device, rows=15)
+    allocated = allocated_in(folder / TRACE_FILE) if request.device.type == "cpu" else 0
+    return operator_table(found, request.device, rows=15), allocated

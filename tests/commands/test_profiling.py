@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from pysupcon.errors import ConfigError
 from pysupcon.profiling.cost import Line, largest_dense_rows, largest_rows, loss_flops
 from pysupcon.profiling.memory import available_bytes, peak_bytes, resident_bytes
 from pysupcon.profiling.picture import draw_memory, read_allocated
-from pysupcon.profiling.recorder import recorded, write_record
+from pysupcon.profiling.recorder import allocated_peak, recorded, write_record
 from pysupcon.profiling.workload import LOSSES, LossWork, loss_function, unit_rows
 from pysupcon.ranges import named, region
 
@@ -93,7 +94,8 @@ def test_predicting_runs_nothing_large(tmp_path: Path, capsys: pytest.CaptureFix
     found = profiled(tmp_path, "--n", str(2**34), "--predict", "--loss", "cnce", "--classes", "1000")["loss"]
     assert found["measured"] is None
     assert not (tmp_path / "loss").exists()
-    assert found["predicted"]["peak_bytes"] > 2**34 * 128 * 4  # the gradient at least
+    gradient = 2**34 * 128 * 4
+    assert gradient < found["predicted"]["peak_bytes"] < 1.5 * gradient
     assert found["calibrated_rows"] == [2048, 4096]
     assert "measured" in capsys.readouterr().out
 
@@ -154,6 +156,31 @@ def test_peak_without_a_mark_to_reset(monkeypatch: pytest.MonkeyPatch, tmp_path:
             block.sum()
 
     assert peak_bytes(CPU, work) == pytest.approx(64 * MIB, rel=0.1)
+
+
+def test_allocated_peak_is_exact_where_resident_memory_is_not() -> None:
+    def work() -> None:
+        first = torch.ones(300_000, dtype=torch.uint8)
+        torch.ones(100_000, dtype=torch.uint8)
+        del first
+        torch.ones(200_000, dtype=torch.uint8)
+
+    assert allocated_peak(CPU, work) == pytest.approx(400_000, abs=1000)
+
+
+def _no_growth(device: torch.device, work: Callable[[], object]) -> int:
+    work()
+    return 0
+
+
+def test_a_measured_peak_is_never_below_what_torch_allocates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pysupcon.profiling.run.peak_bytes", _no_growth)
+    found = profiled(tmp_path, "--n", "2048", "--dim", "64")["loss"]
+    gradient = 2048 * 64 * 4
+    for cost in (found["predicted"], found["measured"]):
+        assert gradient < cost["peak_bytes"] < 1.5 * gradient
 
 
 def test_lines() -> None:
