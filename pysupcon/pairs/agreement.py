@@ -7,10 +7,12 @@ that precedes the exchange of rows, so all processes refuse a difference, and no
 from __future__ import annotations
 
 import math
+import numbers
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
@@ -33,7 +35,13 @@ _UNKNOWN = math.inf
 _PARAMETERS = 4
 """Number of parameters of one loss that are compared, fixed because the messages of all losses must have the
 same size"""
+_UNUSED = [(f"unused {slot}", None) for slot in range(_PARAMETERS)]
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _pack(number: float) -> int:
+    """The bits of a float64 as an integer."""
+    return int(struct.unpack("<q", struct.pack("<d", number))[0])
 
 
 class Code(int):
@@ -54,14 +62,20 @@ class Code(int):
 
         Args:
             value: what must be the same.
-            learnable: whether a difference is no error.
+            learnable: whether the value is a tensor whose difference is no error.
         """
-        tensor: Tensor | None = None
+        if not isinstance(value, Tensor):
+            return cls._of_value(value)
+        readable = value.device.type == "cpu" and is_eager(value)
+        encoded = cls(_pack(value.item() if readable else _UNKNOWN))
+        encoded.kind, encoded.learnable = float, learnable
+        encoded.tensor = None if readable else value.detach()
+        return encoded
+
+    @classmethod
+    @lru_cache(maxsize=256, typed=True)  # a small loss in one process takes as long as its Python code
+    def _of_value(cls, value: Any) -> Code:
         kind: type = float
-        if isinstance(value, Tensor):
-            readable = value.device.type == "cpu" and is_eager(value)
-            tensor = None if readable else value.detach()
-            value = value.item() if readable else _UNKNOWN
         if isinstance(value, bool):
             code, kind = int(value), bool
         elif isinstance(value, torch.dtype):
@@ -72,9 +86,9 @@ class Code(int):
                 data = data[:4] + b"\0" + struct.pack("<I", zlib.crc32(data))[:3]
             code, kind = struct.unpack("<q", data.ljust(8, b"\0"))[0], str
         else:
-            code = struct.unpack("<q", struct.pack("<d", math.nan if value is None else value))[0]
+            code = _pack(math.nan if value is None else value)
         encoded = cls(code)
-        encoded.kind, encoded.learnable, encoded.tensor = kind, learnable, tensor
+        encoded.kind = kind
         return encoded
 
     def decode(self, code: int) -> Any:
@@ -131,6 +145,13 @@ def _show_ranks(ranks: list[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {text}"
 
 
+def _comparable(value: Any) -> Any:
+    """A parameter of a loss; None if it is of a kind that cannot be compared."""
+    if isinstance(value, Tensor):
+        return value if value.numel() == 1 else None
+    return value if isinstance(value, (bool, numbers.Real, str)) else None
+
+
 class Terms:
     """What the processes of one call of a loss must share, and the start of their communication.
 
@@ -156,7 +177,8 @@ class Terms:
             "whether candidates are given": options["candidates"] is not None,
             "whether a mask is given": mask is not None,
         }
-        own = [*parameters.items(), *((f"unused {slot}", None) for slot in range(_PARAMETERS))]
+        own = [(name, _comparable(value)) for name, value in parameters.items()]
+        own += _UNUSED
         self._rest = {
             "whether labels are given": labels is not None,
             "whether instances are given": options["instances"] is not None,
