@@ -79,6 +79,7 @@ TRAFFIC = [("traffic", name, mode, "float32", "views") for name in worker.LOSSES
 WRAPPED_BATCHES = ("equal", "ragged", "empty")
 BEHAVIOUR: list[tuple[Any, ...]] = [
     *[("not_finite", mode) for mode in worker.MODES],
+    *[("one_sample", mode, classes) for mode in worker.MODES for classes in (1, 4)],
     ("no_positive",),
     ("stochastic",),
     *[("wrapped", kind, batches) for kind in gradcache_wrappers.KINDS for batches in WRAPPED_BATCHES],
@@ -239,6 +240,40 @@ def test_bytes(world: int, case: tuple[Any, ...], results: list[dict[Any, Any]])
 def test_features_that_are_not_finite(world: int, mode: str, results: list[dict[Any, Any]]) -> None:
     for result in results:
         assert "features must be finite" in result["not_finite", mode]
+
+
+def _one_sample(results: list[dict[Any, Any]], mode: str, classes: int) -> dict[str, Tensor]:
+    """[batches, samples, views, D]"""
+    parts = [result["one_sample", mode, classes] for result in results]
+    return {name: torch.cat([torch.stack(part[name]) for part in parts], dim=1) for name in parts[0]}
+
+
+@pytest.mark.parametrize("mode", worker.MODES)
+@pytest.mark.parametrize("world", EVERYDAY)
+def test_cnce_of_one_sample_per_process(world: int, mode: str, results: list[dict[Any, Any]]) -> None:
+    """Attraction and repulsion almost cancel if the other view is by far the most similar row. The error is
+    the rounding of these terms, and not larger than that of a dense float32 loss."""
+    found = _one_sample(results, mode, 1)
+    norms = {name: gradient.flatten(1).norm(dim=1) for name, gradient in found.items()}
+    assert (norms["truth"] / norms["terms"]).min() < 5e-3, "nothing cancels"
+    errors, dense_errors = (
+        ((found[name] - found["truth"]).flatten(1).norm(dim=1) / norms["terms"]).max()
+        for name in ("got", "dense")
+    )
+    # Rounding of a similarity of up to 1 / 0.07 moves a weight by eps / 0.07.
+    assert errors < torch.finfo(torch.float32).eps / 0.07
+    assert errors < 3 * dense_errors
+
+
+@pytest.mark.parametrize("mode", worker.MODES)
+@pytest.mark.parametrize("world", EVERYDAY)
+def test_cnce_of_one_sample_per_process_and_class(
+    world: int, mode: str, results: list[dict[Any, Any]]
+) -> None:
+    """The only positive of an anchor is its other view: the gradient is 0, without rounding."""
+    found = _one_sample(results, mode, 4)
+    assert not found["got"].any()
+    assert not found["truth"].any()
 
 
 @pytest.mark.parametrize("world", EVERYDAY)

@@ -287,6 +287,42 @@ def not_finite(mode: str) -> str:
     return ""
 
 
+def one_sample(mode: str, classes: int) -> dict[str, list[Tensor]]:
+    """cNCE in float32 with one sample of two views per process: 20 batches.
+
+    Returns for each batch the gradient of this process, its exact value, that of a dense float32 loss, and
+    the sum of the absolute values of its terms.
+    """
+    rank, world, temperature = dist.get_rank(), dist.get_world_size(), 0.07
+    labels = torch.arange(world) % classes
+    others = ~torch.eye(2 * world, dtype=torch.bool)
+    samples, same = torch.arange(world).repeat_interleave(2), labels.repeat_interleave(2)
+    own_views = (samples[:, None] == samples) & others
+    positives = (same[:, None] == same) & others
+    dense = LOSSES["cnce"][0](temperature, backend="reference")
+    results: dict[str, list[Tensor]] = {"got": [], "truth": [], "dense": [], "terms": []}
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        features = torch.randn(world, 1, 16, generator=generator)  # the views of a sample are similar
+        features = F.normalize(features + torch.randn(world, 2, 16, generator=generator), dim=-1)
+
+        def gradient(criterion: nn.Module, features: Tensor, labels: Tensor) -> Tensor:
+            features = features.clone().requires_grad_()
+            criterion(features, labels).backward()
+            return features.grad.double()
+
+        own = slice(rank, rank + 1)
+        gathered = LOSSES["cnce"][0](temperature, gather=MODES[mode])
+        results["got"].append(gradient(gathered, features[own], labels[own]) / world)
+        results["truth"].append(gradient(dense, features.double(), labels)[own])
+        results["dense"].append(gradient(dense, features, labels)[own])
+        rows = features.double().flatten(0, 1)
+        similarity = (rows @ rows.T / temperature).masked_fill(~positives, -torch.inf)
+        weights = (similarity.softmax(dim=1) + own_views) / (len(rows) * temperature)
+        results["terms"].append(((weights + weights.T) @ rows.abs()).view_as(features)[own])
+    return results
+
+
 def no_positive() -> dict[str, Any]:
     """No process has a positive: the loss is 0, connected to the graph, with a warning."""
     features = torch.randn(3, WIDTH, requires_grad=True)
@@ -376,7 +412,7 @@ def pair_statistics(mode: str) -> dict[str, Any]:
 CASES: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
-        embeddings, training, stochastic, traffic, not_finite, no_positive, without_gather,
+        embeddings, training, stochastic, traffic, not_finite, one_sample, no_positive, without_gather,
         subgroup, compiled, pair_statistics, wrapped, gradcache_wrappers.static_graph_twice,
     )
 }  # fmt: skip
