@@ -19,7 +19,8 @@ are given, rows with the same id on two processes are views of one sample.
 All else must be the same: the loss and its parameters, ``reduction``, ``normalize``, ``gather``, which
 arguments are given, whether gradients are wanted, number of views, D and dtype. One message compares them
 before any rows are sent. If a value differs, or if a process refuses its arguments, all processes raise an
-error that names the value and the ranks. Numbers are the same if they differ by at most 1e-6 of the larger
+error that names the value and the ranks. On a CPU all processes also refuse rows of one process that are not
+finite or too large. Numbers are the same if they differ by at most 1e-6 of the larger
 one, because each process may compute a schedule. A learnable temperature that differs by more than 1e-4
 causes a warning, once, and no error. A temperature or ``base_temperature`` on a GPU is compared only if the
 process group has no CPU backend; otherwise the host would have to wait for the GPU.
@@ -42,7 +43,7 @@ sends as many):
     rows            (N - M) D e; for a ring once more in the backward, and for SINCERE twice each way
     labels          8 per sample of another process; the same for given instances
     backward        at most 16 per row (32 for float64 rows; see :mod:`pysupcon.pairs.gathered`)
-    arguments       one message of 176 from each process
+    arguments       one message of 184 from each process
 Gradients of rows are not communicated. Batches of unequal size are padded to the largest, except for a ring.
 
 Every process must call the loss with ``gather``, and its backward, equally often. Under ``torch.compile`` the
@@ -54,7 +55,7 @@ process group also has a CPU backend (``init_process_group()`` without a backend
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -62,7 +63,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pysupcon.caller import warn_caller
-from pysupcon.pairs.agreement import Code, describe_difference
+from pysupcon.pairs.agreement import Code, check_norms, describe_difference, largest_norm
 from pysupcon.pairs.global_batch import Block
 from pysupcon.ranges import named, region
 
@@ -224,7 +225,8 @@ def _exchange_arguments(
     GPU would block the host. A temperature on a GPU is compared only if the message is on the GPU, too.
 
     Raises:
-        ValueError: on every process, if a value that must be the same differs.
+        ValueError: on every process, if a value that must be the same differs, or if rows of a process on a
+            CPU are not finite or too large.
     """
     codes = {
         **must_match,
@@ -235,23 +237,29 @@ def _exchange_arguments(
     }
     backends = dist.get_backend_config(group)
     device = torch.device("cpu") if "cpu:" in backends else features.device
-    own = torch.tensor([features.shape[0], *codes.values()], device=device)
-    for column, code in enumerate(codes.values(), start=1):
+    norm = Code.of(largest_norm(features))
+    own = torch.tensor([features.shape[0], norm, *codes.values()], device=device)
+    for column, code in enumerate(codes.values(), start=2):
         if isinstance(code, Code) and code.tensor is not None and device.type == code.tensor.device.type:
             own[column] = code.tensor.double().view(torch.int64)
     world = _world_size(group)
     gathered = _all_gather(own.unsqueeze(0), (1,) * world, group).tolist()
-    if any(row[1:] != gathered[0][1:] for row in gathered):
-        _compare(codes, [row[1:] for row in gathered], group)
+    ranks = range(world) if group is None else dist.get_process_group_ranks(group)
+    if any(row[2:] != gathered[0][2:] for row in gathered):
+        _compare(codes, [row[2:] for row in gathered], ranks)
+    norms = [norm.decode(row[1]) for row in gathered]
+    temperature = codes.get("temperature")
+    if isinstance(temperature, Code):
+        column = 2 + list(codes).index("temperature")
+        check_norms(norms, [temperature.decode(row[column]) for row in gathered], ranks)
     return tuple(row[0] for row in gathered)
 
 
-def _compare(codes: dict[str, int], gathered: list[list[int]], group: ProcessGroup | None) -> None:
+def _compare(codes: dict[str, int], gathered: list[list[int]], ranks: Sequence[int]) -> None:
     """Refuses the first of ``codes`` that differs between the processes; ``gathered``: codes by process."""
     for (name, own), values in zip(codes.items(), zip(*gathered, strict=True), strict=True):
         code = own if isinstance(own, Code) else Code(own)
         if not code.same(values):
-            ranks = range(len(values)) if group is None else dist.get_process_group_ranks(group)
             message = describe_difference(name, code, values, ranks)
             if not code.learnable:
                 raise ValueError(message)

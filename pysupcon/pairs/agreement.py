@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 import struct
+import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -22,7 +23,7 @@ from torch import Tensor
 from pysupcon.pairs.global_batch import Communicator, Gather
 from pysupcon.pairs.modes import is_eager
 
-__all__ = ["Code", "Terms", "describe_difference"]
+__all__ = ["Code", "Terms", "check_norms", "describe_difference", "largest_norm"]
 
 _RELATIVE = 1e-6
 """Relative difference up to which two numbers count as the same: a schedule that every process computes for
@@ -35,6 +36,8 @@ _UNKNOWN = math.inf
 _PARAMETERS = 4
 """Number of parameters of one loss that are compared, fixed because the messages of all losses must have the
 same size"""
+_LARGEST_SIMILARITY = 7e14
+"""Below the limit of the kernels, 7.8e14, so that no process reaches that limit alone"""
 _UNUSED = [(f"unused {slot}", None) for slot in range(_PARAMETERS)]
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -81,7 +84,7 @@ class Code(int):
         elif isinstance(value, torch.dtype):
             code, kind = _DTYPES.index(value), torch.dtype
         elif isinstance(value, str):
-            data = value.encode()
+            data = value.encode(errors="replace")
             if len(data) > 8:
                 data = data[:4] + b"\0" + struct.pack("<I", zlib.crc32(data))[:3]
             code, kind = struct.unpack("<q", data.ljust(8, b"\0"))[0], str
@@ -135,7 +138,7 @@ def describe_difference(name: str, own: Code, codes: Sequence[int], ranks: Seque
     return f"{name} must be the same in all processes: {parts}"
 
 
-def _show_ranks(ranks: list[int]) -> str:
+def _show_ranks(ranks: Sequence[int]) -> str:
     """[0, 1, 2, 5] -> "ranks 0-2 and 5"."""
     runs = []
     for _, group in groupby(enumerate(ranks), lambda pair: pair[1] - pair[0]):
@@ -143,6 +146,43 @@ def _show_ranks(ranks: list[int]) -> str:
         runs.append(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}")
     text = " and ".join(filter(None, [", ".join(runs[:-1]), runs[-1]]))
     return f"rank{'s' if len(ranks) > 1 else ''} {text}"
+
+
+def largest_norm(features: Tensor) -> float:
+    """The largest norm of a row; inf if a number is not finite, -1 on a GPU, where it is not read."""
+    if features.device.type != "cpu" or not is_eager(features):
+        return -1.0
+    if not features.numel():
+        return 0.0
+    rows = features.detach()
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    largest = float(torch.linalg.vector_norm(rows, dim=-1, dtype=dtype).max())
+    if math.isfinite(largest):
+        return largest
+    return sys.float_info.max if rows.isfinite().all() else math.inf
+
+
+def check_norms(norms: Sequence[float], temperatures: Sequence[float], ranks: Sequence[int]) -> None:
+    """Checks on every process what the kernels check on the processes that see the rows.
+
+    Args:
+        norms: :func:`largest_norm` of each process.
+        temperatures: of each process.
+        ranks: of these processes.
+
+    Raises:
+        ValueError: features are not finite, or too large for their similarities.
+    """
+    bad = [rank for rank, norm in zip(ranks, norms, strict=True) if norm == math.inf]
+    if bad:
+        raise ValueError(f"features must be finite, got NaN or infinity on {_show_ranks(bad)}")
+    largest, temperature = max(norms), min(temperatures)
+    if largest * (largest / temperature) > _LARGEST_SIMILARITY:
+        ranks = [rank for rank, norm in zip(ranks, norms, strict=True) if norm == largest]
+        raise ValueError(
+            "features must be small enough for their similarities; the largest |features| |features| / "
+            f"temperature is beyond 7e14 (on {_show_ranks(ranks)})"
+        )
 
 
 def _comparable(value: Any) -> Any:
@@ -184,18 +224,18 @@ class Terms:
             "whether instances are given": options["instances"] is not None,
             "loss": loss,
             "reduction": options["reduction"],
-            "normalize": bool(options["normalize"]),
+            "normalize": options["normalize"],
             **dict(own[:_PARAMETERS]),
         }
 
     def begin(self, features: Tensor, temperature: float | Tensor) -> Communicator | None:
         """Sends the checked arguments; see :meth:`pysupcon.pairs.global_batch.Gather.begin`."""
-        given = isinstance(temperature, Tensor)
+        enabled, given = torch.is_grad_enabled(), isinstance(temperature, Tensor)
         learnable = isinstance(temperature, Tensor) and temperature.requires_grad
-        gradient = torch.is_grad_enabled() and (features.requires_grad or learnable)
-        # Without gradients (in an evaluation) a tensor may be a learnable temperature.
-        learnable = learnable or (given and not torch.is_grad_enabled())
-        return self._send(features, True, self._rest, gradient, Code.of(temperature, learnable=learnable))
+        gradient = enabled and (features.requires_grad or learnable)
+        learnable = learnable or (given and not enabled)  # in an evaluation a tensor may be learnable
+        rest = {**self._rest, "normalize": bool(self._rest["normalize"])}
+        return self._send(features, True, rest, gradient, Code.of(temperature, learnable=learnable))
 
     def refuse(self) -> None:
         """Sends that this process refuses its arguments, unless :meth:`begin` was called: the other processes
@@ -204,7 +244,7 @@ class Terms:
             device = self.features.device if isinstance(self.features, Tensor) else None
             with suppress(Exception):  # this process raises its own error
                 rest = dict.fromkeys(self._rest, False)
-                self._send(torch.empty((0, 1), device=device), False, rest, False, Code.of(None))
+                self._send(torch.empty((0, 1), device=device), False, rest, False, Code.of(1.0))
 
     def _send(
         self, features: Tensor, valid: bool, rest: dict[str, Any], gradient: bool, temperature: Code

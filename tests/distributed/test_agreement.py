@@ -6,6 +6,7 @@ The processes of one world size are started once and run all cases (tests/helper
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -13,18 +14,24 @@ import torch
 from helpers import agreement_worker as worker
 from helpers import processes
 
-from pysupcon.pairs.agreement import Code, describe_difference
+from pysupcon.pairs.agreement import Code, describe_difference, largest_norm
 
 SECONDS = 300  # only reached by a hang
 WORLDS = (2, 3)
 UNSUPPORTED = ("contrast_mode", "candidates", "mask")
 UNCHECKED = ("temperature", "epsilon", "alpha", "reduction none")
+BAD_ROWS = {
+    "not finite": "features must be finite, got NaN or infinity on rank {}",
+    "too large": "features must be small enough for their similarities; the largest |features| |features| / "
+    "temperature is beyond 7e14 (on rank {})",
+}
 CASES: list[processes.Case] = [
     *[("differing", what, mode) for what in worker.DIFFERENCES for mode in worker.MODES],
     *[("invalid", what, mode) for what in worker.INVALID for mode in worker.MODES],
     *[("unsupported", what) for what in UNSUPPORTED],
     ("gather_mode",),
     ("last_bits",),
+    *[("bad_rows", what, mode) for what in BAD_ROWS for mode in worker.MODES],
     *[("unchecked", name) for name in UNCHECKED],
     ("learnable", "ddp"),
     ("learnable", "alone"),  # it warns once only
@@ -75,6 +82,31 @@ def test_unsupported_arguments_of_all_processes(what: str, results: processes.Re
 def test_the_last_bits_of_a_schedule_may_differ(results: processes.Results) -> None:
     for result in results:
         assert result["last_bits",] == ""
+
+
+@pytest.mark.parametrize("mode", worker.MODES)
+@pytest.mark.parametrize("what", BAD_ROWS)
+def test_rows_of_one_process_that_no_loss_accepts(what: str, mode: str, results: processes.Results) -> None:
+    """Also processes that would not compare these rows with others of their size refuse them."""
+    message = BAD_ROWS[what].format(len(results) - 1)
+    for result in results:
+        assert result["bad_rows", what, mode] == [f"ValueError: {message}", ""]
+
+
+@pytest.mark.parametrize(
+    ("rows", "norm"),
+    [
+        (torch.empty(0, 3), 0.0),
+        (torch.tensor([[3.0, 4.0], [0.0, 1.0]]), 5.0),
+        (torch.tensor([[[3e4, 4e4]]], dtype=torch.float16), 5e4),  # its square is infinite in float16
+        (torch.tensor([[3e30, 4e30]]), sys.float_info.max),
+        (torch.tensor([[1.0, -math.inf], [0.0, 1.0]]), math.inf),
+        (torch.tensor([[1.0, 0.0], [math.nan, 1.0]]), math.inf),
+        (torch.empty(2, 3, device="meta"), -1.0),  # on another device nothing is read
+    ],
+)
+def test_largest_norm(rows: torch.Tensor, norm: float) -> None:
+    assert largest_norm(rows) == pytest.approx(norm, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", UNCHECKED)

@@ -133,6 +133,9 @@ DIFFERENCES: dict[str, tuple[str, tuple[Build, str], tuple[Build, str]]] = {
 INVALID: dict[str, tuple[Build, str]] = {
     "labels": (_call(labels=torch.rand(SAMPLES)), "ValueError: labels must be integers"),
     "features": (_call(features=[1.0]), "TypeError: features must be a float tensor"),
+    "normalize": (
+        _function(functional.supcon, normalize=torch.ones(2)), "RuntimeError: Boolean value of Tensor",
+    ),
     "backend": (_module(backend="reference"), "ValueError: gather needs a streaming backend"),
     "temperature": (
         _function(functional.supcon, temperature=10**400), "ValueError: temperature must be from 1e-12",
@@ -199,6 +202,19 @@ def last_bits() -> str:
     return _step(pysupcon.SupConLoss(temperature, gather=AllGather(dist.new_group(timeout=TIMEOUT))))
 
 
+def bad_rows(what: str, mode: str) -> list[str]:
+    """The last process has a row that no loss accepts, and process 0 has no rows or only small ones."""
+    features, _ = _batch()
+    last = dist.get_rank() == dist.get_world_size() - 1
+    changed: dict[str, Any] = {"features": features.detach().clone().requires_grad_()}
+    if last:
+        changed["features"].data[1, 1] = math.nan if what == "not finite" else 1e8
+    elif what == "not finite" and dist.get_rank() == 0:
+        changed = {"features": features[:0].detach().requires_grad_(), "labels": _LABELS[:0]}
+    gather = MODES[mode](dist.new_group(timeout=TIMEOUT))
+    return [_step(_call(**changed)(gather)), _step(_module()(gather))]
+
+
 def unchecked(name: str) -> list[list[Tensor]]:
     """Loss and gradient with the message that compares the arguments, and without it."""
     results = []
@@ -234,5 +250,5 @@ def learnable(how: str) -> dict[str, Any]:
 
 CASES = {
     function.__name__: function
-    for function in (differing, invalid, unsupported, gather_mode, last_bits, unchecked, learnable)
+    for function in (differing, invalid, unsupported, gather_mode, last_bits, bad_rows, unchecked, learnable)
 }
