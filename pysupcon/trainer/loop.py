@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,7 +19,7 @@ from pysupcon.profiling.recorder import StepRecorder
 from pysupcon.trainer import checkpoint
 from pysupcon.trainer.environment import apply_environment
 from pysupcon.trainer.files import replace_file
-from pysupcon.trainer.folders import is_restart, select_run_dir
+from pysupcon.trainer.folders import is_restart, locked_run_dir
 from pysupcon.trainer.group_dro import build_group_dro
 from pysupcon.trainer.log import StepLog, peak_memory
 from pysupcon.trainer.objective import Objective
@@ -44,7 +44,8 @@ def train(config: Config, name: str = "run") -> Path:
         The folder of the run.
 
     Raises:
-        ConfigError: the config is not valid; nothing has been written.
+        ConfigError: the config is not valid, or another process trains into the folder; nothing has been
+            written.
         RunError: the loss or the gradient is not finite, a checkpoint is damaged, or the disk is full; files
             that were written stay.
         Interrupted: a signal arrived or the time budget is used up; a checkpoint has been written.
@@ -62,11 +63,11 @@ def train(config: Config, name: str = "run") -> Path:
             data = load_data(config.data)
     if is_restart() and config.resume_from_checkpoint is None:
         config.resume_from_checkpoint = "auto"
-    run_dir = select_run_dir(config, name, processes)
-    config.output_dir = str(run_dir)
-    trainer = Trainer(config, data, run_dir)
-    with stop:
-        return trainer.fit(stop)
+    with locked_run_dir(config, name, processes) as run_dir:
+        config.output_dir = str(run_dir)
+        trainer = Trainer(config, data, run_dir)
+        with stop:
+            return trainer.fit(stop)
 
 
 class Trainer:
@@ -146,13 +147,18 @@ class Trainer:
         """
         main = self.accelerator.is_main_process
         log: StepLog | None = None
+        failure: list[str | None] = [None]
         if main:
             try:
-                self.run_dir.mkdir(parents=True, exist_ok=True)
                 replace_file(self.run_dir / CONFIG_FILE, to_yaml(self.config).encode())
                 log = StepLog(self.run_dir / LOG_FILE, self.state.done)
             except OSError as error:
-                raise RunError(f"{self.run_dir} cannot be written to: {error}") from error
+                failure[0] = f"{self.run_dir} cannot be written to: {error}"
+            except RunError as error:
+                failure[0] = str(error)
+        failure = broadcast_object_list(failure)
+        if failure[0] is not None:
+            raise RunError(failure[0])
         start_trackers(self.accelerator, self.config)
         self.accelerator.wait_for_everyone()
         try:
