@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from pysupcon.errors import RunError
-from pysupcon.trainer.run import read_log
+from pysupcon.trainer.files import replace_file
+from pysupcon.trainer.run import read_log_lines
 
 
 class StepLog:
@@ -36,6 +37,10 @@ class StepLog:
     Args:
         path: path of the file; created if missing.
         resumed_step: number of finished steps. Lines of later steps are dropped: these steps are repeated.
+
+    Raises:
+        OSError: the file cannot be written.
+        RunError: a line of an earlier step is damaged; the message names it.
     """
 
     def __init__(self, path: Path, resumed_step: int = 0) -> None:
@@ -67,14 +72,23 @@ class StepLog:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    text = path.read_text(encoding="utf-8")
-    if not text.endswith("\n"):  # the process died while it wrote a line
-        text = text[: text.rfind("\n") + 1]
-    kept = path.with_suffix(".kept")
-    kept.write_text(text, encoding="utf-8")
-    lines = [line for line in read_log(kept) if line["step"] <= step]
-    kept.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    os.replace(kept, path)
+    """Keep the lines up to ``step``. Lines that a dying process has not finished do not matter.
+
+    Raises:
+        RunError: a line that is to be kept cannot be read.
+        OSError: the file cannot be written.
+    """
+    lines = list(read_log_lines(path))
+    kept: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        done = kept[-1]["step"] if kept else 0
+        if isinstance(line, dict) and type(line.get("step")) is int:
+            if line["step"] <= step:
+                kept.append(line)
+        elif done < step and number < len(lines):
+            reason = f"not JSON: {line}" if isinstance(line, ValueError) else "without a step"
+            raise RunError(f"{path}, line {number}, is {reason}; remove the line to resume")
+    replace_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
 def peak_memory(device: torch.device) -> float:

@@ -127,7 +127,7 @@ class Trainer:
             self.validate = Validation(self.accelerator, config, data, self.objective)
         set_seed(config.seed, device_specific=True)  # dropout differs between processes
         if saved is not None:
-            self.state.restore(saved)
+            self.state.restore(*saved)
         batches = data.batch_sampler(
             seed=config.seed,
             steps=self.steps * self.batches_per_step,

@@ -17,6 +17,7 @@ from pysupcon.errors import ConfigError, Interrupted, RunError
 from pysupcon.trainer import checkpoint
 from pysupcon.trainer.checkpoint import read_checkpoint
 from pysupcon.trainer.loop import train
+from pysupcon.trainer.manifest import digest
 from pysupcon.trainer.run import load_run
 
 VIT = (
@@ -160,7 +161,7 @@ def test_foreign_code_is_not_run(interrupted: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     content = (folder / "training.pt").read_bytes()
     manifest["files"]["training.pt"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    manifest["sha256"] = checkpoint._digest(manifest)
+    manifest["sha256"] = digest(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(RunError, match=r"step_00000020 cannot be read: .*[Ww]eights.only"):
         train(config(interrupted, "--resume_from_checkpoint", "latest"))
