@@ -28,7 +28,7 @@ from torch import Tensor
 from pysupcon.config import Config, load_config, to_yaml
 from pysupcon.errors import ConfigError, RunError
 from pysupcon.trainer.config import GROUP_ACCURACIES
-from pysupcon.trainer.files import publish_folder, remove, replace_file, write_file
+from pysupcon.trainer.files import named_disk_errors, publish_folder, remove, replace_file, write_file
 from pysupcon.trainer.manifest import FORMAT, MANIFEST, NAME, digest, read_listed_file, read_manifest, step_of
 from pysupcon.trainer.run import CONFIG_FILE
 
@@ -258,10 +258,8 @@ def save_weights(weights: dict[str, Tensor], path: Path) -> None:
     Raises:
         RunError: the file could not be written.
     """
-    try:
+    with named_disk_errors(path):
         replace_file(path, pack_weights(weights))
-    except OSError as error:
-        raise RunError(f"{path} could not be written: {error.strerror or error}") from error
 
 
 def pack_weights(weights: dict[str, Tensor]) -> bytes:

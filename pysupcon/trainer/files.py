@@ -69,6 +69,19 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def named_disk_errors(path: Path) -> Iterator[None]:
+    """Raise an OSError of the block, e.g. that of a full disk, as a RunError that names ``path``.
+
+    Raises:
+        RunError: see above.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path} could not be written: {error.strerror or error}") from error
+
+
 def check_new_or_empty(output: Path) -> None:
     """Check an output folder before work is spent on its content.
 

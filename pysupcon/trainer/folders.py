@@ -6,16 +6,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 
 from pysupcon.config import Config
 from pysupcon.errors import ConfigError, RunError
 from pysupcon.trainer.checkpoint import FOLDER
 from pysupcon.trainer.lock import FolderInUse, FolderLock
 from pysupcon.trainer.run import CONFIG_FILE, LOG_FILE, WEIGHTS_FILE
+from pysupcon.trainer.setup import call_on_main_process
 
 
 def is_restart() -> bool:
@@ -43,26 +42,23 @@ def locked_run_dir(config: Config, name: str, state: PartialState) -> Iterator[P
             trains into the folder; raised on every process.
         RunError: the folder cannot be created or written; raised on every process.
     """
-    lock: FolderLock | None = None
-    outcome: list[Any] = [None, None]
-    if state.is_main_process:
+    locks: list[FolderLock] = []
+
+    def lock() -> str:
         try:
-            lock = lock_run_dir(config, name)
-            outcome[0] = str(lock.folder)
-        except ConfigError as error:
-            outcome[1] = error
+            locks.append(lock_run_dir(config, name))
+        except ConfigError:
+            raise
         except (OSError, ValueError) as error:  # ValueError: a null character in the name
-            outcome[1] = RunError(
-                f"the folder of the run, {config.output_dir or name}, cannot be used: {error}"
-            )
+            run_dir = config.output_dir or name
+            raise RunError(f"the folder of the run, {run_dir}, cannot be used: {error}") from error
+        return str(locks[0].folder)
+
     try:
-        outcome = broadcast_object_list(outcome)
-        if outcome[1] is not None:
-            raise outcome[1]
-        yield Path(outcome[0])
+        yield Path(call_on_main_process(state, lock))
     finally:
-        if lock is not None:
-            lock.release()
+        for held in locks:
+            held.release()
 
 
 def lock_run_dir(config: Config, name: str) -> FolderLock:

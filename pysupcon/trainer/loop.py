@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,7 +26,13 @@ from pysupcon.trainer.objective import Objective
 from pysupcon.trainer.optim import build_optimizer, build_scheduler
 from pysupcon.trainer.progress import report_if_slow
 from pysupcon.trainer.run import CONFIG_FILE, LOG_FILE, WEIGHTS_FILE, build_model
-from pysupcon.trainer.setup import build_accelerator, join_processes, set_threads, start_trackers
+from pysupcon.trainer.setup import (
+    build_accelerator,
+    call_on_main_process,
+    join_processes,
+    set_threads,
+    start_trackers,
+)
 from pysupcon.trainer.state import TrainingState, find_resume_checkpoint
 from pysupcon.trainer.step import TrainingStep
 from pysupcon.trainer.stop import StopRequests
@@ -145,20 +151,9 @@ class Trainer:
         Raises:
             RunError, Interrupted: see :func:`train`.
         """
-        main = self.accelerator.is_main_process
-        log: StepLog | None = None
-        failure: list[str | None] = [None]
-        if main:
-            try:
-                replace_file(self.run_dir / CONFIG_FILE, to_yaml(self.config).encode())
-                log = StepLog(self.run_dir / LOG_FILE, self.state.done)
-            except OSError as error:
-                failure[0] = f"{self.run_dir} cannot be written to: {error}"
-            except RunError as error:
-                failure[0] = str(error)
-        failure = broadcast_object_list(failure)
-        if failure[0] is not None:
-            raise RunError(failure[0])
+        logs: list[StepLog] = []
+        call_on_main_process(self.accelerator, lambda: logs.append(self._open_log()))
+        log = logs[0] if logs else None
         start_trackers(self.accelerator, self.config)
         self.accelerator.wait_for_everyone()
         try:
@@ -170,11 +165,18 @@ class Trainer:
         finally:
             if log is not None:
                 log.close()
-        if main:
-            checkpoint.save_weights(self._final_weights(), self.run_dir / WEIGHTS_FILE)
-        self.accelerator.wait_for_everyone()
+        final = self.run_dir / WEIGHTS_FILE
+        call_on_main_process(self.accelerator, lambda: checkpoint.save_weights(self._final_weights(), final))
         self.accelerator.end_training()
         return self.run_dir
+
+    def _open_log(self) -> StepLog:
+        """Write the config and open the log; called on the main process."""
+        try:
+            replace_file(self.run_dir / CONFIG_FILE, to_yaml(self.config).encode())
+            return StepLog(self.run_dir / LOG_FILE, self.state.done)
+        except OSError as error:
+            raise RunError(f"{self.run_dir} cannot be written to: {error}") from error
 
     def _loop(self, log: StepLog | None, stop: StopRequests) -> None:
         trainer, state = self.config.trainer, self.state

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import gather_object, set_seed
 from torch import nn
 
 from pysupcon.config import Config
-from pysupcon.errors import ConfigError, RunError
+from pysupcon.errors import RunError
 from pysupcon.trainer import checkpoint
 from pysupcon.trainer.checkpoint import Checkpoint
 from pysupcon.trainer.environment import dynamo_backend
 from pysupcon.trainer.folders import is_restart
 from pysupcon.trainer.progress import print_line, report_if_slow
+from pysupcon.trainer.setup import call_on_main_process
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -89,8 +90,8 @@ class TrainingState:
         """
         accelerator, config = self.accelerator, self.config
         random_states = gather_object([random_state(accelerator.device)])
-        outcome: list[str | None] = [None, None]
-        if accelerator.is_main_process:
+
+        def write() -> str:
             epoch, step = divmod(self.done, self.steps_per_epoch)
             content = Checkpoint(
                 step=self.done,
@@ -108,19 +109,13 @@ class TrainingState:
                 compiled=dynamo_backend(),
                 threads=_threads(accelerator),
             )
-            try:
-                with report_if_slow(f"writing a checkpoint of step {self.done}"):
-                    keep, best_by = config.trainer.keep_checkpoints, config.trainer.best_by
-                    path = checkpoint.save_checkpoint(
-                        self.run_dir, content, config, keep=keep, best_by=best_by
-                    )
-                outcome[0] = str(path)
-            except RunError as error:
-                outcome[1] = str(error)
-        outcome = broadcast_object_list(outcome)
-        if outcome[0] is None:
-            raise RunError(outcome[1])
-        return Path(outcome[0])
+            keep, best_by = config.trainer.keep_checkpoints, config.trainer.best_by
+            with report_if_slow(f"writing a checkpoint of step {self.done}"):
+                return str(
+                    checkpoint.save_checkpoint(self.run_dir, content, config, keep=keep, best_by=best_by)
+                )
+
+        return Path(call_on_main_process(accelerator, write))
 
     def restore(self, path: Path, saved: Checkpoint) -> None:
         """Load a checkpoint. Every process calls this.
@@ -219,19 +214,13 @@ def find_resume_checkpoint(
         which = "auto" if which is None or checkpoint.checkpoints(run_dir) else which
     if which is None:
         return None
-    found: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            with report_if_slow("reading the checkpoint"):
-                found[0] = _read_and_report(config, run_dir, which, accelerator)
-        except (ConfigError, RunError) as error:
-            found[1] = error
-    if accelerator.num_processes > 1:
-        found = broadcast_object_list(found)
-    if found[1] is not None:
-        raise found[1]
-    checkpoint_read: tuple[Path, Checkpoint] | None = found[0]
-    return checkpoint_read
+
+    def read() -> tuple[Path, Checkpoint] | None:
+        with report_if_slow("reading the checkpoint"):
+            return _read_and_report(config, run_dir, which, accelerator)
+
+    found: tuple[Path, Checkpoint] | None = call_on_main_process(accelerator, read)
+    return found
 
 
 def _read_and_report(

@@ -259,3 +259,24 @@ def test_load_run_names_what_is_wrong(finished: Path, tmp_path: Path) -> None:
     (folder / "log.jsonl").write_text(json.dumps({"step": 1}) + "\n{")
     with pytest.raises(RunError, match=r"log.jsonl, line 2, is not JSON"):
         load_run(folder).log()
+
+
+@pytest.mark.parametrize("threads", [2, 1, None], ids=["other", "same", "old checkpoint"])
+def test_another_number_of_threads_is_reported(
+    interrupted: Path, capsys: pytest.CaptureFixture[str], threads: int | None
+) -> None:
+    """Sums over threads are rounded in another order, so the result differs."""
+    path = interrupted / "checkpoints/step_00000020"
+    manifest = checkpoint.read_manifest(path)
+    assert manifest["threads"] == 1
+    manifest["threads"] = threads
+    if threads is None:
+        del manifest["threads"]
+    manifest["sha256"] = digest(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(Interrupted):
+        train(config(interrupted, "--resume_from_checkpoint", "latest", "--trainer.time_budget", "1e-9"))
+    said = capsys.readouterr().err
+    change = "changed: CPU threads per process: 2 -> 1: sums are rounded in another order, so the run will"
+    assert (change in said) == (threads == 2)
+    assert ("CPU threads" in said) == (threads == 2)
