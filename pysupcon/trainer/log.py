@@ -13,12 +13,15 @@ from typing import Any
 import torch
 
 from pysupcon.errors import RunError
-from pysupcon.trainer.files import replace_file
+from pysupcon.trainer.files import named_disk_errors, replace_file
 from pysupcon.trainer.run import read_log_lines
 
 
 class StepLog:
     """Append lines to ``log.jsonl``; :meth:`write` flushes each line.
+
+    Attributes:
+        failure: the first error of the disk, after which nothing more is written; None if there is none.
 
     Fields of a line:
         step, epoch: progress after the step.
@@ -46,28 +49,33 @@ class StepLog:
     def __init__(self, path: Path, resumed_step: int = 0) -> None:
         if path.exists():
             _drop_after(path, resumed_step)
+        self.failure: OSError | None = None
         self._path = path
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append one line.
-
-        Raises:
-            RunError: the line could not be written.
-        """
+        """Append one line. An error of the disk sets ``failure`` and is raised by :meth:`sync`."""
         try:
-            self._file.write(json.dumps(values) + "\n")
-            self._file.flush()
+            if self.failure is None:
+                self._file.write(json.dumps(values) + "\n")
+                self._file.flush()
         except OSError as error:
-            raise RunError(f"{self._path} could not be written: {error.strerror or error}") from error
+            self.failure = error
 
     def sync(self) -> None:
-        """Sync all lines to disk."""
-        os.fsync(self._file.fileno())
+        """Sync all lines to disk.
+
+        Raises:
+            RunError: a line could not be written.
+        """
+        with named_disk_errors(self._path):
+            if self.failure is not None:
+                raise self.failure
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
-        with suppress(OSError):  # write has already reported an error
+        with suppress(OSError):  # sync has already reported an error
             self._file.close()
 
 

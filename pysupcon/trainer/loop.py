@@ -171,10 +171,11 @@ class Trainer:
         return self.run_dir
 
     def _open_log(self) -> StepLog:
-        """Write the config and open the log; called on the main process."""
+        """Open the log and write the config; called on the main process."""
         try:
+            log = StepLog(self.run_dir / LOG_FILE, self.state.done)
             replace_file(self.run_dir / CONFIG_FILE, to_yaml(self.config).encode())
-            return StepLog(self.run_dir / LOG_FILE, self.state.done)
+            return log
         except OSError as error:
             raise RunError(f"{self.run_dir} cannot be written to: {error}") from error
 
@@ -187,6 +188,11 @@ class Trainer:
         bar = tqdm(total=self.steps, initial=state.done, desc="train", unit="step", disable=log is None)
         images_per_step = self.config.data.batch_size * self.config.data.views * self.batches_per_step
         batches, start = iter(self.loader), time.perf_counter()
+
+        def sync_log() -> None:
+            if log is not None:
+                log.sync()
+
         with bar:
             while state.done < self.steps:
                 learning_rate = self.scheduler.get_last_lr()[0]
@@ -197,7 +203,10 @@ class Trainer:
                 )
                 with recorder.step(state.done + 1):
                     step_batches = islice(batches, self.batches_per_step)
-                    values, stopping = self.step(step_batches, state.done + 1, stop.reason is not None)
+                    failed = log is not None and log.failure is not None
+                    values, stopping = self.step(
+                        step_batches, state.done + 1, stop.reason is not None or failed
+                    )
                 state.done += 1
                 if self.ema is not None:
                     self.ema.update(self.network, state.done)
@@ -221,8 +230,7 @@ class Trainer:
                 bar.update()
                 bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:,.0f} images/s", refresh=False)
                 if due or stopping:
-                    if log is not None:
-                        log.sync()
+                    call_on_main_process(self.accelerator, sync_log)
                     path = state.save(metrics)
                     if stopping:
                         self._interrupt(stop, path)

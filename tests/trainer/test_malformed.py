@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from helpers.training_server import TrainingServer, start_training_server  # noq
 
 from pysupcon.config import Config, parse_args
 from pysupcon.errors import RunError
+from pysupcon.profiling.recorder import StepRecorder
 from pysupcon.train import main
 from pysupcon.trainer import log
 from pysupcon.trainer.checkpoint import checkpoints, read_checkpoint, read_manifest
@@ -268,20 +270,11 @@ def test_a_damaged_line_in_a_log_is_named(
     path = folder / "log.jsonl"
     lines = path.read_bytes().splitlines()
     path.write_bytes(b"\n".join([*lines[:4], line, *lines[5:]]) + b"\n")
-    said = refusal_of_log(folder, capsys)
+    said = refusal(folder, capsys, "--resume_from_checkpoint", "latest", "--trainer.epochs", "3")
     assert f"{path}, line 5, is " in said
     if line != b'{"step": "a"}':
         with pytest.raises(RunError, match=rf"^{path}, line 5, is not JSON: .*$"):
             read_log(path)
-
-
-def refusal_of_log(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    before = (folder / "log.jsonl").read_bytes()
-    assert main(arguments(folder, "--resume_from_checkpoint", "latest")) == 1
-    assert (folder / "log.jsonl").read_bytes() == before
-    printed = capsys.readouterr().err
-    assert "Traceback" not in printed
-    return printed.strip().splitlines()[-1]
 
 
 # --- a disk that is full or read-only
@@ -326,6 +319,38 @@ def test_a_disk_that_cannot_be_written(
     assert str(tmp_path / "run") in said
     assert reason in said
     assert not (tmp_path / "run/.lock").exists()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_log_that_cannot_grow(tmp_path: Path, server: TrainingServer, processes: int) -> None:
+    """The disk of the log is full between two checkpoints: all processes end together."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = shutil.which("mount")
+    if mount is None or os.geteuid() != 0:
+        pytest.skip("a small file system needs root and mount")
+    made = subprocess.run([mount, "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(place)], capture_output=True)
+    if made.returncode != 0:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        endless = ("--trainer.epochs", "1000", "--trainer.checkpoint_epochs", "1000", "--loss.gather", "true")
+        assert server.run(arguments(place / "run", *endless), processes=processes) == 1
+        said = server.output()
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+    message = f"train.py: error: {place}/run/log.jsonl could not be written: No space left on device\n"
+    assert said.count(message) == 1
+    assert "Traceback" not in said
+
+
+def test_a_profile_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "profile").write_text("")
+    recorder = StepRecorder([1], tmp_path / "profile", torch.device("cpu"))
+    with (
+        pytest.raises(RunError, match=rf"^{tmp_path}/profile/step-1 could not be written: .*Not a directory"),
+        recorder.step(1),
+    ):
+        torch.ones(2).sum()
 
 
 # --- names
