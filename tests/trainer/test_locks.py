@@ -142,14 +142,25 @@ def test_a_killed_training_frees_its_folder(server: TrainingServer, tmp_path: Pa
 
 
 def test_a_fork_does_not_keep_the_lock(tmp_path: Path) -> None:
+    """The holder dies without a release, and its child lives on."""
     held = FolderLock(tmp_path)
-    pid = in_fork(lambda: time.sleep(600))
+    runs_read, runs_write = os.pipe()
+
+    def live() -> None:
+        os.write(runs_write, b"x")
+        time.sleep(600)
+
+    pid = in_fork(live)
     try:
-        held.release()
+        os.read(runs_read, 1)
+        lock._held.discard(held._descriptor)
+        os.close(held._descriptor)
         FolderLock(tmp_path).release()
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+        os.close(runs_read)
+        os.close(runs_write)
 
 
 def test_a_lock_file_of_another_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
