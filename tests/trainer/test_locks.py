@@ -104,11 +104,13 @@ def test_a_second_training_leaves_the_first_untouched(server: TrainingServer, tm
     refused: list[str] = []
 
     def resume() -> None:
-        for which in ("auto", str(folder / "checkpoints/step_00000010")):
-            with pytest.raises(FolderInUse) as told:
-                train(config(folder, "--resume_from_checkpoint", which, "--seed", "3"))
-            refused.append(str(told.value))
-        os.kill(server.pid(0), signal.SIGTERM)
+        try:
+            for which in ("auto", str(folder / "checkpoints/step_00000010")):
+                with pytest.raises(FolderInUse) as told:
+                    train(config(folder, "--resume_from_checkpoint", which, "--seed", "3"))
+                refused.append(str(told.value))
+        finally:
+            os.kill(server.pid(0), signal.SIGTERM)
 
     thread = after_log_lines(folder, 12, resume)
     assert server.run(arguments(folder, *ENDLESS)) == EX_TEMPFAIL, server.output()
