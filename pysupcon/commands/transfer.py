@@ -32,6 +32,7 @@ from pysupcon.evaluators import (
 )
 from pysupcon.reports.charts import draw_confusion
 from pysupcon.reports.report import Picture, Report, metrics_of
+from pysupcon.trainer.files import named_disk_errors
 from pysupcon.trainer.run import Run, open_run
 
 FOLDER = "transfer"
@@ -139,15 +140,16 @@ def transfer_run(run: Run | str | Path, arguments: TransferArguments) -> Report:
             results.append((name, value))
     dataset = arguments.data.dataset
     folder = run.dir / FOLDER / dataset
-    folder.mkdir(parents=True, exist_ok=True)
     title = f"Transfer of {run.dir.resolve().name} to {dataset}"
-    draw_confusion(
-        folder / CONFUSION_FILE,
-        outcomes["labels/fine"].numpy(),
-        outcomes["transfer/predicted"].numpy(),
-        title=title,
-        names=dict(enumerate(data.fine_names)),
-    )
+    with named_disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        draw_confusion(
+            folder / CONFUSION_FILE,
+            outcomes["labels/fine"].numpy(),
+            outcomes["transfer/predicted"].numpy(),
+            title=title,
+            names=dict(enumerate(data.fine_names)),
+        )
     report = Report(
         title=title,
         metrics=metrics_of(results, unit_of),
@@ -162,7 +164,8 @@ def transfer_run(run: Run | str | Path, arguments: TransferArguments) -> Report:
         pictures=[Picture(CONFUSION_FILE, f"Confusion matrix of the linear head on {dataset}.")],
         confidence=arguments.bootstrap.confidence,
     )
-    write_results(folder, report, outcomes)
+    with named_disk_errors(folder):
+        write_results(folder, report, outcomes)
     return report
 
 

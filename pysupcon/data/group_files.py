@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from pysupcon.errors import ConfigError
 ANNOTATED = "annotated"
 FORMAT = "1"
 _SPLITS = ("train", "val")
+_TENSORS = (*_SPLITS, "parent")
 
 
 @dataclass(frozen=True)
@@ -90,20 +92,28 @@ def write_groups(
     """Write a groups file (safetensors).
 
     Args:
-        path: the file; its folder is created.
+        path: the file; its folder is created. An existing file is replaced when the new one is complete.
         groups: ``made_from`` holds JSON values; error messages of :func:`read_groups` show its "data".
         samples, labels: those of "train" and "val"; the file stores their fingerprints.
     """
     from safetensors.torch import save
 
+    made_from = json.dumps(dict(groups.made_from), sort_keys=True)
+    tensors = {name: getattr(groups, name).contiguous() for name in _TENSORS}
     metadata = {
         "format": FORMAT,
-        "made_from": json.dumps(dict(groups.made_from), sort_keys=True),
+        "made_from": made_from,
+        "sha256": _checksum(tensors, made_from),
         **{name: fingerprint(samples[name], labels[name]) for name in _SPLITS},
     }
-    tensors = {"train": groups.train, "val": groups.val, "parent": groups.parent}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
+    temporary = path.with_name(f".writing_{path.name}")
+    try:
+        temporary.write_bytes(save(tensors, metadata))
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_groups(path: Path, samples: Mapping[str, Samples], labels: Mapping[str, Tensor]) -> Groups:
@@ -114,11 +124,15 @@ def read_groups(path: Path, samples: Mapping[str, Samples], labels: Mapping[str,
         samples, labels: those of "train" and "val" in this run.
 
     Raises:
-        ConfigError: the file is missing or damaged, or was made for other samples.
+        ConfigError: the file is missing, damaged or malformed, or was made for other samples.
     """
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
+    try:
+        is_file = path.is_file()
+    except OSError:  # e.g. a name of more than 255 characters
+        is_file = False
+    if not is_file:
         raise ConfigError(
             f"data.groups must be {ANNOTATED} or a file that `python -m pysupcon infer-groups` wrote, "
             f"but there is no file {path}"
@@ -126,14 +140,24 @@ def read_groups(path: Path, samples: Mapping[str, Samples], labels: Mapping[str,
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-        if metadata.get("format") != FORMAT:
-            raise ConfigError(
-                f"data.groups {path} has the format {metadata.get('format')}, this version reads {FORMAT}"
-            )
-        groups = Groups(**{name: tensors[name].long() for name in ("train", "val", "parent")},
-                        made_from=json.loads(metadata["made_from"]))  # fmt: skip
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+            if metadata.get("format") != FORMAT:
+                raise ConfigError(
+                    f"data.groups {path} has the format {metadata.get('format')}, this version reads {FORMAT}"
+                )
+            tensors = {name: file.get_tensor(name) for name in _TENSORS}
+        groups = Groups(**tensors, made_from=json.loads(metadata["made_from"]))
+        for name, tensor in tensors.items():
+            if tensor.dtype != torch.int64 or tensor.dim() != 1 or (name != "val" and not len(tensor)):
+                raise ValueError(f"{name} must be [N] int64, got {list(tensor.shape)} {tensor.dtype}")
+        if not isinstance(groups.made_from, dict) or not isinstance(groups.made_from.get("data", {}), dict):
+            raise ValueError("made_from must hold a mapping")
+        # Files of earlier versions have no checksum.
+        checksum = _checksum(tensors, metadata["made_from"])
+        if metadata.get("sha256", checksum) != checksum:
+            raise ValueError("its content does not match its checksum")
+    except ConfigError:
+        raise
+    except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
         raise ConfigError(f"data.groups {path} is damaged or not a groups file: {error!r}") from error
     for name in _SPLITS:
         given, found = getattr(groups, name), labels[name]
@@ -151,9 +175,27 @@ def read_groups(path: Path, samples: Mapping[str, Samples], labels: Mapping[str,
     if int(numbers.min()) < 0 or int(numbers.max()) >= len(groups.parent) or bool((groups.counts < 1).any()):
         raise ConfigError(
             f"data.groups {path} must number the {len(groups.parent)} groups of the training samples without "
-            f"gaps, got {numbers.unique().tolist()}"
+            f"gaps, got {numbers.unique().tolist()!s:.80}"
+        )
+    val, classes = groups.val, int(labels["train"].max()) + 1
+    if bool(((val < -1) | (val >= len(groups.parent))).any()):
+        raise ConfigError(
+            f"data.groups {path} must give each val sample one of the {len(groups.parent)} groups or -1, got "
+            f"{val.unique().tolist()!s:.80}"
+        )
+    if bool(((groups.parent < 0) | (groups.parent >= classes)).any()):
+        raise ConfigError(
+            f"data.groups {path} must give each group one of the {classes} classes, got "
+            f"{groups.parent.unique().tolist()!s:.80}"
         )
     return groups
+
+
+def _checksum(tensors: Mapping[str, Tensor], made_from: str) -> str:
+    digest = hashlib.sha256(made_from.encode())
+    for name in _TENSORS:
+        digest.update(tensors[name].numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _describe_origin(groups: Groups) -> str:

@@ -7,6 +7,8 @@ import platform
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +28,8 @@ from pysupcon.evaluators import (
     with_intervals,
 )
 from pysupcon.reports.report import Metric, Report, metrics_of
+from pysupcon.trainer.files import named_disk_errors
+from pysupcon.trainer.lock import FolderLock
 from pysupcon.trainer.run import Run, open_run
 
 FOLDER = "evaluation"
@@ -55,11 +59,22 @@ def evaluate_run(run: Run | str | Path, config: EvaluationConfig | None = None) 
 
     Raises:
         RunError: the folder does not exist or holds no run, the weights are missing or damaged, a split is
-            too small, or a feature is not finite. The message names the file or the split.
-        ConfigError: the run's config is not valid, or ``config.device`` cannot be used.
+            too small, a feature is not finite, or a file cannot be written. The message names the file or the
+            split.
+        ConfigError: the run's config is not valid, ``config.device`` cannot be used, or another process
+            evaluates the run.
     """
     run = open_run(run)
-    config = config or run.config.evaluation
+    with named_disk_errors(run.dir / FOLDER):
+        lock = FolderLock(run.dir, f".{FOLDER}.lock")
+    with lock:
+        if lock.exclusive:  # what is there was left by evaluations that were killed
+            for left in run.dir.glob(f".{FOLDER}-*"):
+                shutil.rmtree(left, ignore_errors=True)
+        return _evaluate(run, config or run.config.evaluation)
+
+
+def _evaluate(run: Run, config: EvaluationConfig) -> Report:
     device = resolve_device(config.device)
     seconds: dict[str, float] = {}
     start = time.perf_counter()
@@ -77,8 +92,7 @@ def evaluate_run(run: Run | str | Path, config: EvaluationConfig | None = None) 
         start = _record_time(seconds, evaluator.name, start)
     metrics = metrics_of(results, unit_of)
 
-    folder = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", dir=run.dir))
-    try:
+    with named_disk_errors(run.dir / FOLDER), _temporary_folder(run.dir) as folder:
         drawn, not_drawn = pictures.draw_pictures(folder, run, splits, config, outcomes)
         _record_time(seconds, "pictures", start)
         report = Report(
@@ -91,9 +105,16 @@ def evaluate_run(run: Run | str | Path, config: EvaluationConfig | None = None) 
         )
         write_results(folder, report, outcomes)
         _publish(folder, run.dir / FOLDER)
+    return report
+
+
+@contextmanager
+def _temporary_folder(run_dir: Path) -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", dir=run_dir))
+    try:
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return report
 
 
 def write_results(folder: Path, report: Report, outcomes: dict[str, Tensor]) -> None:

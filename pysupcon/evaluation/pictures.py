@@ -83,7 +83,7 @@ def loss_curves(
         Steps; losses by name; chance levels by the name of their loss. A missing value is NaN.
 
     Raises:
-        RunError: no line holds a step and a loss.
+        RunError: no line holds a step and a loss, or one of its values is not a number.
     """
     lines = [line for line in log if "step" in line and "loss" in line]
     if not lines:
@@ -94,5 +94,8 @@ def loss_curves(
 
     terms = [name for name in LOSS_TERMS if any(name in line for line in lines)]
     names = terms if len(terms) == 1 else ["loss", *terms]
-    chance = {"contrastive": column("chance")} if any("chance" in line for line in lines) else {}
-    return [int(line["step"]) for line in lines], {name: column(name) for name in names}, chance
+    try:
+        chance = {"contrastive": column("chance")} if any("chance" in line for line in lines) else {}
+        return [int(line["step"]) for line in lines], {name: column(name) for name in names}, chance
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RunError(f"the log holds a value that is not a number: {error}") from error

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from pysupcon.errors import RunError
 from pysupcon.profiling.memory import peak_bytes
 from pysupcon.profiling.picture import draw_memory, read_allocated
 
@@ -83,10 +84,18 @@ class StepRecorder:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Context manager around step ``number``; records it if it is selected."""
+        """Context manager around step ``number``; records it if it is selected.
+
+        Raises:
+            RunError: the results cannot be written.
+        """
         if number not in self.steps:
             yield
             return
         with recorded(self.device) as found:
             yield
-        write_record(found, self.device, self.folder / f"step-{number}")
+        folder = self.folder / f"step-{number}"
+        try:
+            write_record(found, self.device, folder)
+        except (OSError, RuntimeError, ValueError) as error:  # a trace cut by a full disk is not JSON
+            raise RunError(f"{folder} could not be written: {' '.join(str(error).split())}") from error

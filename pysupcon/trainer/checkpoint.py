@@ -10,12 +10,12 @@ torch.load with weights_only.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -28,14 +28,12 @@ from torch import Tensor
 from pysupcon.config import Config, load_config, to_yaml
 from pysupcon.errors import ConfigError, RunError
 from pysupcon.trainer.config import GROUP_ACCURACIES
-from pysupcon.trainer.files import publish_folder, replace_file, write_file
+from pysupcon.trainer.files import named_disk_errors, publish_folder, remove, replace_file, write_file
+from pysupcon.trainer.manifest import FORMAT, MANIFEST, NAME, digest, read_listed_file, read_manifest, step_of
 from pysupcon.trainer.run import CONFIG_FILE
 
 FOLDER = "checkpoints"
-MANIFEST = "manifest.json"
 WEIGHTS, EMA, TRAINING, RANDOM = "model.safetensors", "ema.safetensors", "training.pt", "random.pt"
-FORMAT = 2
-NAME = re.compile(r"step_(\d{8,})")
 LEFTOVER = re.compile(r"(writing|replaced)_.*")
 FIXED_SECTIONS = ("seed", "data", "model", "loss", "optimizer")
 """Parts of the config that a resumed training must not change, except for FREE_FIELDS."""
@@ -61,6 +59,7 @@ class Checkpoint:
         sampler: position in the data: seed, batch_size, epoch, batch (finished batches of the epoch).
         metrics: validation losses at this step.
         compiled: backend of torch.compile in this training, or "no".
+        threads: CPU threads per process; None if the results do not depend on them, or in old checkpoints.
     """
 
     step: int
@@ -71,6 +70,7 @@ class Checkpoint:
     sampler: dict[str, int] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     compiled: str = "no"
+    threads: int | None = None
 
 
 def save_checkpoint(
@@ -116,7 +116,8 @@ def save_checkpoint(
     best = best_checkpoint(run_dir, best_by, checkpoint.step)
     for path in checkpoints(run_dir):
         if path not in kept and path != best:
-            shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):
+                remove(path)
     return final
 
 
@@ -125,7 +126,8 @@ def checkpoints(run_dir: Path) -> list[Path]:
     folder = run_dir / FOLDER
     if not folder.is_dir():
         return []
-    return sorted((path for path in folder.iterdir() if NAME.fullmatch(path.name)), key=step_of)
+    named = (path for path in folder.iterdir() if NAME.fullmatch(path.name))
+    return sorted((path for path in named if path.is_dir()), key=step_of)
 
 
 def best_checkpoint(run_dir: Path, best_by: str | None, up_to: int) -> Path | None:
@@ -162,38 +164,24 @@ def read_checkpoint(path: Path) -> Checkpoint:
         RunError: a file is missing, truncated, changed or unreadable; the message names it.
     """
     manifest = read_manifest(path)
-    contents = {name: _checked(path / name, entry) for name, entry in manifest["files"].items()}
+    contents = {name: read_listed_file(path / name, entry) for name, entry in manifest["files"].items()}
+    missing = [name for name in (WEIGHTS, TRAINING, RANDOM, CONFIG_FILE) if name not in contents]
+    if missing:
+        raise RunError(f"{path / MANIFEST} is malformed: it lists no {', '.join(missing)}")
     try:
         return Checkpoint(
-            step=int(manifest["step"]),
+            step=manifest["step"],
             weights=safetensors.torch.load(contents[WEIGHTS]),
-            training=_unpack(contents[TRAINING]),
-            random=_unpack(contents[RANDOM]),
+            training=_unpack(contents[TRAINING], dict),
+            random=_unpack(contents[RANDOM], list),
             ema=safetensors.torch.load(contents[EMA]) if EMA in contents else None,
             sampler=dict(manifest["sampler"]),
             metrics=dict(manifest["metrics"]),
             compiled=str(manifest.get("compiled", "no")),
+            threads=manifest.get("threads"),
         )
     except Exception as error:  # safetensors, zipfile and pickle each raise errors of their own
         raise RunError(f"checkpoint {path} cannot be read: {' '.join(str(error).split())}") from error
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Read the manifest of a checkpoint and verify its checksum.
-
-    Raises:
-        RunError: the manifest is missing or damaged; the message names the file.
-    """
-    file = path / MANIFEST
-    try:
-        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if manifest.get("format") != FORMAT:
-            raise RunError(f"{file} has the format {manifest.get('format')}; this version reads {FORMAT}")
-        if manifest.get("sha256") != _digest(manifest):
-            raise RunError(f"{file} is damaged: its content does not match its checksum")
-    except (OSError, ValueError, AttributeError) as error:
-        raise RunError(f"{file} is missing or damaged: {error}") from error
-    return manifest
 
 
 def find_checkpoint(run_dir: Path, which: str) -> tuple[Path, Checkpoint, list[str]] | None:
@@ -212,7 +200,7 @@ def find_checkpoint(run_dir: Path, which: str) -> tuple[Path, Checkpoint, list[s
     """
     if which not in ("latest", "auto"):
         path = Path(which)
-        if not (path / MANIFEST).is_file():
+        if not _is_file(path / MANIFEST):
             raise RunError(f"resume_from_checkpoint: {which} is no checkpoint: there is no {MANIFEST} in it")
         try:
             return path, read_checkpoint(path), []
@@ -270,10 +258,8 @@ def save_weights(weights: dict[str, Tensor], path: Path) -> None:
     Raises:
         RunError: the file could not be written.
     """
-    try:
+    with named_disk_errors(path):
         replace_file(path, pack_weights(weights))
-    except OSError as error:
-        raise RunError(f"{path} could not be written: {error.strerror or error}") from error
 
 
 def pack_weights(weights: dict[str, Tensor]) -> bytes:
@@ -281,12 +267,6 @@ def pack_weights(weights: dict[str, Tensor]) -> bytes:
     return safetensors.torch.save(
         {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}
     )
-
-
-def step_of(path: Path) -> int:
-    """Return the step in a checkpoint folder's name; -1 if the name is not a checkpoint's."""
-    found = NAME.fullmatch(path.name)
-    return int(found[1]) if found else -1
 
 
 def _write(folder: Path, checkpoint: Checkpoint, config: Config) -> None:
@@ -309,33 +289,19 @@ def _write(folder: Path, checkpoint: Checkpoint, config: Config) -> None:
         "sampler": checkpoint.sampler,
         "metrics": checkpoint.metrics,
         "compiled": checkpoint.compiled,
+        "threads": checkpoint.threads,
         "versions": {name: metadata.version(name) for name in ("torch", "accelerate", "timm")},
         "files": files,
     }
-    manifest["sha256"] = _digest(manifest)
+    manifest["sha256"] = digest(manifest)
     write_file(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
 
 
-def _digest(manifest: dict[str, Any]) -> str:
-    rest = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _checked(file: Path, entry: dict[str, Any]) -> bytes:
+def _is_file(path: Path) -> bool:
     try:
-        content = file.read_bytes()
-    except FileNotFoundError as error:
-        raise RunError(f"checkpoint file {file} is missing") from error
-    except OSError as error:
-        raise RunError(f"checkpoint file {file} cannot be read: {error}") from error
-    if len(content) != entry["bytes"]:
-        raise RunError(
-            f"checkpoint file {file} is truncated or damaged: {entry['bytes']} bytes were written, "
-            f"{len(content)} are there"
-        )
-    if hashlib.sha256(content).hexdigest() != entry["sha256"]:
-        raise RunError(f"checkpoint file {file} is damaged: its content is not what was written")
-    return content
+        return path.is_file()
+    except (OSError, ValueError):  # e.g. a name of more than 255 characters
+        return False
 
 
 def _pack(state: Any) -> bytes:
@@ -344,14 +310,18 @@ def _pack(state: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _unpack(content: bytes) -> Any:
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+def _unpack(content: bytes, kind: type) -> Any:
+    state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    if not isinstance(state, kind) or not state:
+        raise ValueError(f"a {kind.__name__} with content was expected, got {state!r:.60}")
+    return state
 
 
 def _remove_leftovers(folder: Path) -> None:
     for path in folder.iterdir():
         if LEFTOVER.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):
+                remove(path)
 
 
 def _earlier_checkpoint_hint(path: Path) -> str:

@@ -38,17 +38,26 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def publish_folder(temporary: Path, final: Path) -> None:
-    """Rename a folder whose files are synced to ``final``; an existing folder of that name is replaced."""
+    """Rename a folder whose files are synced to ``final``, and replace what has that name."""
     sync_folder(temporary)
-    if final.exists():
+    if os.path.lexists(final):
         replaced = final.with_name("replaced_" + final.name)
-        shutil.rmtree(replaced, ignore_errors=True)
+        if os.path.lexists(replaced):
+            remove(replaced)
         os.replace(final, replaced)
         os.replace(temporary, final)
-        shutil.rmtree(replaced)
+        remove(replaced)
     else:
         os.replace(temporary, final)
     sync_folder(final.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with its content, a file, or a link without its target."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def sync_folder(path: Path) -> None:
@@ -60,13 +69,30 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def named_disk_errors(path: Path) -> Iterator[None]:
+    """Raise an OSError of the block, e.g. that of a full disk, as a RunError that names ``path``.
+
+    Raises:
+        RunError: see above.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path} could not be written: {error.strerror or error}") from error
+
+
 def check_new_or_empty(output: Path) -> None:
     """Check an output folder before work is spent on its content.
 
     Raises:
-        RunError: ``output`` is a file or a folder with content.
+        RunError: ``output`` is a file or a folder with content, or not a valid name.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    try:
+        unusable = output.exists() and (not output.is_dir() or any(output.iterdir()))
+    except OSError as error:  # e.g. a name of more than 255 characters
+        raise RunError(f"--output {output} cannot be used: {error.strerror or error}") from error
+    if unusable:
         raise RunError(f"--output {output} must be a new or an empty folder; it is not empty")
 
 

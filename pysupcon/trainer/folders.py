@@ -1,17 +1,20 @@
-"""Select the folder of a run."""
+"""Select and lock the folder of a run."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 
 from pysupcon.config import Config
-from pysupcon.errors import ConfigError
+from pysupcon.errors import ConfigError, RunError
 from pysupcon.trainer.checkpoint import FOLDER
+from pysupcon.trainer.lock import FolderInUse, FolderLock
 from pysupcon.trainer.run import CONFIG_FILE, LOG_FILE, WEIGHTS_FILE
+from pysupcon.trainer.setup import call_on_main_process
 
 
 def is_restart() -> bool:
@@ -19,53 +22,94 @@ def is_restart() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
-def select_run_dir(config: Config, name: str, state: PartialState) -> Path:
-    """Select the folder of the run on the main process and broadcast it. Every process calls this.
+@contextmanager
+def locked_run_dir(config: Config, name: str, state: PartialState) -> Iterator[Path]:
+    """Context manager that selects the folder of the run and locks it. Every process calls this.
+
+    The main process creates and locks the folder, and the other processes receive its name. The end of the
+    block releases the lock; a new folder that is still empty is removed.
 
     Args:
         config: resolved config.
         name: name of the folder under runs/ if ``config.output_dir`` is None.
         state: Accelerate's state of the processes.
 
+    Yields:
+        The folder of the run.
+
     Raises:
-        ConfigError: ``output_dir`` already holds a run and the config does not resume it; raised on every
-            process.
+        ConfigError: ``output_dir`` already holds a run and the config does not resume it, or another process
+            trains into the folder; raised on every process.
+        RunError: the folder cannot be created or written; raised on every process.
     """
-    outcome: list[str | None] = [None, None]
-    if state.is_main_process:
+    locks: list[FolderLock] = []
+
+    def lock() -> str:
         try:
-            outcome[0] = str(choose_run_dir(config, name))
-        except ConfigError as error:
-            outcome[1] = str(error)
-    outcome = broadcast_object_list(outcome)
-    if outcome[0] is None:
-        raise ConfigError(outcome[1])
-    return Path(outcome[0])
+            locks.append(lock_run_dir(config, name))
+        except ConfigError:
+            raise
+        except (OSError, ValueError) as error:  # ValueError: a null character in the name
+            run_dir = config.output_dir or name
+            raise RunError(f"the folder of the run, {run_dir}, cannot be used: {error}") from error
+        return str(locks[0].folder)
+
+    try:
+        yield Path(call_on_main_process(state, lock))
+    finally:
+        for held in locks:
+            held.release()
 
 
-def choose_run_dir(config: Config, name: str) -> Path:
-    """``output_dir``, the run of the checkpoint to resume from, or a folder under runs/."""
+def lock_run_dir(config: Config, name: str) -> FolderLock:
+    """Lock ``output_dir``, the run of the checkpoint to resume from, or a folder under runs/.
+
+    Trainings that start at the same time get different new folders under runs/.
+
+    Args:
+        config: resolved config.
+        name: name of the folder under runs/ if ``config.output_dir`` is None.
+
+    Raises:
+        ConfigError: see :func:`locked_run_dir`.
+        OSError, ValueError: the folder cannot be created or written.
+    """
     resume = config.resume_from_checkpoint
     if config.output_dir is not None:
-        folder = Path(config.output_dir)
-        if _holds_run(folder) and resume is None:
+        lock = FolderLock(Path(config.output_dir))
+        if _holds_run(lock.folder) and resume is None:
+            lock.release()
             raise ConfigError(
-                f"output_dir {folder} already holds a run; continue it with --resume_from_checkpoint latest "
-                "or choose another folder"
+                f"output_dir {lock.folder} already holds a run; continue it with --resume_from_checkpoint "
+                "latest or choose another folder"
             )
-        return folder
+        return lock
     if resume is not None and resume not in ("latest", "auto"):
-        own = Path(resume).resolve().parent
+        own = Path(os.path.realpath(resume)).parent
         if own.name == FOLDER and _holds_run(own.parent):
-            return own.parent
-    number, folder, last = 1, Path("runs") / name, None
-    while _holds_run(folder):
-        number, last = number + 1, folder
-        folder = Path("runs") / f"{name}-{number}"
-    if last is not None and (resume == "latest" or (resume == "auto" and not (last / WEIGHTS_FILE).exists())):
-        return last
-    return folder
+            return FolderLock(own.parent)
+    number, last = 0, None
+    while True:
+        number += 1
+        folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        if not _holds_run(folder):
+            if last is not None and (resume == "latest" or (resume == "auto" and not _is_finished(last))):
+                return FolderLock(last)
+            try:
+                lock = FolderLock(folder)
+            except FolderInUse:  # by a training that has not written anything yet
+                if resume is not None:
+                    raise
+                continue
+            if not _holds_run(folder) and (lock.created or lock.exclusive):
+                return lock
+            lock.release()  # another training has used the name in the meantime
+        last = folder
 
 
 def _holds_run(folder: Path) -> bool:
     return any((folder / file).exists() for file in (CONFIG_FILE, LOG_FILE, FOLDER))
+
+
+def _is_finished(folder: Path) -> bool:
+    return (folder / WEIGHTS_FILE).exists()

@@ -13,11 +13,15 @@ from typing import Any
 import torch
 
 from pysupcon.errors import RunError
-from pysupcon.trainer.run import read_log
+from pysupcon.trainer.files import named_disk_errors, replace_file
+from pysupcon.trainer.run import read_log_lines
 
 
 class StepLog:
     """Append lines to ``log.jsonl``; :meth:`write` flushes each line.
+
+    Attributes:
+        failure: the first error of the disk, after which nothing more is written; None if there is none.
 
     Fields of a line:
         step, epoch: progress after the step.
@@ -36,45 +40,63 @@ class StepLog:
     Args:
         path: path of the file; created if missing.
         resumed_step: number of finished steps. Lines of later steps are dropped: these steps are repeated.
+
+    Raises:
+        OSError: the file cannot be written.
+        RunError: a line of an earlier step is damaged; the message names it.
     """
 
     def __init__(self, path: Path, resumed_step: int = 0) -> None:
         if path.exists():
             _drop_after(path, resumed_step)
+        self.failure: OSError | None = None
         self._path = path
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append one line.
-
-        Raises:
-            RunError: the line could not be written.
-        """
+        """Append one line. An error of the disk sets ``failure`` and is raised by :meth:`sync`."""
         try:
-            self._file.write(json.dumps(values) + "\n")
-            self._file.flush()
+            if self.failure is None:
+                self._file.write(json.dumps(values) + "\n")
+                self._file.flush()
         except OSError as error:
-            raise RunError(f"{self._path} could not be written: {error.strerror or error}") from error
+            self.failure = error
 
     def sync(self) -> None:
-        """Sync all lines to disk."""
-        os.fsync(self._file.fileno())
+        """Sync all lines to disk.
+
+        Raises:
+            RunError: a line could not be written.
+        """
+        with named_disk_errors(self._path):
+            if self.failure is not None:
+                raise self.failure
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
-        with suppress(OSError):  # write has already reported an error
+        with suppress(OSError):  # sync has already reported an error
             self._file.close()
 
 
 def _drop_after(path: Path, step: int) -> None:
-    text = path.read_text(encoding="utf-8")
-    if not text.endswith("\n"):  # the process died while it wrote a line
-        text = text[: text.rfind("\n") + 1]
-    kept = path.with_suffix(".kept")
-    kept.write_text(text, encoding="utf-8")
-    lines = [line for line in read_log(kept) if line["step"] <= step]
-    kept.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    os.replace(kept, path)
+    """Keep the lines up to ``step``. Lines that a dying process has not finished do not matter.
+
+    Raises:
+        RunError: a line that is to be kept cannot be read.
+        OSError: the file cannot be written.
+    """
+    lines = list(read_log_lines(path))
+    kept: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        done = kept[-1]["step"] if kept else 0
+        if isinstance(line, dict) and type(line.get("step")) is int:
+            if line["step"] <= step:
+                kept.append(line)
+        elif done < step and number < len(lines):
+            reason = f"not JSON: {line}" if isinstance(line, ValueError) else "without a step"
+            raise RunError(f"{path}, line {number}, is {reason}; remove the line to resume")
+    replace_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
 def peak_memory(device: torch.device) -> float:

@@ -19,14 +19,20 @@ from pysupcon.profiling.recorder import StepRecorder
 from pysupcon.trainer import checkpoint
 from pysupcon.trainer.environment import apply_environment
 from pysupcon.trainer.files import replace_file
-from pysupcon.trainer.folders import is_restart, select_run_dir
+from pysupcon.trainer.folders import is_restart, locked_run_dir
 from pysupcon.trainer.group_dro import build_group_dro
 from pysupcon.trainer.log import StepLog, peak_memory
 from pysupcon.trainer.objective import Objective
 from pysupcon.trainer.optim import build_optimizer, build_scheduler
 from pysupcon.trainer.progress import report_if_slow
 from pysupcon.trainer.run import CONFIG_FILE, LOG_FILE, WEIGHTS_FILE, build_model
-from pysupcon.trainer.setup import build_accelerator, join_processes, set_threads, start_trackers
+from pysupcon.trainer.setup import (
+    build_accelerator,
+    call_on_main_process,
+    join_processes,
+    set_threads,
+    start_trackers,
+)
 from pysupcon.trainer.state import TrainingState, find_resume_checkpoint
 from pysupcon.trainer.step import TrainingStep
 from pysupcon.trainer.stop import StopRequests
@@ -44,7 +50,8 @@ def train(config: Config, name: str = "run") -> Path:
         The folder of the run.
 
     Raises:
-        ConfigError: the config is not valid; nothing has been written.
+        ConfigError: the config is not valid, or another process trains into the folder; nothing has been
+            written.
         RunError: the loss or the gradient is not finite, a checkpoint is damaged, or the disk is full; files
             that were written stay.
         Interrupted: a signal arrived or the time budget is used up; a checkpoint has been written.
@@ -62,11 +69,11 @@ def train(config: Config, name: str = "run") -> Path:
             data = load_data(config.data)
     if is_restart() and config.resume_from_checkpoint is None:
         config.resume_from_checkpoint = "auto"
-    run_dir = select_run_dir(config, name, processes)
-    config.output_dir = str(run_dir)
-    trainer = Trainer(config, data, run_dir)
-    with stop:
-        return trainer.fit(stop)
+    with locked_run_dir(config, name, processes) as run_dir:
+        config.output_dir = str(run_dir)
+        trainer = Trainer(config, data, run_dir)
+        with stop:
+            return trainer.fit(stop)
 
 
 class Trainer:
@@ -126,7 +133,7 @@ class Trainer:
             self.validate = Validation(self.accelerator, config, data, self.objective)
         set_seed(config.seed, device_specific=True)  # dropout differs between processes
         if saved is not None:
-            self.state.restore(saved)
+            self.state.restore(*saved)
         batches = data.batch_sampler(
             seed=config.seed,
             steps=self.steps * self.batches_per_step,
@@ -144,15 +151,9 @@ class Trainer:
         Raises:
             RunError, Interrupted: see :func:`train`.
         """
-        main = self.accelerator.is_main_process
-        log: StepLog | None = None
-        if main:
-            try:
-                self.run_dir.mkdir(parents=True, exist_ok=True)
-                replace_file(self.run_dir / CONFIG_FILE, to_yaml(self.config).encode())
-                log = StepLog(self.run_dir / LOG_FILE, self.state.done)
-            except OSError as error:
-                raise RunError(f"{self.run_dir} cannot be written to: {error}") from error
+        logs: list[StepLog] = []
+        call_on_main_process(self.accelerator, lambda: logs.append(self._open_log()))
+        log = logs[0] if logs else None
         start_trackers(self.accelerator, self.config)
         self.accelerator.wait_for_everyone()
         try:
@@ -164,11 +165,19 @@ class Trainer:
         finally:
             if log is not None:
                 log.close()
-        if main:
-            checkpoint.save_weights(self._final_weights(), self.run_dir / WEIGHTS_FILE)
-        self.accelerator.wait_for_everyone()
+        final = self.run_dir / WEIGHTS_FILE
+        call_on_main_process(self.accelerator, lambda: checkpoint.save_weights(self._final_weights(), final))
         self.accelerator.end_training()
         return self.run_dir
+
+    def _open_log(self) -> StepLog:
+        """Open the log and write the config; called on the main process."""
+        try:
+            log = StepLog(self.run_dir / LOG_FILE, self.state.done)
+            replace_file(self.run_dir / CONFIG_FILE, to_yaml(self.config).encode())
+            return log
+        except OSError as error:
+            raise RunError(f"{self.run_dir} cannot be written to: {error}") from error
 
     def _loop(self, log: StepLog | None, stop: StopRequests) -> None:
         trainer, state = self.config.trainer, self.state
@@ -179,6 +188,11 @@ class Trainer:
         bar = tqdm(total=self.steps, initial=state.done, desc="train", unit="step", disable=log is None)
         images_per_step = self.config.data.batch_size * self.config.data.views * self.batches_per_step
         batches, start = iter(self.loader), time.perf_counter()
+
+        def sync_log() -> None:
+            if log is not None:
+                log.sync()
+
         with bar:
             while state.done < self.steps:
                 learning_rate = self.scheduler.get_last_lr()[0]
@@ -189,7 +203,10 @@ class Trainer:
                 )
                 with recorder.step(state.done + 1):
                     step_batches = islice(batches, self.batches_per_step)
-                    values, stopping = self.step(step_batches, state.done + 1, stop.reason is not None)
+                    failed = log is not None and log.failure is not None
+                    values, stopping = self.step(
+                        step_batches, state.done + 1, stop.reason is not None or failed
+                    )
                 state.done += 1
                 if self.ema is not None:
                     self.ema.update(self.network, state.done)
@@ -213,8 +230,7 @@ class Trainer:
                 bar.update()
                 bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:,.0f} images/s", refresh=False)
                 if due or stopping:
-                    if log is not None:
-                        log.sync()
+                    call_on_main_process(self.accelerator, sync_log)
                     path = state.save(metrics)
                     if stopping:
                         self._interrupt(stop, path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -74,7 +75,7 @@ def load_run(run_dir: str | Path) -> Run:
         ConfigError: the run's config is not valid.
     """
     run_dir = Path(run_dir)
-    if not (run_dir / CONFIG_FILE).is_file():
+    if not _exists((run_dir / CONFIG_FILE).is_file):
         raise RunError(f"{run_dir} holds no run: there is no {CONFIG_FILE} in it")
     return Run(run_dir, load_config(run_dir / CONFIG_FILE))
 
@@ -88,9 +89,17 @@ def open_run(run: Run | str | Path) -> Run:
     """
     if not isinstance(run, (str, Path)):
         return run
-    if not Path(run).is_dir():
+    if not _exists(Path(run).is_dir):
         raise RunError(f"{run} must be the folder of a run, but there is no such folder")
     return load_run(run)
+
+
+def _exists(kind: Callable[[], bool]) -> bool:
+    """Call ``Path.is_dir`` or ``Path.is_file``, which raise errors for names of more than 255 characters."""
+    try:
+        return kind()
+    except OSError:
+        return False
 
 
 def build_model(config: Config, data: DataModule) -> ContrastiveModel:
@@ -122,14 +131,33 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """Read the lines of a JSONL file.
 
     Raises:
-        RunError: the file is missing or a line is not JSON; the message names the file and the line.
+        RunError: the file is missing or a line is not a JSON object; the message names the file and the line.
     """
-    if not path.is_file():
-        raise RunError(f"{path} is missing")
     lines = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise RunError(f"{path}, line {number}, is not JSON: {error}") from error
+    for number, line in enumerate(read_log_lines(path), 1):
+        if isinstance(line, ValueError):
+            raise RunError(f"{path}, line {number}, is not JSON: {line}") from line
+        lines.append(line)
     return lines
+
+
+def read_log_lines(path: Path) -> Iterator[dict[str, Any] | ValueError]:
+    """Yield each line of a JSONL file, or the error of a line that is not a JSON object in UTF-8.
+
+    Raises:
+        RunError: the file is missing or cannot be read; the message names it.
+    """
+    try:
+        if not path.is_file():
+            raise RunError(f"{path} is missing")
+        content = path.read_bytes()
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror or error}") from error
+    for line in content.splitlines():
+        try:
+            values = json.loads(line)
+            yield values if isinstance(values, dict) else ValueError(f"it holds {values!r:.60}")
+        except ValueError as error:
+            yield error
+        except RecursionError:
+            yield ValueError("it is nested too deeply")

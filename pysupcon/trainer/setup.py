@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
 
 from pysupcon.config import Config
-from pysupcon.errors import ConfigError
+from pysupcon.errors import ConfigError, RunError
 from pysupcon.trainer.environment import check_processes
 
 
@@ -42,6 +43,28 @@ def join_processes(cpu: bool) -> PartialState:
     state = PartialState(cpu=cpu)
     check_processes(state.num_processes)
     return state
+
+
+def call_on_main_process(state: PartialState | Accelerator, action: Callable[[], Any]) -> Any:
+    """Call ``action`` on the main process. Every process calls this.
+
+    Returns:
+        The result of ``action``, which must be picklable, on every process.
+
+    Raises:
+        ConfigError, RunError: raised by ``action``; raised on every process.
+    """
+    outcome: list[Any] = [None, None]
+    if state.is_main_process:
+        try:
+            outcome[0] = action()
+        except (ConfigError, RunError) as error:
+            outcome[1] = error
+    if state.num_processes > 1:
+        outcome = broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def build_accelerator(config: Config, run_dir: Path) -> Accelerator:

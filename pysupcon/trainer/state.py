@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import gather_object, set_seed
 from torch import nn
 
 from pysupcon.config import Config
-from pysupcon.errors import ConfigError, RunError
+from pysupcon.errors import RunError
 from pysupcon.trainer import checkpoint
 from pysupcon.trainer.checkpoint import Checkpoint
 from pysupcon.trainer.environment import dynamo_backend
 from pysupcon.trainer.folders import is_restart
 from pysupcon.trainer.progress import print_line, report_if_slow
+from pysupcon.trainer.setup import call_on_main_process
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -89,8 +90,8 @@ class TrainingState:
         """
         accelerator, config = self.accelerator, self.config
         random_states = gather_object([random_state(accelerator.device)])
-        outcome: list[str | None] = [None, None]
-        if accelerator.is_main_process:
+
+        def write() -> str:
             epoch, step = divmod(self.done, self.steps_per_epoch)
             content = Checkpoint(
                 step=self.done,
@@ -106,28 +107,29 @@ class TrainingState:
                 },
                 metrics=metrics,
                 compiled=dynamo_backend(),
+                threads=_threads(accelerator),
             )
-            try:
-                with report_if_slow(f"writing a checkpoint of step {self.done}"):
-                    keep, best_by = config.trainer.keep_checkpoints, config.trainer.best_by
-                    path = checkpoint.save_checkpoint(
-                        self.run_dir, content, config, keep=keep, best_by=best_by
-                    )
-                outcome[0] = str(path)
-            except RunError as error:
-                outcome[1] = str(error)
-        outcome = broadcast_object_list(outcome)
-        if outcome[0] is None:
-            raise RunError(outcome[1])
-        return Path(outcome[0])
+            keep, best_by = config.trainer.keep_checkpoints, config.trainer.best_by
+            with report_if_slow(f"writing a checkpoint of step {self.done}"):
+                return str(
+                    checkpoint.save_checkpoint(self.run_dir, content, config, keep=keep, best_by=best_by)
+                )
 
-    def restore(self, saved: Checkpoint) -> None:
+        return Path(call_on_main_process(accelerator, write))
+
+    def restore(self, path: Path, saved: Checkpoint) -> None:
         """Load a checkpoint. Every process calls this.
 
+        Args:
+            path: folder of the checkpoint, for messages.
+            saved: its content.
+
         Raises:
-            RunError: the checkpoint does not fit the model, the optimizer or the objective.
+            RunError: the checkpoint does not fit the model, the optimizer or the objective, or a state is
+                malformed; raised on every process.
         """
         accelerator, device = self.accelerator, self.accelerator.device
+        failure: str | None = None
         try:
             self.network.load_state_dict(saved.weights)
             training = saved.training
@@ -138,15 +140,19 @@ class TrainingState:
                 accelerator.scaler.load_state_dict(training["scaler"])
             if self.ema is not None:  # a checkpoint without an average starts it from its weights
                 self.ema.module.load_state_dict(saved.weights if saved.ema is None else saved.ema)
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise RunError(
-                f"the checkpoint of step {saved.step} does not fit: {' '.join(str(error).split())}"
-            ) from error
-        rank = accelerator.process_index
-        if rank < len(saved.random):
-            set_random_state(saved.random[rank], device)
-        else:  # the checkpoint was written by fewer processes
-            set_seed(self.config.seed + 1_000_003 * saved.step, device_specific=True)
+            _check_loaded(self.optimizer, training)
+            rank = accelerator.process_index
+            if rank < len(saved.random):
+                set_random_state(saved.random[rank], device)
+            else:  # the checkpoint was written by fewer processes
+                set_seed(self.config.seed + 1_000_003 * saved.step, device_specific=True)
+        except Exception as error:  # a malformed state can raise anything
+            kind = "" if isinstance(error, RuntimeError | ValueError) else f"{type(error).__name__}: "
+            reason = " ".join(str(error).split())
+            failure = f"checkpoint {path} does not fit: {kind}{reason}"
+        failures = [text for text in gather_object([failure]) if text is not None]
+        if failures:
+            raise RunError(failures[0])
         self.done = saved.step
 
     def _training(self) -> dict[str, Any]:
@@ -159,7 +165,34 @@ class TrainingState:
         }
 
 
-def find_resume_checkpoint(accelerator: Accelerator, config: Config, run_dir: Path) -> Checkpoint | None:
+def _check_loaded(optimizer: Any, training: dict[str, Any]) -> None:
+    """Check what ``load_state_dict`` of optimizers and schedulers does not: types, and shapes of the state.
+
+    The states of the optimizers that pysupcon uses are scalars or have the shape of the parameter.
+
+    Raises:
+        KeyError, TypeError, ValueError: a state is malformed.
+    """
+    groups, scheduler = training["optimizer"]["param_groups"], training["scheduler"]
+    numbers = {f"scheduler/{name}": scheduler[name] for name in ("last_epoch", "_step_count")}
+    numbers |= {f"scheduler/base_lrs/{i}": scheduler["base_lrs"][i] for i in range(len(groups))}
+    for i, group in enumerate(groups):
+        numbers |= {f"optimizer/{i}/{name}": group[name] for name in ("lr", "initial_lr", "weight_decay")}
+    for name, number in numbers.items():
+        if type(number) not in (int, float):
+            raise TypeError(f"{name} must be a number, got {number!r:.60}")
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape not in ((), parameter.shape):
+                raise ValueError(
+                    f"optimizer state {name} of shape {tuple(value.shape)} does not fit a parameter of shape "
+                    f"{tuple(parameter.shape)}"
+                )
+
+
+def find_resume_checkpoint(
+    accelerator: Accelerator, config: Config, run_dir: Path
+) -> tuple[Path, Checkpoint] | None:
     """Read the checkpoint to resume from. Every process calls this.
 
     Only the main process reads files: the other processes may run on machines without access to them.
@@ -170,7 +203,7 @@ def find_resume_checkpoint(accelerator: Accelerator, config: Config, run_dir: Pa
         run_dir: folder of the run.
 
     Returns:
-        The checkpoint, or None if the training starts from the beginning.
+        The folder and the content of the checkpoint, or None if the training starts from the beginning.
 
     Raises:
         ConfigError, RunError: there is no checkpoint, none is complete, or it does not match the config;
@@ -181,22 +214,18 @@ def find_resume_checkpoint(accelerator: Accelerator, config: Config, run_dir: Pa
         which = "auto" if which is None or checkpoint.checkpoints(run_dir) else which
     if which is None:
         return None
-    found: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            with report_if_slow("reading the checkpoint"):
-                found[0] = _read_and_report(config, run_dir, which, accelerator.num_processes)
-        except (ConfigError, RunError) as error:
-            found[1] = error
-    if accelerator.num_processes > 1:
-        found = broadcast_object_list(found)
-    if found[1] is not None:
-        raise found[1]
-    content: Checkpoint | None = found[0]
-    return content
+
+    def read() -> tuple[Path, Checkpoint] | None:
+        with report_if_slow("reading the checkpoint"):
+            return _read_and_report(config, run_dir, which, accelerator)
+
+    found: tuple[Path, Checkpoint] | None = call_on_main_process(accelerator, read)
+    return found
 
 
-def _read_and_report(config: Config, run_dir: Path, which: str, processes: int) -> Checkpoint | None:
+def _read_and_report(
+    config: Config, run_dir: Path, which: str, accelerator: Accelerator
+) -> tuple[Path, Checkpoint] | None:
     """Read the checkpoint and print what differs from the interrupted training."""
     found = checkpoint.find_checkpoint(run_dir, which)
     if found is None:
@@ -208,6 +237,12 @@ def _read_and_report(config: Config, run_dir: Path, which: str, processes: int) 
     print_line(f"resuming from {path}, after step {content.step}")
     if content.compiled != dynamo_backend():
         changes.append(f"ACCELERATE_DYNAMO_BACKEND: {content.compiled} -> {dynamo_backend()}")
+    processes, threads = accelerator.num_processes, _threads(accelerator)
+    if None not in (content.threads, threads) and content.threads != threads:
+        changes.append(
+            f"CPU threads per process: {content.threads} -> {threads}: sums are rounded in another order, so "
+            f"the run will differ from an uninterrupted one; --trainer.threads {content.threads} avoids this"
+        )
     before = len(content.random)
     if before != processes:
         size = config.data.batch_size
@@ -223,4 +258,9 @@ def _read_and_report(config: Config, run_dir: Path, which: str, processes: int) 
             changes.append(f"processes {before} to {processes - 1} start from new random states")
     for change in changes:
         print_line(f"  changed: {change}")
-    return content
+    return path, content
+
+
+def _threads(accelerator: Accelerator) -> int | None:
+    """CPU threads of this process, if the model runs on them."""
+    return torch.get_num_threads() if accelerator.device.type == "cpu" else None

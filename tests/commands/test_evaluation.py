@@ -273,7 +273,7 @@ def test_a_failure_at_the_end_keeps_the_earlier_evaluation(run_dir, monkeypatch)
         raise OSError("no space left on device")
 
     monkeypatch.setattr(evaluate, "write_results", full_disk)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(RunError, match=f"^{run_dir}/evaluation could not be written: no space left"):
         evaluate_run(run_dir, QUICK)
     assert contents(run_dir / "evaluation") == before
     assert not [path for path in run_dir.iterdir() if path.name.startswith(".")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,18 @@ from typing import Any
 import pytest
 import torch
 from helpers.group_training import coarse_labels, coloured_digits, write_groups_file  # noqa: F401
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pysupcon.data.datamodule import DataModule
-from pysupcon.data.group_files import fingerprint, index_groups, read_groups, true_groups, write_groups
+from pysupcon.data.group_files import (
+    Groups,
+    fingerprint,
+    index_groups,
+    read_groups,
+    true_groups,
+    write_groups,
+)
 from pysupcon.data.samples import FileImages, Samples
 from pysupcon.errors import ConfigError
 
@@ -115,6 +125,80 @@ def test_a_broken_groups_file_is_refused(groups_file: tuple[Path, DataModule], t
     ):
         with pytest.raises(ConfigError, match=message):
             read()
+
+
+def test_a_malformed_groups_file_is_refused(groups_file: tuple[Path, DataModule], tmp_path: Path) -> None:
+    """One line that names the file, for files that are valid safetensors with the right fingerprints."""
+    path, data = groups_file
+    labels, tensors = coarse_labels(data), load_file(path)
+    with safe_open(path, framework="pt") as opened:
+        metadata = opened.metadata()
+    bad = tmp_path / "bad.safetensors"
+    changed: dict[str, Any]
+    train, val = tensors["train"], tensors["val"]
+    one_wrong = train.clone()
+    one_wrong[0] = 3 - one_wrong[0]
+    for changed, message in (
+        ({"train": one_wrong}, "does not match its checksum"),
+        ({"train": train.float()}, "train must be .N. int64, got .* torch.float32"),
+        ({"train": train[:, None]}, "train must be .N. int64"),
+        ({"val": torch.tensor(1)}, "val must be .N. int64"),
+        ({"parent": tensors["parent"][:0]}, "parent must be .N. int64"),
+        ({"made_from": "[" * 100_000}, "RecursionError"),
+        ({"made_from": "[]"}, "made_from must hold a mapping"),
+        ({"made_from": '{"data": 3}'}, "made_from must hold a mapping"),
+        ({"made_from": None}, "KeyError"),
+    ):
+        made_from = {"made_from": changed.pop("made_from", metadata["made_from"])}
+        strings = {name: text for name, text in {**metadata, **made_from}.items() if text is not None}
+        save_file({**tensors, **changed}, bad, strings)
+        with pytest.raises(ConfigError, match=f"^data.groups {bad} is damaged.*{message}") as told:
+            read_groups(bad, data.splits, labels)
+        assert "\n" not in str(told.value)
+    for changed, message in (  # with a right checksum
+        ({"val": val - 2}, r"must give each val sample one of the 4 groups or -1, got \[-2, 0\]"),
+        ({"val": val + 2**62}, "must give each val sample one of the 4 groups"),
+        ({"train": train + 2**62}, "must number the 4 groups"),
+        ({"parent": tensors["parent"] + 7}, r"must give each group one of the 2 classes, got \[7, 8\]"),
+        ({"parent": tensors["parent"] - 1}, "must give each group one of the 2 classes"),
+    ):
+        write_groups(bad, Groups(**{**tensors, **changed}, made_from={}), data.splits, labels)
+        with pytest.raises(ConfigError, match=f"^data.groups {bad} {message}"):
+            read_groups(bad, data.splits, labels)
+    with pytest.raises(ConfigError, match="there is no file"):
+        read_groups(tmp_path / ("x" * 256), data.splits, labels)
+
+
+def test_a_groups_file_without_checksum_is_read(groups_file: tuple[Path, DataModule], tmp_path: Path) -> None:
+    """As earlier versions wrote it."""
+    path, data = groups_file
+    with safe_open(path, framework="pt") as opened:
+        metadata = opened.metadata()
+    del metadata["sha256"]
+    save_file(load_file(path), tmp_path / "old.safetensors", metadata)
+    found = read_groups(tmp_path / "old.safetensors", data.splits, coarse_labels(data))
+    assert torch.equal(found.train, load_file(path)["train"])
+
+
+def test_a_groups_file_is_replaced_as_a_whole(
+    groups_file: tuple[Path, DataModule], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full: the file stays as it was."""
+    path, data = groups_file
+    kept = tmp_path / "groups.safetensors"
+    kept.write_bytes(path.read_bytes())
+    groups = read_groups(path, data.splits, coarse_labels(data))
+
+    def write_half(file: Path, content: bytes) -> int:
+        with file.open("wb") as opened:
+            opened.write(content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", write_half)
+    with pytest.raises(OSError, match="No space left"):
+        write_groups(kept, groups, data.splits, coarse_labels(data))
+    assert kept.read_bytes() == path.read_bytes()
+    assert [file.name for file in tmp_path.iterdir()] == ["groups.safetensors"]
 
 
 def test_the_fingerprint_is_of_images_and_classes_or_of_the_ends_of_paths() -> None:

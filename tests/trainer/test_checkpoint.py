@@ -17,6 +17,7 @@ from pysupcon.errors import ConfigError, Interrupted, RunError
 from pysupcon.trainer import checkpoint
 from pysupcon.trainer.checkpoint import read_checkpoint
 from pysupcon.trainer.loop import train
+from pysupcon.trainer.manifest import digest
 from pysupcon.trainer.run import load_run
 
 VIT = (
@@ -160,7 +161,7 @@ def test_foreign_code_is_not_run(interrupted: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     content = (folder / "training.pt").read_bytes()
     manifest["files"]["training.pt"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    manifest["sha256"] = checkpoint._digest(manifest)
+    manifest["sha256"] = digest(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(RunError, match=r"step_00000020 cannot be read: .*[Ww]eights.only"):
         train(config(interrupted, "--resume_from_checkpoint", "latest"))
@@ -258,3 +259,24 @@ def test_load_run_names_what_is_wrong(finished: Path, tmp_path: Path) -> None:
     (folder / "log.jsonl").write_text(json.dumps({"step": 1}) + "\n{")
     with pytest.raises(RunError, match=r"log.jsonl, line 2, is not JSON"):
         load_run(folder).log()
+
+
+@pytest.mark.parametrize("threads", [2, 1, None], ids=["other", "same", "old checkpoint"])
+def test_another_number_of_threads_is_reported(
+    interrupted: Path, capsys: pytest.CaptureFixture[str], threads: int | None
+) -> None:
+    """Sums over threads are rounded in another order, so the result differs."""
+    path = interrupted / "checkpoints/step_00000020"
+    manifest = checkpoint.read_manifest(path)
+    assert manifest["threads"] == 1
+    manifest["threads"] = threads
+    if threads is None:
+        del manifest["threads"]
+    manifest["sha256"] = digest(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(Interrupted):
+        train(config(interrupted, "--resume_from_checkpoint", "latest", "--trainer.time_budget", "1e-9"))
+    said = capsys.readouterr().err
+    change = "changed: CPU threads per process: 2 -> 1: sums are rounded in another order, so the run will"
+    assert (change in said) == (threads == 2)
+    assert ("CPU threads" in said) == (threads == 2)

@@ -20,7 +20,7 @@ from pysupcon.models.model import ContrastiveModel, ModelOutput
 from pysupcon.trainer import LossConfig, OptimizerConfig, loop, progress
 from pysupcon.trainer.checkpoint import checkpoints, read_checkpoint
 from pysupcon.trainer.config import LossName
-from pysupcon.trainer.folders import choose_run_dir
+from pysupcon.trainer.folders import lock_run_dir
 from pysupcon.trainer.objective import Objective, batch_statistics
 from pysupcon.trainer.optim import build_optimizer, build_scheduler
 from pysupcon.trainer.run import load_run
@@ -154,11 +154,17 @@ def test_a_folder_that_holds_a_run_is_left_alone(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/name/checkpoints").mkdir(parents=True)
     config = tiny(None)
-    assert choose_run_dir(config, "name") == Path("runs/name-2")
+
+    def chosen() -> Path:
+        with lock_run_dir(config, "name") as lock:
+            return lock.folder
+
+    assert chosen() == Path("runs/name-2")
     config.resume_from_checkpoint = "latest"
-    assert choose_run_dir(config, "name") == Path("runs/name")
+    assert chosen() == Path("runs/name")
     config.resume_from_checkpoint = "runs/name/checkpoints/step_00000001"
-    assert choose_run_dir(config, "name") == tmp_path / "runs/name"
+    assert chosen() == tmp_path / "runs/name"
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["name"]
 
 
 def test_the_average_of_the_weights(tmp_path: Path) -> None:

@@ -1,0 +1,169 @@
+"""A lock on a folder: only one process at a time writes into it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+from pysupcon.errors import ConfigError
+from pysupcon.trainer.progress import print_line
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+LOCK_FILE = ".lock"
+ATTEMPTS = 100
+"""Attempts to lock a folder while other processes remove their own lock file."""
+
+_held: set[int] = set()
+"""Descriptors of the lock files of this process."""
+
+
+def _close_in_child() -> None:
+    """Close the lock files in a forked process.
+
+    Otherwise a worker of a DataLoader would keep the lock of a training that was killed.
+    """
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
+
+
+class FolderInUse(ConfigError):
+    """Another process holds the lock of a folder. The message names the folder and the process."""
+
+
+class FolderLock:
+    """Exclusive lock on a folder, as a context manager. A missing folder is created.
+
+    The lock is ``flock`` on a file in the folder. The operating system releases it when the process dies, so
+    the file that a killed process leaves behind does not block. Network file systems pass ``flock`` on to
+    their server (NFS, Lustre with ``-o flock``) or restrict it to one machine (Lustre with
+    ``-o localflock``); in the second case processes of other machines are not seen. Without any ``flock``
+    nothing is locked and a line on stderr says so.
+
+    Attributes:
+        folder: the folder.
+        created: whether the folder was missing.
+        exclusive: whether the folder is locked; false if there is no ``flock``.
+
+    Args:
+        folder: the folder to lock.
+        name: name of the lock file. Locks of different names are independent.
+
+    Raises:
+        FolderInUse: another process holds the lock.
+        OSError: the folder or the lock file cannot be created or written.
+    """
+
+    def __init__(self, folder: Path, name: str = LOCK_FILE) -> None:
+        self.folder = folder
+        self.created = False
+        self.exclusive = True
+        self._file = folder / name
+        self._descriptor = -1
+        for attempt in range(ATTEMPTS):
+            try:
+                if self._try_lock():
+                    break
+            except FileNotFoundError:  # the process that created the folder has removed it
+                if attempt == ATTEMPTS - 1:
+                    raise
+        else:
+            raise FolderInUse(f"{folder} is in use by other processes; choose another folder")
+        try:
+            self._write_holder()
+        except BaseException:
+            self.release()
+            raise
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Remove the lock file and release the lock; remove the folder if it was created here and is empty.
+
+        A second call has no effect.
+        """
+        if self._descriptor not in _held:
+            return
+        with suppress(OSError):  # the lock counts, not the file
+            # Removed while it is locked: a process that has opened this file finds out that it is gone.
+            os.unlink(self._file)
+        if self.created:
+            with suppress(OSError):  # not empty
+                self.folder.rmdir()
+        _held.discard(self._descriptor)
+        os.close(self._descriptor)
+
+    def _try_lock(self) -> bool:
+        """Open and lock the file; false if another process has removed it in the meantime."""
+        with suppress(FileExistsError):
+            self.folder.mkdir(parents=True)
+            self.created = True
+        descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        try:
+            self._flock(descriptor)
+            current = os.path.samestat(os.fstat(descriptor), os.stat(self._file))
+        except FileNotFoundError:
+            current = False
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if current:
+            self._descriptor = descriptor
+            _held.add(descriptor)
+        else:
+            os.close(descriptor)
+        return current
+
+    def _flock(self, descriptor: int) -> None:
+        if fcntl is None:
+            reason = "this system has no flock"
+        else:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError as error:
+                holder = _read_line(descriptor) or "another process"
+                raise FolderInUse(
+                    f"{self.folder} is in use by {holder}: wait for its end, or choose another folder"
+                ) from error
+            except OSError as error:
+                reason = f"flock: {error.strerror or error}"
+        self.exclusive = False
+        print_line(
+            f"{self.folder} cannot be locked ({reason}): make sure that no other process writes into it"
+        )
+
+    def _write_holder(self) -> None:
+        host, before = socket.gethostname(), _read_line(self._descriptor)
+        if before and f" on {host}," not in before:
+            print_line(
+                f"{self.folder} was in use by {before}. It is free now. If that machine does not share its "
+                "locks with this one, make sure that the process has ended"
+            )
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, f"process {os.getpid()} on {host}, started {since}\n".encode(), 0)
+
+
+def _read_line(descriptor: int) -> str:
+    """The first line of a lock file, cut to printable characters: it names the process that wrote it."""
+    line = os.pread(descriptor, 200, 0).decode(errors="replace").partition("\n")[0]
+    return "".join(letter for letter in line if letter.isprintable())
