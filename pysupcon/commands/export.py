@@ -79,7 +79,7 @@ def _backbone_arguments(model: ModelConfig) -> dict[str, Any]:
     """The arguments of ModelConfig that build the backbone."""
     if model.concatenated:
         return {"concatenated": [{"model": _backbone_arguments(part)} for part in model.part_configs()]}
-    default = type(model)()
+    default, model = type(model)(), model.without_initial_weights()
     optional = ("width", "small_stem", "timm_args", "encoders")
     given = {
         name: getattr(model, name) for name in optional if getattr(model, name) != getattr(default, name)
@@ -113,7 +113,7 @@ def hub_config(run: Run) -> dict[str, Any]:
     if not timm_builds(run):
         return config | {"pysupcon": _backbone_arguments(model)}
     name, _, tag = model.backbone.partition(".")
-    arguments = {"in_chans": data.channels, **model.timm_args}
+    arguments = {"in_chans": data.channels, **model.without_initial_weights().timm_args}
     # timm replaces the layers of these names for other channels or classes.
     timm_config: Any = run.model.backbone.pretrained_cfg
     layers = ("first_conv", "classifier")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,9 @@ class Run:
         Raises:
             RunError: the weights are missing, truncated or of another model; the message names the file.
         """
-        model = build_model(self.config, self.data)
+        model = build_model(
+            replace(self.config, model=self.config.model.without_initial_weights()), self.data
+        )
         load_weights(model, self.dir / WEIGHTS_FILE)
         return model.eval()
 
