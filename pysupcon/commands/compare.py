@@ -31,7 +31,7 @@ from pysupcon.reports.evaluated_runs import (
     configurations,
     read_run,
 )
-from pysupcon.reports.report import markdown_table
+from pysupcon.reports.report import Markdown, markdown_table
 
 TABLE_FILE = "compare.md"
 JSON_FILE = "compare.json"
@@ -213,7 +213,7 @@ def _value_cell(value: Value, unit: str) -> str:
 def _difference_cell(difference: Difference, unit: str) -> str:
     low, high = _show(difference.low, unit, sign=True), _show(difference.high, unit, sign=True)
     text = f"{_show(difference.value, unit, sign=True)} [{low}, {high}]"
-    return f"**{text}**" if difference.significant else text
+    return Markdown(f"**{text}**" if difference.significant else text)
 
 
 def _heading(name: str) -> str:
