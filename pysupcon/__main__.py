@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command and its arguments; None means ``sys.argv[1:]``.
 
     Returns:
-        The exit status of the command; 2 if there is no such command.
+        The exit status of the command; 2 if there is no such command. A file that cannot be read or written
+        is one line on stderr, with the status 1.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[0] in ("-h", "--help"):
@@ -55,7 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     module = arguments[0].replace("-", "_")
-    status: int = import_module(f"pysupcon.commands.{module}").main(arguments[1:])
+    try:
+        status: int = import_module(f"pysupcon.commands.{module}").main(arguments[1:])
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"pysupcon {arguments[0]}: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
     return status
 
 

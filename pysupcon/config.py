@@ -3,9 +3,11 @@ and the command line."""
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +19,7 @@ from pysupcon.data.config import DataConfig
 from pysupcon.errors import ConfigError
 from pysupcon.evaluators import EvaluationConfig
 from pysupcon.models.config import ModelConfig
+from pysupcon.reading import check_yaml, one_line, parse_yaml, read_yaml
 from pysupcon.trainer.config import GROUP_ACCURACIES, NEEDS_VIEWS, LossConfig, OptimizerConfig, TrainerConfig
 
 
@@ -196,17 +199,18 @@ def compose(path: str | Path) -> dict[str, Any]:
 def _compose(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
     from jsonargparse import get_loader
 
-    resolved = path.resolve()
+    resolved = Path(os.path.realpath(path))  # unlike Path.resolve, it accepts a loop of links
     if resolved in extending:
         raise ConfigError(f"{path}: config must not lead back to the file itself")
     try:
-        own = get_loader("yaml")(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        own = parse_yaml(path.read_text(encoding="utf-8"), get_loader("yaml"))
+    except (OSError, ValueError) as error:
         named_by = f" (named by {extending[-1]})" if extending else ""
-        raise ConfigError(f"{path}{named_by} cannot be read as YAML: {_one_line(error)}") from error
+        raise ConfigError(f"{path}{named_by} cannot be read as YAML: {one_line(error)}") from error
     own = {} if own is None else own
     if not isinstance(own, dict):
         raise ConfigError(f"{path} must hold a mapping of config fields, got {type(own).__name__}")
+    _check_sections(path, own)
     named = own.pop("config", [])
     named = [named] if isinstance(named, str) else named
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
@@ -216,6 +220,17 @@ def _compose(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
         _merge(fields, _compose(path.parent / name, (*extending, resolved)))
     _merge(fields, own)
     return fields
+
+
+def _check_sections(path: Path, fields: dict[str, Any]) -> None:
+    """Check that the sections hold fields.
+
+    jsonargparse would read a file that a section names, and import the module that a ``class_path`` names.
+    """
+    for name in set(fields) & {"data", "model", "loss", "optimizer", "trainer"}:
+        section = fields[name]
+        if not isinstance(section, dict) or "class_path" in section:
+            raise ConfigError(f"{path}: {name} must be a mapping of fields, got {section!r}")
 
 
 def _merge(fields: dict[str, Any], overrides: dict[str, Any]) -> None:
@@ -230,20 +245,26 @@ def load_config(path: str | Path) -> Config:
     """Read the config of a run.
 
     The run may be older or newer than the evaluators. Unknown fields of its evaluation section are ignored
-    with a warning; a section that is still not valid is replaced by the defaults with a warning.
+    with a warning; a section that is still not valid is replaced by the defaults with a warning. The run may
+    also come from somebody else: the limits of :mod:`pysupcon.reading` apply, and no class is instantiated.
 
     Raises:
         ConfigError: the file is missing, is not YAML or not a valid config; the message names file and field.
     """
     path = Path(path)
     try:
-        text = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML: {_one_line(error)}") from error
+        text = read_yaml(path)
+        _check_strings(text)
+    except ValueError as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(text, dict):
         raise ConfigError(f"{path} must hold a mapping of config fields, got {type(text).__name__}")
-    evaluation = text.get("evaluation")
-    if isinstance(evaluation, dict):
+    _check_sections(path, text)
+    evaluation = text.get("evaluation", {})
+    if not isinstance(evaluation, dict):
+        warnings.warn(f"{path}: the defaults are used for evaluation: it is no mapping", stacklevel=2)
+        del text["evaluation"]
+    else:
         unknown = _drop_unknown(EvaluationConfig, evaluation, "evaluation")
         if unknown:
             warnings.warn(f"{path}: {', '.join(unknown)} is unknown and ignored", stacklevel=2)
@@ -261,6 +282,25 @@ def load_config(path: str | Path) -> Config:
 def to_yaml(config: Config) -> str:
     """Return the config as YAML with all defaults, for :func:`load_config`."""
     return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def _check_strings(value: Any) -> None:
+    """Check the strings in the values of a config: jsonargparse parses some of them as YAML.
+
+    Raises:
+        ValueError: a string exceeds the limits of YAML documents.
+    """
+    if isinstance(value, str):
+        if len(value) > 100:  # a shorter one cannot exceed the limits
+            with suppress(yaml.YAMLError):
+                check_yaml(value)
+    elif isinstance(value, dict):
+        for key, entry in value.items():
+            _check_strings(key)
+            _check_strings(entry)
+    elif isinstance(value, list):
+        for entry in value:
+            _check_strings(entry)
 
 
 def _drop_unknown(kind: type, values: dict[str, Any], name: str) -> list[str]:
@@ -322,7 +362,7 @@ def _instantiate(parser: Any, parse: Any) -> tuple[Config, Any]:
 
 def _one_line(error: Exception) -> str:
     """Return the message on one line; type errors of jsonargparse become "FIELD must be TYPE, got VALUE"."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     match = re.match(r'Parser key "(?P<field>[^"]+)": (?P<rest>.*)', text)
     if match is None:
         return text

@@ -17,6 +17,21 @@ class RunError(RuntimeError):
     on_one_process = False
 
 
+class ImageError(RunError):
+    """An image file cannot be read. The message names the file and is one line.
+
+    A worker of a DataLoader raises the error in its own process. The DataLoader then calls the class with the
+    text of the worker's traceback, whose last line holds the message.
+    """
+
+    on_one_process = True
+
+    def __init__(self, message: str) -> None:
+        if message.startswith("Caught ImageError in DataLoader worker"):
+            message = message.rpartition("pysupcon.errors.ImageError: ")[2].strip()
+        super().__init__(message)
+
+
 class Interrupted(RunError):
     """The training was asked to stop and has saved a checkpoint. The message says why and how to resume."""
 

@@ -22,8 +22,8 @@ if __name__ == "__main__":
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Train and evaluate; return the exit status. A :class:`ConfigError` or :class:`RunError` is printed as
-    one line on stderr.
+    """Train and evaluate; return the exit status. A :class:`ConfigError`, a :class:`RunError` or a file that
+    cannot be read or written is printed as one line on stderr.
 
     Args:
         args: the command line; None means ``sys.argv[1:]``.
@@ -45,12 +45,17 @@ def main(args: Sequence[str] | None = None) -> int:
         if _is_main() or getattr(error, "on_one_process", False):
             print(f"train.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"train.py: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
     if config.evaluate and _is_main():
         from pysupcon.evaluation.evaluate import evaluate_run
 
         try:
             report = evaluate_run(run_dir)
-        except (ConfigError, RunError) as error:
+        except (ConfigError, RunError, OSError) as error:
             print(
                 f"train.py: error: the training is done ({run_dir}), its evaluation failed: {error}",
                 file=sys.stderr,

@@ -158,7 +158,7 @@ def draw(path: Path, circles: Sequence[Circle], config: CircleConfig) -> None:
     from matplotlib.figure import Figure
 
     from pysupcon.reports.charts import scatter_circle
-    from pysupcon.reports.pictures import palette
+    from pysupcon.reports.pictures import palette, save_figure
 
     rows, columns = len(config.temperatures), len(config.alphas)
     figure = Figure(figsize=(1.9 * columns + 4.2, max(2.1 * rows + 0.6, 3.6)), dpi=120, layout="constrained")
@@ -178,7 +178,7 @@ def draw(path: Path, circles: Sequence[Circle], config: CircleConfig) -> None:
     plot.spines[["top", "right"]].set_visible(False)
     plot.legend(frameon=False)
     figure.suptitle(f"{config.classes} classes on the circle, base {config.base}")
-    figure.savefig(path, format="png")
+    save_figure(figure, path)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -31,7 +32,7 @@ from pysupcon.reports.evaluated_runs import (
     configurations,
     read_run,
 )
-from pysupcon.reports.report import markdown_table
+from pysupcon.reports.report import Markdown, markdown_table
 
 TABLE_FILE = "compare.md"
 JSON_FILE = "compare.json"
@@ -155,7 +156,8 @@ def compare(
         The metrics and their paired differences to the baseline.
 
     Raises:
-        RunError: there are fewer than two runs, their test samples differ, or they share no metric.
+        RunError: there are fewer than two runs, their test samples differ, they share no metric, or a metric
+            is not finite.
     """
     bootstrap = bootstrap or BootstrapConfig()
     all_runs = list({run.dir.resolve(): run for run in [*runs, *([baseline] if baseline else [])]}.values())
@@ -179,6 +181,8 @@ def compare(
                 assert figure is not None
                 samples.append(bootstrap_values(figure, bootstrap))
                 seeds.append(figure.value())
+                if not isfinite(seeds[-1]) or not samples[-1].isfinite().all():
+                    raise RunError(f"{name} must be finite, but the outcomes of {run.dir} give {seeds[-1]}")
             drawn[group.name] = torch.stack(samples).mean(dim=0)
             low, high = percentile_interval(drawn[group.name], bootstrap.confidence)
             spread = stdev(seeds) if len(seeds) > 1 else None
@@ -213,7 +217,7 @@ def _value_cell(value: Value, unit: str) -> str:
 def _difference_cell(difference: Difference, unit: str) -> str:
     low, high = _show(difference.low, unit, sign=True), _show(difference.high, unit, sign=True)
     text = f"{_show(difference.value, unit, sign=True)} [{low}, {high}]"
-    return f"**{text}**" if difference.significant else text
+    return Markdown(f"**{text}**" if difference.significant else text)
 
 
 def _heading(name: str) -> str:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from pysupcon.commands import program
 from pysupcon.errors import ConfigError, RunError
+from pysupcon.reading import read_json
+from pysupcon.reports.report import Markdown, escape, markdown_table
 
 if TYPE_CHECKING:
     from pysupcon.models import ModelConfig
@@ -79,7 +81,7 @@ def _backbone_arguments(model: ModelConfig) -> dict[str, Any]:
     """The arguments of ModelConfig that build the backbone."""
     if model.concatenated:
         return {"concatenated": [{"model": _backbone_arguments(part)} for part in model.part_configs()]}
-    default = type(model)()
+    default, model = type(model)(), model.without_initial_weights()
     optional = ("width", "small_stem", "timm_args", "encoders")
     given = {
         name: getattr(model, name) for name in optional if getattr(model, name) != getattr(default, name)
@@ -113,7 +115,7 @@ def hub_config(run: Run) -> dict[str, Any]:
     if not timm_builds(run):
         return config | {"pysupcon": _backbone_arguments(model)}
     name, _, tag = model.backbone.partition(".")
-    arguments = {"in_chans": data.channels, **model.timm_args}
+    arguments = {"in_chans": data.channels, **model.without_initial_weights().timm_args}
     # timm replaces the layers of these names for other channels or classes.
     timm_config: Any = run.model.backbone.pretrained_cfg
     layers = ("first_conv", "classifier")
@@ -128,6 +130,9 @@ def model_card(run: Run, metrics: dict[str, Any] | None, name: str) -> str:
         run: the run.
         metrics: content of its metrics.json; None if the run was not evaluated.
         name: name of the model.
+
+    Raises:
+        ConfigError: an entry of model.concatenated does not describe the training of its backbone.
     """
     config, data = run.config, run.data
     head = ["---", "tags:", "- image-feature-extraction", "- contrastive-learning", "- pysupcon"]
@@ -152,9 +157,9 @@ def model_card(run: Run, metrics: dict[str, Any] | None, name: str) -> str:
     }
     lines = [
         *head,
-        f"# {name}",
+        f"# {escape(name)}",
         "",
-        f"{_summary(run)}, trained by pysupcon.",
+        f"{escape(_summary(run))}, trained by pysupcon.",
         "",
         "## Use",
         "",
@@ -162,9 +167,7 @@ def model_card(run: Run, metrics: dict[str, Any] | None, name: str) -> str:
         "",
         "## Training",
         "",
-        "| | |",
-        "| --- | --- |",
-        *(f"| {key} | {value} |" for key, value in training.items()),
+        *markdown_table(("", ""), training.items()),
         "",
         "## Evaluation",
         "",
@@ -188,7 +191,12 @@ def _by_part(run: Run, describe: Callable[[dict[str, Any]], str]) -> str:
     config = run.config
     if config.model.concatenated:
         parts = enumerate(config.model.concatenated, 1)
-        return "; ".join(f"{describe(part)} (part {i})" for i, part in parts)
+        try:
+            return "; ".join(f"{describe(part)} (part {i})" for i, part in parts)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{run.dir}: model.concatenated must describe how each backbone was trained: {error!r}"
+            ) from error
     return describe(config.as_concatenated_part())
 
 
@@ -237,16 +245,16 @@ def _metrics(run: Run) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = read_json(path)
         _table(content)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise RunError(f"{path} is damaged: {error!r}") from error
     return content
 
 
 def _table(content: dict[str, Any]) -> list[str]:
     """The table of metrics, without those of single classes and groups."""
-    lines = ["| metric | value | unit |", "| --- | --- | --- |"]
+    rows = []
     for name, metric in content["metrics"].items():
         if "class=" in name or "group=" in name:
             continue
@@ -254,8 +262,9 @@ def _table(content: dict[str, Any]) -> list[str]:
         numbers = [metric["value"], *(metric[end] for end in ("low", "high") if metric.get(end) is not None)]
         shown = [f"{100 * number:.2f}" if fraction else f"{number:.4g}" for number in numbers]
         interval = f" [{shown[1]}, {shown[2]}]" if len(shown) == 3 else ""
-        lines.append(f"| {name} | {shown[0]}{interval} | {'%' if fraction else metric.get('unit', '')} |")
-    return lines
+        unit = "%" if fraction else str(metric.get("unit", ""))
+        rows.append((name, Markdown(f"{shown[0]}{interval}"), unit))
+    return markdown_table(("metric", "value", "unit"), rows)
 
 
 def _numbers(tensor: Any) -> str:

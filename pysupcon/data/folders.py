@@ -20,6 +20,7 @@ from pysupcon.data.samples import (
     samples_from_files,
 )
 from pysupcon.errors import ConfigError
+from pysupcon.reading import check_regular, one_line
 
 
 def image_folder(config: DataConfig) -> Source:
@@ -55,9 +56,10 @@ def _scan(root: Path) -> tuple[list[str], list[Path], Tensor]:
     try:
         names, indices = find_classes(root)
         found = make_dataset(root, indices, extensions=IMG_EXTENSIONS)
-    except FileNotFoundError as error:
+    except OSError as error:
+        reason = one_line(error)
         raise ConfigError(
-            f"data.root {str(root)!r} is not an image folder (FOLDER/CLASS/*.png): {error}"
+            f"data.root {str(root)!r} is not an image folder (FOLDER/CLASS/*.png): {reason}"
         ) from error
     return names, [Path(path) for path, _ in found], torch.tensor([label for _, label in found])
 
@@ -90,8 +92,8 @@ def imagenet100(config: DataConfig) -> Source:
     for folder in ("train", "val"):
         try:
             found = make_dataset(root / folder, indices, extensions=IMG_EXTENSIONS)
-        except FileNotFoundError as error:
-            wanted = f"images of all {len(indices)} classes in {root / folder}/WNID ({error})"
+        except OSError as error:
+            wanted = f"images of all {len(indices)} classes in {root / folder}/WNID ({one_line(error)})"
             raise missing_data_error(config, wanted) from error
         labels = torch.tensor([label for _, label in found])
         parts.append(Samples(FileImages([Path(path) for path, _ in found]), labels, labels))
@@ -136,9 +138,10 @@ def tiny_imagenet(config: DataConfig) -> Source:
 
 def _lines(path: Path) -> list[str]:
     try:
+        check_regular(path)  # a pipe would block
         return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"data.root: {path} cannot be read: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"data.root: {path} cannot be read: {one_line(error)}") from error
 
 
 def _annotations(folder: Path, label_of: dict[str, int]) -> tuple[list[Path], list[int]]:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pysupcon.data.config import DOWNLOADABLE_DATASETS, DataConfig
 from pysupcon.data.superclasses import coarse_labels_of
-from pysupcon.errors import ConfigError
+from pysupcon.errors import ConfigError, ImageError
+from pysupcon.reading import check_regular, one_line
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -19,7 +20,11 @@ Family = Literal["digits", "grey", "colour"]
 
 
 class FileImages(Sequence[Tensor]):
-    """Image files, read on access: ``images[i]`` is a uint8 RGB tensor [3, H, W] of the file's size."""
+    """Image files, read on access: ``images[i]`` is a uint8 RGB tensor [3, H, W] of the file's size.
+
+    Raises:
+        ImageError: on access; the file is missing, not a regular file, damaged, or larger than PIL's limit.
+    """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = list(paths)
@@ -31,7 +36,12 @@ class FileImages(Sequence[Tensor]):
         from torchvision.datasets.folder import default_loader
         from torchvision.transforms.v2.functional import pil_to_tensor
 
-        return pil_to_tensor(default_loader(str(self.paths[index])))
+        path = self.paths[index]
+        try:
+            check_regular(path)  # a pipe would block
+            return pil_to_tensor(default_loader(str(path)))
+        except Exception as error:  # PIL's decoders raise many kinds of errors for damaged files
+            raise ImageError(f"the image {path} cannot be read: {one_line(error)}") from error
 
 
 Images = Tensor | FileImages

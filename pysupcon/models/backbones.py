@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -10,6 +11,7 @@ from pysupcon.errors import ConfigError
 from pysupcon.models.concatenation import Concatenation
 from pysupcon.models.config import DEFAULT_LIPSCHITZ, DEFAULT_WIDTH, ModelConfig
 from pysupcon.models.spectral import apply_spectral_norm
+from pysupcon.reading import one_line
 
 
 class SmallCNN(nn.Module):
@@ -82,11 +84,12 @@ def _build_plain(config: ModelConfig, channels: int, image_size: int) -> tuple[n
             f"model.backbone must be small_cnn or a timm model, got {config.backbone!r}"
             + (f" (similar: {similar})" if similar else "")
         )
+    arguments: dict[str, Any] = dict(config.timm_args)
     try:
-        model = timm.create_model(config.backbone, num_classes=0, in_chans=channels, **config.timm_args)
-    except (TypeError, ValueError, AssertionError) as error:
+        model = timm.create_model(config.backbone, num_classes=0, in_chans=channels, **arguments)
+    except Exception as error:  # timm, the model and the reader of weights have no common error
         raise ConfigError(
-            f"model.timm_args {config.timm_args} do not fit {config.backbone}: {error}"
+            f"model.timm_args {config.timm_args} do not fit {config.backbone}: {one_line(error)}"
         ) from error
     if config.small_stem:
         _shrink_stem(model, config.backbone, channels)

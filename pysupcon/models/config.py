@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal
 
 from pysupcon.errors import ConfigError, check
+
+PlainValue = bool | int | float | str | list | dict | None
+"""Not Any: jsonargparse would import and call what ``class_path`` names in a value of type Any."""
+
+_INITIAL_WEIGHTS = ("pretrained", "checkpoint_path", "cache_dir")
+_PRETRAINED_CONFIGS = ("pretrained_cfg", "pretrained_cfg_overlay")
+_WEIGHT_SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load")
+"""Entries of timm's ``PretrainedCfg`` that name weights."""
 
 DEFAULT_WIDTH = 32
 DEFAULT_PROJECTION_DIM = 128
@@ -26,9 +34,10 @@ class ModelConfig:
     """For timm models with a 7x7 stem (ResNets): replace the stem by a 3x3 convolution of stride 1 without
     pooling, for images of about 32x32."""
 
-    timm_args: dict[str, Any] = field(default_factory=dict)
+    timm_args: dict[str, PlainValue] = field(default_factory=dict)
     """timm only: additional arguments of timm.create_model, e.g. {img_size: 32, patch_size: 4,
-    drop_path_rate: 0.05}."""
+    drop_path_rate: 0.05}. Initial weights that they name (pretrained, checkpoint_path, pretrained_cfg) are
+    read by a training only: the model of a finished run is built without them."""
 
     projection: Literal["none", "linear", "mlp"] = "none"
     """Head between the embedding and the contrastive loss. The evaluators use the embedding."""
@@ -59,7 +68,7 @@ class ModelConfig:
     lipschitz: float | None = None
     """Largest singular value of a layer's weight. Requires spectral_norm. None means 1."""
 
-    concatenated: list[dict[str, Any]] = field(default_factory=list)
+    concatenated: list[dict] = field(default_factory=list)
     """Written by `python -m pysupcon concatenate`: how each of the concatenated frozen backbones was trained
     (model, loss, optimizer, epochs). Such a run can be evaluated but not trained."""
 
@@ -107,8 +116,23 @@ class ModelConfig:
         if self.spectral_norm and self.lipschitz is None:
             self.lipschitz = DEFAULT_LIPSCHITZ
 
+    def without_initial_weights(self) -> ModelConfig:
+        """Config of the same model for weights that are loaded afterwards.
+
+        timm then opens no file and no URL: neither ``pretrained``, nor ``checkpoint_path``, nor a source in
+        ``pretrained_cfg`` or ``pretrained_cfg_overlay``, whose other entries may shape the model.
+        """
+        arguments: dict[str, PlainValue] = {}
+        for name, value in self.timm_args.items():
+            if name not in _INITIAL_WEIGHTS:
+                if name in _PRETRAINED_CONFIGS and isinstance(value, dict):
+                    value = {key: entry for key, entry in value.items() if key not in _WEIGHT_SOURCES}
+                arguments[name] = value
+        return replace(self, timm_args=arguments)
+
     def part_configs(self) -> list[ModelConfig]:
-        """Configs of the backbones in ``concatenated``, without spectral norm, which their weights include.
+        """Configs of the backbones in ``concatenated``, without initial weights, and without spectral norm,
+        which their weights include.
 
         Raises:
             ConfigError: an entry does not describe a trained model.
@@ -123,7 +147,7 @@ class ModelConfig:
                     f"model.concatenated[{number}] must describe a trained model: {error!r}"
                 ) from error
             part.resolve()
-            configs.append(part)
+            configs.append(part.without_initial_weights())
         return configs
 
     def _check_concatenated(self) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pysupcon.reports.pictures import MARKERS, new_figure, palette
+from pysupcon.reports.pictures import MARKERS, legend_label, new_figure, palette, printable, save_figure
 from pysupcon.reports.report import Picture
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def draw_separation(path: str | Path, target: NDArray[Any], noise: NDArray[Any],
     )
     plot.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    figure.savefig(path, format="png")
+    save_figure(figure, path)
 
 
 def draw_curves(
@@ -104,7 +104,7 @@ def draw_curves(
         precision, recall, _ = precision_recall_curve(truth, scores)
         auc, ap = roc_auc_score(truth, scores), average_precision_score(truth, scores)
         roc.plot(false_rate, true_rate, color=colour, linewidth=width)
-        text = f"{name}: AUC {auc:.3f}, AP {ap:.3f}"
+        text = legend_label(f"{name}: AUC {auc:.3f}, AP {ap:.3f}")
         pr.step(recall, precision, where="post", color=colour, linewidth=width, label=text)
     roc.plot([0, 1], [0, 1], color="grey", linestyle=":", linewidth=1)
     pr.axhline(0.5, color="grey", linestyle=":", linewidth=1)
@@ -115,7 +115,7 @@ def draw_curves(
         plot.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title)
     figure.legend(loc="outside right center", frameon=False, fontsize=9)
-    figure.savefig(path, format="png")
+    save_figure(figure, path)
 
 
 def draw_confusion(
@@ -144,7 +144,7 @@ def draw_confusion(
     image = plot.imshow(share, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
     bar = figure.colorbar(image, ax=plot, label="fraction of the true class", shrink=0.8)
     bar.set_ticks([0, 0.01, 0.05, 0.2, 0.5, 1.0])
-    texts = [str((names or {}).get(int(label), int(label))) for label in classes]
+    texts = [printable((names or {}).get(int(label), int(label))) for label in classes]
     if size <= _MAX_CLASSES_WITH_COUNTS:
         ticks = range(size)
         for row in range(size):
@@ -161,7 +161,7 @@ def draw_confusion(
     plot.set_yticks(list(ticks), [texts[tick] for tick in ticks])
     accuracy = 100 * np.trace(matrix) / max(matrix.sum(), 1)
     plot.set(title=f"{title}: accuracy {accuracy:.1f} %", xlabel="predicted", ylabel="true")
-    figure.savefig(path, format="png")
+    save_figure(figure, path)
 
 
 def draw_groups(
@@ -193,11 +193,11 @@ def draw_groups(
         plot.axhline(min(accuracies), color=colours[rank], linestyle="--", linewidth=1)
     labels = [f"{(names or {}).get(int(g), f'group {g}')}\nn={int((group == g).sum())}" for g in groups]
     rotation = 90 if len(groups) > 8 else 0
-    plot.set_xticks(range(len(groups)), labels, fontsize=8, rotation=rotation)
+    plot.set_xticks(range(len(groups)), [printable(label) for label in labels], fontsize=8, rotation=rotation)
     plot.set(title=title, ylabel="test accuracy (%); dashed: worst group", ylim=(0, 102))
     plot.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", frameon=False, fontsize=9)
-    figure.savefig(path, format="png")
+    save_figure(figure, path)
 
 
 def draw_differences(
@@ -221,7 +221,7 @@ def draw_differences(
     seen: set[str] = set()
     for position, (_, configuration, difference, low, high) in enumerate(rows):
         colour, significant = colours[configuration], low > 0 or high < 0
-        label = None if configuration in seen else configuration
+        label = None if configuration in seen else legend_label(configuration)
         seen.add(configuration)
         plot.plot([low, high], [position, position], color=colour, linewidth=2)
         face = colour if significant else "white"
@@ -229,7 +229,7 @@ def draw_differences(
     starts = [i for i, row in enumerate(rows) if i == 0 or rows[i - 1][0] != row[0]]
     ends = [*starts[1:], len(rows)]
     middles = [(start + end - 1) / 2 for start, end in zip(starts, ends, strict=True)]
-    plot.set_yticks(middles, [rows[start][0] for start in starts])
+    plot.set_yticks(middles, [printable(rows[start][0]) for start in starts])
     for start in starts[1:]:
         plot.axhline(start - 0.5, color="grey", linewidth=0.4)
     plot.axvline(0, color="black", linewidth=1)
@@ -238,7 +238,7 @@ def draw_differences(
     plot.grid(axis="x", alpha=0.25)
     plot.spines[["top", "right", "left"]].set_visible(False)
     figure.legend(loc="outside lower center", frameon=False, fontsize=9)
-    figure.savefig(path, format="png")
+    save_figure(figure, path)
 
 
 def scatter_circle(plot: Axes, points: NDArray[Any], labels: NDArray[Any], *, title: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from pysupcon.errors import RunError
+from pysupcon.reading import one_line, read_json, read_yaml
 
 __all__ = [
     "EVALUATION",
@@ -71,7 +72,7 @@ def read_run(folder: str | Path, part: str = EVALUATION) -> EvaluatedRun:
     from safetensors.torch import load_file
 
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # Path.is_dir raises an error for long names
         raise RunError(f"{folder} must be the folder of a run, but there is no such folder")
     outcomes = folder / part / "outcomes.safetensors"
     metrics = folder / part / "metrics.json"
@@ -80,25 +81,36 @@ def read_run(folder: str | Path, part: str = EVALUATION) -> EvaluatedRun:
         f"evaluate {folder}" if part == EVALUATION else f"{command} {folder} --data.dataset {dataset}"
     )
     for path in (outcomes, metrics):
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise RunError(f"{path} is missing: run `python -m pysupcon {written_by}` first")
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RunError(f"{folder / 'config.yaml'} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(config, dict):
-        raise RunError(f"{folder / 'config.yaml'} must hold a mapping, got {type(config).__name__}")
+        config = read_yaml(folder / "config.yaml")
+    except ValueError as error:
+        raise RunError(f"{folder / 'config.yaml'} cannot be read: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("data", {}), dict):
+        raise RunError(f"{folder / 'config.yaml'} must hold the config of a run, a mapping of sections")
+    try:
+        config_key(config)
+    except TypeError as error:
+        raise RunError(f"{folder / 'config.yaml'} must hold the config of a run: {error}") from error
     try:
         tensors = load_file(outcomes)
     except (SafetensorError, OSError) as error:
-        raise RunError(f"{outcomes} is truncated or not a safetensors file: {error}") from error
+        raise RunError(f"{outcomes} is truncated or not a safetensors file: {one_line(error)}") from error
     try:
-        figures = list(json.loads(metrics.read_text(encoding="utf-8"))["metrics"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{metrics} is not a report: {error}") from error
+        figures = list(read_json(metrics)["metrics"].keys())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{metrics} is not a report: {one_line(error)}") from error
     for label in ("labels/fine", "labels/coarse"):
         if label not in tensors:
             raise RunError(f"{outcomes} holds no {label}: evaluate {folder} again")
+    samples = tensors["labels/fine"].shape
+    for name, values in tensors.items():
+        if values.shape != samples or values.ndim != 1 or not len(values):
+            raise RunError(
+                f"{outcomes} must hold one number for each test sample, but {name} is of shape "
+                f"{list(values.shape)} and labels/fine of shape {list(samples)}: evaluate {folder} again"
+            )
     return EvaluatedRun(folder, config, tensors, figures, part)
 
 

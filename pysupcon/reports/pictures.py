@@ -43,6 +43,30 @@ def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
+def printable(text: object) -> str:
+    """Return text that a font and UTF-8 can represent: a file name may hold bytes that are not UTF-8."""
+    return str(text).encode("utf-8", "replace").decode("utf-8")
+
+
+def legend_label(name: object) -> str:
+    """Return ``name`` as a label that a legend shows: matplotlib omits labels with an underscore in front."""
+    text = printable(name)
+    return f" {text}" if text.startswith("_") else text
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a PNG file that shows every text as it is: names of classes and runs are not math or TeX."""
+    from matplotlib import rc_context
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_text(printable(text.get_text()))
+        text.set_parse_math(False)
+        text.set_usetex(False)
+    with rc_context({"text.parse_math": False, "text.usetex": False}):  # tick labels are made while drawing
+        figure.savefig(path, format="png")
+
+
 def palette(count: int) -> list[Any]:
     """Return ``count`` distinct colours."""
     if count <= len(_COLOURS):
@@ -108,7 +132,7 @@ def draw_embedding(
             alpha=0.8,
             linewidths=0.3,
             edgecolors="white",
-            label=label if legend else None,
+            label=legend_label(label) if legend else None,
         )
         if len(parts) <= _LABEL_LIMIT:
             _name_at(plot, np.median(chosen, axis=0), str(fine_names.get(f, f)))
@@ -116,14 +140,16 @@ def draw_embedding(
         for c in classes:
             label = str(coarse_names.get(c, f"coarse class {c}"))
             members = [colour for part, colour in colours.items() if part[0] == c]
-            plot.scatter([], [], color=[members[len(members) // 2]], marker=markers[c], label=label)
+            plot.scatter(
+                [], [], color=[members[len(members) // 2]], marker=markers[c], label=legend_label(label)
+            )
     if legend or len(classes) <= _LEGEND_LIMIT:
         heading = "fine class" if one_level else "fine class (coarse class)" if legend else "coarse class"
         figure.legend(title=heading, loc="outside right upper", frameon=False, fontsize=9)
     plot.set(title=title, xlabel=axes[0], ylabel=axes[1])
     plot.set_aspect("equal", adjustable="datalim")
     plot.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, format="png")
+    save_figure(figure, path)
 
 
 def _name_at(plot: Axes, position: NDArray[Any], name: str) -> None:
@@ -197,4 +223,4 @@ def draw_loss(
     plot.grid(alpha=0.25)
     plot.spines[["top", "right"]].set_visible(False)
     plot.legend(frameon=False)
-    figure.savefig(path, format="png")
+    save_figure(figure, path)

@@ -5,6 +5,7 @@ The name of a metric consists of parts separated by "/". Tables are grouped by t
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
@@ -15,6 +16,24 @@ from typing import Any
 
 SCHEMA = 1
 _PART = re.compile(r"(^|/)(class|group)=")
+
+
+_MARKUP = re.compile(r"[\\`*\[\]|~$#]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=\bwww)\.")
+"""Characters that Markdown would not show, or that start a link; underscores within words are left alone."""
+
+
+class Markdown(str):
+    """Text that is Markdown already: :func:`escape` returns it unchanged."""
+
+    __slots__ = ()
+
+
+def escape(text: str) -> str:
+    """Return text as one line of Markdown that shows it as it is: no markup, no HTML, no link, no math."""
+    if isinstance(text, Markdown):
+        return text
+    line = " ".join(text.encode("utf-8", "replace").decode("utf-8").split())
+    return _MARKUP.sub(r"\\\g<0>", html.escape(line, quote=False))
 
 
 @dataclass(frozen=True)
@@ -54,7 +73,7 @@ class Metric:
     def columns(self) -> tuple[str, str, str]:
         """Return value, interval ("" if there is none) and unit as text."""
         interval = "" if self.low is None else f"[{self._number(self.low)}, {self._number(self.high)}]"
-        return self._number(self.value), interval, "%" if self.unit == "fraction" else self.unit
+        return self._number(self.value), Markdown(interval), "%" if self.unit == "fraction" else self.unit
 
 
 def metrics_of(results: Iterable[tuple[str, float]], unit_of: Callable[[str], str]) -> dict[str, Metric]:
@@ -154,9 +173,14 @@ class Report:
         """Read the output of :meth:`to_json`.
 
         Raises:
-            ValueError: the text is not JSON or has another schema.
+            ValueError: the text is not JSON, is nested too deeply, or has another schema.
         """
-        content = json.loads(text)
+        try:
+            content = json.loads(text)
+        except RecursionError:
+            raise ValueError(
+                "a report must be a JSON object, got values that are nested too deeply"
+            ) from None
         if not isinstance(content, dict) or content.get("schema") != SCHEMA:
             found = content.get("schema") if isinstance(content, dict) else type(content).__name__
             raise ValueError(f"a report must be a JSON object with schema {SCHEMA}, got {found!r}")
@@ -171,19 +195,19 @@ class Report:
 
     def to_markdown(self) -> str:
         """Return the report as Markdown, with its pictures."""
-        lines = [f"# {_escape(self.title)}", ""]
+        lines = [f"# {escape(self.title)}", ""]
         for warning in self.warnings:
-            lines += [f"> **Warning:** {_escape(warning)}", ""]
+            lines += [f"> **Warning:** {escape(warning)}", ""]
         header = ("metric", "value", f"{100 * self.confidence:g} % interval", "unit")
         for group, members in self._groups():
             lines += [
-                f"## {_escape(group)}",
+                f"## {escape(group)}",
                 "",
                 *markdown_table(header, ((name, *row) for name, row in members)),
                 "",
             ]
         for picture in self.pictures:
-            lines += [f"![{_escape(picture.caption)}]({picture.file})", "", _escape(picture.caption), ""]
+            lines += [f"![{escape(picture.caption)}]({picture.file})", "", escape(picture.caption), ""]
         if self.metadata:
             rows = ((name, _plain(value)) for name, value in _flatten(self.metadata))
             lines += ["## Settings", "", *markdown_table(("", ""), rows), ""]
@@ -222,14 +246,10 @@ class Report:
         return "\n".join(lines)
 
 
-def _escape(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
-
-
 def markdown_table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
-    """Return the lines of a Markdown table; cells of ``rows`` are escaped."""
-    lines = ["| " + " | ".join(header) + " |", "| " + " | ".join("---" for _ in header) + " |"]
-    return lines + ["| " + " | ".join(_escape(cell) for cell in row) + " |" for row in rows]
+    """Return the lines of a Markdown table; all cells are escaped except :class:`Markdown`."""
+    lines = [header, ("---",) * len(header), *rows]
+    return ["| " + " | ".join(escape(cell) for cell in line) + " |" for line in lines]
 
 
 def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

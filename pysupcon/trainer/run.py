@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,9 @@ class Run:
         Raises:
             RunError: the weights are missing, truncated or of another model; the message names the file.
         """
-        model = build_model(self.config, self.data)
+        model = build_model(
+            replace(self.config, model=self.config.model.without_initial_weights()), self.data
+        )
         load_weights(model, self.dir / WEIGHTS_FILE)
         return model.eval()
 

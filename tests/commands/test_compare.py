@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from pysupcon.__main__ import main
 from pysupcon.commands.compare import compare, to_markdown
@@ -237,6 +238,59 @@ def no_labels(folder: Path) -> str:
     return f"holds no labels/fine: evaluate {folder} again"
 
 
+def change_outcomes(folder: Path, **changed: torch.Tensor) -> None:
+    path = folder / "evaluation" / "outcomes.safetensors"
+    save_file(load_file(path) | {"separation/fine/target": changed["target"]}, path)
+
+
+def odd_shape(folder: Path) -> str:
+    change_outcomes(folder, target=torch.zeros(N, 2))
+    return "separation/fine/target is of shape [400, 2] and labels/fine of shape [400]"
+
+
+def scalar(folder: Path) -> str:
+    change_outcomes(folder, target=torch.tensor(1.0))
+    return "separation/fine/target is of shape [] and labels/fine of shape [400]"
+
+
+def infinite(folder: Path) -> str:
+    change_outcomes(folder, target=torch.full((N,), torch.inf))
+    return f"separation/fine/margin must be finite, but the outcomes of {folder} give nan"
+
+
+def deep_metrics(folder: Path) -> str:
+    (folder / "evaluation" / "metrics.json").write_text('{"metrics": {"a": ' + "[" * 100_000)
+    return "metrics.json is not a report: its values are nested too deeply"
+
+
+def listed_metrics(folder: Path) -> str:
+    (folder / "evaluation" / "metrics.json").write_text(json.dumps({"metrics": [*FIGURES, 3, None]}))
+    return "metrics.json is not a report"
+
+
+def config_of_a_list(folder: Path) -> str:
+    (folder / "config.yaml").write_text("data: [1]")
+    return "config.yaml must hold the config of a run, a mapping of sections"
+
+
+def config_with_a_date(folder: Path) -> str:
+    with (folder / "config.yaml").open("a") as file:
+        file.write("2001-01-01: 1")
+    return "config.yaml must hold the config of a run: keys must be str"
+
+
+def config_of_aliases(folder: Path) -> str:
+    levels = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
+    (folder / "config.yaml").write_text("\n".join(["a0: &a0 1", *levels]))
+    return "config.yaml cannot be read: it must hold at most 200000 values, aliases expanded, got more"
+
+
+def config_that_is_a_pipe(folder: Path) -> str:
+    (folder / "config.yaml").unlink()
+    os.mkfifo(folder / "config.yaml")
+    return "config.yaml cannot be read: it is not a regular file"
+
+
 @pytest.mark.parametrize(
     "breakage",
     [
@@ -248,14 +302,35 @@ def no_labels(folder: Path) -> str:
         broken_metrics,
         broken_config,
         no_labels,
+        odd_shape,
+        scalar,
+        infinite,
+        deep_metrics,
+        listed_metrics,
+        config_of_a_list,
+        config_with_a_date,
+        config_of_aliases,
+        config_that_is_a_pipe,
     ],
 )
 def test_runs_that_cannot_be_compared_raise_an_error(tmp_path, capsys, breakage):
     runs = [write_run(tmp_path / name, errors=9, loss=name) for name in ("a", "b")]
     message = breakage(runs[1])
     assert main(["compare", *map(str, runs), "--output", str(tmp_path / "out")]) == 1
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("pysupcon compare: ")
+    assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_the_stored_values_of_metrics_are_not_read(tmp_path, capsys):
+    """compare computes the metrics from the outcomes; metrics.json only names them."""
+    runs = [write_run(tmp_path / name, errors=9, loss=name) for name in ("a", "b")]
+    metrics = {FIGURES[0]: {"value": float("nan")}, FIGURES[1]: {"value": {"nested": []}}, "": "x", "a/b": 3}
+    (runs[1] / "evaluation" / "metrics.json").write_text(json.dumps({"metrics": metrics}))
+    assert main(["compare", *map(str, runs), "--output", str(tmp_path / "out"), "--resamples", "9"]) == 0
+    assert "| knn/k=1/fine/accuracy (%) | 97.75 | 0.00 [0.00, 0.00] |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,139 @@
+"""Read YAML and JSON files of a run, which may come from somebody else, within fixed limits.
+
+A small YAML file can stand for billions of values, because an alias repeats a part of the document. Deeply
+nested values exceed Python's recursion limit, and a pipe blocks its reader.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+MAX_YAML_BYTES = 4 * 2**20
+MAX_YAML_VALUES = 200_000
+"""Keys and values of a YAML document after the expansion of its aliases."""
+MAX_YAML_DEPTH = 50
+_MAX_NUMBER = 1000
+"""Characters of a number; PyYAML needs quadratic time for 1:59:59:..., a number of base 60."""
+MAX_JSON_BYTES = 64 * 2**20
+
+
+def one_line(error: object) -> str:
+    """Return the text of an error on one line; of an OSError its reason without the path."""
+    reason = getattr(error, "strerror", None) or error
+    return " ".join(str(reason).split()) or type(error).__name__
+
+
+def check_regular(path: str | Path) -> None:
+    """Check that ``path`` is a regular file, after following links.
+
+    Raises:
+        OSError: there is no such file, or it cannot be accessed.
+        ValueError: it is a folder, a pipe, a socket or a device.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("it is not a regular file")
+
+
+def read_yaml(path: str | Path) -> Any:
+    """Read a YAML file of at most ``MAX_YAML_BYTES``, see :func:`parse_yaml`.
+
+    Raises:
+        ValueError: the file cannot be read or exceeds a limit; the message is one line without the path.
+    """
+    return parse_yaml(_read_text(path, MAX_YAML_BYTES))
+
+
+def parse_yaml(text: str, load: Callable[[str], Any] | None = None) -> Any:
+    """Parse a YAML document of plain values.
+
+    Args:
+        text: the document.
+        load: the loader; None means PyYAML's safe loader.
+
+    Raises:
+        ValueError: the text is not YAML, or has more than ``MAX_YAML_VALUES`` values or ``MAX_YAML_DEPTH``
+            levels; the message is one line.
+    """
+    import yaml
+
+    try:
+        check_yaml(text)
+        return yaml.load(text, Loader=_loader()) if load is None else load(text)
+    except Exception as error:  # e.g. PyYAML raises KeyError for "!!bool x" and OverflowError for a float
+        raise ValueError(one_line(error)) from error
+
+
+def check_yaml(text: str) -> None:
+    """Check the limits of a YAML document without building its values.
+
+    Raises:
+        ValueError: the document exceeds a limit, or an alias refers to its own parent.
+        yaml.YAMLError: the text is not YAML.
+    """
+    import yaml
+
+    sizes: dict[str, int] = {}  # values of each anchored part that is complete
+    parts: list[tuple[str | None, int]] = []  # anchor and start of each open part
+    count = 0
+    for event in yaml.parse(text, Loader=_loader()):
+        if isinstance(event, yaml.CollectionStartEvent):
+            parts.append((event.anchor, count))
+            count += 1
+        elif isinstance(event, yaml.ScalarEvent):
+            count += 1
+            if event.anchor is not None:
+                sizes[event.anchor] = 1
+            number = event.tag is not None or event.value[:1] in tuple("+-.0123456789")
+            if number and len(event.value) > _MAX_NUMBER:
+                raise ValueError(f"a number must have at most {_MAX_NUMBER} characters, got more")
+        elif isinstance(event, yaml.AliasEvent):
+            if any(anchor == event.anchor for anchor, _ in parts):
+                raise ValueError(f"the alias *{event.anchor} must not refer to a part that contains it")
+            count += sizes.get(str(event.anchor), 1)  # the loader reports an unknown anchor
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, start = parts.pop()
+            if anchor is not None:
+                sizes[anchor] = count - start
+        if len(parts) > MAX_YAML_DEPTH:
+            raise ValueError(f"it must have at most {MAX_YAML_DEPTH} nested levels, got more")
+        if count > MAX_YAML_VALUES:
+            raise ValueError(f"it must hold at most {MAX_YAML_VALUES} values, aliases expanded, got more")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file of at most ``MAX_JSON_BYTES``.
+
+    Raises:
+        ValueError: the file cannot be read, is not JSON, or is too large or too deeply nested; the message is
+            one line without the path.
+    """
+    text = _read_text(path, MAX_JSON_BYTES)
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(one_line(error)) from error
+    except RecursionError:
+        raise ValueError("its values are nested too deeply") from None
+
+
+def _loader() -> Any:
+    import yaml
+
+    return getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # PyYAML may have been built without libyaml
+
+
+def _read_text(path: str | Path, limit: int) -> str:
+    try:
+        check_regular(path)
+        with open(path, "rb") as file:
+            content = file.read(limit + 1)
+        if len(content) > limit:
+            raise ValueError(f"it must have at most {limit} bytes, got more")
+        return content.decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(one_line(error)) from error
