@@ -18,7 +18,8 @@ void run_here(int64_t count, void* context, void (*body)(void*, int64_t, int64_t
   body(context, 0, (count + 1) / 2);
   if (count > 1) body(context, (count + 1) / 2, count);
 }
-constexpr Threads kThreads{run_here};
+int64_t two() { return 2; }
+constexpr Threads kThreads{two, run_here};
 
 struct Rows {
   std::vector<char> data;
