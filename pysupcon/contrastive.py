@@ -17,6 +17,7 @@ from typing_extensions import Unpack  # a dependency of torch; typing has it fro
 
 from pysupcon.options import DEFAULTS, ROW_OPTIONS, GatherArgument, RowOptions, expand_signature
 from pysupcon.pairs import reference
+from pysupcon.pairs.agreement import Terms
 from pysupcon.pairs.autograd import RowStatistics
 from pysupcon.pairs.checks import BACKENDS, TEMPERATURE_RANGE, check_choice, check_gather, check_number
 from pysupcon.pairs.problem import Gather, Problem, prepare
@@ -46,17 +47,41 @@ class Counts(NamedTuple):
 def build_problem(
     name: str, features: Tensor, labels: Any, mask: Any, options: Mapping[str, Any],
     temperature: float | Tensor, need_instances: bool, refused: str | None,
+    loss: type[ContrastiveLoss] | None = None, parameters: Mapping[str, Any] | None = None,
 ) -> tuple[Problem, str]:  # fmt: skip
     """The checked problem of one call of the function ``name``, and its reduction. ``refused``: a keyword
-    that this function does not take."""
+    that this function does not take. ``parameters``: of this loss only, which processes must share."""
     given = {**DEFAULTS, **options}
     if len(given) != len(DEFAULTS) or refused in options:
         unknown = next(key for key in options if key not in DEFAULTS or key == refused)
         raise TypeError(f"{name}() got an unexpected keyword argument {unknown!r}")
-    problem = prepare(
-        features, labels, mask, temperature=temperature, need_instances=need_instances, **given
-    )  # fmt: skip
+    if given["gather"] is not None:
+        shown = name if loss is None else next(iter(vars(loss).get("trainer_defaults", ())), loss.__name__)
+        terms = (shown, parameters or {})
+        problem = _prepare_gathered(features, labels, mask, given, terms, temperature, need_instances)
+    else:
+        problem = prepare(
+            features, labels, mask, temperature=temperature, need_instances=need_instances, **given
+        )  # fmt: skip
     return problem, given["reduction"]
+
+
+@torch.compiler.disable
+def _prepare_gathered(
+    features: Tensor, labels: Any, mask: Any, given: dict[str, Any], loss: tuple[str, Mapping[str, Any]],
+    temperature: float | Tensor, need_instances: bool,
+) -> Problem:  # fmt: skip
+    """The problem of a loss that gathers. A process that refuses its arguments tells the others."""
+    check_gather(given["gather"])
+    terms = Terms(given["gather"], *loss, features, labels, mask, given)
+    given = {**given, "gather": terms}
+    try:
+        return prepare(
+            features, labels, mask, temperature=temperature, need_instances=need_instances, **given
+        )  # fmt: skip
+    except Exception:
+        terms.refuse()
+        raise
 
 
 def dense_sets(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -78,12 +103,14 @@ def dense_sets(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @named("pysupcon::loss")
 def compute(
     loss: type[ContrastiveLoss], features: Tensor, labels: Tensor | None, mask: Tensor | None,
-    options: Mapping[str, Any], temperature: float | Tensor, **own: Any,
+    options: Mapping[str, Any], temperature: float | Tensor, *,
+    further: Mapping[str, Any] | None = None, **own: Any,
 ) -> Tensor:  # fmt: skip
-    """The value of a loss. ``own``: the checked parameters that only this loss has."""
+    """The value of a loss. ``own``: the checked parameters that only this loss has. ``further``: those that
+    the caller uses, and that processes must share too."""
     problem, reduction = build_problem(
         loss.function.__name__, features, labels, mask, options, temperature, loss.needs_instances,
-        "candidate_labels" if loss.self_supervised else None,
+        "candidate_labels" if loss.self_supervised else None, loss, own if further is None else further,
     )  # fmt: skip
     global_batch, mean_of = problem.global_batch, 1
     if global_batch is not None:

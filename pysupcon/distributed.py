@@ -13,9 +13,17 @@ only exchanges rows; the differentiable step, with its backward, is :mod:`pysupc
 tensor(0.5514)
 
 Inputs of each process: features, and labels or instances, of its own samples. The number of samples may
-differ between processes and may be 0. Number of views, D and dtype must be the same. A class must have the
-same label on all processes. If ``instances`` are given, rows with the same id on two processes are views of
-one sample.
+differ between processes and may be 0. A class must have the same label on all processes. If ``instances``
+are given, rows with the same id on two processes are views of one sample.
+
+All else must be the same: the loss and its parameters, ``reduction``, ``normalize``, ``gather``, which
+arguments are given, whether gradients are wanted, number of views, D and dtype. One message compares them
+before any rows are sent. If a value differs, or if a process refuses its arguments, all processes raise an
+error that names the value and the ranks. On a CPU all processes also refuse rows of one process that are not
+finite or too large. Numbers are the same if they differ by at most 1e-6 of the larger
+one, because each process may compute a schedule. A learnable temperature that differs by more than 1e-4
+causes a warning, once, and no error. A temperature or ``base_temperature`` on a GPU is compared only if the
+process group has no CPU backend; otherwise the host would have to wait for the GPU.
 
 Results of each process, for W processes and K anchors in total that have a loss:
     reduction="mean"  W / K times the sum over its own anchors. The mean over the processes is the loss of one
@@ -35,18 +43,19 @@ sends as many):
     rows            (N - M) D e; for a ring once more in the backward, and for SINCERE twice each way
     labels          8 per sample of another process; the same for given instances
     backward        at most 16 per row (32 for float64 rows; see :mod:`pysupcon.pairs.gathered`)
-    sizes           one message of 64 from each process
+    arguments       one message of 184 from each process
 Gradients of rows are not communicated. Batches of unequal size are padded to the largest, except for a ring.
 
-Every process must call the loss, and its backward, equally often. Under ``torch.compile`` the loss is a graph
-break. The host reads the message about sizes, which blocks on a GPU unless the process group also has a CPU
-backend (``init_process_group()`` without a backend, or ``"cpu:gloo,cuda:nccl"``).
+Every process must call the loss with ``gather``, and its backward, equally often. Under ``torch.compile`` the
+loss is a graph break. The host reads the message about the arguments, which blocks on a GPU unless the
+process group also has a CPU backend (``init_process_group()`` without a backend, or
+``"cpu:gloo,cuda:nccl"``).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,6 +63,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pysupcon.caller import warn_caller
+from pysupcon.pairs.agreement import Code, check_norms, describe_difference, largest_norm
 from pysupcon.pairs.global_batch import Block
 from pysupcon.ranges import named, region
 
@@ -62,8 +72,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AllGather", "Ring"]
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_warned = False
+_warned: set[str] = set()
 
 
 class AllGather:
@@ -72,6 +81,8 @@ class AllGather:
     Args:
         group: process group; None: the default group.
     """
+
+    _mode = "True"  # as the argument ``gather`` of a loss
 
     def __init__(self, group: ProcessGroup | None = None) -> None:
         self.group = group
@@ -82,7 +93,8 @@ class AllGather:
         if _world_size(self.group) == 1:
             return None
         views = features.shape[1] if features.dim() == 3 else 1
-        return self._communicator(_exchange_sizes(features, must_match, self.group), views)
+        samples = _exchange_arguments(features, {**must_match, "gather": Code.of(self._mode)}, self.group)
+        return self._communicator(samples, views)
 
     def _communicator(self, samples: tuple[int, ...], views: int) -> _Communicator:
         return _AllGatherCommunicator(samples, views, self.group)
@@ -97,6 +109,8 @@ class Ring(AllGather):
     Args:
         group: process group; None: the default group.
     """
+
+    _mode = "'ring'"
 
     def _communicator(self, samples: tuple[int, ...], views: int) -> _Communicator:
         return _RingCommunicator(samples, views, self.group)
@@ -202,37 +216,65 @@ def _all_gather(own: Tensor, counts: tuple[int, ...], group: ProcessGroup | None
     return torch.cat([rows[:count] for rows, count in zip(gathered, counts, strict=True)])
 
 
-def _exchange_sizes(
+def _exchange_arguments(
     features: Tensor, must_match: dict[str, int], group: ProcessGroup | None
 ) -> tuple[int, ...]:
-    """Returns the number of samples of each process.
+    """Compares the arguments of all processes, and returns the number of samples of each.
 
     It all-gathers a few integers, in CPU memory if the group has a CPU backend, because reading them from a
-    GPU would block the host.
+    GPU would block the host. A temperature on a GPU is compared only if the message is on the GPU, too.
 
     Raises:
-        ValueError: on every process, if a value that must be the same differs.
+        ValueError: on every process, if a value that must be the same differs, or if rows of a process on a
+            CPU are not finite or too large.
     """
-    layout = {
-        "dimensions of features": features.dim(),
-        "views of features": features.shape[1] if features.dim() == 3 else 1,
-        "width D of features": features.shape[-1],
-        "dtype of features": _DTYPES.index(features.dtype),
+    codes = {
         **must_match,
+        "number of dimensions of features": Code(features.dim()),
+        "number of views of features": Code(features.shape[1] if features.dim() == 3 else 1),
+        "width D of features": Code(features.shape[-1]),
+        "dtype of features": Code.of(features.dtype),
     }
     backends = dist.get_backend_config(group)
     device = torch.device("cpu") if "cpu:" in backends else features.device
-    own = torch.tensor([features.shape[0], *layout.values()], device=device).unsqueeze(0)
-    gathered = _all_gather(own, (1,) * _world_size(group), group).tolist()
-    for column, name in enumerate(layout, start=1):
-        values = [row[column] for row in gathered]
-        if len(set(values)) > 1:
-            shown = [_DTYPES[value] for value in values] if name.startswith("dtype") else values
-            raise ValueError(
-                f"gather needs the same on every process, but {name}: {', '.join(map(str, shown))} "
-                f"on processes 0 to {len(values) - 1}"
-            )
+    norm = Code.of(largest_norm(features))
+    own = torch.tensor([features.shape[0], norm, *codes.values()], device=device)
+    for column, code in enumerate(codes.values(), start=2):
+        if isinstance(code, Code) and code.tensor is not None and device.type == code.tensor.device.type:
+            own[column] = code.tensor.double().view(torch.int64)
+    world = _world_size(group)
+    gathered = _all_gather(own.unsqueeze(0), (1,) * world, group).tolist()
+    ranks = range(world) if group is None else dist.get_process_group_ranks(group)
+    if any(row[2:] != gathered[0][2:] for row in gathered):
+        _compare(codes, [row[2:] for row in gathered], ranks)
+    norms = [norm.decode(row[1]) for row in gathered]
+    temperature = codes.get("temperature")
+    if isinstance(temperature, Code):
+        column = 2 + list(codes).index("temperature")
+        check_norms(norms, [temperature.decode(row[column]) for row in gathered], ranks)
     return tuple(row[0] for row in gathered)
+
+
+def _compare(codes: dict[str, int], gathered: list[list[int]], ranks: Sequence[int]) -> None:
+    """Refuses the first of ``codes`` that differs between the processes; ``gathered``: codes by process."""
+    for (name, own), values in zip(codes.items(), zip(*gathered, strict=True), strict=True):
+        code = own if isinstance(own, Code) else Code(own)
+        if not code.same(values):
+            message = describe_difference(name, code, values, ranks)
+            if not code.learnable:
+                raise ValueError(message)
+            _warn_drift(message)
+
+
+def _warn_drift(message: str) -> None:
+    """Warns once that a learnable temperature differs between processes."""
+    if "drift" not in _warned:
+        _warned.add("drift")
+        warn_caller(
+            f"{message}. It is learnable, and its gradient in each process is only a part: average the "
+            "gradient over the processes, with DistributedDataParallel around the loss or with "
+            "torch.distributed.all_reduce, and start from the same value (this warning is shown once)"
+        )
 
 
 def resolve(gather: object) -> AllGather:
@@ -246,10 +288,9 @@ def warn_without_gather(name: str) -> None:
     Args:
         name: of the loss.
     """
-    global _warned
-    if _warned or _world_size(None) == 1:
+    if "no gather" in _warned or _world_size(None) == 1:
         return
-    _warned = True
+    _warned.add("no gather")
     warn_caller(
         f"{name} runs in {_world_size(None)} processes, and each contrasts its own rows only; "
         f"{name}(..., gather=True) contrasts with the rows of all processes, as one process with the whole "

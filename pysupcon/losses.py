@@ -77,7 +77,8 @@ def supcon(
     """
     if base_temperature is not None:
         base_temperature = check_temperature("base_temperature", base_temperature)
-    loss = compute(SupConLoss, features, labels, mask, options, temperature)
+    further = {"base_temperature": base_temperature}
+    loss = compute(SupConLoss, features, labels, mask, options, temperature, further=further)
     if base_temperature is None:
         return loss
     temperature = check_temperature("temperature", temperature)
@@ -242,7 +243,7 @@ def spread(
     a positive; for an anchor without another view the cNCE term is 0. The loss takes as long as its base.
     Arguments: module docstring of :mod:`pysupcon.functional`.
     """
-    own = {"alpha": check_number("alpha", alpha, 0.0, 1.0), "base": base}
+    own: dict[str, Any] = {"alpha": check_number("alpha", alpha, 0.0, 1.0), "base": base}
     check_choice("base", base, tuple(_BASES))
     return compute(SpreadLoss, features, labels, mask, options, temperature, **own)
 

@@ -61,13 +61,14 @@ class Gather(Protocol):
         Args:
             features: of this process, [B, V, D] or [B, D]. Number of dimensions, V, D and dtype must be the
                 same on all processes.
-            must_match: further values that must be the same on all processes, by name.
+            must_match: further values that must be the same on all processes, by name, as integers of 64 bits
+                (:class:`pysupcon.pairs.agreement.Code`, which knows how to compare and show them).
 
         Returns:
             None if there is no other process.
 
         Raises:
-            ValueError: a value differs; raised on every process, with the name of the value.
+            ValueError: a value differs; raised on every process, with the name, the values and their ranks.
         """
 
 

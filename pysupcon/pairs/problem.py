@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from pysupcon.pairs import modes, ops, tiled
+from pysupcon.pairs.agreement import Terms
 from pysupcon.pairs.autograd import row_statistics
 from pysupcon.pairs.backends import check_kernels, resolve_backend
 from pysupcon.pairs.checks import (
     check_choice,
     check_features,
-    check_gather,
     check_ids,
     check_mask,
     check_temperature,
@@ -111,21 +111,6 @@ def _normalized(rows: Tensor) -> Tensor:
     return unit_rows(rows).to(rows.dtype)
 
 
-def _needs_gradient(features: Tensor, temperature: float | Tensor) -> bool:
-    learnable = isinstance(temperature, Tensor) and temperature.requires_grad
-    return torch.is_grad_enabled() and (features.requires_grad or learnable)
-
-
-def _check_gather(gather: Gather, contrast_mode: str, backend: str, *, separate: bool) -> None:
-    if separate or contrast_mode != "all":
-        raise ValueError(
-            'gather works with features and labels only: no candidates, no mask, contrast_mode="all"'
-        )
-    if backend == "reference":
-        raise ValueError('gather needs a streaming backend, got backend="reference"')
-    check_gather(gather)
-
-
 def _check_positives(features: Tensor, labelled: bool, need_instances: bool) -> None:
     """Checks features of one view per sample without candidates and instances."""
     if need_instances:
@@ -155,13 +140,14 @@ def prepare(
     reduction: str,
     normalize: bool,
     backend: str,
-    gather: Gather | None,
+    gather: Terms | None,
     need_instances: bool,
 ) -> Problem:
     """Checks the arguments of a loss and lays them out.
 
     Args:
-        features: and all arguments up to ``gather``: see :mod:`pysupcon.functional`.
+        features: and all arguments up to ``backend``: see :mod:`pysupcon.functional`.
+        gather: what the processes must share; None: the loss does not gather.
         need_instances: whether the loss needs to know which rows are views of one sample.
 
     Raises:
@@ -178,8 +164,8 @@ def prepare(
         raise ValueError("labels and mask both define the positives: give only one of them")
     if candidates is None and (candidate_labels is not None or candidate_instances is not None):
         raise ValueError("candidate_labels and candidate_instances need candidates")
-    if gather is not None:
-        _check_gather(gather, contrast_mode, backend, separate=candidates is not None or mask is not None)
+    if gather is not None and backend == "reference":
+        raise ValueError('gather needs a streaming backend, got backend="reference"')
     if backend != "reference":
         modes.check_mode(features, gather is not None)
     if candidates is not None:
@@ -218,12 +204,11 @@ def prepare(
 
     global_batch = None
     if gather is not None:
-        must_match = {
-            "labels given": labels is not None,
-            "instances given": instances is not None,
-            "gradient wanted": _needs_gradient(features, temperature),
-        }
-        communicator = gather.begin(features, {name: int(value) for name, value in must_match.items()})
+        communicator = gather.begin(features, temperature)
+        if candidates is not None or mask is not None or contrast_mode != "all":  # on every process
+            raise ValueError(
+                'gather works with features and labels only: no candidates, no mask, contrast_mode="all"'
+            )
         if communicator is not None:
             global_batch = build_global_batch(communicator, features, labels, instances, need_instances)
 

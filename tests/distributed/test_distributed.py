@@ -6,20 +6,17 @@ Each test here checks one case.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from helpers import distributed_worker as worker
-from helpers import gradcache_wrappers, tolerances
+from helpers import gradcache_wrappers, processes, tolerances
 from helpers.cases import CASES
 from torch import Tensor
 
@@ -80,10 +77,9 @@ TRAFFIC = [("traffic", name, mode, "float32", "views") for name in worker.LOSSES
     ("traffic", "spread", "all", "float32", "rows"),
 ]
 WRAPPED_BATCHES = ("equal", "ragged", "empty")
-DIFFERING = ("width", "views", "dimensions", "dtype", "labels", "instances", "gradient")
 BEHAVIOUR: list[tuple[Any, ...]] = [
-    *[("differing", what) for what in DIFFERING],
     *[("not_finite", mode) for mode in worker.MODES],
+    *[("one_sample", mode, classes) for mode in worker.MODES for classes in (1, 4)],
     ("no_positive",),
     ("stochastic",),
     *[("wrapped", kind, batches) for kind in gradcache_wrappers.KINDS for batches in WRAPPED_BATCHES],
@@ -102,45 +98,10 @@ def _cases(world: int) -> list[tuple[Any, ...]]:
     return cases
 
 
-def _run(world: int, folder: Path) -> None:
-    """Starts the processes and waits for their result files."""
-    folder.mkdir()
-    context = multiprocessing.get_context("forkserver")  # imports torch once for all
-    context.set_forkserver_preload(["helpers.distributed_worker", "pysupcon.pairs.gathered"])
-    arguments = (world, str(folder), _cases(world))
-    running = multiprocessing.start_processes(
-        worker.main, arguments, nprocs=world, join=False, start_method="forkserver"
-    )
-    try:
-        deadline = time.monotonic() + SECONDS
-        while not running.join(timeout=1):  # True when all have ended, an error when one has failed
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{world} processes did not finish within {SECONDS} seconds")
-    finally:
-        for process in running.processes:
-            if process.is_alive():
-                process.kill()
-
-
-_results: dict[int, list[dict[Any, Any]]] = {}
-
-
 @pytest.fixture
-def results(world: int, tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
-    """Results of the processes, by rank. Workers of pytest-xdist share one run."""
-    if world not in _results:
-        base = tmp_path_factory.getbasetemp()
-        if "PYTEST_XDIST_WORKER" in os.environ:
-            base = base.parent
-        folder = base / f"world{world}"
-        with open(base / f"world{world}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not (folder / f"{world - 1}.pt").exists():
-                assert not folder.exists(), "the processes failed before"
-                _run(world, folder)
-        _results[world] = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
-    assert [result["world"] for result in _results[world]] == [world] * world
-    return _results[world]
+def results(world: int, tmp_path_factory: pytest.TempPathFactory) -> processes.Results:
+    """Results of the processes, by rank."""
+    return processes.results_of("world", worker.CASES, world, _cases(world), tmp_path_factory, SECONDS)
 
 
 def _worlds(cases: Any, worlds: tuple[int, ...] = (*EVERYDAY, *SLOW)) -> list[Any]:
@@ -262,34 +223,16 @@ def test_bytes(world: int, case: tuple[Any, ...], results: list[dict[Any, Any]])
         sent = {step: sum(call[1] for call in calls) for step, calls in result[case].items()}
         assert {call[0] for call in forward + backward} <= {"all_gather_single", "batch_isend_irecv"}
         if mode == "all":
-            assert sent["forward"] == 64 + (labels + instances) * ids + embeddings
+            assert sent["forward"] == worker.MESSAGE + (labels + instances) * ids + embeddings
             assert sent["backward"] == scalars
             assert len(forward) == 2 + labels + instances
         else:
             passes = 2 if own_pass else 1
-            assert sent["forward"] == 64 + labels * ids + passes * embeddings
+            assert sent["forward"] == worker.MESSAGE + labels * ids + passes * embeddings
             assert sent["backward"] == scalars + passes * embeddings
+            assert len(forward) == 1 + labels + passes
         for _, out, back in forward + backward:
             assert out == back, "between two equal processes as much comes as goes"
-
-
-MESSAGES = {
-    "width": "width D of features: 8, 7",
-    "views": "views of features: 3, 2",
-    "dimensions": "dimensions of features: 2, 3",
-    "dtype": "dtype of features: torch.float64, torch.float32",
-    "labels": "labels given: 0, 1",
-    "instances": "instances given: 1, 0",
-    "gradient": "gradient wanted: 1, 0",
-}
-
-
-@pytest.mark.parametrize("what", DIFFERING)
-@pytest.mark.parametrize("world", EVERYDAY)
-def test_different_arguments_are_refused(world: int, what: str, results: list[dict[Any, Any]]) -> None:
-    for result in results:
-        message = result["differing", what]
-        assert message.startswith("gather needs the same on every process, but " + MESSAGES[what])
 
 
 @pytest.mark.parametrize("mode", worker.MODES)
@@ -297,6 +240,40 @@ def test_different_arguments_are_refused(world: int, what: str, results: list[di
 def test_features_that_are_not_finite(world: int, mode: str, results: list[dict[Any, Any]]) -> None:
     for result in results:
         assert "features must be finite" in result["not_finite", mode]
+
+
+def _one_sample(results: list[dict[Any, Any]], mode: str, classes: int) -> dict[str, Tensor]:
+    """[batches, samples, views, D]"""
+    parts = [result["one_sample", mode, classes] for result in results]
+    return {name: torch.cat([torch.stack(part[name]) for part in parts], dim=1) for name in parts[0]}
+
+
+@pytest.mark.parametrize("mode", worker.MODES)
+@pytest.mark.parametrize("world", EVERYDAY)
+def test_cnce_of_one_sample_per_process(world: int, mode: str, results: list[dict[Any, Any]]) -> None:
+    """Attraction and repulsion almost cancel if the other view is by far the most similar row. The error is
+    the rounding of these terms, and not larger than that of a dense float32 loss."""
+    found = _one_sample(results, mode, 1)
+    norms = {name: gradient.flatten(1).norm(dim=1) for name, gradient in found.items()}
+    assert (norms["truth"] / norms["terms"]).min() < 5e-3, "nothing cancels"
+    errors, dense_errors = (
+        ((found[name] - found["truth"]).flatten(1).norm(dim=1) / norms["terms"]).max()
+        for name in ("got", "dense")
+    )
+    # Rounding of a similarity of up to 1 / 0.07 moves a weight by eps / 0.07.
+    assert errors < torch.finfo(torch.float32).eps / 0.07
+    assert errors < 3 * dense_errors
+
+
+@pytest.mark.parametrize("mode", worker.MODES)
+@pytest.mark.parametrize("world", EVERYDAY)
+def test_cnce_of_one_sample_per_process_and_class(
+    world: int, mode: str, results: list[dict[Any, Any]]
+) -> None:
+    """The only positive of an anchor is its other view: the gradient is 0, without rounding."""
+    found = _one_sample(results, mode, 4)
+    assert not found["got"].any()
+    assert not found["truth"].any()
 
 
 @pytest.mark.parametrize("world", EVERYDAY)

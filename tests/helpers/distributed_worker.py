@@ -11,7 +11,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ LOSSES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     for name, (loss, own) in [*LOSS_CASES.items(), ("infonce", (pysupcon.InfoNCELoss, {}))]
 }
 MODES: dict[str, bool | str] = {"all": True, "ring": "ring"}
+MESSAGE = 184  # bytes of the message that compares the arguments
 
 
 def sizes_of(batches: str, world: int) -> list[int]:
@@ -275,30 +275,6 @@ def traffic(name: str, mode: str, dtype: str, layout: str) -> dict[str, Any]:
     return {"forward": forward, "backward": backward}
 
 
-def differing(what: str) -> str:
-    """Returns the error of this process if the argument ``what`` differs on process 0."""
-    first = dist.get_rank() == 0
-    features, labels = torch.randn(4, 2, WIDTH), torch.arange(4)
-    options: dict[str, Any] = {}
-    if what == "width" and first:
-        features = torch.randn(4, 2, WIDTH + 1)
-    if what == "views" and first:
-        features = torch.randn(4, 3, WIDTH)
-    if what == "dimensions" and first:
-        features = torch.randn(4, WIDTH)
-    if what == "dtype" and first:
-        features = features.double()
-    if what == "instances" and first:
-        options["instances"] = torch.arange(4)
-    if what == "gradient" and first:
-        features.requires_grad_()
-    try:
-        pysupcon.SupConLoss(gather=True)(features, None if what == "labels" and first else labels, **options)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
 def not_finite(mode: str) -> str:
     """A NaN on the last process raises an error on all processes, and no process hangs."""
     features = torch.randn(5, 2, WIDTH)
@@ -309,6 +285,42 @@ def not_finite(mode: str) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def one_sample(mode: str, classes: int) -> dict[str, list[Tensor]]:
+    """cNCE in float32 with one sample of two views per process: 20 batches.
+
+    Returns for each batch the gradient of this process, its exact value, that of a dense float32 loss, and
+    the sum of the absolute values of its terms.
+    """
+    rank, world, temperature = dist.get_rank(), dist.get_world_size(), 0.07
+    labels = torch.arange(world) % classes
+    others = ~torch.eye(2 * world, dtype=torch.bool)
+    samples, same = torch.arange(world).repeat_interleave(2), labels.repeat_interleave(2)
+    own_views = (samples[:, None] == samples) & others
+    positives = (same[:, None] == same) & others
+    dense = LOSSES["cnce"][0](temperature, backend="reference")
+    results: dict[str, list[Tensor]] = {"got": [], "truth": [], "dense": [], "terms": []}
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        features = torch.randn(world, 1, 16, generator=generator)  # the views of a sample are similar
+        features = F.normalize(features + torch.randn(world, 2, 16, generator=generator), dim=-1)
+
+        def gradient(criterion: nn.Module, features: Tensor, labels: Tensor) -> Tensor:
+            features = features.clone().requires_grad_()
+            criterion(features, labels).backward()
+            return features.grad.double()
+
+        own = slice(rank, rank + 1)
+        gathered = LOSSES["cnce"][0](temperature, gather=MODES[mode])
+        results["got"].append(gradient(gathered, features[own], labels[own]) / world)
+        results["truth"].append(gradient(dense, features.double(), labels)[own])
+        results["dense"].append(gradient(dense, features, labels)[own])
+        rows = features.double().flatten(0, 1)
+        similarity = (rows @ rows.T / temperature).masked_fill(~positives, -torch.inf)
+        weights = (similarity.softmax(dim=1) + own_views) / (len(rows) * temperature)
+        results["terms"].append(((weights + weights.T) @ rows.abs()).view_as(features)[own])
+    return results
 
 
 def no_positive() -> dict[str, Any]:
@@ -400,27 +412,10 @@ def pair_statistics(mode: str) -> dict[str, Any]:
 CASES: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
-        embeddings, training, stochastic, traffic, differing, not_finite, no_positive, without_gather,
+        embeddings, training, stochastic, traffic, not_finite, one_sample, no_positive, without_gather,
         subgroup, compiled, pair_statistics, wrapped, gradcache_wrappers.static_graph_twice,
     )
 }  # fmt: skip
-
-
-def main(rank: int, world: int, folder: str, cases: list[tuple[Any, ...]]) -> None:
-    """Runs ``cases``, (name, arguments...), and writes their results to ``folder``."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=300),
-    )
-    results: dict[Any, Any] = {"world": dist.get_world_size()}
-    for case in cases:
-        results[case] = CASES[case[0]](*case[1:])
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":  # started by a launcher

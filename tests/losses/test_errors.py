@@ -14,6 +14,7 @@ from helpers.cases import LOSSES
 
 import pysupcon
 from pysupcon import compat, functional
+from pysupcon.distributed import AllGather
 from pysupcon.pairs import backends, checks, ops
 
 X = torch.randn(4, 2, 3)
@@ -288,12 +289,12 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "InfoNCELoss is self-supervised: labels, mask and candidate_labels must be None",
     ),
     "gather with candidates": (
-        lambda: supcon(X, Y, candidates=ROWS, candidate_labels=Y, gather=object()),
+        lambda: supcon(X, Y, candidates=ROWS, candidate_labels=Y, gather=AllGather()),
         ValueError,
         'gather works with features and labels only: no candidates, no mask, contrast_mode="all"',
     ),
     "gather on the reference": (
-        lambda: supcon(X, Y, backend="reference", gather=object()),
+        lambda: supcon(X, Y, backend="reference", gather=AllGather()),
         ValueError,
         'gather needs a streaming backend, got backend="reference"',
     ),
