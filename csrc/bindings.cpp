@@ -3,7 +3,19 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <torch/csrc/Exceptions.h>
+
 #include "cpu/select.h"
+#include "signals.h"
+
+void pysupcon::raise_pending_signal() {
+  if (!Py_IsInitialized()) return;
+  const pybind11::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() == 0) return;
+  python_error error;  // the exception that torch passes from operators to Python
+  error.persist();
+  throw error;
+}
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Properties of pysupcon's build; the operators themselves are torch.ops.pysupcon.*";

@@ -18,6 +18,7 @@
 
 #include "arguments.h"
 #include "cpu/kernels.h"
+#include "signals.h"
 
 namespace pysupcon {
 namespace {
@@ -27,7 +28,8 @@ using at::Tensor;
 void run_parallel(int64_t count, void* context, void (*body)(void*, int64_t, int64_t)) {
   at::parallel_for(0, count, 1, [&](int64_t first, int64_t last) { body(context, first, last); });
 }
-constexpr cpu::Threads kThreads{run_parallel};
+int64_t thread_count() { return at::get_num_threads(); }
+constexpr cpu::Threads kThreads{thread_count, run_parallel, raise_pending_signal};
 
 // ------------------------------------------------------------------------------------------------ arguments
 // The sort keys (label, instance) of one side by row, and the order of its rows.

@@ -5,8 +5,10 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <vector>
 
+#include "cpu/partners.h"
 #include "cpu/schedule.h"
 #include "cpu/threads.h"
 #include "cpu/select.h"
@@ -37,20 +39,38 @@ class Values {
 };
 
 // ------------------------------------------------------------------------------------------------ plan
-// Largest row length of a side; NaN if a row holds one.
-double largest_norm(const Problem& q, const Side& side, const Threads& threads) {
-  constexpr int64_t kPart = 256;
-  std::vector<double> best((side.count + kPart - 1) / kPart, 0.0);
-  const auto largest = pair_kernels().largest_square;
-  parallel(threads, best.size(), [&](int64_t first, int64_t last) {
+// The largest row length of each side, found part by part. NaN if a row holds one.
+class Lengths {
+ public:
+  explicit Lengths(const Problem& q)
+      : q_(q), rows_(part_count(q.anchors)), largest_(rows_ + (q.self ? 0 : part_count(q.candidates))) {}
+
+  int64_t parts() const { return static_cast<int64_t>(largest_.size()); }
+  void find(int64_t part) {
+    const bool anchors = part < rows_;
+    const Side& side = anchors ? q_.anchors : q_.candidates;
+    const int64_t first = (anchors ? part : part - rows_) * kPart;
+    largest_[part] = pair_kernels().largest_square(q_, side, first, std::min(first + kPart, side.count));
+  }
+  // The largest |x_i| |c_j|.
+  double product() const {
+    const double rows = of(0, rows_);
+    return rows * (q_.self ? rows : of(rows_, parts()));
+  }
+
+ private:
+  static constexpr int64_t kPart = 256;
+  static int64_t part_count(const Side& side) { return (side.count + kPart - 1) / kPart; }
+  double of(int64_t first, int64_t last) const {
+    double all = 0;
     for (int64_t part = first; part < last; ++part)
-      best[part] = largest(q, side, part * kPart, std::min((part + 1) * kPart, side.count));
-  });
-  double all = 0;
-  for (double b : best)
-    if (all == all && !(b <= all)) all = b;  // NaN stays
-  return std::sqrt(all);
-}
+      if (all == all && !(largest_[part] <= all)) all = largest_[part];  // NaN stays
+    return std::sqrt(all);
+  }
+  const Problem& q_;
+  int64_t rows_;
+  std::vector<double> largest_;  // squares, by part: of the anchors, then of the candidates
+};
 
 // Blocks small enough for two of them, one transposed, and their weights to stay in a core's own cache, and
 // for a small problem to give every core some. It must not depend on the number of threads: sums are formed
@@ -72,11 +92,9 @@ Plan make_plan(const Problem& q) {
 }
 
 // Fills in the reference; false if a row or the scale is not finite, or if a similarity could not be.
-bool choose_reference(Plan& plan, const Threads& threads) {
+bool choose_reference(Plan& plan, const Lengths& lengths) {
   const Problem& q = plan.problem;
-  const double rows = largest_norm(q, q.anchors, threads);
-  const double cols = q.self ? rows : largest_norm(q, q.candidates, threads);
-  plan.shift = std::ceil(q.scale * kLog2e * rows * cols * (1 + 1e-4));
+  plan.shift = std::ceil(q.scale * kLog2e * lengths.product() * (1 + 1e-4));
   // 2^(t - shift) lies in [2^(-2 shift), 1]: far enough from the smallest normal number (2^-126, 2^-1022) to
   // sum.
   plan.fixed = 2 * plan.shift <= (q.type == Type::f64 ? 900 : 100);
@@ -84,22 +102,33 @@ bool choose_reference(Plan& plan, const Threads& threads) {
   return plan.shift < kLargest && q.scale * kLog2e < kLargest;
 }
 
-template <class Visit>
-void visit_pairs(const Plan& plan, const Threads& threads, const Visit& visit) {
-  each_round(plan, [&](const Round& round) {
-    parallel(threads, round.groups(), [&](int64_t first, int64_t last) {
-      void* scratch = thread_scratch(plan.scratch);
-      Held& held = *static_cast<Held*>(scratch);
-      held = {};
-      const BlockPair* end = round.end(last - 1);
-      for (const BlockPair* pair = round.begin(first); pair != end; ++pair) {
-        const bool more = pair + 1 != end;
-        held.next_i = more ? pair[1].i : -1;
-        held.next_j = more ? pair[1].j : -1;
-        visit(*pair, scratch);
-      }
+// One parallel region: the workers share the parts, then one calls prepare(), and if that returns true they
+// share the pairs.
+template <class Part, class Prepare, class Visit>
+void run_pass(const Plan& plan, int products, const Threads& threads, int64_t parts, const Part& part,
+              const Prepare& prepare, const Visit& visit) {
+  Schedule schedule(plan);
+  thread_local Partners partners;
+  const int64_t workers = partners.choose(plan.problem, products, schedule, threads);
+  Team team(threads, workers);
+  bool wanted = false;
+  team.run([&](int64_t worker) {
+    team.share(parts, part, [&] { wanted = prepare(); });
+    if (!wanted) return;
+    void* scratch = thread_scratch(plan.scratch);
+    Held& held = *static_cast<Held*>(scratch);
+    held = {};
+    team.visit(schedule, worker, [&](const BlockPair& pair, const BlockPair& next) {
+      held.next_i = next.i;
+      held.next_j = next.j;
+      visit(pair, scratch);
     });
   });
+  if (workers > 1) partners.note(team.waited_seconds());
+}
+template <class Visit>
+void run_pass(const Plan& plan, int products, const Threads& threads, const Visit& visit) {
+  run_pass(plan, products, threads, 0, [](int64_t) {}, [] { return true; }, visit);
 }
 
 // ------------------------------------------------------------------------------------------------ weights
@@ -186,18 +215,27 @@ struct SideSoftplus {
 // points
 void pair_stats(const Problem& q, const Threads& threads, const Stats& out) {
   Plan plan = make_plan(q);
+  Lengths lengths(q);
   const int64_t rows = q.anchors.count;
-  const bool finite = choose_reference(plan, threads);
-  const double start = finite ? 0 : kInf - kInf;
-  for (double* column : {out.n, out.p, out.positive_sum, out.instance_sum})
-    if (column) std::fill(column, column + rows, start);
-  if (!finite) return;
-  const int64_t kept = plan.fixed ? 0 : rows;
-  const Values max_n(q, kept, -kInf), max_p(q, kept, -kInf);
-  const StatsSums sums{out.n, out.p, out.positive_sum, out.instance_sum, max_n.data(), max_p.data()};
+  Values max_n(q, 0, 0), max_p(q, 0, 0);
+  StatsSums sums{out.n, out.p, out.positive_sum, out.instance_sum, nullptr, nullptr};
+  bool finite = false;
+  const auto prepare = [&] {
+    finite = choose_reference(plan, lengths);
+    for (double* column : {out.n, out.p, out.positive_sum, out.instance_sum})
+      if (column) std::fill(column, column + rows, finite ? 0 : kInf - kInf);
+    const int64_t kept = plan.fixed ? 0 : rows;
+    max_n = Values(q, kept, -kInf);
+    max_p = Values(q, kept, -kInf);
+    sums.max_n = max_n.data();
+    sums.max_p = max_p.data();
+    return finite;
+  };
   const auto stats = pair_kernels().stats;
-  visit_pairs(plan, threads,
-              [&](const BlockPair& b, void* scratch) { stats(plan, sums, b.i, b.j, scratch); });
+  run_pass(
+      plan, 1, threads, lengths.parts(), [&](int64_t part) { lengths.find(part); }, prepare,
+      [&](const BlockPair& b, void* scratch) { stats(plan, sums, b.i, b.j, scratch); });
+  if (!finite) return;
   const auto finish = [&](double* stat, const Values& max, bool wanted) {
     for (int64_t i = 0; i < rows; ++i) {
       const bool some = wanted && stat[i] != 0;  // a tile of both kinds is summed as both
@@ -213,12 +251,19 @@ void pair_stats(const Problem& q, const Threads& threads, const Stats& out) {
 void pair_stats_backward(const Problem& q, const Threads& threads, const StatsGrad& anchors,
                          const StatsGrad& candidates, const Gradients& gradients) {
   Plan plan = make_plan(q);
-  choose_reference(plan, threads);
-  const SideWeights rows(plan, q.anchors, anchors), cols(plan, q.candidates, q.self ? anchors : candidates);
-  const Weights r = rows.get(), c = cols.get();
+  Lengths lengths(q);
+  std::optional<SideWeights> rows, cols;
+  Weights r, c;
+  const auto prepare = [&] {
+    choose_reference(plan, lengths);
+    r = rows.emplace(plan, q.anchors, anchors).get();
+    c = cols.emplace(plan, q.candidates, q.self ? anchors : candidates).get();
+    return true;
+  };
   const auto backward = pair_kernels().stats_backward;
-  visit_pairs(plan, threads,
-              [&](const BlockPair& b, void* scratch) { backward(plan, r, c, gradients, b.i, b.j, scratch); });
+  run_pass(
+      plan, 3, threads, lengths.parts(), [&](int64_t part) { lengths.find(part); }, prepare,
+      [&](const BlockPair& b, void* scratch) { backward(plan, r, c, gradients, b.i, b.j, scratch); });
 }
 
 void positive_softplus(const Problem& q, const Threads& threads, const double* n, double epsilon,
@@ -228,8 +273,8 @@ void positive_softplus(const Problem& q, const Threads& threads, const double* n
   const Softplus v = values.get();
   std::fill(total, total + q.anchors.count, 0.0);
   const auto softplus = pair_kernels().softplus;
-  visit_pairs(plan, threads,
-              [&](const BlockPair& b, void* scratch) { softplus(plan, v, total, b.i, b.j, scratch); });
+  run_pass(plan, 1, threads,
+           [&](const BlockPair& b, void* scratch) { softplus(plan, v, total, b.i, b.j, scratch); });
 }
 
 void positive_softplus_backward(const Problem& q, const Threads& threads, const SoftplusGrad& anchors,
@@ -242,7 +287,7 @@ void positive_softplus_backward(const Problem& q, const Threads& threads, const 
   const Softplus r = rows.get(), c = cols.get();
   std::fill(grad_n, grad_n + q.anchors.count, 0.0);
   const auto backward = pair_kernels().softplus_backward;
-  visit_pairs(plan, threads, [&](const BlockPair& b, void* scratch) {
+  run_pass(plan, 3, threads, [&](const BlockPair& b, void* scratch) {
     backward(plan, r, c, gradients, grad_n, b.i, b.j, scratch);
   });
   for (int64_t i = 0; i < q.anchors.count; ++i) grad_n[i] *= anchors.w[i];

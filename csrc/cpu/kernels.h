@@ -29,9 +29,15 @@ struct Problem {
   bool negatives = true, positives = true;  // which pairs matter: N_i, P_i
 };
 
-// Runs body(context, first, last) over [0, count) cut among threads; the result must not depend on the cut.
+// The caller's threads. Results do not depend on their number.
 struct Threads {
+  int64_t (*count)();
+  // Runs body(context, first, last) over [0, count), divided among threads. The first part runs in the
+  // calling thread.
   void (*run)(int64_t count, void* context, void (*body)(void*, int64_t, int64_t));
+  // Called in the calling thread some times a second while a pass runs; it may throw to stop the pass. Null:
+  // nothing.
+  void (*check)() = nullptr;
 };
 
 // What pair_stats leaves of every anchor, by row.

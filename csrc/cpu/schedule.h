@@ -1,11 +1,11 @@
-// Which pairs of blocks are visited, in rounds of disjoint groups of pairs: a group is one thread's, within a
-// round no two groups touch the same rows, and between rounds there is a barrier, so the order in which a
-// row's sums grow does not depend on the number of threads.
+// Which pairs of blocks are visited, and in which order a block meets the others. A group of pairs is the
+// work of one thread at a time. The order of the groups of a block is fixed, so the order in which a row's
+// sums grow does not depend on the number of threads.
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <utility>
-#include <vector>
 
 #include "cpu/pairs.h"
 
@@ -15,24 +15,12 @@ struct BlockPair {
   int64_t i, j;
 };
 
-class Round {
- public:
-  int64_t groups() const { return static_cast<int64_t>(ends_.size()); }
-  const BlockPair* begin(int64_t group) const { return pairs_.data() + (group ? ends_[group - 1] : 0); }
-  const BlockPair* end(int64_t group) const { return pairs_.data() + ends_[group]; }
-
-  void add(const BlockPair& pair) { pairs_.push_back(pair); }
-  void close_group() {
-    if (pairs_.size() > (ends_.empty() ? 0 : ends_.back())) ends_.push_back(pairs_.size());
-  }
-  void clear() {
-    pairs_.clear();
-    ends_.clear();
-  }
-
- private:
-  std::vector<BlockPair> pairs_;
-  std::vector<size_t> ends_;
+// All pairs of the blocks of set a with those of set b; a == b: of the pairs within the set, one of (i, j)
+// and (j, i).
+struct Group {
+  int64_t a, b;
+  double place = 0;  // in its round, in [0, 1): neighbours in a round have most of their blocks in common
+                     // with those at the same place of the next one
 };
 
 inline int64_t block_count(const Side& side, int block) { return (side.count + block - 1) / block; }
@@ -49,78 +37,115 @@ inline bool classes_meet(const Plan& plan, int64_t i, int64_t j) {
   return a0 <= b1 && b0 <= a1;
 }
 
-// Blocks that stand together for their neighbours: all pairs of two such sets are one group, in an order in
-// which each pair has a block in common with the one before. A block is then loaded for one pair in two or
-// less, and there are still sets enough for many threads.
-inline int64_t blocks_in_set(int64_t blocks) { return blocks >= 256 ? 4 : blocks >= 64 ? 2 : 1; }
-
-// Calls run(round) for each round. Self: every unordered pair once, and each block with itself. Otherwise:
-// every block of anchors with every block of candidates.
-template <class Run>
-void each_round(const Plan& plan, const Run& run) {
-  const Problem& q = plan.problem;
-  const int64_t rows = block_count(q.anchors, plan.block), cols = block_count(q.candidates, plan.block);
-  if (!rows || !cols) return;
-  const bool sparse = !q.negatives;
-  Round round;
-  const auto add = [&](int64_t i, int64_t j) {
-    if (!sparse || classes_meet(plan, i, j)) round.add({i, j});
-    round.close_group();
-  };
-  const auto flush = [&] {
-    const bool any = round.groups() > 0;
-    if (any) run(round);
-    round.clear();
-    return any;
-  };
-
-  if (!q.self) {  // round r: block i with block i + r, all different
-    const int64_t n = std::max(rows, cols);
-    for (int64_t r = 0; r < n; ++r) {
-      for (int64_t i = 0; i < rows; ++i)
-        if (const int64_t j = (i + r) % n; j < cols) add(i, j);
-      flush();
-    }
-    return;
+// Self: every unordered pair of blocks once, and each block with itself. Otherwise: every block of anchors
+// with every block of candidates. Without negatives, pairs of blocks without a common class are left out.
+// Groups come in rounds of disjoint groups, so that consecutive groups can run at the same time.
+class Schedule {
+ public:
+  explicit Schedule(const Plan& plan)
+      : plan_(plan),
+        sparse_(!plan.problem.negatives),
+        rows_(block_count(plan.problem.anchors, plan.block)),
+        cols_(block_count(plan.problem.candidates, plan.block)),
+        each_(plan.problem.self && !sparse_ ? blocks_in_set(rows_) : 1),
+        sets_((rows_ + each_ - 1) / each_) {
+    if (!rows_ || !cols_)
+      rounds_ = 0;
+    else if (!plan.problem.self)
+      rounds_ = std::max(rows_, cols_);
+    else if (sparse_)
+      rounds_ = 2 * rows_ - 1;
+    else
+      rounds_ = sets_ + sets_ % 2;
   }
-  if (sparse) {  // pairs at distance d in two rounds; once a distance has none, no larger one has
-    for (int64_t i = 0; i < rows; ++i) add(i, i);
-    flush();
-    for (int64_t d = 1; d < rows; ++d) {
-      bool any = false;
-      for (int64_t odd = 0; odd < 2; ++odd) {
-        for (int64_t i = 0; i + d < rows; ++i)
-          if (i / d % 2 == odd) add(i, i + d);
-        any |= flush();
+
+  // The next group, or nothing.
+  std::optional<Group> next() {
+    for (; round_ < rounds_; ++round_, seat_ = 0) {
+      while (seat_ < seats())
+        if (auto group = find(seat_++)) {
+          distance_has_pairs_ = true;
+          group->place = static_cast<double>(seat_ - 1) / static_cast<double>(seats());
+          return group;
+        }
+      if (plan_.problem.self && sparse_ && round_ % 2 == 0) {  // both rounds of a distance are over
+        if (!distance_has_pairs_) rounds_ = 0;                 // no larger distance has pairs
+        distance_has_pairs_ = false;
       }
-      if (!any) break;
     }
-    return;
+    return std::nullopt;
   }
-  const int64_t each = blocks_in_set(rows), sets = (rows + each - 1) / each;
-  const auto meet = [&](int64_t a, int64_t b) {  // a <= b
+
+  // Numbers below `resources` stand for the sets of both sides that a group adds to.
+  int64_t resources() const { return plan_.problem.self ? sets_ : rows_ + cols_; }
+  std::pair<int64_t, int64_t> resources(const Group& g) const {
+    return {g.a, plan_.problem.self ? g.b : rows_ + g.b};
+  }
+  // The most groups that can run at the same time.
+  int64_t width() const {
+    return plan_.problem.self ? std::max<int64_t>(sets_ / 2, 1) : std::min(rows_, cols_);
+  }
+
+  BlockPair first_pair(const Group& g) const { return {g.a * each_, g.b * each_}; }
+
+  // visit(pair, next pair or null) for each pair of a group, in an order in which each pair has a block in
+  // common with the one before.
+  template <class Visit>
+  void each_pair(const Group& g, const Visit& visit) const {
+    std::optional<BlockPair> held;
     bool forward = true;
-    for (int64_t i = a * each; i < std::min((a + 1) * each, rows); ++i, forward = !forward) {
-      const int64_t first = a == b ? i : b * each, last = std::min((b + 1) * each, rows) - 1;
+    for (int64_t i = g.a * each_; i < std::min((g.a + 1) * each_, rows_); ++i, forward = !forward) {
+      const int64_t first = g.a == g.b && plan_.problem.self ? i : g.b * each_;
+      const int64_t last = std::min((g.b + 1) * each_, cols_) - 1;
       for (int64_t k = 0; k <= last - first; ++k) {
-        const int64_t j = forward ? first + k : last - k;
-        round.add({i, j});
+        const BlockPair pair{i, forward ? first + k : last - k};
+        if (held) visit(*held, &pair);
+        held = pair;
       }
     }
-    round.close_group();
-  };
-  for (int64_t a = 0; a < sets; ++a) meet(a, a);
-  flush();
-  // Round-robin tournament (circle method): n - 1 rounds of n / 2 pairs of sets.
-  const int64_t n = sets + sets % 2;
-  for (int64_t r = 0; r < n - 1; ++r) {
-    const auto player = [&](int64_t seat) { return seat == 0 ? n - 1 : (r + seat - 1) % (n - 1); };
-    for (int64_t s = 0; s < n / 2; ++s) {
-      const int64_t i = player(s), j = player(n - 1 - s);
-      if (i < sets && j < sets) meet(std::min(i, j), std::max(i, j));
-    }
-    flush();
+    if (held) visit(*held, nullptr);
   }
-}
+
+ private:
+  // Blocks that share their neighbours: a block is then loaded for one pair in two or less, and there are
+  // still enough sets for many threads.
+  static int64_t blocks_in_set(int64_t blocks) { return blocks >= 256 ? 4 : blocks >= 64 ? 2 : 1; }
+
+  int64_t seats() const {
+    if (!plan_.problem.self) return rows_;
+    if (round_ == 0) return sets_;
+    return sparse_ ? rows_ - (round_ + 1) / 2 : (sets_ + sets_ % 2) / 2;
+  }
+
+  // The group of one seat of this round, or nothing.
+  std::optional<Group> find(int64_t seat) const {
+    const auto unless_apart = [&](int64_t i, int64_t j) -> std::optional<Group> {
+      if (sparse_ && !classes_meet(plan_, i, j)) return std::nullopt;
+      return Group{i, j};
+    };
+    if (!plan_.problem.self) {  // round r: block i with block i + r
+      const int64_t j = (seat + round_) % rounds_;
+      return j < cols_ ? unless_apart(seat, j) : std::nullopt;
+    }
+    if (round_ == 0) return unless_apart(seat, seat);
+    if (sparse_) {  // two rounds for the pairs at each distance
+      const int64_t distance = (round_ + 1) / 2;
+      return seat / distance % 2 == round_ % 2 ? std::nullopt : unless_apart(seat, seat + distance);
+    }
+    // Round-robin tournament (circle method): n - 1 rounds of n / 2 pairs of sets.
+    const int64_t n = sets_ + sets_ % 2, round = round_ - 1;
+    const auto player = [&](int64_t at) { return at == 0 ? n - 1 : (round + at - 1) % (n - 1); };
+    const int64_t i = player(seat), j = player(n - 1 - seat);
+    if (i >= sets_ || j >= sets_) return std::nullopt;
+    return Group{std::min(i, j), std::max(i, j)};
+  }
+
+  const Plan& plan_;
+  bool sparse_;
+  int64_t rows_, cols_;  // blocks of each side
+  int64_t each_, sets_;  // blocks in a set; sets of the anchors
+  int64_t rounds_, round_ = 0, seat_ = 0;
+  bool distance_has_pairs_ = false;  // sparse: since the last distance
+};
 
 }  // namespace pysupcon::cpu

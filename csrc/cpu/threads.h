@@ -1,19 +1,216 @@
-// Threads of the caller's, and memory of a thread's own.
+// Workers that share the pairs of a problem, and memory of a thread's own.
 #pragma once
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
 #include <cstdlib>
+#include <deque>
+#include <mutex>
 #include <new>
+#include <thread>
+#include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/schedule.h"
 
 namespace pysupcon::cpu {
 
-// body(first, last) over parts of [0, count)
-template <class Body>
-void parallel(const Threads& threads, int64_t count, const Body& body) {
-  if (count <= 0) return;
-  threads.run(count, const_cast<Body*>(&body),
-              [](void* b, int64_t first, int64_t last) { (*static_cast<const Body*>(b))(first, last); });
-}
+// Workers of one parallel region. There is no barrier inside the region: a worker waits only for work that
+// another one has begun, never for a thread that the system has not started yet. A single worker can do
+// everything.
+class Team {
+ public:
+  Team(const Threads& threads, int64_t workers) : threads_(threads), workers_(workers) {}
+
+  // body(worker) for each worker. Rethrows what a body throws, after the other workers have stopped.
+  template <class Body>
+  void run(const Body& body) {
+    const auto guarded = [&](int64_t first, int64_t last) {
+      try {
+        for (int64_t worker = first; worker < last; ++worker) body(worker);
+      } catch (...) {
+        stop();
+        throw;
+      }
+    };
+    if (workers_ == 1) return guarded(0, 1);
+    threads_.run(workers_, const_cast<void*>(static_cast<const void*>(&guarded)),
+                 [](void* b, int64_t first, int64_t last) {
+                   (*static_cast<const decltype(guarded)*>(b))(first, last);
+                 });
+    waited_ += std::chrono::steady_clock::now() - left_;
+  }
+
+  // How long the caller has waited for the others.
+  double waited_seconds() const { return std::chrono::duration<double>(waited_).count(); }
+
+  // Runs part(k) for each k below count, then last() once; returns when last() is done. Every worker calls
+  // it.
+  template <class Part, class Last>
+  void share(int64_t count, const Part& part, const Last& last) {
+    std::unique_lock lock(mutex_, std::defer_lock);
+    acquire(lock);
+    while (next_part_ < count && !stopped_) {
+      const int64_t mine = next_part_++;
+      lock.unlock();
+      part(mine);
+      acquire(lock);
+      ++parts_done_;
+    }
+    if (parts_done_ == count && !last_begun_ && !stopped_) {
+      last_begun_ = true;
+      lock.unlock();
+      last();
+      acquire(lock);
+      shared_ = true;
+      announce();
+    }
+    while (!shared_ && !stopped_) wait(lock);
+  }
+
+  // visit(pair, the pair that this worker probably visits next, or null) for the pairs of all groups.
+  // Every worker calls it with the same schedule. Two groups that add to the same rows run one after the
+  // other, in the order of the schedule.
+  template <class Visit>
+  void visit(Schedule& schedule, int64_t worker, const Visit& visit) {
+    const bool caller = std::this_thread::get_id() == caller_;
+    Task task, upcoming;
+    for (bool more = take(schedule, worker, nullptr, task, upcoming); more;) {
+      const BlockPair then = upcoming.group.a < 0 ? BlockPair{-1, -1} : schedule.first_pair(upcoming.group);
+      schedule.each_pair(task.group, [&](const BlockPair& pair, const BlockPair* next) {
+        visit(pair, next ? *next : then);
+        if (caller) check();
+      });
+      more = take(schedule, worker, &task, task, upcoming);
+    }
+    if (caller) left_ = std::chrono::steady_clock::now();
+  }
+
+ private:
+  // A group, with the number of earlier groups on each of its two resources.
+  struct Task {
+    Group group{-1, -1};
+    int64_t before_a = 0, before_b = 0;
+    int64_t owner = 0;  // the worker at this place of the round
+  };
+
+  // Takes a group whose predecessors are finished: the first of this worker's own place in the rounds, whose
+  // blocks are in its cache, or else the first of all. False if none is left. `done`: the worker's last one.
+  bool take(Schedule& schedule, int64_t worker, const Task* done, Task& task, Task& upcoming) {
+    std::unique_lock lock(mutex_, std::defer_lock);
+    acquire(lock);
+    if (done) finish(schedule, *done);
+    for (;;) {
+      fill(schedule);
+      if (stopped_ || pending_.empty()) return false;
+      auto found = pending_.end();
+      for (auto at = pending_.begin(); at != pending_.end(); ++at) {
+        if ((found != pending_.end() && at->owner != worker) || !ready(schedule, *at)) continue;
+        found = at;
+        if (at->owner == worker) break;
+      }
+      if (found != pending_.end()) {
+        task = *found;
+        pending_.erase(found);
+        const auto next = std::find_if(pending_.begin(), pending_.end(),
+                                       [&](const Task& other) { return other.owner == worker; });
+        upcoming = next == pending_.end() ? Task{} : *next;
+        return true;
+      }
+      wait(lock);
+    }
+  }
+
+  // Keeps the next groups at hand: enough for a worker to find one while another's group blocks its
+  // neighbours.
+  void fill(Schedule& schedule) {
+    if (given_.empty()) given_.resize(schedule.resources()), finished_.resize(schedule.resources());
+    const size_t wanted = 32 + 4 * workers_;
+    while (pending_.size() < wanted) {
+      const auto group = schedule.next();
+      if (!group) return;
+      const auto [a, b] = schedule.resources(*group);
+      const auto owner = static_cast<int64_t>(group->place * static_cast<double>(workers_));
+      const Task task{*group, given_[a], given_[b], owner};
+      ++given_[a];
+      if (b != a) ++given_[b];
+      pending_.push_back(task);
+    }
+  }
+  bool ready(const Schedule& schedule, const Task& task) const {
+    const auto [a, b] = schedule.resources(task.group);
+    return finished_[a] == task.before_a && finished_[b] == task.before_b;
+  }
+  void finish(const Schedule& schedule, const Task& task) {
+    const auto [a, b] = schedule.resources(task.group);
+    ++finished_[a];
+    if (b != a) ++finished_[b];
+    announce();
+  }
+
+  // Workers often finish at the same moment. A lock is held for less time than it takes to sleep and to wake.
+  static void acquire(std::unique_lock<std::mutex>& lock) {
+    for (int tries = 0; tries < 1000; ++tries)
+      if (lock.try_lock()) return;
+    lock.lock();
+  }
+
+  // Lets the workers that wait look again. With the lock.
+  void announce() {
+    changes_.fetch_add(1, std::memory_order_relaxed);
+    if (waiting_) changed_.notify_all();
+  }
+
+  // Waits for an announcement: a moment by looking, then asleep.
+  void wait(std::unique_lock<std::mutex>& lock) {
+    const auto start = std::chrono::steady_clock::now();
+    const int64_t before = changes_.load(std::memory_order_relaxed);
+    lock.unlock();
+    while (changes_.load(std::memory_order_relaxed) == before &&
+           std::chrono::steady_clock::now() - start < kLook) {
+    }
+    acquire(lock);
+    if (changes_.load(std::memory_order_relaxed) == before) {
+      ++waiting_;
+      changed_.wait(lock);
+      --waiting_;
+    }
+    if (std::this_thread::get_id() == caller_) waited_ += std::chrono::steady_clock::now() - start;
+  }
+
+  void stop() {
+    const std::lock_guard lock(mutex_);
+    stopped_ = true;
+    announce();
+  }
+
+  // Only in the caller's thread: Python handles signals in its main thread.
+  void check() {
+    if (!threads_.check) return;
+    const auto now = std::chrono::steady_clock::now();
+    if (now - checked_ < std::chrono::milliseconds(300)) return;
+    checked_ = now;
+    threads_.check();
+  }
+
+  const Threads& threads_;
+  const int64_t workers_;
+  const std::thread::id caller_ = std::this_thread::get_id();
+  static constexpr std::chrono::microseconds kLook{50};
+  std::chrono::steady_clock::time_point checked_ = std::chrono::steady_clock::now();
+  std::chrono::steady_clock::time_point left_ = checked_;  // when the caller found no more groups
+  std::chrono::steady_clock::duration waited_{};
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  bool stopped_ = false, last_begun_ = false, shared_ = false;
+  int64_t next_part_ = 0, parts_done_ = 0;
+  int64_t waiting_ = 0;               // asleep
+  std::atomic<int64_t> changes_ = 0;  // finished groups
+  std::deque<Task> pending_;
+  std::vector<int64_t> given_, finished_;  // groups of each resource
+};
 
 // A thread keeps its scratch for the next call: some hundred kilobytes that would otherwise be mapped anew
 // each time.

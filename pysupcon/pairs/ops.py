@@ -93,9 +93,23 @@ def stats_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type in NO_FLOAT64 else torch.float64
 
 
+_ONE_FILL = 32_768
+_SMALL_GRADIENT = 2**16
+
+
 def zero_gradients(rows: Tensor) -> Tensor:
-    """Returns the zeros to which the backward operators add the gradient of ``rows``."""
-    return torch.zeros(rows.shape, dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
+    """Returns the zeros to which the backward operators add the gradient of ``rows``.
+
+    torch uses all threads to fill more than 32,768 numbers on the CPU. A thread that the system does not run at
+    that moment delays a small loss many times, so small gradients are filled in parts.
+    """
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    if not _ONE_FILL < rows.numel() <= _SMALL_GRADIENT or rows.device.type != "cpu":
+        return torch.zeros(rows.shape, dtype=dtype, device=rows.device)
+    gradient = torch.empty(rows.shape, dtype=dtype)
+    for part in gradient.view(-1).split(_ONE_FILL):
+        part.zero_()
+    return gradient
 
 
 def compiled_for(device_type: str) -> bool:

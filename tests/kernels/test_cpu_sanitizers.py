@@ -18,6 +18,7 @@ from torch.utils import cpp_extension
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in ("driver", "select", "kernels")]
 DRIVER = ROOT / "tests" / "kernels" / "cpu_sanitizers" / "drive.cpp"
+THREADS = ROOT / "tests" / "kernels" / "cpu_sanitizers" / "threads.cpp"
 FUZZ = ROOT / "tests" / "kernels" / "cpu_sanitizers" / "fuzz.py"
 NAMESPACE = "pysupcon_sanitized"
 FLAGS = [
@@ -45,9 +46,10 @@ def compiled(folder: Path, sources: list[Path], flags: list[str]) -> list[str]:
         return list(pool.map(one, sources))
 
 
-def build(folder: Path, sources: list[Path]) -> Path:
-    objects, program = compiled(folder, sources, []), folder / "drive"
-    subprocess.run(["g++", *FLAGS, *objects, "-o", str(program)], check=True)
+def build(folder: Path, sources: list[Path], sanitizers: str = "address,undefined") -> Path:
+    chosen = ["-fno-sanitize=all", f"-fsanitize={sanitizers}"]
+    objects, program = compiled(folder, sources, chosen), folder / "drive"
+    subprocess.run(["g++", *FLAGS, *chosen, *objects, "-o", str(program)], check=True)
     return program
 
 
@@ -119,3 +121,36 @@ def test_operators_access_no_invalid_memory(unchecked: bool, tmp_path: Path) -> 
     counts = re.match(r"10000 calls: (\d+) accepted .*, (\d+) refused", done.stdout)
     assert counts is not None
     assert min(map(int, counts.groups())) > 2000
+
+
+def run_with_threads(program: Path, mode: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
+    return subprocess.run([program, mode], capture_output=True, text=True, env=environment, check=False)
+
+
+def test_threads_share_a_pass_without_races(tmp_path: Path) -> None:
+    program = build(tmp_path, [*SOURCES, THREADS], "thread")
+    for mode, output in {"results": "24 cases", "stop": "a signal", "partners": "300 9 10 379 0"}.items():
+        done = run_with_threads(program, mode)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout == f"{output}\n"
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("return finished_[a] == task.before_a && finished_[b] == task.before_b;", "return true;"),
+        ("while (!shared_ && !stopped_) wait(lock);", ""),
+    ],
+)
+def test_the_thread_sanitizer_reports_a_missing_wait(right: str, wrong: str, tmp_path: Path) -> None:
+    folder = tmp_path / "csrc"
+    shutil.copytree(ROOT / "csrc" / "cpu", folder / "cpu")
+    header = folder / "cpu" / "threads.h"
+    text = header.read_text()
+    assert text.count(right) == 1
+    header.write_text(text.replace(right, wrong))
+    sources = [folder / "cpu" / source.name for source in SOURCES]
+    done = run_with_threads(build(tmp_path, [*sources, THREADS], "thread"), "results")
+    assert done.returncode != 0
+    assert "data race" in done.stderr

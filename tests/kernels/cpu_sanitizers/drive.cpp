@@ -3,12 +3,10 @@
 // both kinds of reference.
 #include <cstdint>
 #include <cstdio>
-#include <cstring>
-#include <numeric>
-#include <random>
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "rows.h"
 
 using namespace pysupcon::cpu;
 
@@ -18,36 +16,8 @@ void run_here(int64_t count, void* context, void (*body)(void*, int64_t, int64_t
   body(context, 0, (count + 1) / 2);
   if (count > 1) body(context, (count + 1) / 2, count);
 }
-constexpr Threads kThreads{run_here};
-
-struct Rows {
-  std::vector<char> data;
-  std::vector<int64_t> order;
-  std::vector<int32_t> cls, instance;
-  int64_t count, dim;
-
-  Rows(Type type, int64_t n, int64_t d, int classes, double size, unsigned seed) : count(n), dim(d) {
-    std::mt19937 random(seed);
-    std::normal_distribution<double> normal(0, size);
-    data.resize(size_t(n * d) * (type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2));
-    for (int64_t i = 0; i < n * d; ++i) {
-      const float v = static_cast<float>(normal(random));
-      uint32_t bits;
-      memcpy(&bits, &v, 4);
-      if (type == Type::f64) reinterpret_cast<double*>(data.data())[i] = v;
-      if (type == Type::f32) reinterpret_cast<float*>(data.data())[i] = v;
-      if (type == Type::f16) reinterpret_cast<_Float16*>(data.data())[i] = static_cast<_Float16>(v);
-      if (type == Type::bf16) reinterpret_cast<uint16_t*>(data.data())[i] = static_cast<uint16_t>(bits >> 16);
-    }
-    order.resize(n);
-    std::iota(order.rbegin(), order.rend(), 0);
-    for (int64_t i = 0; i < n; ++i) cls.push_back(static_cast<int32_t>(i * classes / n));
-    for (int64_t i = 0; i < n; ++i) instance.push_back(static_cast<int32_t>(i / 2 + cls[i]));
-  }
-  Side side(bool instances) const {
-    return {data.data(), dim, count, order.data(), cls.data(), instances ? instance.data() : nullptr};
-  }
-};
+int64_t two() { return 2; }
+constexpr Threads kThreads{two, run_here};
 
 void run(Type type, int64_t m, int64_t n, int64_t dim, int classes, double size, bool candidates) {
   const Rows a(type, m, dim, classes, size, 1), b(type, n, dim, classes, size, 2);
