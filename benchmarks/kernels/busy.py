@@ -2,8 +2,8 @@
 
     python benchmarks/kernels/busy.py [--threads 2] [--json FILE]
 
-For each number of busy processes and each N: median wall-clock time and processor time of SupCon's forward and
-backward with one thread and with --threads, beside two torch.mm of the same work (4 N^2 D floating-point
+For each number of busy processes and each N: median wall-clock time and processor time of SupCon's forward
+and backward with one thread and with --threads, beside two torch.mm of the same work (4 N^2 D floating-point
 operations). A thread that waits for another one costs processor time; a thread that the system does not run
 costs wall-clock time of all others.
 """
@@ -124,7 +124,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="compared with one thread")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="compared with one thread"
+    )
     parser.add_argument("--n", type=int, nargs="+", default=SIZES, help="numbers of rows")
     parser.add_argument("--seconds", type=float, default=1.0, help="time of one measurement")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
@@ -136,7 +138,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table.align(lines(rows, options.threads)))
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(
+            json.dumps({"machine": about, "rows": rows}, indent=1) + "\n", encoding="utf-8"
+        )
     return 0
 
 
