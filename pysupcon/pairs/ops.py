@@ -100,8 +100,8 @@ _SMALL_GRADIENT = 2**16
 def zero_gradients(rows: Tensor) -> Tensor:
     """Returns the zeros to which the backward operators add the gradient of ``rows``.
 
-    torch uses all threads to fill more than 32,768 numbers on the CPU. A thread that a busy system does not run
-    then delays a small loss, so small gradients are filled in parts.
+    torch uses all threads to fill more than 32,768 numbers on the CPU. A thread that a busy system does not
+    run then delays a small loss, so small gradients are filled in parts.
     """
     dtype = torch.promote_types(rows.dtype, torch.float32)
     if not _ONE_FILL < rows.numel() <= _SMALL_GRADIENT or rows.device.type != "cpu":
