@@ -189,7 +189,7 @@ class Team {
   void check() {
     if (!threads_.check) return;
     const auto now = std::chrono::steady_clock::now();
-    if (now - checked_ < std::chrono::milliseconds(300)) return;
+    if (now - checked_ < std::chrono::milliseconds(100)) return;
     checked_ = now;
     threads_.check();
   }

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers.cases import LOSSES
+from torch import Tensor
 
 import pysupcon
 from pysupcon import compat, functional
@@ -401,6 +403,27 @@ def test_features_that_are_not_finite(name: str, value: float, backend: str) -> 
     x[3, 1, 2] = value
     with pytest.raises(ValueError, match="features must be finite"):
         LOSSES[name](x, torch.arange(6) % 2, backend=backend)
+
+
+@pytest.mark.parametrize("n", [257, 512, 1024])
+def test_one_number_that_is_not_finite_is_found_in_any_row(n: int, backend: str) -> None:
+    """Maxima are taken over parts of the rows, and a comparison with NaN is always false."""
+    x = F.normalize(torch.randn(n, 8, generator=torch.Generator().manual_seed(n)), dim=1)
+    labels = torch.arange(n) % 7
+    labels[n // 3] = 7  # alone in its class: no sum over positives visits this row
+    spread = {0, 1, 63, 64, 255, 256, n // 3, n // 2, n - 2, n - 1, *range(5, n, 41)}
+    for row in spread:
+        broken = x.clone()
+        broken[row, row % 8] = (torch.nan, torch.inf, -torch.inf)[row % 3]
+        for arguments in ((broken, labels), (x, labels, broken, labels)):
+            with pytest.raises(ValueError, match=rf"features must be finite.* row {row}\b"):
+                _supcon_with_candidates(*arguments, backend=backend)
+
+
+def _supcon_with_candidates(
+    x: Tensor, labels: Tensor, candidates: Tensor | None = None, theirs: Tensor | None = None, *, backend: str
+) -> Tensor:
+    return functional.supcon(x, labels, candidates=candidates, candidate_labels=theirs, backend=backend)
 
 
 def test_similarities_that_overflow(backend: str) -> None:
