@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.kernels import bars, cases, compare, measure, oracle, peers, render_tables, run, suite  # noqa: E402
+from benchmarks.kernels import bars, busy, cases, compare, measure, oracle, peers, render_tables, run, suite  # noqa: E402
 from pysupcon import functional  # noqa: E402
 from pysupcon.profiling.workload import Inputs  # noqa: E402
 
@@ -342,3 +343,18 @@ def test_every_implementation_and_case_at_a_small_size(tmp_path: Path) -> None:
     assert compiled
     assert all(row["both_s"] > 0 for row in compiled)
     assert (tmp_path / "memory.png").exists()
+
+
+def test_busy_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stored = tmp_path / "busy.json"
+    threads = torch.get_num_threads()
+    try:
+        assert busy.main(["--threads", "2", "--n", "64", "96", "--seconds", "0", "--json", str(stored)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    rows = json.loads(stored.read_text(encoding="utf-8"))["rows"]
+    assert {(r["busy"], r["n"], r["work"], r["threads"]) for r in rows} == set(
+        itertools.product(busy.BUSY, (64, 96), ("loss", "torch.mm"), (1, 2))
+    )
+    assert all(0 < r["seconds"] < 60 and r["processor_seconds"] > 0 for r in rows)
+    assert len(capsys.readouterr().out.strip().splitlines()) == 2 + 2 + 2 * len(busy.BUSY)
