@@ -1,4 +1,4 @@
-"""Read YAML and JSON files of a run, which may come from somebody else, within fixed limits.
+"""Read the YAML and JSON files of a run within fixed limits: the run may come from somebody else.
 
 A small YAML file can stand for billions of values, because an alias repeats a part of the document. Deeply
 nested values exceed Python's recursion limit, and a pipe blocks its reader.
@@ -18,12 +18,16 @@ MAX_YAML_VALUES = 200_000
 """Keys and values of a YAML document after the expansion of its aliases."""
 MAX_YAML_DEPTH = 50
 _MAX_NUMBER = 1000
-"""Characters of a number; PyYAML needs quadratic time for 1:59:59:..., a number of base 60."""
+"""Characters of a number. PyYAML reads 1:59:59 as a number of base 60, in time quadratic in its length."""
 MAX_JSON_BYTES = 64 * 2**20
 
 
 def one_line(error: object) -> str:
-    """Return the text of an error on one line; of an OSError its reason without the path."""
+    """Return the text of an error on one line.
+
+    Args:
+        error: an exception or its text. Of an OSError only the reason is returned, without the path.
+    """
     reason = getattr(error, "strerror", None) or error
     return " ".join(str(reason).split()) or type(error).__name__
 
@@ -40,7 +44,13 @@ def check_regular(path: str | Path) -> None:
 
 
 def read_yaml(path: str | Path) -> Any:
-    """Read a YAML file of at most ``MAX_YAML_BYTES``, see :func:`parse_yaml`.
+    """Read a YAML file of at most ``MAX_YAML_BYTES`` in UTF-8, see :func:`parse_yaml`.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its value: dicts, lists, numbers, texts, dates, True, False or None.
 
     Raises:
         ValueError: the file cannot be read or exceeds a limit; the message is one line without the path.
@@ -49,15 +59,18 @@ def read_yaml(path: str | Path) -> Any:
 
 
 def parse_yaml(text: str, load: Callable[[str], Any] | None = None) -> Any:
-    """Parse a YAML document of plain values.
+    """Check the limits of a YAML document, then parse it.
 
     Args:
         text: the document.
-        load: the loader; None means PyYAML's safe loader.
+        load: function that parses the text; None: PyYAML's safe loader.
+
+    Returns:
+        What ``load`` returns.
 
     Raises:
         ValueError: the text is not YAML, or has more than ``MAX_YAML_VALUES`` values or ``MAX_YAML_DEPTH``
-            levels; the message is one line.
+            levels, or ``load`` fails; the message is one line.
     """
     import yaml
 
@@ -71,15 +84,18 @@ def parse_yaml(text: str, load: Callable[[str], Any] | None = None) -> Any:
 def check_yaml(text: str) -> None:
     """Check the limits of a YAML document without building its values.
 
+    Args:
+        text: the document.
+
     Raises:
         ValueError: the document exceeds a limit, or an alias refers to its own parent.
         yaml.YAMLError: the text is not YAML.
     """
     import yaml
 
-    sizes: dict[str, int] = {}  # values of each anchored part that is complete
-    parts: list[tuple[str | None, int]] = []  # anchor and start of each open part
-    count = 0
+    sizes: dict[str, int] = {}  # values of each complete part that has an anchor (&name)
+    parts: list[tuple[str | None, int]] = []  # anchor and start of each list or mapping that is still open
+    count = 0  # values so far, aliases expanded
     for event in yaml.parse(text, Loader=_loader()):
         if isinstance(event, yaml.CollectionStartEvent):
             parts.append((event.anchor, count))
@@ -88,6 +104,7 @@ def check_yaml(text: str) -> None:
             count += 1
             if event.anchor is not None:
                 sizes[event.anchor] = 1
+            # A tag such as !!int makes a number of any text.
             number = event.tag is not None or event.value[:1] in tuple("+-.0123456789")
             if number and len(event.value) > _MAX_NUMBER:
                 raise ValueError(f"a number must have at most {_MAX_NUMBER} characters, got more")
@@ -106,7 +123,13 @@ def check_yaml(text: str) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file of at most ``MAX_JSON_BYTES``.
+    """Read a JSON file of at most ``MAX_JSON_BYTES`` in UTF-8.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its value: dicts, lists, numbers, texts, True, False or None.
 
     Raises:
         ValueError: the file cannot be read, is not JSON, or is too large or too deeply nested; the message is

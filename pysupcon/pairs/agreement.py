@@ -1,7 +1,10 @@
 """Values that must be the same on all processes of a gathered loss: how they are sent, compared and shown.
 
-:class:`Terms` collects them for one call of a loss. :mod:`pysupcon.distributed` sends them in the one message
-that precedes the exchange of rows, so all processes refuse a difference, and none waits for the others.
+:class:`Terms` collects the values of one call of a loss. :mod:`pysupcon.distributed` sends them in one
+message before any rows. If a value differs, all processes raise an error, so none waits for rows of another.
+
+To compare another argument, add it to ``_first`` or ``_rest`` of :class:`Terms`, and update the size of the
+message in the docstring of :mod:`pysupcon.distributed`. The parameters of a loss need no change here.
 """
 
 from __future__ import annotations
@@ -26,18 +29,19 @@ from pysupcon.pairs.modes import is_eager
 __all__ = ["Code", "Terms", "check_norms", "describe_difference", "largest_norm"]
 
 _RELATIVE = 1e-6
-"""Relative difference up to which two numbers count as the same: a schedule that every process computes for
-itself may differ in its last bits on different processors."""
+"""Two numbers count as the same up to this relative difference. Each process may compute a schedule, and
+different processors may round it differently."""
 _RELATIVE_LEARNABLE = 1e-4
-"""The same for a learnable temperature"""
+"""The same tolerance for a learnable temperature"""
 _VALID = "whether all arguments are valid"
 _UNKNOWN = math.inf
-"""Stands for a value on a GPU, which is not read"""
+"""Sent instead of a value on a GPU: reading the value would block the host"""
 _PARAMETERS = 4
-"""Number of parameters of one loss that are compared, fixed because the messages of all losses must have the
-same size"""
+"""Number of parameters of one loss that are compared. It is fixed: processes that call different losses must
+send messages of the same size"""
 _LARGEST_SIMILARITY = 7e14
-"""Below the limit of the kernels, 7.8e14, so that no process reaches that limit alone"""
+"""Limit of |x| |y| / temperature. It is below the limit of the kernels, 7.8e14: all processes refuse the rows
+before the kernels of one process do"""
 _UNUSED = [(f"unused {slot}", None) for slot in range(_PARAMETERS)]
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -48,24 +52,26 @@ def _pack(number: float) -> int:
 
 
 class Code(int):
-    """A value as an integer of 64 bits, the form in which processes compare it.
+    """A value encoded as an integer of 64 bits, which processes send and compare.
 
-    Numbers are sent as the bits of a float64, texts as up to 8 bytes; a longer text is sent as 4 bytes and a
-    checksum.
+    A number is encoded as the bits of a float64, a text of at most 8 bytes as its bytes, and a longer text as
+    its first 4 bytes and a checksum.
     """
 
     kind: type = int
+    """type of the value"""
     learnable = False
+    """whether a difference between processes is a warning instead of an error"""
     tensor: Tensor | None = None
     """the value, if it is on a GPU"""
 
     @classmethod
     def of(cls, value: Any, *, learnable: bool = False) -> Code:
-        """Encodes a bool, number, text, dtype of features, None or tensor of one element.
+        """Encodes a value.
 
         Args:
-            value: what must be the same.
-            learnable: whether the value is a tensor whose difference is no error.
+            value: bool, number, str, None, tensor of one element, or a dtype that features can have.
+            learnable: see the attribute; it applies to a tensor only.
         """
         if not isinstance(value, Tensor):
             return cls._of_value(value)
@@ -76,7 +82,7 @@ class Code(int):
         return encoded
 
     @classmethod
-    @lru_cache(maxsize=256, typed=True)  # a small loss in one process takes as long as its Python code
+    @lru_cache(maxsize=256, typed=True)  # the time of a small loss is mostly that of its Python code
     def _of_value(cls, value: Any) -> Code:
         kind: type = float
         if isinstance(value, bool):
@@ -95,7 +101,10 @@ class Code(int):
         return encoded
 
     def decode(self, code: int) -> Any:
-        """Returns the value of another process, of the same kind, in the form in which messages show it."""
+        """Decodes the code of another process, which has the same ``kind``, for a message.
+
+        None and NaN both give None. A long text gives its first characters and "...".
+        """
         if self.kind is str:
             text, _, rest = struct.pack("<q", code).partition(b"\0")
             return text.decode(errors="replace") + ("..." if rest.strip(b"\0") else "")
@@ -105,7 +114,11 @@ class Code(int):
         return _DTYPES[code] if self.kind is torch.dtype else self.kind(code)
 
     def same(self, codes: Sequence[int]) -> bool:
-        """Whether the values of all processes are the same."""
+        """Returns whether the values of all processes are the same. Values that a GPU holds are left out.
+
+        Args:
+            codes: the code of each process.
+        """
         if len(set(codes)) == 1:
             return True
         if self.kind is not float:
@@ -119,13 +132,13 @@ class Code(int):
 
 
 def describe_difference(name: str, own: Code, codes: Sequence[int], ranks: Sequence[int]) -> str:
-    """Tells the value of every process: "alpha must be the same in all processes: 0.5 on rank 0, ...".
+    """Returns a message: "alpha must be the same in all processes: 0.5 on rank 0, 0.7 on ranks 1-3".
 
     Args:
-        name: of the value.
-        own: of this process.
-        codes: of all processes.
-        ranks: of these processes.
+        name: name of the value.
+        own: code of this process.
+        codes: code of each process.
+        ranks: rank of each process.
     """
     if name == _VALID:
         refused = [rank for rank, code in zip(ranks, codes, strict=True) if not code]
@@ -149,7 +162,14 @@ def _show_ranks(ranks: Sequence[int]) -> str:
 
 
 def largest_norm(features: Tensor) -> float:
-    """The largest norm of a row; inf if a number is not finite, -1 on a GPU, where it is not read."""
+    """Returns the largest norm of a row.
+
+    Args:
+        features: [..., D].
+
+    Returns:
+        The norm; inf if a number is not finite; -1 for features on a GPU, which are not read.
+    """
     if features.device.type != "cpu" or not is_eager(features):
         return -1.0
     if not features.numel():
@@ -163,12 +183,12 @@ def largest_norm(features: Tensor) -> float:
 
 
 def check_norms(norms: Sequence[float], temperatures: Sequence[float], ranks: Sequence[int]) -> None:
-    """Checks on every process what the kernels check on the processes that see the rows.
+    """Refuses rows on every process that the kernels of some processes would refuse.
 
     Args:
         norms: :func:`largest_norm` of each process.
-        temperatures: of each process.
-        ranks: of these processes.
+        temperatures: temperature of each process.
+        ranks: rank of each process.
 
     Raises:
         ValueError: features are not finite, or too large for their similarities.
@@ -186,23 +206,27 @@ def check_norms(norms: Sequence[float], temperatures: Sequence[float], ranks: Se
 
 
 def _comparable(value: Any) -> Any:
-    """A parameter of a loss; None if it is of a kind that cannot be compared."""
+    """Returns a parameter of a loss, or None if its type cannot be compared."""
     if isinstance(value, Tensor):
         return value if value.numel() == 1 else None
     return value if isinstance(value, (bool, numbers.Real, str)) else None
 
 
 class Terms:
-    """What the processes of one call of a loss must share, and the start of their communication.
+    """Values of one call of a loss that must be the same on all processes. It starts the communication.
+
+    ``_first`` is compared first: a difference there is often the reason why a process refuses its arguments.
+    Next the processes compare whether all arguments are valid. ``_rest`` comes last; a process that refuses
+    its arguments sends zeros for it. Every loss must send the same number of values.
 
     Args:
-        gather: which communicates.
-        loss: name.
-        parameters: of this loss only, by name.
-        features: as the caller gave them, like all following arguments.
-        labels: or None.
-        mask: or None.
-        options: ``contrast_mode``, ``candidates``, ``instances``, ``reduction`` and ``normalize``.
+        gather: sends the values.
+        loss: name of the loss.
+        parameters: parameters of this loss by name. The first four are compared.
+        features: argument of the caller, not checked yet.
+        labels: the same; None if not given.
+        mask: the same; None if not given.
+        options: the same: ``contrast_mode``, ``candidates``, ``instances``, ``reduction`` and ``normalize``.
     """
 
     def __init__(
@@ -229,7 +253,18 @@ class Terms:
         }
 
     def begin(self, features: Tensor, temperature: float | Tensor) -> Communicator | None:
-        """Sends the checked arguments; see :meth:`pysupcon.pairs.global_batch.Gather.begin`."""
+        """Sends the values after this process has checked its arguments.
+
+        Args:
+            features: [B, V, D] or [B, D].
+            temperature: number or tensor of one element.
+
+        Returns:
+            None if there is no other process.
+
+        Raises:
+            ValueError: a value differs; raised on every process.
+        """
         enabled, given = torch.is_grad_enabled(), isinstance(temperature, Tensor)
         learnable = isinstance(temperature, Tensor) and temperature.requires_grad
         gradient = enabled and (features.requires_grad or learnable)
@@ -238,8 +273,10 @@ class Terms:
         return self._send(features, True, rest, gradient, Code.of(temperature, learnable=learnable))
 
     def refuse(self) -> None:
-        """Sends that this process refuses its arguments, unless :meth:`begin` was called: the other processes
-        wait for its message."""
+        """Tells the other processes, which wait for a message, that this process refuses its arguments.
+
+        Does nothing after :meth:`begin`.
+        """
         if not self.sent:
             device = self.features.device if isinstance(self.features, Tensor) else None
             with suppress(Exception):  # this process raises its own error

@@ -27,7 +27,7 @@ def locked_run_dir(config: Config, name: str, state: PartialState) -> Iterator[P
     """Context manager that selects the folder of the run and locks it. Every process calls this.
 
     The main process creates and locks the folder, and the other processes receive its name. The end of the
-    block releases the lock; a new folder that is still empty is removed.
+    block releases the lock, and removes the folder if it is new and still empty.
 
     Args:
         config: resolved config.
@@ -70,6 +70,9 @@ def lock_run_dir(config: Config, name: str) -> FolderLock:
         config: resolved config.
         name: name of the folder under runs/ if ``config.output_dir`` is None.
 
+    Returns:
+        The lock. Its ``folder`` is the folder of the run.
+
     Raises:
         ConfigError: see :func:`locked_run_dir`.
         OSError, ValueError: the folder cannot be created or written.
@@ -85,9 +88,10 @@ def lock_run_dir(config: Config, name: str) -> FolderLock:
             )
         return lock
     if resume is not None and resume not in ("latest", "auto"):
-        own = Path(os.path.realpath(resume)).parent
-        if own.name == FOLDER and _holds_run(own.parent):
-            return FolderLock(own.parent)
+        checkpoints = Path(os.path.realpath(resume)).parent
+        if checkpoints.name == FOLDER and _holds_run(checkpoints.parent):
+            return FolderLock(checkpoints.parent)
+    # Try name, name-2, name-3, ... in turn; ``last`` is the last of them that holds a run.
     number, last = 0, None
     while True:
         number += 1
@@ -97,7 +101,7 @@ def lock_run_dir(config: Config, name: str) -> FolderLock:
                 return FolderLock(last)
             try:
                 lock = FolderLock(folder)
-            except FolderInUse:  # by a training that has not written anything yet
+            except FolderInUse:  # another training holds it, and has not written anything yet
                 if resume is not None:
                     raise
                 continue

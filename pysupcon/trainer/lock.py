@@ -19,7 +19,7 @@ except ImportError:  # Windows
 
 LOCK_FILE = ".lock"
 ATTEMPTS = 100
-"""Attempts to lock a folder while other processes remove their own lock file."""
+"""Attempts to lock a folder. An attempt fails if another process removes its lock file at the same time."""
 
 _held: set[int] = set()
 """Descriptors of the lock files of this process."""
@@ -49,13 +49,13 @@ class FolderLock:
     The lock is ``flock`` on a file in the folder. The operating system releases it when the process dies, so
     the file that a killed process leaves behind does not block. Network file systems pass ``flock`` on to
     their server (NFS, Lustre with ``-o flock``) or restrict it to one machine (Lustre with
-    ``-o localflock``); in the second case processes of other machines are not seen. Without any ``flock``
-    nothing is locked and a line on stderr says so.
+    ``-o localflock``). In the second case the lock does not exclude processes on other machines. If ``flock``
+    is missing or fails, nothing is locked, and a line on stderr says so.
 
     Attributes:
         folder: the folder.
-        created: whether the folder was missing.
-        exclusive: whether the folder is locked; false if there is no ``flock``.
+        created: whether this lock created the folder.
+        exclusive: whether the folder is locked; False if ``flock`` is missing or fails.
 
     Args:
         folder: the folder to lock.
@@ -102,8 +102,9 @@ class FolderLock:
         """
         if self._descriptor not in _held:
             return
-        with suppress(OSError):  # the lock counts, not the file
-            # Removed while it is locked: a process that has opened this file finds out that it is gone.
+        with suppress(OSError):  # a lock file that stays does not block: its lock is released below
+            # Remove the file before its lock is released. A process that has already opened the file then
+            # finds in _try_lock that it is gone, and tries again.
             os.unlink(self._file)
         if self.created:
             with suppress(OSError):  # not empty
@@ -133,6 +134,11 @@ class FolderLock:
         return current
 
     def _flock(self, descriptor: int) -> None:
+        """Lock the open file. If the system cannot lock it, print a line and set ``exclusive`` to False.
+
+        Raises:
+            FolderInUse: another process holds the lock.
+        """
         if fcntl is None:
             reason = "this system has no flock"
         else:
@@ -142,7 +148,7 @@ class FolderLock:
             except BlockingIOError as error:
                 holder = _read_line(descriptor) or "another process"
                 raise FolderInUse(
-                    f"{self.folder} is in use by {holder}: wait for its end, or choose another folder"
+                    f"{self.folder} is in use by {holder}: wait until it ends, or choose another folder"
                 ) from error
             except OSError as error:
                 reason = f"flock: {error.strerror or error}"
@@ -152,11 +158,12 @@ class FolderLock:
         )
 
     def _write_holder(self) -> None:
+        """Write this process into the lock file. Print the former holder if it ran on another host."""
         host, before = socket.gethostname(), _read_line(self._descriptor)
         if before and f" on {host}," not in before:
             print_line(
                 f"{self.folder} was in use by {before}. It is free now. If that machine does not share its "
-                "locks with this one, make sure that the process has ended"
+                "file locks with this one, check that the process has ended"
             )
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         os.ftruncate(self._descriptor, 0)
@@ -164,6 +171,6 @@ class FolderLock:
 
 
 def _read_line(descriptor: int) -> str:
-    """The first line of a lock file, cut to printable characters: it names the process that wrote it."""
+    """Return the first line of a lock file, printable characters only. It names the process that wrote it."""
     line = os.pread(descriptor, 200, 0).decode(errors="replace").partition("\n")[0]
     return "".join(letter for letter in line if letter.isprintable())
