@@ -7,7 +7,7 @@
 
 namespace pysupcon::cpu {
 
-// Pairs of rows that are visited.
+// The number of pairs of rows that a pass visits. Without negatives: the pairs of the same class.
 inline double count_pairs(const Problem& q) {
   const int64_t m = q.anchors.count, n = q.candidates.count;
   double pairs = q.negatives ? static_cast<double>(m) * n : 0;
@@ -16,17 +16,19 @@ inline double count_pairs(const Problem& q) {
     const int64_t first_i = i, first_j = j;
     while (i < m && q.anchors.cls[i] <= std::min(cls, other)) ++i;
     while (j < n && q.candidates.cls[j] <= std::min(cls, other)) ++j;
-    pairs += static_cast<double>(i - first_i) * (j - first_j);  // one of them is 0 if the classes differ
+    pairs += static_cast<double>(i - first_i) * (j - first_j);  // one factor is 0 if the classes differ
   }
   return q.self ? pairs / 2 : pairs;
 }
 
-// The number of workers of the next pass. On a busy machine the caller may wait longer for a partner that the
-// system does not run than the partner saves. After several such passes, passes of that size run in the
-// caller alone for a while; then one pass tries again. Each thread that calls the kernels counts for itself.
+// Chooses the number of workers of each pass: the calling thread and its partners. A partner takes part of
+// the work, but on a busy machine the system may not run it, and the caller waits longer than the partner
+// saves. After kPatience such passes, passes of that size or smaller run in the caller alone. After kRest of
+// them one pass tries again with partners. Each thread that calls the kernels has its own Partners.
 class Partners {
  public:
-  // products: of a pair of rows, in units of D multiplications.
+  // The number of workers of the next pass. `products`: work of a pair of rows, in units of D
+  // multiplications.
   int64_t choose(const Problem& q, int products, const Schedule& schedule, const Threads& threads) {
     const double work = count_pairs(q) * q.dim;
     const auto enough = static_cast<int64_t>(std::min(work / kWorkOfOne, 1e6));
@@ -37,7 +39,7 @@ class Partners {
     --rest_;
     return 1;
   }
-  // Takes note of the time that the caller of a pass with several workers has waited for the others.
+  // Records how long the caller has waited for its partners in the pass that choose() was called for last.
   void note(double waited_seconds) {
     if (waited_seconds <= saved_ + kUsualWait) {
       late_ = std::max(late_ - 1, 0);
@@ -49,12 +51,14 @@ class Partners {
   }
 
  private:
-  static constexpr double kWorkOfOne = 1 << 17;  // multiplications for which another worker pays
-  static constexpr double kWorkOfSecond = 4e10;  // multiplications of a core with AVX-512, roughly
-  static constexpr double kUsualWait = 30e-6;    // seconds: groups do not end at the same time
-  static constexpr int kPatience = 8, kRest = 256;
-  double saved_ = 0, too_small_ = 0;  // seconds
-  int late_ = 0, rest_ = 0;
+  static constexpr double kWorkOfOne = 1 << 17;  // multiplications: the least work of a worker
+  static constexpr double kWorkOfSecond = 4e10;  // multiplications per second of a core with AVX-512, roughly
+  static constexpr double kUsualWait = 30e-6;    // seconds: workers do not finish at the same time
+  static constexpr int kPatience = 8, kRest = 256;  // passes
+  double saved_ = 0;                                // seconds that the partners save in this pass, estimated
+  double too_small_ = 0;  // passes that save at most this run in the caller alone while rest_ > 0
+  int late_ = 0;          // passes that were late, minus passes that were not, at least 0
+  int rest_ = 0;          // passes to run in the caller alone before the next try
 };
 
 }  // namespace pysupcon::cpu

@@ -1,6 +1,6 @@
-// Which pairs of blocks are visited, and in which order a block meets the others. A group of pairs is the
-// work of one thread at a time. The order of the groups of a block is fixed, so the order in which a row's
-// sums grow does not depend on the number of threads.
+// Which pairs of blocks are visited, and in which order. One thread visits all pairs of a group. The order of
+// the groups of a block is fixed, so a row's sums are added in an order that does not depend on the number of
+// threads.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -15,17 +15,18 @@ struct BlockPair {
   int64_t i, j;
 };
 
-// All pairs of the blocks of set a with those of set b; a == b: of the pairs within the set, one of (i, j)
-// and (j, i).
+// All pairs of a block of set a with a block of set b. If both are one set (self, a == b): only (i, j) with
+// i <= j.
 struct Group {
   int64_t a, b;
-  double place = 0;  // in its round, in [0, 1): neighbours in a round have most of their blocks in common
-                     // with those at the same place of the next one
+  double place = 0;  // in its round, in [0, 1): groups near one place have most blocks in common with those
+                     // near the same place of the next round
 };
 
 inline int64_t block_count(const Side& side, int block) { return (side.count + block - 1) / block; }
 
-// Sorted by class: two blocks hold a same-class pair exactly if their ranges of classes meet.
+// Whether two blocks hold a same-class pair: rows are sorted by class, so it is whether their ranges of
+// classes overlap.
 inline bool classes_meet(const Plan& plan, int64_t i, int64_t j) {
   const Problem& q = plan.problem;
   const auto range = [&](const Side& s, int64_t b) {
@@ -76,12 +77,13 @@ class Schedule {
     return std::nullopt;
   }
 
-  // Numbers below `resources` stand for the sets of both sides that a group adds to.
+  // A resource is a set of rows that groups add to. Groups with a common resource do not run at the same
+  // time.
   int64_t resources() const { return plan_.problem.self ? sets_ : rows_ + cols_; }
   std::pair<int64_t, int64_t> resources(const Group& g) const {
     return {g.a, plan_.problem.self ? g.b : rows_ + g.b};
   }
-  // The most groups that can run at the same time.
+  // The largest number of groups that can run at the same time.
   int64_t width() const {
     return plan_.problem.self ? std::max<int64_t>(sets_ / 2, 1) : std::min(rows_, cols_);
   }
@@ -107,8 +109,8 @@ class Schedule {
   }
 
  private:
-  // Blocks that share their neighbours: a block is then loaded for one pair in two or less, and there are
-  // still enough sets for many threads.
+  // Blocks in a set. With larger sets a thread loads a block less often; the number of sets stays large
+  // enough for many threads.
   static int64_t blocks_in_set(int64_t blocks) { return blocks >= 256 ? 4 : blocks >= 64 ? 2 : 1; }
 
   int64_t seats() const {
@@ -117,7 +119,7 @@ class Schedule {
     return sparse_ ? rows_ - (round_ + 1) / 2 : (sets_ + sets_ % 2) / 2;
   }
 
-  // The group of one seat of this round, or nothing.
+  // The group at a seat of this round, or nothing.
   std::optional<Group> find(int64_t seat) const {
     const auto unless_apart = [&](int64_t i, int64_t j) -> std::optional<Group> {
       if (sparse_ && !classes_meet(plan_, i, j)) return std::nullopt;

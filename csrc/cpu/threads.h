@@ -1,4 +1,4 @@
-// Workers that share the pairs of a problem, and memory of a thread's own.
+// Workers that share the parts and pairs of a pass, and the scratch memory of each thread.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -16,14 +16,14 @@
 
 namespace pysupcon::cpu {
 
-// Workers of one parallel region. There is no barrier inside the region: a worker waits only for work that
-// another one has begun, never for a thread that the system has not started yet. A single worker can do
-// everything.
+// The workers of one pass, which is one parallel region. The region has no barrier: a worker waits only for
+// work that another worker has begun, never for a thread that the system has not started yet. One worker
+// alone can finish the pass.
 class Team {
  public:
   Team(const Threads& threads, int64_t workers) : threads_(threads), workers_(workers) {}
 
-  // body(worker) for each worker. Rethrows what a body throws, after the other workers have stopped.
+  // Calls body(worker) for each worker. If a body throws, the other workers stop, and run() rethrows.
   template <class Body>
   void run(const Body& body) {
     const auto guarded = [&](int64_t first, int64_t last) {
@@ -42,11 +42,11 @@ class Team {
     waited_ += std::chrono::steady_clock::now() - left_;
   }
 
-  // How long the caller has waited for the others.
+  // How long the calling thread has waited for the other workers.
   double waited_seconds() const { return std::chrono::duration<double>(waited_).count(); }
 
-  // Runs part(k) for each k below count, then last() once; returns when last() is done. Every worker calls
-  // it.
+  // The workers share part(k) for each k below count; then one worker calls last(). Every worker calls
+  // share(), which returns when last() is done.
   template <class Part, class Last>
   void share(int64_t count, const Part& part, const Last& last) {
     std::unique_lock lock(mutex_, std::defer_lock);
@@ -69,9 +69,9 @@ class Team {
     while (!shared_ && !stopped_) wait(lock);
   }
 
-  // visit(pair, the pair that this worker probably visits next, or null) for the pairs of all groups.
-  // Every worker calls it with the same schedule. Two groups that add to the same rows run one after the
-  // other, in the order of the schedule.
+  // The workers share the pairs of all groups. Every worker calls visit() with the same schedule, which calls
+  // visit(pair, next): `next` is the pair that this worker probably visits next, or {-1, -1}. Two groups that
+  // add to the same rows run one after the other, in the order of the schedule.
   template <class Visit>
   void visit(Schedule& schedule, int64_t worker, const Visit& visit) {
     const bool caller = std::this_thread::get_id() == caller_;
@@ -88,15 +88,17 @@ class Team {
   }
 
  private:
-  // A group, with the number of earlier groups on each of its two resources.
+  // A group, with the number of earlier groups in the schedule that add to its set a, and to its set b.
   struct Task {
     Group group{-1, -1};
     int64_t before_a = 0, before_b = 0;
-    int64_t owner = 0;  // the worker at this place of the round
+    int64_t owner = 0;  // the worker that prefers this place of the round
   };
 
-  // Takes a group whose predecessors are finished: the first of this worker's own place in the rounds, whose
-  // blocks are in its cache, or else the first of all. False if none is left. `done`: the worker's last one.
+  // Finishes the group `done` (null: none) and takes a group whose earlier groups are finished, into `task`.
+  // It takes the first such group that this worker owns, whose blocks are probably in its cache, or else the
+  // first of all. Waits if there is none yet; returns false if no group is left. `upcoming`: the group that
+  // the worker probably takes next.
   bool take(Schedule& schedule, int64_t worker, const Task* done, Task& task, Task& upcoming) {
     std::unique_lock lock(mutex_, std::defer_lock);
     acquire(lock);
@@ -122,8 +124,8 @@ class Team {
     }
   }
 
-  // Keeps the next groups at hand: enough for a worker to find one while another's group blocks its
-  // neighbours.
+  // Moves groups from the schedule to pending_: enough for every worker to find one that may start although
+  // running groups block others.
   void fill(Schedule& schedule) {
     if (given_.empty()) given_.resize(schedule.resources()), finished_.resize(schedule.resources());
     const size_t wanted = 32 + 4 * workers_;
@@ -149,20 +151,21 @@ class Team {
     announce();
   }
 
-  // Workers often finish at the same moment. A lock is held for less time than it takes to sleep and to wake.
+  // Tries for a moment before it sleeps: workers often finish at the same time, and they hold the mutex for
+  // less time than sleeping and waking take.
   static void acquire(std::unique_lock<std::mutex>& lock) {
     for (int tries = 0; tries < 1000; ++tries)
       if (lock.try_lock()) return;
     lock.lock();
   }
 
-  // Lets the workers that wait look again. With the lock.
+  // Makes the waiting workers look for work again. The caller holds the mutex.
   void announce() {
     changes_.fetch_add(1, std::memory_order_relaxed);
     if (waiting_) changed_.notify_all();
   }
 
-  // Waits for an announcement: a moment by looking, then asleep.
+  // Waits for announce(): spins for kLook, then sleeps.
   void wait(std::unique_lock<std::mutex>& lock) {
     const auto start = std::chrono::steady_clock::now();
     const int64_t before = changes_.load(std::memory_order_relaxed);
@@ -185,7 +188,8 @@ class Team {
     announce();
   }
 
-  // Only in the caller's thread: Python handles signals in its main thread.
+  // Runs pending signal handlers, at most every 100 ms. Only the calling thread may do so: Python handles
+  // signals in its main thread.
   void check() {
     if (!threads_.check) return;
     const auto now = std::chrono::steady_clock::now();
@@ -206,14 +210,14 @@ class Team {
   std::condition_variable changed_;
   bool stopped_ = false, last_begun_ = false, shared_ = false;
   int64_t next_part_ = 0, parts_done_ = 0;
-  int64_t waiting_ = 0;               // asleep
-  std::atomic<int64_t> changes_ = 0;  // finished groups
-  std::deque<Task> pending_;
-  std::vector<int64_t> given_, finished_;  // groups of each resource
+  int64_t waiting_ = 0;                    // workers that sleep in wait()
+  std::atomic<int64_t> changes_ = 0;       // calls of announce()
+  std::deque<Task> pending_;               // groups that no worker has taken, in the order of the schedule
+  std::vector<int64_t> given_, finished_;  // per set: groups moved to pending_, groups finished
 };
 
-// A thread keeps its scratch for the next call: some hundred kilobytes that would otherwise be mapped anew
-// each time.
+// Returns scratch memory of the calling thread, which keeps it for its next call: otherwise the system would
+// map some hundred kilobytes again in each call.
 inline void* thread_scratch(size_t bytes) {
   struct Buffer {
     void* memory = nullptr;
