@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     about = machine.describe("cpu")
     found = breakdown(timed(options.n, options.rounds), options.n)
-    print(f"{table.heading(about)} SupCon, N={options.n}, D={SHOWN}.\n")
+    print(f"{table.heading(about)}. SupCon, N={options.n}, D={SHOWN}.\n")
     print(table.align(lines(found)))
     for name, rate in found["product_flops"].items():
         pair = found["pair_seconds"][name]

@@ -1,11 +1,12 @@
 """Measures the losses while other processes use the processor.
 
-    python benchmarks/kernels/busy.py [--threads 2] [--json FILE]
+    python benchmarks/kernels/busy.py [--threads 2] [--n N ...] [--seconds 1] [--json FILE]
 
-For each number of busy processes and each N: median wall-clock time and processor time of SupCon's forward
-and backward with one thread and with --threads, beside two torch.mm of the same work (4 N^2 D floating-point
-operations). A thread that waits for another one costs processor time; a thread that the system does not run
-costs wall-clock time of all others.
+Start it on an idle machine; it starts the busy processes itself. For each number of busy processes and each
+N: median wall-clock time and processor time of SupCon's forward and backward with one thread and with
+--threads, beside two torch.mm of the same work (4 N^2 D floating-point operations). A thread that waits for
+another thread costs processor time. If the system does not run a thread, the others wait: that costs
+wall-clock time.
 """
 
 from __future__ import annotations
@@ -98,8 +99,11 @@ def measure(sizes: Sequence[int], threads: int, seconds: float) -> list[dict[str
 def lines(rows: Sequence[dict[str, Any]], threads: int) -> list[list[str]]:
     """The table: one line for each number of busy processes and each N."""
     found = {(r["busy"], r["n"], r["work"], r["threads"]): r for r in rows}
-    names = [f"{work}, {used}" for work in ("loss", "torch.mm") for used in (1, threads)]
-    result = [["busy processes", "N", *names, "loss: ratio", f"processor time, {threads} : 1"]]
+    names = [
+        f"{work}, {used}" for work in ("loss", "torch.mm") for used in ("1 thread", f"{threads} threads")
+    ]
+    ratios = [f"loss: time, {threads} : 1", f"loss: processor time, {threads} : 1"]
+    result = [["busy processes", "N", *names, *ratios]]
     for count, n in dict.fromkeys((r["busy"], r["n"]) for r in rows):
         one, all_ = found[count, n, "loss", 1], found[count, n, "loss", threads]
         cells = [
@@ -125,16 +129,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="compared with one thread"
+        "--threads",
+        type=int,
+        default=max(2, torch.get_num_threads()),
+        help="number of threads to compare with one thread, at least 2 (default: %(default)s)",
     )
     parser.add_argument("--n", type=int, nargs="+", default=SIZES, help="numbers of rows")
-    parser.add_argument("--seconds", type=float, default=1.0, help="time of one measurement")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=1.0,
+        help="time of one measurement (default: %(default)s). On a busy machine the first losses are slow, "
+        "until the kernels use one thread: with less than a second the median may be one of these",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
     options = parser.parse_args(arguments)
+    if options.threads < 2:
+        parser.error(f"--threads must be at least 2: it is compared with one thread; got {options.threads}")
     torch.set_num_threads(options.threads)
     about = machine.describe("cpu")
     rows = measure(options.n, options.threads, options.seconds)
-    print(f"{table.heading(about)} SupCon forward and backward, D={DIM}, {CLASSES} classes.\n")
+    print(f"{table.heading(about)}. SupCon forward and backward, D={DIM}, {CLASSES} classes.\n")
     print(table.align(lines(rows, options.threads)))
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)

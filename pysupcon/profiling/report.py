@@ -69,7 +69,8 @@ def format_report(report: Report) -> str:
 def _device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device} with {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{device} with {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _profile(name: str, found: Profile) -> list[str]:

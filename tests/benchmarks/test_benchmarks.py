@@ -358,3 +358,6 @@ def test_busy_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     )
     assert all(0 < r["seconds"] < 60 and r["processor_seconds"] > 0 for r in rows)
     assert len(capsys.readouterr().out.strip().splitlines()) == 2 + 2 + 2 * len(busy.BUSY)
+    with pytest.raises(SystemExit):
+        busy.main(["--threads", "1"])
+    assert "--threads must be at least 2" in capsys.readouterr().err
