@@ -115,13 +115,13 @@ void run_pass(const Plan& plan, int products, const Threads& threads, int64_t pa
   team.run([&](int64_t worker) {
     team.share(parts, part, [&] { wanted = prepare(); });
     if (!wanted) return;
-    void* scratch = thread_scratch(plan.scratch);
-    Held& held = *static_cast<Held*>(scratch);
+    const Scratch scratch(plan.scratch);
+    Held& held = *static_cast<Held*>(scratch.data());
     held = {};
     team.visit(schedule, worker, [&](const BlockPair& pair, const BlockPair& next) {
       held.next_i = next.i;
       held.next_j = next.j;
-      visit(pair, scratch);
+      visit(pair, scratch.data());
     });
   });
   if (workers > 1) partners.note(team.waited_seconds());

@@ -6,9 +6,11 @@
 #include <condition_variable>
 #include <cstdlib>
 #include <deque>
+#include <memory>
 #include <mutex>
 #include <new>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -216,23 +218,44 @@ class Team {
   std::vector<int64_t> given_, finished_;  // per set: groups moved to pending_, groups finished
 };
 
-// Returns scratch memory of the calling thread, which keeps it for its next call: otherwise the system would
-// map some hundred kilobytes again in each call.
-inline void* thread_scratch(size_t bytes) {
-  struct Buffer {
-    void* memory = nullptr;
-    size_t bytes = 0;
-    ~Buffer() { std::free(memory); }
-  };
-  thread_local Buffer buffer;
-  if (buffer.bytes < bytes) {
-    std::free(buffer.memory);
-    buffer.bytes = 0;
-    buffer.memory = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
-    if (!buffer.memory) throw std::bad_alloc();
-    buffer.bytes = bytes;
+// Scratch memory of one worker during a pass. The thread keeps it for its next pass: otherwise the system
+// would map some hundred kilobytes again in each pass. A signal handler may run a pass inside a pass; the
+// inner pass gets other memory.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes) : buffer_(std::move(kept())) {
+    if (buffer_.bytes >= bytes) return;
+    buffer_ = {};
+    buffer_.memory.reset(std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096));
+    if (!buffer_.memory) throw std::bad_alloc();
+    buffer_.bytes = bytes;
   }
-  return buffer.memory;
-}
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { kept() = std::move(buffer_); }
+
+  void* data() const { return buffer_.memory.get(); }
+
+ private:
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  struct Buffer {
+    std::unique_ptr<void, Free> memory;
+    size_t bytes = 0;
+    Buffer() = default;
+    Buffer(Buffer&& other) noexcept : memory(std::move(other.memory)), bytes(std::exchange(other.bytes, 0)) {}
+    Buffer& operator=(Buffer&& other) noexcept {
+      memory = std::move(other.memory);
+      bytes = std::exchange(other.bytes, 0);
+      return *this;
+    }
+  };
+  static Buffer& kept() {
+    thread_local Buffer buffer;
+    return buffer;
+  }
+  Buffer buffer_;
+};
 
 }  // namespace pysupcon::cpu

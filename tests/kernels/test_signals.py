@@ -79,3 +79,13 @@ def test_a_handler_that_returns_changes_nothing(rows: Tensor) -> None:
     assert len(heard) == 1
     assert heard[0] - start < 0.8 * (end - start)
     assert torch.equal(loss, expected)
+
+
+def test_a_handler_may_compute_a_loss(rows: Tensor) -> None:
+    inner = F.normalize(torch.randn(600, 200, generator=torch.Generator().manual_seed(1)), dim=1)
+    labels = torch.arange(600) % 7
+    expected, found = [supcon(rows), functional.supcon(inner, labels)], []
+    with Alarm(lambda number, frame: found.append(functional.supcon(inner, labels))):
+        found.insert(0, supcon(rows))
+    assert len(found) == 2
+    assert all(map(torch.equal, found, expected))

@@ -2,6 +2,7 @@
 //
 //   threads results    every entry point gives the same bits with 1, 2, 3 and 5 threads that start late
 //   threads stop       an exception of Threads::check ends the pass and reaches the caller
+//   threads nested     Threads::check may run a pass itself, as a handler of a signal does
 //   threads partners   a partner that keeps the caller waiting is left out, and tried again later
 #include <chrono>
 #include <cstdio>
@@ -108,6 +109,30 @@ int stops() {
   return 1;
 }
 
+// Logsumexp over the candidates of another class, of anchors that fill one block: the block stays in the
+// scratch.
+std::vector<double> of_one_block(unsigned seed, int64_t candidates, const Threads& threads) {
+  const Rows a(Type::f32, 60, 64, 2, 0.1, seed), b(Type::f32, candidates, 64, 2, 0.1, seed + 1);
+  Problem q;
+  q.dim = 64, q.anchors = a.side(false), q.candidates = b.side(false);
+  std::vector<double> stats(3 * 60);
+  pair_stats(q, threads, {stats.data(), stats.data() + 60, stats.data() + 120, nullptr});
+  return stats;
+}
+
+int nested() {
+  static int passes = 0;
+  const auto inner = [] {
+    ++passes;
+    of_one_block(7, 100, {thread_count, run_threads});
+  };
+  wanted_threads = 1;
+  const std::vector<double> expected = of_one_block(1, 200'000, {thread_count, run_threads});
+  if (of_one_block(1, 200'000, {thread_count, run_threads, inner}) != expected || !passes) return 1;
+  std::printf("the same\n");
+  return 0;
+}
+
 // How many of `passes` of N rows get a partner that always keeps the caller waiting so long.
 int with_partner(Partners& partners, int64_t rows, double waited_seconds, int passes) {
   const Rows a(Type::f32, rows, 128, 10, 1, 1);
@@ -142,5 +167,8 @@ int partners() {
 
 int main(int, char** arguments) {
   const std::string mode = arguments[1];
-  return mode == "results" ? same_results() : mode == "stop" ? stops() : partners();
+  return mode == "results"  ? same_results()
+         : mode == "stop"   ? stops()
+         : mode == "nested" ? nested()
+                            : partners();
 }
