@@ -121,6 +121,7 @@ class Schedule {
 
   // The group at a seat of this round, or nothing.
   std::optional<Group> find(int64_t seat) const {
+    // Nothing if the pass needs no negatives and the two blocks have no common class.
     const auto unless_apart = [&](int64_t i, int64_t j) -> std::optional<Group> {
       if (sparse_ && !classes_meet(plan_, i, j)) return std::nullopt;
       return Group{i, j};
@@ -143,7 +144,7 @@ class Schedule {
   }
 
   const Plan& plan_;
-  bool sparse_;
+  bool sparse_;          // no negatives: only pairs of blocks with a common class
   int64_t rows_, cols_;  // blocks of each side
   int64_t each_, sets_;  // blocks in a set; sets of the anchors
   int64_t rounds_, round_ = 0, seat_ = 0;

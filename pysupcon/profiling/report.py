@@ -88,7 +88,8 @@ def _profile(name: str, found: Profile) -> list[str]:
         rates = [
             None if cost is None else found.flops / cost.both for cost in (found.predicted, found.measured)
         ]
-        lines.append(f"{'  4u / time':<16}{_rate(rates[0]):>14}{_rate(rates[1]):>14}")
+        rate = f"{'  4u / time':<16}{_rate(rates[0]):>14}{_rate(rates[1]):>14}"
+        lines.append(f"{rate}   (4u: 4 D operations per pair of rows)")
     return [*lines, *_largest(found.largest), *_table(found)]
 
 
