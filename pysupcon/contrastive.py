@@ -17,7 +17,6 @@ from typing_extensions import Unpack  # a dependency of torch; typing has it fro
 
 from pysupcon.options import DEFAULTS, ROW_OPTIONS, GatherArgument, RowOptions, expand_signature
 from pysupcon.pairs import reference
-from pysupcon.pairs.agreement import Terms
 from pysupcon.pairs.autograd import RowStatistics
 from pysupcon.pairs.checks import BACKENDS, TEMPERATURE_RANGE, check_choice, check_gather, check_number
 from pysupcon.pairs.problem import Gather, Problem, prepare
@@ -56,32 +55,16 @@ def build_problem(
         unknown = next(key for key in options if key not in DEFAULTS or key == refused)
         raise TypeError(f"{name}() got an unexpected keyword argument {unknown!r}")
     if given["gather"] is not None:
+        from pysupcon.pairs.gathered import prepare_gathered  # imports torch._dynamo, which takes seconds
+
         shown = name if loss is None else next(iter(vars(loss).get("trainer_defaults", ())), loss.__name__)
         terms = (shown, parameters or {})
-        problem = _prepare_gathered(features, labels, mask, given, terms, temperature, need_instances)
+        problem = prepare_gathered(features, labels, mask, given, terms, temperature, need_instances)
     else:
         problem = prepare(
             features, labels, mask, temperature=temperature, need_instances=need_instances, **given
         )  # fmt: skip
     return problem, given["reduction"]
-
-
-@torch.compiler.disable
-def _prepare_gathered(
-    features: Tensor, labels: Any, mask: Any, given: dict[str, Any], loss: tuple[str, Mapping[str, Any]],
-    temperature: float | Tensor, need_instances: bool,
-) -> Problem:  # fmt: skip
-    """The problem of a loss that gathers. A process that refuses its arguments tells the others."""
-    check_gather(given["gather"])
-    terms = Terms(given["gather"], *loss, features, labels, mask, given)
-    given = {**given, "gather": terms}
-    try:
-        return prepare(
-            features, labels, mask, temperature=temperature, need_instances=need_instances, **given
-        )  # fmt: skip
-    except Exception:
-        terms.refuse()
-        raise
 
 
 def dense_sets(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:

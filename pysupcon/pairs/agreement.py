@@ -241,6 +241,7 @@ class Terms:
             "whether candidates are given": options["candidates"] is not None,
             "whether a mask is given": mask is not None,
         }
+        assert len(parameters) <= _PARAMETERS, f"increase _PARAMETERS for {loss}"
         own = [(name, _comparable(value)) for name, value in parameters.items()]
         own += _UNUSED
         self._rest = {

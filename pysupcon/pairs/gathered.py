@@ -16,7 +16,7 @@ come from them cancel as a loss converges.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
@@ -24,14 +24,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pysupcon.pairs.agreement import Terms
 from pysupcon.pairs.autograd import RefuseSecond
+from pysupcon.pairs.checks import check_gather
 from pysupcon.pairs.global_batch import Block, GlobalBatch
 from pysupcon.pairs.ops import zero_gradients
 from pysupcon.pairs.pairing import repeat_per_view, sort_rows
-from pysupcon.pairs.problem import Problem
+from pysupcon.pairs.problem import Problem, prepare
 from pysupcon.pairs.statistics import OPERATORS, RowStatistics, row_products
 
-__all__ = ["RowLoss", "gathered_losses", "gathered_statistics"]
+__all__ = ["RowLoss", "gathered_losses", "gathered_statistics", "prepare_gathered"]
 
 RowLoss = Callable[[RowStatistics, Tensor, "Tensor | None"], "tuple[Tensor, Tensor]"]
 """(statistics, |P_i|, |A_i|) -> losses per anchor, and a bool mask of the anchors that have one, which
@@ -264,6 +266,34 @@ def _apply(problem: Problem, loss: RowLoss | None, requested: dict[str, Any]) ->
     plan = _GatheredPlan(problem.backend, problem.global_batch, loss, **requested)
     result: tuple[Tensor, ...] = _Gathered.apply(problem.x, problem.scale, plan)
     return result
+
+
+@torch.compiler.disable
+def prepare_gathered(
+    features: Tensor, labels: Any, mask: Any, given: dict[str, Any], loss: tuple[str, Mapping[str, Any]],
+    temperature: float | Tensor, need_instances: bool,
+) -> Problem:  # fmt: skip
+    """The problem of a loss that gathers. A process that refuses its arguments tells the others.
+
+    Args:
+        features: as the caller gave them, like ``labels`` and ``mask``.
+        labels: or None.
+        mask: or None.
+        given: the other options of the loss, as :func:`pysupcon.pairs.problem.prepare` takes them.
+        loss: its name and the parameters that only this loss has.
+        temperature: of the loss.
+        need_instances: whether the loss needs to know the views of a sample.
+    """
+    check_gather(given["gather"])
+    terms = Terms(given["gather"], *loss, features, labels, mask, given)
+    given = {**given, "gather": terms}
+    try:
+        return prepare(
+            features, labels, mask, temperature=temperature, need_instances=need_instances, **given
+        )  # fmt: skip
+    except Exception:
+        terms.refuse()
+        raise
 
 
 @torch.compiler.disable
