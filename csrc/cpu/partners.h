@@ -54,7 +54,7 @@ class Partners {
   static constexpr double kWorkOfOne = 1 << 17;  // multiplications: the least work of a worker
   static constexpr double kWorkOfSecond = 4e10;  // multiplications per second of a core with AVX-512, roughly
   static constexpr double kUsualWait = 30e-6;    // seconds: workers do not finish at the same time
-  static constexpr int kPatience = 8, kRest = 256;  // passes
+  static constexpr int kPatience = 4, kRest = 256;  // passes
   double saved_ = 0;                                // seconds that the partners save in this pass, estimated
   double too_small_ = 0;  // passes that save at most this run in the caller alone while rest_ > 0
   int late_ = 0;          // passes that were late, minus passes that were not, at least 0

@@ -94,7 +94,7 @@ def stats_dtype(x: Tensor) -> torch.dtype:
 
 
 _ONE_FILL = 32_768
-_SMALL_GRADIENT = 2**16
+_SMALL_GRADIENT = 2**17
 
 
 def zero_gradients(rows: Tensor) -> Tensor:

@@ -155,7 +155,7 @@ int with_partner(Partners& partners, int64_t rows, double waited_seconds, int pa
 int partners() {
   Partners partners;
   const int on_time = with_partner(partners, 256, 10e-6, 300);
-  const int late = with_partner(partners, 256, 5e-3, 300);   // 8 to learn it, and one that tries again
+  const int late = with_partner(partners, 256, 5e-3, 300);   // 4 to learn it, and one that tries again
   const int large = with_partner(partners, 8192, 5e-3, 10);  // saves more than it waits
   const int again = with_partner(partners, 256, 10e-6, 600);
   const int tiny = with_partner(partners, 16, 0, 10);
