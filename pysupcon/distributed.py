@@ -20,10 +20,10 @@ All else must be the same: the loss and its parameters, ``reduction``, ``normali
 arguments are given, whether gradients are wanted, number of views, D and dtype. One message compares them
 before any rows are sent. If a value differs, or if a process refuses its arguments, all processes raise an
 error that names the value and the ranks. On a CPU all processes also refuse rows of one process that are not
-finite or too large. Numbers are the same if they differ by at most 1e-6 of the larger
-one, because each process may compute a schedule. A learnable temperature that differs by more than 1e-4
-causes a warning, once, and no error. A temperature or ``base_temperature`` on a GPU is compared only if the
-process group has no CPU backend; otherwise the host would have to wait for the GPU.
+finite or too large. Numbers are the same if they differ by at most 1e-6 of the larger one, because each
+process may compute a schedule. A learnable temperature that differs by more than 1e-4 causes a warning, once,
+and no error. A temperature or ``base_temperature`` on a GPU is compared only if the process group has no CPU
+backend; otherwise the host would have to wait for the GPU.
 
 Results of each process, for W processes and K anchors in total that have a loss:
     reduction="mean"  W / K times the sum over its own anchors. The mean over the processes is the loss of one

@@ -52,8 +52,9 @@ class Partners {
   static constexpr double kWorkOfOne = 1 << 17;  // multiplications for which another worker pays
   static constexpr double kWorkOfSecond = 4e10;  // multiplications of a core with AVX-512, roughly
   static constexpr double kUsualWait = 30e-6;    // seconds: groups do not end at the same time
-  static constexpr int kPatience = 8, kRest = 256;
-  double saved_ = 0, too_small_ = 0;  // seconds
+  static constexpr int kPatience = 8;            // late passes until passes run in the caller alone
+  static constexpr int kRest = 256;              // passes that then run in the caller alone
+  double saved_ = 0, too_small_ = 0;             // seconds
   int late_ = 0, rest_ = 0;
 };
 

@@ -124,8 +124,8 @@ class Team {
     }
   }
 
-  // Keeps the next groups at hand: enough for a worker to find one while another's group blocks its
-  // neighbours.
+  // Fills pending_ with the next groups: enough for a worker to find one that is ready while the groups of
+  // other workers block their neighbours.
   void fill(Schedule& schedule) {
     if (given_.empty()) given_.resize(schedule.resources()), finished_.resize(schedule.resources());
     const size_t wanted = 32 + 4 * workers_;
@@ -151,26 +151,26 @@ class Team {
     announce();
   }
 
-  // Workers often finish at the same moment. A lock is held for less time than it takes to sleep and to wake.
+  // Spins first: the lock is held for less time than a thread takes to sleep and to wake.
   static void acquire(std::unique_lock<std::mutex>& lock) {
     for (int tries = 0; tries < 1000; ++tries)
       if (lock.try_lock()) return;
     lock.lock();
   }
 
-  // Lets the workers that wait look again. With the lock.
+  // Wakes the waiting workers. The caller of this function holds the lock.
   void announce() {
     changes_.fetch_add(1, std::memory_order_relaxed);
     if (waiting_) changed_.notify_all();
   }
 
-  // Waits for an announcement: a moment by looking, then asleep.
+  // Waits for an announcement: spins for kSpin, then sleeps.
   void wait(std::unique_lock<std::mutex>& lock) {
     const auto start = std::chrono::steady_clock::now();
     const int64_t before = changes_.load(std::memory_order_relaxed);
     lock.unlock();
     while (changes_.load(std::memory_order_relaxed) == before &&
-           std::chrono::steady_clock::now() - start < kLook) {
+           std::chrono::steady_clock::now() - start < kSpin) {
     }
     acquire(lock);
     if (changes_.load(std::memory_order_relaxed) == before) {
@@ -199,7 +199,7 @@ class Team {
   const Threads& threads_;
   const int64_t workers_;
   const std::thread::id caller_ = std::this_thread::get_id();
-  static constexpr std::chrono::microseconds kLook{50};
+  static constexpr std::chrono::microseconds kSpin{50};
   std::chrono::steady_clock::time_point checked_ = std::chrono::steady_clock::now();
   std::chrono::steady_clock::time_point left_ = checked_;  // when the caller found no more groups
   std::chrono::steady_clock::duration waited_{};
