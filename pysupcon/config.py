@@ -260,6 +260,8 @@ def load_config(path: str | Path) -> Config:
     if not isinstance(text, dict):
         raise ConfigError(f"{path} must hold a mapping of config fields, got {type(text).__name__}")
     _check_sections(path, text)
+    if "config" in text:  # jsonargparse asserts that a file named there has been read already
+        raise ConfigError(f"{path}: config must be left out: a run's config is complete")
     evaluation = text.get("evaluation", {})
     if not isinstance(evaluation, dict):
         warnings.warn(f"{path}: the defaults are used for evaluation: it is no mapping", stacklevel=2)

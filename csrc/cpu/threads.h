@@ -173,7 +173,7 @@ class Team {
     const int64_t before = changes_.load(std::memory_order_relaxed);
     lock.unlock();
     while (changes_.load(std::memory_order_relaxed) == before &&
-           std::chrono::steady_clock::now() - start < kLook) {
+           std::chrono::steady_clock::now() - start < kSpin) {
     }
     acquire(lock);
     if (changes_.load(std::memory_order_relaxed) == before) {
@@ -203,7 +203,7 @@ class Team {
   const Threads& threads_;
   const int64_t workers_;
   const std::thread::id caller_ = std::this_thread::get_id();
-  static constexpr std::chrono::microseconds kLook{50};
+  static constexpr std::chrono::microseconds kSpin{50};
   std::chrono::steady_clock::time_point checked_ = std::chrono::steady_clock::now();
   std::chrono::steady_clock::time_point left_ = checked_;  // when the caller found no more groups
   std::chrono::steady_clock::duration waited_{};

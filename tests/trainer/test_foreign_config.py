@@ -43,6 +43,8 @@ REFUSED = {
     "a float that is too large": (f"seed: 1{':59' * 300}.0", "int too large to convert to float"),
     "a date that does not exist": ("seed: 2001-99-99", "month must be in"),
     "not UTF-8": ("seed: \udc80", "can't decode byte 0x80"),
+    "files that it extends": ("config: other.yaml", "config must be left out: a run's config is complete"),
+    "an option of the command line": ("print_config: true", "print_config"),
     "a section that names a file": ("data: other.yaml", "data must be a mapping of fields, got 'other.yaml'"),
 }
 
