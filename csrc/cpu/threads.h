@@ -167,7 +167,7 @@ class Team {
     if (waiting_) changed_.notify_all();
   }
 
-  // Waits for announce(): spins for kLook, then sleeps.
+  // Waits for announce(): spins for kSpin, then sleeps.
   void wait(std::unique_lock<std::mutex>& lock) {
     const auto start = std::chrono::steady_clock::now();
     const int64_t before = changes_.load(std::memory_order_relaxed);
