@@ -87,13 +87,14 @@ def _build_plain(config: ModelConfig, channels: int, image_size: int) -> tuple[n
     arguments: dict[str, Any] = dict(config.timm_args)
     try:
         model = timm.create_model(config.backbone, num_classes=0, in_chans=channels, **arguments)
+        width = int(model.num_features)  # type: ignore[arg-type]  # not an attribute with features_only
     except Exception as error:  # timm, the model and the reader of weights have no common error
         raise ConfigError(
             f"model.timm_args {config.timm_args} do not fit {config.backbone}: {one_line(error)}"
         ) from error
     if config.small_stem:
         _shrink_stem(model, config.backbone, channels)
-    return model, int(model.num_features)  # type: ignore[arg-type]
+    return model, width
 
 
 def _shrink_stem(model: nn.Module, name: str, channels: int) -> None:

@@ -80,6 +80,10 @@ def test_timm_arguments() -> None:
             {"backbone": "resnet18", "timm_args": {"wide": 2}},
             "model.timm_args {'wide': 2} do not fit resnet18",
         ),
+        (
+            {"backbone": "resnet18", "timm_args": {"features_only": True}},
+            "model.timm_args {'features_only': True} do not fit resnet18",
+        ),
     ],
 )
 def test_refuses(arguments: dict[str, object], message: str) -> None:
