@@ -58,8 +58,8 @@ def build_problem(
         from pysupcon.pairs.gathered import prepare_gathered  # imports torch._dynamo, which takes seconds
 
         shown = name if loss is None else next(iter(vars(loss).get("trainer_defaults", ())), loss.__name__)
-        terms = (shown, parameters or {})
-        problem = prepare_gathered(features, labels, mask, given, terms, temperature, need_instances)
+        of_loss = (shown, parameters or {})
+        problem = prepare_gathered(features, labels, mask, given, of_loss, temperature, need_instances)
     else:
         problem = prepare(
             features, labels, mask, temperature=temperature, need_instances=need_instances, **given

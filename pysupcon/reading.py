@@ -135,13 +135,49 @@ def read_json(path: str | Path) -> Any:
         ValueError: the file cannot be read, is not JSON, or is too large or too deeply nested; the message is
             one line without the path.
     """
-    text = _read_text(path, MAX_JSON_BYTES)
+    return parse_json(_read_text(path, MAX_JSON_BYTES))
+
+
+def parse_json(content: str | bytes) -> Any:
+    """Parse a JSON document.
+
+    Args:
+        content: the document; bytes are UTF-8.
+
+    Returns:
+        Its value, see :func:`read_json`.
+
+    Raises:
+        ValueError: the content is not JSON or too deeply nested; the message is one line.
+    """
     try:
-        return json.loads(text)
+        return json.loads(content)
     except ValueError as error:
         raise ValueError(one_line(error)) from error
     except RecursionError:
         raise ValueError("its values are nested too deeply") from None
+
+
+def read_bytes(path: str | Path, limit: int | None = None) -> bytes:
+    """Read a regular file.
+
+    Args:
+        path: the file.
+        limit: number of bytes that it may have; None: any.
+
+    Raises:
+        ValueError: the file is missing, not a regular file, too large, or cannot be read; the message is one
+            line without the path.
+    """
+    try:
+        check_regular(path)
+        with open(path, "rb") as file:
+            content = file.read(-1 if limit is None else limit + 1)
+    except (OSError, ValueError) as error:
+        raise ValueError(one_line(error)) from error
+    if limit is not None and len(content) > limit:
+        raise ValueError(f"it must have at most {limit} bytes, got more")
+    return content
 
 
 def _loader() -> Any:
@@ -152,11 +188,6 @@ def _loader() -> Any:
 
 def _read_text(path: str | Path, limit: int) -> str:
     try:
-        check_regular(path)
-        with open(path, "rb") as file:
-            content = file.read(limit + 1)
-        if len(content) > limit:
-            raise ValueError(f"it must have at most {limit} bytes, got more")
-        return content.decode("utf-8")
-    except (OSError, ValueError) as error:
+        return read_bytes(path, limit).decode("utf-8")
+    except UnicodeDecodeError as error:
         raise ValueError(one_line(error)) from error

@@ -124,6 +124,23 @@ def lines(rows: Sequence[dict[str, Any]], threads: int) -> list[list[str]]:
     return result
 
 
+def page_lines(rows: Sequence[dict[str, Any]], threads: int) -> list[str]:
+    """The table of benchmarks/README.md: times with one thread and with all, and their ratio."""
+    found = {(r["busy"], r["n"], r["threads"]): r["seconds"] for r in rows if r["work"] == "loss"}
+    counts, sizes = (list(dict.fromkeys(r[key] for r in rows)) for key in ("busy", "n"))
+    heads = [
+        f"{count} busy process{'es' if count > 1 else ''}" if count else "idle machine" for count in counts
+    ]
+    result = [["N", *heads], ["---"] * (1 + len(counts))]
+    for n in sizes:
+        cells = []
+        for count in counts:
+            one, all_ = found[count, n, 1], found[count, n, threads]
+            cells.append(f"{table.seconds(one)}, {table.seconds(all_)} ({all_ / one:.2f})")
+        result.append([f"{n:,}", *cells])
+    return [f"| {' | '.join(line)} |" for line in result]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -151,6 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = measure(options.n, options.threads, options.seconds)
     print(f"{table.heading(about)}. SupCon forward and backward, D={DIM}, {CLASSES} classes.\n")
     print(table.align(lines(rows, options.threads)))
+    print("\nFor benchmarks/README.md:\n", *page_lines(rows, options.threads), sep="\n")
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(

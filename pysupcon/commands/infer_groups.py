@@ -26,6 +26,7 @@ from pysupcon.data.group_files import Groups, fingerprint, write_groups
 from pysupcon.errors import ConfigError, RunError
 from pysupcon.evaluation.features import extract_split, resolve_device
 from pysupcon.evaluators import SubgroupConfig, infer_groups, recovery
+from pysupcon.reading import one_line
 from pysupcon.trainer.run import WEIGHTS_FILE, Run, open_run
 
 SPLITS = ("train", "val")
@@ -146,7 +147,7 @@ def infer_from_runs(
     try:
         write_groups(Path(output), groups, data.splits, labels)
     except OSError as error:
-        raise RunError(f"--output {output} could not be written: {error.strerror or error}") from error
+        raise RunError(f"--output {output} could not be written: {one_line(error)}") from error
     names = {}
     for name, numbers in data.true_groups.items():
         fine = data.splits[name].fine

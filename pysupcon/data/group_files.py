@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pysupcon.data.samples import FileImages, Samples
 from pysupcon.errors import ConfigError
+from pysupcon.reading import parse_json
 
 ANNOTATED = "annotated"
 FORMAT = "1"
@@ -128,11 +129,7 @@ def read_groups(path: Path, samples: Mapping[str, Samples], labels: Mapping[str,
     """
     from safetensors import SafetensorError, safe_open
 
-    try:
-        is_file = path.is_file()
-    except OSError:  # e.g. a name of more than 255 characters
-        is_file = False
-    if not is_file:
+    if not os.path.isfile(path):  # Path.is_file raises an error for long names
         raise ConfigError(
             f"data.groups must be {ANNOTATED} or a file that `python -m pysupcon infer-groups` wrote, "
             f"but there is no file {path}"
@@ -145,7 +142,7 @@ def read_groups(path: Path, samples: Mapping[str, Samples], labels: Mapping[str,
                     f"data.groups {path} has the format {metadata.get('format')}, this version reads {FORMAT}"
                 )
             tensors = {name: file.get_tensor(name) for name in _TENSORS}
-        groups = Groups(**tensors, made_from=json.loads(metadata["made_from"]))
+        groups = Groups(**tensors, made_from=parse_json(metadata["made_from"]))
         for name, tensor in tensors.items():
             if tensor.dtype != torch.int64 or tensor.dim() != 1 or (name != "val" and not len(tensor)):
                 raise ValueError(f"{name} must be [N] int64, got {list(tensor.shape)} {tensor.dtype}")
@@ -157,7 +154,7 @@ def read_groups(path: Path, samples: Mapping[str, Samples], labels: Mapping[str,
             raise ValueError("its content does not match its checksum")
     except ConfigError:
         raise
-    except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise ConfigError(f"data.groups {path} is damaged or not a groups file: {error!r}") from error
     for name in _SPLITS:
         given, found = getattr(groups, name), labels[name]

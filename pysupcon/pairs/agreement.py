@@ -1,10 +1,12 @@
 """Values that must be the same on all processes of a gathered loss: how they are sent, compared and shown.
 
-:class:`Terms` collects the values of one call of a loss. :mod:`pysupcon.distributed` sends them in one
-message before any rows. If a value differs, all processes raise an error, so none waits for rows of another.
+:class:`SharedArguments` collects the values of one call of a loss. :mod:`pysupcon.distributed` sends them in
+one message before any rows. If a value differs, all processes raise an error, so none waits for rows of
+another.
 
-To compare another argument, add it to ``_first`` or ``_rest`` of :class:`Terms`, and update the size of the
-message in the docstring of :mod:`pysupcon.distributed`. The parameters of a loss need no change here.
+To compare another argument, add it to ``_first`` or ``_rest`` of :class:`SharedArguments`, and update the
+size of the message in the docstring of :mod:`pysupcon.distributed`. The parameters of a loss need no change
+here.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from torch import Tensor
 from pysupcon.pairs.global_batch import Communicator, Gather
 from pysupcon.pairs.modes import is_eager
 
-__all__ = ["Code", "Terms", "check_norms", "describe_difference", "largest_norm"]
+__all__ = ["Code", "SharedArguments", "check_norms", "describe_difference", "largest_norm"]
 
 _RELATIVE = 1e-6
 """Two numbers count as the same up to this relative difference. Each process may compute a schedule, and
@@ -212,7 +214,7 @@ def _comparable(value: Any) -> Any:
     return value if isinstance(value, (bool, numbers.Real, str)) else None
 
 
-class Terms:
+class SharedArguments:
     """Values of one call of a loss that must be the same on all processes. It starts the communication.
 
     ``_first`` is compared first: a difference there is often the reason why a process refuses its arguments.

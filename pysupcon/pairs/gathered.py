@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pysupcon.pairs.agreement import Terms
+from pysupcon.pairs.agreement import SharedArguments
 from pysupcon.pairs.autograd import RefuseSecond
 from pysupcon.pairs.checks import check_gather
 from pysupcon.pairs.global_batch import Block, GlobalBatch
@@ -285,14 +285,14 @@ def prepare_gathered(
         need_instances: whether the loss needs to know the views of a sample.
     """
     check_gather(given["gather"])
-    terms = Terms(given["gather"], *loss, features, labels, mask, given)
-    given = {**given, "gather": terms}
+    shared = SharedArguments(given["gather"], *loss, features, labels, mask, given)
+    given = {**given, "gather": shared}
     try:
         return prepare(
             features, labels, mask, temperature=temperature, need_instances=need_instances, **given
         )  # fmt: skip
     except Exception:
-        terms.refuse()
+        shared.refuse()
         raise
 
 

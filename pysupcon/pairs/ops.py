@@ -94,7 +94,9 @@ def stats_dtype(x: Tensor) -> torch.dtype:
 
 
 _ONE_FILL = 32_768
+"""Numbers that torch fills with one thread at most"""
 _SMALL_GRADIENT = 2**17
+"""Numbers of the largest gradient that is filled in parts"""
 
 
 def zero_gradients(rows: Tensor) -> Tensor:

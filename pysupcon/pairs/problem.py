@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pysupcon.pairs import modes, ops, tiled
-from pysupcon.pairs.agreement import Terms
+from pysupcon.pairs.agreement import SharedArguments
 from pysupcon.pairs.autograd import row_statistics
 from pysupcon.pairs.backends import check_kernels, resolve_backend
 from pysupcon.pairs.checks import (
@@ -140,7 +140,7 @@ def prepare(
     reduction: str,
     normalize: bool,
     backend: str,
-    gather: Terms | None,
+    gather: SharedArguments | None,
     need_instances: bool,
 ) -> Problem:
     """Checks the arguments of a loss and lays them out.

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
+from pysupcon.reading import parse_json
+
 SCHEMA = 1
 _PART = re.compile(r"(^|/)(class|group)=")
 
@@ -175,12 +177,7 @@ class Report:
         Raises:
             ValueError: the text is not JSON, is nested too deeply, or has another schema.
         """
-        try:
-            content = json.loads(text)
-        except RecursionError:
-            raise ValueError(
-                "a report must be a JSON object, got values that are nested too deeply"
-            ) from None
+        content = parse_json(text)
         if not isinstance(content, dict) or content.get("schema") != SCHEMA:
             found = content.get("schema") if isinstance(content, dict) else type(content).__name__
             raise ValueError(f"a report must be a JSON object with schema {SCHEMA}, got {found!r}")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import re
 import shutil
 from contextlib import suppress
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from pysupcon.config import Config, load_config, to_yaml
 from pysupcon.errors import ConfigError, RunError
+from pysupcon.reading import one_line
 from pysupcon.trainer.config import GROUP_ACCURACIES
 from pysupcon.trainer.files import named_disk_errors, publish_folder, remove, replace_file, write_file
 from pysupcon.trainer.manifest import FORMAT, MANIFEST, NAME, digest, read_listed_file, read_manifest, step_of
@@ -109,9 +111,7 @@ def save_checkpoint(
         previous = (
             f"the previous one, {earlier[-1]}, is complete" if earlier else "there is no earlier checkpoint"
         )
-        raise RunError(
-            f"checkpoint {final} could not be written: {error.strerror or error}; {previous}"
-        ) from error
+        raise RunError(f"checkpoint {final} could not be written: {one_line(error)}; {previous}") from error
     kept = [path for path in checkpoints(run_dir) if step_of(path) <= checkpoint.step][-keep:]
     best = best_checkpoint(run_dir, best_by, checkpoint.step)
     for path in checkpoints(run_dir):
@@ -181,7 +181,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             threads=manifest.get("threads"),
         )
     except Exception as error:  # safetensors, zipfile and pickle each raise errors of their own
-        raise RunError(f"checkpoint {path} cannot be read: {' '.join(str(error).split())}") from error
+        raise RunError(f"checkpoint {path} cannot be read: {one_line(error)}") from error
 
 
 def find_checkpoint(run_dir: Path, which: str) -> tuple[Path, Checkpoint, list[str]] | None:
@@ -200,7 +200,7 @@ def find_checkpoint(run_dir: Path, which: str) -> tuple[Path, Checkpoint, list[s
     """
     if which not in ("latest", "auto"):
         path = Path(which)
-        if not _is_file(path / MANIFEST):
+        if not os.path.isfile(path / MANIFEST):  # Path.is_file raises an error for long names
             raise RunError(f"resume_from_checkpoint: {which} is no checkpoint: there is no {MANIFEST} in it")
         try:
             return path, read_checkpoint(path), []
@@ -295,13 +295,6 @@ def _write(folder: Path, checkpoint: Checkpoint, config: Config) -> None:
     }
     manifest["sha256"] = digest(manifest)
     write_file(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # e.g. a name of more than 255 characters
-        return False
 
 
 def _pack(state: Any) -> bytes:

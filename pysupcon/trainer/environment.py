@@ -14,6 +14,7 @@ from accelerate.utils import is_torch_xla_available
 
 from pysupcon.config import Config
 from pysupcon.errors import ConfigError
+from pysupcon.reading import one_line
 from pysupcon.trainer.progress import print_line
 from pysupcon.trainer.variables import lookup
 
@@ -108,7 +109,7 @@ def _check_device(config: Config) -> None:
     try:
         kind = torch.device(value).type
     except RuntimeError as error:
-        raise ConfigError(f"{name}={value} is not a device: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{name}={value} is not a device: {one_line(error)}") from error
     accelerator = torch.accelerator.current_accelerator()
     kinds = {"cpu"} if config.trainer.cpu or accelerator is None else {"cpu", accelerator.type}
     if kind not in kinds:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pysupcon.errors import RunError
+from pysupcon.reading import one_line
 
 
 def write_file(path: Path, content: bytes) -> str:
@@ -79,7 +80,7 @@ def named_disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(f"{path} could not be written: {error.strerror or error}") from error
+        raise RunError(f"{path} could not be written: {one_line(error)}") from error
 
 
 def check_new_or_empty(output: Path) -> None:
@@ -91,7 +92,7 @@ def check_new_or_empty(output: Path) -> None:
     try:
         unusable = output.exists() and (not output.is_dir() or any(output.iterdir()))
     except OSError as error:  # e.g. a name of more than 255 characters
-        raise RunError(f"--output {output} cannot be used: {error.strerror or error}") from error
+        raise RunError(f"--output {output} cannot be used: {one_line(error)}") from error
     if unusable:
         raise RunError(f"--output {output} must be a new or an empty folder; it is not empty")
 
@@ -112,6 +113,6 @@ def new_folder(output: Path) -> Iterator[Path]:
             output.rmdir()
         temporary.rename(output)
     except OSError as error:
-        raise RunError(f"--output {output} could not be written: {error.strerror or error}") from error
+        raise RunError(f"--output {output} could not be written: {one_line(error)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

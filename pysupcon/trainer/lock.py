@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from pysupcon.errors import ConfigError
+from pysupcon.reading import one_line
 from pysupcon.trainer.progress import print_line
 
 try:
@@ -80,7 +81,7 @@ class FolderLock:
                 if attempt == ATTEMPTS - 1:
                     raise
         else:
-            raise FolderInUse(f"{folder} is in use by other processes; choose another folder")
+            raise FolderInUse(f"{folder} is in use by other processes: wait until they end")
         try:
             self._write_holder()
         except BaseException:
@@ -147,11 +148,9 @@ class FolderLock:
                 return
             except BlockingIOError as error:
                 holder = _read_line(descriptor) or "another process"
-                raise FolderInUse(
-                    f"{self.folder} is in use by {holder}: wait until it ends, or choose another folder"
-                ) from error
+                raise FolderInUse(f"{self.folder} is in use by {holder}: wait until it ends") from error
             except OSError as error:
-                reason = f"flock: {error.strerror or error}"
+                reason = f"flock: {one_line(error)}"
         self.exclusive = False
         print_line(
             f"{self.folder} cannot be locked ({reason}): make sure that no other process writes into it"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 from pysupcon.errors import RunError
+from pysupcon.reading import parse_json, read_bytes
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -39,16 +41,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     file = path / MANIFEST
     try:
-        if not file.is_file():  # also a pipe, which would block the reader
-            raise RunError(f"{file} is missing or damaged: there is no such file")
-        manifest: Any = json.loads(file.read_bytes())
+        manifest: Any = parse_json(read_bytes(file))
         if not isinstance(manifest, dict):
             raise RunError(f"{file} is missing or damaged: it holds a {type(manifest).__name__}")
         if manifest.get("format") != FORMAT:
             raise RunError(f"{file} has the format {manifest.get('format')}; this version reads {FORMAT}")
         if manifest.get("sha256") != digest(manifest):
             raise RunError(f"{file} is damaged: its content does not match its checksum")
-    except (OSError, ValueError, RecursionError) as error:
+    except ValueError as error:
         raise RunError(f"{file} is missing or damaged: {error}") from error
     fault = _find_fault(manifest, path)
     if fault is not None:
@@ -66,11 +66,11 @@ def read_listed_file(file: Path, entry: dict[str, Any]) -> bytes:
     Raises:
         RunError: the file is missing, truncated, changed or unreadable; the message names it.
     """
+    if not os.path.isfile(file):
+        raise RunError(f"checkpoint file {file} is missing")
     try:
-        if not file.is_file():
-            raise RunError(f"checkpoint file {file} is missing")
-        content = file.read_bytes()
-    except OSError as error:
+        content = read_bytes(file)
+    except ValueError as error:
         raise RunError(f"checkpoint file {file} cannot be read: {error}") from error
     if len(content) != entry["bytes"]:
         raise RunError(

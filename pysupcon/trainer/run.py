@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from pysupcon.config import Config, load_config
 from pysupcon.data.datamodule import DataModule, EvaluationDataset, load_data
 from pysupcon.errors import RunError
 from pysupcon.models.model import ContrastiveModel
+from pysupcon.reading import one_line, parse_json, read_bytes
 
 CONFIG_FILE = "config.yaml"
 LOG_FILE = "log.jsonl"
@@ -77,7 +78,7 @@ def load_run(run_dir: str | Path) -> Run:
         ConfigError: the run's config is not valid.
     """
     run_dir = Path(run_dir)
-    if not _exists((run_dir / CONFIG_FILE).is_file):
+    if not os.path.isfile(run_dir / CONFIG_FILE):
         raise RunError(f"{run_dir} holds no run: there is no {CONFIG_FILE} in it")
     return Run(run_dir, load_config(run_dir / CONFIG_FILE))
 
@@ -91,17 +92,9 @@ def open_run(run: Run | str | Path) -> Run:
     """
     if not isinstance(run, (str, Path)):
         return run
-    if not _exists(Path(run).is_dir):
+    if not os.path.isdir(run):  # Path.is_dir raises an error for long names
         raise RunError(f"{run} must be the folder of a run, but there is no such folder")
     return load_run(run)
-
-
-def _exists(kind: Callable[[], bool]) -> bool:
-    """Call ``Path.is_dir`` or ``Path.is_file``, which raise errors for names of more than 255 characters."""
-    try:
-        return kind()
-    except OSError:
-        return False
 
 
 def build_model(config: Config, data: DataModule) -> ContrastiveModel:
@@ -124,9 +117,7 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
     except SafetensorError as error:
         raise RunError(f"{path} is truncated or not a safetensors file: {error}") from error
     except RuntimeError as error:
-        raise RunError(
-            f"{path} holds the weights of another model: {' '.join(str(error).split())}"
-        ) from error
+        raise RunError(f"{path} holds the weights of another model: {one_line(error)}") from error
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -149,17 +140,15 @@ def read_log_lines(path: Path) -> Iterator[dict[str, Any] | ValueError]:
     Raises:
         RunError: the file is missing or cannot be read; the message names it.
     """
+    if not os.path.isfile(path):
+        raise RunError(f"{path} is missing")
     try:
-        if not path.is_file():
-            raise RunError(f"{path} is missing")
-        content = path.read_bytes()
-    except OSError as error:
-        raise RunError(f"{path} cannot be read: {error.strerror or error}") from error
+        content = read_bytes(path)
+    except ValueError as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
     for line in content.splitlines():
         try:
-            values = json.loads(line)
+            values = parse_json(line)
             yield values if isinstance(values, dict) else ValueError(f"it holds {values!r:.60}")
         except ValueError as error:
             yield error
-        except RecursionError:
-            yield ValueError("it is nested too deeply")

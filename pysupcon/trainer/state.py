@@ -14,6 +14,7 @@ from torch import nn
 
 from pysupcon.config import Config
 from pysupcon.errors import RunError
+from pysupcon.reading import one_line
 from pysupcon.trainer import checkpoint
 from pysupcon.trainer.checkpoint import Checkpoint
 from pysupcon.trainer.environment import dynamo_backend
@@ -148,8 +149,7 @@ class TrainingState:
                 set_seed(self.config.seed + 1_000_003 * saved.step, device_specific=True)
         except Exception as error:  # a malformed state can raise anything
             kind = "" if isinstance(error, RuntimeError | ValueError) else f"{type(error).__name__}: "
-            reason = " ".join(str(error).split())
-            failure = f"checkpoint {path} does not fit: {kind}{reason}"
+            failure = f"checkpoint {path} does not fit: {kind}{one_line(error)}"
         failures = [text for text in gather_object([failure]) if text is not None]
         if failures:
             raise RunError(failures[0])

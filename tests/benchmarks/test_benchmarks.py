@@ -357,7 +357,15 @@ def test_busy_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         itertools.product(busy.BUSY, (64, 96), ("loss", "torch.mm"), (1, 2))
     )
     assert all(0 < r["seconds"] < 60 and r["processor_seconds"] > 0 for r in rows)
-    assert len(capsys.readouterr().out.strip().splitlines()) == 2 + 2 + 2 * len(busy.BUSY)
+    output, page = capsys.readouterr().out.strip().split("\n\nFor benchmarks/README.md:\n\n")
+    assert len(page.splitlines()) == 2 + 2
+    assert len(output.splitlines()) == 2 + 2 + 2 * len(busy.BUSY)
     with pytest.raises(SystemExit):
         busy.main(["--threads", "1"])
     assert "--threads must be at least 2" in capsys.readouterr().err
+
+
+def test_the_page_shows_the_stored_times_of_a_busy_machine() -> None:
+    stored = json.loads((ROOT / "benchmarks" / "results" / "busy_cpu.json").read_text(encoding="utf-8"))
+    shown = "\n".join(busy.page_lines(stored["rows"], stored["machine"]["threads"]))
+    assert shown in (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")

@@ -92,7 +92,7 @@ def test_a_folder_in_use_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "Traceback" not in printed
     assert re.fullmatch(
         rf"train.py: error: {folder} is in use by process {os.getpid()} on {re.escape(socket.gethostname())}"
-        r", started \d{4}-\d\d-\d\d \d\d:\d\d:\d\d: wait until it ends, or choose another folder",
+        r", started \d{4}-\d\d-\d\d \d\d:\d\d:\d\d: wait until it ends",
         printed.strip().splitlines()[-1],
     )
     assert not folder.exists(), "the lock created it, and nothing was written"
