@@ -238,7 +238,13 @@ std::tuple<Tensor, Tensor> order_by_class(const Tensor& given, int64_t views) {
   return {order, others};
 }
 
+void refuse_weights(const Maybe& log_weights, const Maybe& candidate_log_weights) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!log_weights && !candidate_log_weights,
+                              "pysupcon: the CPU kernels do not support log_weights");
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> pair_stats(PAIR_STATS_ARGS) {
+  refuse_weights(log_weights, candidate_log_weights);
   Call call(ROWS_AND_CANDIDATES, INSTANCES);
   call.problem.negatives = negatives;
   call.problem.positives = positives;
@@ -254,6 +260,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pair_stats(PAIR_STATS_ARGS) {
 }
 
 void pair_stats_backward(PAIR_STATS_BACKWARD_ARGS) {
+  refuse_weights(log_weights, candidate_log_weights);
   Call call(ROWS_AND_CANDIDATES, INSTANCES);
   call.problem.negatives = negatives;
   call.problem.positives = positives;
@@ -290,6 +297,7 @@ void pair_stats_backward(PAIR_STATS_BACKWARD_ARGS) {
 }
 
 Tensor positive_softplus(POSITIVE_SOFTPLUS_ARGS) {
+  refuse_weights(log_weights, candidate_log_weights);
   Call call(ROWS_AND_CANDIDATES);
   call.problem.negatives = false;
   check_epsilon(epsilon);
@@ -300,6 +308,7 @@ Tensor positive_softplus(POSITIVE_SOFTPLUS_ARGS) {
 }
 
 Tensor positive_softplus_backward(POSITIVE_SOFTPLUS_BACKWARD_ARGS) {
+  refuse_weights(log_weights, candidate_log_weights);
   Call call(ROWS_AND_CANDIDATES);
   call.problem.negatives = false;
   const bool column_side = check_column_side(candidate_n, candidate_grad_total);

@@ -28,10 +28,11 @@ _PROBLEM = (
     "Tensor x, Tensor? candidates, Tensor scale, Tensor? epsilon, Tensor labels, Tensor order"
     ", Tensor? candidate_labels, Tensor? candidate_order, Tensor? self_index"
     ", Tensor? instances, Tensor? candidate_instances"
+    ", Tensor? log_weights, Tensor? candidate_log_weights"
     ", Tensor? mask, Tensor? mask_rows, Tensor? mask_columns"
     ", str backend, bool negatives, bool positives"
 )
-_PAIRING, _MASK, _CONSTANTS = slice(4, 11), slice(11, 14), slice(14, 17)
+_PAIRING, _MASK, _CONSTANTS = slice(4, 13), slice(13, 16), slice(16, 19)
 _DIFFERENTIABLE = 3  # x, candidates, scale
 
 
@@ -149,7 +150,7 @@ def _requested_grads(
     arguments: tuple[Any, ...], grads: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
     """Removes the gradients of statistics that were not requested, for which torch may pass zeros."""
-    instances, epsilon, (negatives, positives) = arguments[9], arguments[3], arguments[15:17]
+    instances, epsilon, (_, negatives, positives) = arguments[9], arguments[3], arguments[_CONSTANTS]
     requested = negatives, positives, positives, positives and instances is not None, epsilon is not None
     return tuple(grad if wanted else None for grad, wanted in zip(grads, requested, strict=True))
 

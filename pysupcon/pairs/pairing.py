@@ -195,4 +195,6 @@ def add_instances(
         pairing.self_index,
         by_instance.labels,
         by_instance.candidate_labels,
+        pairing.log_weights,
+        pairing.candidate_log_weights,
     ), count

@@ -30,7 +30,7 @@ OPERATORS: dict[str, Any] = {"cpu": ops, "cuda": ops, "tiled": tiled}
 
 
 class Pairing(NamedTuple):
-    """Index arguments of the operators: positives and instances (see :mod:`pysupcon.pairs.ops`)."""
+    """Columns of the operators: positives, instances and log weights (see :mod:`pysupcon.pairs.ops`)."""
 
     labels: Tensor
     order: Tensor
@@ -39,6 +39,8 @@ class Pairing(NamedTuple):
     self_index: Tensor | None = None
     instances: Tensor | None = None
     candidate_instances: Tensor | None = None
+    log_weights: Tensor | None = None
+    candidate_log_weights: Tensor | None = None
 
 
 class Plan(NamedTuple):
@@ -96,7 +98,8 @@ class RowStatistics(NamedTuple):
 
 
 def operands(x: Tensor, candidates: Tensor | None, scale: Tensor, pairing: Pairing) -> tuple[Any, ...]:
-    """Returns the first eight arguments of every operator. ``pairing[5:]`` are further ones of pair_stats."""
+    """Returns the first eight arguments of every operator. ``pairing[5:]`` are further ones of pair_stats,
+    ``pairing[7:]`` of positive_softplus."""
     return (x, pairing.labels, pairing.order, scale, candidates, *pairing[2:5])
 
 
@@ -120,7 +123,9 @@ def compute(x: Tensor, candidates: Tensor | None, scale: Tensor, plan: Plan) -> 
     )
     softplus = None
     if plan.epsilon is not None:
-        softplus = operators.positive_softplus(*rows, *_limit(n, plan.epsilon), **plan.mask_arguments)
+        softplus = operators.positive_softplus(
+            *rows, *pairing[7:], *_limit(n, plan.epsilon), **plan.mask_arguments
+        )
     return n, p, positive_sum, None if pairing.instances is None else instance_sum, softplus
 
 
@@ -159,7 +164,14 @@ def gradients(
     if grad_softplus is not None:
         assert plan.epsilon is not None
         through_n = operators.positive_softplus_backward(
-            *rows, *_limit(n, plan.epsilon), grad_softplus, None, None, *outputs, **plan.mask_arguments
+            *rows,
+            *plan.pairing[7:],
+            *_limit(n, plan.epsilon),
+            grad_softplus,
+            None,
+            None,
+            *outputs,
+            **plan.mask_arguments,
         )
         grad_n = through_n if grad_n is None else grad_n + through_n
     need_positives = any(grad is not None for grad in (grad_p, grad_positive_sum, grad_instance_sum))

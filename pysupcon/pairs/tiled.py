@@ -130,6 +130,11 @@ def _check_finite(x: Tensor, candidates: Tensor | None, scale: Tensor) -> Tensor
     return zero
 
 
+def _refuse_weights(log_weights: Tensor | None, candidate_log_weights: Tensor | None) -> None:
+    if log_weights is not None or candidate_log_weights is not None:
+        raise NotImplementedError("the tiled operators do not support log_weights")
+
+
 def pair_stats(
     x: Tensor,
     labels: Tensor,
@@ -141,10 +146,13 @@ def pair_stats(
     self_index: Tensor | None,
     instances: Tensor | None,
     candidate_instances: Tensor | None,
+    log_weights: Tensor | None,
+    candidate_log_weights: Tensor | None,
     negatives: bool,
     positives: bool,
     mask: PositiveMask | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _refuse_weights(log_weights, candidate_log_weights)
     with no_autocast(x), torch.no_grad():
         pairs = Pairs(
             x, labels, order, scale, candidates, candidate_labels, candidate_order, self_index, mask,
@@ -281,6 +289,8 @@ def pair_stats_backward(
     self_index: Tensor | None,
     instances: Tensor | None,
     candidate_instances: Tensor | None,
+    log_weights: Tensor | None,
+    candidate_log_weights: Tensor | None,
     n: Tensor,
     p: Tensor,
     grad_n: Tensor,
@@ -299,6 +309,7 @@ def pair_stats_backward(
     grad_candidates: Tensor | None,
     mask: PositiveMask | None = None,
 ) -> None:
+    _refuse_weights(log_weights, candidate_log_weights)
     with no_autocast(x), torch.no_grad():
         pairs = Pairs(
             x, labels, order, scale, candidates, candidate_labels, candidate_order, self_index, mask,
@@ -347,10 +358,13 @@ def positive_softplus(
     candidate_labels: Tensor | None,
     candidate_order: Tensor | None,
     self_index: Tensor | None,
+    log_weights: Tensor | None,
+    candidate_log_weights: Tensor | None,
     n: Tensor,
     epsilon: float,
     mask: PositiveMask | None = None,
 ) -> Tensor:
+    _refuse_weights(log_weights, candidate_log_weights)
     with no_autocast(x), torch.no_grad():
         pairs = Pairs(
             x, labels, order, scale, candidates, candidate_labels, candidate_order, self_index, mask
@@ -377,6 +391,8 @@ def positive_softplus_backward(
     candidate_labels: Tensor | None,
     candidate_order: Tensor | None,
     self_index: Tensor | None,
+    log_weights: Tensor | None,
+    candidate_log_weights: Tensor | None,
     n: Tensor,
     epsilon: float,
     grad_total: Tensor,
@@ -386,6 +402,7 @@ def positive_softplus_backward(
     grad_candidates: Tensor | None,
     mask: PositiveMask | None = None,
 ) -> Tensor:
+    _refuse_weights(log_weights, candidate_log_weights)
     with no_autocast(x), torch.no_grad():
         pairs = Pairs(
             x, labels, order, scale, candidates, candidate_labels, candidate_order, self_index, mask
