@@ -182,6 +182,9 @@ inline void check_apart(const at::Tensor& gradient, const char* name, at::ArrayR
                       " must not share memory with another argument");
 }
 
+// Of a log weight. Statistics are double: beyond it they have too few digits for an exponent.
+constexpr double kLargestLogWeight = 1e14;
+
 // Log weights of the rows as candidates: of one set, of the candidates, and with the candidates' own
 // statistics also of the anchors.
 inline void check_weights(const at::Tensor& x, const Maybe& candidates, const Maybe& log_weights,
