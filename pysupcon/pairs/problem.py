@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pysupcon.caller import warn_caller
 from pysupcon.pairs import modes, ops, tiled
 from pysupcon.pairs.agreement import SharedArguments
 from pysupcon.pairs.autograd import row_statistics
@@ -33,6 +34,8 @@ from pysupcon.pairs.sides import Side, balance_classes, get_log_weights, join_un
 from pysupcon.pairs.statistics import Memory, Pairing, Plan, RowStatistics
 
 __all__ = ["Gather", "Problem", "prepare"]
+
+_warned: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,20 @@ def _candidate_ids(
     return torch.arange(candidates.shape[0], device=candidates.device)
 
 
+def _warn_of_candidate_views(features: Tensor, candidates: Tensor) -> None:
+    """Warns once of candidates [B, K, D] that may be meant as negatives of each sample."""
+    if torch.compiler.is_compiling() or candidates.dim() != 3 or "views" in _warned:
+        return
+    views = features.shape[1] if features.dim() == 3 else 1
+    if candidates.shape[0] == features.shape[0] != 0 and candidates.shape[1] != views:
+        _warned.add("views")
+        warn_caller(
+            f"candidates of shape {list(candidates.shape)} are taken as {candidates.shape[1]} views of each "
+            f"sample, which are positives of that sample, but features have {views} per sample; pass "
+            "negatives of each sample as hard_negatives [B, K, D] instead"
+        )
+
+
 def _normalized(rows: Tensor) -> Tensor:
     return unit_rows(rows).to(rows.dtype)
 
@@ -242,6 +259,8 @@ def prepare(
         modes.check_mode(features, gather is not None)
     if candidates is not None:
         check_features("candidates", candidates, like=features)
+        if mask is None and candidate_labels is labels and candidate_instances is instances:
+            _warn_of_candidate_views(features, candidates)
     if hard_negatives is not None:
         check_hard_negatives(hard_negatives, features)
     if mask is not None:
