@@ -18,6 +18,7 @@ __all__ = [
     "LABEL_OPTIONS",
     "ROW_OPTIONS",
     "GatherArgument",
+    "MetricsOptions",
     "ModuleOptions",
     "Options",
     "RowOptions",
@@ -68,13 +69,20 @@ class RowOptions(_Candidates, total=False):
     """Integers [Nm], with labels and memory. Without labels the rows of the memory are negatives."""
 
 
-class _Computation(TypedDict, total=False):
+class _Rows(TypedDict, total=False):
     contrast_mode: str
     """"all" (default): every row is an anchor; "one": only view 0 of each sample is."""
     normalize: bool
     """L2-normalise rows first; default False. A row whose norm is below 1e-12 (float16: 2^-14, its smallest
     normal number) has no direction: the row and its gradient become zero. A row whose squared norm overflows
     (float64: in float64, otherwise in float32) counts as not finite."""
+
+
+class MetricsOptions(RowOptions, _Rows, total=False):
+    """Keywords of :func:`pysupcon.functional.contrastive_metrics`."""
+
+
+class _Computation(_Rows, total=False):
     backend: str
     """"auto" (default): the compiled kernel of the device, or tiled PyTorch where there is none (with one
     warning); "cpu", "cuda", "tiled", or "reference" (dense, for tests; differentiable twice). The first call

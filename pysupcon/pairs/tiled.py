@@ -31,6 +31,7 @@ from pysupcon.pairs.tiles import (  # fmt: skip
 
 __all__ = [
     "PositiveMask",
+    "check_finite",
     "pair_stats",
     "pair_stats_backward",
     "positive_count",
@@ -96,7 +97,7 @@ _LARGEST = 1e15
 """Bound of a similarity times log2(e): a float64 statistic below it has the digits that an exponent needs."""
 
 
-def _check_finite(x: Tensor, candidates: Tensor | None, scale: Tensor) -> Tensor:
+def check_finite(x: Tensor, candidates: Tensor | None, scale: Tensor) -> Tensor:
     """Checks that rows and scale are finite and similarities not too large.
 
     Returns:
@@ -158,7 +159,7 @@ def pair_stats(
             x, labels, order, scale, candidates, candidate_labels, candidate_order, self_index, mask,
             instances, candidate_instances, log_weights, candidate_log_weights,
         )  # fmt: skip
-        zero_or_nan = _check_finite(x, candidates, scale)
+        zero_or_nan = check_finite(x, candidates, scale)
         n, p = (_LogSumExp(x.shape[0], x, stats_dtype(x)) for _ in range(2))
         positive_sum, instance_sum = (_Sum(x.shape[0], x, stats_dtype(x)) for _ in range(2))
         for tile in pairs.tiles(only_positives=not negatives, only_negatives=not positives):
