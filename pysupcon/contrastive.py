@@ -213,6 +213,8 @@ class ContrastiveLoss(nn.Module):
         class_balance: bool = False,
         ignore_index: int | None = None,
         unlabeled: str = "ignore",
+        min_temperature: float | None = None,
+        max_temperature: float | None = None,
     ) -> None:
         super().__init__()
         if isinstance(temperature, Tensor) and temperature.requires_grad:
@@ -220,7 +222,14 @@ class ContrastiveLoss(nn.Module):
                 "temperature must be a number, got a tensor with requires_grad=True; "
                 "learnable_temperature=True makes it a parameter of the loss"
             )
-        self._temperature = float(check_number("temperature", temperature, *TEMPERATURE_RANGE))
+        self.min_temperature = _check_limit("min_temperature", min_temperature, learnable_temperature)
+        self.max_temperature = _check_limit("max_temperature", max_temperature, learnable_temperature)
+        if (self.min_temperature or 0.0) > (self.max_temperature or math.inf):
+            raise ValueError(
+                f"min_temperature must be at most max_temperature, got {self.min_temperature:g} and "
+                f"{self.max_temperature:g}"
+            )
+        self._temperature = self._check_temperature(temperature)
         check_choice("contrast_mode", contrast_mode, ("all", "one"))
         check_choice("reduction", reduction, ("mean", "sum", "none"))
         check_choice("backend", backend, BACKENDS)
@@ -251,8 +260,50 @@ class ContrastiveLoss(nn.Module):
 
     @property
     def temperature(self) -> float | Tensor:
-        """The number, or with ``learnable_temperature`` a tensor of no dimensions."""
-        return self._temperature if self.log_temperature is None else self.log_temperature.exp()
+        """The number, or with ``learnable_temperature`` a tensor of no dimensions.
+
+        A number can be assigned; with ``learnable_temperature`` this sets ``log_temperature`` in place. A
+        schedule assigns outside of the function that torch.compile compiles: all values then share a graph.
+        """
+        if self.log_temperature is None:
+            return self._temperature
+        logarithm: Tensor = self.log_temperature
+        if self._limited:  # the gradient is that without limits
+            logarithm = logarithm + (self._clamp(logarithm) - logarithm).detach()
+        return logarithm.exp()
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        number = self._check_temperature(value)
+        if self.log_temperature is None:
+            self._temperature = number
+        else:
+            with torch.no_grad():
+                self.log_temperature.fill_(math.log(number))
+
+    def _check_temperature(self, value: Any) -> float:
+        low, high = TEMPERATURE_RANGE
+        low = low if self.min_temperature is None else self.min_temperature
+        high = high if self.max_temperature is None else self.max_temperature
+        return float(check_number("temperature", value, low, high))
+
+    @property
+    def _limited(self) -> bool:
+        return self.min_temperature is not None or self.max_temperature is not None
+
+    def _clamp(self, logarithm: Tensor) -> Tensor:
+        limits = (self.min_temperature, self.max_temperature)
+        low, high = (None if limit is None else math.log(limit) for limit in limits)
+        return logarithm.clamp(low, high)
+
+    def _move_to_limits(self) -> None:
+        """Moves a learnable temperature that an optimizer took past a limit back to it."""
+        parameter = self.log_temperature
+        if not (self._limited and isinstance(parameter, nn.Parameter)):
+            return
+        if torch.is_grad_enabled() and not torch.compiler.is_exporting():
+            # A write to .data leaves the backward of an earlier call valid.
+            parameter.data.copy_(self._clamp(parameter.data))
 
     @expand_signature
     def forward(
@@ -281,6 +332,7 @@ class ContrastiveLoss(nn.Module):
         """Arguments of the function that the module holds."""
         if self._gather is None and _among_processes():
             importlib.import_module("pysupcon.distributed").warn_without_gather(type(self).__name__)
+        self._move_to_limits()
         found: dict[str, Any] = {
             "temperature": self.temperature,
             "contrast_mode": self.contrast_mode,
@@ -304,6 +356,9 @@ class ContrastiveLoss(nn.Module):
         with torch.no_grad():
             temperature = float(self.temperature)
         learnable = " (learnable)" if self.log_temperature is not None else ""
+        for name in ("min_temperature", "max_temperature"):
+            if getattr(self, name) is not None:
+                learnable += f", {name}={getattr(self, name):g}"
         own = {name: getattr(self, name) for name in self.own_parameters}
         changed = ("batch_negatives", "class_balance", "ignore_index", "unlabeled")
         own |= {name: getattr(self, name) for name in changed if getattr(self, name) != DEFAULTS[name]}
@@ -313,6 +368,14 @@ class ContrastiveLoss(nn.Module):
             f"contrast_mode={self.contrast_mode!r}, reduction={self.reduction!r}, normalize={self.normalize}",
             f"gather={self.gather!r}, backend={self.backend!r}",
         ])  # fmt: skip
+
+
+def _check_limit(name: str, value: Any, learnable: bool) -> float | None:
+    if value is None:
+        return None
+    if not learnable:
+        raise ValueError(f"{name} needs learnable_temperature=True, got {value} without it")
+    return float(check_number(name, value, *TEMPERATURE_RANGE))
 
 
 def _among_processes() -> bool:

@@ -143,6 +143,13 @@ class SharedModuleOptions(TypedDict, total=False):
     learnable_temperature: bool
     """True makes the logarithm of the temperature a parameter, ``log_temperature``, which starts from
     ``temperature``, so that the temperature stays positive. Default False."""
+    min_temperature: float | None
+    """With ``learnable_temperature``: lower limit of the temperature; None (default): none. If an optimizer
+    step took the parameter past a limit, the next forward moves it back to the limit, as CLIP does after each
+    step. The gradient at a limit is that without limits: the temperature leaves the limit as soon as the
+    gradient points inward."""
+    max_temperature: float | None
+    """Upper limit, likewise; CLIP's limit 100 of the logit scale is ``min_temperature=0.01``."""
 
 
 class ModuleOptions(SharedModuleOptions, total=False):
@@ -176,7 +183,8 @@ def expand_signature(function: F) -> F:
     """
     options = function.__annotations__["options"].removeprefix("Unpack[").removesuffix("]")
     keywords = function.__globals__[options].__annotations__  # in the order of the TypedDict
-    of_module = {"gather": False, "learnable_temperature": False}
+    limits = {"min_temperature": None, "max_temperature": None}
+    of_module = {"gather": False, "learnable_temperature": False, **limits}
     defaults = {**DEFAULTS, **of_module} if "learnable_temperature" in keywords else DEFAULTS
     found = inspect.signature(function)
     parameters = [p for p in found.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
