@@ -13,6 +13,7 @@ import torch
 from helpers import processes
 from helpers import tower_worker as worker
 
+CLIP: list[processes.Case] = [("clip", mode, local) for mode in worker.MODES for local in (True, False)]
 SECONDS = 300  # only reached by a hang
 WORLDS = (2, 3)
 TOWERS: list[processes.Case] = [
@@ -21,7 +22,8 @@ TOWERS: list[processes.Case] = [
     for mode in worker.MODES
     for form in worker.FORMS
     for batches in worker.SIZES
-    if not (name == "infonce" and form in ("labels", "labels and position"))  # it takes no labels
+    if not (name in ("infonce", "clip") and form.startswith("labels"))  # they take no labels
+    if not (name == "clip" and form == "one view")
     if not (form == "labels" and worker.LOSSES[name][0].needs_instances)
 ]
 for mode in worker.MODES:
@@ -37,7 +39,9 @@ for mode in worker.MODES:
 @pytest.fixture(params=WORLDS, scope="module")
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> processes.Results:
     """Results of the processes, by rank."""
-    return processes.results_of("towers", worker.CASES, request.param, TOWERS, tmp_path_factory, SECONDS)
+    return processes.results_of(
+        "towers", worker.CASES, request.param, [*TOWERS, *CLIP], tmp_path_factory, SECONDS
+    )
 
 
 @pytest.mark.parametrize("case", TOWERS, ids=lambda case: "-".join(case[1:]))
@@ -58,3 +62,13 @@ def test_two_towers(case: tuple[Any, ...], results: processes.Results) -> None:
     assert [value.dtype for value in got[2:]] == [getattr(torch, dtype)] * (len(got) - 2)
     for one, other in zip(got, truth, strict=True):
         torch.testing.assert_close(one.double(), other.double(), **tolerance)
+
+
+@pytest.mark.parametrize("case", CLIP, ids=str)
+def test_clip_is_that_of_open_clip(case: tuple[Any, ...], results: processes.Results) -> None:
+    """Every process has the loss and the gradients of ClipLoss with local_loss, and on average those of
+    ClipLoss without."""
+    for result in results:
+        for got, truth in zip(result[case]["got"], result[case]["truth"], strict=True):
+            assert truth.norm() > 1e-3, "nothing to compare"
+            torch.testing.assert_close(got, truth, rtol=1e-10, atol=1e-12)

@@ -62,6 +62,13 @@ def _cached(temperature: float) -> Build:
     return build
 
 
+def _clip(**own: Any) -> Build:
+    """InfoNCE of views against candidates."""
+    return lambda gather: (
+        lambda views, labels: pysupcon.InfoNCELoss(gather=gather, **own)(views, candidates=views.detach())
+    )
+
+
 _SINCERE, _SPREAD, _CNCE = pysupcon.SINCERELoss, pysupcon.SpreadLoss, pysupcon.ClassConditionalInfoNCELoss
 _LABELS = torch.arange(SAMPLES) % 2
 DIFFERENCES: dict[str, tuple[str, tuple[Build, str], tuple[Build, str]]] = {
@@ -88,6 +95,7 @@ DIFFERENCES: dict[str, tuple[str, tuple[Build, str], tuple[Build, str]]] = {
     "loss": ("loss", (_module(), "supcon"), (_module(_SINCERE), "sincere")),
     "loss with other statistics": ("loss", (_module(_CNCE), "cnce"), (_module(_SPREAD), "spread")),
     "loss and pair_statistics": ("loss", (_module(), "supcon"), (_statistics, "pair...")),
+    "symmetric": ("symmetric", (_clip(symmetric=True), "True"), (_clip(), "False")),
     "reduction": ("reduction", (_module(reduction="sum"), "sum"), (_module(), "mean")),
     "reduction none": ("reduction", (_module(reduction="none"), "none"), (_module(), "mean")),
     "normalize": ("normalize", (_module(normalize=True), "True"), (_module(), "False")),

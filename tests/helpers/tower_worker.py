@@ -14,8 +14,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from helpers.distributed_worker import CLASSES, LOSSES, MODES, WIDTH
+import pysupcon
+from helpers.distributed_worker import CLASSES, MODES, WIDTH
+from helpers.distributed_worker import LOSSES as ONE_TOWER
 
+LOSSES = {**ONE_TOWER, "clip": (pysupcon.InfoNCELoss, {"temperature": 0.2, "symmetric": True})}
 SIZES = {
     "equal": ((4, 4, 4), (4, 4, 4)),
     "ragged": ((2, 5, 3), (6, 1, 4)),
@@ -82,7 +85,7 @@ def towers(
         leaves, ids = batch.arguments(whole)
         if whole:
             leaves = [rows.double() for rows in leaves]
-        if name == "infonce":
+        if name in ("infonce", "clip"):
             ids = {key: value for key, value in ids.items() if "labels" not in key}
         options |= {"contrast_mode": "one"} if form == "one view" else {}
         criterion: nn.Module = kind(
@@ -105,4 +108,56 @@ def towers(
     return {"got": got, "truth": step(True, backend="reference")}
 
 
-CASES = {function.__name__: function for function in (towers,)}
+class _GatherWithGradient(torch.autograd.Function):
+    """All-gathers rows; the gradient of the own rows is the sum of those of all processes."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, rows)
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].clone()
+        dist.all_reduce(total)
+        return total.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def _open_clip(images: Tensor, texts: Tensor, logit_scale: Tensor, local_loss: bool) -> Tensor:
+    """ClipLoss of open_clip with gather_with_grad=True, from its definition."""
+    all_images, all_texts = _GatherWithGradient.apply(images), _GatherWithGradient.apply(texts)
+    if local_loss:
+        per_image, per_text = logit_scale * images @ all_texts.T, logit_scale * texts @ all_images.T
+        targets = torch.arange(len(images)) + dist.get_rank() * len(images)
+    else:
+        per_image = logit_scale * all_images @ all_texts.T
+        per_text, targets = per_image.T, torch.arange(len(all_images))
+    return (F.cross_entropy(per_image, targets) + F.cross_entropy(per_text, targets)) / 2
+
+
+def clip(mode: str, local_loss: bool) -> dict[str, list[Tensor]]:
+    """Loss and gradients of images, texts and the logarithm of the temperature, of this process."""
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    rows = F.normalize(torch.randn(2, 5, WIDTH, generator=generator, dtype=torch.float64), dim=-1)
+    criterion = pysupcon.InfoNCELoss(
+        0.1, symmetric=True, gather=MODES[mode], learnable_temperature=True
+    ).double()
+    results: dict[str, list[Tensor]] = {}
+    for name in ("got", "truth"):
+        images, texts = (side.clone().requires_grad_() for side in rows)
+        if name == "got":
+            loss = criterion(images, candidates=texts)
+        else:
+            loss = _open_clip(images, texts, (-criterion.log_temperature).exp(), local_loss)
+        criterion.zero_grad()
+        loss.backward()
+        means = torch.stack([loss.detach(), criterion.log_temperature.grad])
+        if not local_loss:  # every process has the loss of the whole batch
+            dist.all_reduce(means)
+            means /= dist.get_world_size()
+        results[name] = [*means, images.grad, texts.grad]
+    return results
+
+
+CASES = {function.__name__: function for function in (towers, clip)}
