@@ -55,6 +55,8 @@ class Counts(NamedTuple):
     """|P_i| + |N_i|, one number (or a tensor) for all anchors"""
     nested: bool = True
     """A_i is a part of P_i; a mask may differ"""
+    weighted: bool = False
+    """candidates have weights other than 0 and 1"""
 
 
 def build_problem(
@@ -145,7 +147,9 @@ def compute(
         divisor = get_divisor(anchors, reduction, loss.requirement)
         mean_of = global_batch.processes if reduction == "mean" else 1
     else:
-        counts = Counts(problem.count, problem.instance_count, problem.candidate_count, mask is None)
+        counts = Counts(
+            problem.count, problem.instance_count, problem.candidate_count, mask is None, problem.weighted
+        )
         valid, weights = loss.valid(counts), problem.anchor_weights
         if problem.backend == "reference":
             value = loss.dense(*dense_sets(problem), **own)
@@ -155,12 +159,12 @@ def compute(
             divisor = get_divisor(valid.sum(), reduction, loss.requirement)
             if not loss.fused_reduction:
                 value = loss.per_anchor(s, counts, valid, **own)
+                if problem.ignored is not None:  # its softplus sum is over other ignored rows
+                    value = torch.where(valid, value, 0.0)
             elif weights is None:
                 value, divisor = loss.per_anchor(s, counts, valid, divisor), None
             else:
                 value = loss.per_anchor(s, counts, valid)
-        if problem.ignored is not None:
-            value = torch.where(valid, value, 0.0)
         if weights is not None:
             value = value * weights
             divisor = weighted_divisor(torch.where(valid, weights, 0.0).sum(), reduction)
