@@ -128,8 +128,11 @@ def compute(
 ) -> Tensor:  # fmt: skip
     """The value of a loss. ``own``: the checked parameters that only this loss has. ``further``: those that
     the caller uses, and that processes must share too."""
+    name = loss.function.__name__
+    if not loss.statistics(**own).get("negatives") and options.get("hard_negatives") is not None:
+        raise ValueError(f"{name} contrasts with positives only: hard_negatives must be None")
     problem, reduction = build_problem(
-        loss.function.__name__, features, labels, mask, options, temperature, loss.needs_instances,
+        name, features, labels, mask, options, temperature, loss.needs_instances,
         "candidate_labels" if loss.self_supervised else None, loss, own if further is None else further,
     )  # fmt: skip
     global_batch, mean_of = problem.global_batch, 1
@@ -166,6 +169,7 @@ def compute(
             else:
                 value = loss.per_anchor(s, counts, valid)
         if weights is not None:
+            weights = weights.to(value.dtype)
             value = value * weights
             divisor = weighted_divisor(torch.where(valid, weights, 0.0).sum(), reduction)
     if divisor is not None:

@@ -82,9 +82,7 @@ def positive_gap(s: RowStatistics, total: Tensor, among: Tensor, counts: Any, va
     """
     if counts.weighted:
         return torch.where(valid, s.p, 0.0) - torch.where(valid, mean(total, among), 0.0)
-    p = torch.where(
-        counts.positives == 1, s.positive_sum, s.p
-    )  # equal, without exp and log
+    p = torch.where(counts.positives == 1, s.positive_sum, s.p)  # equal, without exp and log
     gap = torch.where(valid, p - mean(total, among), 0.0)
     return gap + (gap.detach().clamp(min=0.0) - gap.detach())
 
