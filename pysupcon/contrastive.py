@@ -114,6 +114,8 @@ def dense_sets(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor
     weighted = [s if log is None else s + log.to(s.dtype) for s, *_, log in parts]
     columns = [torch.cat(column, dim=1) for column in zip(*(part[:4] for part in parts), strict=True)]
     sums = torch.cat(weighted, dim=1)
+    if problem.positive_shift is not None:
+        sums = torch.where(columns[1], sums + problem.positive_shift.to(sums.dtype)[:, None], sums)
     included = sums > -math.inf
     s, *sets = columns
     positives, negatives, same = (where & included for where in sets)

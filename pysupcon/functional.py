@@ -14,8 +14,7 @@ Args:
         gradient of its own shape. Its value is read only on a CPU and not while it is traced
         (``torch.compile``). ``base_temperature`` likewise. ``epsilon`` (from -1e4 to 1e4) and ``alpha`` (from
         0 to 1) are numbers, or tensors of one element with requires_grad=False.
-    **options: the fields of :class:`Options`: ``candidates``, ``candidate_labels``, ``instances``,
-        ``candidate_instances``, ``contrast_mode``, ``reduction``, ``normalize``, ``backend``, ``gather``.
+    **options: the fields of :class:`Options`, which has a paragraph on each.
 
 Returns:
     float32 (float64 for float64 features); gradients have the dtype of their inputs. Anchors without a
@@ -41,6 +40,21 @@ only what torch can trace works (it refuses vmap of grad).
 >>> rows = torch.eye(2).repeat(2, 1)  # [N, D]: two classes, two rows each
 >>> functional.supcon(rows, torch.tensor([0, 1, 0, 1]), temperature=1.0)
 tensor(0.5514)
+
+Further candidates: a memory bank or queue, negatives of single samples, weights (below: each class counts
+once, whatever its size), and rows whose label is not known.
+
+>>> labels, keys = torch.tensor([0, 1, 0, 1]), torch.eye(2)
+>>> functional.supcon(rows, labels, temperature=1.0, memory=keys, memory_labels=torch.tensor([0, 1]))
+tensor(1.1326)
+>>> functional.info_nce(rows, candidates=rows, memory=keys, batch_negatives=False, temperature=1.0)  # MoCo
+tensor(0.8620)
+>>> functional.supcon(rows, labels, temperature=1.0, hard_negatives=-rows.unsqueeze(1))  # [B, K, D]
+tensor(0.6265)
+>>> functional.supcon(rows, labels, temperature=1.0, class_balance=True)
+tensor(0.3133)
+>>> functional.supcon(rows, torch.tensor([0, 1, 0, -1]), temperature=1.0, ignore_index=-1)
+tensor(0.3133)
 """
 
 from __future__ import annotations

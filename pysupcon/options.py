@@ -100,8 +100,8 @@ class _Computation(_Rows, total=False):
 class _Labelling(TypedDict, total=False):
     class_balance: bool
     """True: each class counts with the mean of e^s over its candidates instead of the sum (Zhu et al. 2022,
-    Balanced Contrastive Learning): candidate weights are divided by the number of candidates of the class,
-    in which the anchor itself is counted. Default False."""
+    Balanced Contrastive Learning, arXiv 2207.09052): the weight of a candidate is divided by the number of
+    candidates of its class, without the anchor itself. Default False."""
     ignore_index: int | None
     """Label of rows that are neither anchors nor candidates; their gradient is 0. Default None."""
     unlabeled: str

@@ -76,7 +76,7 @@ def _contiguous_rows(x: Tensor | None) -> Tensor | None:
 def _statistics(*arguments: Any) -> _Tensors:
     x, candidates = _contiguous_rows(arguments[0]), _contiguous_rows(arguments[1])
     assert x is not None
-    result = statistics.compute(x, candidates, arguments[2], arguments[3], _plan(arguments))
+    result, _ = statistics.compute(x, candidates, arguments[2], arguments[3], _plan(arguments))
     return tuple(x.new_empty(0) if value is None else value for value in result)
 
 

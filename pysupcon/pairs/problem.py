@@ -71,6 +71,8 @@ class Problem:
     """[M], in the reductions"""
     weighted: bool = False
     """whether candidates have weights other than 0 and 1"""
+    positive_shift: Tensor | None = None
+    """[M], added to the log weights of the anchor's positives; None: 0"""
 
     @property
     def loss_dtype(self) -> torch.dtype:
@@ -87,7 +89,7 @@ class Problem:
         return torch.full((), 1.0 / self.temperature, dtype=dtype, device=self.x.device)
 
     def statistics(
-        self, *, negatives: bool = False, positives: bool = False, epsilon: float | None = None
+        self, *, negatives: bool = False, positives: bool = False, epsilon: float | Tensor | None = None
     ) -> RowStatistics:
         """Computes the statistics of every anchor, differentiable once.
 
@@ -99,12 +101,20 @@ class Problem:
         Returns:
             The requested statistics; the values of the others are undefined.
         """
+        shift = self.positive_shift
+        if shift is not None and epsilon is not None:
+            # log(k w + e^(n - s + epsilon)) = log k + log(w + e^(n - s + epsilon - log k))
+            epsilon = epsilon - shift
         plan = Plan(
             self.backend, self.pairing, self.mask, negatives, positives, epsilon, self.memory,
             self.batch_negatives,
         )  # fmt: skip
         outside = self.hard_negative_logsumexp() if negatives else None
         statistics = row_statistics(self.x, self.candidates, self.scale, outside, plan)
+        if shift is not None:
+            n, p, positive_sum, instance_sum, softplus = statistics
+            softplus = softplus if epsilon is None else softplus + self.count * shift
+            statistics = RowStatistics(n, p + shift, positive_sum, instance_sum, softplus)
         return statistics if self.pairing.instances is not None else statistics.without_instances()
 
     def hard_negative_similarity(self) -> Tensor | None:
@@ -358,6 +368,7 @@ def prepare(
     counted = anchors if others is None else others
     excluded = None if ignored is None else ignored[-1]
     counted = counted._replace(log_weights=get_log_weights(candidate_weights, excluded, dtype))
+    itself = int(others is None or self_index is not None)  # an anchor among its candidates
     if class_balance:
         counted, memory_side = balance_classes(counted, memory_side, dtype)
     layout = lay_out(
@@ -373,8 +384,10 @@ def prepare(
     count, instance_count, ignored_anchors = layout.positive_count, layout.instance_count, None
     if need_instances and instance_count is None:
         instance_count = count  # A_i is P_i
+    # The rows of the anchor's class were counted with the anchor itself, which is not its own candidate.
+    positive_shift = (itself / count.clamp(min=1).to(dtype)).log1p() if class_balance and itself else None
     available: int | Tensor = x.shape[0] if candidate_rows is None else candidate_rows.shape[0]
-    available -= int(candidate_rows is None or self_index is not None)
+    available -= itself
     if excluded is not None:
         available = available - excluded.sum()
     if not batch_negatives:
@@ -405,4 +418,5 @@ def prepare(
         ignored_anchors,
         anchor_weights,
         candidate_weights is not None or class_balance or (bank is not None and bank.weighted),
+        positive_shift,
     )

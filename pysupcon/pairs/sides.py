@@ -85,7 +85,7 @@ def balance_classes(candidates: Side, memory: Side | None, dtype: torch.dtype) -
     """Divides the weight of each row by the number of rows of its class.
 
     Args:
-        candidates: the candidates of the batch, the anchors themselves included.
+        candidates: the candidates of the batch.
         memory: further candidates of one row per sample; rows that are no candidates have other ids.
         dtype: of log weights.
     """
