@@ -24,7 +24,7 @@ from pysupcon.pairs.checks import (
 from pysupcon.pairs.modes import is_eager
 from pysupcon.pairs.normalize import unit_rows
 from pysupcon.pairs.pairing import count_matches
-from pysupcon.pairs.reference import similarity
+from pysupcon.pairs.reference import log_sum_exp, mean_over, similarity
 
 __all__ = ["MetricLearningSupConLoss"]
 
@@ -197,7 +197,7 @@ class SupConLoss(_Base):
         rows, columns = (unit_rows(x).to(x.dtype).to(dtype) for x in (embeddings, references))
         s = similarity(rows, columns, check_temperature("temperature", self.temperature))
         positives, negatives = pairs.to_sets(s)
-        loss = functional.SupConLoss.dense(s, positives, negatives, positives)
+        loss = log_sum_exp(s, positives | negatives) - mean_over(positives, s)
         return _mean(loss, positives.sum(1), positives.sum(1) + negatives.sum(1))
 
     def _loss_of_all_but(
