@@ -145,9 +145,8 @@ class LossConfig:
             )
         if self.pairing == "cross":
             check(self.queue == 0, "loss.queue", "be left out for loss.pairing=cross", self.queue)
-            for name, wrong in (("contrast_mode", self.contrast_mode == "one"), ("gather", self.gather)):
-                value = getattr(self, name)
-                check(not wrong, f"loss.{name}", "be left out for loss.pairing=cross", value)
+            mode = self.contrast_mode
+            check(mode == "all", "loss.contrast_mode", "be left out for loss.pairing=cross", mode)
 
     def resolve(self) -> None:
         """Replace None by the defaults of the loss."""
