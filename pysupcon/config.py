@@ -58,6 +58,7 @@ class Config:
             part.check()
         if not self.model.concatenated:  # a concatenation is not trained
             self._check_views()
+            self._check_momentum()
             self._check_loss_terms()
             self._check_groups()
             self._check_best_by()
@@ -92,6 +93,18 @@ class Config:
             raise ConfigError(f"loss.infonce_weight needs data.views of at least 2, got {views}")
         if loss.pairing == "cross" and views != 2:
             raise ConfigError(f"loss.pairing=cross needs data.views of 2, got {views}")
+
+    def _check_momentum(self) -> None:
+        if self.model.momentum == 0:
+            return
+        loss, views = self.loss, self.data.views
+        if loss.name == "none":
+            raise ConfigError("model.momentum needs a contrastive loss, got loss.name=none")
+        if views != 2:
+            raise ConfigError(f"model.momentum needs data.views of 2, got {views}")
+        for name, value in (("pairing", loss.pairing), ("contrast_mode", loss.contrast_mode)):
+            if value != "all":
+                raise ConfigError(f"loss.{name} must be left out for model.momentum, got {value}")
 
     def _check_loss_terms(self) -> None:
         """Every head needs a loss weight, and every weight needs a head."""

@@ -20,7 +20,7 @@ OWN = tuple(dict.fromkeys(
 """Fields that only some losses use"""
 CONTRASTIVE = (
     "temperature", "learnable_temperature", "contrast_mode", "pairing", "gather", "backend", "weight",
-    "infonce_weight",
+    "infonce_weight", "queue", "batch_negatives",
 )  # fmt: skip
 """Fields without effect if there is no contrastive loss"""
 GROUP_ACCURACIES = ("worst_group", "worst_known_group")
@@ -84,6 +84,14 @@ class LossConfig:
     passed from process to process and no process stores all; false: contrast with the process's own rows
     only."""
 
+    queue: int = 0
+    """Rows of earlier batches, first in, first out, that are contrasted with in addition to the batch: keys
+    with model.momentum, else the projections of all views. With gather every process holds the rows of all
+    processes, else its own ones. 0: no queue."""
+
+    batch_negatives: bool = True
+    """false: rows of the batch are positives only, and the negatives come from the queue, as in MoCo."""
+
     backend: Literal["auto", "cpu", "cuda", "tiled", "reference"] = "auto"
     """auto: the compiled kernel of the device, else tiled, pure PyTorch in O(N) memory; reference: dense."""
 
@@ -130,7 +138,13 @@ class LossConfig:
             check(weight > 0, "loss.cross_entropy_weight", "be greater than 0 for loss.group_dro", weight)
         if self.name == "none":
             self._refuse_contrastive()
+        check(self.queue >= 0, "loss.queue", "be at least 0", self.queue)
+        if not self.batch_negatives:
+            check(
+                self.queue > 0, "loss.queue", "be greater than 0 for loss.batch_negatives=false", self.queue
+            )
         if self.pairing == "cross":
+            check(self.queue == 0, "loss.queue", "be left out for loss.pairing=cross", self.queue)
             mode = self.contrast_mode
             check(mode == "all", "loss.contrast_mode", "be left out for loss.pairing=cross", mode)
 

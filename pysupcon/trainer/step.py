@@ -17,6 +17,7 @@ from pysupcon.data.datamodule import DataModule
 from pysupcon.errors import RunError
 from pysupcon.gradcache import GradCache
 from pysupcon.models.model import ModelOutput
+from pysupcon.models.momentum import MomentumEncoder
 from pysupcon.models.spectral import power_iteration
 from pysupcon.ranges import region
 from pysupcon.trainer.environment import dynamo_backend
@@ -38,6 +39,7 @@ class TrainingStep:
         model, optimizer, scheduler: prepared by Accelerate; ``model`` wraps ``network``.
         objective: the loss, on the model's device. This class averages the gradients of its parameters over
             the processes.
+        key_encoder: encodes the second view, and follows ``network``; None: the model encodes all views.
     """
 
     def __init__(
@@ -50,9 +52,11 @@ class TrainingStep:
         objective: Objective,
         optimizer: Any,
         scheduler: Any,
+        key_encoder: MomentumEncoder | None = None,
     ) -> None:
         self.accelerator, self.config, self.data, self.network = accelerator, config, data, network
         self.model, self.objective, self.optimizer, self.scheduler = model, objective, optimizer, scheduler
+        self.key_encoder = key_encoder
         chunk_size = config.trainer.chunk_size
         self.cache: GradCache | None = None
         if chunk_size is not None:
@@ -109,6 +113,8 @@ class TrainingStep:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.trainer.clip_norm, norm)
         with region("optimizer"):
             self.optimizer.step()
+            if self.key_encoder is not None:
+                self.key_encoder.update(self.network)
         self.scheduler.step()
         self.optimizer.zero_grad()
         return values | finite(metrics), stop
@@ -128,6 +134,10 @@ class TrainingStep:
         statistics: dict[str, Tensor] = {}
         for index, batch in enumerate(batches, start=1):
             views, labels, *groups = (tensor.to(device, non_blocking=True) for tensor in batch)
+            if self.config.loss.name != "none":  # before the queue changes
+                valid, chance = self._batch_statistics(labels)
+                statistics["valid_anchors"] = statistics.get("valid_anchors", 0.0) + valid
+                statistics["chance"] = statistics.get("chance", 0.0) + chance / count
             # The processes exchange gradients once per step, in the backward of the last batch.
             sync_context = nullcontext if index == count else getattr(self.model, "no_sync", nullcontext)
             with sync_context(), self._explain_compile_errors(number):
@@ -138,10 +148,6 @@ class TrainingStep:
                 parts[name] = parts.get(name, 0.0) + value.to(torch.float64) / count
             for name, value in metrics.items():
                 statistics[name] = statistics.get(name, 0.0) + value.to(torch.float64) / count
-            if self.config.loss.name != "none":
-                valid, chance = self._batch_statistics(labels)
-                statistics["valid_anchors"] = statistics.get("valid_anchors", 0.0) + valid
-                statistics["chance"] = statistics.get("chance", 0.0) + chance / count
         return parts, statistics
 
     def _forward(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> ModelOutput:
@@ -151,18 +157,35 @@ class TrainingStep:
             outputs: ModelOutput = model(images, labels.repeat_interleave(views.shape[1]))
         return outputs
 
+    def _encode_keys(self, views: Tensor) -> Tensor | None:
+        """Encodes the second view: [B, D]; None without a key encoder."""
+        if self.key_encoder is None:
+            return None
+        keys = []
+        for chunk in views[:, 1:2].split(self.config.trainer.chunk_size or len(views)):
+            images = self.data.normalize(chunk).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+            with region("key encoder"), self.accelerator.autocast():
+                keys.append(self.key_encoder(images))
+        return torch.cat(keys).float()
+
     def _backward(
         self, views: Tensor, labels: Tensor, number: int, groups: Tensor | None, measured: bool
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Returns the terms of the loss and, if ``measured``, the metrics of the features."""
         parts: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
+        keys = self._encode_keys(views)
+        rows = [] if keys is None else [keys]  # for the queue
+        if keys is not None:
+            views = views[:, :1]
 
         def loss(outputs: ModelOutput) -> Tensor:
+            if keys is None:
+                rows.append(outputs.projection.detach())
             try:
-                parts.update(self.objective(outputs, labels, groups))
+                parts.update(self.objective(outputs, labels, groups, keys))
                 if measured:
-                    metrics.update(self.objective.metrics(outputs, labels))
+                    metrics.update(self.objective.metrics(outputs, labels, keys))
             except ValueError as error:
                 if bool(outputs.projection.isfinite().all()):
                     raise
@@ -173,6 +196,7 @@ class TrainingStep:
             self.accelerator.backward(loss(self._forward(self.model, (views, labels))))
         else:
             self.cache((views, labels), loss)
+        self.objective.enqueue(rows[0], labels)
         return {name: value.detach() for name, value in parts.items()}, metrics
 
     def _values(self, tensors: dict[str, Tensor], stop: bool) -> dict[str, float]:
@@ -189,7 +213,9 @@ class TrainingStep:
         counts = one_hot(labels, len(self.data.class_names)).sum(0)  # bincount would synchronise
         if self.config.loss.gather is not False:
             counts = self.accelerator.reduce(counts, "sum")
-        return batch_statistics(self.config.loss, labels, counts, self.config.data.views)
+        memory = self.objective.memory_counts(len(counts))
+        momentum = self.key_encoder is not None
+        return batch_statistics(self.config.loss, labels, counts, self.config.data.views, memory, momentum)
 
     def _check_finite(self, values: dict[str, float], number: int) -> None:
         non_finite = [name for name, value in values.items() if not abs(value) < float("inf")]
