@@ -64,6 +64,11 @@ class DataConfig:
     labels: Literal["coarse", "fine"] = "coarse"
     """Labels used for training. The evaluators use both kinds."""
 
+    ignore_index: int | None = None
+    """Label, among those of data.labels, of the samples whose class is not known; None: all are known. The
+    other classes are numbered without it. Such samples are in no validation or test split, and the evaluators
+    leave them out. sampler=shuffled puts them into the batches (see loss.unlabeled), balanced does not."""
+
     coarse_map: dict[str, str] | None = None
     """image_folder only: maps every fine class name to its coarse class name."""
 

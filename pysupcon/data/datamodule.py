@@ -20,6 +20,7 @@ from pysupcon.data.philox import philox_uniforms
 from pysupcon.data.samplers import BalancedBatchSampler, Draw, ShuffledBatchSampler
 from pysupcon.data.sources import Samples, read_source
 from pysupcon.data.splits import cap_per_class, stratified_split, stratified_subset
+from pysupcon.data.unlabelled import concatenate, take_out
 from pysupcon.errors import ConfigError
 
 
@@ -131,6 +132,10 @@ class DataModule:
 
     Attributes:
         splits: samples of "train", "val" and "test"; disjoint, determined by files and ``data.split_seed``.
+            All classes are known.
+        unlabelled: samples whose class is not known, labels :data:`pysupcon.data.unlabelled.UNKNOWN`; None
+            without ``data.ignore_index``.
+        training: the samples of the batches: "train" and, with ``data.sampler`` shuffled, ``unlabelled``.
         coarse_names, fine_names: names of the classes.
         channels, image_size: shape of the model's input.
         normalize: converts uint8 images to the model's input.
@@ -138,6 +143,9 @@ class DataModule:
 
     def __init__(self, config: DataConfig) -> None:
         source = read_source(config)
+        self.unlabelled: Samples | None = None
+        if config.ignore_index is not None:
+            source, self.unlabelled = take_out(source, config.labels, config.ignore_index)
         train, test = source.train, source.test
         if test is None:
             fraction = config.test_fraction or DEFAULT_TEST_FRACTION
@@ -154,6 +162,9 @@ class DataModule:
             train = train.select(_train_subset(train.fine, config.train_size, config.split_seed + 3))
         self.config = config
         self.splits = {"train": train, "val": val, "test": test}
+        self.training = train
+        if self.unlabelled is not None and config.sampler == "shuffled":
+            self.training = concatenate(train, self.unlabelled)
         self.coarse_names, self.fine_names = source.coarse_names, source.fine_names
         self.channels = source.channels
         self.image_size = config.image_size or source.image_size
@@ -200,7 +211,7 @@ class DataModule:
     ) -> ShuffledBatchSampler:  # fmt: skip
         """The batch sampler of ``data.sampler`` over the training split."""
         sampler_class = ShuffledBatchSampler if self.config.sampler == "shuffled" else BalancedBatchSampler
-        labels = self._labels("train")
+        labels = self._labels_of(self.training)
         if self.config.sampler == "groups":
             assert self.groups is not None, "call DataConfig.check() first"
             labels = self.groups.train
@@ -238,11 +249,13 @@ class DataModule:
     ) -> DataLoader[Any]:
         """Loads batches of (views uint8 [b, V, C, S, S], labels int64 [b]), b samples per process.
 
-        With ``data.groups``, batches of the training split also have groups int64 [b].
+        Batches of the training split may have ``unlabelled`` samples, whose label is
+        :data:`pysupcon.data.unlabelled.UNKNOWN`. With ``data.groups``, they also have groups int64 [b].
         """
         augmentation = Augmentation(self.config.augmentation, self._family, self.image_size)
+        samples = self.training if split == "train" else self.splits[split]
         dataset = MultiViewDataset(
-            self.splits[split], self._labels(split), augmentation, self.config.views, batches.seed
+            samples, self._labels_of(samples), augmentation, self.config.views, batches.seed
         )
         workers = self.config.workers
         groups = self.groups if split == "train" else None
@@ -258,7 +271,9 @@ class DataModule:
         )
 
     def _labels(self, split: str) -> Tensor:
-        samples = self.splits[split]
+        return self._labels_of(self.splits[split])
+
+    def _labels_of(self, samples: Samples) -> Tensor:
         return samples.coarse if self.config.labels == "coarse" else samples.fine
 
 
@@ -287,7 +302,7 @@ def load_data(config: DataConfig) -> DataModule:
         ConfigError: files are missing or damaged, or there are fewer training samples than a batch needs.
     """
     data = DataModule(config)
-    count, size = len(data.splits["train"]), config.batch_size
+    count, size = len(data.training), config.batch_size
     if size > count:
         raise ConfigError(f"data.batch_size must be at most the {count} training samples, got {size}")
     return data

@@ -114,7 +114,9 @@ class Trainer:
 
             self.ema = ModelEmaV3(self.network, decay=config.trainer.ema_decay)
         group_dro = build_group_dro(config, data, self.accelerator)
-        self.objective = Objective(config.loss, config.data.views, group_dro).to(self.device)
+        self.objective = Objective(
+            config.loss, config.data.views, group_dro, unlabelled=data.training is not data.splits["train"]
+        ).to(self.device)
         optimizer = build_optimizer(config.optimizer, self.network, self.objective)
         scheduler = build_scheduler(
             config.optimizer, optimizer, steps=self.steps, steps_per_epoch=self.steps_per_epoch

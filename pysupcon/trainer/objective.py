@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pysupcon.contrastive import ContrastiveLoss, Counts
+from pysupcon.data.unlabelled import UNKNOWN
 from pysupcon.evaluators import GroupDRO
 from pysupcon.functional import contrastive_metrics
 from pysupcon.losses import LOSSES_BY_NAME
@@ -22,10 +23,18 @@ from pysupcon.pairs.autograd import RowStatistics
 from pysupcon.trainer.config import LossConfig, LossName
 
 
-def build_loss(config: LossConfig, name: LossName | None = None) -> ContrastiveLoss:
-    """The contrastive loss of a resolved config, or the loss called ``name`` with the same temperature."""
+def build_loss(
+    config: LossConfig, name: LossName | None = None, *, unlabelled: bool = False
+) -> ContrastiveLoss:
+    """The contrastive loss of a resolved config, or the loss called ``name`` with the same temperature.
+
+    With ``unlabelled``, labels may be :data:`pysupcon.data.unlabelled.UNKNOWN`.
+    """
     assert config.temperature is not None, "call LossConfig.resolve() first; name=none has no loss"
     name = name or config.name
+    missing: dict[str, Any] = {}
+    if unlabelled and not LOSSES_BY_NAME[name].self_supervised:
+        missing = {"ignore_index": UNKNOWN, "unlabeled": config.unlabeled}
     return LOSSES_BY_NAME[name](
         temperature=config.temperature,
         contrast_mode=config.contrast_mode,
@@ -33,6 +42,7 @@ def build_loss(config: LossConfig, name: LossName | None = None) -> ContrastiveL
         backend=config.backend,
         learnable_temperature=config.learnable_temperature,
         **_own(config, name),
+        **missing,
     )
 
 
@@ -52,13 +62,17 @@ class Objective(nn.Module):
     ``loss.reconstruction_weight * reconstruction``.
 
     With ``group_dro`` and groups (in training), the robust cross-entropy of the groups replaces the mean
-    cross-entropy.
+    cross-entropy. With ``unlabelled``, samples may have the label
+    :data:`pysupcon.data.unlabelled.UNKNOWN`: cross-entropy leaves them out, and ``loss.unlabeled`` says what
+    they are for the contrastive loss.
     """
 
-    def __init__(self, config: LossConfig, views: int, group_dro: GroupDRO | None = None) -> None:
+    def __init__(
+        self, config: LossConfig, views: int, group_dro: GroupDRO | None = None, *, unlabelled: bool = False
+    ) -> None:
         super().__init__()
-        self.config, self.views, self.group_dro = config, views, group_dro
-        self.contrastive = build_loss(config) if config.name != "none" else None
+        self.config, self.views, self.group_dro, self.unlabelled = config, views, group_dro, unlabelled
+        self.contrastive = build_loss(config, unlabelled=unlabelled) if config.name != "none" else None
         self.infonce = build_loss(config, "infonce") if config.infonce_weight > 0 else None
         if self.infonce is not None and self.contrastive is not None:  # one temperature, learned by both
             self.infonce.log_temperature = self.contrastive.log_temperature
@@ -102,7 +116,7 @@ class Objective(nn.Module):
         heads = {"cross_entropy": outputs.logits, "second_cross_entropy": outputs.second_logits}
         for name, logits in heads.items():
             if logits is not None:
-                parts[name] = config.cross_entropy_weight, F.cross_entropy(logits.float(), targets)
+                parts[name] = config.cross_entropy_weight, self._cross_entropy(logits, targets)
         figures: dict[str, Tensor] = {}
         if self.group_dro is not None and groups is not None and outputs.logits is not None:
             losses = F.cross_entropy(outputs.logits.float(), targets, reduction="none")
@@ -137,6 +151,13 @@ class Objective(nn.Module):
             found = contrastive_metrics(features, given, contrast_mode=self.config.contrast_mode)
         return dict(zip(METRICS, found, strict=True))
 
+    def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The mean over the rows whose class is known; 0 if there is none."""
+        if not self.unlabelled:
+            return F.cross_entropy(logits.float(), targets)
+        total = F.cross_entropy(logits.float(), targets, ignore_index=UNKNOWN, reduction="sum")
+        return total / (targets != UNKNOWN).sum().clamp(min=1)
+
     def _contrast(self, loss: ContrastiveLoss, features: Tensor, labels: Tensor | None) -> Tensor:
         """``features`` are [B, V, D]."""
         if self.config.pairing == "all":
@@ -150,14 +171,17 @@ def finite(metrics: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if isfinite(value)}
 
 
-def batch_statistics(config: LossConfig, labels: Tensor, class_counts: Tensor, views: int) -> Tensor:
+def batch_statistics(
+    config: LossConfig, labels: Tensor, class_counts: Tensor, views: int, unknown: Tensor | int = 0
+) -> Tensor:
     """Number of anchors that have a loss, and the contrastive loss if all rows were equal.
 
     Args:
         config: resolved, with a contrastive loss.
-        labels: labels of this process's samples, int64 [B].
+        labels: labels of this process's samples, int64 [B]; UNKNOWN if the class is not known.
         class_counts: number of samples of each class among the candidates' samples, int64 [classes].
         views: rows of a sample.
+        unknown: number of the candidates' samples whose class is not known.
 
     Returns:
         [valid anchors of this process; their mean loss at equal similarities, the "chance level": log(N - 1)
@@ -169,11 +193,15 @@ def batch_statistics(config: LossConfig, labels: Tensor, class_counts: Tensor, v
     if loss.self_supervised:
         rows = torch.full_like(labels, candidates, dtype=torch.float64)
     else:
-        rows = (class_counts[labels] * candidates).to(torch.float64)
+        samples = torch.where(labels == UNKNOWN, 1, class_counts[labels.clamp(min=0)])
+        rows = (samples * candidates).to(torch.float64)
     positives = rows if cross else rows - 1
-    negatives = class_counts.sum() * candidates - rows
+    every = loss.self_supervised or config.unlabeled == "instance"
+    negatives = (class_counts.sum() + (unknown if every else 0)) * candidates - rows
     counts = Counts(positives, positives, positives + negatives)
     valid = loss.valid(counts)
+    if not every:
+        valid = valid & (labels != UNKNOWN)
     # Every similarity is 0.
     n, p, zeros = negatives.log(), positives.log(), torch.zeros_like(positives)
     epsilon = loss.statistics(**own).get("epsilon", 0.0)

@@ -1,0 +1,59 @@
+"""Trainings with samples whose class is not known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from pysupcon.config import Config, parse_args
+from pysupcon.data.unlabelled import UNKNOWN
+from pysupcon.evaluation.evaluate import evaluate_run
+from pysupcon.models.model import ModelOutput
+from pysupcon.trainer.config import LossConfig
+from pysupcon.trainer.loop import train
+from pysupcon.trainer.objective import Objective
+from pysupcon.trainer.run import load_run
+
+
+def _config(output_dir: Path, *args: str) -> Config:
+    fixed = (
+        "--data.dataset digits --data.augmentation weak --data.batch_size 128 --model.width 8 "
+        "--trainer.epochs 1 --trainer.threads 1 --trainer.cpu true --data.ignore_index 3 --data.labels fine "
+        "--data.sampler shuffled --evaluate false"
+    )
+    return parse_args([*fixed.split(), "--output_dir", str(output_dir), *args])[0]
+
+
+def test_cross_entropy_leaves_them_out() -> None:
+    """Value and gradient are those of the known rows alone; a batch without known rows has loss 0."""
+    config = LossConfig(name="none", cross_entropy_weight=1.0)
+    labels = torch.tensor([1, UNKNOWN, 0, UNKNOWN, 2])
+    logits = torch.randn(10, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    objective = Objective(config, 2, unlabelled=True)
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return objective(ModelOutput(logits, logits, logits, None, None), labels)["cross_entropy"]
+
+    value = loss(logits, labels)
+    known = (labels != UNKNOWN).repeat_interleave(2)
+    torch.testing.assert_close(value, F.cross_entropy(logits[known], labels.repeat_interleave(2)[known]))
+    (gradient,) = torch.autograd.grad(value, logits)
+    assert gradient[~known].count_nonzero() == 0
+    assert gradient[known].count_nonzero() > 0
+    assert loss(logits, torch.full_like(labels, UNKNOWN)) == 0
+
+
+def test_a_classifier_trains_and_is_evaluated(tmp_path: Path) -> None:
+    options = "--loss.name none --model.classifier true --loss.cross_entropy_weight 1"
+    train(_config(tmp_path, *options.split()))
+    run = load_run(tmp_path)
+    assert run.config.data.ignore_index == 3
+    assert run.model.classifier is not None
+    assert run.model.classifier.out_features == 9
+    assert run.log()[-1]["val_cross_entropy"] > 0
+    run.config.evaluation.evaluators = ["knn"]
+    report = evaluate_run(run)
+    assert report.metadata["samples"] == {name: len(part) for name, part in run.data.splits.items()}
+    assert 0 < report.metrics["knn/k=1/fine/accuracy"].value <= 1
