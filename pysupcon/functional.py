@@ -104,8 +104,8 @@ def pair_statistics(
     )
     count = problem.count if problem.global_batch is None else problem.global_batch.own_counts[0]
     if problem.backend == "reference":
-        s, positives, negatives, _ = dense_sets(problem)
-        n, p = log_sum_exp(s, negatives), log_sum_exp(s, positives)
+        s, positives, negatives, _, weighted = dense_sets(problem)
+        n, p = log_sum_exp(weighted, negatives), log_sum_exp(weighted, positives)
         total = torch.where(positives, s, 0.0).sum(dim=1)
     else:
         requested = {"negatives": True, "positives": True}

@@ -40,6 +40,9 @@ RowLoss = Callable[[RowStatistics, Tensor, "Tensor | None"], "tuple[Tensor, Tens
 depends on the counts only. The losses are linear in positive_sum, instance_sum and softplus, whose values are
 not communicated."""
 
+_NO_WEIGHTS = (None, None)
+"""log_weights and candidate_log_weights of the operators"""
+
 
 class _BlockPairing:
     """Index arguments of the operators for each block. Each block is sorted once per pass."""
@@ -127,13 +130,15 @@ class _GatheredPlan:
         positive_sum, instance_sum, softplus = (torch.zeros_like(n) for _ in range(3))
         for block in self.blocks(rows, kept):
             operands, instances = self.pairing.operands(rows, scale, block)
-            part = self.operators.pair_stats(*operands, *instances, self.negatives, self.positives)
+            part = self.operators.pair_stats(
+                *operands, *instances, *_NO_WEIGHTS, self.negatives, self.positives
+            )
             n, p = torch.logaddexp(n, part[0]), torch.logaddexp(p, part[1])  # -inf if both are -inf
             positive_sum, instance_sum = positive_sum + part[2], instance_sum + part[3]
         if self.epsilon is not None:
             for block in self.blocks(rows, kept):
                 operands, _ = self.pairing.operands(rows, scale, block)
-                softplus += self.operators.positive_softplus(*operands, n, self.epsilon)
+                softplus += self.operators.positive_softplus(*operands, *_NO_WEIGHTS, n, self.epsilon)
         statistics = RowStatistics(n, p, positive_sum, instance_sum, softplus)
         return statistics if self.batch.instances is not None else statistics.without_instances()
 
@@ -203,7 +208,7 @@ class _GatheredPlan:
                 operands, _ = self.pairing.operands(rows, scale, block)
                 columns = columns_of(block, all_n, all_grads.softplus)
                 grad_n = grad_n + operators.positive_softplus_backward(
-                    *operands, n, self.epsilon, own.softplus, *columns, grad_x, None
+                    *operands, *_NO_WEIGHTS, n, self.epsilon, own.softplus, *columns, grad_x, None
                 )
             # dL/dn is complete only after all blocks.
             all_grads = all_grads._replace(n=batch.communicator.exchange(grad_n.unsqueeze(0))[0])
@@ -215,7 +220,9 @@ class _GatheredPlan:
             own_columns = n, p, grad_n, own.p, *own_sums
             columns = columns_of(block, all_n, all_p, all_grads.n, all_grads.p, *all_sums)
             flags = self.negatives, self.positives
-            operators.pair_stats_backward(*operands, *instances, *own_columns, *columns, *flags, grad_x, None)
+            operators.pair_stats_backward(
+                *operands, *instances, *_NO_WEIGHTS, *own_columns, *columns, *flags, grad_x, None
+            )
         return grad_x
 
 

@@ -17,7 +17,7 @@ from pysupcon.caller import warn_caller
 from pysupcon.pairs.autograd import RowStatistics
 from pysupcon.pairs.modes import is_eager
 
-__all__ = ["get_divisor", "mean", "positive_gap", "supcon_rows"]
+__all__ = ["get_divisor", "mean", "positive_gap", "supcon_rows", "weighted_divisor"]
 
 
 def mean(total: Tensor, count: Tensor) -> Tensor:
@@ -94,3 +94,11 @@ def get_divisor(anchors: Tensor, reduction: str, requirement: str) -> Tensor | i
     else:
         divisor = anchors.clamp(min=1)
     return {"mean": divisor, "sum": 1, "none": None}[reduction]
+
+
+def weighted_divisor(total: Tensor, reduction: str) -> Tensor | int | None:
+    """The divisor of the sum of weighted losses; None: no sum is taken. ``total``: weight of all anchors that
+    have a loss."""
+    if reduction == "mean":
+        return torch.where(total > 0, total, 1.0)
+    return 1 if reduction == "sum" else None
