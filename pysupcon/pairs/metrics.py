@@ -6,13 +6,14 @@ The accuracy visits all pairs tile by tile, in O(N) memory. The means come from 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pysupcon.pairs import ops
 from pysupcon.pairs.problem import Problem
-from pysupcon.pairs.statistics import Pairing
+from pysupcon.pairs.statistics import Block, Pairing, Plan
 from pysupcon.pairs.tiled import check_finite
 from pysupcon.pairs.tiles import Pairs, PositiveMask, Slice, Tile, and_not, negated, no_autocast, slices
 
@@ -33,65 +34,105 @@ def similarity_metrics(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     Raises:
         ValueError: on a CPU; features are not finite.
     """
-    x, candidates = problem.x.detach(), problem.candidates
-    candidates = None if candidates is None else candidates.detach()
+    x, count = problem.x.detach(), problem.count
+    candidates = None if problem.candidates is None else problem.candidates.detach()
+    plan = Plan(
+        problem.backend, problem.pairing, problem.mask, memory=problem.memory,
+        batch_negatives=problem.batch_negatives,
+    )  # fmt: skip
     with no_autocast(x), torch.no_grad():
         scale = torch.ones((), dtype=ops.stats_dtype(x), device=x.device)
-        zero_or_nan = check_finite(x, candidates, scale)
-        valid = problem.count > 0
-        correct = _nearest_is_positive(x, candidates, scale, problem.pairing, problem.mask) & valid
-        positive_sum, negative_sum = _similarity_sums(x, candidates, problem.pairing, problem.mask)
-        if candidates is None:
-            others = x.shape[0] - 1
-        else:
-            others = candidates.shape[0] - int(problem.pairing.self_index is not None)
-        negative_count = torch.where(valid, others - problem.count, 0)
+        nearest = _Nearest(x)
+        positive_sum, negative_sum, zero_or_nan = (scale.new_zeros(x.shape[0]) for _ in range(3))
+        for block in plan.blocks(x, candidates, scale):
+            zero_or_nan = zero_or_nan + check_finite(x, block.rows[4], scale)
+            nearest.add(block)
+            positive, negative = _similarity_sums(block)
+            positive_sum += positive
+            negative_sum += negative if block.negatives else 0.0
+        own = problem.hard_negative_similarity()
+        if own is not None:
+            nearest.add_negatives(own)
+            negative_sum += own.to(scale.dtype).sum(1)
+        valid = count > 0
+        negative_count = torch.where(valid, problem.candidate_count - count, 0)
         found = (
-            correct.sum().to(scale) / valid.sum(),
-            torch.where(valid, positive_sum, 0.0).sum() / problem.count.sum(),
+            (nearest.is_positive & valid).sum().to(scale) / valid.sum(),
+            torch.where(valid, positive_sum, 0.0).sum() / count.sum(),
             torch.where(valid, negative_sum, 0.0).sum() / negative_count.sum(),
         )
-        accuracy, positive, negative = ((value + zero_or_nan).to(problem.loss_dtype) for value in found)
+        accuracy, positive, negative = ((value + zero_or_nan.sum()).to(problem.loss_dtype) for value in found)
     return accuracy, positive, negative
 
 
-def _nearest_is_positive(
-    x: Tensor, candidates: Tensor | None, scale: Tensor, pairing: Pairing, mask: PositiveMask | None
-) -> Tensor:
-    """Whether a positive of each anchor is more similar than all of its negatives, bool [M]."""
-    pairs = Pairs(
-        x, pairing.labels, pairing.order, scale, candidates, pairing.candidate_labels,
-        pairing.candidate_order, pairing.self_index, mask,
-    )  # fmt: skip
-    rows = pairs.anchors.rows
-    positive, negative = (rows.new_full(rows.shape[:1], -math.inf) for _ in range(2))
-    for tile in pairs.tiles():
-        _raise_to(positive, negative, tile, tile.i, tile.same, 1)
-        if pairs.symmetric and not tile.diagonal:
-            _raise_to(positive, negative, tile, tile.j, tile.same_back, 0)
-    return torch.empty_like(positive, dtype=torch.bool).index_copy(0, pairing.order, positive > negative)
+def _excluded(pairing: Pairing, symmetric: bool) -> Tensor | None:
+    """Which rows are no candidates, bool [N]; None: all are."""
+    log_weights = pairing.log_weights if symmetric else pairing.candidate_log_weights
+    return None if log_weights is None else log_weights == -math.inf
+
+
+class _Nearest:
+    """The largest similarity of each anchor to its positives and to its negatives, [M]."""
+
+    def __init__(self, x: Tensor) -> None:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        self.positive, self.negative = (x.new_full(x.shape[:1], -math.inf, dtype=dtype) for _ in range(2))
+
+    @property
+    def is_positive(self) -> Tensor:
+        return self.positive > self.negative
+
+    def add(self, block: Block) -> None:
+        """Adds the candidates of a block."""
+        rows: Any = block.rows
+        pairs = Pairs(*rows, mask=block.mask_arguments.get("mask"))
+        order = pairs.anchors.order
+        excluded = _excluded(block.pairing, pairs.symmetric)
+        if excluded is not None:
+            excluded = excluded.index_select(0, pairs.candidates.order)
+        positive, negative = (torch.full_like(self.positive, -math.inf) for _ in range(2))
+        for tile in pairs.tiles(only_positives=not block.negatives):
+            sides = [(tile.i, tile.j, tile.same, 1)]
+            if pairs.symmetric and not tile.diagonal:
+                sides.append((tile.j, tile.i, tile.same_back, 0))
+            for at, columns, same, dim in sides:
+                _raise_to(positive, tile, at, same, None, dim)
+                if block.negatives:
+                    out = None if excluded is None else excluded[slice(*columns)].unsqueeze(1 - dim)
+                    _raise_to(negative, tile, at, negated(same), out, dim)
+        # The values are in label order.
+        self.positive = torch.maximum(
+            self.positive, torch.empty_like(positive).index_copy(0, order, positive)
+        )
+        self.negative = torch.maximum(
+            self.negative, torch.empty_like(negative).index_copy(0, order, negative)
+        )
+
+    def add_negatives(self, similarity: Tensor) -> None:
+        """Adds negatives of each anchor [M, K]."""
+        if similarity.shape[1]:
+            self.negative = torch.maximum(self.negative, similarity.amax(1).to(self.negative.dtype))
 
 
 def _raise_to(
-    positive: Tensor, negative: Tensor, tile: Tile, at: Slice, same: Tensor | bool, dim: int
+    largest: Tensor, tile: Tile, at: Slice, relation: Tensor | bool, excluded: Tensor | None, dim: int
 ) -> None:
-    """Raises the largest similarities of the rows ``at`` to those of a tile."""
-    for largest, relation in ((positive, same), (negative, negated(same))):
-        keep = and_not(relation, tile.left_out)
-        if keep is False:
-            continue
-        s = tile.similarity if isinstance(keep, bool) else tile.similarity.masked_fill(~keep, -math.inf)
-        part = largest[slice(*at)]
-        torch.maximum(part, s.amax(dim), out=part)
+    """Raises the largest similarities of the rows ``at`` to those of a tile whose relation is true."""
+    keep = and_not(and_not(relation, tile.left_out), excluded)
+    if keep is False:
+        return
+    s = tile.similarity if isinstance(keep, bool) else tile.similarity.masked_fill(~keep, -math.inf)
+    part = largest[slice(*at)]
+    torch.maximum(part, s.amax(dim), out=part)
 
 
-def _similarity_sums(
-    x: Tensor, candidates: Tensor | None, pairing: Pairing, mask: PositiveMask | None
-) -> tuple[Tensor, Tensor]:
-    """Sums of x_i . c_j over P_i and over N_i, [M] in the dtype of the statistics.
+def _similarity_sums(block: Block) -> tuple[Tensor, Tensor]:
+    """Sums of x_i . c_j over P_i and over the other candidates, [M] in the dtype of the statistics.
 
     The sum over a set is x_i . (sum of its rows). It must not contain the anchor itself.
     """
+    x, _, _, _, candidates, *_ = block.rows
+    pairing, mask = block.pairing, block.mask_arguments.get("mask")
     rows = x if candidates is None else candidates
     own_is_positive: Tensor | None = None
     if mask is None:
@@ -101,25 +142,34 @@ def _similarity_sums(
         first = torch.searchsorted(labels, labels)  # the class of a row: where it starts in label order
         sums = _sums_of_rows(rows.index_select(0, order), first, rows.shape[0] + 1)
         index = torch.searchsorted(labels, pairing.labels)
+        absent = torch.searchsorted(labels, pairing.labels, right=True) == index
+        index = index.masked_fill(absent, rows.shape[0])  # the last sum is 0
     else:
-        samples = _sums_of_rows(rows, mask.columns, mask.mask.shape[1])
-        parts = [mask.mask[a:b].to(samples.dtype) @ samples for a, b in slices(mask.mask.shape[0], _ROWS)]
-        sums, index = torch.cat([*parts, samples[:0]]), mask.rows
+        sums, index = _sums_of_mask(rows, mask), mask.rows
         if candidates is None:
             own_is_positive = mask.mask[mask.rows, mask.columns]
         elif pairing.self_index is not None:
             own_is_positive = mask.mask[mask.rows, mask.columns[pairing.self_index]]
-    total = _sums_of_rows(rows, torch.zeros(rows.shape[0], dtype=torch.int64, device=x.device), 1)[0]
-    positive, every, own = (total.new_zeros(x.shape[0]) for _ in range(3))
+    excluded = _excluded(pairing, candidates is None)
+    every = torch.zeros(rows.shape[0], dtype=torch.int64, device=x.device)
+    total = _sums_of_rows(rows, every if excluded is None else excluded.to(torch.int64), 2)[0]
+    positive, both, own = (total.new_zeros(x.shape[0]) for _ in range(3))
     for a, b in slices(x.shape[0], _ROWS):
         anchors = x[a:b].to(total.dtype)
         positive[a:b] = (anchors * sums.index_select(0, index[a:b])).sum(1)
-        every[a:b] = anchors @ total
+        both[a:b] = anchors @ total
         own[a:b] = anchors.square().sum(1)
     if candidates is not None and pairing.self_index is None:
-        return positive, every - positive
+        return positive, both - positive
     positive -= own if own_is_positive is None else torch.where(own_is_positive, own, 0.0)
-    return positive, every - own - positive
+    return positive, both - own - positive
+
+
+def _sums_of_mask(rows: Tensor, mask: PositiveMask) -> Tensor:
+    """Sums of the positives of each sample under a mask, [S, D]."""
+    samples = _sums_of_rows(rows, mask.columns, mask.mask.shape[1])
+    parts = [mask.mask[a:b].to(samples.dtype) @ samples for a, b in slices(mask.mask.shape[0], _ROWS)]
+    return torch.cat([*parts, samples[:0]])
 
 
 def _sums_of_rows(rows: Tensor, index: Tensor, count: int) -> Tensor:
