@@ -134,7 +134,7 @@ def compute(
     if global_batch is not None:
         from pysupcon.pairs.gathered import gathered_losses  # imports torch._dynamo, which takes seconds
 
-        candidates = global_batch.count.shape[0] - 1
+        candidates = global_batch.candidate_count
 
         def per_anchor(s: RowStatistics, count: Tensor, instances: Tensor | None) -> tuple[Tensor, Tensor]:
             counts = Counts(count, instances, candidates)
@@ -143,7 +143,7 @@ def compute(
 
         value, _, anchors = gathered_losses(problem, per_anchor, loss.statistics(**own))
         divisor = get_divisor(anchors, reduction, loss.requirement)
-        mean_of = len(global_batch.communicator.samples) if reduction == "mean" else 1
+        mean_of = global_batch.processes if reduction == "mean" else 1
     else:
         counts = Counts(problem.count, problem.instance_count, problem.candidate_count, mask is None)
         valid, weights = loss.valid(counts), problem.anchor_weights

@@ -16,14 +16,20 @@ Inputs of each process: features, and labels or instances, of its own samples. T
 differ between processes and may be 0. A class must have the same label on all processes. If ``instances``
 are given, rows with the same id on two processes are views of one sample.
 
+With ``candidates`` (two towers) the anchors of each process are contrasted with the candidates of all
+processes, whose number may differ, too. Both sides get complete gradients. Without labels and instances,
+candidate k of a process matches its sample k, so each process needs as many candidates as samples. With
+``contrast_mode="one"`` the candidates are all rows. A ``mask`` is refused.
+
 Everything else must be the same: the loss and its parameters, ``reduction``, ``normalize``, ``gather``, which
-arguments are given, whether gradients are wanted, number of views, D and dtype. One message from each process
-compares them before any rows are sent (:mod:`pysupcon.pairs.agreement`). If a value differs, or if a process
-refuses its arguments, all processes raise an error that names the value and the ranks. On a CPU all processes
-also refuse rows of one process that are not finite or too large. Numbers count as the same if they differ by
-at most 1e-6 of the larger one, because each process may compute a schedule. A learnable temperature that
-differs by more than 1e-4 causes a warning, once, and no error. A temperature or ``base_temperature`` on a GPU
-is compared only if the process group has no CPU backend; otherwise the host would have to wait for the GPU.
+arguments are given, which of features and candidates need gradients, numbers of views, D and dtype. One
+message from each process compares them before any rows are sent (:mod:`pysupcon.pairs.agreement`). If a value
+differs, or if a process refuses its arguments, all processes raise an error that names the value and the
+ranks. On a CPU all processes also refuse rows of one process that are not finite or too large. Numbers count
+as the same if they differ by at most 1e-6 of the larger one, because each process may compute a schedule. A
+learnable temperature that differs by more than 1e-4 causes a warning, once, and no error. A temperature or
+``base_temperature`` on a GPU is compared only if the process group has no CPU backend; otherwise the host
+would have to wait for the GPU.
 
 Results of each process, for W processes and K anchors in total that have a loss:
     reduction="mean"  W / K times the sum over its own anchors. The mean over the processes is the loss of one
@@ -31,20 +37,23 @@ Results of each process, for W processes and K anchors in total that have a loss
                       each parameter's gradient is that of one process, also for batches of unequal size.
     "sum"             the sum over its own anchors. The sum over the processes is that of one process.
     "none"            the losses of its own anchors, equal to those of one process.
-The gradient of the features is that of the sum of the results of all processes, not only of the own result,
-because the anchors of other processes depend on the own rows, too. With "mean" it is W times the gradient of
-one process, before the average over processes; with "sum" it is equal to it, so the average of
-DistributedDataParallel must be multiplied by W. The gradient of a learnable temperature is partial: its
-average (with "sum": its sum) over the processes is complete. DistributedDataParallel averages it; without it,
-all-reduce the gradient.
+The gradient of the features, and of the candidates, is that of the sum of the results of all processes, not
+only of the own result, because the losses of other processes depend on the own rows, too. With "mean" it is W
+times the gradient of one process, before the average over processes; with "sum" it is equal to it, so the
+average of DistributedDataParallel must be multiplied by W. The gradient of a learnable temperature is
+partial: its average (with "sum": its sum) over the processes is complete. DistributedDataParallel averages
+it; without it, all-reduce the gradient.
 
 Bytes received per process and step, with N rows of D elements of e bytes in total, M of them its own (a ring
 sends as many):
     rows            (N - M) D e; for a ring once more in the backward, and for SINCERE twice each way
-    labels          8 per sample of another process; the same for given instances
-    backward        at most 16 per row (32 for float64 rows; see :mod:`pysupcon.pairs.gathered`)
-    arguments       one message of 184 from each process
-Gradients of rows are not communicated. Batches of unequal size are padded to the largest, except for a ring.
+    labels          8 per sample of another process; the same for given instances, on both sides
+    backward        at most 32 per anchor (:mod:`pysupcon.pairs.gathered`)
+    arguments       one message of 216 from each process
+With candidates, N, M and D are those of the candidates in the first line. If they need a gradient, or with
+``contrast_mode="one"``, the backward also receives the anchors of other processes (D e per row); if not, its
+scalars are not sent. Gradients of rows are not communicated. Batches of unequal size are padded to the
+largest, except for a ring.
 
 Every process must call the loss with ``gather``, and its backward, equally often. Under ``torch.compile`` the
 loss is a graph break. The host reads the message about the arguments, which blocks on a GPU unless the
@@ -88,13 +97,18 @@ class AllGather:
         self.group = group
 
     @torch.compiler.disable
-    def begin(self, features: Tensor, must_match: dict[str, int]) -> _Communicator | None:
+    def begin(
+        self, features: Tensor, must_match: dict[str, int], candidates: Tensor | None = None
+    ) -> _Communicator | None:
         """Implements :meth:`pysupcon.pairs.global_batch.Gather.begin`."""
         if _world_size(self.group) == 1:
             return None
-        views = features.shape[1] if features.dim() == 3 else 1
-        samples = _exchange_arguments(features, {**must_match, "gather": Code.of(self._mode)}, self.group)
-        return self._communicator(samples, views)
+        must_match = {**must_match, "gather": Code.of(self._mode)}
+        samples, of_candidates = _exchange_arguments(features, must_match, self.group, candidates)
+        communicator = self._communicator(samples, _views(features))
+        if candidates is not None:
+            communicator.candidates = self._communicator(of_candidates, _views(candidates))
+        return communicator
 
     def _communicator(self, samples: tuple[int, ...], views: int) -> _Communicator:
         return _AllGatherCommunicator(samples, views, self.group)
@@ -125,9 +139,13 @@ class _Communicator(ABC):
         self.rows = tuple(count * views for count in samples)
         self.group = group
         self.rank = dist.get_rank(group)
+        self.candidates: _Communicator | None = None
         self.bounds = [0]
         for count in samples:
             self.bounds.append(self.bounds[-1] + count)
+
+    def with_views(self, views: int) -> _Communicator:
+        return type(self)(self.samples, views, self.group)
 
     def ids(self, own: Tensor) -> Tensor:
         return _all_gather(own, self.samples, self.group)
@@ -216,10 +234,14 @@ def _all_gather(own: Tensor, counts: tuple[int, ...], group: ProcessGroup | None
     return torch.cat([rows[:count] for rows, count in zip(gathered, counts, strict=True)])
 
 
+def _views(features: Tensor) -> int:
+    return features.shape[1] if features.dim() == 3 else 1
+
+
 def _exchange_arguments(
-    features: Tensor, must_match: dict[str, int], group: ProcessGroup | None
-) -> tuple[int, ...]:
-    """Compares the arguments of all processes, and returns the number of samples of each.
+    features: Tensor, must_match: dict[str, int], group: ProcessGroup | None, candidates: Tensor | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Compares the arguments of all processes, and returns the numbers of samples and of candidates of each.
 
     It all-gathers a few integers, in CPU memory if the group has a CPU backend, because reading them from a
     GPU would block the host. A temperature on a GPU is compared only if the message is on the GPU, too.
@@ -231,28 +253,33 @@ def _exchange_arguments(
     codes = {
         **must_match,
         "number of dimensions of features": Code(features.dim()),
-        "number of views of features": Code(features.shape[1] if features.dim() == 3 else 1),
+        "number of views of features": Code(_views(features)),
+        "number of views of candidates": Code(0 if candidates is None else _views(candidates)),
         "width D of features": Code(features.shape[-1]),
         "dtype of features": Code.of(features.dtype),
     }
     backends = dist.get_backend_config(group)
     device = torch.device("cpu") if "cpu:" in backends else features.device
-    norm = Code.of(largest_norm(features))
-    own = torch.tensor([features.shape[0], norm, *codes.values()], device=device)
-    for column, code in enumerate(codes.values(), start=2):
+    counts: list[int] = []
+    for rows in (features, candidates):
+        counts += (0, Code.of(0.0)) if rows is None else (rows.shape[0], Code.of(largest_norm(rows)))
+    first = len(counts)
+    own = torch.tensor([*counts, *codes.values()], device=device)
+    for column, code in enumerate(codes.values(), start=first):
         if isinstance(code, Code) and code.tensor is not None and device.type == code.tensor.device.type:
             own[column] = code.tensor.double().view(torch.int64)
     world = _world_size(group)
     gathered = _all_gather(own.unsqueeze(0), (1,) * world, group).tolist()
     ranks = range(world) if group is None else dist.get_process_group_ranks(group)
-    if any(row[2:] != gathered[0][2:] for row in gathered):
-        _compare(codes, [row[2:] for row in gathered], ranks)
-    norms = [norm.decode(row[1]) for row in gathered]
+    if any(row[first:] != gathered[0][first:] for row in gathered):
+        _compare(codes, [row[first:] for row in gathered], ranks)
+    norms, candidate_norms = ([Code.of(0.0).decode(row[column]) for row in gathered] for column in (1, 3))
     temperature = codes.get("temperature")
     if isinstance(temperature, Code):
-        column = 2 + list(codes).index("temperature")
-        check_norms(norms, [temperature.decode(row[column]) for row in gathered], ranks)
-    return tuple(row[0] for row in gathered)
+        column = first + list(codes).index("temperature")
+        temperatures = [temperature.decode(row[column]) for row in gathered]
+        check_norms(norms, None if candidates is None else candidate_norms, temperatures, ranks)
+    return tuple(row[0] for row in gathered), tuple(row[2] for row in gathered)
 
 
 def _compare(codes: dict[str, int], gathered: list[list[int]], ranks: Sequence[int]) -> None:

@@ -337,29 +337,68 @@ class DCLLoss(ContrastiveLoss):
 
 @expand_signature
 def info_nce(
-    features: Tensor, *, temperature: float | Tensor = 0.07, **options: Unpack[SelfSupervisedOptions]
+    features: Tensor,
+    *,
+    temperature: float | Tensor = 0.07,
+    symmetric: bool = False,
+    **options: Unpack[SelfSupervisedOptions],
 ) -> Tensor:
     """InfoNCE / NT-Xent (van den Oord et al. 2018, arXiv 1807.03748; Chen et al. 2020, arXiv 2002.05709).
 
     The positives of a row are the other rows of its sample. With V > 2 views the loss is their mean, as in
-    :func:`supcon` without labels. Arguments: module docstring of :mod:`pysupcon.functional`.
+    :func:`supcon` without labels. ``symmetric=True`` gives the loss of CLIP (Radford et al. 2021, arXiv
+    2103.00020): the mean of the loss of ``features`` against ``candidates`` and of the loss of ``candidates``
+    against ``features``. It needs ``candidates`` and ``reduction`` "mean" or "sum".
+    Arguments: module docstring of :mod:`pysupcon.functional`.
+
+    >>> images, texts = torch.eye(3), torch.eye(3)[[1, 1, 2]]
+    >>> info_nce(images, candidates=texts, temperature=1.0, symmetric=True)
+    tensor(0.8611)
     """
-    return compute(InfoNCELoss, features, None, None, options, temperature)
+    check_choice("symmetric", symmetric, (False, True))
+    further = {"symmetric": symmetric}
+    loss = compute(InfoNCELoss, features, None, None, options, temperature, further=further)
+    if not symmetric:
+        return loss
+    # These checks follow the first direction, in which all processes of a gathered loss compare arguments.
+    candidates = options.get("candidates")
+    if candidates is None:
+        raise ValueError("symmetric=True contrasts features and candidates with each other: give candidates")
+    if options.get("reduction") == "none":
+        raise ValueError('symmetric=True needs reduction="mean" or "sum", got \'none\'')
+    swapped = {
+        **options,
+        "candidates": features,
+        "instances": options.get("candidate_instances"),
+        "candidate_instances": options.get("instances"),
+    }
+    other = compute(InfoNCELoss, candidates, None, None, swapped, temperature, further=further)
+    return (loss + other) / 2
 
 
 class InfoNCELoss(ContrastiveLoss):
-    """InfoNCE / NT-Xent (Chen et al. 2020); see :func:`pysupcon.functional.info_nce`.
+    """InfoNCE / NT-Xent (Chen et al. 2020), with ``symmetric`` the loss of CLIP; see
+    :func:`pysupcon.functional.info_nce`.
 
     ``labels``, ``mask`` and ``candidate_labels`` must be None. They are in the signature so that one loss can
     replace another.
     """
 
     function = staticmethod(info_nce)
+    own_parameters = ("symmetric",)
     trainer_defaults: ClassVar = {"infonce": {}}
     self_supervised = fused_reduction = True
     statistics = staticmethod(SupConLoss.statistics)
     per_anchor = staticmethod(SupConLoss.per_anchor)
     dense = staticmethod(SupConLoss.dense)
+
+    @expand_signature
+    def __init__(
+        self, temperature: float = 0.07, *, symmetric: bool = False, **options: Unpack[ModuleOptions]
+    ) -> None:
+        super().__init__(temperature, **options)
+        check_choice("symmetric", symmetric, (False, True))
+        self.symmetric = symmetric
 
 
 LossName = Literal["supcon", "sincere", "eps_supinfonce", "cnce", "spread", "dcl", "infonce"]

@@ -184,26 +184,38 @@ def largest_norm(features: Tensor) -> float:
     return sys.float_info.max if rows.isfinite().all() else math.inf
 
 
-def check_norms(norms: Sequence[float], temperatures: Sequence[float], ranks: Sequence[int]) -> None:
+def check_norms(
+    norms: Sequence[float],
+    candidate_norms: Sequence[float] | None,
+    temperatures: Sequence[float],
+    ranks: Sequence[int],
+) -> None:
     """Refuses rows on every process that the kernels of some processes would refuse.
 
     Args:
-        norms: :func:`largest_norm` of each process.
+        norms: :func:`largest_norm` of the features of each process.
+        candidate_norms: of the candidates; None: the features are the candidates.
         temperatures: temperature of each process.
         ranks: rank of each process.
 
     Raises:
-        ValueError: features are not finite, or too large for their similarities.
+        ValueError: features or candidates are not finite, or too large for their similarities.
     """
-    bad = [rank for rank, norm in zip(ranks, norms, strict=True) if norm == math.inf]
-    if bad:
-        raise ValueError(f"features must be finite, got NaN or infinity on {_show_ranks(bad)}")
-    largest, temperature = max(norms), min(temperatures)
-    if largest * (largest / temperature) > _LARGEST_SIMILARITY:
-        ranks = [rank for rank, norm in zip(ranks, norms, strict=True) if norm == largest]
+    sides = {"features": norms} | ({} if candidate_norms is None else {"candidates": candidate_norms})
+    for name, values in sides.items():
+        bad = [rank for rank, norm in zip(ranks, values, strict=True) if norm == math.inf]
+        if bad:
+            raise ValueError(f"{name} must be finite, got NaN or infinity on {_show_ranks(bad)}")
+    name, values = list(sides.items())[-1]
+    if max(norms) * (max(values) / min(temperatures)) > _LARGEST_SIMILARITY:
+        largest = {
+            side: _show_ranks([rank for rank, norm in zip(ranks, found, strict=True) if norm == max(found)])
+            for side, found in sides.items()
+        }
+        where = " and ".join(f"{side} on {shown}" for side, shown in largest.items())
         raise ValueError(
-            "features must be small enough for their similarities; the largest |features| |features| / "
-            f"temperature is beyond 7e14 (on {_show_ranks(ranks)})"
+            f"features must be small enough for their similarities; the largest |features| |{name}| / "
+            f"temperature is beyond 7e14 ({where if candidate_norms else 'on ' + largest['features']})"
         )
 
 
@@ -255,12 +267,15 @@ class SharedArguments:
             **dict(own[:_PARAMETERS]),
         }
 
-    def begin(self, features: Tensor, temperature: float | Tensor) -> Communicator | None:
+    def begin(
+        self, features: Tensor, temperature: float | Tensor, candidates: Tensor | None = None
+    ) -> Communicator | None:
         """Sends the values after this process has checked its arguments.
 
         Args:
             features: [B, V, D] or [B, D].
             temperature: number or tensor of one element.
+            candidates: [Bc, Vc, D] or [Bc, D]; None if not given.
 
         Returns:
             None if there is no other process.
@@ -270,10 +285,13 @@ class SharedArguments:
         """
         enabled, given = torch.is_grad_enabled(), isinstance(temperature, Tensor)
         learnable = isinstance(temperature, Tensor) and temperature.requires_grad
-        gradient = enabled and (features.requires_grad or learnable)
+        rows = features if candidates is None and self._first["contrast_mode"] == "one" else candidates
+        of_candidates = enabled and rows is not None and rows.requires_grad
+        gradient = of_candidates or (enabled and (features.requires_grad or learnable))
         learnable = learnable or (given and not enabled)  # in an evaluation a tensor may be learnable
         rest = {**self._rest, "normalize": bool(self._rest["normalize"])}
-        return self._send(features, True, rest, gradient, Code.of(temperature, learnable=learnable))
+        code = Code.of(temperature, learnable=learnable)
+        return self._send(features, True, rest, (gradient, of_candidates), code, candidates)
 
     def refuse(self) -> None:
         """Tells the other processes, which wait for a message, that this process refuses its arguments.
@@ -284,18 +302,23 @@ class SharedArguments:
             device = self.features.device if isinstance(self.features, Tensor) else None
             with suppress(Exception):  # this process raises its own error
                 rest = dict.fromkeys(self._rest, False)
-                self._send(torch.empty((0, 1), device=device), False, rest, False, Code.of(1.0))
+                self._send(torch.empty((0, 1), device=device), False, rest, (False, False), Code.of(1.0))
 
     def _send(
-        self, features: Tensor, valid: bool, rest: dict[str, Any], gradient: bool, temperature: Code
-    ) -> Communicator | None:
+        self, features: Tensor, valid: bool, rest: dict[str, Any], gradients: tuple[bool, bool],
+        temperature: Code, candidates: Tensor | None = None,
+    ) -> Communicator | None:  # fmt: skip
         self.sent = True
         values = {
             **self._first,
             _VALID: valid,
             **rest,
-            "whether a gradient is wanted": gradient,
+            "whether a gradient is wanted": gradients[0],
+            "whether a gradient of candidates is wanted": gradients[1],
             "whether temperature is learnable": temperature.learnable,
         }
         codes: dict[str, int] = {name: Code.of(value) for name, value in values.items()}
-        return self.gather.begin(features, {**codes, "temperature": temperature})
+        codes["temperature"] = temperature
+        if candidates is None:
+            return self.gather.begin(features, codes)
+        return self.gather.begin(features, codes, candidates)

@@ -2,9 +2,13 @@
 
 The anchors are the rows of this process. The candidates come in blocks: one block with all rows, or one block
 per process, passed around a ring. The statistics of the blocks are merged. In the backward each process
-receives a few scalars of every other anchor and computes with them the complete gradient of its own rows,
-sum_j (G_ij + G_ji) x_j, so no gradient of a row is communicated. This module knows no process group; it uses
-the :class:`pysupcon.pairs.global_batch.Communicator` of the problem.
+receives a few scalars of every other anchor and computes with them the complete gradient of its own rows, so
+no gradient of a row is communicated. With G_ij = dL/ds_ij:
+    no candidates   dL/dx_i = scale sum_j (G_ij + G_ji) x_j, over blocks of rows
+    candidates      dL/dx_i = scale sum_j G_ij c_j, over blocks of candidates; then
+                    dL/dc_j = scale sum_i G_ij x_i, over blocks of anchors, if the candidates need a gradient
+With ``contrast_mode="one"`` the anchors are the first views, and the candidates are all rows. This module
+knows no process group; it uses the :class:`pysupcon.pairs.global_batch.Communicator` of the problem.
 
 Communicated per anchor in the backward: the upstream gradient g of its loss, and those of n, p and dL/dn that
 the loss needs. Each process differentiates the O(N) step from statistics to losses again for all anchors.
@@ -18,8 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +30,7 @@ from torch import Tensor
 from pysupcon.pairs.agreement import SharedArguments
 from pysupcon.pairs.autograd import RefuseSecond
 from pysupcon.pairs.checks import check_gather
-from pysupcon.pairs.global_batch import Block, GlobalBatch
+from pysupcon.pairs.global_batch import Block, GlobalBatch, Samples
 from pysupcon.pairs.ops import zero_gradients
 from pysupcon.pairs.pairing import repeat_per_view, sort_rows
 from pysupcon.pairs.problem import Problem, prepare
@@ -49,35 +52,67 @@ class _BlockPairing:
 
     def __init__(self, batch: GlobalBatch) -> None:
         self.batch = batch
-        self._sides: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor | None]] = {}
+        self._sides: dict[tuple[bool, int, int], tuple[Tensor, Tensor, Tensor | None]] = {}
 
-    def _side(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _side(self, samples: Samples, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Labels, order and instances of the rows of samples ``start`` to ``stop``."""
-        if (start, stop) not in self._sides:
-            ids, views = self.batch.ids[start:stop], self.batch.views
-            instances = self.batch.instances
+        key = samples is self.batch.candidates, start, stop
+        if key not in self._sides:
+            ids, views, instances = samples.ids[start:stop], samples.views, samples.instances
             if instances is not None:
                 instances = instances[start:stop]  # ascending with the ids
             order = sort_rows(ids if instances is None else instances, views)[1]
             rows = None if instances is None else repeat_per_view(instances, views)
-            self._sides[start, stop] = repeat_per_view(ids, views), order, rows
-        return self._sides[start, stop]
+            self._sides[key] = repeat_per_view(ids, views), order, rows
+        return self._sides[key]
 
-    def operands(self, rows: Tensor, scale: Tensor, block: Block) -> tuple[tuple[Any, ...], tuple[Any, Any]]:
-        """Returns the first eight arguments of the operators, for the own rows against a block, and the
-        instances of both sides."""
-        start, stop = self.batch.own_samples
-        *own, instances = self._side(start, stop)
+    def _self_index(self, own: Samples, other: Samples, count: int, block: Block, device: Any) -> Tensor:
+        """Returns the row of a block that is the same row as each of the ``count`` own rows, or -1."""
+        index = torch.full((count,), -1, dtype=torch.int64, device=device)
+        start, stop = own.own
+        if block.start <= start and stop <= block.stop and (own is other or self.batch.first_views):
+            first = start - block.start
+            if own is other:
+                torch.arange(first * own.views, first * own.views + count, out=index)
+            else:  # view 0 of each sample is on both sides
+                step = other.views
+                index[:: own.views] = torch.arange(
+                    first * step, (first + stop - start) * step, step, device=device
+                )
+        return index
+
+    def operands(
+        self, own: Samples, other: Samples, rows: Tensor, scale: Tensor, block: Block
+    ) -> tuple[tuple[Any, ...], tuple[Any, Any]]:
+        """Returns the first eight arguments of the operators, for the own rows of one side against a block of
+        the same or the other side, and the instances of both."""
+        *own_side, instances = self._side(own, *own.own)
         if block.rows is None:
-            return (rows, *own, scale, None, None, None, None), (instances, None)
-        count = rows.shape[0]
-        if block.start <= start and stop <= block.stop:
-            first = (start - block.start) * self.batch.views
-            self_index = torch.arange(first, first + count, device=rows.device)
-        else:
-            self_index = torch.full((count,), -1, dtype=torch.int64, device=rows.device)
-        *block_side, block_instances = self._side(block.start, block.stop)
-        return (rows, *own, scale, block.rows, *block_side, self_index), (instances, block_instances)
+            return (rows, *own_side, scale, None, None, None, None), (instances, None)
+        *block_side, block_instances = self._side(other, block.start, block.stop)
+        self_index = self._self_index(own, other, rows.shape[0], block, rows.device)
+        return (rows, *own_side, scale, block.rows, *block_side, self_index), (instances, block_instances)
+
+
+class _Anchors(NamedTuple):
+    """Statistics of anchors and their upstream gradients, [M] each."""
+
+    n: Tensor
+    p: Tensor
+    grads: RowStatistics
+    """dL/dstatistics"""
+
+    def of(self, block: Block, views: int) -> _Anchors:
+        """Selects the rows of a block."""
+        start, stop = block.start * views, block.stop * views
+        grads = RowStatistics(*(column[start:stop] for column in self.grads))
+        return _Anchors(self.n[start:stop], self.p[start:stop], grads)
+
+    @classmethod
+    def without_loss(cls, scale: Tensor, count: int) -> _Anchors:
+        """Returns ``count`` rows that are no anchors: nothing depends on their statistics."""
+        empty, zeros = scale.new_full((count,), -math.inf), scale.new_zeros((count,))
+        return cls(empty, empty, RowStatistics(*[zeros] * 5))
 
 
 class _GatheredPlan:
@@ -103,127 +138,189 @@ class _GatheredPlan:
         self.batch, self.loss = batch, loss
         self.negatives, self.positives, self.epsilon = negatives, positives, epsilon
         self.pairing = _BlockPairing(batch)
-
-    @property
-    def tensors(self) -> tuple[Any, ...]:
-        """Tensors for ``save_for_backward`` besides rows and statistics."""
-        batch = self.batch
-        return batch.ids, batch.count, batch.instances, batch.instance_count
+        self.with_instances = batch.anchors.instances is not None
+        self.others = batch.anchors if batch.candidates is None else batch.candidates
 
     def with_tensors(self, tensors: Sequence[Any]) -> _GatheredPlan:
-        """Returns the plan with other :attr:`tensors`, in the same order."""
-        ids, count, instances, instance_count = tensors
-        batch = replace(self.batch, ids=ids, count=count, instances=instances, instance_count=instance_count)
+        """Returns the plan with other tensors of its batch, in the same order."""
+        batch = self.batch.with_tensors(tensors)
         return _GatheredPlan(self.backend, batch, self.loss, self.negatives, self.positives, self.epsilon)
 
-    def blocks(self, rows: Tensor, kept: Tensor | None) -> Iterator[Block]:
-        """Yields the blocks that hold rows. Closing passes on all remaining blocks, also after an error,
-        because the other processes wait for them."""
-        with closing(self.batch.communicator.blocks(rows, kept)) as blocks:
+    def blocks(self, side: Samples, rows: Tensor, kept: Tensor | None, wanted: bool) -> Iterator[Block]:
+        """Yields the blocks of one side that hold rows, if they are ``wanted``. Closing passes on all
+        remaining blocks, also after an error, because the other processes wait for them."""
+        separate = self.batch.candidates is not None
+        with closing(side.communicator.blocks(rows, kept)) as blocks:
             for block in blocks:
-                if rows.shape[0] and block.stop > block.start:
-                    yield block
+                if wanted and block.stop > block.start:
+                    yield block._replace(rows=rows) if separate and block.rows is None else block
 
-    def statistics(self, rows: Tensor, scale: Tensor, kept: Tensor | None) -> RowStatistics:
-        """Computes the statistics of the own anchors; those not requested are -inf (n, p) or 0."""
-        n = p = scale.new_full((rows.shape[0],), -math.inf)
+    def statistics(self, x: Tensor, others: Tensor, scale: Tensor, kept: Tensor | None) -> RowStatistics:
+        """Computes the statistics of the own anchors; those not requested are -inf (n, p) or 0.
+
+        Args:
+            x: own anchors.
+            others: own candidates; ``x`` if the anchors are the candidates.
+            scale: 1 / temperature.
+            kept: what the communicator of the candidates keeps.
+        """
+        anchors, wanted = self.batch.anchors, x.shape[0] > 0
+        n = p = scale.new_full((x.shape[0],), -math.inf)
         positive_sum, instance_sum, softplus = (torch.zeros_like(n) for _ in range(3))
-        for block in self.blocks(rows, kept):
-            operands, instances = self.pairing.operands(rows, scale, block)
+        for block in self.blocks(self.others, others, kept, wanted):
+            operands, instances = self.pairing.operands(anchors, self.others, x, scale, block)
             part = self.operators.pair_stats(
                 *operands, *instances, *_NO_WEIGHTS, self.negatives, self.positives
             )
             n, p = torch.logaddexp(n, part[0]), torch.logaddexp(p, part[1])  # -inf if both are -inf
             positive_sum, instance_sum = positive_sum + part[2], instance_sum + part[3]
         if self.epsilon is not None:
-            for block in self.blocks(rows, kept):
-                operands, _ = self.pairing.operands(rows, scale, block)
+            for block in self.blocks(self.others, others, kept, wanted):
+                operands, _ = self.pairing.operands(anchors, self.others, x, scale, block)
                 softplus += self.operators.positive_softplus(*operands, *_NO_WEIGHTS, n, self.epsilon)
         statistics = RowStatistics(n, p, positive_sum, instance_sum, softplus)
-        return statistics if self.batch.instances is not None else statistics.without_instances()
+        return statistics if self.with_instances else statistics.without_instances()
 
-    def upstream(
-        self, n: Tensor, p: Tensor, grads: tuple[Tensor, ...], dtype: torch.dtype
-    ) -> tuple[RowStatistics, RowStatistics, Tensor, Tensor]:
-        """Exchanges the scalars of the anchors.
+    def upstream(self, n: Tensor, p: Tensor, grads: tuple[Tensor, ...]) -> _Anchors:
+        """Returns the own anchors.
 
         Args:
             n: of the own anchors, like ``p``.
-            grads: dL/dlosses, or dL/dstatistics if the plan has no loss, of the own anchors.
-            dtype: of the communicated scalars.
+            grads: dL/dlosses, or dL/dstatistics if the plan has no loss.
+        """
+        if self.loss is None:
+            own = RowStatistics(*grads)
+        else:
+            own = _differentiate(self.loss, n, p, grads[0], *self.batch.own_counts)
+        return _Anchors(n, p, own if self.with_instances else own.with_one_sum())
 
-        Returns:
-            dL/dstatistics of the own anchors and of all anchors; n and p of all anchors.
+    def exchange(self, own: _Anchors, grads: tuple[Tensor, ...], dtype: torch.dtype) -> _Anchors:
+        """Exchanges the scalars of the anchors, and returns the anchors of all processes.
+
+        Args:
+            own: own anchors.
+            grads: as in :meth:`upstream`.
+            dtype: of the communicated scalars.
         """
         batch = self.batch
-
-        def merge_sums(grads: RowStatistics) -> RowStatistics:
-            return grads if batch.instances is not None else grads.with_one_sum()
-
-        sent = {"n": n} if self.negatives else {}
-        sent |= {"p": p} if self.positives else {}
+        sent = {"n": own.n} if self.negatives else {}
+        sent |= {"p": own.p} if self.positives else {}
         if self.loss is None:
-            own = merge_sums(RowStatistics(*grads))
-            sent |= {"grad_n": own.n, "grad_p": own.p, "grad_positive_sum": own.positive_sum}
+            named = own.grads
+            sent |= {"grad_n": named.n, "grad_p": named.p, "grad_positive_sum": named.positive_sum}
         else:
-            own = merge_sums(_differentiate(self.loss, n, p, grads[0], *batch.own_counts))
             sent["g"] = grads[0]
         columns = torch.stack([column.to(dtype) for column in sent.values()])
-        received = dict(zip(sent, batch.communicator.exchange(columns), strict=True))
+        received = dict(zip(sent, batch.anchors.communicator.exchange(columns), strict=True))
         zeros = columns.new_zeros(batch.count.shape)
         empty = torch.full_like(zeros, -math.inf)
-        all_n, all_p = received.get("n", empty), received.get("p", empty)
+        n, p = received.get("n", empty), received.get("p", empty)
         if self.loss is None:
-            all_grads = RowStatistics(*(received.get("grad_" + name, zeros) for name in own._fields))
+            found = RowStatistics(*(received.get("grad_" + name, zeros) for name in named._fields))
         else:
-            counts = batch.count, batch.instance_count
-            all_grads = merge_sums(_differentiate(self.loss, all_n, all_p, received["g"], *counts))
-        return own, all_grads, all_n, all_p
+            found = _differentiate(self.loss, n, p, received["g"], batch.count, batch.instance_count)
+            found = found if self.with_instances else found.with_one_sum()
+        return _Anchors(n, p, found)
 
-    def gradient(
+    def softplus_backward(
+        self, operands: tuple[Any, ...], own: _Anchors, others: _Anchors | None, grad: Tensor
+    ) -> Tensor:
+        """Adds the gradient of the softplus sums to ``grad``; returns dL/dn of the own rows.
+
+        Args:
+            operands: own rows and a block.
+            own: own rows as anchors.
+            others: rows of the block as anchors; None: they are not, or they are the own rows.
+            grad: of the own rows.
+        """
+        columns = (None, None) if others is None else (others.n, others.grads.softplus)
+        through: Tensor = self.operators.positive_softplus_backward(
+            *operands, *_NO_WEIGHTS, own.n, self.epsilon, own.grads.softplus, *columns, grad, None
+        )
+        return through
+
+    def stats_backward(
+        self, operands: tuple[Any, ...], instances: tuple[Any, Any], own: _Anchors, others: _Anchors | None,
+        grad: Tensor,
+    ) -> None:  # fmt: skip
+        """Adds the gradient of the other statistics to ``grad``; arguments as in
+        :meth:`softplus_backward`."""
+        with_sums = self.positives and self.with_instances
+
+        def columns(side: _Anchors) -> tuple[Tensor | None, ...]:
+            _, _, positive_sum, instance_sum, _ = side.grads
+            return (
+                side.n, side.p, side.grads.n, side.grads.p, positive_sum, instance_sum if with_sums else None,
+            )  # fmt: skip
+
+        columns_of_others = (None,) * 6 if others is None else columns(others)
+        flags = self.negatives, self.positives
+        self.operators.pair_stats_backward(
+            *operands, *instances, *_NO_WEIGHTS, *columns(own), *columns_of_others, *flags, grad, None
+        )
+
+    def gradients(
         self,
-        rows: Tensor,
+        x: Tensor,
+        candidates: Tensor | None,
         scale: Tensor,
         kept: Tensor | None,
-        n: Tensor,
-        p: Tensor,
+        own: _Anchors,
         grads: tuple[Tensor, ...],
-    ) -> Tensor:
-        """Computes the complete gradient of the own rows [M, D]."""
-        operators, batch = self.operators, self.batch
-        own, all_grads, all_n, all_p = self.upstream(n, p, grads, scale.dtype)
-        # Blocks are added up before the sum is rounded to 16 bits.
-        grad_x = zero_gradients(rows)
+        candidate_gradient: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Computes the complete gradients of the own rows.
 
-        def columns_of(block: Block, *columns: Tensor | None) -> list[Tensor | None]:
-            """Selects a block's rows; None for the own rows, whose columns the operators have already."""
-            if block.rows is None:
-                return [None] * len(columns)
-            start, stop = block.start * batch.views, block.stop * batch.views
-            return [None if column is None else column[start:stop] for column in columns]
+        Args:
+            x: own anchors [M, D].
+            candidates: own candidates [Mc, D]; None: the anchors.
+            scale: 1 / temperature.
+            kept: what the communicator of the candidates keeps.
+            own: own anchors.
+            grads: as in :meth:`upstream`.
+            candidate_gradient: whether the candidates need a gradient, the same on all processes.
 
-        grad_n = own.n
+        Returns:
+            Gradients of ``x`` and of ``candidates``, not rounded to 16 bits yet.
+        """
+        anchors, others = self.batch.anchors, self.others
+        rows = x if candidates is None else candidates
+        symmetric, wanted = candidates is None, x.shape[0] > 0
+        everyone = self.exchange(own, grads, scale.dtype) if symmetric or candidate_gradient else None
+
+        def as_anchors(block: Block) -> _Anchors | None:
+            """The rows of a block of candidates as anchors."""
+            if not symmetric or block.rows is None or everyone is None:
+                return None
+            return everyone.of(block, anchors.views)
+
+        grad_x = zero_gradients(x)
         if self.epsilon is not None:
-            for block in self.blocks(rows, kept):
-                operands, _ = self.pairing.operands(rows, scale, block)
-                columns = columns_of(block, all_n, all_grads.softplus)
-                grad_n = grad_n + operators.positive_softplus_backward(
-                    *operands, *_NO_WEIGHTS, n, self.epsilon, own.softplus, *columns, grad_x, None
-                )
-            # dL/dn is complete only after all blocks.
-            all_grads = all_grads._replace(n=batch.communicator.exchange(grad_n.unsqueeze(0))[0])
-        with_sums = self.positives and batch.instances is not None
-        own_sums = own.positive_sum, own.instance_sum if with_sums else None
-        all_sums = all_grads.positive_sum, all_grads.instance_sum if with_sums else None
-        for block in self.blocks(rows, kept):
-            operands, instances = self.pairing.operands(rows, scale, block)
-            own_columns = n, p, grad_n, own.p, *own_sums
-            columns = columns_of(block, all_n, all_p, all_grads.n, all_grads.p, *all_sums)
-            flags = self.negatives, self.positives
-            operators.pair_stats_backward(
-                *operands, *instances, *_NO_WEIGHTS, *own_columns, *columns, *flags, grad_x, None
-            )
-        return grad_x
+            grad_n = own.grads.n
+            for block in self.blocks(others, rows, kept, wanted):
+                operands, _ = self.pairing.operands(anchors, others, x, scale, block)
+                grad_n = grad_n + self.softplus_backward(operands, own, as_anchors(block), grad_x)
+            own = own._replace(grads=own.grads._replace(n=grad_n))
+            if everyone is not None:  # dL/dn is complete only after all blocks
+                all_n = anchors.communicator.exchange(grad_n.unsqueeze(0))[0]
+                everyone = everyone._replace(grads=everyone.grads._replace(n=all_n))
+        for block in self.blocks(others, rows, kept, wanted):
+            operands, instances = self.pairing.operands(anchors, others, x, scale, block)
+            self.stats_backward(operands, instances, own, as_anchors(block), grad_x)
+        if candidates is None or everyone is None:
+            return grad_x, None
+
+        # The own candidates are no anchors; the rows of the blocks are.
+        grad_candidates = zero_gradients(candidates)
+        no_anchors = _Anchors.without_loss(scale, candidates.shape[0])
+        kept, wanted = anchors.communicator.keep(x), candidates.shape[0] > 0
+        for block in self.blocks(anchors, x, kept, wanted):
+            operands, instances = self.pairing.operands(others, anchors, candidates, scale, block)
+            block_anchors = everyone.of(block, anchors.views)
+            if self.epsilon is not None:
+                self.softplus_backward(operands, no_anchors, block_anchors, grad_candidates)
+            self.stats_backward(operands, instances, no_anchors, block_anchors, grad_candidates)
+        return grad_x, grad_candidates
 
 
 def _differentiate(
@@ -240,38 +337,44 @@ def _differentiate(
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, scale: Tensor, plan: _GatheredPlan) -> Any:
-        kept = plan.batch.communicator.keep(rows)
-        statistics = plan.statistics(rows, scale, kept)
-        ctx.plan = plan.with_tensors((None,) * 4)
-        ctx.save_for_backward(rows, scale, kept, statistics.n, statistics.p, *plan.tensors)
+    def forward(ctx: Any, x: Tensor, candidates: Tensor | None, scale: Tensor, plan: _GatheredPlan) -> Any:
+        others = x if candidates is None else candidates
+        kept = plan.others.communicator.keep(others)
+        statistics = plan.statistics(x, others, scale, kept)
+        tensors = plan.batch.tensors
+        ctx.plan = plan.with_tensors((None,) * len(tensors))
+        ctx.save_for_backward(x, candidates, scale, kept, statistics.n, statistics.p, *tensors)
         if plan.loss is None:
             return tuple(statistics)
         return (plan.loss(statistics, *plan.batch.own_counts)[0],)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        rows, scale, kept, n, p, *tensors = ctx.saved_tensors
-        plan = ctx.plan.with_tensors(tensors)
+        x, candidates, scale, kept, n, p, *tensors = ctx.saved_tensors
+        plan, needs = ctx.plan.with_tensors(tensors), ctx.needs_input_grad
         grad_scale: Tensor | None = None
         result: tuple[Tensor | None, ...]
         with torch.no_grad():
-            grad_x = plan.gradient(rows, scale, kept, n, p, grads)
-            if ctx.needs_input_grad[1]:
-                # sum_i x_i . dL/dx_i = sum_ij (G_ij + G_ji) s_ij over all i: every pair counts twice.
-                grad_scale = row_products(rows, grad_x, scale.dtype) / (2 * scale)
-            result = grad_x.to(rows.dtype) if ctx.needs_input_grad[0] else None, grad_scale
+            own = plan.upstream(n, p, grads)
+            grad_x, grad_candidates = plan.gradients(x, candidates, scale, kept, own, grads, needs[1])
+            if needs[2]:
+                # sum_i x_i . dL/dx_i = sum_ij (G_ij + G_ji) s_ij over all i: without separate candidates
+                # every pair counts twice.
+                twice = 2 if candidates is None else 1
+                grad_scale = row_products(x, grad_x, scale.dtype) / (twice * scale)
+            if grad_candidates is not None:
+                grad_candidates = grad_candidates.to(candidates.dtype)
+            result = grad_x.to(x.dtype) if needs[0] else None, grad_candidates, grad_scale
         if torch.is_grad_enabled():
-            result = tuple(
-                None if grad is None else RefuseSecond.apply(grad, rows, *grads) for grad in result
-            )
+            inputs = [tensor for tensor in (x, candidates, *grads) if tensor is not None]
+            result = tuple(None if grad is None else RefuseSecond.apply(grad, *inputs) for grad in result)
         return *result, None
 
 
 def _apply(problem: Problem, loss: RowLoss | None, requested: dict[str, Any]) -> tuple[Tensor, ...]:
     assert problem.global_batch is not None
     plan = _GatheredPlan(problem.backend, problem.global_batch, loss, **requested)
-    result: tuple[Tensor, ...] = _Gathered.apply(problem.x, problem.scale, plan)
+    result: tuple[Tensor, ...] = _Gathered.apply(problem.x, problem.candidates, problem.scale, plan)
     return result
 
 
@@ -324,7 +427,7 @@ def gathered_losses(
     placeholder = problem.scale.detach().new_zeros(()).expand(batch.count.shape)
     with torch.no_grad():
         _, all_valid = loss(RowStatistics(*[placeholder] * 5), batch.count, batch.instance_count)
-    return losses, all_valid[batch.own_rows], all_valid.sum()
+    return losses, all_valid[batch.anchors.own_rows], all_valid.sum()
 
 
 @torch.compiler.disable

@@ -311,13 +311,16 @@ def prepare(
 
     global_batch = None
     if gather is not None:
-        communicator = gather.begin(features, temperature)
-        if candidates is not None or mask is not None or contrast_mode != "all":  # on every process
-            raise ValueError(
-                'gather works with features and labels only: no candidates, no mask, contrast_mode="all"'
-            )
+        communicator = gather.begin(features, temperature, candidates)
+        if mask is not None:  # on every process
+            raise ValueError("gather works with labels and instances, not with a mask: mask must be None")
         if communicator is not None:
-            global_batch = build_global_batch(communicator, features, labels, instances, need_instances)
+            global_batch = build_global_batch(
+                communicator, features, candidates, labels, instances,
+                candidate_ids if labels is not None else None,
+                candidate_instance_ids if instances is not None else None,
+                first_views=contrast_mode == "one", need_instances=need_instances,
+            )  # fmt: skip
 
     # Sides: the anchors, the candidates if they are other samples, and the memory.
     x, views = _flatten_views(features)

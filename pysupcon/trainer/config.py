@@ -137,9 +137,8 @@ class LossConfig:
         if self.name == "none":
             self._refuse_contrastive()
         if self.pairing == "cross":
-            for name, wrong in (("contrast_mode", self.contrast_mode == "one"), ("gather", self.gather)):
-                value = getattr(self, name)
-                check(not wrong, f"loss.{name}", "be left out for loss.pairing=cross", value)
+            mode = self.contrast_mode
+            check(mode == "all", "loss.contrast_mode", "be left out for loss.pairing=cross", mode)
 
     def resolve(self) -> None:
         """Replace None by the defaults of the loss."""

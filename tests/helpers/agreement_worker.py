@@ -62,6 +62,13 @@ def _cached(temperature: float) -> Build:
     return build
 
 
+def _clip(**own: Any) -> Build:
+    """InfoNCE of views against candidates."""
+    return lambda gather: (
+        lambda views, labels: pysupcon.InfoNCELoss(gather=gather, **own)(views, candidates=views.detach())
+    )
+
+
 _SINCERE, _SPREAD, _CNCE = pysupcon.SINCERELoss, pysupcon.SpreadLoss, pysupcon.ClassConditionalInfoNCELoss
 _LABELS = torch.arange(SAMPLES) % 2
 DIFFERENCES: dict[str, tuple[str, tuple[Build, str], tuple[Build, str]]] = {
@@ -88,6 +95,7 @@ DIFFERENCES: dict[str, tuple[str, tuple[Build, str], tuple[Build, str]]] = {
     "loss": ("loss", (_module(), "supcon"), (_module(_SINCERE), "sincere")),
     "loss with other statistics": ("loss", (_module(_CNCE), "cnce"), (_module(_SPREAD), "spread")),
     "loss and pair_statistics": ("loss", (_module(), "supcon"), (_statistics, "pair...")),
+    "symmetric": ("symmetric", (_clip(symmetric=True), "True"), (_clip(), "False")),
     "reduction": ("reduction", (_module(reduction="sum"), "sum"), (_module(), "mean")),
     "reduction none": ("reduction", (_module(reduction="none"), "none"), (_module(), "mean")),
     "normalize": ("normalize", (_module(normalize=True), "True"), (_module(), "False")),
@@ -96,6 +104,16 @@ DIFFERENCES: dict[str, tuple[str, tuple[Build, str], tuple[Build, str]]] = {
         "whether candidates are given",
         (_call(candidates=torch.ones(SAMPLES, WIDTH), candidate_labels=_LABELS), "True"),
         (_module(), "False"),
+    ),
+    "views of candidates": (
+        "number of views of candidates",
+        (_call(candidates=torch.ones(SAMPLES, 2, WIDTH), candidate_labels=_LABELS), "2"),
+        (_call(candidates=torch.ones(SAMPLES, WIDTH), candidate_labels=_LABELS), "1"),
+    ),
+    "gradient of candidates": (
+        "whether a gradient of candidates is wanted",
+        (_call(candidates=torch.ones(3, WIDTH, requires_grad=True), candidate_labels=_LABELS[:3]), "True"),
+        (_call(candidates=torch.ones(2, WIDTH), candidate_labels=_LABELS[:2]), "False"),
     ),
     "mask": (
         "whether a mask is given",
@@ -207,7 +225,14 @@ def bad_rows(what: str, mode: str) -> list[str]:
     features, _ = _batch()
     last = dist.get_rank() == dist.get_world_size() - 1
     changed: dict[str, Any] = {"features": features.detach().clone().requires_grad_()}
-    if last:
+    if what.startswith("candidates"):
+        candidates = torch.ones(SAMPLES + dist.get_rank(), WIDTH)
+        changed |= {"candidates": candidates, "candidate_labels": torch.arange(len(candidates)) % 2}
+        if dist.get_rank() == 0:
+            changed["features"].data[1, 1] = 1e4
+        if last:
+            candidates[1] = math.nan if what.endswith("not finite") else 1e16
+    elif last:
         changed["features"].data[1, 1] = math.nan if what == "not finite" else 1e8
     elif what == "not finite" and dist.get_rank() == 0:
         changed = {"features": features[:0].detach().requires_grad_(), "labels": _LABELS[:0]}

@@ -22,7 +22,7 @@ from pysupcon.gradcache import GradCache
 STEPS = 3
 KINDS = (
     "static graph", "static graph, unused", "static graph, dropout", "drifting", "drifting, compiled",
-    "two wrappers", "one wrapper, two branches", "wrappers inside",
+    "two wrappers", "two towers", "one wrapper, two branches", "wrappers inside",
 )  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def _build(kind: str) -> tuple[nn.Module, Any, Any, Any]:
         forwards = [lambda model, views: model(images=views), lambda model, views: model(texts=views)]
         return branches, [wrapper, wrapper], [3, 4], forwards
     towers = [DistributedDataParallel(branches.images), DistributedDataParallel(branches.texts)]
-    if kind == "two wrappers":
+    if kind in ("two wrappers", "two towers"):
         return branches, towers, [4, 2], None
     inside = nn.ModuleList(towers)
     return (
@@ -114,6 +114,7 @@ def steps(kind: str, sizes: list[int]) -> dict[str, Any]:
     images, texts = torch.randn(2, sum(sizes), 2, 6, generator=generator, dtype=torch.float64)[:, own]
     labels = (torch.arange(sum(sizes)) % 3)[own]
     criterion = pysupcon.SupConLoss(0.2, gather=True)
+    clip = pysupcon.InfoNCELoss(0.2, symmetric=True, gather=True)
     torch.manual_seed(2)
     plain, model, chunk_size, forward = _build(kind)
     reductions: list[int] = []
@@ -128,6 +129,8 @@ def steps(kind: str, sizes: list[int]) -> dict[str, Any]:
     two = isinstance(plain, Branches)
 
     def loss(*outputs: Any) -> Tensor:
+        if kind == "two towers":
+            return clip(outputs[0], candidates=outputs[1])
         first, second = outputs[0] if kind == "wrappers inside" else (*outputs, 0.0)[:2]
         return criterion((first + 2 * second) / 3 if two else first, labels)
 

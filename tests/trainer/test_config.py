@@ -45,7 +45,6 @@ RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
         ("--loss.name infonce --loss.infonce_weight 1", "loss.infonce_weight adds InfoNCE to another loss"),
         ("--loss.infonce_weight 1 --data.views 1", "loss.infonce_weight needs data.views of at least 2"),
         ("--loss.pairing cross --data.views 3", "loss.pairing=cross needs data.views of 2, got 3"),
-        ("--loss.pairing cross --loss.gather ring", "loss.gather must be left out for loss.pairing=cross"),
         (
             "--loss.pairing cross --loss.contrast_mode one",
             "loss.contrast_mode must be left out for loss.pair",

@@ -49,6 +49,16 @@ def test_what_one_process_trains(
     assert len(states) == processes
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("pairs", ["--loss.pairing cross", "--loss.contrast_mode one --loss.gather ring"])
+def test_anchors_of_one_view(server: TrainingServer, tmp_path: Path, pairs: str) -> None:
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for processes, folder in enumerate(folders, start=1):
+        arguments = training_arguments(folder, *FEW, *pairs.split())
+        assert server.run(arguments, processes=processes) == 0, server.output()
+    assert_same_training(*folders)
+
+
 def test_processes_that_do_not_gather(server: TrainingServer, tmp_path: Path) -> None:
     """Each process contrasts its own rows; all stop when one of them receives the signal."""
     folder = tmp_path / "run"
