@@ -6,7 +6,6 @@ The accuracy visits all pairs tile by tile, in O(N) memory. The means come from 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +42,8 @@ def similarity_metrics(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     with no_autocast(x), torch.no_grad():
         scale = torch.ones((), dtype=ops.stats_dtype(x), device=x.device)
         nearest = _Nearest(x)
-        positive_sum, negative_sum, zero_or_nan = (scale.new_zeros(x.shape[0]) for _ in range(3))
+        positive_sum, negative_sum = (scale.new_zeros(x.shape[0]) for _ in range(2))
+        zero_or_nan = torch.zeros_like(scale)
         for block in plan.blocks(x, candidates, scale):
             zero_or_nan = zero_or_nan + check_finite(x, block.rows[4], scale)
             nearest.add(block)
@@ -61,7 +61,7 @@ def similarity_metrics(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
             torch.where(valid, positive_sum, 0.0).sum() / count.sum(),
             torch.where(valid, negative_sum, 0.0).sum() / negative_count.sum(),
         )
-        accuracy, positive, negative = ((value + zero_or_nan.sum()).to(problem.loss_dtype) for value in found)
+        accuracy, positive, negative = ((value + zero_or_nan).to(problem.loss_dtype) for value in found)
     return accuracy, positive, negative
 
 
@@ -84,9 +84,9 @@ class _Nearest:
 
     def add(self, block: Block) -> None:
         """Adds the candidates of a block."""
-        rows: Any = block.rows
-        pairs = Pairs(*rows, mask=block.mask_arguments.get("mask"))
-        order = pairs.anchors.order
+        x, labels, order, scale, candidates, other_labels, other_order, self_index = block.rows
+        mask = block.mask_arguments.get("mask")
+        pairs = Pairs(x, labels, order, scale, candidates, other_labels, other_order, self_index, mask)
         excluded = _excluded(block.pairing, pairs.symmetric)
         if excluded is not None:
             excluded = excluded.index_select(0, pairs.candidates.order)

@@ -32,9 +32,8 @@ def build_loss(
     """
     assert config.temperature is not None, "call LossConfig.resolve() first; name=none has no loss"
     name = name or config.name
-    missing: dict[str, Any] = {}
-    if unlabelled and not LOSSES_BY_NAME[name].self_supervised:
-        missing = {"ignore_index": UNKNOWN, "unlabeled": config.unlabeled}
+    self_supervised = LOSSES_BY_NAME[name].self_supervised
+    missing = {} if self_supervised else _missing_labels(config, unlabelled)
     return LOSSES_BY_NAME[name](
         temperature=config.temperature,
         contrast_mode=config.contrast_mode,
@@ -44,6 +43,11 @@ def build_loss(
         **_own(config, name),
         **missing,
     )
+
+
+def _missing_labels(config: LossConfig, unlabelled: bool) -> dict[str, Any]:
+    """Keywords of a loss whose labels may be UNKNOWN."""
+    return {"ignore_index": UNKNOWN, "unlabeled": config.unlabeled} if unlabelled else {}
 
 
 def _own(config: LossConfig, name: LossName) -> dict[str, Any]:
@@ -142,13 +146,13 @@ class Objective(nn.Module):
         if self.contrastive is None:
             return {}
         features = outputs.projection.unflatten(0, (-1, self.views))
-        given = None if self.contrastive.self_supervised else labels
+        given, options = None, {}
+        if not self.contrastive.self_supervised:
+            given, options = labels, _missing_labels(self.config, self.unlabelled)
         if self.config.pairing == "cross":
-            found = contrastive_metrics(
-                features[:, 1], given, candidates=features[:, 0], candidate_labels=given
-            )
-        else:
-            found = contrastive_metrics(features, given, contrast_mode=self.config.contrast_mode)
+            features, options = features[:, 1], {**options, "candidates": features[:, 0]}
+            options["candidate_labels"] = given
+        found = contrastive_metrics(features, given, contrast_mode=self.config.contrast_mode, **options)
         return dict(zip(METRICS, found, strict=True))
 
     def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 
 from pysupcon.config import Config, parse_args
+from pysupcon.data.datamodule import load_data
 from pysupcon.data.unlabelled import UNKNOWN
 from pysupcon.evaluation.evaluate import evaluate_run
 from pysupcon.models.model import ModelOutput
+from pysupcon.trainer import environment
 from pysupcon.trainer.config import LossConfig
-from pysupcon.trainer.loop import train
+from pysupcon.trainer.loop import Trainer, train
 from pysupcon.trainer.objective import Objective
 from pysupcon.trainer.run import load_run
 
@@ -57,3 +60,34 @@ def test_a_classifier_trains_and_is_evaluated(tmp_path: Path) -> None:
     report = evaluate_run(run)
     assert report.metadata["samples"] == {name: len(part) for name, part in run.data.splits.items()}
     assert 0 < report.metrics["knn/k=1/fine/accuracy"].value <= 1
+
+
+@pytest.mark.parametrize(
+    ("args", "anchors"),
+    [
+        ("--loss.name supcon", "known"),
+        ("--loss.name supcon --loss.unlabeled instance --trainer.chunk_size 50", "all"),
+        ("--loss.name sincere --loss.pairing cross", "known"),
+        ("--loss.name supcon --loss.pairing cross --loss.unlabeled instance", "all"),
+        ("--loss.name infonce", "all"),
+        ("--loss.name spread --loss.infonce_weight 0.5", "known"),
+    ],
+)
+def test_anchors_chance_and_metrics(tmp_path: Path, args: str, anchors: str) -> None:
+    """The figures of a step against the loss of the same rows, and of equal rows."""
+    config = _config(tmp_path, *args.split(), "--trainer.metrics_steps", "1", "--loss.temperature", "0.5")
+    environment.apply_environment(config)
+    data = load_data(config.data)
+    trainer = Trainer(config, data, tmp_path)
+    views, labels = next(iter(trainer.loader))
+    unknown = int((labels == UNKNOWN).sum())
+    assert 0 < unknown < 64
+    values, _ = trainer.step([(views, labels)], 1, False)
+    rows = (128 if anchors == "all" else 128 - unknown) * (1 if config.loss.pairing == "cross" else 2)
+    assert values["valid_anchors"] == rows
+    equal = torch.nn.functional.normalize(torch.ones(256, 4), dim=1)
+    flat = trainer.objective(ModelOutput(equal, equal, None), labels)
+    assert values["chance"] == pytest.approx(flat["contrastive"].item(), rel=1e-5)
+    assert 0 <= values["contrastive_accuracy"] <= 1
+    metrics = trainer.objective.metrics(ModelOutput(equal, equal, None), labels)
+    assert metrics["contrastive_accuracy"] == 0  # ties
