@@ -55,6 +55,8 @@ class Counts(NamedTuple):
     """|P_i| + |N_i|, one number (or a tensor) for all anchors"""
     nested: bool = True
     """A_i is a part of P_i; a mask may differ"""
+    weighted: bool = False
+    """candidates have weights other than 0 and 1"""
 
 
 def build_problem(
@@ -126,8 +128,11 @@ def compute(
 ) -> Tensor:  # fmt: skip
     """The value of a loss. ``own``: the checked parameters that only this loss has. ``further``: those that
     the caller uses, and that processes must share too."""
+    name = loss.function.__name__
+    if not loss.statistics(**own).get("negatives") and options.get("hard_negatives") is not None:
+        raise ValueError(f"{name} contrasts with positives only: hard_negatives must be None")
     problem, reduction = build_problem(
-        loss.function.__name__, features, labels, mask, options, temperature, loss.needs_instances,
+        name, features, labels, mask, options, temperature, loss.needs_instances,
         "candidate_labels" if loss.self_supervised else None, loss, own if further is None else further,
     )  # fmt: skip
     global_batch, mean_of = problem.global_batch, 1
@@ -145,7 +150,9 @@ def compute(
         divisor = get_divisor(anchors, reduction, loss.requirement)
         mean_of = global_batch.processes if reduction == "mean" else 1
     else:
-        counts = Counts(problem.count, problem.instance_count, problem.candidate_count, mask is None)
+        counts = Counts(
+            problem.count, problem.instance_count, problem.candidate_count, mask is None, problem.weighted
+        )
         valid, weights = loss.valid(counts), problem.anchor_weights
         if problem.backend == "reference":
             value = loss.dense(*dense_sets(problem), **own)
@@ -155,13 +162,14 @@ def compute(
             divisor = get_divisor(valid.sum(), reduction, loss.requirement)
             if not loss.fused_reduction:
                 value = loss.per_anchor(s, counts, valid, **own)
+                if problem.ignored is not None:  # its softplus sum is over other ignored rows
+                    value = torch.where(valid, value, 0.0)
             elif weights is None:
                 value, divisor = loss.per_anchor(s, counts, valid, divisor), None
             else:
                 value = loss.per_anchor(s, counts, valid)
-        if problem.ignored is not None:
-            value = torch.where(valid, value, 0.0)
         if weights is not None:
+            weights = weights.to(value.dtype)
             value = value * weights
             divisor = weighted_divisor(torch.where(valid, weights, 0.0).sum(), reduction)
     if divisor is not None:

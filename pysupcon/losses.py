@@ -216,7 +216,7 @@ class ClassConditionalInfoNCELoss(ContrastiveLoss):
     def per_anchor(s: RowStatistics, counts: Counts, valid: Tensor) -> Tensor:
         assert counts.instances is not None
         if counts.nested:
-            return positive_gap(s, s.instance_sum, counts.instances, counts.positives, valid)
+            return positive_gap(s, s.instance_sum, counts.instances, counts, valid)
         return torch.where(valid, s.p - mean(s.instance_sum, counts.instances), 0.0)
 
     @staticmethod

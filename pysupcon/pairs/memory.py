@@ -40,6 +40,8 @@ class MemoryRows(NamedTuple):
     """int64 [Nm]; None: no row is a view of a sample of the batch"""
     weights: Tensor | None
     """[Nm], at least 0, which means "not a candidate"; None: all are 1"""
+    weighted: bool
+    """whether there are weights other than 0 and 1"""
 
     def exclude(self, excluded: Tensor) -> MemoryRows:
         """Gives weight 0 to the rows of a mask, bool [Nm]."""
@@ -90,6 +92,7 @@ def check_memory(
         ValueError: an argument has a wrong value, or arguments do not fit together.
     """
     rows, labels, own_instances, weights, exclude_batch = given
+    weighted = weights is not None
     if rows is None:
         for name, value in (("memory_labels", labels), ("memory_instances", own_instances)):
             if value is not None:
@@ -106,6 +109,7 @@ def check_memory(
         queue, rows = rows, rows.rows
         labels, weights = queue.labels if labelled else None, queue.weights
         own_instances = queue.instances if instances is not None else None
+        weighted = False
     check_features("memory", rows, like=features)
     if rows.dim() != 2:
         raise ValueError(f"memory must be rows of shape [N, D], got {describe(rows)}")
@@ -124,6 +128,7 @@ def check_memory(
         None if labels is None else check_ids("memory_labels", labels, rows),
         None if own_instances is None else check_ids("memory_instances", own_instances, rows),
         None if weights is None else check_row_weights("memory_weights", weights, rows, zero=True),
+        weighted,
     )
     if exclude_batch and instances is not None and memory.instances is not None:
         memory = memory.exclude(torch.isin(memory.instances, instances))

@@ -69,6 +69,8 @@ class Problem:
     """bool [M], anchors whose label is ignored; None: there are none. Their counts are 0"""
     anchor_weights: Tensor | None = None
     """[M], in the reductions"""
+    weighted: bool = False
+    """whether candidates have weights other than 0 and 1"""
 
     @property
     def loss_dtype(self) -> torch.dtype:
@@ -402,4 +404,5 @@ def prepare(
         batch_negatives,
         ignored_anchors,
         anchor_weights,
+        candidate_weights is not None or class_balance or (bank is not None and bank.weighted),
     )

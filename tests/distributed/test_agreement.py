@@ -30,6 +30,7 @@ BAD_ROWS = {
 CASES: list[processes.Case] = [
     *[("differing", what, mode) for what in worker.DIFFERENCES for mode in worker.MODES],
     *[("invalid", what, mode) for what in worker.INVALID for mode in worker.MODES],
+    *[("unmatched", mode) for mode in worker.MODES],
     ("unsupported", "mask"),
     ("gather_mode",),
     ("last_bits",),
@@ -70,6 +71,14 @@ def test_all_gather_and_ring(results: processes.Results) -> None:
 def test_invalid_arguments_of_one_process(what: str, mode: str, results: processes.Results) -> None:
     first, *others = [result["invalid", what, mode] for result in results]
     assert first[0].startswith(worker.INVALID[what][1])
+    message = "the arguments of the loss were refused on rank 0; the error there says why"
+    assert [first[1], *others] == ["", *[[f"ValueError: {message}", ""]] * len(others)]
+
+
+@pytest.mark.parametrize("mode", worker.MODES)
+def test_candidates_that_match_no_sample(mode: str, results: processes.Results) -> None:
+    first, *others = [result["unmatched", mode] for result in results]
+    assert first[0].startswith("ValueError: without instances candidate k is matched with sample k")
     message = "the arguments of the loss were refused on rank 0; the error there says why"
     assert [first[1], *others] == ["", *[[f"ValueError: {message}", ""]] * len(others)]
 

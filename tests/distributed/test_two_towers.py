@@ -12,8 +12,16 @@ import pytest
 import torch
 from helpers import processes
 from helpers import tower_worker as worker
+from helpers.distributed_worker import MESSAGE, WIDTH
 
 CLIP: list[processes.Case] = [("clip", mode, local) for mode in worker.MODES for local in (True, False)]
+TRAFFIC: list[processes.Case] = [
+    ("tower_traffic", name, mode, form)
+    for name in ("supcon", "sincere")
+    for mode in worker.MODES
+    for form in ("candidates", "fixed candidates", "one view")
+]
+STATISTICS: list[processes.Case] = [("statistics", mode) for mode in worker.MODES]
 SECONDS = 300  # only reached by a hang
 WORLDS = (2, 3)
 TOWERS: list[processes.Case] = [
@@ -40,7 +48,12 @@ for mode in worker.MODES:
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> processes.Results:
     """Results of the processes, by rank."""
     return processes.results_of(
-        "towers", worker.CASES, request.param, [*TOWERS, *CLIP], tmp_path_factory, SECONDS
+        "towers",
+        worker.CASES,
+        request.param,
+        [*TOWERS, *CLIP, *TRAFFIC, *STATISTICS],
+        tmp_path_factory,
+        SECONDS,
     )
 
 
@@ -72,3 +85,26 @@ def test_clip_is_that_of_open_clip(case: tuple[Any, ...], results: processes.Res
         for got, truth in zip(result[case]["got"], result[case]["truth"], strict=True):
             assert truth.norm() > 1e-3, "nothing to compare"
             torch.testing.assert_close(got, truth, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", STATISTICS, ids=str)
+def test_pair_statistics(case: tuple[Any, ...], results: processes.Results) -> None:
+    parts = zip(*(result[case]["got"] for result in results), strict=True)
+    for got, truth in zip(map(torch.cat, parts), results[0][case]["truth"], strict=True):
+        torch.testing.assert_close(got, truth, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("case", TRAFFIC, ids=lambda case: "-".join(case[1:]))
+def test_bytes(case: tuple[Any, ...], results: processes.Results) -> None:
+    """Rows of the candidates in the forward; scalars and anchors in the backward, if they are needed."""
+    _, name, mode, form = case
+    others = len(results) - 1
+    anchors, candidates, samples = (4, 8, 4) if form == "one view" else (8, 12, 8)
+    row, passes = WIDTH * 4, 2 if name == "sincere" and mode == "ring" else 1
+    needed = form != "fixed candidates"
+    scalars = 8 * 3 * anchors * needed
+    forward = MESSAGE + 8 * samples + passes * candidates * row
+    backward = scalars + anchors * row * needed + (passes * candidates * row if mode == "ring" else 0)
+    for result in results:
+        received = {step: sum(call[2] for call in calls) for step, calls in result[case].items()}
+        assert received == {"forward": others * forward, "backward": others * backward}

@@ -207,6 +207,15 @@ def unsupported(what: str) -> list[str]:
     return _refusal("all", first, first)
 
 
+def unmatched(mode: str) -> list[str]:
+    """Without labels, process 0 has one candidate more than samples."""
+
+    def build(count: int) -> Build:
+        return _call(labels=None, candidates=torch.ones(count, WIDTH))
+
+    return _refusal(mode, build(SAMPLES + 1), build(SAMPLES))
+
+
 def gather_mode() -> list[str]:
     """Process 0 all-gathers, the others form a ring."""
     group = dist.new_group(timeout=TIMEOUT)
@@ -275,5 +284,15 @@ def learnable(how: str) -> dict[str, Any]:
 
 CASES = {
     function.__name__: function
-    for function in (differing, invalid, unsupported, gather_mode, last_bits, bad_rows, unchecked, learnable)
+    for function in (
+        differing,
+        invalid,
+        unmatched,
+        unsupported,
+        gather_mode,
+        last_bits,
+        bad_rows,
+        unchecked,
+        learnable,
+    )
 }

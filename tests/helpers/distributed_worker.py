@@ -232,7 +232,7 @@ COLLECTIVES = (
 
 
 @contextmanager
-def _counted() -> Iterator[list[tuple[str, int, int]]]:
+def counted() -> Iterator[list[tuple[str, int, int]]]:
     """Records (function, bytes sent, bytes received) of every collective."""
     calls: list[tuple[str, int, int]] = []
     kept = {name: getattr(dist, name) for name in COLLECTIVES if hasattr(dist, name)}
@@ -268,9 +268,9 @@ def traffic(name: str, mode: str, dtype: str, layout: str) -> dict[str, Any]:
     features = batch.features[batch.own].clone().requires_grad_()
     criterion = LOSSES[name][0](**LOSSES[name][1], gather=MODES[mode])
     labels, instances = batch.arguments(name, batch.own)
-    with _counted() as forward:
+    with counted() as forward:
         loss = criterion(features, *labels, **instances)
-    with _counted() as backward:
+    with counted() as backward:
         loss.backward()
     return {"forward": forward, "backward": backward}
 

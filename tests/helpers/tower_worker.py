@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pysupcon
-from helpers.distributed_worker import CLASSES, MODES, WIDTH
+from helpers.distributed_worker import CLASSES, MODES, WIDTH, counted
 from helpers.distributed_worker import LOSSES as ONE_TOWER
+from pysupcon.distributed import AllGather, Ring
+from pysupcon.functional import pair_statistics
 
 LOSSES = {**ONE_TOWER, "clip": (pysupcon.InfoNCELoss, {"temperature": 0.2, "symmetric": True})}
 SIZES = {
@@ -160,4 +162,41 @@ def clip(mode: str, local_loss: bool) -> dict[str, list[Tensor]]:
     return results
 
 
-CASES = {function.__name__: function for function in (towers, clip)}
+def tower_traffic(name: str, mode: str, form: str) -> dict[str, list[tuple[str, int, int]]]:
+    """Communication of one forward and one backward of 4 samples on each process, call by call.
+
+    Args:
+        name: of the loss.
+        mode: of MODES.
+        form: "candidates", [4, 3, D]; "fixed candidates", which need no gradient; "one view".
+    """
+    batch = Towers("one view" if form == "one view" else "labels", "equal", torch.float32)
+    leaves, ids = batch.arguments(False)
+    leaves[0].requires_grad_()
+    leaves[-1].requires_grad_(form != "fixed candidates")
+    kind, own = LOSSES[name]
+    criterion = kind(**own, gather=MODES[mode], contrast_mode="one" if form == "one view" else "all")
+    given = dict(zip(("features", "candidates"), leaves, strict=False))
+    with counted() as forward:
+        loss = criterion(**given, **ids)
+    with counted() as backward:
+        loss.backward()
+    return {"forward": forward, "backward": backward}
+
+
+def statistics(mode: str) -> dict[str, list[Tensor]]:
+    """pair_statistics of this process, with the gradients of both sides of their sum, and those of one
+    process with the whole batch."""
+    batch = Towers("labels", "ragged", torch.float64)
+    results = {}
+    gather = {"all": AllGather, "ring": Ring}[mode]()
+    for name, options in (("got", {"gather": gather}), ("truth", {"backend": "reference"})):
+        (x, c), ids = batch.arguments(name == "truth")
+        s = pair_statistics(x.requires_grad_(), candidates=c.requires_grad_(), **ids, **options)
+        values = [torch.where(value.isfinite(), value, 0.0) for value in s[:3]]
+        torch.stack(values).sum().backward()
+        results[name] = [value.detach() for value in values] + [x.grad, c.grad]
+    return results
+
+
+CASES = {function.__name__: function for function in (towers, clip, tower_traffic, statistics)}

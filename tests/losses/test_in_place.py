@@ -170,8 +170,13 @@ class _Alone:
 
     rank = 0
 
-    def begin(self, features: Tensor, must_match: dict[str, int]) -> _Alone:
+    def begin(self, features: Tensor, must_match: dict[str, int], candidates: Tensor | None = None) -> _Alone:
         self.samples = (features.shape[0], 0)
+        if candidates is not None:
+            self.candidates = _Alone().begin(candidates, {})
+        return self
+
+    def with_views(self, views: int) -> _Alone:
         return self
 
     def ids(self, own: Tensor) -> Tensor:
@@ -187,17 +192,21 @@ class _Alone:
         return columns
 
 
-@pytest.mark.parametrize("form", ["rows", "views"])
+@pytest.mark.parametrize(
+    "form", ["rows", "views", "views, one anchor", "rows and candidates", "views and candidates"]
+)
 @pytest.mark.parametrize("name", LOSSES)
 def test_gathered_losses(name: str, form: str, backend: str) -> None:
     def loss(**arguments: Tensor) -> Tensor:
-        return LOSSES[name](**arguments, backend=backend, gather=_Alone(), reduction="sum")
+        return alone(**arguments, gather=_Alone())
 
-    def alone(**arguments: Tensor) -> Tensor:
-        return LOSSES[name](**arguments, backend=backend, reduction="sum")
+    def alone(**arguments: Any) -> Tensor:
+        return LOSSES[name](**arguments, backend=backend, reduction="sum", **FORMS[form])
 
-    batch = _batch(form, name)
-    batch["features"] = batch["features"].double()  # statistics travel in the dtype of the rows
+    batch = {
+        key: tensor.double() if tensor.is_floating_point() else tensor
+        for key, tensor in _batch(form, name).items()
+    }
     refused = _check(loss, batch)
     assert refused["labels"]  # of _Alone, which sends no copy
     torch.testing.assert_close(_gradients(loss, batch), _gradients(alone, batch))
