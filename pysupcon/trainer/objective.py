@@ -212,5 +212,5 @@ def batch_statistics(
     statistics = RowStatistics(n, p, zeros, zeros, positives * torch.logaddexp(n + epsilon, zeros))
     level = loss.per_anchor(statistics, counts, valid, **own)
     anchors = 1 if cross or config.contrast_mode == "one" else views
-    mean = level.sum() / valid.sum().clamp(min=1)
+    mean = torch.where(valid, level, 0.0).sum() / valid.sum().clamp(min=1)
     return torch.stack([valid.sum() * float(anchors), mean])
