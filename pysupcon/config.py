@@ -170,6 +170,11 @@ class Config:
                 f"loss.unlabeled=instance needs data.sampler=shuffled, got {data.sampler}, whose batches "
                 "hold samples of known classes only"
             )
+        if data.sampler == "shuffled" and loss.gather is not False and loss.name not in ("none", "infonce"):
+            raise ConfigError(
+                f"loss.gather={loss.gather} needs the class of every sample, but data.ignore_index is "
+                f"{data.ignore_index}: pass --data.sampler balanced or --loss.gather false"
+            )
         if data.sampler == "shuffled" and self.model.decoder == "labelled":
             raise ConfigError(
                 "model.decoder=labelled needs the class of every sample, but data.ignore_index is "

@@ -116,6 +116,8 @@ def test_errors() -> None:
         parse(shuffled + "--loss.unlabeled instance --data.views 1")
     with pytest.raises(ConfigError, match=r"loss.unlabeled has no effect with loss.name=infonce"):
         parse(shuffled + "--loss.unlabeled instance --loss.name infonce")
+    with pytest.raises(ConfigError, match=r"loss.gather=True needs the class of every sample"):
+        parse(shuffled + "--loss.gather true")
     with pytest.raises(ConfigError, match=r"model.decoder=labelled needs the class of every sample"):
         parse(shuffled + "--model.decoder labelled --loss.reconstruction_weight 1")
     with pytest.raises(ConfigError, match=r"data.groups=annotated needs the class of every sample"):

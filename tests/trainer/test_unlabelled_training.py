@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from pysupcon.config import Config, parse_args
 from pysupcon.data.datamodule import load_data
 from pysupcon.data.unlabelled import UNKNOWN
-from pysupcon.evaluation.evaluate import evaluate_run
+from pysupcon.evaluation.features import run_features
+from pysupcon.evaluators import KNN
 from pysupcon.models.model import ModelOutput
 from pysupcon.trainer import environment
 from pysupcon.trainer.config import LossConfig
@@ -56,10 +57,12 @@ def test_a_classifier_trains_and_is_evaluated(tmp_path: Path) -> None:
     assert run.model.classifier is not None
     assert run.model.classifier.out_features == 9
     assert run.log()[-1]["val_cross_entropy"] > 0
-    run.config.evaluation.evaluators = ["knn"]
-    report = evaluate_run(run)
-    assert report.metadata["samples"] == {name: len(part) for name, part in run.data.splits.items()}
-    assert 0 < report.metrics["knn/k=1/fine/accuracy"].value <= 1
+    splits = run_features(run, run.config.evaluation, torch.device("cpu"))
+    for name, split in splits.items():
+        assert torch.equal(split.fine, run.data.splits[name].fine)
+        assert set(split.fine.tolist()) == set(range(9))
+    values = {name: value for name, value in KNN()(splits) if isinstance(value, float)}
+    assert 0 < values["knn/k=1/fine/accuracy"] <= 1
 
 
 @pytest.mark.parametrize(
