@@ -37,6 +37,9 @@ class EvaluationDataset(Dataset[tuple[Tensor, int, int]]):
     Attributes:
         coarse, fine: labels of all samples, int64 [N].
         coarse_names, fine_names: names of the classes.
+
+    Raises:
+        ConfigError: the samples have several labels each.
     """
 
     def __init__(
@@ -47,6 +50,10 @@ class EvaluationDataset(Dataset[tuple[Tensor, int, int]]):
         coarse_names: list[str],
         fine_names: list[str],
     ) -> None:
+        if samples.fine.dim() > 1:
+            raise ConfigError(
+                "the evaluators need one label per sample, but data.dataset=image_table has several"
+            )
         self.samples, self.resize, self.normalize = samples, ResizeCenterCrop(size), normalize
         self.coarse, self.fine = samples.coarse, samples.fine
         self.coarse_names, self.fine_names = coarse_names, fine_names
@@ -154,17 +161,17 @@ class DataModule:
         train, test = source.train, source.test
         if test is None:
             fraction = config.test_fraction or DEFAULT_TEST_FRACTION
-            rest, held_out = stratified_split(train.fine, fraction, config.split_seed)
+            rest, held_out = stratified_split(train.strata, fraction, config.split_seed)
             test, train = train.select(held_out), train.select(rest)
         val = source.val
         if val is None:
-            rest, held_out = stratified_split(train.fine, config.val_fraction, config.split_seed + 1)
+            rest, held_out = stratified_split(train.strata, config.val_fraction, config.split_seed + 1)
             val, train = train.select(held_out), train.select(rest)
         if source.max_per_class is not None:  # after the validation split, which stays balanced
             counts = dict(enumerate(source.max_per_class))
             train = train.select(cap_per_class(train.fine, counts, config.split_seed + 2))
         if config.train_size is not None:
-            train = train.select(_train_subset(train.fine, config.train_size, config.split_seed + 3))
+            train = train.select(_train_subset(train.strata, config.train_size, config.split_seed + 3))
         self.config = config
         self.splits = {"train": train, "val": val, "test": test}
         self.training = train
@@ -257,7 +264,8 @@ class DataModule:
     def loader(
         self, batches: ShuffledBatchSampler, *, split: str = "train", pin_memory: bool = False
     ) -> DataLoader[Any]:
-        """Loads batches of (views uint8 [b, V, C, S, S], labels int64 [b]), b samples per process.
+        """Loads batches of (views uint8 [b, V, C, S, S], labels int64 [b]), b samples per process. Labels are
+        int64 [b, L], 0 or 1, if samples have several.
 
         Batches of the training split may have ``unlabelled`` samples, whose label is
         :data:`pysupcon.data.unlabelled.UNKNOWN`. With ``data.groups``, they also have groups int64 [b].
