@@ -150,6 +150,7 @@ void refuse_weights(const Maybe& log_weights, const Maybe& candidate_log_weights
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> pair_stats(PAIR_STATS_ARGS) {
   refuse_weights(log_weights, candidate_log_weights);
+  TORCH_CHECK_NOT_IMPLEMENTED(!negative_mean, "pysupcon: the CUDA kernels do not compute negative_mean");
   Call call(Operation::pair_stats, ROWS_AND_CANDIDATES, INSTANCES);
   const Tensor n = call.new_stats(), p = call.new_stats(), positive_sum = call.new_stats(),
                instance_sum = call.new_stats();

@@ -112,7 +112,7 @@ class Problem:
         if self.hard_negatives is None:
             return None
         samples, _, width = self.hard_negatives.shape
-        views = self.x.shape[0] // samples if samples else 1
+        views = self.shape[1] if len(self.shape) == 2 else 1
         dtype = torch.promote_types(self.x.dtype, torch.float32)
         with tiled.no_autocast(self.x):
             rows = self.x.to(dtype).reshape(samples, views, width)

@@ -277,7 +277,7 @@ def test_compile(name: str) -> None:
             results.append((value, leaf.grad))
         for got, truth in zip(*results, strict=True):
             torch.testing.assert_close(got, truth)
-    assert counter.frame_count == 1
+    assert counter.frame_count <= 2  # the second graph is for any size
 
 
 def test_memory_is_linear() -> None:
