@@ -14,7 +14,16 @@ from pysupcon.pairs import ops
 from pysupcon.pairs.problem import Problem
 from pysupcon.pairs.statistics import Block, Pairing, Plan
 from pysupcon.pairs.tiled import check_finite
-from pysupcon.pairs.tiles import Pairs, PositiveMask, Slice, Tile, and_not, negated, no_autocast, slices
+from pysupcon.pairs.tiles import (  # fmt: skip
+    Pairs,
+    Slice,
+    Tile,
+    and_not,
+    negated,
+    no_autocast,
+    slices,
+    zero_unless,
+)
 
 __all__ = ["similarity_metrics"]
 
@@ -46,10 +55,10 @@ def similarity_metrics(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
         zero_or_nan = torch.zeros_like(scale)
         for block in plan.blocks(x, candidates, scale):
             zero_or_nan = zero_or_nan + check_finite(x, block.rows[4], scale)
-            nearest.add(block)
-            positive, negative = _similarity_sums(block)
+            positive = nearest.add(block)
             positive_sum += positive
-            negative_sum += negative if block.negatives else 0.0
+            if block.negatives:
+                negative_sum += _sum_over_all(block) - positive
         own = problem.hard_negative_similarity()
         if own is not None:
             nearest.add_negatives(own)
@@ -82,8 +91,8 @@ class _Nearest:
     def is_positive(self) -> Tensor:
         return self.positive > self.negative
 
-    def add(self, block: Block) -> None:
-        """Adds the candidates of a block."""
+    def add(self, block: Block) -> Tensor:
+        """Adds the candidates of a block. Returns the sum of the similarities to its positives, [M]."""
         x, labels, order, scale, candidates, other_labels, other_order, self_index = block.rows
         mask = block.mask_arguments.get("mask")
         pairs = Pairs(x, labels, order, scale, candidates, other_labels, other_order, self_index, mask)
@@ -91,12 +100,16 @@ class _Nearest:
         if excluded is not None:
             excluded = excluded.index_select(0, pairs.candidates.order)
         positive, negative = (torch.full_like(self.positive, -math.inf) for _ in range(2))
+        total = torch.zeros(positive.shape, dtype=scale.dtype, device=x.device)
         for tile in pairs.tiles(only_positives=not block.negatives):
             sides = [(tile.i, tile.j, tile.same, 1)]
             if pairs.symmetric and not tile.diagonal:
                 sides.append((tile.j, tile.i, tile.same_back, 0))
             for at, columns, same, dim in sides:
                 _raise_to(positive, tile, at, same, None, dim)
+                if mask is not None:
+                    keep = and_not(same, tile.left_out)
+                    total[slice(*at)] += zero_unless(tile.similarity, keep).sum(dim, dtype=total.dtype)
                 if block.negatives:
                     out = None if excluded is None else excluded[slice(*columns)].unsqueeze(1 - dim)
                     _raise_to(negative, tile, at, negated(same), out, dim)
@@ -107,6 +120,7 @@ class _Nearest:
         self.negative = torch.maximum(
             self.negative, torch.empty_like(negative).index_copy(0, order, negative)
         )
+        return _sum_over_class(block) if mask is None else torch.empty_like(total).index_copy(0, order, total)
 
     def add_negatives(self, similarity: Tensor) -> None:
         """Adds negatives of each anchor [M, K]."""
@@ -126,50 +140,42 @@ def _raise_to(
     torch.maximum(part, s.amax(dim), out=part)
 
 
-def _similarity_sums(block: Block) -> tuple[Tensor, Tensor]:
-    """Sums of x_i . c_j over P_i and over the other candidates, [M] in the dtype of the statistics.
+def _sum_over_class(block: Block) -> Tensor:
+    """x_i . c_j, summed over the candidates of the anchor's label without the anchor itself, [M].
 
-    The sum over a set is x_i . (sum of its rows). It must not contain the anchor itself.
+    It is x_i . (sum of the rows of the label).
     """
-    x, _, _, _, candidates, *_ = block.rows
-    pairing, mask = block.pairing, block.mask_arguments.get("mask")
+    x, labels, order, _, candidates, other_labels, other_order, self_index = block.rows
     rows = x if candidates is None else candidates
-    own_is_positive: Tensor | None = None
-    if mask is None:
-        order = pairing.order if pairing.candidate_order is None else pairing.candidate_order
-        labels = pairing.labels if pairing.candidate_labels is None else pairing.candidate_labels
-        labels = labels.index_select(0, order)
-        first = torch.searchsorted(labels, labels)  # the class of a row: where it starts in label order
-        sums = _sums_of_rows(rows.index_select(0, order), first, rows.shape[0] + 1)
-        index = torch.searchsorted(labels, pairing.labels)
-        absent = torch.searchsorted(labels, pairing.labels, right=True) == index
-        index = index.masked_fill(absent, rows.shape[0])  # the last sum is 0
-    else:
-        sums, index = _sums_of_mask(rows, mask), mask.rows
-        if candidates is None:
-            own_is_positive = mask.mask[mask.rows, mask.columns]
-        elif pairing.self_index is not None:
-            own_is_positive = mask.mask[mask.rows, mask.columns[pairing.self_index]]
-    excluded = _excluded(pairing, candidates is None)
-    every = torch.zeros(rows.shape[0], dtype=torch.int64, device=x.device)
-    total = _sums_of_rows(rows, every if excluded is None else excluded.to(torch.int64), 2)[0]
-    positive, both, own = (total.new_zeros(x.shape[0]) for _ in range(3))
+    order = order if candidates is None else other_order
+    ascending = (labels if candidates is None else other_labels).index_select(0, order)
+    first = torch.searchsorted(ascending, ascending)  # the class of a row: where it starts in label order
+    sums = _sums_of_rows(rows.index_select(0, order), first, rows.shape[0] + 1)
+    index = torch.searchsorted(ascending, labels)
+    absent = torch.searchsorted(ascending, labels, right=True) == index
+    index = index.masked_fill(absent, rows.shape[0])  # the last sum is 0
+    return _products(x, sums, index, candidates is None or self_index is not None)
+
+
+def _sum_over_all(block: Block) -> Tensor:
+    """x_i . c_j, summed over all candidates without the anchor itself, [M]."""
+    x, _, _, _, candidates, _, _, self_index = block.rows
+    rows = x if candidates is None else candidates
+    excluded = _excluded(block.pairing, candidates is None)
+    part = torch.zeros(rows.shape[0], dtype=torch.int64, device=x.device)
+    sums = _sums_of_rows(rows, part if excluded is None else excluded.to(torch.int64), 2)
+    index = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+    return _products(x, sums, index, candidates is None or self_index is not None)
+
+
+def _products(x: Tensor, sums: Tensor, index: Tensor, without_own: bool) -> Tensor:
+    """x_i . sums[index_i], without the part x_i . x_i if ``without_own``."""
+    products = sums.new_empty(x.shape[0])
     for a, b in slices(x.shape[0], _ROWS):
-        anchors = x[a:b].to(total.dtype)
-        positive[a:b] = (anchors * sums.index_select(0, index[a:b])).sum(1)
-        both[a:b] = anchors @ total
-        own[a:b] = anchors.square().sum(1)
-    if candidates is not None and pairing.self_index is None:
-        return positive, both - positive
-    positive -= own if own_is_positive is None else torch.where(own_is_positive, own, 0.0)
-    return positive, both - own - positive
-
-
-def _sums_of_mask(rows: Tensor, mask: PositiveMask) -> Tensor:
-    """Sums of the positives of each sample under a mask, [S, D]."""
-    samples = _sums_of_rows(rows, mask.columns, mask.mask.shape[1])
-    parts = [mask.mask[a:b].to(samples.dtype) @ samples for a, b in slices(mask.mask.shape[0], _ROWS)]
-    return torch.cat([*parts, samples[:0]])
+        anchors = x[a:b].to(sums.dtype)
+        others = sums.index_select(0, index[a:b])
+        products[a:b] = (anchors * (others - anchors if without_own else others)).sum(1)
+    return products
 
 
 def _sums_of_rows(rows: Tensor, index: Tensor, count: int) -> Tensor:
