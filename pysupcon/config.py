@@ -61,6 +61,7 @@ class Config:
             self._check_momentum()
             self._check_loss_terms()
             self._check_groups()
+            self._check_unlabelled()
             self._check_best_by()
         if self.optimizer.warmup_epochs > self.trainer.epochs:
             raise ConfigError(
@@ -91,6 +92,11 @@ class Config:
             raise ConfigError(f"loss.contrast_mode=one needs data.views of at least 2, got {views}")
         if loss.infonce_weight > 0 and views < 2:
             raise ConfigError(f"loss.infonce_weight needs data.views of at least 2, got {views}")
+        if loss.unlabeled == "instance" and views < 2:
+            raise ConfigError(
+                "loss.unlabeled=instance takes the other views of a sample as its positives, so data.views "
+                f"must be at least 2, got {views}"
+            )
         if loss.pairing == "cross" and views != 2:
             raise ConfigError(f"loss.pairing=cross needs data.views of 2, got {views}")
 
@@ -160,6 +166,33 @@ class Config:
             )
         if best_by == "worst_known_group" and data.groups is None:
             raise ConfigError("trainer.best_by=worst_known_group needs data.groups, got None")
+
+    def _check_unlabelled(self) -> None:
+        data, loss = self.data, self.loss
+        if data.ignore_index is None:
+            if loss.unlabeled != "ignore":
+                raise ConfigError(f"loss.unlabeled={loss.unlabeled} has no effect without data.ignore_index")
+            return
+        if data.groups is not None:
+            raise ConfigError(
+                f"data.groups={data.groups} needs the class of every sample, but data.ignore_index is "
+                f"{data.ignore_index}: leave one out"
+            )
+        if data.sampler != "shuffled" and loss.unlabeled == "instance":
+            raise ConfigError(
+                f"loss.unlabeled=instance needs data.sampler=shuffled, got {data.sampler}, whose batches "
+                "hold samples of known classes only"
+            )
+        if data.sampler == "shuffled" and loss.gather is not False and loss.name not in ("none", "infonce"):
+            raise ConfigError(
+                f"loss.gather={loss.gather} needs the class of every sample, but data.ignore_index is "
+                f"{data.ignore_index}: pass --data.sampler balanced or --loss.gather false"
+            )
+        if data.sampler == "shuffled" and self.model.decoder == "labelled":
+            raise ConfigError(
+                "model.decoder=labelled needs the class of every sample, but data.ignore_index is "
+                f"{data.ignore_index}: pass --data.sampler balanced or --model.decoder plain"
+            )
 
     def _check_best_by(self) -> None:
         best_by = self.trainer.best_by

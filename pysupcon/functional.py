@@ -157,7 +157,8 @@ def contrastive_metrics(
     An anchor is correct if one of its positives is more similar to it than all of its negatives; a tie
     between a positive and a negative is an error. Similarities are not divided by a temperature: they are
     cosines for rows of unit length (``normalize=True``). Arguments: module docstring of
-    :mod:`pysupcon.functional`, without ``temperature``, ``reduction``, ``backend`` and ``gather``.
+    :mod:`pysupcon.functional`, without ``temperature``, ``reduction``, ``backend``, ``gather``,
+    ``candidate_weights``, ``anchor_weights`` and ``class_balance``.
 
     >>> import torch
     >>> rows = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]])

@@ -38,13 +38,6 @@ class _Candidates(TypedDict, total=False):
     needed by cNCE, by spread, and by every loss without labels."""
     candidate_instances: Tensor | None
     """Integers [Bc]: the same for the candidates."""
-    candidate_weights: Tensor | None
-    """[B] or [B, V] ([Bc] or [Bc, Vc] with candidates), greater than 0: weight w_j of candidate j, which
-    multiplies e^{s_ij} in every sum over candidates (logQ correction: 1 / sampling probability). Means of
-    s_ij over positives are not weighted. No gradient."""
-    anchor_weights: Tensor | None
-    """[B] or [B, V], at least 0: multiply the losses of the anchors. reduction="mean" divides by the sum of
-    the weights of the anchors that have a loss. No gradient."""
     memory: Any
     """[Nm, D]: rows to contrast with in addition to the batch (or to candidates), without gradient; or a
     :class:`pysupcon.MemoryQueue`, which brings labels, instances and weights."""
@@ -59,14 +52,26 @@ class _Candidates(TypedDict, total=False):
     """[B, K, D]: K negatives of sample b only (of each of its views), with gradient."""
 
 
-class RowOptions(_Candidates, total=False):
-    """Keywords of every module's forward."""
+class _Weights(TypedDict, total=False):
+    candidate_weights: Tensor | None
+    """[B] or [B, V] ([Bc] or [Bc, Vc] with candidates), greater than 0: weight w_j of candidate j, which
+    multiplies e^{s_ij} in every sum over candidates (logQ correction: 1 / sampling probability). Means of
+    s_ij over positives are not weighted. No gradient."""
+    anchor_weights: Tensor | None
+    """[B] or [B, V], at least 0: multiply the losses of the anchors. reduction="mean" divides by the sum of
+    the weights of the anchors that have a loss. No gradient."""
 
+
+class _LabelledCandidates(_Candidates, total=False):
     candidate_labels: Tensor | None
     """Integers [Bc], with labels and candidates. Without labels candidate sample k is the positive of
     sample k."""
     memory_labels: Tensor | None
     """Integers [Nm], with labels and memory. Without labels the rows of the memory are negatives."""
+
+
+class RowOptions(_LabelledCandidates, _Weights, total=False):
+    """Keywords of every module's forward."""
 
 
 class _Rows(TypedDict, total=False):
@@ -76,10 +81,10 @@ class _Rows(TypedDict, total=False):
     """L2-normalise rows first; default False. A row whose norm is below 1e-12 (float16: 2^-14, its smallest
     normal number) has no direction: the row and its gradient become zero. A row whose squared norm overflows
     (float64: in float64, otherwise in float32) counts as not finite."""
-
-
-class MetricsOptions(RowOptions, _Rows, total=False):
-    """Keywords of :func:`pysupcon.functional.contrastive_metrics`."""
+    batch_negatives: bool
+    """False: the rows of the batch (or the candidates) are positives only, and the negatives are rows of the
+    memory and hard_negatives. InfoNCE with keys as candidates and a queue as memory is then MoCo (He et al.
+    2020). Default True."""
 
 
 class _Computation(_Rows, total=False):
@@ -88,20 +93,12 @@ class _Computation(_Rows, total=False):
     warning); "cpu", "cuda", "tiled", or "reference" (dense, for tests; differentiable twice). The first call
     with a dtype on a GPU checks the CUDA kernels. If they answer wrongly or cannot run, "auto" uses tiled
     PyTorch and "cuda" raises (``PYSUPCON_TRUST=1`` skips the check)."""
-    batch_negatives: bool
-    """False: the rows of the batch (or the candidates) are positives only, and the negatives are rows of the
-    memory and hard_negatives. InfoNCE with keys as candidates and a queue as memory is then MoCo (He et al.
-    2020). Default True."""
     gather: Gather | None
     """None (default), or an object that contrasts with the rows of other processes (:class:`Gather`; see
     :mod:`pysupcon.distributed` for what each process returns)."""
 
 
-class _Labelling(TypedDict, total=False):
-    class_balance: bool
-    """True: each class counts with the mean of e^s over its candidates instead of the sum (Zhu et al. 2022,
-    Balanced Contrastive Learning, arXiv 2207.09052): the weight of a candidate is divided by the number of
-    candidates of its class, without the anchor itself. Default False."""
+class _Unlabelled(TypedDict, total=False):
     ignore_index: int | None
     """Label of rows that are neither anchors nor candidates; their gradient is 0. Default None."""
     unlabeled: str
@@ -109,11 +106,22 @@ class _Labelling(TypedDict, total=False):
     other views of their sample only (semi-supervised)."""
 
 
+class MetricsOptions(_LabelledCandidates, _Rows, _Unlabelled, total=False):
+    """Keywords of :func:`pysupcon.functional.contrastive_metrics`."""
+
+
+class _Labelling(_Unlabelled, total=False):
+    class_balance: bool
+    """True: each class counts with the mean of e^s over its candidates instead of the sum (Zhu et al. 2022,
+    Balanced Contrastive Learning, arXiv 2207.09052): the weight of a candidate is divided by the number of
+    candidates of its class, without the anchor itself. Default False."""
+
+
 class StatisticsOptions(RowOptions, _Computation, _Labelling, total=False):
     """Keywords of :func:`pysupcon.functional.pair_statistics`."""
 
 
-class SelfSupervisedOptions(_Candidates, _Computation, total=False):
+class SelfSupervisedOptions(_Candidates, _Weights, _Computation, total=False):
     """Keywords of :func:`pysupcon.functional.info_nce`."""
 
     reduction: str

@@ -19,8 +19,8 @@ OWN = tuple(dict.fromkeys(
 ))  # fmt: skip
 """Fields that only some losses use"""
 CONTRASTIVE = (
-    "temperature", "learnable_temperature", "contrast_mode", "pairing", "gather", "backend", "weight",
-    "infonce_weight", "queue", "batch_negatives",
+    "temperature", "learnable_temperature", "unlabeled", "contrast_mode", "pairing", "gather", "backend",
+    "weight", "infonce_weight", "queue", "batch_negatives",
 )  # fmt: skip
 """Fields without effect if there is no contrastive loss"""
 GROUP_ACCURACIES = ("worst_group", "worst_known_group")
@@ -71,6 +71,10 @@ class LossConfig:
 
     base: Literal["supcon", "sincere"] | None = None
     """spread only: the loss that is mixed with cnce. None means supcon."""
+
+    unlabeled: Literal["ignore", "instance"] = "ignore"
+    """Samples of data.ignore_index in the contrastive loss. ignore: they are neither anchors nor candidates;
+    instance: their positives are their own views, and they are negatives of the other samples."""
 
     contrast_mode: Literal["all", "one"] = "all"
     """Anchors: the rows of all views, or of the first view alone."""
@@ -136,6 +140,8 @@ class LossConfig:
             self.group_dro.check()
             weight = self.cross_entropy_weight
             check(weight > 0, "loss.cross_entropy_weight", "be greater than 0 for loss.group_dro", weight)
+        if self.unlabeled == "instance" and self.name == "infonce":
+            raise ConfigError("loss.unlabeled has no effect with loss.name=infonce, which uses no labels")
         if self.name == "none":
             self._refuse_contrastive()
         check(self.queue >= 0, "loss.queue", "be at least 0", self.queue)

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pysupcon.config import Config
 from pysupcon.data.datamodule import DataModule
+from pysupcon.data.unlabelled import UNKNOWN
 from pysupcon.errors import RunError
 from pysupcon.gradcache import GradCache
 from pysupcon.models.model import ModelOutput
@@ -210,12 +211,14 @@ class TrainingStep:
         return values
 
     def _batch_statistics(self, labels: Tensor) -> Tensor:
-        counts = one_hot(labels, len(self.data.class_names)).sum(0)  # bincount would synchronise
+        # Entry 0 counts the samples whose class is not known. bincount would synchronise.
+        counts = one_hot(labels - UNKNOWN, len(self.data.class_names) + 1).sum(0)
         if self.config.loss.gather is not False:
             counts = self.accelerator.reduce(counts, "sum")
-        memory = self.objective.memory_counts(len(counts))
+        memory = self.objective.memory_counts(len(counts) - 1)
         momentum = self.key_encoder is not None
-        return batch_statistics(self.config.loss, labels, counts, self.config.data.views, memory, momentum)
+        views = self.config.data.views
+        return batch_statistics(self.config.loss, labels, counts[1:], views, counts[0], memory, momentum)
 
     def _check_finite(self, values: dict[str, float], number: int) -> None:
         non_finite = [name for name, value in values.items() if not abs(value) < float("inf")]
