@@ -17,6 +17,7 @@ In reading order; a module imports only modules listed above it:
     autograd        the differentiable step: rows to statistics per anchor
     pairing         positives and instances: ids or a mask to index arguments and counts
     global_batch    the batch of all processes, and the protocols of communication
+    block_pairing   index arguments of the own rows against a block of rows of all processes
     agreement       values that must be the same on all processes
     problem         the arguments of a loss, checked and laid out
     gathered        the differentiable step with the rows of several processes as candidates
