@@ -18,17 +18,20 @@
   const Maybe &candidates, const Maybe &candidate_labels, const Maybe &candidate_order, \
       const Maybe &self_index
 #define INSTANCE_ARGS const Maybe &instances, const Maybe &candidate_instances
+#define WEIGHT_ARGS const Maybe &log_weights, const Maybe &candidate_log_weights
 #define GRADIENT_ARGS const at::Tensor &grad_x, const Maybe &grad_candidates
 
-#define PAIR_STATS_ARGS ROWS_ARGS, CANDIDATE_ARGS, INSTANCE_ARGS, bool negatives, bool positives
+#define PAIR_STATS_ARGS                                                                  \
+  ROWS_ARGS, CANDIDATE_ARGS, INSTANCE_ARGS, WEIGHT_ARGS, bool negatives, bool positives, \
+      const Maybe &negative_mean
 #define PAIR_STATS_BACKWARD_ARGS                                                                          \
-  ROWS_ARGS, CANDIDATE_ARGS, INSTANCE_ARGS, const at::Tensor &n, const at::Tensor &p,                     \
+  ROWS_ARGS, CANDIDATE_ARGS, INSTANCE_ARGS, WEIGHT_ARGS, const at::Tensor &n, const at::Tensor &p,        \
       const at::Tensor &grad_n, const at::Tensor &grad_p, const Maybe &grad_positive_sum,                 \
       const Maybe &grad_instance_sum, const Maybe &candidate_n, const Maybe &candidate_p,                 \
       const Maybe &candidate_grad_n, const Maybe &candidate_grad_p,                                       \
       const Maybe &candidate_grad_positive_sum, const Maybe &candidate_grad_instance_sum, bool negatives, \
       bool positives, GRADIENT_ARGS
-#define POSITIVE_SOFTPLUS_ARGS ROWS_ARGS, CANDIDATE_ARGS, const at::Tensor &n, double epsilon
+#define POSITIVE_SOFTPLUS_ARGS ROWS_ARGS, CANDIDATE_ARGS, WEIGHT_ARGS, const at::Tensor &n, double epsilon
 #define POSITIVE_SOFTPLUS_BACKWARD_ARGS                                           \
   POSITIVE_SOFTPLUS_ARGS, const at::Tensor &grad_total, const Maybe &candidate_n, \
       const Maybe &candidate_grad_total, GRADIENT_ARGS
@@ -179,6 +182,22 @@ inline void check_apart(const at::Tensor& gradient, const char* name, at::ArrayR
   for (const at::Tensor& t : read)
     TORCH_CHECK_VALUE(!t.defined() || !written.overlaps(Span(t)), "pysupcon: ", name,
                       " must not share memory with another argument");
+}
+
+// Of a log weight. Statistics are double: beyond it they have too few digits for an exponent.
+constexpr double kLargestLogWeight = 1e14;
+
+// Log weights of the rows as candidates: of one set, of the candidates, and with the candidates' own
+// statistics also of the anchors.
+inline void check_weights(const at::Tensor& x, const Maybe& candidates, const Maybe& log_weights,
+                          const Maybe& candidate_log_weights, bool column_side) {
+  TORCH_CHECK_VALUE(candidates || !candidate_log_weights,
+                    "pysupcon: candidate_log_weights go with candidates");
+  TORCH_CHECK_VALUE(!log_weights || !candidates || column_side,
+                    "pysupcon: with candidates, log_weights go with the candidates' own statistics");
+  if (log_weights) check_statistic(*log_weights, x.size(0), x.device(), "log_weights");
+  if (candidate_log_weights)
+    check_statistic(*candidate_log_weights, candidates->size(0), x.device(), "candidate_log_weights");
 }
 
 // The statistics of the candidates are given completely or not at all. Returns whether they are given.

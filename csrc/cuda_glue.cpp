@@ -143,7 +143,14 @@ class Call {
   std::vector<Tensor> kept_;
 };
 
+void refuse_weights(const Maybe& log_weights, const Maybe& candidate_log_weights) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!log_weights && !candidate_log_weights,
+                              "pysupcon: the CUDA kernels do not support log_weights");
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> pair_stats(PAIR_STATS_ARGS) {
+  refuse_weights(log_weights, candidate_log_weights);
+  TORCH_CHECK_NOT_IMPLEMENTED(!negative_mean, "pysupcon: the CUDA kernels do not compute negative_mean");
   Call call(Operation::pair_stats, ROWS_AND_CANDIDATES, INSTANCES);
   const Tensor n = call.new_stats(), p = call.new_stats(), positive_sum = call.new_stats(),
                instance_sum = call.new_stats();
@@ -159,6 +166,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pair_stats(PAIR_STATS_ARGS) {
 }
 
 void pair_stats_backward(PAIR_STATS_BACKWARD_ARGS) {
+  refuse_weights(log_weights, candidate_log_weights);
   Call call(Operation::pair_stats_backward, ROWS_AND_CANDIDATES, INSTANCES);
   const bool column_side = check_column_side(candidate_n, candidate_p, candidate_grad_n, candidate_grad_p,
                                              candidate_grad_positive_sum, candidate_grad_instance_sum);
@@ -184,6 +192,7 @@ void pair_stats_backward(PAIR_STATS_BACKWARD_ARGS) {
 }
 
 Tensor positive_softplus(POSITIVE_SOFTPLUS_ARGS) {
+  refuse_weights(log_weights, candidate_log_weights);
   Call call(Operation::positive_softplus, ROWS_AND_CANDIDATES);
   check_epsilon(epsilon);
   const Tensor total = call.new_stats();
@@ -195,6 +204,7 @@ Tensor positive_softplus(POSITIVE_SOFTPLUS_ARGS) {
 }
 
 Tensor positive_softplus_backward(POSITIVE_SOFTPLUS_BACKWARD_ARGS) {
+  refuse_weights(log_weights, candidate_log_weights);
   Call call(Operation::positive_softplus_backward, ROWS_AND_CANDIDATES);
   const bool column_side = check_column_side(candidate_n, candidate_grad_total);
   check_epsilon(epsilon);

@@ -3,8 +3,9 @@
 ``SupConLoss``, ``SINCERELoss``, ``ClassConditionalInfoNCELoss``, ``SpreadLoss``, ``DCLLoss`` and
 ``InfoNCELoss`` are modules, :mod:`pysupcon.functional` holds the same as functions, :mod:`pysupcon.compat`
 the loss classes of other libraries with their own signatures. :class:`GradCache` runs a large batch through
-an encoder in chunks. ``backends()`` says which kernels this build has, and why others are missing;
-``backends(check=True)`` asks the CUDA kernels for known answers first.
+an encoder in chunks. :class:`MemoryQueue` holds embeddings of earlier batches. ``backends()`` says which
+kernels this build has, and why others are missing; ``backends(check=True)`` asks the CUDA kernels for known
+answers first.
 
 >>> import torch, pysupcon
 >>> embeddings = torch.eye(4).repeat_interleave(2, dim=0).requires_grad_()  # [N, D]: 4 classes, 2 rows each
@@ -26,6 +27,7 @@ from pysupcon.losses import (
     SpreadLoss,
     SupConLoss,
 )
+from pysupcon.memory import MemoryQueue
 from pysupcon.pairs.backends import backends
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "DCLLoss",
     "GradCache",
     "InfoNCELoss",
+    "MemoryQueue",
     "SINCERELoss",
     "SpreadLoss",
     "SupConLoss",

@@ -15,12 +15,26 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack  # a dependency of torch; typing has it from Python 3.11 on
 
-from pysupcon.options import DEFAULTS, ROW_OPTIONS, GatherArgument, RowOptions, expand_signature
+from pysupcon.options import (
+    DEFAULTS,
+    LABEL_OPTIONS,
+    ROW_OPTIONS,
+    GatherArgument,
+    RowOptions,
+    expand_signature,
+)
 from pysupcon.pairs import reference
 from pysupcon.pairs.autograd import RowStatistics
-from pysupcon.pairs.checks import BACKENDS, TEMPERATURE_RANGE, check_choice, check_gather, check_number
+from pysupcon.pairs.checks import (
+    BACKENDS,
+    TEMPERATURE_RANGE,
+    check_choice,
+    check_gather,
+    check_labelling,
+    check_number,
+)
 from pysupcon.pairs.problem import Gather, Problem, prepare
-from pysupcon.pairs.rows import get_divisor
+from pysupcon.pairs.rows import get_divisor, weighted_divisor
 from pysupcon.ranges import named
 
 __all__ = ["ContrastiveLoss", "Counts", "build_problem", "compute", "dense_sets"]
@@ -41,6 +55,8 @@ class Counts(NamedTuple):
     """|P_i| + |N_i|, one number (or a tensor) for all anchors"""
     nested: bool = True
     """A_i is a part of P_i; a mask may differ"""
+    weighted: bool = False
+    """candidates have weights other than 0 and 1"""
 
 
 def build_problem(
@@ -67,20 +83,41 @@ def build_problem(
     return problem, given["reduction"]
 
 
-def dense_sets(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """s, P, N and A [M, N] of the reference backend."""
-    pairing, mask = problem.pairing, problem.mask
+def dense_sets(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """s, P, N, A and s + log weight [M, N] of the reference backend. The columns are the candidates, the
+    memory, and the hard negatives of each anchor."""
+    pairing, mask, memory = problem.pairing, problem.mask, problem.memory
     dense_mask = None if mask is None else mask.mask[mask.rows[:, None], mask.columns[None, :]]
     positives, negatives = reference.pair_sets(
         pairing.labels, pairing.candidate_labels, pairing.self_index, dense_mask
     )
+    if not problem.batch_negatives:
+        negatives = torch.zeros_like(negatives)
     same = positives
     if pairing.instances is not None:
         same = reference.pair_sets(pairing.instances, pairing.candidate_instances, pairing.self_index)[0]
         same = same if mask is not None else same & positives
-    return (
-        reference.similarity(problem.x, problem.candidates, problem.temperature), positives, negatives, same
-    )  # fmt: skip
+    s = reference.similarity(problem.x, problem.candidates, problem.temperature)
+    log_weights = pairing.log_weights if problem.candidates is None else pairing.candidate_log_weights
+    parts = [(s, positives, negatives, same, log_weights)]
+    if memory is not None:
+        positives, negatives = reference.pair_sets(pairing.labels, memory.labels)
+        same = positives
+        if pairing.instances is not None and memory.instances is not None:
+            same = reference.pair_sets(pairing.instances, memory.instances)[0] & positives
+        s = reference.similarity(problem.x, memory.rows, problem.temperature)
+        parts.append((s, positives, negatives, same, memory.log_weights))
+    own = problem.hard_negative_similarity()
+    if own is not None:
+        none = torch.zeros_like(own, dtype=torch.bool)
+        parts.append((own, none, ~none, none, None))
+    weighted = [s if log is None else s + log.to(s.dtype) for s, *_, log in parts]
+    columns = [torch.cat(column, dim=1) for column in zip(*(part[:4] for part in parts), strict=True)]
+    sums = torch.cat(weighted, dim=1)
+    included = sums > -math.inf
+    s, *sets = columns
+    positives, negatives, same = (where & included for where in sets)
+    return s, positives, negatives, same, sums
 
 
 @named("pysupcon::loss")
@@ -91,8 +128,11 @@ def compute(
 ) -> Tensor:  # fmt: skip
     """The value of a loss. ``own``: the checked parameters that only this loss has. ``further``: those that
     the caller uses, and that processes must share too."""
+    name = loss.function.__name__
+    if not loss.statistics(**own).get("negatives") and options.get("hard_negatives") is not None:
+        raise ValueError(f"{name} contrasts with positives only: hard_negatives must be None")
     problem, reduction = build_problem(
-        loss.function.__name__, features, labels, mask, options, temperature, loss.needs_instances,
+        name, features, labels, mask, options, temperature, loss.needs_instances,
         "candidate_labels" if loss.self_supervised else None, loss, own if further is None else further,
     )  # fmt: skip
     global_batch, mean_of = problem.global_batch, 1
@@ -110,31 +150,34 @@ def compute(
         divisor = get_divisor(anchors, reduction, loss.requirement)
         mean_of = global_batch.processes if reduction == "mean" else 1
     else:
-        counts = Counts(problem.count, problem.instance_count, _candidates(problem), mask is None)
-        valid = loss.valid(counts)
+        counts = Counts(
+            problem.count, problem.instance_count, problem.candidate_count, mask is None, problem.weighted
+        )
+        valid, weights = loss.valid(counts), problem.anchor_weights
         if problem.backend == "reference":
             value = loss.dense(*dense_sets(problem), **own)
             divisor = get_divisor(valid.sum(), reduction, loss.requirement)
         else:
             s = problem.statistics(**loss.statistics(**own))
             divisor = get_divisor(valid.sum(), reduction, loss.requirement)
-            if loss.fused_reduction:
+            if not loss.fused_reduction:
+                value = loss.per_anchor(s, counts, valid, **own)
+                if problem.ignored is not None:  # its softplus sum is over other ignored rows
+                    value = torch.where(valid, value, 0.0)
+            elif weights is None:
                 value, divisor = loss.per_anchor(s, counts, valid, divisor), None
             else:
-                value = loss.per_anchor(s, counts, valid, **own)
+                value = loss.per_anchor(s, counts, valid)
+        if weights is not None:
+            weights = weights.to(value.dtype)
+            value = value * weights
+            divisor = weighted_divisor(torch.where(valid, weights, 0.0).sum(), reduction)
     if divisor is not None:
         value = value.sum() / divisor
     if mean_of > 1:  # the mean over the processes is the mean over all their anchors
         value = value * mean_of
     value = value.to(problem.loss_dtype)
     return value.view(problem.shape) if reduction == "none" else value
-
-
-def _candidates(problem: Problem) -> int:
-    """Returns the number of candidates of an anchor, without the anchor."""
-    if problem.candidates is None:
-        return problem.x.shape[0] - 1
-    return problem.candidates.shape[0] - int(problem.pairing.self_index is not None)
 
 
 class ContrastiveLoss(nn.Module):
@@ -153,7 +196,8 @@ class ContrastiveLoss(nn.Module):
     per_anchor: ClassVar[Callable[..., Tensor]]
     """(RowStatistics, Counts, valid, **own) -> losses [M], 0 where not valid, linear in the sums"""
     dense: ClassVar[Callable[..., Tensor]]
-    """(s, P, N, A, **own) -> losses [M] by the equation: backend="reference", used by the tests"""
+    """(s, P, N, A, t, **own) -> losses [M] by the equation, with t_ij = s_ij + log weight of candidate j in
+    sums of exponentials. backend="reference", used by the tests"""
     requirement: ClassVar[str] = "a positive"
     """What an anchor needs to have a loss"""
     needs_instances: ClassVar[bool] = False
@@ -173,6 +217,12 @@ class ContrastiveLoss(nn.Module):
         gather: GatherArgument = False,
         backend: str = "auto",
         learnable_temperature: bool = False,
+        batch_negatives: bool = True,
+        class_balance: bool = False,
+        ignore_index: int | None = None,
+        unlabeled: str = "ignore",
+        min_temperature: float | None = None,
+        max_temperature: float | None = None,
     ) -> None:
         super().__init__()
         if isinstance(temperature, Tensor) and temperature.requires_grad:
@@ -180,7 +230,14 @@ class ContrastiveLoss(nn.Module):
                 "temperature must be a number, got a tensor with requires_grad=True; "
                 "learnable_temperature=True makes it a parameter of the loss"
             )
-        self._temperature = float(check_number("temperature", temperature, *TEMPERATURE_RANGE))
+        self.min_temperature = _check_limit("min_temperature", min_temperature, learnable_temperature)
+        self.max_temperature = _check_limit("max_temperature", max_temperature, learnable_temperature)
+        if (self.min_temperature or 0.0) > (self.max_temperature or math.inf):
+            raise ValueError(
+                f"min_temperature must be at most max_temperature, got {self.min_temperature:g} and "
+                f"{self.max_temperature:g}"
+            )
+        self._temperature = self._check_temperature(temperature)
         check_choice("contrast_mode", contrast_mode, ("all", "one"))
         check_choice("reduction", reduction, ("mean", "sum", "none"))
         check_choice("backend", backend, BACKENDS)
@@ -188,6 +245,16 @@ class ContrastiveLoss(nn.Module):
         self.reduction = reduction
         self.normalize = normalize
         self.backend = backend
+        check_labelling(class_balance, batch_negatives, ignore_index, unlabeled)
+        if self.self_supervised and (class_balance or ignore_index is not None):
+            raise ValueError(
+                f"{type(self).__name__} is self-supervised: class_balance and ignore_index need a loss with "
+                "labels, for example SupConLoss"
+            )
+        self.batch_negatives = batch_negatives
+        self.class_balance = class_balance
+        self.ignore_index = ignore_index
+        self.unlabeled = unlabeled
         self.gather = gather
         self._gather = _resolve_gather(gather)
         self.log_temperature: nn.Parameter | None = None
@@ -201,8 +268,50 @@ class ContrastiveLoss(nn.Module):
 
     @property
     def temperature(self) -> float | Tensor:
-        """The number, or with ``learnable_temperature`` a tensor of no dimensions."""
-        return self._temperature if self.log_temperature is None else self.log_temperature.exp()
+        """The number, or with ``learnable_temperature`` a tensor of no dimensions.
+
+        A number can be assigned; with ``learnable_temperature`` this sets ``log_temperature`` in place. A
+        schedule assigns outside of the function that torch.compile compiles: all values then share a graph.
+        """
+        if self.log_temperature is None:
+            return self._temperature
+        logarithm: Tensor = self.log_temperature
+        if self._limited:  # the gradient is that without limits
+            logarithm = logarithm + (self._clamp(logarithm) - logarithm).detach()
+        return logarithm.exp()
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        number = self._check_temperature(value)
+        if self.log_temperature is None:
+            self._temperature = number
+        else:
+            with torch.no_grad():
+                self.log_temperature.fill_(math.log(number))
+
+    def _check_temperature(self, value: Any) -> float:
+        low, high = TEMPERATURE_RANGE
+        low = low if self.min_temperature is None else self.min_temperature
+        high = high if self.max_temperature is None else self.max_temperature
+        return float(check_number("temperature", value, low, high))
+
+    @property
+    def _limited(self) -> bool:
+        return self.min_temperature is not None or self.max_temperature is not None
+
+    def _clamp(self, logarithm: Tensor) -> Tensor:
+        limits = (self.min_temperature, self.max_temperature)
+        low, high = (None if limit is None else math.log(limit) for limit in limits)
+        return logarithm.clamp(low, high)
+
+    def _move_to_limits(self) -> None:
+        """Moves a learnable temperature that an optimizer took past a limit back to it."""
+        parameter = self.log_temperature
+        if not (self._limited and isinstance(parameter, nn.Parameter)):
+            return
+        if torch.is_grad_enabled() and not torch.compiler.is_exporting():
+            # A write to .data leaves the backward of an earlier call valid.
+            parameter.data.copy_(self._clamp(parameter.data))
 
     @expand_signature
     def forward(
@@ -218,17 +327,20 @@ class ContrastiveLoss(nn.Module):
             raise TypeError(f"{type(self).__name__}.forward() got an unexpected keyword argument {unknown!r}")
         if not self.self_supervised:
             return self.function(features, labels, mask, **self._options(), **options)
-        if labels is not None or mask is not None or options.pop("candidate_labels", None) is not None:
+        of_labels = [value for name, value in options.items() if name in LABEL_OPTIONS]
+        if labels is not None or mask is not None or any(value is not None for value in of_labels):
             raise ValueError(
-                f"{type(self).__name__} is self-supervised: labels, mask and candidate_labels must be None "
-                "(instances say which rows are views of one sample); SupConLoss takes labels"
+                f"{type(self).__name__} is self-supervised: labels, mask, candidate_labels and memory_labels "
+                "must be None (instances say which rows are views of one sample); SupConLoss takes labels"
             )
-        return self.function(features, **self._options(), **options)
+        own = {name: value for name, value in options.items() if name not in LABEL_OPTIONS}
+        return self.function(features, **self._options(), **own)
 
     def _options(self) -> dict[str, Any]:
         """Arguments of the function that the module holds."""
         if self._gather is None and _among_processes():
             importlib.import_module("pysupcon.distributed").warn_without_gather(type(self).__name__)
+        self._move_to_limits()
         found: dict[str, Any] = {
             "temperature": self.temperature,
             "contrast_mode": self.contrast_mode,
@@ -236,7 +348,14 @@ class ContrastiveLoss(nn.Module):
             "normalize": self.normalize,
             "backend": self.backend,
             "gather": self._gather,
+            "batch_negatives": self.batch_negatives,
         }
+        if not self.self_supervised:
+            found |= {
+                "class_balance": self.class_balance,
+                "ignore_index": self.ignore_index,
+                "unlabeled": self.unlabeled,
+            }
         for name in self.own_parameters:
             found[name] = getattr(self, name)
         return found
@@ -245,13 +364,26 @@ class ContrastiveLoss(nn.Module):
         with torch.no_grad():
             temperature = float(self.temperature)
         learnable = " (learnable)" if self.log_temperature is not None else ""
+        for name in ("min_temperature", "max_temperature"):
+            if getattr(self, name) is not None:
+                learnable += f", {name}={getattr(self, name):g}"
         own = {name: getattr(self, name) for name in self.own_parameters}
+        changed = ("batch_negatives", "class_balance", "ignore_index", "unlabeled")
+        own |= {name: getattr(self, name) for name in changed if getattr(self, name) != DEFAULTS[name]}
         return ", ".join([
             f"temperature={temperature:g}{learnable}",
             *(f"{k}={v:.15g}" if isinstance(v, float) else f"{k}={v!r}" for k, v in own.items()),
             f"contrast_mode={self.contrast_mode!r}, reduction={self.reduction!r}, normalize={self.normalize}",
             f"gather={self.gather!r}, backend={self.backend!r}",
         ])  # fmt: skip
+
+
+def _check_limit(name: str, value: Any, learnable: bool) -> float | None:
+    if value is None:
+        return None
+    if not learnable:
+        raise ValueError(f"{name} needs learnable_temperature=True, got {value} without it")
+    return float(check_number(name, value, *TEMPERATURE_RANGE))
 
 
 def _among_processes() -> bool:

@@ -54,14 +54,18 @@ from typing_extensions import Unpack
 from pysupcon.contrastive import build_problem, dense_sets
 from pysupcon.losses import *  # noqa: F403
 from pysupcon.losses import LOSSES_BY_NAME
-from pysupcon.options import Options, StatisticsOptions, expand_signature
+from pysupcon.options import MetricsOptions, Options, StatisticsOptions, expand_signature
+from pysupcon.pairs.metrics import similarity_metrics
 from pysupcon.pairs.problem import Gather
 from pysupcon.pairs.reference import log_sum_exp
 
 __all__ = [
+    "ContrastiveMetrics",
     "Gather",
     "Options",
     "PairStatistics",
+    "contrastive_accuracy",
+    "contrastive_metrics",
     "pair_statistics",
     *sorted({loss.function.__name__ for loss in LOSSES_BY_NAME.values()}),
 ]
@@ -100,8 +104,8 @@ def pair_statistics(
     )
     count = problem.count if problem.global_batch is None else problem.global_batch.own_counts[0]
     if problem.backend == "reference":
-        s, positives, negatives, _ = dense_sets(problem)
-        n, p = log_sum_exp(s, negatives), log_sum_exp(s, positives)
+        s, positives, negatives, _, weighted = dense_sets(problem)
+        n, p = log_sum_exp(weighted, negatives), log_sum_exp(weighted, positives)
         total = torch.where(positives, s, 0.0).sum(dim=1)
     else:
         requested = {"negatives": True, "positives": True}
@@ -113,3 +117,56 @@ def pair_statistics(
             statistics = gathered_statistics(problem, requested)
         n, p, total = statistics.n, statistics.p, statistics.positive_sum
     return PairStatistics(n, p, total / count.clamp(min=1), count)
+
+
+class ContrastiveMetrics(NamedTuple):
+    """Figures of a batch: scalars without gradient, float32 (float64 for float64 features). Anchors without a
+    positive are skipped; a mean over nothing is NaN."""
+
+    accuracy: Tensor
+    """Share of the anchors whose most similar candidate is a positive (top-1)"""
+    positive_similarity: Tensor
+    """Mean of z_i . z_j over all pairs of an anchor and a positive"""
+    negative_similarity: Tensor
+    """Mean of z_i . z_j over all pairs of an anchor and a negative"""
+
+
+@expand_signature
+def contrastive_metrics(
+    features: Tensor,
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    **options: Unpack[MetricsOptions],
+) -> ContrastiveMetrics:
+    """Top-1 accuracy, and mean similarities of positives and negatives, in O(N) memory.
+
+    An anchor is correct if one of its positives is more similar to it than all of its negatives; a tie
+    between a positive and a negative is an error. Similarities are not divided by a temperature: they are
+    cosines for rows of unit length (``normalize=True``). Arguments: module docstring of
+    :mod:`pysupcon.functional`, without ``temperature``, ``reduction``, ``backend`` and ``gather``.
+
+    >>> import torch
+    >>> rows = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]])
+    >>> contrastive_metrics(rows, torch.tensor([0, 0, 1, 1]))  # the rows in the middle are too close
+    ContrastiveMetrics(accuracy=tensor(0.5000), positive_similarity=tensor(0.8000), \
+negative_similarity=tensor(0.5400))
+    """
+    unknown = sorted(options.keys() - MetricsOptions.__annotations__.keys())
+    if unknown:
+        raise TypeError(f"contrastive_metrics() got an unexpected keyword argument {unknown[0]!r}")
+    problem, _ = build_problem(
+        "contrastive_metrics", features, labels, mask, {**options, "backend": "tiled"}, 1.0, False, None
+    )
+    return ContrastiveMetrics(*similarity_metrics(problem))
+
+
+@expand_signature
+def contrastive_accuracy(
+    features: Tensor,
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    **options: Unpack[MetricsOptions],
+) -> Tensor:
+    """Share of the anchors whose most similar candidate is a positive: the first field of
+    :func:`contrastive_metrics`, which has the arguments."""
+    return contrastive_metrics(features, labels, mask, **options).accuracy

@@ -118,8 +118,8 @@ class SupConLoss(ContrastiveLoss):
         return {"negatives": True, "positives": True}
 
     @staticmethod
-    def dense(s: Tensor, positives: Tensor, negatives: Tensor, same: Tensor) -> Tensor:
-        log_probability = s - log_sum_exp(s, positives | negatives)[:, None]
+    def dense(s: Tensor, positives: Tensor, negatives: Tensor, same: Tensor, t: Tensor) -> Tensor:
+        log_probability = s - log_sum_exp(t, positives | negatives)[:, None]
         return torch.where(positives.any(dim=1), -mean_over(positives, log_probability), 0.0)
 
 
@@ -170,8 +170,10 @@ class SINCERELoss(ContrastiveLoss):
         return loss
 
     @staticmethod
-    def dense(s: Tensor, positives: Tensor, negatives: Tensor, same: Tensor, epsilon: float = 0.0) -> Tensor:
-        denominator = torch.logaddexp(s - epsilon, log_sum_exp(s, negatives)[:, None])
+    def dense(
+        s: Tensor, positives: Tensor, negatives: Tensor, same: Tensor, t: Tensor, epsilon: float = 0.0
+    ) -> Tensor:
+        denominator = torch.logaddexp(t - epsilon, log_sum_exp(t, negatives)[:, None])
         return torch.where(positives.any(dim=1), mean_over(positives, denominator - s), 0.0)
 
 
@@ -214,13 +216,13 @@ class ClassConditionalInfoNCELoss(ContrastiveLoss):
     def per_anchor(s: RowStatistics, counts: Counts, valid: Tensor) -> Tensor:
         assert counts.instances is not None
         if counts.nested:
-            return positive_gap(s, s.instance_sum, counts.instances, counts.positives, valid)
+            return positive_gap(s, s.instance_sum, counts.instances, counts, valid)
         return torch.where(valid, s.p - mean(s.instance_sum, counts.instances), 0.0)
 
     @staticmethod
-    def dense(s: Tensor, positives: Tensor, negatives: Tensor, same: Tensor) -> Tensor:
+    def dense(s: Tensor, positives: Tensor, negatives: Tensor, same: Tensor, t: Tensor) -> Tensor:
         valid = same.any(dim=1) & positives.any(dim=1)
-        log_probability = s - log_sum_exp(s, positives)[:, None]
+        log_probability = s - log_sum_exp(t, positives)[:, None]
         return torch.where(valid, -mean_over(same, log_probability), 0.0)
 
 
@@ -328,9 +330,9 @@ class DCLLoss(ContrastiveLoss):
         return torch.where(valid, s.n, 0.0) - torch.where(valid, mean(s.positive_sum, counts.positives), 0.0)
 
     @staticmethod
-    def dense(s: Tensor, positives: Tensor, negatives: Tensor, same: Tensor) -> Tensor:
+    def dense(s: Tensor, positives: Tensor, negatives: Tensor, same: Tensor, t: Tensor) -> Tensor:
         valid = positives.any(dim=1) & negatives.any(dim=1)
-        return torch.where(valid, log_sum_exp(s, negatives) - mean_over(positives, s), 0.0)
+        return torch.where(valid, log_sum_exp(t, negatives) - mean_over(positives, s), 0.0)
 
 
 @expand_signature

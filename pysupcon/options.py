@@ -15,8 +15,10 @@ from pysupcon.pairs.problem import Gather
 
 __all__ = [
     "DEFAULTS",
+    "LABEL_OPTIONS",
     "ROW_OPTIONS",
     "GatherArgument",
+    "MetricsOptions",
     "ModuleOptions",
     "Options",
     "RowOptions",
@@ -36,6 +38,25 @@ class _Candidates(TypedDict, total=False):
     needed by cNCE, by spread, and by every loss without labels."""
     candidate_instances: Tensor | None
     """Integers [Bc]: the same for the candidates."""
+    candidate_weights: Tensor | None
+    """[B] or [B, V] ([Bc] or [Bc, Vc] with candidates), greater than 0: weight w_j of candidate j, which
+    multiplies e^{s_ij} in every sum over candidates (logQ correction: 1 / sampling probability). Means of
+    s_ij over positives are not weighted. No gradient."""
+    anchor_weights: Tensor | None
+    """[B] or [B, V], at least 0: multiply the losses of the anchors. reduction="mean" divides by the sum of
+    the weights of the anchors that have a loss. No gradient."""
+    memory: Any
+    """[Nm, D]: rows to contrast with in addition to the batch (or to candidates), without gradient; or a
+    :class:`pysupcon.MemoryQueue`, which brings labels, instances and weights."""
+    memory_instances: Tensor | None
+    """Integers [Nm], with instances. Without them, no row of the memory is a view of a batch sample."""
+    memory_weights: Tensor | None
+    """[Nm], at least 0: as candidate_weights; 0 leaves a row out (an empty slot)."""
+    exclude_batch_from_memory: bool
+    """True: the rows of the memory whose instance is in the batch are left out. For a memory that already
+    holds the batch: its rows are candidates already, and an anchor is not its own positive. Default False."""
+    hard_negatives: Tensor | None
+    """[B, K, D]: K negatives of sample b only (of each of its views), with gradient."""
 
 
 class RowOptions(_Candidates, total=False):
@@ -44,26 +65,51 @@ class RowOptions(_Candidates, total=False):
     candidate_labels: Tensor | None
     """Integers [Bc], with labels and candidates. Without labels candidate sample k is the positive of
     sample k."""
+    memory_labels: Tensor | None
+    """Integers [Nm], with labels and memory. Without labels the rows of the memory are negatives."""
 
 
-class _Computation(TypedDict, total=False):
+class _Rows(TypedDict, total=False):
     contrast_mode: str
     """"all" (default): every row is an anchor; "one": only view 0 of each sample is."""
     normalize: bool
     """L2-normalise rows first; default False. A row whose norm is below 1e-12 (float16: 2^-14, its smallest
     normal number) has no direction: the row and its gradient become zero. A row whose squared norm overflows
     (float64: in float64, otherwise in float32) counts as not finite."""
+
+
+class MetricsOptions(RowOptions, _Rows, total=False):
+    """Keywords of :func:`pysupcon.functional.contrastive_metrics`."""
+
+
+class _Computation(_Rows, total=False):
     backend: str
     """"auto" (default): the compiled kernel of the device, or tiled PyTorch where there is none (with one
     warning); "cpu", "cuda", "tiled", or "reference" (dense, for tests; differentiable twice). The first call
     with a dtype on a GPU checks the CUDA kernels. If they answer wrongly or cannot run, "auto" uses tiled
     PyTorch and "cuda" raises (``PYSUPCON_TRUST=1`` skips the check)."""
+    batch_negatives: bool
+    """False: the rows of the batch (or the candidates) are positives only, and the negatives are rows of the
+    memory and hard_negatives. InfoNCE with keys as candidates and a queue as memory is then MoCo (He et al.
+    2020). Default True."""
     gather: Gather | None
     """None (default), or an object that contrasts with the rows of other processes (:class:`Gather`; see
     :mod:`pysupcon.distributed` for what each process returns)."""
 
 
-class StatisticsOptions(RowOptions, _Computation, total=False):
+class _Labelling(TypedDict, total=False):
+    class_balance: bool
+    """True: each class counts with the mean of e^s over its candidates instead of the sum (Zhu et al. 2022,
+    Balanced Contrastive Learning): candidate weights are divided by the number of candidates of the class,
+    in which the anchor itself is counted. Default False."""
+    ignore_index: int | None
+    """Label of rows that are neither anchors nor candidates; their gradient is 0. Default None."""
+    unlabeled: str
+    """"ignore" (default), or "instance": rows of the label ignore_index are candidates, and positives of the
+    other views of their sample only (semi-supervised)."""
+
+
+class StatisticsOptions(RowOptions, _Computation, _Labelling, total=False):
     """Keywords of :func:`pysupcon.functional.pair_statistics`."""
 
 
@@ -75,7 +121,7 @@ class SelfSupervisedOptions(_Candidates, _Computation, total=False):
     [N] ([B] for contrast_mode="one"), 0 where an anchor has no loss."""
 
 
-class Options(SelfSupervisedOptions, RowOptions, total=False):
+class Options(SelfSupervisedOptions, RowOptions, _Labelling, total=False):
     """Keywords of every function that takes labels."""
 
 
@@ -89,9 +135,21 @@ class SharedModuleOptions(TypedDict, total=False):
     """False (default): each process contrasts with its own rows only. True or "ring": with the rows of every
     process (:mod:`pysupcon.distributed`). An object of the :class:`Gather` protocol is used as it is."""
     backend: str
+    batch_negatives: bool
+    """As in :class:`Options`, and so are ``class_balance``, ``ignore_index`` and ``unlabeled``."""
+    class_balance: bool
+    ignore_index: int | None
+    unlabeled: str
     learnable_temperature: bool
     """True makes the logarithm of the temperature a parameter, ``log_temperature``, which starts from
     ``temperature``, so that the temperature stays positive. Default False."""
+    min_temperature: float | None
+    """With ``learnable_temperature``: lower limit of the temperature; None (default): none. If an optimizer
+    step took the parameter past a limit, the next forward moves it back to the limit, as CLIP does after each
+    step. The gradient at a limit is that without limits: the temperature leaves the limit as soon as the
+    gradient points inward."""
+    max_temperature: float | None
+    """Upper limit, likewise; CLIP's limit 100 of the logit scale is ``min_temperature=0.01``."""
 
 
 class ModuleOptions(SharedModuleOptions, total=False):
@@ -105,11 +163,17 @@ F = TypeVar("F", bound=Callable[..., Any])
 GatherArgument = bool | Literal["ring"] | Gather
 DEFAULTS: dict[str, Any] = {
     "candidates": None, "candidate_labels": None, "instances": None, "candidate_instances": None,
+    "candidate_weights": None, "anchor_weights": None, "memory": None, "memory_labels": None,
+    "memory_instances": None, "memory_weights": None, "exclude_batch_from_memory": False,
+    "hard_negatives": None, "batch_negatives": True, "class_balance": False, "ignore_index": None,
+    "unlabeled": "ignore",
     "contrast_mode": "all", "normalize": False, "backend": "auto", "gather": None, "reduction": "mean",
 }  # fmt: skip
 """Default values of :class:`Options`"""
 ROW_OPTIONS = RowOptions.__annotations__.keys()
 """Names of the keywords of :class:`RowOptions`"""
+LABEL_OPTIONS = "candidate_labels", "memory_labels"
+"""Those that a self-supervised loss does not take"""
 
 
 def expand_signature(function: F) -> F:
@@ -119,7 +183,8 @@ def expand_signature(function: F) -> F:
     """
     options = function.__annotations__["options"].removeprefix("Unpack[").removesuffix("]")
     keywords = function.__globals__[options].__annotations__  # in the order of the TypedDict
-    of_module = {"gather": False, "learnable_temperature": False}
+    limits = {"min_temperature": None, "max_temperature": None}
+    of_module = {"gather": False, "learnable_temperature": False, **limits}
     defaults = {**DEFAULTS, **of_module} if "learnable_temperature" in keywords else DEFAULTS
     found = inspect.signature(function)
     parameters = [p for p in found.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]

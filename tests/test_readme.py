@@ -21,6 +21,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 PUBLIC = (
     "pysupcon",
     "pysupcon.compat",
+    "pysupcon.data",
     "pysupcon.distributed",
     "pysupcon.functional",
     "pysupcon.gradcache",

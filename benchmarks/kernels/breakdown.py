@@ -41,7 +41,7 @@ def operators(n: int, width: int) -> dict[str, Callable[[], object]]:
     x = torch.nn.functional.normalize(torch.randn(n, width, generator=generator), dim=1)
     labels = torch.arange(n) % CLASSES
     scale = torch.tensor(1 / 0.07, dtype=torch.float64)
-    rows = (x, labels, torch.argsort(labels, stable=True), scale, *(None,) * 6)
+    rows = (x, labels, torch.argsort(labels, stable=True), scale, *(None,) * 8)
     n_, p, *_ = ops.pair_stats(*rows, True, True)
     upstream = torch.full_like(p, 1 / n)
     grad = ops.zero_gradients(x)

@@ -52,7 +52,7 @@ def truth(problem: Problem, inputs: Inputs, anchors: int = 256) -> Truth:
         positives, negatives = reference.pair_sets(inputs.labels[rows], inputs.labels, own)
         same, _ = reference.pair_sets(inputs.instances[rows], inputs.instances, own)
         own_parameters = {"alpha": SPREAD_ALPHA, "base": "supcon"} if problem.loss == "spread" else {}
-        loss = LOSSES_BY_NAME[problem.loss].dense(s, positives, negatives, same, **own_parameters)
+        loss = LOSSES_BY_NAME[problem.loss].dense(s, positives, negatives, same, s, **own_parameters)
         part = loss.sum() / problem.n  # every row has its other view as a positive
         part.backward()
         total += part.item()

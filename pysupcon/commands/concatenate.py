@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from pysupcon.trainer.run import Run
 
 PARTS = ("first.yaml", "second.yaml")
-FREE = ("root", "download", "workers", "views", "augmentation", "batch_size", "sampler", "groups")
+FREE = (
+    "root", "download", "workers", "views", "augmentation",
+    "batch_size", "sampler", "samples_per_class", "groups",
+)  # fmt: skip
 """Fields of the data config that may differ: they do not affect the images, labels and splits."""
 
 

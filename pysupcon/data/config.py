@@ -85,9 +85,14 @@ class DataConfig:
     batch_size: int = 256
     """Samples in a global batch, over all processes. The loss gets batch_size * views rows."""
 
-    sampler: Literal["shuffled", "balanced", "groups"] = "balanced"
+    sampler: Literal["shuffled", "balanced", "groups", "per_class"] = "balanced"
     """shuffled: every sample once per epoch; balanced: every batch has equally many samples of each training
-    class; groups: every batch has equally many samples of each group of data.groups."""
+    class; groups: every batch has equally many samples of each group of data.groups; per_class: every batch
+    has samples_per_class samples each of batch_size / samples_per_class training classes."""
+
+    samples_per_class: int | None = None
+    """Samples of a class in a global batch, for sampler=per_class; at least 2. Smaller classes repeat their
+    samples."""
 
     groups: str | None = None
     """Groups of the samples, for sampler=groups and loss.group_dro: annotated (pairs of a class and a fine
@@ -127,6 +132,7 @@ class DataConfig:
             check(self.train_size >= 2, "data.train_size", "be at least 2", self.train_size)
         if self.sampler == "groups":
             check(self.groups is not None, "data.groups", "be given for data.sampler=groups", None)
+        self._check_samples_per_class()
         self._check_source()
 
     def resolve(self) -> None:
@@ -135,6 +141,20 @@ class DataConfig:
             self.test_fraction = DEFAULT_TEST_FRACTION
         if self.dataset in COLOURED_DATASETS and self.spurious_rate is None:
             self.spurious_rate = DEFAULT_SPURIOUS_RATE
+
+    def _check_samples_per_class(self) -> None:
+        count = self.samples_per_class
+        if self.sampler != "per_class":
+            if count is not None:
+                raise ConfigError(
+                    f"data.samples_per_class has no effect with data.sampler={self.sampler}: leave it out"
+                )
+            return
+        check(count is not None, "data.samples_per_class", "be given for data.sampler=per_class", None)
+        assert count is not None
+        check(count >= 2, "data.samples_per_class", "be at least 2", count)
+        multiple = f"be a multiple of data.samples_per_class={count}"
+        check(self.batch_size % count == 0, "data.batch_size", multiple, self.batch_size)
 
     def _check_source(self) -> None:
         name = self.dataset

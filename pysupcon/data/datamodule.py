@@ -17,7 +17,12 @@ from pysupcon.data.augment import Augmentation, Normalize, ResizeCenterCrop
 from pysupcon.data.config import DEFAULT_TEST_FRACTION, DataConfig
 from pysupcon.data.group_files import ANNOTATED, Groups, index_groups, read_groups, true_groups
 from pysupcon.data.philox import philox_uniforms
-from pysupcon.data.samplers import BalancedBatchSampler, Draw, ShuffledBatchSampler
+from pysupcon.data.samplers import (
+    BalancedBatchSampler,
+    Draw,
+    PerClassBatchSampler,
+    ShuffledBatchSampler,
+)
 from pysupcon.data.sources import Samples, read_source
 from pysupcon.data.splits import cap_per_class, stratified_split, stratified_subset
 from pysupcon.errors import ConfigError
@@ -199,16 +204,21 @@ class DataModule:
         accumulation_steps: int = 1,
     ) -> ShuffledBatchSampler:  # fmt: skip
         """The batch sampler of ``data.sampler`` over the training split."""
-        sampler_class = ShuffledBatchSampler if self.config.sampler == "shuffled" else BalancedBatchSampler
-        labels = self._labels("train")
-        if self.config.sampler == "groups":
+        config, labels = self.config, self._labels("train")
+        options: dict[str, Any] = {
+            "seed": seed, "steps": steps, "start": start, "rank": rank, "world_size": world_size,
+            "accumulation_steps": accumulation_steps,
+        }  # fmt: skip
+        if config.sampler == "per_class":
+            assert config.samples_per_class is not None, "call DataConfig.check() first"
+            return PerClassBatchSampler(
+                labels, config.batch_size, samples_per_class=config.samples_per_class, **options
+            )
+        if config.sampler == "groups":
             assert self.groups is not None, "call DataConfig.check() first"
             labels = self.groups.train
-        return sampler_class(
-            labels, self.config.batch_size,
-            seed=seed, steps=steps, start=start, rank=rank, world_size=world_size,
-            accumulation_steps=accumulation_steps,
-        )  # fmt: skip
+        sampler_class = ShuffledBatchSampler if config.sampler == "shuffled" else BalancedBatchSampler
+        return sampler_class(labels, config.batch_size, **options)
 
     def validation_batch_sampler(
         self, *, seed: int, rank: int = 0, world_size: int = 1

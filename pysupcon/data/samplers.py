@@ -7,11 +7,13 @@ without communication.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from pysupcon.data.per_class import deal_batches, group_by_label
 from pysupcon.errors import ConfigError
 
 Draw = tuple[int, int]
@@ -77,9 +79,12 @@ class ShuffledBatchSampler(Sampler[list[Draw]]):
                 if index < offset or step >= self.steps:
                     continue
                 first = step * self.batch_size
-                own = range(self.rank, self.batch_size, self.world_size)
-                yield [(int(batch[slot]), first + slot) for slot in own]
+                yield [(int(batch[slot]), first + slot) for slot in self._own_slots()]
                 step += 1
+
+    def _own_slots(self) -> range:
+        """Entries of a global batch that this process gets."""
+        return range(self.rank, self.batch_size, self.world_size)
 
     def _generator(self, epoch: int) -> torch.Generator:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
@@ -126,3 +131,40 @@ class BalancedBatchSampler(ShuffledBatchSampler):
                 if count:
                     batch += draw(index, count)
             yield torch.tensor(batch)
+
+
+class PerClassBatchSampler(ShuffledBatchSampler):
+    """Yields batches of ``samples_per_class`` samples each of ``batch_size / samples_per_class`` classes.
+
+    The batches are those of :class:`pysupcon.data.PerClassBatches`. Every rank gets whole classes. An epoch
+    has as many batches as with :class:`ShuffledBatchSampler`.
+
+    Args:
+        samples_per_class: at least 2; divides ``batch_size``. The number of classes in a batch must be at
+            most the number of classes and a multiple of ``world_size``.
+        labels, batch_size, options: as for :class:`ShuffledBatchSampler`.
+
+    Raises:
+        ConfigError: ``data.batch_size`` and ``samples_per_class`` do not fit the labels or ``world_size``.
+    """
+
+    def __init__(self, labels: Tensor, batch_size: int, *, samples_per_class: int, **options: Any) -> None:
+        super().__init__(labels, batch_size, **options)
+        self.samples_per_class = samples_per_class
+        self._members = group_by_label(labels)
+        classes, available = batch_size // samples_per_class, len(self._members)
+        batch = f"data.batch_size={batch_size} and data.samples_per_class={samples_per_class} give {classes}"
+        if classes > available:
+            raise ConfigError(f"{batch} classes per batch, more than the {available} of the training samples")
+        if classes % self.world_size:
+            raise ConfigError(f"{batch} classes per batch, not a multiple of the {self.world_size} processes")
+
+    def _own_slots(self) -> range:
+        size = self.batch_size // self.world_size
+        return range(self.rank * size, (self.rank + 1) * size)
+
+    def _epoch(self, epoch: int) -> Iterator[Tensor]:
+        classes = self.batch_size // self.samples_per_class
+        drawn = deal_batches(self._members, classes, self.samples_per_class, self._generator(epoch))
+        for _ in range(self.steps_per_epoch):
+            yield torch.tensor(next(drawn))

@@ -17,9 +17,9 @@ In reading order; a module imports only modules listed above it:
     autograd        the differentiable step: rows to statistics per anchor
     pairing         positives and instances: ids or a mask to index arguments and counts
     global_batch    the batch of all processes, and the protocols of communication
-    block_pairing   index arguments of the own rows against a block of rows of all processes
     agreement       values that must be the same on all processes
     problem         the arguments of a loss, checked and laid out
+    metrics         top-1 accuracy and mean similarities, without gradient
     gathered        the differentiable step with the rows of several processes as candidates
     rows            from statistics to losses per anchor, and from these to one number
     reference       all losses on the dense matrix of similarities, for tests

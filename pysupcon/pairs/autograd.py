@@ -32,25 +32,27 @@ class RefuseSecond(torch.autograd.Function):
 
 class _RowStatisticsFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, candidates: Tensor | None, scale: Tensor, plan: Plan) -> Any:
+    def forward(
+        ctx: Any, x: Tensor, candidates: Tensor | None, scale: Tensor, outside: Tensor | None, plan: Plan
+    ) -> Any:
         ctx.set_materialize_grads(False)
-        result = compute(x, candidates, scale, plan)
+        result = compute(x, candidates, scale, outside, plan)
         # Saved with save_for_backward: autograd refuses a backward after a change in place.
         ctx.plan = plan.with_tensors((None,) * len(plan.tensors))
-        ctx.save_for_backward(x, candidates, scale, *result[:2], *plan.tensors)
+        ctx.save_for_backward(x, candidates, scale, outside, *result[:2], *plan.tensors)
         return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        x, candidates, scale, n, p, *tensors = ctx.saved_tensors
+        x, candidates, scale, outside, n, p, *tensors = ctx.saved_tensors
         plan = ctx.plan.with_tensors(tensors)
         with torch.no_grad():
-            if any(grad is not None and is_batched(grad) for grad in grads):  # is_grads_batched=True
-                result = custom_op.gradients(plan, x, candidates, scale, n, p, grads, ctx.needs_input_grad)
-            else:
-                result = gradients(plan, x, candidates, scale, n, p, grads, ctx.needs_input_grad)
+            batched = any(grad is not None and is_batched(grad) for grad in grads)  # is_grads_batched=True
+            differentiate = custom_op.gradients if batched else gradients
+            needs = ctx.needs_input_grad
+            result = differentiate(plan, x, candidates, scale, outside, n, p, grads, needs)
         if torch.is_grad_enabled():
-            inputs = [tensor for tensor in (x, candidates, scale, *grads) if tensor is not None]
+            inputs = [tensor for tensor in (x, candidates, scale, outside, *grads) if tensor is not None]
             return *(None if grad is None else RefuseSecond.apply(grad, *inputs) for grad in result), None
         return *result, None
 
@@ -59,18 +61,21 @@ class _RowStatisticsFunction(torch.autograd.Function):
         raise RuntimeError(NO_FORWARD_MODE)
 
 
-def row_statistics(x: Tensor, candidates: Tensor | None, scale: Tensor, plan: Plan) -> RowStatistics:
+def row_statistics(
+    x: Tensor, candidates: Tensor | None, scale: Tensor, outside: Tensor | None, plan: Plan
+) -> RowStatistics:
     """Computes the statistics of every anchor, differentiable once with respect to the tensors.
 
     Args:
         x: anchors [M, D].
         candidates: [N, D]; None: the anchors.
         scale: 1 / temperature, no dimensions, in the statistics dtype.
+        outside: [M], logsumexp of negatives that are not among the candidates; None: there are none.
         plan: what to compute.
     """
     result: tuple[Tensor | None, ...]
     if is_eager(x):
-        result = _RowStatisticsFunction.apply(x, candidates, scale, plan)
+        result = _RowStatisticsFunction.apply(x, candidates, scale, outside, plan)
     else:
-        result = custom_op.row_statistics(x, candidates, scale, plan)
+        result = custom_op.row_statistics(x, candidates, scale, outside, plan)
     return RowStatistics(*(scale if value is None else value for value in result))

@@ -25,34 +25,46 @@ __all__ = ["gradients", "positive_count", "row_statistics"]
 
 _Tensors = tuple[Tensor, ...]
 _PROBLEM = (
-    "Tensor x, Tensor? candidates, Tensor scale, Tensor? epsilon, Tensor labels, Tensor order"
+    "Tensor x, Tensor? candidates, Tensor scale, Tensor? outside, Tensor? epsilon"
+    ", Tensor labels, Tensor order"
     ", Tensor? candidate_labels, Tensor? candidate_order, Tensor? self_index"
     ", Tensor? instances, Tensor? candidate_instances"
+    ", Tensor? log_weights, Tensor? candidate_log_weights"
     ", Tensor? mask, Tensor? mask_rows, Tensor? mask_columns"
-    ", str backend, bool negatives, bool positives"
+    ", Tensor? memory, Tensor? memory_labels, Tensor? memory_order, Tensor? memory_instances"
+    ", Tensor? memory_log_weights"
+    ", str backend, bool negatives, bool positives, bool batch_negatives"
 )
-_PAIRING, _MASK, _CONSTANTS = slice(4, 11), slice(11, 14), slice(14, 17)
-_DIFFERENTIABLE = 3  # x, candidates, scale
+_DIFFERENTIABLE = 4  # x, candidates, scale, outside
+_EPSILON, _TENSORS, _CONSTANTS = 4, slice(5, 22), slice(22, 26)
+_INSTANCES = 10
 
 
-def _arguments(x: Tensor, candidates: Tensor | None, scale: Tensor, plan: statistics.Plan) -> tuple[Any, ...]:
+def _arguments(
+    x: Tensor, candidates: Tensor | None, scale: Tensor, outside: Tensor | None, plan: statistics.Plan
+) -> tuple[Any, ...]:
     """Flattens a problem into the arguments of the operators (:data:`_PROBLEM`)."""
     epsilon = None if plan.epsilon is None else torch.ones_like(scale) * plan.epsilon
-    mask = plan.mask or (None, None, None)
-    return x, candidates, scale, epsilon, *plan.pairing, *mask, plan.backend, plan.negatives, plan.positives
+    constants = plan.backend, plan.negatives, plan.positives, plan.batch_negatives
+    return x, candidates, scale, outside, epsilon, *plan.tensors, *constants
 
 
 def _plan(arguments: tuple[Any, ...]) -> statistics.Plan:
     """Restores the plan from :func:`_arguments`."""
-    mask = arguments[_MASK]
-    backend, negatives, positives = arguments[_CONSTANTS]
+    tensors = arguments[_TENSORS]
+    first = len(statistics.Pairing._fields)
+    second = first + len(tiles.PositiveMask._fields)
+    mask, memory = tensors[first:second], tensors[second:]
+    backend, negatives, positives, batch_negatives = arguments[_CONSTANTS]
     return statistics.Plan(
         backend,
-        statistics.Pairing(*arguments[_PAIRING]),
+        statistics.Pairing(*tensors[:first]),
         None if mask[0] is None else tiles.PositiveMask(*mask),
         negatives,
         positives,
-        arguments[3],
+        arguments[_EPSILON],
+        None if memory[0] is None else statistics.Memory(*memory),
+        batch_negatives,
     )
 
 
@@ -62,14 +74,14 @@ def _contiguous_rows(x: Tensor | None) -> Tensor | None:
 
 
 def _statistics(*arguments: Any) -> _Tensors:
-    x, candidates, scale = _contiguous_rows(arguments[0]), _contiguous_rows(arguments[1]), arguments[2]
+    x, candidates = _contiguous_rows(arguments[0]), _contiguous_rows(arguments[1])
     assert x is not None
-    result = statistics.compute(x, candidates, scale, _plan(arguments))
+    result = statistics.compute(x, candidates, arguments[2], arguments[3], _plan(arguments))
     return tuple(x.new_empty(0) if value is None else value for value in result)
 
 
 def _fake_statistics(*arguments: Any) -> _Tensors:
-    x, epsilon, instances = arguments[0], arguments[3], arguments[9]
+    x, epsilon, instances = arguments[0], arguments[_EPSILON], arguments[_INSTANCES]
     n, p, positive_sum, *optional = (x.new_empty(x.shape[0], dtype=ops.stats_dtype(x)) for _ in range(5))
     requested = instances is not None, epsilon is not None
     some = (value if wanted else x.new_empty(0) for value, wanted in zip(optional, requested, strict=True))
@@ -77,12 +89,13 @@ def _fake_statistics(*arguments: Any) -> _Tensors:
 
 
 def _gradients(*arguments: Any) -> _Tensors:
-    """Returns dL/dx, dL/dcandidates and dL/dscale; empty if not needed."""
+    """Returns dL/dx, dL/dcandidates, dL/dscale and dL/doutside; empty if not needed."""
     *problem, n, p, grad_n, grad_p, grad_positive_sum, grad_instance_sum, grad_softplus, needs = arguments
-    x, candidates, scale = _contiguous_rows(problem[0]), _contiguous_rows(problem[1]), problem[2]
+    x, candidates = _contiguous_rows(problem[0]), _contiguous_rows(problem[1])
     assert x is not None
     grads = grad_n, grad_p, grad_positive_sum, grad_instance_sum, grad_softplus
-    result = statistics.gradients(_plan(tuple(problem)), x, candidates, scale, n, p, grads, tuple(needs))
+    plan, scale, outside = _plan(tuple(problem)), problem[2], problem[3]
+    result = statistics.gradients(plan, x, candidates, scale, outside, n, p, grads, tuple(needs))
     return tuple(x.new_empty(0) if grad is None else grad for grad in result)
 
 
@@ -132,7 +145,7 @@ _backward = _define(
     "row_statistics_backward",
     f"({_PROBLEM}, Tensor n, Tensor p, Tensor? grad_n, Tensor? grad_p, Tensor? grad_positive_sum"
     ", Tensor? grad_instance_sum, Tensor? grad_softplus, bool[] needs)"
-    " -> (Tensor grad_x, Tensor grad_candidates, Tensor grad_scale)",
+    " -> (Tensor grad_x, Tensor grad_candidates, Tensor grad_scale, Tensor grad_outside)",
     _gradients,
     _fake_gradients,
 )
@@ -149,7 +162,8 @@ def _requested_grads(
     arguments: tuple[Any, ...], grads: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
     """Removes the gradients of statistics that were not requested, for which torch may pass zeros."""
-    instances, epsilon, (negatives, positives) = arguments[9], arguments[3], arguments[15:17]
+    instances, epsilon = arguments[_INSTANCES], arguments[_EPSILON]
+    _, negatives, positives, _ = arguments[_CONSTANTS]
     requested = negatives, positives, positives, positives and instances is not None, epsilon is not None
     return tuple(grad if wanted else None for grad, wanted in zip(grads, requested, strict=True))
 
@@ -237,14 +251,14 @@ class _TracedTransformableStatistics(torch.autograd.Function):
 
 
 def row_statistics(
-    x: Tensor, candidates: Tensor | None, scale: Tensor, plan: statistics.Plan
+    x: Tensor, candidates: Tensor | None, scale: Tensor, outside: Tensor | None, plan: statistics.Plan
 ) -> tuple[Tensor | None, ...]:
     """Calls :func:`pysupcon.pairs.statistics.compute` as an operator, differentiable once."""
     operator = _forward
     if is_transformed():
         traced = torch.compiler.is_compiling()
         operator = (_TracedTransformableStatistics if traced else _TransformableStatistics).apply
-    n, p, positive_sum, instance_sum, softplus = operator(*_arguments(x, candidates, scale, plan))
+    n, p, positive_sum, instance_sum, softplus = operator(*_arguments(x, candidates, scale, outside, plan))
     if plan.pairing.instances is None:
         instance_sum = None
     return n, p, positive_sum, instance_sum, None if plan.epsilon is None else softplus
@@ -255,12 +269,13 @@ def gradients(
     x: Tensor,
     candidates: Tensor | None,
     scale: Tensor,
+    outside: Tensor | None,
     n: Tensor,
     p: Tensor,
     grads: tuple[Tensor | None, ...],
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """Calls :func:`pysupcon.pairs.statistics.gradients` for upstream gradients that vmap batches."""
-    arguments = _arguments(x, candidates, scale, plan)
+    arguments = _arguments(x, candidates, scale, outside, plan)
     needed = list(needs[:_DIFFERENTIABLE])
     return _differentiate(_backward, arguments, n, p, grads, needed)[:_DIFFERENTIABLE]

@@ -29,10 +29,10 @@ from torch import Tensor
 
 from pysupcon.pairs.agreement import SharedArguments
 from pysupcon.pairs.autograd import RefuseSecond
-from pysupcon.pairs.block_pairing import BlockPairing
 from pysupcon.pairs.checks import check_gather
 from pysupcon.pairs.global_batch import Block, GlobalBatch, Samples
 from pysupcon.pairs.ops import zero_gradients
+from pysupcon.pairs.pairing import repeat_per_view, sort_rows
 from pysupcon.pairs.problem import Problem, prepare
 from pysupcon.pairs.statistics import OPERATORS, RowStatistics, row_products
 
@@ -42,6 +42,56 @@ RowLoss = Callable[[RowStatistics, Tensor, "Tensor | None"], "tuple[Tensor, Tens
 """(statistics, |P_i|, |A_i|) -> losses per anchor, and a bool mask of the anchors that have one, which
 depends on the counts only. The losses are linear in positive_sum, instance_sum and softplus, whose values are
 not communicated."""
+
+_NO_WEIGHTS = (None, None)
+"""log_weights and candidate_log_weights of the operators"""
+
+
+class _BlockPairing:
+    """Index arguments of the operators for each block. Each block is sorted once per pass."""
+
+    def __init__(self, batch: GlobalBatch) -> None:
+        self.batch = batch
+        self._sides: dict[tuple[bool, int, int], tuple[Tensor, Tensor, Tensor | None]] = {}
+
+    def _side(self, samples: Samples, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Labels, order and instances of the rows of samples ``start`` to ``stop``."""
+        key = samples is self.batch.candidates, start, stop
+        if key not in self._sides:
+            ids, views, instances = samples.ids[start:stop], samples.views, samples.instances
+            if instances is not None:
+                instances = instances[start:stop]  # ascending with the ids
+            order = sort_rows(ids if instances is None else instances, views)[1]
+            rows = None if instances is None else repeat_per_view(instances, views)
+            self._sides[key] = repeat_per_view(ids, views), order, rows
+        return self._sides[key]
+
+    def _self_index(self, own: Samples, other: Samples, count: int, block: Block, device: Any) -> Tensor:
+        """Returns the row of a block that is the same row as each of the ``count`` own rows, or -1."""
+        index = torch.full((count,), -1, dtype=torch.int64, device=device)
+        start, stop = own.own
+        if block.start <= start and stop <= block.stop and (own is other or self.batch.first_views):
+            first = start - block.start
+            if own is other:
+                torch.arange(first * own.views, first * own.views + count, out=index)
+            else:  # view 0 of each sample is on both sides
+                step = other.views
+                index[:: own.views] = torch.arange(
+                    first * step, (first + stop - start) * step, step, device=device
+                )
+        return index
+
+    def operands(
+        self, own: Samples, other: Samples, rows: Tensor, scale: Tensor, block: Block
+    ) -> tuple[tuple[Any, ...], tuple[Any, Any]]:
+        """Returns the first eight arguments of the operators, for the own rows of one side against a block of
+        the same or the other side, and the instances of both."""
+        *own_side, instances = self._side(own, *own.own)
+        if block.rows is None:
+            return (rows, *own_side, scale, None, None, None, None), (instances, None)
+        *block_side, block_instances = self._side(other, block.start, block.stop)
+        self_index = self._self_index(own, other, rows.shape[0], block, rows.device)
+        return (rows, *own_side, scale, block.rows, *block_side, self_index), (instances, block_instances)
 
 
 class _Anchors(NamedTuple):
@@ -87,7 +137,7 @@ class _GatheredPlan:
         self.backend, self.operators = backend, OPERATORS[backend]
         self.batch, self.loss = batch, loss
         self.negatives, self.positives, self.epsilon = negatives, positives, epsilon
-        self.pairing = BlockPairing(batch)
+        self.pairing = _BlockPairing(batch)
         self.with_instances = batch.anchors.instances is not None
         self.others = batch.anchors if batch.candidates is None else batch.candidates
 
@@ -105,10 +155,8 @@ class _GatheredPlan:
                 if wanted and block.stop > block.start:
                     yield block._replace(rows=rows) if separate and block.rows is None else block
 
-    def against_candidates(
-        self, x: Tensor, others: Tensor, scale: Tensor, kept: Tensor | None
-    ) -> Iterator[tuple[tuple[Any, ...], tuple[Any, Any], Block]]:
-        """Yields the operands of the own anchors and each block of candidates, instances, and the block.
+    def statistics(self, x: Tensor, others: Tensor, scale: Tensor, kept: Tensor | None) -> RowStatistics:
+        """Computes the statistics of the own anchors; those not requested are -inf (n, p) or 0.
 
         Args:
             x: own anchors.
@@ -116,21 +164,20 @@ class _GatheredPlan:
             scale: 1 / temperature.
             kept: what the communicator of the candidates keeps.
         """
-        for block in self.blocks(self.others, others, kept, x.shape[0] > 0):
-            yield *self.pairing.operands(self.batch.anchors, self.others, x, scale, block), block
-
-    def statistics(self, x: Tensor, others: Tensor, scale: Tensor, kept: Tensor | None) -> RowStatistics:
-        """Computes the statistics of the own anchors; those not requested are -inf (n, p) or 0. Arguments as
-        in :meth:`against_candidates`."""
+        anchors, wanted = self.batch.anchors, x.shape[0] > 0
         n = p = scale.new_full((x.shape[0],), -math.inf)
         positive_sum, instance_sum, softplus = (torch.zeros_like(n) for _ in range(3))
-        for operands, instances, _ in self.against_candidates(x, others, scale, kept):
-            part = self.operators.pair_stats(*operands, *instances, self.negatives, self.positives)
+        for block in self.blocks(self.others, others, kept, wanted):
+            operands, instances = self.pairing.operands(anchors, self.others, x, scale, block)
+            part = self.operators.pair_stats(
+                *operands, *instances, *_NO_WEIGHTS, self.negatives, self.positives
+            )
             n, p = torch.logaddexp(n, part[0]), torch.logaddexp(p, part[1])  # -inf if both are -inf
             positive_sum, instance_sum = positive_sum + part[2], instance_sum + part[3]
         if self.epsilon is not None:
-            for operands, _, _ in self.against_candidates(x, others, scale, kept):
-                softplus += self.operators.positive_softplus(*operands, n, self.epsilon)
+            for block in self.blocks(self.others, others, kept, wanted):
+                operands, _ = self.pairing.operands(anchors, self.others, x, scale, block)
+                softplus += self.operators.positive_softplus(*operands, *_NO_WEIGHTS, n, self.epsilon)
         statistics = RowStatistics(n, p, positive_sum, instance_sum, softplus)
         return statistics if self.with_instances else statistics.without_instances()
 
@@ -188,7 +235,7 @@ class _GatheredPlan:
         """
         columns = (None, None) if others is None else (others.n, others.grads.softplus)
         through: Tensor = self.operators.positive_softplus_backward(
-            *operands, own.n, self.epsilon, own.grads.softplus, *columns, grad, None
+            *operands, *_NO_WEIGHTS, own.n, self.epsilon, own.grads.softplus, *columns, grad, None
         )
         return through
 
@@ -209,7 +256,7 @@ class _GatheredPlan:
         columns_of_others = (None,) * 6 if others is None else columns(others)
         flags = self.negatives, self.positives
         self.operators.pair_stats_backward(
-            *operands, *instances, *columns(own), *columns_of_others, *flags, grad, None
+            *operands, *instances, *_NO_WEIGHTS, *columns(own), *columns_of_others, *flags, grad, None
         )
 
     def gradients(
@@ -236,8 +283,9 @@ class _GatheredPlan:
         Returns:
             Gradients of ``x`` and of ``candidates``, not rounded to 16 bits yet.
         """
-        anchors, symmetric = self.batch.anchors, candidates is None
+        anchors, others = self.batch.anchors, self.others
         rows = x if candidates is None else candidates
+        symmetric, wanted = candidates is None, x.shape[0] > 0
         everyone = self.exchange(own, grads, scale.dtype) if symmetric or candidate_gradient else None
 
         def as_anchors(block: Block) -> _Anchors | None:
@@ -249,13 +297,15 @@ class _GatheredPlan:
         grad_x = zero_gradients(x)
         if self.epsilon is not None:
             grad_n = own.grads.n
-            for operands, _, block in self.against_candidates(x, rows, scale, kept):
+            for block in self.blocks(others, rows, kept, wanted):
+                operands, _ = self.pairing.operands(anchors, others, x, scale, block)
                 grad_n = grad_n + self.softplus_backward(operands, own, as_anchors(block), grad_x)
             own = own._replace(grads=own.grads._replace(n=grad_n))
             if everyone is not None:  # dL/dn is complete only after all blocks
                 all_n = anchors.communicator.exchange(grad_n.unsqueeze(0))[0]
                 everyone = everyone._replace(grads=everyone.grads._replace(n=all_n))
-        for operands, instances, block in self.against_candidates(x, rows, scale, kept):
+        for block in self.blocks(others, rows, kept, wanted):
+            operands, instances = self.pairing.operands(anchors, others, x, scale, block)
             self.stats_backward(operands, instances, own, as_anchors(block), grad_x)
         if candidates is None or everyone is None:
             return grad_x, None
@@ -265,7 +315,7 @@ class _GatheredPlan:
         no_anchors = _Anchors.without_loss(scale, candidates.shape[0])
         kept, wanted = anchors.communicator.keep(x), candidates.shape[0] > 0
         for block in self.blocks(anchors, x, kept, wanted):
-            operands, instances = self.pairing.operands(self.others, anchors, candidates, scale, block)
+            operands, instances = self.pairing.operands(others, anchors, candidates, scale, block)
             block_anchors = everyone.of(block, anchors.views)
             if self.epsilon is not None:
                 self.softplus_backward(operands, no_anchors, block_anchors, grad_candidates)

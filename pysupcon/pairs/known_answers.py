@@ -159,8 +159,8 @@ def _questions(width: int, temperature_inverse: float, dtype: torch.dtype, parts
     ) -> Iterator[_Question]:
         back_n, back = (None, None) if all_ is None else (all_.n, all_.grad_softplus)
         need_candidates = rows[4] is not None and all_ is None
-        yield _Question(form, "positive_softplus", (*rows, c.n, _EPSILON))
-        arguments = (*rows, c.n, _EPSILON, c.grad_softplus, back_n, back)
+        yield _Question(form, "positive_softplus", (*rows, None, None, c.n, _EPSILON))
+        arguments = (*rows, None, None, c.n, _EPSILON, c.grad_softplus, back_n, back)
         yield _Question(form, "positive_softplus_backward", arguments, need_candidates)
 
     rows = operands(x, None, scale, one_set)
@@ -251,7 +251,7 @@ def _difference_for_many_rows(
     x = x.to(device, dtype)
     forms = (None,) * 4, (x, labels, labels, labels)
     one_set, separate = (
-        operators.pair_stats(x, labels, labels, scale, *form, None, None, True, False)[0].cpu()
+        operators.pair_stats(x, labels, labels, scale, *form, *(None,) * 4, True, False)[0].cpu()
         for form in forms
     )
     difference = _difference(one_set, separate, tolerance)

@@ -10,6 +10,7 @@ Shapes: B samples with V views each are M = B * V rows; view v of sample b is ro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,11 +24,13 @@ __all__ = [
     "add_instances",
     "count_matches",
     "number_by_label",
+    "number_pairs",
     "order_and_count",
     "pair_by_id",
     "pair_by_mask",
     "repeat_per_view",
     "sort_rows",
+    "unused_id",
 ]
 
 
@@ -141,6 +144,38 @@ class InstanceIds(NamedTuple):
     """whether the caller gave them; otherwise each sample is its own instance"""
 
 
+def unused_id(ids: Tensor) -> Tensor:
+    """Returns an id that is not among ``ids``, int64 of no dimensions. Nothing waits for a GPU."""
+    if not ids.shape[0]:
+        return ids.new_zeros(())
+    ascending = torch.sort(ids)[0]
+    lower, upper = ascending[:-1], ascending[1:]
+    # The smallest id - 1 is free unless it wraps around. Otherwise the id below the end of the first gap is.
+    gap = (upper > lower) & (upper - 1 > lower)
+    free = torch.cat([ascending[:1] > torch.iinfo(torch.int64).min, gap])
+    return (ascending - 1).index_select(0, free.to(torch.int8).argmax(0, keepdim=True)).squeeze(0)
+
+
+def number_pairs(keys: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
+    """Numbers the pairs (key, value) of all rows, ascending by key and then by value.
+
+    Args:
+        keys: int64, one tensor for each set of rows.
+        values: the same shapes.
+
+    Returns:
+        Numbers of the shapes of ``keys``, int64.
+    """
+    key, value = torch.cat(list(keys)), torch.cat(list(values))
+    order = torch.argsort(value, stable=True)
+    order = order.index_select(0, torch.argsort(key.index_select(0, order), stable=True))
+    key, value = key.index_select(0, order), value.index_select(0, order)
+    new = (key[1:] != key[:-1]) | (value[1:] != value[:-1])
+    number = torch.cat([torch.zeros_like(new[:1]), new]).cumsum(0) if order.shape[0] > 1 else order
+    number = torch.empty_like(number).index_copy(0, order, number)
+    return list(number.split([rows.shape[0] for rows in keys]))
+
+
 def number_by_label(ids: Tensor, candidate_ids: Tensor | None, instances: InstanceIds) -> InstanceIds:
     """Numbers the pairs (id, instance), ascending by id and then by instance.
 
@@ -151,20 +186,13 @@ def number_by_label(ids: Tensor, candidate_ids: Tensor | None, instances: Instan
         candidate_ids: classes of separate candidates; None: the candidates are rows of the anchors' samples.
         instances: given by the caller.
     """
-    keys, values = ids, instances.own
+    keys, values = [ids], [instances.own]
     if candidate_ids is not None and instances.candidates is not None:
-        keys, values = torch.cat([ids, candidate_ids]), torch.cat([values, instances.candidates])
-    order = torch.argsort(values, stable=True)
-    order = order.index_select(0, torch.argsort(keys.index_select(0, order), stable=True))
-    keys, values = keys.index_select(0, order), values.index_select(0, order)
-    new = (keys[1:] != keys[:-1]) | (values[1:] != values[:-1])
-    number = torch.cat([torch.zeros_like(new[:1]), new]).cumsum(0) if order.shape[0] > 1 else order
-    number = torch.empty_like(number).index_copy(0, order, number)
-    size = ids.shape[0]
-    candidates = None
-    if instances.candidates is not None:
-        candidates = number if candidate_ids is None else number[size:]
-    return InstanceIds(number[:size], candidates, given=True)
+        keys.append(candidate_ids)
+        values.append(instances.candidates)
+    numbers = number_pairs(keys, values)
+    candidates = None if instances.candidates is None else numbers[-1]
+    return InstanceIds(numbers[0], candidates, given=True)
 
 
 def add_instances(
@@ -195,4 +223,6 @@ def add_instances(
         pairing.self_index,
         by_instance.labels,
         by_instance.candidate_labels,
+        pairing.log_weights,
+        pairing.candidate_log_weights,
     ), count

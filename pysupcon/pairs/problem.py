@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pysupcon.caller import warn_caller
 from pysupcon.pairs import modes, ops, tiled
 from pysupcon.pairs.agreement import SharedArguments
 from pysupcon.pairs.autograd import row_statistics
@@ -17,16 +19,23 @@ from pysupcon.pairs.backends import check_kernels, resolve_backend
 from pysupcon.pairs.checks import (
     check_choice,
     check_features,
+    check_hard_negatives,
     check_ids,
+    check_labelling,
     check_mask,
+    check_row_weights,
     check_temperature,
 )
 from pysupcon.pairs.global_batch import Gather, GlobalBatch, build_global_batch
+from pysupcon.pairs.memory import MemoryArguments, check_memory
 from pysupcon.pairs.normalize import unit_rows
-from pysupcon.pairs.pairing import InstanceIds, add_instances, number_by_label, pair_by_id, pair_by_mask
-from pysupcon.pairs.statistics import Pairing, Plan, RowStatistics
+from pysupcon.pairs.pairing import repeat_per_view
+from pysupcon.pairs.sides import Side, balance_classes, get_log_weights, join_unlabelled, lay_out
+from pysupcon.pairs.statistics import Memory, Pairing, Plan, RowStatistics
 
 __all__ = ["Gather", "Problem", "prepare"]
+
+_warned: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -43,12 +52,25 @@ class Problem:
     """|P_i|, int64 [M]"""
     instance_count: Tensor | None
     """|A_i|, int64 [M]"""
+    candidate_count: int | Tensor
+    """|P_i| + |N_i|: one number for all anchors, or int64 [M]"""
     mask: tiled.PositiveMask | None
     backend: str
     shape: tuple[int, ...]
     """of the losses with ``reduction="none"``: [B, V], [B] or [N]"""
     global_batch: GlobalBatch | None
     """None: the candidates are rows of this process only"""
+    memory: Memory | None = None
+    hard_negatives: Tensor | None = None
+    """[B, K, D], negatives of the anchors of one sample"""
+    batch_negatives: bool = True
+    """False: no candidate is a negative; those of memory and hard_negatives are"""
+    ignored: Tensor | None = None
+    """bool [M], anchors whose label is ignored; None: there are none. Their counts are 0"""
+    anchor_weights: Tensor | None = None
+    """[M], in the reductions"""
+    weighted: bool = False
+    """whether candidates have weights other than 0 and 1"""
 
     @property
     def loss_dtype(self) -> torch.dtype:
@@ -77,9 +99,30 @@ class Problem:
         Returns:
             The requested statistics; the values of the others are undefined.
         """
-        plan = Plan(self.backend, self.pairing, self.mask, negatives, positives, epsilon)
-        statistics = row_statistics(self.x, self.candidates, self.scale, plan)
+        plan = Plan(
+            self.backend, self.pairing, self.mask, negatives, positives, epsilon, self.memory,
+            self.batch_negatives,
+        )  # fmt: skip
+        outside = self.hard_negative_logsumexp() if negatives else None
+        statistics = row_statistics(self.x, self.candidates, self.scale, outside, plan)
         return statistics if self.pairing.instances is not None else statistics.without_instances()
+
+    def hard_negative_similarity(self) -> Tensor | None:
+        """s of the anchors and their own negatives [M, K], at least float32; None without hard_negatives."""
+        if self.hard_negatives is None:
+            return None
+        samples, _, width = self.hard_negatives.shape
+        views = self.shape[1] if len(self.shape) == 2 else 1
+        dtype = torch.promote_types(self.x.dtype, torch.float32)
+        with tiled.no_autocast(self.x):
+            rows = self.x.to(dtype).reshape(samples, views, width)
+            products = torch.bmm(rows, self.hard_negatives.to(dtype).transpose(1, 2)).flatten(0, 1)
+            return products * self.scale.to(dtype)
+
+    def hard_negative_logsumexp(self) -> Tensor | None:
+        """log sum of e^s over the own negatives of each anchor, [M] in the statistics dtype."""
+        similarity = self.hard_negative_similarity()
+        return None if similarity is None else similarity.to(ops.stats_dtype(self.x)).logsumexp(dim=1)
 
 
 def _flatten_views(features: Tensor) -> tuple[Tensor, int]:
@@ -107,6 +150,20 @@ def _candidate_ids(
     return torch.arange(candidates.shape[0], device=candidates.device)
 
 
+def _warn_of_candidate_views(features: Tensor, candidates: Tensor) -> None:
+    """Warns once of candidates [B, K, D] that may be meant as negatives of each sample."""
+    if torch.compiler.is_compiling() or candidates.dim() != 3 or "views" in _warned:
+        return
+    views = features.shape[1] if features.dim() == 3 else 1
+    if candidates.shape[0] == features.shape[0] != 0 and candidates.shape[1] != views:
+        _warned.add("views")
+        warn_caller(
+            f"candidates of shape {list(candidates.shape)} are taken as {candidates.shape[1]} views of each "
+            f"sample, which are positives of that sample, but features have {views} per sample; pass "
+            "negatives of each sample as hard_negatives [B, K, D] instead"
+        )
+
+
 def _normalized(rows: Tensor) -> Tensor:
     return unit_rows(rows).to(rows.dtype)
 
@@ -126,6 +183,28 @@ def _check_positives(features: Tensor, labelled: bool, need_instances: bool) -> 
         )
 
 
+def _check_options(
+    labels: Tensor | None, mask: Tensor | None, candidates: Tensor | None, candidate_labels: Tensor | None,
+    candidate_instances: Tensor | None, memory: Any, hard_negatives: Tensor | None, ignore_index: Any,
+    unlabeled: Any, class_balance: Any, batch_negatives: Any,
+) -> None:  # fmt: skip
+    """Checks which arguments go together."""
+    if labels is not None and mask is not None:
+        raise ValueError("labels and mask both define the positives: give only one of them")
+    if candidates is None and (candidate_labels is not None or candidate_instances is not None):
+        raise ValueError("candidate_labels and candidate_instances need candidates")
+    check_labelling(class_balance, batch_negatives, ignore_index, unlabeled)
+    if mask is not None and memory is not None:
+        raise ValueError("memory needs labels or instances, not a mask: give labels, or candidates and mask")
+    if labels is None:
+        if ignore_index is not None:
+            raise ValueError("ignore_index needs labels, got labels=None")
+        if class_balance:
+            raise ValueError("class_balance needs labels, got labels=None")
+    if not batch_negatives and memory is None and hard_negatives is None:
+        raise ValueError("batch_negatives=False leaves no negatives: give memory or hard_negatives")
+
+
 def prepare(
     features: Tensor,
     labels: Tensor | None,
@@ -137,6 +216,18 @@ def prepare(
     candidate_labels: Tensor | None,
     instances: Tensor | None,
     candidate_instances: Tensor | None,
+    candidate_weights: Tensor | None,
+    anchor_weights: Tensor | None,
+    memory: Any,
+    memory_labels: Tensor | None,
+    memory_instances: Tensor | None,
+    memory_weights: Tensor | None,
+    exclude_batch_from_memory: bool,
+    hard_negatives: Tensor | None,
+    batch_negatives: bool,
+    class_balance: bool,
+    ignore_index: int | None,
+    unlabeled: str,
     reduction: str,
     normalize: bool,
     backend: str,
@@ -160,35 +251,53 @@ def prepare(
     check_choice("contrast_mode", contrast_mode, ("all", "one"))
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     requested, backend = backend, resolve_backend(backend, features.device, mask is not None)
-    if labels is not None and mask is not None:
-        raise ValueError("labels and mask both define the positives: give only one of them")
-    if candidates is None and (candidate_labels is not None or candidate_instances is not None):
-        raise ValueError("candidate_labels and candidate_instances need candidates")
+    _check_options(
+        labels, mask, candidates, candidate_labels, candidate_instances, memory, hard_negatives,
+        ignore_index, unlabeled, class_balance, batch_negatives,
+    )  # fmt: skip
     if gather is not None and backend == "reference":
         raise ValueError('gather needs a streaming backend, got backend="reference"')
     if backend != "reference":
         modes.check_mode(features, gather is not None)
     if candidates is not None:
         check_features("candidates", candidates, like=features)
+        if mask is None and candidate_labels is labels and candidate_instances is instances:
+            _warn_of_candidate_views(features, candidates)
+    if hard_negatives is not None:
+        check_hard_negatives(hard_negatives, features)
     if mask is not None:
         mask = check_mask(mask, features, features if candidates is None else candidates)
     labels = None if labels is None else check_ids("labels", labels, features)
     instances = None if instances is None else check_ids("instances", instances, features)
+    weighted = features if candidates is None else candidates
+    if candidate_weights is not None:
+        candidate_weights = check_row_weights("candidate_weights", candidate_weights, weighted, zero=False)
+    if anchor_weights is not None:
+        anchor_weights = check_row_weights("anchor_weights", anchor_weights, features, zero=True)
+    arguments = MemoryArguments(
+        memory, memory_labels, memory_instances, memory_weights, exclude_batch_from_memory
+    )
+    bank = check_memory(arguments, features, labels is not None, instances)
     if candidates is None and instances is None and (features.dim() == 2 or features.shape[1] == 1):
         _check_positives(features, labels is not None or mask is not None, need_instances)
 
     if normalize:
         features = _normalized(features)
         candidates = None if candidates is None else _normalized(candidates)
-    if candidates is not None and candidates.dtype != features.dtype:
-        dtype = torch.promote_types(candidates.dtype, features.dtype)
-        features, candidates = features.to(dtype), candidates.to(dtype)
+        hard_negatives = None if hard_negatives is None else _normalized(hard_negatives)
+        bank = None if bank is None else bank._replace(rows=_normalized(bank.rows))
+    for rows in (candidates, None if bank is None else bank.rows):
+        if rows is not None and rows.dtype != features.dtype:
+            features = features.to(torch.promote_types(features.dtype, rows.dtype))
+    candidates = None if candidates is None else candidates.to(features.dtype)
+    bank = None if bank is None else bank._replace(rows=bank.rows.to(features.dtype))
     if backend == "cuda":
         backend = check_kernels(requested, features.device, features.dtype)
 
     # Ids per sample: of the instances, and of the positives (labels, or instances if there are no labels).
     instance_ids = instances
-    if instance_ids is None and (need_instances or labels is None):
+    need_ids = need_instances or labels is None or unlabeled == "instance"
+    if instance_ids is None and need_ids:
         instance_ids = torch.arange(features.shape[0], device=features.device)
     ids = instance_ids if labels is None else labels
     assert ids is not None
@@ -196,7 +305,7 @@ def prepare(
     if candidates is not None:
         if labels is not None or candidate_labels is not None:
             candidate_ids = _candidate_ids("labels", labels, candidate_labels, features, candidates)
-        if need_instances or (labels is None and mask is None):
+        if need_instances or unlabeled == "instance" or (labels is None and mask is None):
             candidate_instance_ids = _candidate_ids(
                 "instances", instances, candidate_instances, features, candidates
             )
@@ -215,44 +324,85 @@ def prepare(
                 first_views=contrast_mode == "one", need_instances=need_instances,
             )  # fmt: skip
 
-    # Rows: the anchors, the candidates, and the candidate that is the anchor itself.
+    # Sides: the anchors, the candidates if they are other samples, and the memory.
     x, views = _flatten_views(features)
+    sides = [Side(ids, instance_ids, views)]
+    candidate_rows = None
+    if candidates is not None:
+        candidate_rows, candidate_views = _flatten_views(candidates)
+        if candidate_ids is None:  # the mask says which samples are positives
+            candidate_ids = torch.arange(candidates.shape[0], device=features.device)
+        sides.append(Side(candidate_ids, candidate_instance_ids, candidate_views))
+    ignored = None
+    if ignore_index is not None and unlabeled == "ignore":
+        ignored = [repeat_per_view(side.ids == ignore_index, side.views) for side in sides]
+        if bank is not None and bank.labels is not None:
+            bank = bank.exclude(bank.labels == ignore_index)
+    dtype = ops.stats_dtype(x)
+    if bank is not None:
+        sides.append(bank.side(ids, instance_ids, labels is not None, dtype))
+    if ignore_index is not None and unlabeled == "instance":
+        sides = join_unlabelled(sides, ignore_index)
+    anchors, *further = sides
+    memory_side = further.pop() if bank is not None else None
+    others = further[0] if further else None
+
+    # The anchors, and the candidate that is the anchor itself.
     self_index, shape = None, tuple(features.shape[:-1])
-    candidate_rows, candidate_views = (None, 1) if candidates is None else _flatten_views(candidates)
     if contrast_mode == "one" and views > 1:
-        if candidate_rows is None:
-            candidate_rows, candidate_views = x, views
-            candidate_ids, candidate_instance_ids = ids, instance_ids
+        if others is None:
+            candidate_rows, others = x, anchors
             self_index = torch.arange(features.shape[0], device=features.device) * views
-        x, views, shape = x[::views], 1, (features.shape[0],)
-    positives = None
-    if mask is not None:
-        column_views = views if candidate_rows is None else candidate_views
-        pairing, count, positives = pair_by_mask(
-            mask, views, column_views, self_index, rectangular=candidate_rows is not None
-        )
-    else:
-        pairing, count = pair_by_id(ids, views, candidate_ids, candidate_views, self_index)
-    instance_count = None
-    if need_instances and ids is instance_ids and positives is None:
+        x, anchors, shape = x[::views], anchors._replace(views=1), (features.shape[0],)
+        anchor_weights = None if anchor_weights is None else anchor_weights[::views]
+    counted = anchors if others is None else others
+    excluded = None if ignored is None else ignored[-1]
+    counted = counted._replace(log_weights=get_log_weights(candidate_weights, excluded, dtype))
+    if class_balance:
+        counted, memory_side = balance_classes(counted, memory_side, dtype)
+    layout = lay_out(
+        counted if others is None else anchors,
+        None if others is None else counted,
+        memory_side,
+        None if bank is None else bank.rows,
+        self_index,
+        mask,
+        need_instances and (labels is not None or mask is not None),
+        instances is not None,
+    )
+    count, instance_count, ignored_anchors = layout.positive_count, layout.instance_count, None
+    if need_instances and instance_count is None:
         instance_count = count  # A_i is P_i
-    elif need_instances:
-        assert instance_ids is not None
-        # With a mask, rows are not sorted by label and instance.
-        given = instances is not None and positives is None
-        paired = InstanceIds(instance_ids, candidate_instance_ids, given)
-        if given:
-            paired = number_by_label(ids, None if candidate_ids is ids else candidate_ids, paired)
-        pairing, instance_count = add_instances(pairing, views, candidate_views, paired)
+    available: int | Tensor = x.shape[0] if candidate_rows is None else candidate_rows.shape[0]
+    available -= int(candidate_rows is None or self_index is not None)
+    if excluded is not None:
+        available = available - excluded.sum()
+    if not batch_negatives:
+        available = count if layout.memory_count is None else count - layout.memory_count
+    if bank is not None:
+        available = available + (bank.rows.shape[0] if bank.weights is None else (bank.weights > 0).sum())
+    if hard_negatives is not None:
+        available = available + hard_negatives.shape[1]
+    if ignored is not None:
+        ignored_anchors = ignored[0][::views] if anchors.views < views else ignored[0]
+        count = count.masked_fill(ignored_anchors, 0)
+        instance_count = None if instance_count is None else instance_count.masked_fill(ignored_anchors, 0)
     return Problem(
         x,
         candidate_rows,
         temperature,
-        pairing,
+        layout.pairing,
         count,
         instance_count,
-        positives,
+        available,
+        layout.mask,
         backend,
         shape,
         global_batch,
+        layout.memory,
+        hard_negatives,
+        batch_negatives,
+        ignored_anchors,
+        anchor_weights,
+        candidate_weights is not None or class_balance or (bank is not None and bank.weighted),
     )

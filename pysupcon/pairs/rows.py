@@ -17,7 +17,7 @@ from pysupcon.caller import warn_caller
 from pysupcon.pairs.autograd import RowStatistics
 from pysupcon.pairs.modes import is_eager
 
-__all__ = ["get_divisor", "mean", "positive_gap", "supcon_rows"]
+__all__ = ["get_divisor", "mean", "positive_gap", "supcon_rows", "weighted_divisor"]
 
 
 def mean(total: Tensor, count: Tensor) -> Tensor:
@@ -32,9 +32,12 @@ class _SupConRows(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, n: Tensor, p: Tensor, positive_sum: Tensor, count: Tensor, valid: Tensor, divisor: Any
-    ) -> Tensor:
-        gap = (positive_sum / count).neg_().add_(p).clamp_(min=0.0)
+        ctx: Any, n: Tensor, p: Tensor, positive_sum: Tensor, count: Tensor, valid: Tensor, weighted: bool,
+        divisor: Any,
+    ) -> Tensor:  # fmt: skip
+        gap = (positive_sum / count).neg_().add_(p)
+        if not weighted:
+            gap.clamp_(min=0.0)
         loss = gap.add_(_softplus(n - p)).masked_fill_(valid.logical_not(), 0.0)
         ctx.save_for_backward(n, p, count)  # kept anyway
         ctx.divisor = divisor
@@ -48,7 +51,7 @@ class _SupConRows(torch.autograd.Function):
         several = count > 1
         grad_p = torch.where(several, grad - grad_n, 0.0)
         grad_sum = torch.where(several, -grad / count, -grad_n)
-        return grad_n, grad_p, grad_sum, None, None, None
+        return grad_n, grad_p, grad_sum, *(None,) * 4
 
 
 def _softplus(x: Tensor) -> Tensor:
@@ -63,18 +66,23 @@ def supcon_rows(s: RowStatistics, counts: Any, valid: Tensor, divisor: Tensor | 
     """
     count = counts.positives
     if is_eager(s.n):
-        loss: Tensor = _SupConRows.apply(s.n, s.p, s.positive_sum, count, valid, divisor)
+        loss: Tensor = _SupConRows.apply(s.n, s.p, s.positive_sum, count, valid, counts.weighted, divisor)
         return loss
     above = torch.where(valid, s.n, 0.0) - torch.where(valid, s.p, 0.0)
-    gap = positive_gap(s, s.positive_sum, count, count, valid)
+    gap = positive_gap(s, s.positive_sum, count, counts, valid)
     loss = torch.where(valid, _softplus(above) + gap, 0.0)
     return loss if divisor is None else loss.sum() / divisor
 
 
-def positive_gap(s: RowStatistics, total: Tensor, among: Tensor, count: Tensor, valid: Tensor) -> Tensor:
-    """p - mean, the mean over ``among`` of the ``count`` terms of p; 0 where not valid. It is not negative
-    (Jensen): negative values are rounding errors; they become 0 and keep their gradient."""
-    p = torch.where(count == 1, s.positive_sum, s.p)  # the same, without an exponential and its logarithm
+def positive_gap(s: RowStatistics, total: Tensor, among: Tensor, counts: Any, valid: Tensor) -> Tensor:
+    """p - mean, the mean over ``among`` of the terms of p; 0 where not valid.
+
+    Without weights it is not negative (Jensen): negative values are rounding errors; they become 0 and keep
+    their gradient.
+    """
+    if counts.weighted:
+        return torch.where(valid, s.p, 0.0) - torch.where(valid, mean(total, among), 0.0)
+    p = torch.where(counts.positives == 1, s.positive_sum, s.p)  # equal, without exp and log
     gap = torch.where(valid, p - mean(total, among), 0.0)
     return gap + (gap.detach().clamp(min=0.0) - gap.detach())
 
@@ -94,3 +102,11 @@ def get_divisor(anchors: Tensor, reduction: str, requirement: str) -> Tensor | i
     else:
         divisor = anchors.clamp(min=1)
     return {"mean": divisor, "sum": 1, "none": None}[reduction]
+
+
+def weighted_divisor(total: Tensor, reduction: str) -> Tensor | int | None:
+    """The divisor of the sum of weighted losses; None: no sum is taken. ``total``: weight of all anchors that
+    have a loss."""
+    if reduction == "mean":
+        return torch.where(total > 0, total, 1.0)
+    return 1 if reduction == "sum" else None

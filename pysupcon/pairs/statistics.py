@@ -6,6 +6,7 @@ operators of its backend; they know no autograd.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from pysupcon.pairs import ops, tiled
 
 __all__ = [
     "OPERATORS",
+    "Block",
+    "Memory",
     "Pairing",
     "Plan",
     "RowStatistics",
@@ -30,7 +33,8 @@ OPERATORS: dict[str, Any] = {"cpu": ops, "cuda": ops, "tiled": tiled}
 
 
 class Pairing(NamedTuple):
-    """Index arguments of the operators: positives and instances (see :mod:`pysupcon.pairs.ops`)."""
+    """Index arguments of the operators: positives, instances, and log weights of the candidates (see
+    :mod:`pysupcon.pairs.ops`)."""
 
     labels: Tensor
     order: Tensor
@@ -39,6 +43,41 @@ class Pairing(NamedTuple):
     self_index: Tensor | None = None
     instances: Tensor | None = None
     candidate_instances: Tensor | None = None
+    log_weights: Tensor | None = None
+    candidate_log_weights: Tensor | None = None
+
+
+class Memory(NamedTuple):
+    """Rows that the anchors are contrasted with in addition to the candidates; they get no gradient."""
+
+    rows: Tensor
+    """[Nm, D], dtype of the anchors"""
+    labels: Tensor
+    order: Tensor
+    instances: Tensor | None = None
+    """given if the pairing has instances"""
+    log_weights: Tensor | None = None
+
+
+class Block(NamedTuple):
+    """Arguments of the operators for the anchors and one set of candidates."""
+
+    rows: tuple[Any, ...]
+    """the first eight arguments of every operator"""
+    pairing: Pairing
+    negatives: bool
+    """whether candidates of other labels are negatives"""
+    mask_arguments: dict[str, tiled.PositiveMask]
+
+    @property
+    def of_statistics(self) -> tuple[Any, ...]:
+        """Arguments of pair_stats and its backward up to the statistics."""
+        return *self.rows, *self.pairing[5:]
+
+    @property
+    def of_softplus(self) -> tuple[Any, ...]:
+        """Arguments of positive_softplus and its backward up to n."""
+        return *self.rows, *self.pairing[7:]
 
 
 class Plan(NamedTuple):
@@ -51,21 +90,38 @@ class Plan(NamedTuple):
     positives: bool = True
     epsilon: float | Tensor | None = None
     """None: no softplus sum. :mod:`pysupcon.pairs.custom_op` gives a tensor of no dimensions."""
+    memory: Memory | None = None
+    batch_negatives: bool = True
+    """False: only the memory (and pairs outside of this plan) are negatives"""
 
     @property
     def tensors(self) -> tuple[Any, ...]:
         """Tensors for ``save_for_backward``, some of them None. Some may belong to the caller."""
-        return (*self.pairing, *(self.mask or (None,) * len(tiled.PositiveMask._fields)))
+        mask = self.mask or (None,) * len(tiled.PositiveMask._fields)
+        return *self.pairing, *mask, *(self.memory or (None,) * len(Memory._fields))
 
     def with_tensors(self, tensors: Sequence[Any]) -> Plan:
         """Returns the plan with other :attr:`tensors`, in the same order."""
-        size = len(Pairing._fields)
-        mask = None if self.mask is None else tiled.PositiveMask(*tensors[size:])
-        return self._replace(pairing=Pairing(*tensors[:size]), mask=mask)
+        first = len(Pairing._fields)
+        second = first + len(tiled.PositiveMask._fields)
+        mask = None if self.mask is None else tiled.PositiveMask(*tensors[first:second])
+        memory = None if self.memory is None else Memory(*tensors[second:])
+        return self._replace(pairing=Pairing(*tensors[:first]), mask=mask, memory=memory)
 
-    @property
-    def mask_arguments(self) -> dict[str, tiled.PositiveMask]:
-        return {} if self.mask is None else {"mask": self.mask}
+    def blocks(self, x: Tensor, candidates: Tensor | None, scale: Tensor) -> list[Block]:
+        """Returns the candidates, then the memory."""
+        pairing, memory = self.pairing, self.memory
+        mask = {} if self.mask is None else {"mask": self.mask}
+        first = operands(x, candidates, scale, pairing)
+        blocks = [Block(first, pairing, self.negatives and self.batch_negatives, mask)]
+        if memory is not None:
+            of_memory = Pairing(
+                pairing.labels, pairing.order, memory.labels, memory.order, None, pairing.instances,
+                memory.instances, None, memory.log_weights,
+            )  # fmt: skip
+            second = operands(x, memory.rows, scale, of_memory)
+            blocks.append(Block(second, of_memory, self.negatives, {}))
+        return blocks
 
 
 class RowStatistics(NamedTuple):
@@ -96,32 +152,44 @@ class RowStatistics(NamedTuple):
 
 
 def operands(x: Tensor, candidates: Tensor | None, scale: Tensor, pairing: Pairing) -> tuple[Any, ...]:
-    """Returns the first eight arguments of every operator. ``pairing[5:]`` are further ones of pair_stats."""
+    """Returns the first eight arguments of every operator."""
     return (x, pairing.labels, pairing.order, scale, candidates, *pairing[2:5])
 
 
-def compute(x: Tensor, candidates: Tensor | None, scale: Tensor, plan: Plan) -> tuple[Tensor | None, ...]:
+def compute(
+    x: Tensor, candidates: Tensor | None, scale: Tensor, outside: Tensor | None, plan: Plan
+) -> tuple[Tensor | None, ...]:
     """Computes the fields of :class:`RowStatistics`.
 
     Args:
         x: anchors [M, D].
         candidates: [N, D]; None: the anchors.
         scale: 1 / temperature, no dimensions, in the statistics dtype.
+        outside: [M], logsumexp of negatives that are not among the candidates; None: there are none.
         plan: what to compute.
 
     Returns:
         n, p, positive_sum, instance_sum and softplus; the last two are None if the plan does not request
         them.
     """
-    operators, pairing = OPERATORS[plan.backend], plan.pairing
-    rows = operands(x, candidates, scale, pairing)
+    operators = OPERATORS[plan.backend]
+    first, *further = plan.blocks(x, candidates, scale)
     n, p, positive_sum, instance_sum = operators.pair_stats(
-        *rows, *pairing[5:], plan.negatives, plan.positives, **plan.mask_arguments
+        *first.of_statistics, first.negatives, plan.positives, **first.mask_arguments
     )
+    for block in further:
+        part = operators.pair_stats(*block.of_statistics, block.negatives, plan.positives)
+        n, p = torch.logaddexp(n, part[0]), torch.logaddexp(p, part[1])  # -inf if both are -inf
+        positive_sum, instance_sum = positive_sum + part[2], instance_sum + part[3]
+    if outside is not None and plan.negatives:
+        n = torch.logaddexp(n, outside)
     softplus = None
     if plan.epsilon is not None:
-        softplus = operators.positive_softplus(*rows, *_limit(n, plan.epsilon), **plan.mask_arguments)
-    return n, p, positive_sum, None if pairing.instances is None else instance_sum, softplus
+        limit = _limit(n, plan.epsilon)
+        softplus = operators.positive_softplus(*first.of_softplus, *limit, **first.mask_arguments)
+        for block in further:
+            softplus = softplus + operators.positive_softplus(*block.of_softplus, *limit)
+    return n, p, positive_sum, None if plan.pairing.instances is None else instance_sum, softplus
 
 
 def _limit(n: Tensor, epsilon: float | Tensor) -> tuple[Tensor, float]:
@@ -129,11 +197,34 @@ def _limit(n: Tensor, epsilon: float | Tensor) -> tuple[Tensor, float]:
     return (n + epsilon, 0.0) if isinstance(epsilon, Tensor) else (n, epsilon)
 
 
+class _ScaleGradient:
+    """dL/dscale = sum_ij G_ij s_ij / scale, from what each operator adds to ``grad_x``.
+
+    sum_i x_i . dL/dx_i = sum_ij G_ij s_ij; without candidates (G_ij + G_ji) counts every pair twice.
+    """
+
+    def __init__(self, x: Tensor, grad_x: Tensor, scale: Tensor, wanted: bool) -> None:
+        self.x, self.grad_x, self.scale, self.wanted = x, grad_x, scale, wanted
+        self.total = self.before = torch.zeros_like(scale)
+
+    def add(self, block: Block) -> None:
+        """Adds what an operator has added to ``grad_x`` for this block since the last call."""
+        if self.wanted:
+            product = row_products(self.x, self.grad_x, self.scale.dtype)
+            self.total = self.total + (product - self.before) / (2 if block.rows[4] is None else 1)
+            self.before = product
+
+    @property
+    def value(self) -> Tensor | None:
+        return self.total / self.scale if self.wanted else None
+
+
 def gradients(
     plan: Plan,
     x: Tensor,
     candidates: Tensor | None,
     scale: Tensor,
+    outside: Tensor | None,
     n: Tensor,
     p: Tensor,
     grads: tuple[Tensor | None, ...],
@@ -142,56 +233,59 @@ def gradients(
     """Computes the gradients of :func:`compute`.
 
     Args:
-        plan: and ``x``, ``candidates``, ``scale``: as in :func:`compute`.
+        plan: and ``x``, ``candidates``, ``scale``, ``outside``: as in :func:`compute`.
         n: as :func:`compute` returned it, like ``p``.
         grads: upstream gradients of the fields of :class:`RowStatistics`, [M]; None: zero.
-        needs: which of dL/dx, dL/dcandidates and dL/dscale are needed.
+        needs: which of dL/dx, dL/dcandidates, dL/dscale and dL/doutside are needed.
 
     Returns:
-        dL/dx, dL/dcandidates and dL/dscale; None if not needed.
+        dL/dx, dL/dcandidates, dL/dscale and dL/doutside; None if not needed.
     """
     operators = OPERATORS[plan.backend]
     grad_n, grad_p, grad_positive_sum, grad_instance_sum, grad_softplus = grads
-    rows = operands(x, candidates, scale, plan.pairing)
+    blocks = plan.blocks(x, candidates, scale)
     grad_x = ops.zero_gradients(x)
     grad_candidates = ops.zero_gradients(candidates) if candidates is not None and needs[1] else None
-    outputs = grad_x, grad_candidates
+    outputs = [(grad_x, grad_candidates), (grad_x, None)][: len(blocks)]
+    # One sum over all blocks has one factor; several are told apart where their pairs are added.
+    grad_scale = _ScaleGradient(x, grad_x, scale, needs[2])
+    several = len(blocks) > 1
     if grad_softplus is not None:
         assert plan.epsilon is not None
-        through_n = operators.positive_softplus_backward(
-            *rows, *_limit(n, plan.epsilon), grad_softplus, None, None, *outputs, **plan.mask_arguments
-        )
-        grad_n = through_n if grad_n is None else grad_n + through_n
+        for block, output in zip(blocks, outputs, strict=True):
+            through_n = operators.positive_softplus_backward(
+                *block.of_softplus, *_limit(n, plan.epsilon), grad_softplus, None, None, *output,
+                **block.mask_arguments,
+            )  # fmt: skip
+            grad_n = through_n if grad_n is None else grad_n + through_n
+            if several:
+                grad_scale.add(block)
     need_positives = any(grad is not None for grad in (grad_p, grad_positive_sum, grad_instance_sum))
-    if grad_n is not None or need_positives:
-        upstream = (
-            torch.zeros_like(n) if grad_n is None else grad_n,
-            torch.zeros_like(p) if grad_p is None else grad_p,
-            grad_positive_sum,
-            grad_instance_sum if plan.pairing.instances is not None else None,
-        )
-        operators.pair_stats_backward(
-            *rows,
-            *plan.pairing[5:],
-            n,
-            p,
-            *upstream,
-            *(None,) * 6,
-            grad_n is not None,
-            need_positives,
-            *outputs,
-            **plan.mask_arguments,
-        )
-    grad_scale = None
-    if needs[2]:
-        # sum_i x_i . dL/dx_i = sum_ij (G_ij + G_ji) s_ij: without candidates every pair counts twice.
-        twice = 2 if candidates is None else 1
-        grad_scale = row_products(x, grad_x, scale.dtype) / (twice * scale)
+    upstream = (
+        torch.zeros_like(n) if grad_n is None else grad_n,
+        torch.zeros_like(p) if grad_p is None else grad_p,
+        grad_positive_sum,
+        grad_instance_sum if plan.pairing.instances is not None else None,
+    )
+    for block, output in zip(blocks, outputs, strict=True):
+        need_negatives = grad_n is not None and block.negatives
+        if need_negatives or need_positives:
+            operators.pair_stats_backward(
+                *block.of_statistics, n, p, *upstream, *(None,) * 6, need_negatives, need_positives, *output,
+                **block.mask_arguments,
+            )  # fmt: skip
+        if several or block is blocks[-1]:
+            grad_scale.add(block)
+    grad_outside = None
+    if outside is not None and needs[3]:
+        share = torch.where(outside == -math.inf, 0.0, (outside - n).exp())
+        grad_outside = share * upstream[0] if plan.negatives else torch.zeros_like(outside)
     # The parts cancel as a loss converges, so they are rounded only here, after they were added.
     return (
         grad_x.to(x.dtype) if needs[0] else None,
         None if grad_candidates is None or candidates is None else grad_candidates.to(candidates.dtype),
-        None if grad_scale is None else grad_scale.to(scale.dtype),
+        grad_scale.value,
+        grad_outside,
     )
 
 

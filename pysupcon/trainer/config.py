@@ -252,6 +252,10 @@ class TrainerConfig:
     trackers: list[str] = field(default_factory=list)
     """Accelerate trackers in addition to log.jsonl, e.g. [tensorboard]."""
 
+    metrics_steps: int | None = 10
+    """Steps between two measurements of the contrastive features: top-1 accuracy and mean similarities of
+    positives and negatives, in the log. None: none, and none in the validation."""
+
     checkpoint_epochs: int = 1
     """Epochs between checkpoints; the last step is always saved."""
 
@@ -284,7 +288,9 @@ class TrainerConfig:
             check(self.clip_norm > 0, "trainer.clip_norm", "be greater than 0", self.clip_norm)
         if self.threads is not None:
             check(self.threads >= 1, "trainer.threads", "be at least 1", self.threads)
-        for name in ("chunk_size", "accumulation_steps", "checkpoint_epochs", "checkpoint_steps"):
+        for name in (
+            "chunk_size", "accumulation_steps", "metrics_steps", "checkpoint_epochs", "checkpoint_steps",
+        ):  # fmt: skip
             value = getattr(self, name)
             check(value is None or value >= 1, f"trainer.{name}", "be at least 1", value)
         steps = self.profile_steps

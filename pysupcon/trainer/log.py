@@ -31,7 +31,10 @@ class StepLog:
         group=G/loss, group=G/weight: with GroupDRO; the loss is that of the last batch with samples of G.
         valid_anchors: anchors that have a loss, summed over the processes, if there is a contrastive loss.
         chance: the contrastive loss if all embeddings were equal.
-        val_loss and its terms: at checkpoints.
+        contrastive_accuracy, positive_similarity, negative_similarity: every ``trainer.metrics_steps`` steps,
+            if there is a contrastive loss (:func:`pysupcon.functional.contrastive_metrics`, over the rows of
+            each process); means over the processes. An entry is missing if there is no positive (negative).
+        val_loss and its terms: at checkpoints; with ``trainer.metrics_steps`` also these three metrics.
         val_accuracy, val_worst_group: at checkpoints, if ``trainer.best_by`` is a group accuracy.
         learning_rate: of this step.
         images_per_second: views per second of all processes.

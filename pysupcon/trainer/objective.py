@@ -6,6 +6,7 @@ reconstruction by a class-conditional autoencoder. Its baselines use some of the
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from pysupcon.contrastive import ContrastiveLoss, Counts
 from pysupcon.evaluators import GroupDRO
+from pysupcon.functional import contrastive_metrics
 from pysupcon.losses import LOSSES_BY_NAME
 from pysupcon.models.model import ModelOutput
 from pysupcon.pairs.autograd import RowStatistics
@@ -38,6 +40,10 @@ def _own(config: LossConfig, name: LossName) -> dict[str, Any]:
     """The parameters that only this loss has."""
     fields = LOSSES_BY_NAME[name].trainer_defaults[name]
     return {field: getattr(config, field) for field in fields if field != "temperature"}
+
+
+METRICS = ("contrastive_accuracy", "positive_similarity", "negative_similarity")
+"""Names of :meth:`Objective.metrics` in the log"""
 
 
 class Objective(nn.Module):
@@ -109,12 +115,39 @@ class Objective(nn.Module):
         loss = torch.stack([weight * part for weight, part in parts.values()]).sum()
         return {"loss": loss, **{name: part for name, (_, part) in parts.items()}, **figures}
 
+    def metrics(self, outputs: ModelOutput, labels: Tensor) -> dict[str, Tensor]:
+        """Measures the features of the contrastive loss, over the rows of this process.
+
+        Args:
+            outputs, labels: as in :meth:`forward`.
+
+        Returns:
+            :data:`METRICS`, of :func:`pysupcon.functional.contrastive_metrics`; NaN if no anchor has a
+            positive. Empty without a contrastive loss.
+        """
+        if self.contrastive is None:
+            return {}
+        features = outputs.projection.unflatten(0, (-1, self.views))
+        given = None if self.contrastive.self_supervised else labels
+        if self.config.pairing == "cross":
+            found = contrastive_metrics(
+                features[:, 1], given, candidates=features[:, 0], candidate_labels=given
+            )
+        else:
+            found = contrastive_metrics(features, given, contrast_mode=self.config.contrast_mode)
+        return dict(zip(METRICS, found, strict=True))
+
     def _contrast(self, loss: ContrastiveLoss, features: Tensor, labels: Tensor | None) -> Tensor:
         """``features`` are [B, V, D]."""
         if self.config.pairing == "all":
             return loss(features, labels)
         # Candidate k and anchor k are views of one sample.
         return loss(features[:, 1], labels, candidates=features[:, 0], candidate_labels=labels)
+
+
+def finite(metrics: dict[str, float]) -> dict[str, float]:
+    """Return the metrics that exist: a mean over nothing is NaN."""
+    return {name: value for name, value in metrics.items() if isfinite(value)}
 
 
 def batch_statistics(config: LossConfig, labels: Tensor, class_counts: Tensor, views: int) -> Tensor:

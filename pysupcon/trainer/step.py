@@ -20,7 +20,7 @@ from pysupcon.models.model import ModelOutput
 from pysupcon.models.spectral import power_iteration
 from pysupcon.ranges import region
 from pysupcon.trainer.environment import dynamo_backend
-from pysupcon.trainer.objective import Objective, batch_statistics
+from pysupcon.trainer.objective import METRICS, Objective, batch_statistics, finite
 from pysupcon.trainer.progress import print_line
 
 MAX_SKIPPED = 25
@@ -87,7 +87,8 @@ class TrainingStep:
 
         Returns:
             Values for the log, averaged over processes and batches (valid_anchors is summed), and whether any
-            process requests a stop.
+            process requests a stop. Every ``trainer.metrics_steps`` steps also the metrics of the features,
+            those that are finite.
 
         Raises:
             RunError: the loss or the gradient is not finite.
@@ -102,6 +103,7 @@ class TrainingStep:
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         values = self._values({**parts, "gradient_norm": norm, **statistics}, stop)
         stop = values.pop("stop") > 0
+        metrics = {name: values.pop(name) for name in METRICS if name in values}
         self._check_finite(values, number)
         if self.config.trainer.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.trainer.clip_norm, norm)
@@ -109,7 +111,7 @@ class TrainingStep:
             self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
-        return values, stop
+        return values | finite(metrics), stop
 
     def _accumulate(
         self, batches: Iterable[Sequence[Tensor]], number: int
@@ -120,6 +122,8 @@ class TrainingStep:
             The mean loss terms, and the statistics of the batches.
         """
         device, count = self.accelerator.device, self.config.trainer.accumulation_steps
+        every = self.config.trainer.metrics_steps
+        measured = every is not None and number % every == 0
         parts: dict[str, Tensor] = {}
         statistics: dict[str, Tensor] = {}
         for index, batch in enumerate(batches, start=1):
@@ -127,9 +131,13 @@ class TrainingStep:
             # The processes exchange gradients once per step, in the backward of the last batch.
             sync_context = nullcontext if index == count else getattr(self.model, "no_sync", nullcontext)
             with sync_context(), self._explain_compile_errors(number):
-                terms = self._backward(views, labels, number, groups[0] if groups else None)
+                terms, metrics = self._backward(
+                    views, labels, number, groups[0] if groups else None, measured
+                )
             for name, value in terms.items():
                 parts[name] = parts.get(name, 0.0) + value.to(torch.float64) / count
+            for name, value in metrics.items():
+                statistics[name] = statistics.get(name, 0.0) + value.to(torch.float64) / count
             if self.config.loss.name != "none":
                 valid, chance = self._batch_statistics(labels)
                 statistics["valid_anchors"] = statistics.get("valid_anchors", 0.0) + valid
@@ -144,13 +152,17 @@ class TrainingStep:
         return outputs
 
     def _backward(
-        self, views: Tensor, labels: Tensor, number: int, groups: Tensor | None
-    ) -> dict[str, Tensor]:
+        self, views: Tensor, labels: Tensor, number: int, groups: Tensor | None, measured: bool
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Returns the terms of the loss and, if ``measured``, the metrics of the features."""
         parts: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
 
         def loss(outputs: ModelOutput) -> Tensor:
             try:
                 parts.update(self.objective(outputs, labels, groups))
+                if measured:
+                    metrics.update(self.objective.metrics(outputs, labels))
             except ValueError as error:
                 if bool(outputs.projection.isfinite().all()):
                     raise
@@ -161,7 +173,7 @@ class TrainingStep:
             self.accelerator.backward(loss(self._forward(self.model, (views, labels))))
         else:
             self.cache((views, labels), loss)
-        return {name: value.detach() for name, value in parts.items()}
+        return {name: value.detach() for name, value in parts.items()}, metrics
 
     def _values(self, tensors: dict[str, Tensor], stop: bool) -> dict[str, float]:
         """Average all values of a step over the processes, with a single transfer from the device."""

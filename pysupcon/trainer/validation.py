@@ -17,7 +17,7 @@ from pysupcon.errors import RunError
 from pysupcon.models.model import ModelOutput
 from pysupcon.trainer.config import GROUP_ACCURACIES
 from pysupcon.trainer.group_dro import GroupAccuracy
-from pysupcon.trainer.objective import Objective
+from pysupcon.trainer.objective import METRICS, Objective, finite
 
 
 class Validation:
@@ -52,7 +52,8 @@ class Validation:
             model: the model without Accelerate's wrappers.
 
         Returns:
-            "loss" and its terms; also accuracies if ``trainer.best_by`` is a group accuracy.
+            "loss" and its terms; the metrics of the features, those that are finite, unless
+            ``trainer.metrics_steps`` is None; accuracies if ``trainer.best_by`` is a group accuracy.
 
         Raises:
             RunError: a feature is not finite.
@@ -75,7 +76,9 @@ class Validation:
         finally:
             model.train(training)
         means = self.accelerator.reduce(torch.stack(list(totals.values())), "mean").tolist()
-        return dict(zip(totals, means, strict=True)) | accuracies
+        values = dict(zip(totals, means, strict=True))
+        metrics = finite({name: values.pop(name) for name in METRICS if name in values})
+        return values | metrics | accuracies
 
     def _losses(self, model: nn.Module, views: Tensor, labels: Tensor) -> dict[str, Tensor]:
         views, labels = views.to(self.accelerator.device), labels.to(self.accelerator.device)
@@ -90,6 +93,8 @@ class Validation:
         ]
         try:
             losses = self.objective(ModelOutput(*joined), labels)
+            if self.config.trainer.metrics_steps is not None:
+                losses |= self.objective.metrics(ModelOutput(*joined), labels)
         except ValueError as error:
             raise RunError(f"validation: {error}") from error
         return {name: value.to(torch.float64) for name, value in losses.items()}

@@ -41,8 +41,10 @@ def rows(
 
 SCALE = torch.tensor(5.0, dtype=torch.float64)
 NONE = (None, None, None, None)
-ALONE = (*NONE, None, None)
-"""no candidates, no instances"""
+ALONE = (*NONE, *NONE)
+"""no candidates, no instances, no weights"""
+NO_COLUMNS = (None,) * 6
+"""no statistics of candidates"""
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
@@ -67,7 +69,7 @@ class Pairs(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """The first ten arguments of pair_stats."""
+    """The first twelve arguments of pair_stats."""
 
     x: Tensor
     labels: Tensor
@@ -79,6 +81,8 @@ class Problem(NamedTuple):
     self_index: Tensor | None
     instances: Tensor | None
     candidate_instances: Tensor | None
+    log_weights: Tensor | None = None
+    candidate_log_weights: Tensor | None = None
 
     def pairs(self, x: Tensor, candidates: Tensor | None) -> Pairs:
         """Computed from float64 copies of the rows, which may require a gradient."""
@@ -151,8 +155,8 @@ def test_operators_agree_with_written_down_pairs(
     u, v, w, a = upstream
     operator = emulated.pair_stats_backward
     sums = (
-        added(operator, *problem, n, p, u, v, w, a, *ALONE, True, True, candidates=separate),
-        added(operator, *problem, n, p, u, v, None, None, *ALONE, True, True, candidates=separate),
+        added(operator, *problem, n, p, u, v, w, a, *NO_COLUMNS, True, True, candidates=separate),
+        added(operator, *problem, n, p, u, v, None, None, *NO_COLUMNS, True, True, candidates=separate),
     )
     same_gradients(sums[0], sum((g * s).sum() for g, s in zip(upstream, want, strict=True)), 5)
     same_gradients(sums[1], (u * want[0]).sum() + (v * want[1]).sum(), 5)
@@ -162,7 +166,7 @@ def test_operators_agree_with_written_down_pairs(
         for statistic, value in zip(got, right, strict=True):
             close(statistic, value.detach(), 1e-12 if dtype == torch.float64 else 1e-5)
         part = added(
-            operator, *problem, *got[:2], *upstream, *ALONE, negatives, positives, candidates=separate
+            operator, *problem, *got[:2], *upstream, *NO_COLUMNS, negatives, positives, candidates=separate
         )
         scalar = 0 * x.sum() + (0 if c is None else 0 * c.sum())
         if negatives:
@@ -171,7 +175,7 @@ def test_operators_agree_with_written_down_pairs(
             scalar = scalar + sum((g * s).sum() for g, s in zip(upstream[1:], right[1:], strict=True))
         same_gradients(part, scalar, 5)
 
-    here = problem[:8]
+    here = (*problem[:8], None, None)
     total = emulated.positive_softplus(*here, n, 0.25)
     softplus = torch.nn.functional.softplus(n[:, None] - pairs.s + 0.25)
     right = torch.where(pairs.positive, softplus, 0.0).sum(dim=1)
@@ -231,12 +235,12 @@ def test_empty_batches(emulated: Any) -> None:
     assert bool((p == -torch.inf).all())
     assert all(bool((total == 0).all()) for total in sums)
     empty, ones = [torch.empty(0)] * 6, [torch.ones(6)] * 4
-    no_anchors = (x, labels, order, one, y, y_labels, y_order, None, None, None)
+    no_anchors = (x, labels, order, one, y, y_labels, y_order, *NONE, None)
     operator = emulated.pair_stats_backward
-    gx, g, _ = added(operator, *no_anchors, *empty, *ALONE, True, True, candidates=True)
+    gx, g, _ = added(operator, *no_anchors, *empty, *NO_COLUMNS, True, True, candidates=True)
     assert gx.shape == (0, 8)
     assert bool((g == 0).all())
-    gx, _, _ = added(operator, *no_candidates, n, p, *ones, *ALONE, True, True)
+    gx, _, _ = added(operator, *no_candidates, n, p, *ones, *NO_COLUMNS, True, True)
     assert bool((gx == 0).all())
 
 
@@ -322,7 +326,7 @@ def test_gradient_buffers_are_checked(emulated: Any, change: Any, message: str) 
     with pytest.raises(ValueError, match=message):
         emulated.pair_stats_backward(
             *(x, labels, order, torch.tensor(1.0), *ALONE, *[torch.ones(6)] * 4, None, None),
-            *(*ALONE, True, True, change(x.clone()), None),
+            *(*NO_COLUMNS, True, True, change(x.clone()), None),
         )
 
 
@@ -345,12 +349,12 @@ def test_fakes_answer_for_cuda_tensors_without_a_gpu(dtype: torch.dtype) -> None
         n, p = found[:2]
         grad_x, _, _ = added(
             torch.ops.pysupcon.pair_stats_backward,
-            *(x, labels, labels, scale, *ALONE, n, p, n, p, None, None, *ALONE, True, True),
+            *(x, labels, labels, scale, *ALONE, n, p, n, p, None, None, *NO_COLUMNS, True, True),
         )
         assert grad_x.dtype == torch.promote_types(dtype, torch.float32)
         assert grad_x.device.type == "cuda"
         grad_n = torch.ops.pysupcon.positive_softplus_backward(
-            x, labels, labels, scale, *NONE, n, 0.0, n, None, None, grad_x, None
+            x, labels, labels, scale, *NONE, None, None, n, 0.0, n, None, None, grad_x, None
         )
         assert grad_n.dtype == stats
         assert grad_n.device.type == "cuda"

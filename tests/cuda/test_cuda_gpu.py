@@ -34,8 +34,8 @@ pytestmark = [
     pytest.mark.skipif(not _cuda["available"], reason=f"backend cuda: {_cuda['detail']}"),
 ]
 
-ALONE = (None,) * 6
-"""no candidates, no instances"""
+ALONE = (None,) * 8
+"""no candidates, no instances, no weights"""
 NO_SUMS = (None,) * 8
 """no gradients of sums, no statistics of candidates"""
 MANY = 1 << 20
@@ -190,7 +190,7 @@ def test_own_rows_gradient_is_complete(dtype: torch.dtype) -> None:
     candidates = (x, labels, order, torch.arange(half, device="cuda"))
     part, _, _ = added(
         backward, x[:half], mine, torch.argsort(mine, stable=True), scale, *candidates,
-        None, None, n[:half], p[:half], u[:half], v[:half], None, None, n, p, u, v, None, None, True, True,
+        *(None,) * 4, n[:half], p[:half], u[:half], v[:half], None, None, n, p, u, v, None, None, True, True,
     )  # fmt: skip
     # Both have errors from float32 sums and 16-bit weights.
     bar = 2 * (TABLE[dtype].gradient + TABLE[dtype].output)
@@ -230,13 +230,13 @@ def test_few_anchors_and_many_candidates(few: int, dtype: torch.dtype) -> None:
     order, c_order = torch.arange(few, device="cuda"), torch.arange(MANY, device="cuda")
     scale = torch.tensor(10.0, device="cuda")
     candidates = (c, c_labels, c_order, None)
-    n, p, *_ = ops.pair_stats(x, labels, order, scale, *candidates, None, None, True, False)
+    n, p, *_ = ops.pair_stats(x, labels, order, scale, *candidates, *(None,) * 4, True, False)
     s = 10.0 * (x.double() @ c.double().T)
     want_n = s.logsumexp(1)
     torch.testing.assert_close(n.double(), want_n, rtol=TABLE[dtype].loss, atol=TABLE[dtype].loss)
     u = torch.rand(few, device="cuda") + 0.5
     grads = (n, p, u, torch.zeros_like(u), *NO_SUMS)
-    arguments = (x, labels, order, scale, *candidates, None, None, *grads, True, False)
+    arguments = (x, labels, order, scale, *candidates, *(None,) * 4, *grads, True, False)
     grad = added(ops.pair_stats_backward, *arguments)[0]
     assert grad.dtype == torch.float32
     want = 10.0 * u.double()[:, None] * (s.softmax(1) @ c.double())
@@ -253,10 +253,10 @@ def test_many_anchors_and_few_candidates(few: int, dtype: torch.dtype) -> None:
     order, c_order = torch.arange(MANY, device="cuda"), torch.arange(few, device="cuda")
     scale = torch.tensor(10.0, device="cuda")
     candidates = (c, c_labels, c_order, None)
-    n, p, *_ = ops.pair_stats(x, labels, order, scale, *candidates, None, None, True, False)
+    n, p, *_ = ops.pair_stats(x, labels, order, scale, *candidates, *(None,) * 4, True, False)
     u = torch.full((MANY,), 1 / MANY, device="cuda")
     grads = (n, p, u, torch.zeros_like(u), *NO_SUMS)
-    arguments = (x, labels, order, scale, *candidates, None, None, *grads, True, False)
+    arguments = (x, labels, order, scale, *candidates, *(None,) * 4, *grads, True, False)
     _, grad, _ = added(ops.pair_stats_backward, *arguments, candidates=True)
     assert grad.dtype == torch.float32
     weights = (10.0 * (x.double() @ c.double().T)).softmax(1) / MANY
@@ -322,10 +322,10 @@ def problem(dtype):
     return x, labels, torch.argsort(labels, stable=True), scale, one
 
 def step(x, labels, order, scale, one):
-    n, p, *_ = ops.pair_stats(x, labels, order, scale, *none[:6], True, True)
+    n, p, *_ = ops.pair_stats(x, labels, order, scale, *none, True, True)
     grad = torch.zeros(x.shape, device="cuda")
     ops.pair_stats_backward(
-        x, labels, order, scale, *none[:6], n, p, one, one, *none, True, True, grad, None
+        x, labels, order, scale, *none, n, p, one, one, *none, True, True, grad, None
     )
     return n, p, grad
 

@@ -146,7 +146,7 @@ WHEN: dict[str, tuple[str, str, Callable[..., bool], str]] = {
     "positives only": ("pair_stats", "p", lambda *a: a[-2:] == (False, True), "positives only"),
     "candidates": ("pair_stats_backward", "grad_x", lambda *a: a[-1] is not None, "candidates"),
     "no instances": ("pair_stats", "p", lambda *a: a[8] is None and a[-1], "no instances"),
-    "own rows": ("positive_softplus_backward", "grad_x", lambda *a: a[11] is not None, "rows of one process"),
+    "own rows": ("positive_softplus_backward", "grad_x", lambda *a: a[13] is not None, "rows of one process"),
 }  # fmt: skip
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,22 +36,40 @@ def _log_sum(values: list[Tensor]) -> Tensor:
     return torch.logsumexp(torch.stack(values), 0) if values else torch.tensor(-math.inf, dtype=torch.float64)
 
 
+class _Pair(NamedTuple):
+    """An anchor and a candidate."""
+
+    s: Tensor
+    """similarity"""
+    t: Tensor
+    """similarity + log weight of the candidate, in sums of exponentials"""
+
+
 def _anchor_loss(
-    name: str, positives: list[Tensor], negatives: list[Tensor], own: list[Tensor]
+    name: str, positives: list[_Pair], negatives: list[_Pair], own: list[_Pair]
 ) -> Tensor | None:
-    """The loss of one anchor from its similarities to P, N and A, by the formulas of the papers; None: it has
+    """The loss of one anchor from its pairs with P, N and A, by the formulas of the papers; None: it has
     none."""
+
+    def log_sum(pairs: list[_Pair]) -> Tensor:
+        return _log_sum([pair.t for pair in pairs])
+
     if name in ("supcon", "sincere", "eps_supinfonce"):
         if not positives:
             return None
         if name == "supcon":
-            return -torch.stack([s - _log_sum(positives + negatives) for s in positives]).mean()
+            return -torch.stack([pair.s - log_sum(positives + negatives) for pair in positives]).mean()
         epsilon = 0.25 if name == "eps_supinfonce" else 0.0
-        return -torch.stack([s - _log_sum([s - epsilon, *negatives]) for s in positives]).mean()
+        others = [pair.t for pair in negatives]
+        return -torch.stack([pair.s - _log_sum([pair.t - epsilon, *others]) for pair in positives]).mean()
     if name == "dcl":
-        return _log_sum(negatives) - torch.stack(positives).mean() if positives and negatives else None
+        if not positives or not negatives:
+            return None
+        return log_sum(negatives) - torch.stack([pair.s for pair in positives]).mean()
     if name == "cnce":
-        return -torch.stack([s - _log_sum(positives) for s in own]).mean() if own and positives else None
+        if not own or not positives:
+            return None
+        return -torch.stack([pair.s - log_sum(positives) for pair in own]).mean()
     if name not in ("spread", "spread_sincere"):
         raise KeyError(f"cases.py has no formula for {name}")
     if not positives:
@@ -59,6 +78,18 @@ def _anchor_loss(
     second = _anchor_loss("cnce", positives, negatives, own)
     assert base is not None
     return 0.7 * base + (0.3 * second if second is not None else 0.0)
+
+
+class _Candidate(NamedTuple):
+    """A row that anchors are contrasted with."""
+
+    row: Tensor
+    sample: int
+    view: int
+    label: Any
+    instance: Any
+    weight: float
+    of_batch: bool
 
 
 def naive(
@@ -74,6 +105,18 @@ def naive(
     instances: Tensor | None = None,
     candidate_instances: Tensor | None = None,
     reduction: str = "mean",
+    memory: Tensor | None = None,
+    memory_labels: Tensor | None = None,
+    memory_instances: Tensor | None = None,
+    memory_weights: Tensor | None = None,
+    exclude_batch_from_memory: bool = False,
+    hard_negatives: Tensor | None = None,
+    candidate_weights: Tensor | None = None,
+    anchor_weights: Tensor | None = None,
+    batch_negatives: bool = True,
+    class_balance: bool = False,
+    ignore_index: int | None = None,
+    unlabeled: str = "ignore",
 ) -> Tensor:
     """The loss in float64, one anchor and one pair at a time."""
 
@@ -83,42 +126,84 @@ def naive(
     def views(tensor: Tensor) -> Tensor:
         return tensor if tensor.dim() == 3 else tensor.unsqueeze(1)
 
+    def at(values: Tensor | None, b: int, v: int) -> float:
+        return 1.0 if values is None else float(values[b, v] if values.dim() == 2 else values[b])
+
+    def class_of(label: Any, instance: Any) -> Any:
+        """What positives have in common."""
+        if labels is None:
+            return "instance", instance
+        unknown = ignore_index is not None and label == ignore_index
+        return ("unlabelled", instance) if unknown and unlabeled == "instance" else ("label", label)
+
     shape = list(features.shape[:-1])
     x = views(features).double()
     c = x if candidates is None else views(candidates).double()
-    side: Any = instances if instances is not None else torch.arange(x.shape[0])
+    side: Any = (instances if instances is not None else torch.arange(x.shape[0])).tolist()
+    own_labels = [None] * x.shape[0] if labels is None else labels.tolist()
     if candidates is None:
-        other_side, other_labels = side, labels
+        other_side, other_labels = side, own_labels
     else:
-        other_side = candidate_instances if candidate_instances is not None else torch.arange(c.shape[0])
-        other_labels = candidate_labels
+        given = candidate_instances if candidate_instances is not None else torch.arange(c.shape[0])
+        other_side = given.tolist()
+        other_labels = [None] * c.shape[0] if candidate_labels is None else candidate_labels.tolist()
+    listed = [
+        _Candidate(c[b, v], b, v, other_labels[b], other_side[b], at(candidate_weights, b, v), True)
+        for b, v in rows(c)
+    ]
+    for k in range(0 if memory is None else memory.shape[0]):
+        assert memory is not None
+        instance = ("memory", k) if memory_instances is None else int(memory_instances[k])
+        if exclude_batch_from_memory and instance in side:
+            continue
+        label = ("memory", k) if memory_labels is None else int(memory_labels[k])
+        weight = 1.0 if memory_weights is None else float(memory_weights[k])
+        if weight > 0:
+            listed.append(_Candidate(memory[k].double(), k, 0, label, instance, weight, False))
+    if ignore_index is not None and unlabeled == "ignore":
+        listed = [candidate for candidate in listed if candidate.label != ignore_index]
+    if class_balance:
+        counts = Counter(class_of(candidate.label, candidate.instance) for candidate in listed)
+        listed = [
+            candidate._replace(
+                weight=candidate.weight / counts[class_of(candidate.label, candidate.instance)]
+            )
+            for candidate in listed
+        ]
     losses: list[Tensor | None] = []
+    weights = []
     for b, v in rows(x):
         if contrast_mode == "one" and v > 0:
             continue
+        weights.append(at(anchor_weights, b, v))
         positives, negatives, own = [], [], []
-        for b2, v2 in rows(c):
-            if candidates is None and (b, v) == (b2, v2):
+        for candidate in listed:
+            if candidates is None and candidate.of_batch and (b, v) == (candidate.sample, candidate.view):
                 continue
-            s = (x[b, v] * c[b2, v2]).sum() / temperature
-            same_instance = bool(side[b] == other_side[b2])
+            s = (x[b, v] * candidate.row).sum() / temperature
+            same_instance = side[b] == candidate.instance
             if mask is not None:
-                positive = bool(mask[b, b2])
-            elif labels is not None:
-                assert other_labels is not None
-                positive = bool(labels[b] == other_labels[b2])
+                positive = bool(mask[b, candidate.sample])
             else:
-                positive = same_instance
-            (positives if positive else negatives).append(s)
-            if same_instance:
-                own.append(s)
-        losses.append(_anchor_loss(name, positives, negatives, own))
-    valid = [loss for loss in losses if loss is not None]
+                positive = class_of(own_labels[b], side[b]) == class_of(candidate.label, candidate.instance)
+            pair = _Pair(s, s + math.log(candidate.weight))
+            if positive:
+                positives.append(pair)
+            elif batch_negatives or not candidate.of_batch:
+                negatives.append(pair)
+            if same_instance and (positive or mask is not None):
+                own.append(pair)
+        for k in range(0 if hard_negatives is None else hard_negatives.shape[1]):
+            assert hard_negatives is not None
+            s = (x[b, v] * hard_negatives[b, k].double()).sum() / temperature
+            negatives.append(_Pair(s, s))
+        ignored = ignore_index is not None and unlabeled == "ignore" and own_labels[b] == ignore_index
+        losses.append(None if ignored else _anchor_loss(name, positives, negatives, own))
     zero = x.sum() * 0
     if reduction == "none":
-        filled = (
-            torch.stack([zero if loss is None else loss for loss in losses]) if losses else x.sum((1, 2)) * 0
-        )
-        return filled.view(shape[:1] if contrast_mode == "one" else shape)
-    total = torch.stack(valid).sum() if valid else zero
-    return total / max(len(valid), 1) if reduction == "mean" else total
+        filled = [zero if loss is None else loss * w for loss, w in zip(losses, weights, strict=True)]
+        stacked = torch.stack(filled) if losses else x.sum((1, 2)) * 0
+        return stacked.view(shape[:1] if contrast_mode == "one" else shape)
+    valid = [(loss, w) for loss, w in zip(losses, weights, strict=True) if loss is not None]
+    total = torch.stack([loss * w for loss, w in valid]).sum() if valid else zero
+    return total / (sum(w for _, w in valid) or 1) if reduction == "mean" else total

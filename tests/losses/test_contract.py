@@ -42,21 +42,25 @@ def _all_operators(dtype: torch.dtype, kind: str) -> dict[str, tuple[Any, ...]]:
     wide = {"dtype": ops.stats_dtype(rows[0])}
     # Sorted by label; rows of a label have ascending instances, in the order of the rows.
     instances = torch.tensor([0, 0, 0, 4, 0, 3, 4]), None if rows[4] is None else torch.arange(9) // 3
+    log_weights, candidate_log_weights = torch.randn(7, **wide), torch.randn(9, **wide)
+    forward_weights = (log_weights, None) if rows[4] is None else (None, candidate_log_weights)
+    weights = (log_weights, candidate_log_weights) if kind == "own rows" else forward_weights
     pairs = *rows, *instances
-    n, p, *_ = tiled.pair_stats(*pairs, True, True)
+    n, p, *_ = tiled.pair_stats(*pairs, *forward_weights, True, True)
     u, v, w, a = (torch.randn(7, **wide) for _ in range(4))
     other: tuple[Any, ...] = (None,) * 6
     if kind == "own rows":
         other = tuple(torch.randn(9, **wide) for _ in range(6))
         other = other[0] + 40, other[1] + 40, *other[2:]  # no similarity is larger than its logsumexp
     into = [torch.full_like(ops.zero_gradients(x), 2.0) for x in (rows[0], rows[4]) if x is not None]
+    mean = None if kind == "self" else ops.zero_gradients(rows[0])
     if kind in ("self", "own rows"):
         into = [into[0], None]
     return {
-        "pair_stats": (*pairs, True, True),
-        "pair_stats_backward": (*pairs, n, p, u, v, w, a, *other, True, True, *into),
-        "positive_softplus": (*rows, n, 0.25),
-        "positive_softplus_backward": (*rows, n, 0.25, w, other[0], other[2], *into),
+        "pair_stats": (*pairs, *forward_weights, True, True, mean),
+        "pair_stats_backward": (*pairs, *weights, n, p, u, v, w, a, *other, True, True, *into),
+        "positive_softplus": (*rows, *forward_weights, n, 0.25),
+        "positive_softplus_backward": (*rows, *weights, n, 0.25, w, other[0], other[2], *into),
     }
 
 
@@ -130,7 +134,7 @@ def test_own_rows_form_is_part_of_the_whole_gradient(name: str, backend: str) ->
     order, scale = torch.argsort(labels, stable=True), torch.tensor(2.0, dtype=torch.float64)
     whole = (x, labels, order, scale, None, None, None, None)
     instances = torch.tensor([0, 0, 0, 4, 0, 3, 4, 4])
-    n, p, *_ = operators.pair_stats(*whole, instances, None, True, True)
+    n, p, *_ = operators.pair_stats(*whole, instances, *(None,) * 3, True, True)
     grads = tuple(torch.randn(4, 8, dtype=torch.float64))
     own, all_columns, flags = {
         "pair_stats": ((n, p, *grads), (n, p, *grads), (True, True)),
@@ -139,7 +143,7 @@ def test_own_rows_form_is_part_of_the_whole_gradient(name: str, backend: str) ->
     of_pairs = name == "pair_stats"
     backward = getattr(operators, f"{name}_backward")
     no_columns = (None,) * len(all_columns)
-    whole_instances = (instances, None) if of_pairs else ()
+    whole_instances = (instances, *(None,) * 3) if of_pairs else (None, None)
     want = added(backward, *whole, *whole_instances, *own, *no_columns, *flags)[0]
     for half in (torch.arange(0, 4), torch.arange(4, 8)):
         own_columns = [value[half] if isinstance(value, torch.Tensor) else value for value in own]
@@ -153,6 +157,7 @@ def test_own_rows_form_is_part_of_the_whole_gradient(name: str, backend: str) ->
             order,
             half,
             *((instances[half], instances) if of_pairs else ()),
+            *(None, None),
         )
         torch.testing.assert_close(added(backward, *rows, *own_columns, *all_columns, *flags)[0], want[half])
 

@@ -89,7 +89,7 @@ def test_processes_keep_the_digits(views: int, temperature: float, backend: str)
     x, y = features.flatten(0, 1), labels.repeat_interleave(views)
     scale, order = torch.tensor(1 / temperature, dtype=torch.float64), torch.argsort(y, stable=True)
     candidates = x, y, order, torch.arange(len(x))
-    n, p, positive_sum, _ = operators.pair_stats(x, y, order, scale, *candidates, None, None, True, True)
+    n, p, positive_sum, _ = operators.pair_stats(x, y, order, scale, *candidates, *(None,) * 4, True, True)
     count = (y[:, None] == y).sum(1) - 1
     leaves = [column.requires_grad_() for column in (n, p, positive_sum)]
     loss = (torch.logaddexp(n, p) - positive_sum / count).mean()
@@ -99,7 +99,7 @@ def test_processes_keep_the_digits(views: int, temperature: float, backend: str)
     for half in torch.arange(len(x)).chunk(2):
         own_order = torch.argsort(y[half], stable=True)
         mine = [None if column is None else column[half] for column in stats]
-        rows = (x[half], y[half], own_order, scale, x, y, order, half, None, None)
+        rows = (x[half], y[half], own_order, scale, x, y, order, half, *(None,) * 4)
         found.append(added(operators.pair_stats_backward, *rows, *mine, *stats, True, True)[0])
     _, right_gradient = converged.loss_and_gradient(
         functional.supcon, features.double(), labels, temperature=temperature, backend="reference"

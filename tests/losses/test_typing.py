@@ -103,7 +103,7 @@ def test_signatures_name_every_keyword(name: str) -> None:
         "gather": False,
         "backend": "auto",
     }
-    shared["learnable_temperature"] = False
+    shared |= {"learnable_temperature": False, "min_temperature": None, "max_temperature": None}
     assert {keyword: found[keyword].default for keyword in shared} == shared
     assert set(found) == {"temperature", *shared, *loss.own_parameters}
     function = inspect.signature(loss.function).parameters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 import pysupcon
 from pysupcon import compat, functional
-from pysupcon.pairs import backends, ops
+from pysupcon.pairs import backends, ops, problem
 
 X = torch.eye(4)
 LABELS = torch.arange(4)
@@ -50,3 +51,21 @@ def test_no_compiled_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         "compat": lambda: compat.SINCERELoss()(X, same),
     }
     assert_here(calls[name], "no compiled kernel for cpu tensors")
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_candidates_that_may_be_negatives(labelled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(problem, "_warned", set())
+    x, own, same = torch.randn(4, 5), torch.randn(4, 3, 5), torch.arange(4) // 2
+    labels = {"labels": same, "candidate_labels": same} if labelled else {}
+    text = r"candidates of shape \[4, 3, 5\] are taken as 3 views .* features have 1 .* hard_negatives"
+    assert_here(lambda: functional.supcon(x, candidates=own, **labels), text)  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        functional.supcon(x, candidates=own)  # once
+        monkeypatch.setattr(problem, "_warned", set())
+        functional.supcon(own, candidates=own)  # as many views as the features
+        functional.supcon(x, candidates=x)
+        functional.supcon(x, same, candidates=own, candidate_labels=same.clone())  # labels of their own
+        functional.supcon(x, same, candidates=own[:3], candidate_labels=same[:3])
+        functional.supcon(x, mask=same[:, None] == same, candidates=own)

@@ -21,7 +21,7 @@ FORMS = ["self", "candidates", "self index", "own rows"]
 
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[tuple[Any, ...], dict[str, torch.Tensor], str]:
-    """Returns the first ten arguments of pair_stats, one column per statistic, and the form."""
+    """Returns the first twelve arguments of pair_stats, one column per statistic, and the form."""
     form = draw(st.sampled_from(FORMS), label="form")
     width = draw(st.sampled_from([1, 3, 8, 15, 16, 17, 40, 129]), label="width")
     total = draw(st.integers(0, 150), label="candidates")
@@ -38,7 +38,11 @@ def problems(draw: st.DrawFn) -> tuple[tuple[Any, ...], dict[str, torch.Tensor],
     instances = torch.randint(0, many, (total,), generator=generator)
     order = _order(labels, instances)
     if form == "self":
-        return (candidates, labels, order, scale, None, None, None, None, instances, None), columns, form
+        return (
+            (candidates, labels, order, scale, None, None, None, None, instances, *(None,) * 3),
+            columns,
+            form,
+        )
     if form == "candidates":
         count = draw(st.integers(0, 90), label="anchors")
         x = torch.randn(count, width, generator=generator, dtype=torch.float64)
@@ -53,7 +57,7 @@ def problems(draw: st.DrawFn) -> tuple[tuple[Any, ...], dict[str, torch.Tensor],
             index[::3] = -1
             columns = {name: column[: len(index)] for name, column in columns.items()}
     rows = (x, own, _order(own, own_instances), scale, candidates, labels, order, index)
-    return (*rows, own_instances, instances), columns, form
+    return (*rows, own_instances, instances, None, None), columns, form
 
 
 def _order(labels: torch.Tensor, instances: torch.Tensor | None = None) -> torch.Tensor:
@@ -82,20 +86,20 @@ def _same(name: str, *arguments: Any, **wanted: bool) -> Any:
 def test_compiled_operators_equal_their_twins(
     problem: Any, epsilon: float, flags: tuple[int, int], sums: str
 ) -> None:
-    (*rows, instances, other_instances), columns, form = problem
-    pairs = *rows, instances, other_instances
+    pairs, columns, form = problem
+    rows, weights = pairs[:8], pairs[10:]
     wanted = bool(flags[0]), bool(flags[1])
     both = _same("pair_stats", *pairs, True, True)[:2]
     n, p = (
         torch.where(torch.tensor(keep), column, -torch.inf) for keep, column in zip(wanted, both, strict=True)
     )
     softplus_n = both[0]
-    _same("positive_softplus", *rows, softplus_n, epsilon)
+    _same("positive_softplus", *rows, *weights, softplus_n, epsilon)
     need = form in ("candidates", "self index")
     candidate_columns: dict[str, Any] = {}
     own = columns
     if form == "own rows":  # each candidate is an anchor of some process, with known statistics
-        whole = (*rows[4:7], rows[3], *(None,) * 6)
+        whole = (*rows[4:7], rows[3], *(None,) * 8)
         all_n, all_p, *_ = tiled.pair_stats(*whole, *wanted)
         candidate_columns = {
             "n": all_n,
@@ -109,18 +113,19 @@ def test_compiled_operators_equal_their_twins(
     arguments = *pairs, n, p, own["u"], own["v"], *own_sums, *candidate_stats, *wanted
     _same("pair_stats_backward", *arguments, candidates=need)
     _same(
-        "positive_softplus_backward", *rows, softplus_n, epsilon, own["g"],
+        "positive_softplus_backward", *rows, *weights, softplus_n, epsilon, own["g"],
         candidate_columns.get("softplus_n"), candidate_columns.get("g"), candidates=need,
     )  # fmt: skip
 
 
 @given(problem=problems())
 def test_statistics_that_are_not_requested(problem: Any) -> None:
-    (*rows, instances, other_instances), _, _ = problem
-    _, p, *sums = _same("pair_stats", *rows, instances, other_instances, True, False)
+    (*rows, instances, other_instances, _, _), _, _ = problem
+    weights = None, None
+    _, p, *sums = _same("pair_stats", *rows, instances, other_instances, *weights, True, False)
     assert (p == -torch.inf).all()
     assert not torch.cat(sums).any()
-    n, _, _, instance_sum = _same("pair_stats", *rows, None, None, False, True)
+    n, _, _, instance_sum = _same("pair_stats", *rows, None, None, *weights, False, True)
     assert (n == -torch.inf).all()
     assert not instance_sum.any()
 
@@ -135,7 +140,7 @@ def test_sets_of_blocks(count: int) -> None:
     labels = torch.randint(0, 40, (count,), generator=generator)
     scale = torch.tensor(10.0, dtype=torch.float64)
     instances = torch.arange(count) // 2
-    rows = (x, labels, _order(labels), scale, None, None, None, None, instances, None)
+    rows = (x, labels, _order(labels), scale, None, None, None, None, instances, *(None,) * 3)
     stats = _same("pair_stats", *rows, True, True)
     u, v, w, a = torch.randn(4, count, generator=generator, dtype=torch.float64)
     threads, found = torch.get_num_threads(), []

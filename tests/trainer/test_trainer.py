@@ -76,7 +76,7 @@ def test_a_short_run_learns(tmp_path: Path) -> None:
         "--loss.name sincere --optimizer.name lars --optimizer.learning_rate 1 --trainer.clip_norm 1",
         "--loss.name eps_supinfonce --data.labels fine --data.sampler shuffled --model.projection mlp",
         "--loss.name cnce --trainer.mixed_precision bf16 --trainer.chunk_size 30",
-        "--loss.name infonce --loss.contrast_mode one",
+        "--loss.name infonce --loss.contrast_mode one --data.sampler per_class --data.samples_per_class 64",
         "--loss.name supcon --data.views 1 --trainer.chunk_size 50 --loss.learnable_temperature true",
         "--loss.name none --model.classifier true --loss.cross_entropy_weight 1 --model.decoder labelled "
         "--loss.reconstruction_weight 1 --trainer.chunk_size 100",
