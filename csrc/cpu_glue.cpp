@@ -67,7 +67,7 @@ Numbers number(const Keys& a, const Keys& b) {
 
 // Checks the arguments and owns the memory that `problem` points to.
 struct Call {
-  Tensor x, labels, order, c, c_labels, c_order, instances, c_instances;
+  Tensor x, labels, order, c, c_labels, c_order, instances, c_instances, weights, c_weights;
   Numbers classes, by_instance;
   std::vector<int32_t> self_position;
   bool has_self_index = false;
@@ -100,7 +100,25 @@ struct Call {
     if (has_self_index) find_self_positions(*b.self_index);
   }
 
+  // Call it once. column_side: the candidates' own statistics are given.
+  void set_weights(const Maybe& log_weights, const Maybe& candidate_log_weights, bool column_side) {
+    check_weights(x, problem.self ? Maybe() : Maybe(c), log_weights, candidate_log_weights, column_side);
+    weights = logarithms(log_weights, "log_weights");
+    c_weights = problem.self ? weights : logarithms(candidate_log_weights, "candidate_log_weights");
+    problem.anchors.log_weight = weights.defined() ? weights.const_data_ptr<double>() : nullptr;
+    problem.candidates.log_weight = c_weights.defined() ? c_weights.const_data_ptr<double>() : nullptr;
+  }
+
  private:
+  static Tensor logarithms(const Maybe& given, const char* name) {
+    if (!given) return Tensor();
+    const Tensor values = given->to(at::kDouble).contiguous();
+    const double* value = values.const_data_ptr<double>();
+    for (int64_t i = 0; i < values.size(0); ++i)
+      TORCH_CHECK_VALUE(std::abs(value[i]) <= kLargestLogWeight || value[i] == -INFINITY, "pysupcon: ", name,
+                        " must lie between -1e14 and 1e14 or be -inf, got ", value[i], " for row ", i);
+    return values;
+  }
   static cpu::Side side(const Tensor& rows, const Tensor& order, const std::vector<int32_t>& classes,
                         const std::vector<int32_t>& by_instance) {
     return {rows.const_data_ptr(), rows.stride(0),
@@ -157,19 +175,21 @@ Tensor as_stats(const Maybe& t, int64_t rows, const char* name) {
 }
 const double* pointer(const Tensor& t) { return t.defined() ? t.const_data_ptr<double>() : nullptr; }
 
-// The buffers that gradients are added to. They are float for 16-bit rows: the caller rounds the sum.
+// A buffer that is added to, of the shape of `rows`. It is float for 16-bit rows: the caller rounds the sum.
 // `statistics`: the tensors that are read at the same time, besides the rows.
+void* gradient(const Call& call, const Tensor& g, const Tensor& rows, const char* name,
+               at::ArrayRef<Tensor> statistics) {
+  void* const to = check_gradient(g, rows, name);
+  check_apart(g, name, {call.x, call.order, call.c, call.c_order});
+  check_apart(g, name, statistics);
+  return to;
+}
 cpu::Gradients gradients(const Call& call, const Tensor& grad_x, const Maybe& grad_candidates,
                          at::ArrayRef<Tensor> statistics) {
-  const auto gradient = [&](const Tensor& g, const Tensor& rows, const char* name) {
-    void* const to = check_gradient(g, rows, name);
-    check_apart(g, name, {call.x, call.order, call.c, call.c_order});
-    check_apart(g, name, statistics);
-    return to;
-  };
-  if (!grad_candidates) return {gradient(grad_x, call.x, "grad_x"), nullptr};
+  void* const anchors = gradient(call, grad_x, call.x, "grad_x", statistics);
+  if (!grad_candidates) return {anchors, nullptr};
   check_apart(*grad_candidates, "grad_candidates", grad_x);
-  return {gradient(grad_x, call.x, "grad_x"), gradient(*grad_candidates, call.c, "grad_candidates")};
+  return {anchors, gradient(call, *grad_candidates, call.c, "grad_candidates", statistics)};
 }
 
 // A non-finite row makes every statistic NaN: find that row for the message.
@@ -238,29 +258,25 @@ std::tuple<Tensor, Tensor> order_by_class(const Tensor& given, int64_t views) {
   return {order, others};
 }
 
-void refuse_weights(const Maybe& log_weights, const Maybe& candidate_log_weights) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!log_weights && !candidate_log_weights,
-                              "pysupcon: the CPU kernels do not support log_weights");
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> pair_stats(PAIR_STATS_ARGS) {
-  refuse_weights(log_weights, candidate_log_weights);
   Call call(ROWS_AND_CANDIDATES, INSTANCES);
+  call.set_weights(log_weights, candidate_log_weights, false);
   call.problem.negatives = negatives;
   call.problem.positives = positives;
+  TORCH_CHECK_VALUE(!negative_mean || call.c.defined(), "pysupcon: negative_mean goes with candidates");
+  void* const mean = negative_mean ? gradient(call, *negative_mean, call.x, "negative_mean", {}) : nullptr;
   const int64_t rows = call.x.size(0);
   Tensor n = new_stats(rows), p = new_stats(rows), positive_sum = new_stats(rows),
          instance_sum = instances ? new_stats(rows) : at::zeros({rows}, n.options());
   cpu::pair_stats(
       call.problem, kThreads,
       {n.mutable_data_ptr<double>(), p.mutable_data_ptr<double>(), positive_sum.mutable_data_ptr<double>(),
-       instances ? instance_sum.mutable_data_ptr<double>() : nullptr});
+       instances ? instance_sum.mutable_data_ptr<double>() : nullptr, mean});
   check_finite(call, n);
   return {n, p, positive_sum, instance_sum};
 }
 
 void pair_stats_backward(PAIR_STATS_BACKWARD_ARGS) {
-  refuse_weights(log_weights, candidate_log_weights);
   Call call(ROWS_AND_CANDIDATES, INSTANCES);
   call.problem.negatives = negatives;
   call.problem.positives = positives;
@@ -271,6 +287,7 @@ void pair_stats_backward(PAIR_STATS_BACKWARD_ARGS) {
                        candidate_grad_instance_sum.has_value() == grad_instance_sum.has_value()),
       "pysupcon: with candidate_n, grad_positive_sum and candidate_grad_positive_sum come "
       "together, and so do grad_instance_sum and candidate_grad_instance_sum");
+  call.set_weights(log_weights, candidate_log_weights, column_side);
   TORCH_CHECK_VALUE(instances || !grad_instance_sum, "pysupcon: grad_instance_sum needs instances");
   check_form(column_side, call.c.defined(), call.has_self_index, grad_candidates.has_value());
   const int64_t rows = call.x.size(0), cols = call.c.defined() ? call.c.size(0) : 0;
@@ -297,8 +314,8 @@ void pair_stats_backward(PAIR_STATS_BACKWARD_ARGS) {
 }
 
 Tensor positive_softplus(POSITIVE_SOFTPLUS_ARGS) {
-  refuse_weights(log_weights, candidate_log_weights);
   Call call(ROWS_AND_CANDIDATES);
+  call.set_weights(log_weights, candidate_log_weights, false);
   call.problem.negatives = false;
   check_epsilon(epsilon);
   Tensor total = new_stats(call.x.size(0));
@@ -308,10 +325,10 @@ Tensor positive_softplus(POSITIVE_SOFTPLUS_ARGS) {
 }
 
 Tensor positive_softplus_backward(POSITIVE_SOFTPLUS_BACKWARD_ARGS) {
-  refuse_weights(log_weights, candidate_log_weights);
   Call call(ROWS_AND_CANDIDATES);
   call.problem.negatives = false;
   const bool column_side = check_column_side(candidate_n, candidate_grad_total);
+  call.set_weights(log_weights, candidate_log_weights, column_side);
   check_epsilon(epsilon);
   check_form(column_side, call.c.defined(), call.has_self_index, grad_candidates.has_value());
   const int64_t rows = call.x.size(0), cols = call.c.defined() ? call.c.size(0) : 0;

@@ -151,6 +151,7 @@ class Call {
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> pair_stats(PAIR_STATS_ARGS) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!negative_mean, "pysupcon: the CUDA kernels do not compute negative_mean");
   Call call(Operation::pair_stats, ROWS_AND_CANDIDATES, INSTANCES);
   const Tensor n = call.new_stats(), p = call.new_stats(), positive_sum = call.new_stats(),
                instance_sum = call.new_stats();

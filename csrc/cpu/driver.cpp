@@ -91,13 +91,76 @@ Plan make_plan(const Problem& q) {
   return plan;
 }
 
+// The weights of one side as candidates. l: log2 of a weight, top: the largest of the side.
+class SideLogWeights {
+ public:
+  explicit SideLogWeights(const Side& side) : side_(side) {
+    if (!given()) return;
+    double low = kInf, high = -kInf;
+    for (int64_t row = 0; row < side.count; ++row) {
+      const double l = side.log_weight[row] * kLog2e;
+      high = std::max(high, l);
+      if (l > -kInf) low = std::min(low, l);
+    }
+    if (high > -kInf) top = high, range = high - low;
+  }
+  bool given() const { return side_.log_weight; }
+  // l - top, by position.
+  double relative(int64_t at) const { return side_.log_weight[side_.order[at]] * kLog2e - top; }
+  // log of the weight, by position.
+  double logarithm(int64_t at) const { return given() ? side_.log_weight[side_.order[at]] : 0; }
+
+  double top = 0, range = 0;  // range: of the weights that are not 0
+
+ private:
+  const Side& side_;
+};
+
+// The weights of both sides, and their values for the vector code; see Plan.
+class LogWeights {
+ public:
+  explicit LogWeights(const Problem& q)
+      : anchors(q.anchors), candidates(q.candidates), rows_(q, 0, 0), cols_(q, 0, 0) {}
+  double range() const { return std::max(anchors.range, candidates.range); }
+  // For sums of exponentials, once it is known whether the reference is fixed.
+  void place(Plan& plan) {
+    place(plan, [&](const SideLogWeights& side, int64_t at) {
+      return plan.fixed ? std::exp2(side.relative(at)) : side.relative(at);
+    });
+  }
+  // For the positive pass: a finite number instead of -infinity.
+  void place_absolute(Plan& plan) {
+    place(plan, [](const SideLogWeights& side, int64_t at) {
+      return std::max(side.logarithm(at) * kLog2e, -kNever);
+    });
+  }
+
+  const SideLogWeights anchors, candidates;
+
+ private:
+  template <class Value>
+  void place(Plan& plan, const Value& value) {
+    const Problem& q = plan.problem;
+    const auto fill = [&](Values& to, const SideLogWeights& side, int64_t count) {
+      to = Values(q, side.given() ? count : 0, 0);
+      for (int64_t at = 0; side.given() && at < count; ++at) to.set(at, value(side, at));
+      return to.data();
+    };
+    plan.weighted = anchors.given() || candidates.given();
+    plan.candidate_weights = fill(cols_, candidates, q.candidates.count);
+    plan.anchor_weights = q.self ? plan.candidate_weights : fill(rows_, anchors, q.anchors.count);
+  }
+  Values rows_, cols_;
+};
+
 // Fills in the reference; false if a row or the scale is not finite, or if a similarity could not be.
-bool choose_reference(Plan& plan, const Lengths& lengths) {
+// `range`: between the logarithms of the largest and of the smallest weight of a side.
+bool choose_reference(Plan& plan, const Lengths& lengths, double range) {
   const Problem& q = plan.problem;
   plan.shift = std::ceil(q.scale * kLog2e * lengths.product() * (1 + 1e-4));
-  // 2^(t - shift) lies in [2^(-2 shift), 1]: far enough from the smallest normal number (2^-126, 2^-1022) to
-  // sum.
-  plan.fixed = 2 * plan.shift <= (q.type == Type::f64 ? 900 : 100);
+  // 2^(t - shift), times a weight relative to the largest, lies in [2^(-2 shift - range), 1]: far enough from
+  // the smallest normal number (2^-126, 2^-1022) to sum.
+  plan.fixed = 2 * plan.shift + range <= (q.type == Type::f64 ? 900 : 100);
   // Statistics are double: beyond kLargest they have no digit left that an exponent needs. NaN is not less.
   return plan.shift < kLargest && q.scale * kLog2e < kLargest;
 }
@@ -132,17 +195,17 @@ void run_pass(const Plan& plan, int products, const Threads& threads, const Visi
 }
 
 // ------------------------------------------------------------------------------------------------ weights
-// One side's factors for the vector code; see Weights.
+// One side's factors for the vector code; see Weights. `top`: log2 of the largest weight of its candidates.
 struct SideWeights {
   Values ref_n, f_n, ref_p, f_p, constant_p, constant_a;  // empty where a side gives nothing
 
-  SideWeights(const Plan& plan, const Side& side, const StatsGrad& g)
+  SideWeights(const Plan& plan, const Side& side, const StatsGrad& g, double top)
       : SideWeights(plan, side.count, g.n && plan.problem.negatives, g.p && plan.problem.positives,
                     g.w && plan.problem.positives, g.a && plan.problem.positives) {
     for (int64_t at = 0; at < side.count; ++at) {
       const int64_t row = side.order[at];
-      if (f_n.data()) fill(plan, at, g.n[row], g.u[row], ref_n, f_n);
-      if (f_p.data()) fill(plan, at, g.p[row], g.v[row], ref_p, f_p);
+      if (f_n.data()) fill(plan, at, g.n[row], g.u[row], top, ref_n, f_n);
+      if (f_p.data()) fill(plan, at, g.p[row], g.v[row], top, ref_p, f_p);
       if (constant_p.data()) constant_p.set(at, plan.problem.scale * g.w[row]);
       if (constant_a.data()) constant_a.set(at, plan.problem.scale * g.a[row]);
     }
@@ -160,20 +223,26 @@ struct SideWeights {
         constant_p(plan.problem, w ? count : 0, 0),
         constant_a(plan.problem, a ? count : 0, 0) {}
   // 2^(t - ref) factor = scale u e^(s - stat): what the reference loses to rounding, the factor makes good.
-  static void fill(const Plan& plan, int64_t at, double stat, double u, Values& ref, Values& factor) {
+  static void fill(const Plan& plan, int64_t at, double stat, double u, double top, Values& ref,
+                   Values& factor) {
     const bool empty = stat == -kInf;
     double reference = plan.shift;
     if (!plan.fixed) {
-      ref.set(at, empty ? kNever : stat * kLog2e);
+      ref.set(at, empty ? kNever : stat * kLog2e - top);
       reference = ref.get(at);
     }
-    factor.set(at, empty || u == 0 ? 0 : plan.problem.scale * u * std::exp2(reference - stat * kLog2e));
+    double f = plan.problem.scale * u * std::exp2(reference - (stat * kLog2e - top));
+    // A row whose own candidates have weight 0 may have the n of others: infinity times 0 would be NaN.
+    const double largest = plan.problem.type == Type::f64 ? 1e300 : 1e38;
+    if (plan.weighted && std::isfinite(u)) f = std::clamp(f, -largest, largest);
+    factor.set(at, empty || u == 0 ? 0 : f);
   }
 };
 
 // From sums of t, or of t - shift, over the candidates of an anchor's number, to sums of s. The logsumexp of
-// one s is s: `single`, or null, gets it without the rounding of an exponential.
-void finish_sums(const Plan& plan, double* sums, const int32_t* anchor_number,
+// one s is s, plus the logarithm of its weight: `single`, or null, gets it without the rounding of an
+// exponential.
+void finish_sums(const Plan& plan, const SideLogWeights& weights, double* sums, const int32_t* anchor_number,
                  const int32_t* candidate_number, double* single) {
   const Problem& q = plan.problem;
   const int64_t n = q.candidates.count;
@@ -190,7 +259,8 @@ void finish_sums(const Plan& plan, double* sums, const int32_t* anchor_number,
     const int64_t count = last - first - own;
     if (plan.fixed && q.positives) sum += plan.shift * static_cast<double>(count);
     sum *= kLn2;
-    if (single && count == 1 && q.positives) single[q.anchors.order[i]] = sum;
+    if (single && count == 1 && q.positives)
+      single[q.anchors.order[i]] = sum + weights.logarithm(first + (own && self == first));
   }
 }
 
@@ -209,6 +279,26 @@ struct SideSoftplus {
   Softplus get() const { return {some ? reference.data() : nullptr, weighted ? factor.data() : nullptr}; }
 };
 
+// From sums of 2^(t - shift) W_j c_j to the mean; with running maxima, by the pass of a backward.
+void finish_mean(const Plan& plan, const Threads& threads, const Stats& out, double top) {
+  const Problem& q = plan.problem;
+  if (!plan.fixed) {
+    Problem negatives = q;
+    negatives.positives = false;
+    const std::vector<double> u(q.anchors.count, 1 / q.scale);
+    pair_stats_backward(negatives, threads, {out.n, nullptr, u.data()}, {}, {out.negative_mean, nullptr});
+    return;
+  }
+  for (int64_t i = 0; i < q.anchors.count; ++i) {
+    const double factor = out.n[i] == -kInf ? 0 : std::exp2(plan.shift + top - out.n[i] * kLog2e);
+    for (int64_t at = i * q.dim; at < (i + 1) * q.dim; ++at)
+      if (q.type == Type::f64)
+        static_cast<double*>(out.negative_mean)[at] *= factor;
+      else
+        static_cast<float*>(out.negative_mean)[at] *= static_cast<float>(factor);
+  }
+}
+
 }  // namespace
 
 // ------------------------------------------------------------------------------------------------ entry
@@ -217,11 +307,14 @@ void pair_stats(const Problem& q, const Threads& threads, const Stats& out) {
   Plan plan = make_plan(q);
   Lengths lengths(q);
   const int64_t rows = q.anchors.count;
+  LogWeights weights(q);
   Values max_n(q, 0, 0), max_p(q, 0, 0);
   StatsSums sums{out.n, out.p, out.positive_sum, out.instance_sum, nullptr, nullptr};
+  void* const mean = q.negatives ? out.negative_mean : nullptr;
   bool finite = false;
   const auto prepare = [&] {
-    finite = choose_reference(plan, lengths);
+    finite = choose_reference(plan, lengths, weights.range());
+    weights.place(plan);
     for (double* column : {out.n, out.p, out.positive_sum, out.instance_sum})
       if (column) std::fill(column, column + rows, finite ? 0 : kInf - kInf);
     const int64_t kept = plan.fixed ? 0 : rows;
@@ -229,35 +322,40 @@ void pair_stats(const Problem& q, const Threads& threads, const Stats& out) {
     max_p = Values(q, kept, -kInf);
     sums.max_n = max_n.data();
     sums.max_p = max_p.data();
+    sums.mean = plan.fixed ? mean : nullptr;
     return finite;
   };
   const auto stats = pair_kernels().stats;
   run_pass(
-      plan, 1, threads, lengths.parts(), [&](int64_t part) { lengths.find(part); }, prepare,
+      plan, mean ? 2 : 1, threads, lengths.parts(), [&](int64_t part) { lengths.find(part); }, prepare,
       [&](const BlockPair& b, void* scratch) { stats(plan, sums, b.i, b.j, scratch); });
   if (!finite) return;
   const auto finish = [&](double* stat, const Values& max, bool wanted) {
     for (int64_t i = 0; i < rows; ++i) {
       const bool some = wanted && stat[i] != 0;  // a tile of both kinds is summed as both
-      stat[i] = some ? ((plan.fixed ? plan.shift : max.get(i)) + std::log2(stat[i])) * kLn2 : -kInf;
+      const double reference = (plan.fixed ? plan.shift : max.get(i)) + weights.candidates.top;
+      stat[i] = some ? (reference + std::log2(stat[i])) * kLn2 : -kInf;
     }
   };
   finish(out.n, max_n, q.negatives);
   finish(out.p, max_p, q.positives);
-  finish_sums(plan, out.positive_sum, q.anchors.cls, q.candidates.cls, out.p);
-  finish_sums(plan, out.instance_sum, q.anchors.instance, q.candidates.instance, nullptr);
+  finish_sums(plan, weights.candidates, out.positive_sum, q.anchors.cls, q.candidates.cls, out.p);
+  finish_sums(plan, weights.candidates, out.instance_sum, q.anchors.instance, q.candidates.instance, nullptr);
+  if (mean) finish_mean(plan, threads, out, weights.candidates.top);
 }
 
 void pair_stats_backward(const Problem& q, const Threads& threads, const StatsGrad& anchors,
                          const StatsGrad& candidates, const Gradients& gradients) {
   Plan plan = make_plan(q);
   Lengths lengths(q);
+  LogWeights weights(q);
   std::optional<SideWeights> rows, cols;
   Weights r, c;
   const auto prepare = [&] {
-    choose_reference(plan, lengths);
-    r = rows.emplace(plan, q.anchors, anchors).get();
-    c = cols.emplace(plan, q.candidates, q.self ? anchors : candidates).get();
+    choose_reference(plan, lengths, weights.range());
+    weights.place(plan);
+    r = rows.emplace(plan, q.anchors, anchors, weights.candidates.top).get();
+    c = cols.emplace(plan, q.candidates, q.self ? anchors : candidates, weights.anchors.top).get();
     return true;
   };
   const auto backward = pair_kernels().stats_backward;
@@ -268,7 +366,9 @@ void pair_stats_backward(const Problem& q, const Threads& threads, const StatsGr
 
 void positive_softplus(const Problem& q, const Threads& threads, const double* n, double epsilon,
                        double* total) {
-  const Plan plan = make_plan(q);
+  Plan plan = make_plan(q);
+  LogWeights weights(q);
+  weights.place_absolute(plan);
   const SideSoftplus values(q, q.anchors, n, nullptr, epsilon);
   const Softplus v = values.get();
   std::fill(total, total + q.anchors.count, 0.0);
@@ -280,7 +380,9 @@ void positive_softplus(const Problem& q, const Threads& threads, const double* n
 void positive_softplus_backward(const Problem& q, const Threads& threads, const SoftplusGrad& anchors,
                                 const SoftplusGrad& candidates, double epsilon, const Gradients& gradients,
                                 double* grad_n) {
-  const Plan plan = make_plan(q);
+  Plan plan = make_plan(q);
+  LogWeights weights(q);
+  weights.place_absolute(plan);
   const SoftplusGrad& other = q.self ? anchors : candidates;
   const SideSoftplus rows(q, q.anchors, anchors.n, anchors.w, epsilon),
       cols(q, q.candidates, other.n, other.w, epsilon);

@@ -29,7 +29,7 @@ Scratch<T> lay_out(const Plan& plan, void* memory) {
 template <class T>
 size_t bytes(const Plan& plan) {
   Scratch<T> s = lay_out<T>(plan, nullptr);
-  const size_t sums = 4 * (sizeof(Vec<T>) + sizeof(T)) * s.a.padded, values = 12 * sizeof(T) * s.a.padded;
+  const size_t sums = 4 * (sizeof(Vec<T>) + sizeof(T)) * s.a.padded, values = 14 * sizeof(T) * s.a.padded;
   return reinterpret_cast<size_t>(s.arena.at) + sizeof(T) * kMaxBlock * kTileStride + sums + values +
          24 * 128;
 }
@@ -57,51 +57,66 @@ PYSUPCON_INLINE void with_blocks(const Plan& plan, int64_t i, int64_t j, void* m
   body(s, TilePair<T>{plan, s.a, s.b, q.self && i == j, rows, cols});
 }
 
+template <bool kValue>
+struct Flag {
+  static constexpr bool value = kValue;
+};
+
+// body(value of the arithmetic type, flag: whether there are weights of candidates)
 template <class Body>
 PYSUPCON_INLINE void dispatch(const Plan& plan, const Body& body) {
   if (plan.problem.type == Type::f64)
-    body(double{});
+    plan.weighted ? body(double{}, Flag<true>{}) : body(double{}, Flag<false>{});
   else
-    body(float{});
+    plan.weighted ? body(float{}, Flag<true>{}) : body(float{}, Flag<false>{});
 }
 
 void stats(const Plan& plan, const StatsSums& sums, int64_t i, int64_t j, void* memory) {
-  dispatch(plan, [&](auto type) {
+  dispatch(plan, [&](auto type, auto weighted) {
     using T = decltype(type);
+    constexpr bool kWeighted = decltype(weighted)::value;
     with_blocks<T>(plan, i, j, memory, [&](Scratch<T>& s, const TilePair<T>& pair) {
-      plan.fixed ? fixed_stats<T>(plan, sums, pair, s.arena) : running_stats<T>(plan, sums, pair, s.arena);
+      if (!plan.fixed)
+        running_stats<T, kWeighted>(plan, sums, pair, s.arena);
+      else if (sums.mean)
+        fixed_stats<T, kWeighted, true>(plan, sums, pair, s.w, s.arena);
+      else
+        fixed_stats<T, kWeighted, false>(plan, sums, pair, s.w, s.arena);
     });
   });
 }
 
 void stats_backward(const Plan& plan, const Weights& rows, const Weights& cols, const Gradients& gradients,
                     int64_t i, int64_t j, void* memory) {
-  dispatch(plan, [&](auto type) {
+  dispatch(plan, [&](auto type, auto weighted) {
     using T = decltype(type);
+    constexpr bool kWeighted = decltype(weighted)::value;
     with_blocks<T>(plan, i, j, memory, [&](Scratch<T>& s, const TilePair<T>& pair) {
-      plan.fixed ? stats_weights<T, true>(plan, rows, cols, pair, s.w, s.arena)
-                 : stats_weights<T, false>(plan, rows, cols, pair, s.w, s.arena);
+      plan.fixed ? stats_weights<T, true, kWeighted>(plan, rows, cols, pair, s.w, s.arena)
+                 : stats_weights<T, false, kWeighted>(plan, rows, cols, pair, s.w, s.arena);
       add_products<T>(pair, s.w, gradients);
     });
   });
 }
 
 void softplus(const Plan& plan, const Softplus& values, double* total, int64_t i, int64_t j, void* memory) {
-  dispatch(plan, [&](auto type) {
+  dispatch(plan, [&](auto type, auto weighted) {
     using T = decltype(type);
+    constexpr bool kWeighted = decltype(weighted)::value;
     const Softplus cols = plan.problem.self ? values : Softplus{nullptr, nullptr};
     with_blocks<T>(plan, i, j, memory, [&](Scratch<T>& s, const TilePair<T>& pair) {
-      positive_pass<T, false>(values, cols, total, pair, s.w, s.arena);
+      positive_pass<T, false, kWeighted>(values, cols, total, pair, s.w, s.arena);
     });
   });
 }
 
 void softplus_backward(const Plan& plan, const Softplus& rows, const Softplus& cols,
                        const Gradients& gradients, double* sigma_sum, int64_t i, int64_t j, void* memory) {
-  dispatch(plan, [&](auto type) {
+  dispatch(plan, [&](auto type, auto weighted) {
     using T = decltype(type);
+    constexpr bool kWeighted = decltype(weighted)::value;
     with_blocks<T>(plan, i, j, memory, [&](Scratch<T>& s, const TilePair<T>& pair) {
-      positive_pass<T, true>(rows, cols, sigma_sum, pair, s.w, s.arena);
+      positive_pass<T, true, kWeighted>(rows, cols, sigma_sum, pair, s.w, s.arena);
       add_products<T>(pair, s.w, gradients);
     });
   });

@@ -16,6 +16,7 @@ struct Side {
   // [count] numbers by position, ascending, the same on both sides: of the class, and of the instance (null:
   // no sum over instances is wanted)
   const int32_t *cls = nullptr, *instance = nullptr;
+  const double* log_weight = nullptr;  // [count] by row, of the rows as candidates; null: all 0
 };
 
 struct Problem {
@@ -45,13 +46,17 @@ struct Stats {
   double *n, *p;         // logsumexp over N_i, P_i; -inf where empty or not asked for
   double* positive_sum;  // sum over P_i of s_ij
   double* instance_sum;  // the same over the rows of P_i of the anchor's instance; null without instances
+  // sum_{N_i} e^{log_weight_j + s_ij - n_i} c_j of the rows [anchors.count, dim], zeros before the call, of
+  // the type of a gradient; only of two sets; null: not wanted
+  void* negative_mean = nullptr;
 };
 // Upstream gradients and statistics of one side, by row, or null: G_ij = u_i e^{s_ij - n_i} of a negative,
-// v_i e^{s_ij - p_i} + w_i (+ a_i of the same instance) of a positive.
+// v_i e^{s_ij - p_i} + w_i (+ a_i of the same instance) of a positive. With weights of candidates the
+// exponentials are multiplied by that of j.
 struct StatsGrad {
   const double *n = nullptr, *p = nullptr, *u = nullptr, *v = nullptr, *w = nullptr, *a = nullptr;
 };
-// Of the positive pass: dL/ds_ij = -w_i sigmoid(n_i - s_ij + epsilon).
+// Of the positive pass: dL/ds_ij = -w_i sigmoid(n_i - s_ij - log_weight_j + epsilon).
 struct SoftplusGrad {
   const double *n = nullptr, *w = nullptr;
 };
@@ -73,10 +78,10 @@ void pair_stats(const Problem&, const Threads&, const Stats&);
 void pair_stats_backward(const Problem&, const Threads&, const StatsGrad& anchors,
                          const StatsGrad& candidates, const Gradients&);
 
-// total [anchors] = sum_{P_i} softplus(n_i - s_ij + epsilon)
+// total [anchors] = sum_{P_i} log(e^{log_weight_j} + e^{n_i - s_ij + epsilon}), without weights softplus
 void positive_softplus(const Problem&, const Threads&, const double* n, double epsilon, double* total);
 
-// The same three forms; grad_n [anchors] = w_i sum_{P_i} sigmoid(n_i - s_ij + epsilon)
+// The same three forms; grad_n [anchors] = w_i sum_{P_i} sigmoid(n_i - s_ij - log_weight_j + epsilon)
 void positive_softplus_backward(const Problem&, const Threads&, const SoftplusGrad& anchors,
                                 const SoftplusGrad& candidates, double epsilon, const Gradients&,
                                 double* grad_n);

@@ -21,19 +21,27 @@ struct Plan {
   bool fixed = false;  // one reference for all pairs is safe: see shift
   double shift = 0;    // whole, >= every t_ij; fixed means 2^(t_ij - shift) neither overflows nor underflows
   size_t scratch = 0;  // bytes per thread
+  // Weights of the rows as candidates, by position, of the arithmetic type; null: all 1. With l = log2 of a
+  // weight and `top` the largest of the side, fixed: 2^(l - top); otherwise l - top; in the positive pass l.
+  bool weighted = false;  // one of them is given
+  const void *anchor_weights = nullptr, *candidate_weights = nullptr;
 };
 
-// Partial sums over the pairs seen so far, by row. fixed: n, p of 2^(t - shift), the others of t - shift;
-// otherwise n, p of 2^(t - max), with max_n, max_p of the arithmetic type (float or double), -inf where
-// nothing was seen, and the others of t.
+// Partial sums over the pairs seen so far, by row. fixed: n, p of 2^(t - shift) times the weight, the others
+// of t - shift; otherwise n, p of 2^(t + weight - max), with max_n, max_p of the arithmetic type (float or
+// double), -inf where nothing was seen, and the others of t.
 struct StatsSums {
   double *n, *p, *positive_sum, *instance_sum;
   void *max_n, *max_p;
+  // By row, [dim], of the arithmetic type; only fixed: the sum of n with each term times its candidate. May
+  // be null.
+  void* mean = nullptr;
 };
 
-// The weight of pair (i, j) is w_i(t) + w_j(t), w(t) = 2^(t - reference) factor, one (reference, factor) for
-// different and one for same class; same class adds the constant, same instance the other constant. By
-// position, of the arithmetic type. fixed: reference is the shift and not stored.
+// The weight of pair (i, j) is w_i(t) + w_j(t), w(t) = 2^(t - reference) factor, times the weight of the
+// other row as a candidate, with one (reference, factor) for different and one for same class; same class
+// adds the constant, same instance the other constant. By position, of the arithmetic type. fixed: reference
+// is the shift and not stored.
 struct Weights {
   const void *reference_n, *factor_n, *reference_p, *factor_p;  // factors null: this side gives nothing
   const void *constant_p, *constant_a;                          // likewise

@@ -150,4 +150,18 @@ PYSUPCON_INLINE void load_values(T* to, const void* from, const Block<T>& b, T n
     to[i] = from && i < b.count ? static_cast<const T*>(from)[b.first + i] : none;
 }
 
+// Weights of the rows of both blocks as candidates, padded.
+template <class T>
+struct PairWeights {
+  T *row, *col;
+
+  PairWeights(const TilePair<T>& pair, Arena& arena)
+      : row(arena.take<T>(pair.a.padded)), col(arena.take<T>(pair.b.padded)) {}
+  // `none`: where a side has no weights.
+  PYSUPCON_INLINE void load(const TilePair<T>& pair, T none) const {
+    load_values<T>(row, pair.plan.anchor_weights, pair.a, none);
+    load_values<T>(col, pair.plan.candidate_weights, pair.b, none);
+  }
+};
+
 }  // namespace pysupcon::cpu::PYSUPCON_ISA

@@ -16,9 +16,9 @@ Symbols (similarity ``s_ij = scale * x_i . c_j``, ``scale = 1 / temperature``)
     log_weights  [M] and ``candidate_log_weights`` [N] in stats_dtype; None: all 0. w_j is e to the log weight
                  of candidate j; -inf: row j is not a candidate, and must be a positive of no anchor. Without
                  candidates ``log_weights`` are those of the rows as candidates. With candidates
-                 ``candidate_log_weights`` are those of the candidates, and only a backward with the candidates'
-                 own statistics takes ``log_weights``, those of the anchors as candidates of the others.
-                 Weights have no gradient.
+                 ``candidate_log_weights`` are those of the candidates, and only a backward with the
+                 candidates' own statistics takes ``log_weights``, those of the anchors as candidates of
+                 the others. Weights have no gradient.
     P_i, N_i     candidates of the anchor's label without the anchor itself; candidates of another label.
     A_i          candidates in P_i of the anchor's instance.
 
@@ -27,9 +27,13 @@ Operators
                         is empty; positive_sum_i = sum_{P_i} s_ij, instance_sum_i = sum_{A_i} s_ij, without
                         weights, 0 if the set is empty or ``instances`` is None; all [M] in stats_dtype.
                         ``negatives=False`` does not compute n: all are -inf; ``positives=False`` does not
-                        compute p and both sums: -inf and 0. p and the sums come from the same rounded similarities, so
-                        p - positive_sum / |P_i| and p - instance_sum / |A_i|, which go to 0 as a loss
-                        converges, keep their digits.
+                        compute p and both sums: -inf and 0. p and the sums come from the same rounded
+                        similarities, so p - positive_sum / |P_i| and p - instance_sum / |A_i|, which
+                        go to 0 as a loss converges, keep their digits.
+                        ``negative_mean``, zeros of x's shape and a gradient's dtype, only with candidates,
+                        receives sum_{N_i} w_j e^{s_ij - n_i} c_j, which is dn_i/dx_i / scale: a backward
+                        through n then needs no pass over the negatives. Rows without negatives get 0.
+                        CUDA kernels refuse it.
     positive_softplus   sum_{j in P_i} log(w_j + e^{n_i - s_ij + epsilon}), [M] in stats_dtype; n [M] is an
                         input. Without weights softplus(n_i - s_ij + epsilon). 0 if P_i is empty.
     order_by_class      (ids [B] int64, views) -> the stable argsort of the rows' ids, where row b * views + v

@@ -46,9 +46,11 @@ class _LogSumExp:
         self.top = torch.full((count,), -math.inf, dtype=dtype, device=like.device)
         self.total = torch.zeros(count, dtype=dtype, device=like.device)
 
-    def add(self, at: Slice, similarity: Tensor, keep: Tensor | bool, dim: int) -> Tensor:
+    def add(
+        self, at: Slice, similarity: Tensor, log_weight: Tensor | None, keep: Tensor | bool, dim: int
+    ) -> Tensor:
         """Adds a tile; returns the maximum per row, from which the similarities were measured."""
-        s = similarity
+        s = similarity if log_weight is None else similarity + log_weight
         if keep is not True:
             s = torch.where(torch.as_tensor(keep, device=s.device), s, -math.inf)
         top, total = self.top[slice(*at)], self.total[slice(*at)]
@@ -62,8 +64,12 @@ class _LogSumExp:
         top.copy_(new_top)
         return reference
 
-    def value(self, order: Tensor) -> Tensor:
-        return torch.empty_like(self.top).index_copy(0, order, self.top + self.total.log())
+    def value(self, order: Tensor, top_weight: Tensor | None) -> Tensor:
+        """Returns the logsumexp by row. The log weights of the tiles are relative to ``top_weight``."""
+        value = self.top + self.total.log()
+        if top_weight is not None:
+            value += top_weight
+        return torch.empty_like(self.top).index_copy(0, order, value)
 
 
 class _Sum:
@@ -130,11 +136,6 @@ def _check_finite(x: Tensor, candidates: Tensor | None, scale: Tensor) -> Tensor
     return zero
 
 
-def _refuse_weights(log_weights: Tensor | None, candidate_log_weights: Tensor | None) -> None:
-    if log_weights is not None or candidate_log_weights is not None:
-        raise NotImplementedError("the tiled operators do not support log_weights")
-
-
 def pair_stats(
     x: Tensor,
     labels: Tensor,
@@ -150,34 +151,46 @@ def pair_stats(
     candidate_log_weights: Tensor | None,
     negatives: bool,
     positives: bool,
+    negative_mean: Tensor | None = None,
     mask: PositiveMask | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _refuse_weights(log_weights, candidate_log_weights)
+    if negative_mean is not None and candidates is None:
+        raise ValueError("negative_mean goes with candidates")
     with no_autocast(x), torch.no_grad():
         pairs = Pairs(
             x, labels, order, scale, candidates, candidate_labels, candidate_order, self_index, mask,
-            instances, candidate_instances,
+            instances, candidate_instances, log_weights, candidate_log_weights,
         )  # fmt: skip
         zero_or_nan = _check_finite(x, candidates, scale)
         n, p = (_LogSumExp(x.shape[0], x, stats_dtype(x)) for _ in range(2))
         positive_sum, instance_sum = (_Sum(x.shape[0], x, stats_dtype(x)) for _ in range(2))
         for tile in pairs.tiles(only_positives=not negatives, only_negatives=not positives):
-            both = [(tile.i, tile.same, 1)]
+            both = [(tile.i, tile.same, pairs.candidates.weights(tile.j, 0), 1)]
             if pairs.symmetric and not tile.diagonal:
-                both.append((tile.j, tile.same_back, 0))
-            for at, same, dim in both:
+                both.append((tile.j, tile.same_back, pairs.anchors.weights(tile.i, 1), 0))
+            for at, same, weight, dim in both:
                 if negatives and same is not True:
-                    n.add(at, tile.similarity, and_not(negated(same), tile.left_out), dim)
+                    n.add(at, tile.similarity, weight, and_not(negated(same), tile.left_out), dim)
                 if not positives or same is False:
                     continue
                 keep = and_not(same, tile.left_out)
-                reference = p.add(at, tile.similarity, keep, dim)
+                reference = p.add(at, tile.similarity, weight, keep, dim)
                 positive_sum.add(at, tile.similarity, reference, keep, dim)
                 if tile.instance is not False:
                     chosen = and_not(tile.instance, tile.left_out)
                     instance_sum.add(at, tile.similarity, reference, chosen, dim)
-        result = tuple(column.value(order) for column in (n, p, positive_sum, instance_sum))
+        result = (
+            *(column.value(order, pairs.candidates.top_weight) for column in (n, p)),
+            *(column.value(order) for column in (positive_sum, instance_sum)),
+        )
         row_n, row_p, row_positive_sum, row_instance_sum = (column + zero_or_nan for column in result)
+        if negative_mean is not None:
+            one = torch.ones_like(row_n) / scale
+            pair_stats_backward(
+                x, labels, order, scale, candidates, candidate_labels, candidate_order, self_index, instances,
+                candidate_instances, log_weights, candidate_log_weights, row_n, row_p, one, one, *(None,) * 8,
+                negatives, False, negative_mean, None, mask,
+            )  # fmt: skip
     return row_n, row_p, row_positive_sum, row_instance_sum
 
 
@@ -202,6 +215,7 @@ class _RowStats(NamedTuple):
 
 def _row_stats(
     side: Side,
+    top_weight: Tensor | None,
     n: Tensor,
     p: Tensor,
     grad_n: Tensor,
@@ -209,12 +223,14 @@ def _row_stats(
     grad_positive_sum: Tensor | None,
     grad_instance_sum: Tensor | None,
 ) -> _RowStats:
+    """``top_weight``: of the other side, whose log weights are relative to it."""
     dtype = side.rows.dtype
 
     def pair(statistic: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         # An empty set contributes nothing: e^(s - inf) = 0, while e^(s + inf) would be infinite. The factor
         # compensates the rounding of the reference.
         empty = statistic == -math.inf
+        statistic = statistic if top_weight is None else statistic - top_weight
         reference = statistic.to(dtype)
         factor = grad * (reference.to(statistic.dtype) - statistic).exp()
         reference, factor = torch.where(empty, math.inf, reference), torch.where(empty, 0.0, factor)
@@ -227,16 +243,25 @@ def _row_stats(
     return _RowStats(reference_n, reference_p, factor_n, factor_p, *constants)
 
 
-def _weights(similarity: Tensor, same: Tensor | bool, instance: Tensor | bool, row: _RowStats) -> Tensor:
-    """Returns G_ij of all pairs: u_i e^(s_ij - n_i) for negatives, v_i e^(s_ij - p_i) plus the constants for
-    positives. The caller masks the pairs that are left out."""
+def _weights(
+    similarity: Tensor,
+    same: Tensor | bool,
+    instance: Tensor | bool,
+    row: _RowStats,
+    log_weight: Tensor | None,
+) -> Tensor:
+    """Returns G_ij of all pairs: u_i w_j e^(s_ij - n_i) for negatives, v_i w_j e^(s_ij - p_i) plus the
+    constants for positives. The caller masks the pairs that are left out."""
     if isinstance(same, bool):
         reference, factor = (row.p, row.factor_p) if same else (row.n, row.factor_n)
     else:
         reference, factor = torch.where(same, row.p, row.n), torch.where(same, row.factor_p, row.factor_n)
     # No term of a sum is larger than the sum. But another process may have computed a candidate's n, in a
     # product of another shape, which may round s_ij differently.
-    weights = (similarity - reference).clamp_(max=0.0).exp_().mul_(factor)
+    exponent = similarity - reference
+    if log_weight is not None:
+        exponent += log_weight
+    weights = exponent.clamp_(max=0.0).exp_().mul_(factor)
     for constant, where in ((row.constant, same), (row.instance_constant, instance)):
         if constant is not None and where is not False:
             weights += zero_unless(constant, where)
@@ -309,14 +334,13 @@ def pair_stats_backward(
     grad_candidates: Tensor | None,
     mask: PositiveMask | None = None,
 ) -> None:
-    _refuse_weights(log_weights, candidate_log_weights)
     with no_autocast(x), torch.no_grad():
         pairs = Pairs(
             x, labels, order, scale, candidates, candidate_labels, candidate_order, self_index, mask,
-            instances, candidate_instances,
+            instances, candidate_instances, log_weights, candidate_log_weights, candidate_n is not None,
         )  # fmt: skip
 
-        def stats(side: Side, *columns: Tensor | None) -> _RowStats:
+        def stats(side: Side, other: Side, *columns: Tensor | None) -> _RowStats:
             n, p, *grads = columns
             assert n is not None
             assert p is not None
@@ -324,13 +348,15 @@ def pair_stats_backward(
             empty = torch.full_like(n, -math.inf)
             n, p = n if negatives else empty, p if positives else empty
             sums = grads[2:] if positives else [None, None]
-            return _row_stats(side, n, p, *grads[:2], *sums)  # type: ignore[arg-type]
+            return _row_stats(side, other.top_weight, n, p, *grads[:2], *sums)  # type: ignore[arg-type]
 
-        own = stats(pairs.anchors, n, p, grad_n, grad_p, grad_positive_sum, grad_instance_sum)
+        anchors, others = pairs.anchors, pairs.candidates
+        own = stats(anchors, others, n, p, grad_n, grad_p, grad_positive_sum, grad_instance_sum)
         back = own if pairs.symmetric else None
         if candidate_n is not None:
             back = stats(
-                pairs.candidates,
+                others,
+                anchors,
                 candidate_n,
                 candidate_p,
                 candidate_grad_n,
@@ -340,9 +366,13 @@ def pair_stats_backward(
             )
         gradients = _Gradients(pairs, grad_candidates is not None)
         for tile in pairs.tiles(only_positives=not negatives, only_negatives=not positives):
-            weights = _weights(tile.similarity, tile.same, tile.instance, own.at(tile.i, 1))
+            relations = tile.same, tile.instance
+            weights = _weights(tile.similarity, *relations, own.at(tile.i, 1), others.weights(tile.j, 0))
             if back is not None:
-                weights += _weights(tile.similarity, tile.same_back, tile.instance, back.at(tile.j, 0))
+                relations = tile.same_back, tile.instance
+                weights += _weights(
+                    tile.similarity, *relations, back.at(tile.j, 0), anchors.weights(tile.i, 1)
+                )
             if tile.left_out is not None:
                 weights.masked_fill_(tile.left_out, 0.0)
             gradients.add(tile, weights)
@@ -364,22 +394,27 @@ def positive_softplus(
     epsilon: float,
     mask: PositiveMask | None = None,
 ) -> Tensor:
-    _refuse_weights(log_weights, candidate_log_weights)
     with no_autocast(x), torch.no_grad():
         pairs = Pairs(
-            x, labels, order, scale, candidates, candidate_labels, candidate_order, self_index, mask
-        )
+            x, labels, order, scale, candidates, candidate_labels, candidate_order, self_index, mask,
+            log_weights=log_weights, candidate_log_weights=candidate_log_weights,
+        )  # fmt: skip
         limit = pairs.anchors.sort(n, pairs.scale.dtype) + epsilon
         total = torch.zeros(x.shape[0], dtype=stats_dtype(x), device=x.device)
         for tile in pairs.tiles(only_positives=True):
-            both = [(tile.i, tile.same, 1)]
+            both = [(tile.i, tile.same, pairs.candidates.absolute_weights(tile.j, 0), 1)]
             if pairs.symmetric and not tile.diagonal:
-                both.append((tile.j, tile.same_back, 0))
-            for at, same, dim in both:
+                both.append((tile.j, tile.same_back, pairs.anchors.absolute_weights(tile.i, 1), 0))
+            for at, same, weight, dim in both:
                 # softplus(a) = -logsigmoid(-a), without a threshold and with softplus(-inf) = 0.
-                terms = F.logsigmoid(tile.similarity - limit[slice(*at)].unsqueeze(dim))
-                total[slice(*at)] -= zero_unless(terms, and_not(same, tile.left_out)).sum(dim)
+                excess = tile.similarity - limit[slice(*at)].unsqueeze(dim)
+                terms = -F.logsigmoid(excess) if weight is None else torch.logaddexp(weight, -excess)
+                total[slice(*at)] += zero_unless(terms, and_not(same, tile.left_out)).sum(dim)
         return torch.empty_like(total).index_copy(0, order, total)
+
+
+def _sigmoid(excess: Tensor, log_weight: Tensor | None) -> Tensor:
+    return torch.sigmoid(excess if log_weight is None else excess - log_weight)
 
 
 def positive_softplus_backward(
@@ -402,11 +437,12 @@ def positive_softplus_backward(
     grad_candidates: Tensor | None,
     mask: PositiveMask | None = None,
 ) -> Tensor:
-    _refuse_weights(log_weights, candidate_log_weights)
     with no_autocast(x), torch.no_grad():
         pairs = Pairs(
-            x, labels, order, scale, candidates, candidate_labels, candidate_order, self_index, mask
-        )
+            x, labels, order, scale, candidates, candidate_labels, candidate_order, self_index, mask,
+            log_weights=log_weights, candidate_log_weights=candidate_log_weights,
+            column_side=candidate_n is not None,
+        )  # fmt: skip
         dtype = pairs.scale.dtype
         limit, grad = pairs.anchors.sort(n, dtype) + epsilon, pairs.anchors.sort(grad_total, dtype)
         back_limit, back_grad = (limit, grad) if pairs.symmetric else (None, None)
@@ -417,13 +453,16 @@ def positive_softplus_backward(
         grad_n = torch.zeros(x.shape[0], dtype=stats_dtype(x), device=x.device)
         gradients = _Gradients(pairs, grad_candidates is not None)
         for tile in pairs.tiles(only_positives=True):
-            # dl_i/dn_i = sum_j sigma_ij and dl_i/ds_ij = -sigma_ij, sigma_ij = sigmoid(n_i - s_ij + epsilon)
+            # dl_i/dn_i = sum_j sigma_ij and dl_i/ds_ij = -sigma_ij, sigma_ij = sigmoid(n_i - s_ij - log w_j +
+            # epsilon)
             i, j = slice(*tile.i), slice(*tile.j)
-            weights = torch.sigmoid(limit[i, None] - tile.similarity).mul_(grad[i, None])
+            weights = _sigmoid(limit[i, None] - tile.similarity, pairs.candidates.absolute_weights(tile.j, 0))
+            weights = weights.mul_(grad[i, None])
             weights = zero_unless(weights, and_not(tile.same, tile.left_out))
             grad_n[i] += weights.sum(1)
             if back_limit is not None and back_grad is not None:
-                back = torch.sigmoid(back_limit[None, j] - tile.similarity).mul_(back_grad[None, j])
+                log_weight = pairs.anchors.absolute_weights(tile.i, 1)
+                back = _sigmoid(back_limit[None, j] - tile.similarity, log_weight).mul_(back_grad[None, j])
                 back = zero_unless(back, and_not(tile.same_back, tile.left_out))
                 if pairs.symmetric and not tile.diagonal:
                     grad_n[j] += back.sum(0)

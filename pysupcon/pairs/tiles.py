@@ -15,9 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pysupcon.pairs.ops import stats_dtype
+
 Slice = tuple[int, int]
 _CPU_TILE = 512  # 1 MiB of float32: a tile and its temporaries stay near the cores
 _DEVICE_TILE = 4096  # enough work per launch
+_NEVER = 1e30  # minus the logarithm of a weight 0, where infinity would give NaN
 
 
 class PositiveMask(NamedTuple):
@@ -131,6 +134,25 @@ def check_operands(
             raise ValueError("self_index must name a candidate of the anchor's own label")
 
 
+def _check_weights(prefix: str, rows: Tensor | None, log_weights: Tensor | None) -> None:
+    if log_weights is None:
+        return
+    if rows is None:
+        raise ValueError("candidate_log_weights go with candidates")
+    if not log_weights.is_floating_point() or log_weights.shape != rows.shape[:1]:
+        raise ValueError(
+            f"{prefix}log_weights must be floating-point of shape [{rows.shape[0]}], got {log_weights.dtype} "
+            f"of shape {list(log_weights.shape)}"
+        )
+    if readable(log_weights):
+        bad = ~((log_weights.abs() <= 1e14) | (log_weights == -torch.inf))
+        if bad.any():
+            raise ValueError(
+                f"{prefix}log_weights must lie between -1e14 and 1e14 or be -inf, got "
+                f"{log_weights[bad][0].item()}"
+            )
+
+
 def slices(count: int, size: int) -> list[Slice]:
     return [(start, min(start + size, count)) for start in range(0, count, size)]
 
@@ -138,7 +160,14 @@ def slices(count: int, size: int) -> list[Slice]:
 class Side:
     """Rows of one side in label order, in the compute dtype."""
 
-    def __init__(self, rows: Tensor, labels: Tensor, order: Tensor, instances: Tensor | None) -> None:
+    def __init__(
+        self,
+        rows: Tensor,
+        labels: Tensor,
+        order: Tensor,
+        instances: Tensor | None,
+        log_weights: Tensor | None,
+    ) -> None:
         self.order = order
         self.instances = None if instances is None else instances.index_select(0, order)
         self.labels = labels.index_select(0, order)
@@ -147,6 +176,25 @@ class Side:
         self.bounds: list[tuple[int, int]] | None = None
         if readable(rows):
             self.bounds = [(int(self.labels[a]), int(self.labels[b - 1])) for a, b in self.tiles]
+        self.top_weight: Tensor | None = None
+        """the largest log weight; 0 if all are -inf"""
+        self._log_weights: Tensor | None = None
+        if log_weights is not None:
+            self._log_weights = self.sort(log_weights, stats_dtype(rows))
+            top = self._log_weights.amax() if log_weights.numel() else log_weights.new_zeros(())
+            self.top_weight = torch.where(top == -torch.inf, 0.0, top).to(self._log_weights.dtype)
+
+    def weights(self, at: Slice, dim: int) -> Tensor | None:
+        """Log weights of some rows relative to the largest, so that a float32 keeps their digits."""
+        if self._log_weights is None or self.top_weight is None:
+            return None
+        return (self._log_weights[slice(*at)] - self.top_weight).to(self.rows.dtype).unsqueeze(dim)
+
+    def absolute_weights(self, at: Slice, dim: int) -> Tensor | None:
+        """Log weights of some rows; a finite number instead of -inf."""
+        if self._log_weights is None:
+            return None
+        return self._log_weights[slice(*at)].clamp(min=-_NEVER).to(self.rows.dtype).unsqueeze(dim)
 
     def check(self, *columns: Tensor) -> None:
         """Checks statistics of the rows, or their gradients."""
@@ -194,6 +242,9 @@ class Pairs:
         mask: PositiveMask | None,
         instances: Tensor | None = None,
         candidate_instances: Tensor | None = None,
+        log_weights: Tensor | None = None,
+        candidate_log_weights: Tensor | None = None,
+        column_side: bool = False,
     ) -> None:
         check_operands(
             x, labels, order, scale, candidates, candidate_labels, candidate_order, self_index, mask is None
@@ -202,14 +253,20 @@ class Pairs:
             _check_index("instances", instances, x)
         if candidate_instances is not None and candidates is not None:
             _check_index("candidate_instances", candidate_instances, candidates)
-        self.anchors = Side(x, labels, order, instances)
+        if log_weights is not None and candidates is not None and not column_side:
+            raise ValueError("with candidates, log_weights go with the candidates' own statistics")
+        _check_weights("", x, log_weights)
+        _check_weights("candidate_", candidates, candidate_log_weights)
+        self.anchors = Side(x, labels, order, instances, log_weights)
         self.symmetric = candidates is None
         if candidates is None:
             self.candidates = self.anchors
         else:
             assert candidate_labels is not None
             assert candidate_order is not None
-            self.candidates = Side(candidates, candidate_labels, candidate_order, candidate_instances)
+            self.candidates = Side(
+                candidates, candidate_labels, candidate_order, candidate_instances, candidate_log_weights
+            )
         self.scale = scale.to(self.anchors.rows.dtype)
         self.self_index = None if self_index is None else self_index.index_select(0, order)
         self.mask = mask
