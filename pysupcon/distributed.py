@@ -50,7 +50,7 @@ sends as many):
     rows            (N - M) D e; for a ring once more in the backward, and for SINCERE twice each way
     labels          8 per sample of another process; the same for given instances, on both sides
     backward        at most 32 per anchor (:mod:`pysupcon.pairs.gathered`)
-    arguments       one message of 216 from each process
+    arguments       one message of 288 from each process
 With candidates, N, M and D are those of the candidates in the first line. If they need a gradient, or with
 ``contrast_mode="one"``, the backward also receives the anchors of other processes (D e per row); if not, its
 scalars are not sent. Gradients of rows are not communicated. Batches of unequal size are padded to the

@@ -41,6 +41,13 @@ _UNKNOWN = math.inf
 _PARAMETERS = 4
 """Number of parameters of one loss that are compared. It is fixed: processes that call different losses must
 send messages of the same size"""
+_GIVEN = {
+    "memory": "whether memory is given",
+    "hard_negatives": "whether hard_negatives are given",
+    "candidate_weights": "whether candidate_weights are given",
+    "anchor_weights": "whether anchor_weights are given",
+}
+_FORMS = ("batch_negatives", "class_balance", "unlabeled")
 _LARGEST_SIMILARITY = 7e14
 """Limit of |x| |y| / temperature. It is below the limit of the kernels, 7.8e14: all processes refuse the rows
 before the kernels of one process do"""
@@ -240,7 +247,7 @@ class SharedArguments:
         features: argument of the caller, not checked yet.
         labels: the same; None if not given.
         mask: the same; None if not given.
-        options: the same: ``contrast_mode``, ``candidates``, ``instances``, ``reduction`` and ``normalize``.
+        options: the same: all keywords of :class:`pysupcon.options.Options`.
     """
 
     def __init__(
@@ -254,6 +261,7 @@ class SharedArguments:
             "contrast_mode": mode if isinstance(mode, str) else "invalid",
             "whether candidates are given": options["candidates"] is not None,
             "whether a mask is given": mask is not None,
+            **{_GIVEN[name]: options[name] is not None for name in _GIVEN},
         }
         assert len(parameters) <= _PARAMETERS, f"increase _PARAMETERS for {loss}"
         own = [(name, _comparable(value)) for name, value in parameters.items()]
@@ -264,6 +272,10 @@ class SharedArguments:
             "loss": loss,
             "reduction": options["reduction"],
             "normalize": options["normalize"],
+            **{name: options[name] for name in _FORMS},
+            "exclude_batch_from_memory": bool(options["exclude_batch_from_memory"]),
+            # The digits, because large numbers that differ by 1 are the same up to a relative difference.
+            "ignore_index": str(options["ignore_index"]),
             **dict(own[:_PARAMETERS]),
         }
 

@@ -327,6 +327,15 @@ def prepare(
         if mask is not None:  # on every process
             raise ValueError("gather works with labels and instances, not with a mask: mask must be None")
         if communicator is not None:
+            forms = {
+                "memory": memory is not None, "hard_negatives": hard_negatives is not None,
+                "candidate_weights": candidate_weights is not None,
+                "anchor_weights": anchor_weights is not None, "class_balance": class_balance,
+                "ignore_index": ignore_index is not None, "batch_negatives=False": not batch_negatives,
+            }  # fmt: skip
+            for name, used in forms.items():
+                if used:  # on every process
+                    raise ValueError(f"gather works without {name}: use gather=False or leave out {name}")
             global_batch = build_global_batch(
                 communicator, features, candidates, labels, instances,
                 candidate_ids if labels is not None else None,
