@@ -19,6 +19,8 @@ from pysupcon.options import DEFAULTS, ROW_OPTIONS, GatherArgument, RowOptions, 
 from pysupcon.pairs import reference
 from pysupcon.pairs.autograd import RowStatistics
 from pysupcon.pairs.checks import BACKENDS, TEMPERATURE_RANGE, check_choice, check_gather, check_number
+from pysupcon.pairs.many_labels import LabelOptions, check_label_options
+from pysupcon.pairs.positive_means import dense_weights
 from pysupcon.pairs.problem import Gather, Problem, prepare
 from pysupcon.pairs.rows import get_divisor
 from pysupcon.ranges import named
@@ -41,19 +43,25 @@ class Counts(NamedTuple):
     """|P_i| + |N_i|, one number (or a tensor) for all anchors"""
     nested: bool = True
     """A_i is a part of P_i; a mask may differ"""
+    weighted: bool = False
+    """n is over all other rows and positive_sum is a weighted mean over positives (SupCon with several labels
+    per sample); ``positives`` is 0 where an anchor has no loss"""
 
 
 def build_problem(
     name: str, features: Tensor, labels: Any, mask: Any, options: Mapping[str, Any],
-    temperature: float | Tensor, need_instances: bool, refused: str | None,
+    temperature: float | Tensor, need_instances: bool, refused: tuple[str, ...],
     loss: type[ContrastiveLoss] | None = None, parameters: Mapping[str, Any] | None = None,
 ) -> tuple[Problem, str]:  # fmt: skip
-    """The checked problem of one call of the function ``name``, and its reduction. ``refused``: a keyword
+    """The checked problem of one call of the function ``name``, and its reduction. ``refused``: keywords
     that this function does not take. ``parameters``: of this loss only, which processes must share."""
     given = {**DEFAULTS, **options}
-    if len(given) != len(DEFAULTS) or refused in options:
-        unknown = next(key for key in options if key not in DEFAULTS or key == refused)
+    if len(given) != len(DEFAULTS) or any([key in options for key in refused]):
+        unknown = next(key for key in options if key not in DEFAULTS or key in refused)
         raise TypeError(f"{name}() got an unexpected keyword argument {unknown!r}")
+    takes = ContrastiveLoss.multi_labels if loss is None else loss.multi_labels
+    of_labels = LabelOptions(given.pop("multi_label"), given.pop("overlap_threshold"), takes, name)
+    given["label_options"] = of_labels
     if given["gather"] is not None:
         from pysupcon.pairs.gathered import prepare_gathered  # imports torch._dynamo, which takes seconds
 
@@ -70,7 +78,10 @@ def build_problem(
 def dense_sets(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """s, P, N and A [M, N] of the reference backend."""
     pairing, mask = problem.pairing, problem.mask
-    dense_mask = None if mask is None else mask.mask[mask.rows[:, None], mask.columns[None, :]]
+    dense_mask = None
+    if mask is not None:
+        rows, columns = (torch.arange(len(side), device=side.device) for side in (mask.rows, mask.columns))
+        dense_mask = mask.relation(rows, columns)[0]
     positives, negatives = reference.pair_sets(
         pairing.labels, pairing.candidate_labels, pairing.self_index, dense_mask
     )
@@ -93,7 +104,7 @@ def compute(
     the caller uses, and that processes must share too."""
     problem, reduction = build_problem(
         loss.function.__name__, features, labels, mask, options, temperature, loss.needs_instances,
-        "candidate_labels" if loss.self_supervised else None, loss, own if further is None else further,
+        loss.refused_keywords(), loss, own if further is None else further,
     )  # fmt: skip
     global_batch, mean_of = problem.global_batch, 1
     if global_batch is not None:
@@ -110,13 +121,22 @@ def compute(
         divisor = get_divisor(anchors, reduction, loss.requirement)
         mean_of = len(global_batch.communicator.samples) if reduction == "mean" else 1
     else:
-        counts = Counts(problem.count, problem.instance_count, _candidates(problem), mask is None)
+        weighted, count = problem.weights is not None, problem.count
+        counts = Counts(
+            count[0] if weighted else count, problem.instance_count, _candidates(problem),
+            problem.mask is None, weighted,
+        )  # fmt: skip
         valid = loss.valid(counts)
-        if problem.backend == "reference":
+        if problem.backend == "reference" and weighted:
+            value = torch.where(valid, dense_weighted(problem)[0], 0.0)
+            divisor = get_divisor(valid.sum(), reduction, loss.requirement)
+        elif problem.backend == "reference":
             value = loss.dense(*dense_sets(problem), **own)
             divisor = get_divisor(valid.sum(), reduction, loss.requirement)
         else:
             s = problem.statistics(**loss.statistics(**own))
+            if weighted:
+                s = s._replace(positive_sum=problem.positive_means()[0])
             divisor = get_divisor(valid.sum(), reduction, loss.requirement)
             if loss.fused_reduction:
                 value, divisor = loss.per_anchor(s, counts, valid, divisor), None
@@ -128,6 +148,14 @@ def compute(
         value = value * mean_of
     value = value.to(problem.loss_dtype)
     return value.view(problem.shape) if reduction == "none" else value
+
+
+def dense_weighted(problem: Problem) -> Tensor:
+    """n - sum_j w_ij s_ij [L, M] of a problem with weights, for the reference backend."""
+    assert problem.weights is not None
+    s, positives, negatives, _ = dense_sets(problem)
+    weights = dense_weights(problem.weights, problem.x, problem.candidates)
+    return reference.log_sum_exp(s, positives | negatives) - (weights * s).sum(dim=2)
 
 
 def _candidates(problem: Problem) -> int:
@@ -160,6 +188,8 @@ class ContrastiveLoss(nn.Module):
     """Whether the loss needs A_i"""
     self_supervised: ClassVar[bool] = False
     """Whether the loss takes no labels"""
+    multi_labels: ClassVar[tuple[str, ...]] = ("any",)
+    """Values of ``multi_label`` with which the loss takes labels [B, C]"""
     fused_reduction: ClassVar[bool] = False
     """``per_anchor`` takes a fourth argument: the divisor of the summed loss; None: losses per anchor"""
 
@@ -173,6 +203,8 @@ class ContrastiveLoss(nn.Module):
         gather: GatherArgument = False,
         backend: str = "auto",
         learnable_temperature: bool = False,
+        multi_label: str = "per_label",
+        overlap_threshold: float = 0.0,
     ) -> None:
         super().__init__()
         if isinstance(temperature, Tensor) and temperature.requires_grad:
@@ -184,6 +216,11 @@ class ContrastiveLoss(nn.Module):
         check_choice("contrast_mode", contrast_mode, ("all", "one"))
         check_choice("reduction", reduction, ("mean", "sum", "none"))
         check_choice("backend", backend, BACKENDS)
+        if multi_label != "per_label" or overlap_threshold != 0.0:
+            given = LabelOptions(multi_label, overlap_threshold, self.multi_labels, type(self).__name__)
+            overlap_threshold = float(check_label_options(given))
+        self.multi_label = multi_label
+        self.overlap_threshold = overlap_threshold
         self.contrast_mode = contrast_mode
         self.reduction = reduction
         self.normalize = normalize
@@ -198,6 +235,12 @@ class ContrastiveLoss(nn.Module):
     def valid(counts: Counts) -> Tensor:
         """Which anchors have a loss, bool [M]. Depends on the counts only."""
         return counts.positives > 0
+
+    @classmethod
+    def refused_keywords(cls) -> tuple[str, ...]:
+        """Keywords of :class:`pysupcon.options.Options` that the function does not take."""
+        many = () if cls.multi_labels else ("multi_label", "overlap_threshold")
+        return (*many, "candidate_labels") if cls.self_supervised else many
 
     @property
     def temperature(self) -> float | Tensor:
@@ -237,6 +280,8 @@ class ContrastiveLoss(nn.Module):
             "backend": self.backend,
             "gather": self._gather,
         }
+        if self.multi_labels:
+            found["multi_label"], found["overlap_threshold"] = self.multi_label, self.overlap_threshold
         for name in self.own_parameters:
             found[name] = getattr(self, name)
         return found
@@ -251,6 +296,8 @@ class ContrastiveLoss(nn.Module):
             *(f"{k}={v:.15g}" if isinstance(v, float) else f"{k}={v!r}" for k, v in own.items()),
             f"contrast_mode={self.contrast_mode!r}, reduction={self.reduction!r}, normalize={self.normalize}",
             f"gather={self.gather!r}, backend={self.backend!r}",
+            *([] if self.multi_label == "per_label" else [f"multi_label={self.multi_label!r}"]),
+            *([f"overlap_threshold={self.overlap_threshold:g}"] if self.overlap_threshold else []),
         ])  # fmt: skip
 
 

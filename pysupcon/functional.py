@@ -96,7 +96,7 @@ def pair_statistics(
     float64 (float32 on devices that have no float64).
     """
     problem, _ = build_problem(
-        "pair_statistics", features, labels, mask, options, temperature, False, refused="reduction"
+        "pair_statistics", features, labels, mask, options, temperature, False, refused=("reduction",)
     )
     count = problem.count if problem.global_batch is None else problem.global_batch.own_counts[0]
     if problem.backend == "reference":

@@ -42,8 +42,8 @@ class RowOptions(_Candidates, total=False):
     """Keywords of every module's forward."""
 
     candidate_labels: Tensor | None
-    """Integers [Bc], with labels and candidates. Without labels candidate sample k is the positive of
-    sample k."""
+    """Integers [Bc], or [Bc, C], as ``labels``; with labels and candidates. Without labels candidate sample k
+    is the positive of sample k."""
 
 
 class _Computation(TypedDict, total=False):
@@ -63,7 +63,20 @@ class _Computation(TypedDict, total=False):
     :mod:`pysupcon.distributed` for what each process returns)."""
 
 
-class StatisticsOptions(RowOptions, _Computation, total=False):
+class _ManyLabels(TypedDict, total=False):
+    multi_label: str
+    """What labels [B, C] mean (bool or 0/1, C >= 2, one column per label, any number of them per sample).
+    "per_label" (default, SupCon only): the loss of an anchor is the mean of one SupCon term for each of its
+    labels that another row has (MulSupCon, Zhang and Wu 2024, arXiv 2402.01613); as fast as SupCon.
+    "any": rows that share a label are positives; every loss; tiled backend. "jaccard" (SupCon only):
+    positives are weighted by |Y_i and Y_j| / |Y_i or Y_j|, the overlap of their labels. A row without a label
+    is a negative of every row. ``gather`` needs labels [B]."""
+    overlap_threshold: float
+    """For "any" and "jaccard": rows whose overlap is not above this number are not positives. From 0
+    (default) to less than 1."""
+
+
+class StatisticsOptions(RowOptions, _Computation, _ManyLabels, total=False):
     """Keywords of :func:`pysupcon.functional.pair_statistics`."""
 
 
@@ -75,11 +88,11 @@ class SelfSupervisedOptions(_Candidates, _Computation, total=False):
     [N] ([B] for contrast_mode="one"), 0 where an anchor has no loss."""
 
 
-class Options(SelfSupervisedOptions, RowOptions, total=False):
+class Options(SelfSupervisedOptions, RowOptions, _ManyLabels, total=False):
     """Keywords of every function that takes labels."""
 
 
-class SharedModuleOptions(TypedDict, total=False):
+class SharedModuleOptions(_ManyLabels, total=False):
     """Keywords of every module but ``contrast_mode``."""
 
     reduction: str
@@ -106,6 +119,7 @@ GatherArgument = bool | Literal["ring"] | Gather
 DEFAULTS: dict[str, Any] = {
     "candidates": None, "candidate_labels": None, "instances": None, "candidate_instances": None,
     "contrast_mode": "all", "normalize": False, "backend": "auto", "gather": None, "reduction": "mean",
+    "multi_label": "per_label", "overlap_threshold": 0.0,
 }  # fmt: skip
 """Default values of :class:`Options`"""
 ROW_OPTIONS = RowOptions.__annotations__.keys()

@@ -18,27 +18,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pysupcon.pairs import ops, statistics, tiles
+from pysupcon.pairs import many_labels, ops, statistics, tiles
 from pysupcon.pairs.modes import ONCE_ONLY, is_transformed
 
-__all__ = ["gradients", "positive_count", "row_statistics"]
+__all__ = ["define", "gradients", "overlap_totals", "positive_count", "row_statistics"]
 
 _Tensors = tuple[Tensor, ...]
 _PROBLEM = (
     "Tensor x, Tensor? candidates, Tensor scale, Tensor? epsilon, Tensor labels, Tensor order"
     ", Tensor? candidate_labels, Tensor? candidate_order, Tensor? self_index"
     ", Tensor? instances, Tensor? candidate_instances"
-    ", Tensor? mask, Tensor? mask_rows, Tensor? mask_columns"
+    ", Tensor? mask, Tensor? mask_rows, Tensor? mask_columns, Tensor? mask_threshold"
     ", str backend, bool negatives, bool positives"
 )
-_PAIRING, _MASK, _CONSTANTS = slice(4, 11), slice(11, 14), slice(14, 17)
+_PAIRING, _MASK, _CONSTANTS = slice(4, 11), slice(11, 15), slice(15, 18)
 _DIFFERENTIABLE = 3  # x, candidates, scale
 
 
 def _arguments(x: Tensor, candidates: Tensor | None, scale: Tensor, plan: statistics.Plan) -> tuple[Any, ...]:
     """Flattens a problem into the arguments of the operators (:data:`_PROBLEM`)."""
     epsilon = None if plan.epsilon is None else torch.ones_like(scale) * plan.epsilon
-    mask = plan.mask or (None, None, None)
+    mask = plan.mask or (None,) * len(tiles.PositiveMask._fields)
     return x, candidates, scale, epsilon, *plan.pairing, *mask, plan.backend, plan.negatives, plan.positives
 
 
@@ -110,7 +110,8 @@ def _vmap_rule(operator: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
-def _define(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def define(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Registers an operator without autograd, with a vmap rule that calls it for each problem."""
     definition = torch.library.custom_op(f"pysupcon::{name}", function, mutates_args=(), schema=schema)
     definition.register_fake(fake)
     operator = getattr(torch.ops.pysupcon, name)
@@ -122,13 +123,13 @@ def _count(mask: Tensor, rows: Tensor, columns: Tensor, self_index: Tensor | Non
     return tiles.positive_count(tiles.PositiveMask(mask, rows, columns), self_index, symmetric)
 
 
-_forward = _define(
+_forward = define(
     "row_statistics",
     f"({_PROBLEM}) -> (Tensor n, Tensor p, Tensor positive_sum, Tensor instance_sum, Tensor softplus)",
     _statistics,
     _fake_statistics,
 )
-_backward = _define(
+_backward = define(
     "row_statistics_backward",
     f"({_PROBLEM}, Tensor n, Tensor p, Tensor? grad_n, Tensor? grad_p, Tensor? grad_positive_sum"
     ", Tensor? grad_instance_sum, Tensor? grad_softplus, bool[] needs)"
@@ -136,20 +137,27 @@ _backward = _define(
     _gradients,
     _fake_gradients,
 )
-positive_count = _define(
+positive_count = define(
     "masked_positive_count",
     "(Tensor mask, Tensor rows, Tensor columns, Tensor? self_index, bool symmetric) -> Tensor",
     _count,
     lambda mask, rows, *_: torch.empty_like(rows),
 )
 """:func:`pysupcon.pairs.tiles.positive_count` as an operator, with the three fields of the mask."""
+overlap_totals = define(
+    "overlap_totals",
+    "(Tensor labels, Tensor? candidate_labels, Tensor threshold, bool weighted) -> Tensor",
+    many_labels.overlap_totals,
+    lambda labels, _, threshold, *rest: threshold.new_empty(labels.shape[0]),
+)
+""":func:`pysupcon.pairs.many_labels.overlap_totals` as an operator."""
 
 
 def _requested_grads(
     arguments: tuple[Any, ...], grads: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
     """Removes the gradients of statistics that were not requested, for which torch may pass zeros."""
-    instances, epsilon, (negatives, positives) = arguments[9], arguments[3], arguments[15:17]
+    instances, epsilon, (negatives, positives) = arguments[9], arguments[3], arguments[16:18]
     requested = negatives, positives, positives, positives and instances is not None, epsilon is not None
     return tuple(grad if wanted else None for grad, wanted in zip(grads, requested, strict=True))
 

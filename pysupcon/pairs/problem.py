@@ -22,8 +22,19 @@ from pysupcon.pairs.checks import (
     check_temperature,
 )
 from pysupcon.pairs.global_batch import Gather, GlobalBatch, build_global_batch
+from pysupcon.pairs.many_labels import LabelOptions, check_many_labels, form_of_labels
 from pysupcon.pairs.normalize import unit_rows
-from pysupcon.pairs.pairing import InstanceIds, add_instances, number_by_label, pair_by_id, pair_by_mask
+from pysupcon.pairs.pairing import (
+    InstanceIds,
+    add_instances,
+    number_by_label,
+    pair_apart,
+    pair_by_id,
+    pair_by_mask,
+    pair_by_overlap,
+    weigh_positives,
+)
+from pysupcon.pairs.positive_means import PositiveWeights, positive_means
 from pysupcon.pairs.statistics import Pairing, Plan, RowStatistics
 
 __all__ = ["Gather", "Problem", "prepare"]
@@ -40,7 +51,7 @@ class Problem:
     temperature: float | Tensor
     pairing: Pairing
     count: Tensor
-    """|P_i|, int64 [M]"""
+    """|P_i|, int64 [M]; with ``weights`` [L, M], 0 for an anchor without a loss"""
     instance_count: Tensor | None
     """|A_i|, int64 [M]"""
     mask: tiled.PositiveMask | None
@@ -49,6 +60,8 @@ class Problem:
     """of the losses with ``reduction="none"``: [B, V], [B] or [N]"""
     global_batch: GlobalBatch | None
     """None: the candidates are rows of this process only"""
+    weights: PositiveWeights | None = None
+    """not None: all other rows are negatives, and a weighted mean of s takes the place of positives"""
 
     @property
     def loss_dtype(self) -> torch.dtype:
@@ -77,9 +90,15 @@ class Problem:
         Returns:
             The requested statistics; the values of the others are undefined.
         """
+        positives = positives and self.weights is None
         plan = Plan(self.backend, self.pairing, self.mask, negatives, positives, epsilon)
         statistics = row_statistics(self.x, self.candidates, self.scale, plan)
         return statistics if self.pairing.instances is not None else statistics.without_instances()
+
+    def positive_means(self) -> Tensor:
+        """Computes the weighted means of s over positives, [L, M]; only with ``weights``."""
+        assert self.weights is not None
+        return positive_means(self.x, self.candidates, self.scale, self.weights)
 
 
 def _flatten_views(features: Tensor) -> tuple[Tensor, int]:
@@ -142,6 +161,7 @@ def prepare(
     backend: str,
     gather: SharedArguments | None,
     need_instances: bool,
+    label_options: LabelOptions,
 ) -> Problem:
     """Checks the arguments of a loss and lays them out.
 
@@ -149,6 +169,7 @@ def prepare(
         features: and all arguments up to ``backend``: see :mod:`pysupcon.functional`.
         gather: what the processes must share; None: the loss does not gather.
         need_instances: whether the loss needs to know which rows are views of one sample.
+        label_options: what the loss makes of several labels per sample.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -159,7 +180,9 @@ def prepare(
     temperature = check_temperature("temperature", temperature)
     check_choice("contrast_mode", contrast_mode, ("all", "one"))
     check_choice("reduction", reduction, ("mean", "sum", "none"))
-    requested, backend = backend, resolve_backend(backend, features.device, mask is not None)
+    form = form_of_labels(labels, label_options)
+    tiled_only = "mask" if mask is not None else 'multi_label="any"' if form == "any" else None
+    requested, backend = backend, resolve_backend(backend, features.device, tiled_only)
     if labels is not None and mask is not None:
         raise ValueError("labels and mask both define the positives: give only one of them")
     if candidates is None and (candidate_labels is not None or candidate_instances is not None):
@@ -172,10 +195,17 @@ def prepare(
         check_features("candidates", candidates, like=features)
     if mask is not None:
         mask = check_mask(mask, features, features if candidates is None else candidates)
+    many = None
+    if form is not None:
+        many = check_many_labels(
+            label_options, form, labels, candidate_labels, features, candidates, gather is not None
+        )
+        labels = candidate_labels = None
+    related = mask is not None or many is not None  # positives come from neither labels nor instances
     labels = None if labels is None else check_ids("labels", labels, features)
     instances = None if instances is None else check_ids("instances", instances, features)
     if candidates is None and instances is None and (features.dim() == 2 or features.shape[1] == 1):
-        _check_positives(features, labels is not None or mask is not None, need_instances)
+        _check_positives(features, labels is not None or related, need_instances)
 
     if normalize:
         features = _normalized(features)
@@ -183,6 +213,9 @@ def prepare(
     if candidates is not None and candidates.dtype != features.dtype:
         dtype = torch.promote_types(candidates.dtype, features.dtype)
         features, candidates = features.to(dtype), candidates.to(dtype)
+    if many is not None and many.weighted:  # the two parts of a gradient are added before they are rounded
+        features = features.to(torch.promote_types(features.dtype, torch.float32))
+        candidates = None if candidates is None else candidates.to(features.dtype)
     if backend == "cuda":
         backend = check_kernels(requested, features.device, features.dtype)
 
@@ -196,7 +229,7 @@ def prepare(
     if candidates is not None:
         if labels is not None or candidate_labels is not None:
             candidate_ids = _candidate_ids("labels", labels, candidate_labels, features, candidates)
-        if need_instances or (labels is None and mask is None):
+        if need_instances or (labels is None and not related):
             candidate_instance_ids = _candidate_ids(
                 "instances", instances, candidate_instances, features, candidates
             )
@@ -222,9 +255,19 @@ def prepare(
             candidate_ids, candidate_instance_ids = ids, instance_ids
             self_index = torch.arange(features.shape[0], device=features.device) * views
         x, views, shape = x[::views], 1, (features.shape[0],)
-    positives = None
-    if mask is not None:
-        column_views = views if candidate_rows is None else candidate_views
+    positives = weights = None
+    column_views = views if candidate_rows is None else candidate_views
+    if many is not None and candidate_rows is not None and many.candidates is None:
+        many = many._replace(candidates=many.own)
+    if many is not None and many.weighted:
+        columns = None if candidate_rows is None else candidate_rows.shape[0]
+        pairing = pair_apart(x.shape[0], columns, self_index, x)
+        weights, count = weigh_positives(many, views, column_views, self_index)
+    elif many is not None:
+        pairing, count, positives = pair_by_overlap(
+            many, views, column_views, self_index, rectangular=candidate_rows is not None
+        )
+    elif mask is not None:
         pairing, count, positives = pair_by_mask(
             mask, views, column_views, self_index, rectangular=candidate_rows is not None
         )
@@ -252,4 +295,5 @@ def prepare(
         backend,
         shape,
         global_batch,
+        weights,
     )
