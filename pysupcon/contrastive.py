@@ -25,7 +25,7 @@ from pysupcon.pairs.problem import Gather, Problem, prepare
 from pysupcon.pairs.rows import get_divisor
 from pysupcon.ranges import named
 
-__all__ = ["ContrastiveLoss", "Counts", "build_problem", "compute", "dense_sets"]
+__all__ = ["ContrastiveLoss", "Counts", "build_problem", "compute", "dense_sets", "dense_weighted"]
 
 
 class Counts(NamedTuple):
@@ -239,7 +239,7 @@ class ContrastiveLoss(nn.Module):
     @classmethod
     def refused_keywords(cls) -> tuple[str, ...]:
         """Keywords of :class:`pysupcon.options.Options` that the function does not take."""
-        many = () if cls.multi_labels else ("multi_label", "overlap_threshold")
+        many = () if "any" in cls.multi_labels else ("multi_label", "overlap_threshold")
         return (*many, "candidate_labels") if cls.self_supervised else many
 
     @property
@@ -280,7 +280,7 @@ class ContrastiveLoss(nn.Module):
             "backend": self.backend,
             "gather": self._gather,
         }
-        if self.multi_labels:
+        if "any" in self.multi_labels:
             found["multi_label"], found["overlap_threshold"] = self.multi_label, self.overlap_threshold
         for name in self.own_parameters:
             found[name] = getattr(self, name)

@@ -7,7 +7,8 @@ Args:
     features: [B, V, D] (V views of B samples) or [N, D]; float64, float32, bfloat16 or float16. Not
         normalised unless ``normalize=True``.
     labels: integers [B] or [N] of any integer dtype, any values (uint64 beyond int64: modulo 2^64). None: the
-        positives of a row are the other rows of its sample.
+        positives of a row are the other rows of its sample. Several labels per sample: bool or 0/1 [B, C]
+        (see ``multi_label`` of :class:`Options`).
     mask: bool [B, B] (or [samples of features, samples of candidates]) instead of labels: row j is a positive
         of row i where ``mask[i, j]``; it need not be symmetric. Runs on the tiled backend.
     temperature: a number, of Python or NumPy, or a tensor of one element; from 1e-12 to 1e12. A tensor gets a
@@ -15,7 +16,8 @@ Args:
         (``torch.compile``). ``base_temperature`` likewise. ``epsilon`` (from -1e4 to 1e4) and ``alpha`` (from
         0 to 1) are numbers, or tensors of one element with requires_grad=False.
     **options: the fields of :class:`Options`: ``candidates``, ``candidate_labels``, ``instances``,
-        ``candidate_instances``, ``contrast_mode``, ``reduction``, ``normalize``, ``backend``, ``gather``.
+        ``candidate_instances``, ``contrast_mode``, ``reduction``, ``normalize``, ``backend``, ``gather``,
+        ``multi_label``, ``overlap_threshold``.
 
 Returns:
     float32 (float64 for float64 features); gradients have the dtype of their inputs. Anchors without a
@@ -52,6 +54,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from pysupcon.contrastive import build_problem, dense_sets
+from pysupcon.hierarchies import hierarchical_supcon
 from pysupcon.losses import *  # noqa: F403
 from pysupcon.losses import LOSSES_BY_NAME
 from pysupcon.options import Options, StatisticsOptions, expand_signature
@@ -62,6 +65,7 @@ __all__ = [
     "Gather",
     "Options",
     "PairStatistics",
+    "hierarchical_supcon",
     "pair_statistics",
     *sorted({loss.function.__name__ for loss in LOSSES_BY_NAME.values()}),
 ]

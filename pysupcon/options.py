@@ -6,7 +6,7 @@ Functions and modules take them as ``**options: Unpack[...]``, which mypy and ed
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypedDict, TypeVar
 
 from torch import Tensor
@@ -17,6 +17,8 @@ __all__ = [
     "DEFAULTS",
     "ROW_OPTIONS",
     "GatherArgument",
+    "LevelOptions",
+    "LevelRowOptions",
     "ModuleOptions",
     "Options",
     "RowOptions",
@@ -90,6 +92,17 @@ class SelfSupervisedOptions(_Candidates, _Computation, total=False):
 
 class Options(SelfSupervisedOptions, RowOptions, _ManyLabels, total=False):
     """Keywords of every function that takes labels."""
+
+
+class LevelRowOptions(_Candidates, total=False):
+    """Keywords of the forward of a loss of several label levels."""
+
+    candidate_labels: Sequence[Tensor] | None
+    """One tensor of integers [Bc] per level, with candidates."""
+
+
+class LevelOptions(SelfSupervisedOptions, LevelRowOptions, total=False):
+    """Keywords of :func:`pysupcon.functional.hierarchical_supcon`."""
 
 
 class SharedModuleOptions(_ManyLabels, total=False):

@@ -84,7 +84,8 @@ def check_label_options(options: LabelOptions) -> float:
     form, takes = options.multi_label, options.takes
     check_choice("multi_label", form, MULTI_LABEL)
     if form not in takes:
-        forms = f"with multi_label={' or '.join(map(repr, takes))} only" if takes else "not at all"
+        forms = f"with multi_label={' or '.join(map(repr, takes))} only"
+        forms = "not at all" if takes in ((), (LEVELS,)) else forms
         raise ValueError(f"{options.loss} takes labels of shape [B, C] {forms}, got multi_label={form!r}")
     threshold = check_number("overlap_threshold", options.overlap_threshold, 0.0, 1.0)
     if threshold == 1.0:

@@ -199,10 +199,11 @@ def weigh_positives(
     own, others, dtype = labels.own, labels.candidates, labels.threshold.dtype
     class_weights = None
     if labels.form == LEVELS:
-        candidate_ids = [None] * own.shape[1] if others is None else others.unbind(1)
+        by_level = own.T.contiguous()
+        candidate_ids = [None] * own.shape[1] if others is None else others.T.contiguous()
         terms = torch.stack([
             pair_by_id(ids, views, candidates, candidate_views, self_index)[1]
-            for ids, candidates in zip(own.unbind(1), candidate_ids, strict=True)
+            for ids, candidates in zip(by_level, candidate_ids, strict=True)
         ])  # fmt: skip
     elif labels.form == "per_label":
         leaves_out_self = others is None or self_index is not None

@@ -266,6 +266,20 @@ def test_compile_without_a_graph_break(form: dict[str, Any]) -> None:
         torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("candidates", [False, True])
+def test_the_operators_keep_the_dispatcher_contract(candidates: bool) -> None:
+    x, scale = torch.randn(7, 5, requires_grad=True), torch.tensor(2.0).double().requires_grad_()
+    own, threshold = LABELS.to(torch.uint8), torch.tensor(0.25).double()
+    queue = torch.randn(5, 5, requires_grad=True) if candidates else None
+    others = OTHERS.to(torch.uint8) if candidates else None
+    factors = torch.rand(1, 7).double()
+    for weighted in (True, False):
+        torch.library.opcheck(torch.ops.pysupcon.overlap_totals.default, (own, others, threshold, weighted))
+    for form, class_weights in (("per_label", torch.rand(4).double()), ("jaccard", None)):
+        arguments = x, queue, scale, form, own, others, None, factors, class_weights, threshold
+        torch.library.opcheck(torch.ops.pysupcon.positive_means.default, arguments)
+
+
 @forms
 def test_functional_transforms(form: dict[str, Any]) -> None:
     x, labels = torch.randn(3, 8, 5, dtype=torch.float64), torch.rand(8, 4) < 0.5
