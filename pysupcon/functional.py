@@ -43,6 +43,9 @@ only what torch can trace works (it refuses vmap of grad).
 >>> rows = torch.eye(2).repeat(2, 1)  # [N, D]: two classes, two rows each
 >>> functional.supcon(rows, torch.tensor([0, 1, 0, 1]), temperature=1.0)
 tensor(0.5514)
+>>> tags = torch.tensor([[1, 0, 1], [0, 1, 1], [1, 0, 0], [0, 1, 0]])  # [B, C]: any number of labels per row
+>>> [functional.supcon(rows, tags, temperature=1.0, multi_label=m) for m in ("per_label", "any", "jaccard")]
+[tensor(0.8014), tensor(0.8014), tensor(0.7514)]
 """
 
 from __future__ import annotations
