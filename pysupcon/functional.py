@@ -56,6 +56,9 @@ tensor(0.6265)
 tensor(0.3133)
 >>> functional.supcon(rows, torch.tensor([0, 1, 0, -1]), temperature=1.0, ignore_index=-1)
 tensor(0.3133)
+>>> tags = torch.tensor([[1, 0, 1], [0, 1, 1], [1, 0, 0], [0, 1, 0]])  # [B, C]: any number of labels per row
+>>> [functional.supcon(rows, tags, temperature=1.0, multi_label=m) for m in ("per_label", "any", "jaccard")]
+[tensor(0.8014), tensor(0.8014), tensor(0.7514)]
 """
 
 from __future__ import annotations
