@@ -288,7 +288,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "InfoNCE with labels": (
         lambda: pysupcon.InfoNCELoss()(X, Y),
         ValueError,
-        "InfoNCELoss is self-supervised: labels, mask and candidate_labels must be None",
+        "InfoNCELoss is self-supervised: labels, mask, candidate_labels and memory_labels must be None",
     ),
     "gather with a mask": (
         lambda: supcon(X, mask=torch.eye(len(X), dtype=torch.bool), gather=AllGather()),
