@@ -7,7 +7,8 @@ Args:
     features: [B, V, D] (V views of B samples) or [N, D]; float64, float32, bfloat16 or float16. Not
         normalised unless ``normalize=True``.
     labels: integers [B] or [N] of any integer dtype, any values (uint64 beyond int64: modulo 2^64). None: the
-        positives of a row are the other rows of its sample.
+        positives of a row are the other rows of its sample. Several labels per sample: bool or 0/1 [B, C]
+        (see ``multi_label`` of :class:`Options`).
     mask: bool [B, B] (or [samples of features, samples of candidates]) instead of labels: row j is a positive
         of row i where ``mask[i, j]``; it need not be symmetric. Runs on the tiled backend.
     temperature: a number, of Python or NumPy, or a tensor of one element; from 1e-12 to 1e12. A tensor gets a
@@ -66,6 +67,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from pysupcon.contrastive import build_problem, dense_sets
+from pysupcon.hierarchies import hierarchical_supcon
 from pysupcon.losses import *  # noqa: F403
 from pysupcon.losses import LOSSES_BY_NAME
 from pysupcon.options import MetricsOptions, Options, StatisticsOptions, expand_signature
@@ -80,6 +82,7 @@ __all__ = [
     "PairStatistics",
     "contrastive_accuracy",
     "contrastive_metrics",
+    "hierarchical_supcon",
     "pair_statistics",
     *sorted({loss.function.__name__ for loss in LOSSES_BY_NAME.values()}),
 ]
@@ -114,7 +117,7 @@ def pair_statistics(
     float64 (float32 on devices that have no float64).
     """
     problem, _ = build_problem(
-        "pair_statistics", features, labels, mask, options, temperature, False, refused="reduction"
+        "pair_statistics", features, labels, mask, options, temperature, False, refused=("reduction",)
     )
     count = problem.count if problem.global_batch is None else problem.global_batch.own_counts[0]
     if problem.backend == "reference":
@@ -170,7 +173,7 @@ negative_similarity=tensor(0.5400))
     if unknown:
         raise TypeError(f"contrastive_metrics() got an unexpected keyword argument {unknown[0]!r}")
     problem, _ = build_problem(
-        "contrastive_metrics", features, labels, mask, {**options, "backend": "tiled"}, 1.0, False, None
+        "contrastive_metrics", features, labels, mask, {**options, "backend": "tiled"}, 1.0, False, ()
     )
     return ContrastiveMetrics(*similarity_metrics(problem))
 

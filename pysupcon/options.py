@@ -6,7 +6,7 @@ Functions and modules take them as ``**options: Unpack[...]``, which mypy and ed
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypedDict, TypeVar
 
 from torch import Tensor
@@ -18,6 +18,8 @@ __all__ = [
     "LABEL_OPTIONS",
     "ROW_OPTIONS",
     "GatherArgument",
+    "LevelOptions",
+    "LevelRowOptions",
     "MetricsOptions",
     "ModuleOptions",
     "Options",
@@ -64,8 +66,8 @@ class _Weights(TypedDict, total=False):
 
 class _LabelledCandidates(_Candidates, total=False):
     candidate_labels: Tensor | None
-    """Integers [Bc], with labels and candidates. Without labels candidate sample k is the positive of
-    sample k."""
+    """Integers [Bc], or [Bc, C], as ``labels``; with labels and candidates. Without labels candidate sample k
+    is the positive of sample k."""
     memory_labels: Tensor | None
     """Integers [Nm], with labels and memory. Without labels the rows of the memory are negatives."""
 
@@ -117,7 +119,21 @@ class _Labelling(_Unlabelled, total=False):
     candidates of its class, without the anchor itself. Default False."""
 
 
-class StatisticsOptions(RowOptions, _Computation, _Labelling, total=False):
+class _ManyLabels(TypedDict, total=False):
+    multi_label: str
+    """What labels [B, C] mean (bool or 0/1, C >= 2, one column per label, any number of them per sample).
+    "per_label" (default, SupCon only): the loss of an anchor is the mean of one SupCon term for each of its
+    labels that another row has (MulSupCon, Zhang and Wu 2024, arXiv 2402.01613); as fast as SupCon.
+    "any": rows that share a label are positives; every loss; tiled backend. "jaccard" (SupCon only):
+    positives are weighted by |Y_i and Y_j| / |Y_i or Y_j|, the overlap of their labels. A row without a label
+    is a negative of every row. ``gather``, ``memory``, ``ignore_index``, ``class_balance`` and
+    ``batch_negatives=False`` need labels [B]."""
+    overlap_threshold: float
+    """For "any" and "jaccard": rows whose overlap is not above this number are not positives. From 0
+    (default) to less than 1."""
+
+
+class StatisticsOptions(RowOptions, _Computation, _Labelling, _ManyLabels, total=False):
     """Keywords of :func:`pysupcon.functional.pair_statistics`."""
 
 
@@ -129,11 +145,22 @@ class SelfSupervisedOptions(_Candidates, _Weights, _Computation, total=False):
     [N] ([B] for contrast_mode="one"), 0 where an anchor has no loss."""
 
 
-class Options(SelfSupervisedOptions, RowOptions, _Labelling, total=False):
+class Options(SelfSupervisedOptions, RowOptions, _Labelling, _ManyLabels, total=False):
     """Keywords of every function that takes labels."""
 
 
-class SharedModuleOptions(TypedDict, total=False):
+class LevelRowOptions(_Candidates, total=False):
+    """Keywords of the forward of a loss of several label levels."""
+
+    candidate_labels: Sequence[Tensor] | None
+    """One tensor of integers [Bc] per level, with candidates."""
+
+
+class LevelOptions(SelfSupervisedOptions, LevelRowOptions, total=False):
+    """Keywords of :func:`pysupcon.functional.hierarchical_supcon`."""
+
+
+class SharedModuleOptions(_ManyLabels, total=False):
     """Keywords of every module but ``contrast_mode``."""
 
     reduction: str
@@ -176,11 +203,12 @@ DEFAULTS: dict[str, Any] = {
     "hard_negatives": None, "batch_negatives": True, "class_balance": False, "ignore_index": None,
     "unlabeled": "ignore",
     "contrast_mode": "all", "normalize": False, "backend": "auto", "gather": None, "reduction": "mean",
+    "multi_label": "per_label", "overlap_threshold": 0.0,
 }  # fmt: skip
 """Default values of :class:`Options`"""
 ROW_OPTIONS = RowOptions.__annotations__.keys()
 """Names of the keywords of :class:`RowOptions`"""
-LABEL_OPTIONS = "candidate_labels", "memory_labels"
+LABEL_OPTIONS = "candidate_labels", "memory_labels", *_Labelling.__annotations__
 """Those that a self-supervised loss does not take"""
 
 

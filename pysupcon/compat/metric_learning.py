@@ -216,7 +216,7 @@ class SupConLoss(_Base):
             "backend": self.backend,
         }
         problem, _ = build_problem(
-            "SupConLoss", embeddings, labels, None, options, self.temperature, False, None
+            "SupConLoss", embeddings, labels, None, options, self.temperature, False, ()
         )
         size = len(others)
         if left_out is not None:

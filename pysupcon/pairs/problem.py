@@ -27,9 +27,11 @@ from pysupcon.pairs.checks import (
     check_temperature,
 )
 from pysupcon.pairs.global_batch import Gather, GlobalBatch, build_global_batch
+from pysupcon.pairs.many_labels import LabelOptions, check_many_labels, form_of_labels
 from pysupcon.pairs.memory import MemoryArguments, check_memory
 from pysupcon.pairs.normalize import unit_rows
 from pysupcon.pairs.pairing import repeat_per_view
+from pysupcon.pairs.positive_means import PositiveWeights, positive_means
 from pysupcon.pairs.sides import Side, balance_classes, get_log_weights, join_unlabelled, lay_out
 from pysupcon.pairs.statistics import Memory, Pairing, Plan, RowStatistics
 
@@ -49,7 +51,7 @@ class Problem:
     temperature: float | Tensor
     pairing: Pairing
     count: Tensor
-    """|P_i|, int64 [M]"""
+    """|P_i|, int64 [M]; with ``positive_weights`` [L, M], 0 for an anchor without a loss"""
     instance_count: Tensor | None
     """|A_i|, int64 [M]"""
     candidate_count: int | Tensor
@@ -73,6 +75,8 @@ class Problem:
     """whether candidates have weights other than 0 and 1"""
     positive_shift: Tensor | None = None
     """[M], added to the log weights of the anchor's positives; None: 0"""
+    positive_weights: PositiveWeights | None = None
+    """not None: all other rows are negatives, and a weighted mean of s takes the place of positives"""
 
     @property
     def loss_dtype(self) -> torch.dtype:
@@ -101,6 +105,7 @@ class Problem:
         Returns:
             The requested statistics; the values of the others are undefined.
         """
+        positives = positives and self.positive_weights is None
         shift = self.positive_shift
         if shift is not None and epsilon is not None:
             # log(k w + e^(n - s + epsilon)) = log k + log(w + e^(n - s + epsilon - log k))
@@ -133,6 +138,11 @@ class Problem:
         """log sum of e^s over the own negatives of each anchor, [M] in the statistics dtype."""
         similarity = self.hard_negative_similarity()
         return None if similarity is None else similarity.to(ops.stats_dtype(self.x)).logsumexp(dim=1)
+
+    def positive_means(self) -> Tensor:
+        """Computes the weighted means of s over positives, [L, M]; only with ``positive_weights``."""
+        assert self.positive_weights is not None
+        return positive_means(self.x, self.candidates, self.scale, self.positive_weights)
 
 
 def _flatten_views(features: Tensor) -> tuple[Tensor, int]:
@@ -215,6 +225,19 @@ def _check_options(
         raise ValueError("batch_negatives=False leaves no negatives: give memory or hard_negatives")
 
 
+def _check_one_label(memory: Any, ignore_index: Any, class_balance: bool, batch_negatives: bool) -> None:
+    """Refuses options that need one label per sample."""
+    given = {
+        "memory": memory is not None,
+        "ignore_index": ignore_index is not None,
+        "class_balance": class_balance,
+        "batch_negatives=False": not batch_negatives,
+    }
+    for name, used in given.items():
+        if used:
+            raise ValueError(f"{name} needs one label per sample, labels [B], got labels [B, C]")
+
+
 def prepare(
     features: Tensor,
     labels: Tensor | None,
@@ -243,6 +266,7 @@ def prepare(
     backend: str,
     gather: SharedArguments | None,
     need_instances: bool,
+    label_options: LabelOptions,
 ) -> Problem:
     """Checks the arguments of a loss and lays them out.
 
@@ -250,6 +274,7 @@ def prepare(
         features: and all arguments up to ``backend``: see :mod:`pysupcon.functional`.
         gather: what the processes must share; None: the loss does not gather.
         need_instances: whether the loss needs to know which rows are views of one sample.
+        label_options: what the loss makes of several labels per sample.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -260,11 +285,15 @@ def prepare(
     temperature = check_temperature("temperature", temperature)
     check_choice("contrast_mode", contrast_mode, ("all", "one"))
     check_choice("reduction", reduction, ("mean", "sum", "none"))
-    requested, backend = backend, resolve_backend(backend, features.device, mask is not None)
+    form = form_of_labels(labels, label_options)
+    tiled_only = "mask" if mask is not None else 'multi_label="any"' if form == "any" else None
+    requested, backend = backend, resolve_backend(backend, features.device, tiled_only)
     _check_options(
         labels, mask, candidates, candidate_labels, candidate_instances, memory, hard_negatives,
         ignore_index, unlabeled, class_balance, batch_negatives,
     )  # fmt: skip
+    if form is not None:
+        _check_one_label(memory, ignore_index, class_balance, batch_negatives)
     if gather is not None and backend == "reference":
         raise ValueError('gather needs a streaming backend, got backend="reference"')
     if backend != "reference":
@@ -277,6 +306,13 @@ def prepare(
         check_hard_negatives(hard_negatives, features)
     if mask is not None:
         mask = check_mask(mask, features, features if candidates is None else candidates)
+    many = None
+    if form is not None:
+        many = check_many_labels(
+            label_options, form, labels, candidate_labels, features, candidates, gather is not None
+        )
+        labels = candidate_labels = None
+    related = mask is not None or many is not None  # positives come from neither labels nor instances
     labels = None if labels is None else check_ids("labels", labels, features)
     instances = None if instances is None else check_ids("instances", instances, features)
     weighted = features if candidates is None else candidates
@@ -289,7 +325,7 @@ def prepare(
     )
     bank = check_memory(arguments, features, labels is not None, instances)
     if candidates is None and instances is None and (features.dim() == 2 or features.shape[1] == 1):
-        _check_positives(features, labels is not None or mask is not None, need_instances)
+        _check_positives(features, labels is not None or related, need_instances)
 
     if normalize:
         features = _normalized(features)
@@ -301,6 +337,9 @@ def prepare(
             features = features.to(torch.promote_types(features.dtype, rows.dtype))
     candidates = None if candidates is None else candidates.to(features.dtype)
     bank = None if bank is None else bank._replace(rows=bank.rows.to(features.dtype))
+    if many is not None and many.weighted:  # the two parts of a gradient are added before they are rounded
+        features = features.to(torch.promote_types(features.dtype, torch.float32))
+        candidates = None if candidates is None else candidates.to(features.dtype)
     if backend == "cuda":
         backend = check_kernels(requested, features.device, features.dtype)
 
@@ -315,7 +354,7 @@ def prepare(
     if candidates is not None:
         if labels is not None or candidate_labels is not None:
             candidate_ids = _candidate_ids("labels", labels, candidate_labels, features, candidates)
-        if need_instances or unlabeled == "instance" or (labels is None and mask is None):
+        if need_instances or unlabeled == "instance" or (labels is None and not related):
             candidate_instance_ids = _candidate_ids(
                 "instances", instances, candidate_instances, features, candidates
             )
@@ -387,7 +426,8 @@ def prepare(
         None if bank is None else bank.rows,
         self_index,
         mask,
-        need_instances and (labels is not None or mask is not None),
+        many,
+        need_instances and (labels is not None or related),
         instances is not None,
     )
     count, instance_count, ignored_anchors = layout.positive_count, layout.instance_count, None
@@ -428,4 +468,5 @@ def prepare(
         anchor_weights,
         candidate_weights is not None or class_balance or (bank is not None and bank.weighted),
         positive_shift,
+        layout.positive_weights,
     )

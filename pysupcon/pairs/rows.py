@@ -65,8 +65,12 @@ def supcon_rows(s: RowStatistics, counts: Any, valid: Tensor, divisor: Tensor | 
     Computed by :class:`_SupConRows`; when traced or transformed, by the equivalent torch operations.
     """
     count = counts.positives
+    loss: Tensor
+    if counts.mean_given:
+        loss = torch.where(valid, s.n - s.positive_sum, 0.0)
+        return loss if divisor is None else loss.sum() / divisor
     if is_eager(s.n):
-        loss: Tensor = _SupConRows.apply(s.n, s.p, s.positive_sum, count, valid, counts.weighted, divisor)
+        loss = _SupConRows.apply(s.n, s.p, s.positive_sum, count, valid, counts.weighted, divisor)
         return loss
     above = torch.where(valid, s.n, 0.0) - torch.where(valid, s.p, 0.0)
     gap = positive_gap(s, s.positive_sum, count, counts, valid)

@@ -86,6 +86,7 @@ def test_an_unknown_keyword() -> None:
 
 ROWS = ["candidates", "instances", "candidate_instances", "candidate_labels"]
 COMPUTATION = ["contrast_mode", "normalize", "backend", "gather"]
+MANY_LABELS = {"multi_label": "per_label", "overlap_threshold": 0.0}
 
 
 @pytest.mark.parametrize("name", pysupcon.losses.LOSSES_BY_NAME)
@@ -104,10 +105,11 @@ def test_signatures_name_every_keyword(name: str) -> None:
         "backend": "auto",
     }
     shared |= {"learnable_temperature": False, "min_temperature": None, "max_temperature": None}
+    shared |= MANY_LABELS
     assert {keyword: found[keyword].default for keyword in shared} == shared
     assert set(found) == {"temperature", *shared, *loss.own_parameters}
     function = inspect.signature(loss.function).parameters
-    labels = () if loss.self_supervised else ("labels", "mask", "candidate_labels")
+    labels = () if loss.self_supervised else ("labels", "mask", "candidate_labels", *MANY_LABELS)
     own = {"features", "temperature", "reduction", *labels, *loss.own_parameters}
     assert set(function) == own | {*ROWS, *COMPUTATION} - (
         {"candidate_labels"} if loss.self_supervised else set()
@@ -119,4 +121,4 @@ def test_signatures_name_every_keyword(name: str) -> None:
 
 def test_the_signature_of_the_statistics() -> None:
     found = inspect.signature(functional.pair_statistics).parameters
-    assert set(found) == {"features", "labels", "mask", "temperature", *ROWS, *COMPUTATION}
+    assert set(found) == {"features", "labels", "mask", "temperature", *ROWS, *COMPUTATION, *MANY_LABELS}
