@@ -82,7 +82,7 @@ class TrainingStep:
 
         Args:
             batches: ``trainer.accumulation_steps`` batches of this process: views uint8 [b, V, C, S, S],
-                labels int64 [b] and, for GroupDRO, groups int64 [b].
+                labels int64 [b] (or [b, L]) and, for GroupDRO, groups int64 [b].
             number: number of the step, for messages.
             stop: whether this process requests the training to stop.
 
@@ -139,7 +139,7 @@ class TrainingStep:
                 parts[name] = parts.get(name, 0.0) + value.to(torch.float64) / count
             for name, value in metrics.items():
                 statistics[name] = statistics.get(name, 0.0) + value.to(torch.float64) / count
-            if self.config.loss.name != "none":
+            if self.config.loss.name != "none" and labels.dim() == 1:
                 valid, chance = self._batch_statistics(labels)
                 statistics["valid_anchors"] = statistics.get("valid_anchors", 0.0) + valid
                 statistics["chance"] = statistics.get("chance", 0.0) + chance / count
@@ -149,7 +149,7 @@ class TrainingStep:
         views, labels = batch
         images = self.data.normalize(views).flatten(0, 1).contiguous(memory_format=torch.channels_last)
         with region("encoder"):
-            outputs: ModelOutput = model(images, labels.repeat_interleave(views.shape[1]))
+            outputs: ModelOutput = model(images, labels.repeat_interleave(views.shape[1], dim=0))
         return outputs
 
     def _backward(
