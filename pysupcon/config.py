@@ -62,6 +62,7 @@ class Config:
             self._check_loss_terms()
             self._check_groups()
             self._check_unlabelled()
+            self._check_multi_label()
             self._check_best_by()
         if self.optimizer.warmup_epochs > self.trainer.epochs:
             raise ConfigError(
@@ -70,6 +71,8 @@ class Config:
             )
         for section in (self.data, self.model, self.loss, self.optimizer):
             section.resolve()
+        if self.data.dataset == "image_table":
+            self.loss.resolve_multi_label()
 
     def as_concatenated_part(self) -> dict[str, Any]:
         """Return the entry of ``model.concatenated`` that describes this run."""
@@ -193,6 +196,30 @@ class Config:
                 "model.decoder=labelled needs the class of every sample, but data.ignore_index is "
                 f"{data.ignore_index}: pass --data.sampler balanced or --model.decoder plain"
             )
+
+    def _check_multi_label(self) -> None:
+        """Refuse what needs one label per sample."""
+        loss, dataset = self.loss, self.data.dataset
+        if dataset != "image_table":
+            for name in ("multi_label", "overlap_threshold"):
+                if getattr(loss, name) is not None:
+                    raise ConfigError(
+                        f"loss.{name} has no effect with data.dataset={dataset}, which has one label per "
+                        "sample: leave it out"
+                    )
+            return
+        refused = {
+            "evaluate": (self.evaluate, "false"),
+            "model.classifier": (self.model.classifier, "false"),
+            "model.decoder": (self.model.decoder == "labelled", "none or plain"),
+            "loss.gather": (loss.gather is not False, "false"),
+            "loss.queue": (loss.queue > 0, "0"),
+        }
+        for name, (wrong, remedy) in refused.items():
+            if wrong:
+                raise ConfigError(
+                    f"{name} must be {remedy} for data.dataset=image_table: it needs one label per sample"
+                )
 
     def _check_best_by(self) -> None:
         best_by = self.trainer.best_by

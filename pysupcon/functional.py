@@ -162,9 +162,9 @@ def contrastive_metrics(
 
     An anchor is correct if one of its positives is more similar to it than all of its negatives; a tie
     between a positive and a negative is an error. Similarities are not divided by a temperature: they are
-    cosines for rows of unit length (``normalize=True``). Arguments: module docstring of
-    :mod:`pysupcon.functional`, without ``temperature``, ``reduction``, ``backend``, ``gather``,
-    ``candidate_weights``, ``anchor_weights`` and ``class_balance``.
+    cosines for rows of unit length (``normalize=True``). With labels [B, C], rows that share a label are
+    positives. Arguments: module docstring of :mod:`pysupcon.functional`, without ``temperature``,
+    ``reduction``, ``backend``, ``gather``, ``candidate_weights``, ``anchor_weights`` and ``class_balance``.
 
     >>> import torch
     >>> rows = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]])
@@ -175,9 +175,8 @@ negative_similarity=tensor(0.5400))
     unknown = sorted(options.keys() - MetricsOptions.__annotations__.keys())
     if unknown:
         raise TypeError(f"contrastive_metrics() got an unexpected keyword argument {unknown[0]!r}")
-    problem, _ = build_problem(
-        "contrastive_metrics", features, labels, mask, {**options, "backend": "tiled"}, 1.0, False, ()
-    )
+    given = {**options, "backend": "tiled", "multi_label": "any"}
+    problem, _ = build_problem("contrastive_metrics", features, labels, mask, given, 1.0, False, ())
     return ContrastiveMetrics(*similarity_metrics(problem))
 
 

@@ -34,7 +34,9 @@ def build_loss(
     assert config.temperature is not None, "call LossConfig.resolve() first; name=none has no loss"
     name = name or config.name
     self_supervised = LOSSES_BY_NAME[name].self_supervised
-    missing = {} if self_supervised else _missing_labels(config, unlabelled)
+    of_labels = {} if self_supervised else _missing_labels(config, unlabelled)
+    if not self_supervised and config.multi_label is not None:
+        of_labels |= {"multi_label": config.multi_label, "overlap_threshold": config.overlap_threshold}
     return LOSSES_BY_NAME[name](
         temperature=config.temperature,
         contrast_mode=config.contrast_mode,
@@ -43,7 +45,7 @@ def build_loss(
         batch_negatives=config.batch_negatives,
         learnable_temperature=config.learnable_temperature,
         **_own(config, name),
-        **missing,
+        **of_labels,
     )
 
 
@@ -121,7 +123,7 @@ class Objective(nn.Module):
 
         Args:
             outputs: of B * V images, the views of a sample one after another.
-            labels: int64 [B].
+            labels: int64 [B], or int64 [B, L] of 0 and 1 if samples have several labels.
             groups: int64 [B], for GroupDRO; updates its group weights.
             keys: [B, D], of the key encoder; ``outputs`` are then those of the first view. With ``momentum``,
                 None takes the second view of ``outputs`` for keys (in validation).
@@ -140,7 +142,7 @@ class Objective(nn.Module):
             parts["contrastive"] = config.weight, self._contrast(self.contrastive, features, given, keys)
         if self.infonce is not None:
             parts["infonce"] = config.infonce_weight, self._contrast(self.infonce, features, None, keys)
-        targets = labels.repeat_interleave(views)
+        targets = labels.repeat_interleave(views, dim=0)
         heads = {"cross_entropy": outputs.logits, "second_cross_entropy": outputs.second_logits}
         for name, logits in heads.items():
             if logits is not None:

@@ -86,7 +86,7 @@ class TrainingStep:
 
         Args:
             batches: ``trainer.accumulation_steps`` batches of this process: views uint8 [b, V, C, S, S],
-                labels int64 [b] and, for GroupDRO, groups int64 [b].
+                labels int64 [b] (or [b, L]) and, for GroupDRO, groups int64 [b].
             number: number of the step, for messages.
             stop: whether this process requests the training to stop.
 
@@ -135,7 +135,7 @@ class TrainingStep:
         statistics: dict[str, Tensor] = {}
         for index, batch in enumerate(batches, start=1):
             views, labels, *groups = (tensor.to(device, non_blocking=True) for tensor in batch)
-            if self.config.loss.name != "none":  # before the queue changes
+            if self.config.loss.name != "none" and labels.dim() == 1:  # before the queue changes
                 valid, chance = self._batch_statistics(labels)
                 statistics["valid_anchors"] = statistics.get("valid_anchors", 0.0) + valid
                 statistics["chance"] = statistics.get("chance", 0.0) + chance / count
@@ -155,7 +155,7 @@ class TrainingStep:
         views, labels = batch
         images = self.data.normalize(views).flatten(0, 1).contiguous(memory_format=torch.channels_last)
         with region("encoder"):
-            outputs: ModelOutput = model(images, labels.repeat_interleave(views.shape[1]))
+            outputs: ModelOutput = model(images, labels.repeat_interleave(views.shape[1], dim=0))
         return outputs
 
     def _encode_keys(self, views: Tensor) -> Tensor | None:

@@ -57,7 +57,12 @@ def _definition(
                 continue
             if ignore_index is not None and other[b2] == ignore_index and unlabeled == "ignore":
                 continue
-            positive = bool(mask[b, b2]) if mask is not None else bool(ids[b] == other[b2])
+            if mask is not None:
+                positive = bool(mask[b, b2])
+            elif ids.dim() == 2:  # labels [B, C]: a label in common
+                positive = bool((ids[b] & other[b2]).any())
+            else:
+                positive = bool(ids[b] == other[b2])
             if unknown:
                 positive = b == b2
             if positive or batch_negatives:
@@ -89,6 +94,8 @@ def _options(kind: str) -> dict[str, Any]:
         "memory_labels": torch.tensor([3, 0, 5, 7, 3, -1]),
         "memory_weights": torch.tensor([0.0, 2.0, 1.0, 1.0, 1.0, 0.5]),
     }
+    several = torch.rand(B, 3, generator=generator) < 0.4
+    several[4] = False
     own = torch.randn(B, 3, D, generator=generator, dtype=torch.float64)
     return {
         "labels": {"labels": LABELS},
@@ -131,6 +138,13 @@ def _options(kind: str) -> dict[str, Any]:
         "ignored everywhere": {"labels": LABELS, **candidates, **memory, "ignore_index": 3},
         "ignored one": {"labels": LABELS, "ignore_index": 3, "contrast_mode": "one"},
         "unlabelled instances": {"labels": LABELS, "ignore_index": 3, "unlabeled": "instance"},
+        "several labels": {"labels": several},
+        "several labels one": {"labels": several, "contrast_mode": "one", "hard_negatives": own},
+        "several labels and candidates": {
+            "labels": several,
+            "candidates": queue,
+            "candidate_labels": several[:6].flip(0),
+        },
         "no candidates": {
             "labels": LABELS,
             "candidates": queue[:0],
@@ -144,7 +158,9 @@ KINDS = [
     "candidates one", "candidates with views", "candidates mask", "candidates by position",
     "candidates by instance", "no candidates", "memory", "memory alone has positives",
     "memory without labels", "memory and candidates", "hard negatives", "positives of the batch only",
-    "ignored", "ignored everywhere", "ignored one", "unlabelled instances",
+    "ignored", "ignored everywhere", "ignored one", "unlabelled instances", "several labels",
+    "several labels one",
+    "several labels and candidates",
 ]  # fmt: skip
 
 
