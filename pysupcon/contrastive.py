@@ -33,10 +33,11 @@ from pysupcon.pairs.checks import (
     check_labelling,
     check_number,
 )
+from pysupcon.pairs.global_batch import AnchorCounts
 from pysupcon.pairs.many_labels import LabelOptions, check_label_options
 from pysupcon.pairs.positive_means import dense_weights
 from pysupcon.pairs.problem import Gather, Problem, prepare
-from pysupcon.pairs.rows import get_divisor, weighted_divisor
+from pysupcon.pairs.rows import get_divisor, get_positive_shift, weighted_divisor
 from pysupcon.ranges import named
 
 __all__ = ["ContrastiveLoss", "Counts", "build_problem", "compute", "dense_sets", "dense_weighted"]
@@ -152,15 +153,21 @@ def compute(
     if global_batch is not None:
         from pysupcon.pairs.gathered import gathered_losses  # imports torch._dynamo, which takes seconds
 
-        candidates = global_batch.candidate_count
+        weighted, ignored = problem.weighted, problem.ignored is not None
 
-        def per_anchor(s: RowStatistics, count: Tensor, instances: Tensor | None) -> tuple[Tensor, Tensor]:
-            counts = Counts(count, instances, candidates)
+        def per_anchor(s: RowStatistics, sizes: AnchorCounts) -> tuple[Tensor, Tensor]:
+            counts = Counts(*sizes, weighted=weighted)
             valid = loss.valid(counts)
-            return loss.per_anchor(s, counts, valid, **own), valid
+            if global_batch.positive_shift is not None:
+                s = s._replace(p=s.p + get_positive_shift(sizes.positives, s.p.dtype))
+            losses = loss.per_anchor(s, counts, valid, **own)
+            return torch.where(valid, losses, 0.0) if ignored else losses, valid
 
-        value, _, anchors = gathered_losses(problem, per_anchor, loss.statistics(**own))
+        value, anchors, total = gathered_losses(problem, per_anchor, loss.statistics(**own))
         divisor = get_divisor(anchors, reduction, loss.requirement)
+        if total is not None and problem.anchor_weights is not None:
+            value = value * problem.anchor_weights.to(value.dtype)
+            divisor = weighted_divisor(total, reduction)
         mean_of = global_batch.processes if reduction == "mean" else 1
     else:
         mean_given, count = problem.positive_weights is not None, problem.count

@@ -122,7 +122,7 @@ def pair_statistics(
     problem, _ = build_problem(
         "pair_statistics", features, labels, mask, options, temperature, False, refused=("reduction",)
     )
-    count = problem.count if problem.global_batch is None else problem.global_batch.own_counts[0]
+    count = problem.count
     if problem.backend == "reference":
         s, positives, negatives, _, weighted = dense_sets(problem)
         n, p = log_sum_exp(weighted, negatives), log_sum_exp(weighted, positives)

@@ -28,7 +28,14 @@ from torch import Tensor
 from pysupcon.pairs.global_batch import Communicator, Gather
 from pysupcon.pairs.modes import is_eager
 
-__all__ = ["Code", "SharedArguments", "check_norms", "describe_difference", "largest_norm"]
+__all__ = [
+    "Code",
+    "SharedArguments",
+    "check_memory_rows",
+    "check_norms",
+    "describe_difference",
+    "largest_norm",
+]
 
 _RELATIVE = 1e-6
 """Two numbers count as the same up to this relative difference. Each process may compute a schedule, and
@@ -226,6 +233,28 @@ def check_norms(
         )
 
 
+def check_memory_rows(features: Tensor, rows: Tensor, temperature: float | Tensor) -> None:
+    """Refuses a memory that the kernels of this process would refuse, before it sends anything.
+
+    Args:
+        features: of this process.
+        rows: of the memory.
+        temperature: number or tensor of one element.
+
+    Raises:
+        ValueError: rows are not finite, or too large for their similarities.
+    """
+    own, norm = largest_norm(features), largest_norm(rows)
+    if norm == math.inf:
+        raise ValueError("memory must be finite, got NaN or infinity")
+    number = Code.of(temperature).decode(Code.of(temperature))
+    if own < math.inf and own * norm / number > _LARGEST_SIMILARITY:
+        raise ValueError(
+            "memory must be small enough for its similarities; the largest |features| |memory| / "
+            "temperature is beyond 7e14"
+        )
+
+
 def _comparable(value: Any) -> Any:
     """Returns a parameter of a loss, or None if its type cannot be compared."""
     if isinstance(value, Tensor):
@@ -280,7 +309,11 @@ class SharedArguments:
         }
 
     def begin(
-        self, features: Tensor, temperature: float | Tensor, candidates: Tensor | None = None
+        self,
+        features: Tensor,
+        temperature: float | Tensor,
+        candidates: Tensor | None = None,
+        hard_negatives: Tensor | None = None,
     ) -> Communicator | None:
         """Sends the values after this process has checked its arguments.
 
@@ -288,6 +321,7 @@ class SharedArguments:
             features: [B, V, D] or [B, D].
             temperature: number or tensor of one element.
             candidates: [Bc, Vc, D] or [Bc, D]; None if not given.
+            hard_negatives: [B, K, D]; None if not given.
 
         Returns:
             None if there is no other process.
@@ -299,7 +333,8 @@ class SharedArguments:
         learnable = isinstance(temperature, Tensor) and temperature.requires_grad
         rows = features if candidates is None and self._first["contrast_mode"] == "one" else candidates
         of_candidates = enabled and rows is not None and rows.requires_grad
-        gradient = of_candidates or (enabled and (features.requires_grad or learnable))
+        of_own = features.requires_grad or (hard_negatives is not None and hard_negatives.requires_grad)
+        gradient = of_candidates or (enabled and (of_own or learnable))
         learnable = learnable or (given and not enabled)  # in an evaluation a tensor may be learnable
         rest = {**self._rest, "normalize": bool(self._rest["normalize"])}
         code = Code.of(temperature, learnable=learnable)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pysupcon.caller import warn_caller
 from pysupcon.pairs import modes, ops, tiled
-from pysupcon.pairs.agreement import SharedArguments
+from pysupcon.pairs.agreement import SharedArguments, check_memory_rows
 from pysupcon.pairs.autograd import row_statistics
 from pysupcon.pairs.backends import check_kernels, resolve_backend
 from pysupcon.pairs.checks import (
@@ -26,13 +26,14 @@ from pysupcon.pairs.checks import (
     check_row_weights,
     check_temperature,
 )
-from pysupcon.pairs.global_batch import Gather, GlobalBatch, build_global_batch
+from pysupcon.pairs.global_batch import Further, Gather, GlobalBatch, build_global_batch, gather_sides
 from pysupcon.pairs.many_labels import LabelOptions, check_many_labels, form_of_labels
 from pysupcon.pairs.memory import MemoryArguments, check_memory
 from pysupcon.pairs.normalize import unit_rows
-from pysupcon.pairs.pairing import repeat_per_view
+from pysupcon.pairs.pairing import repeat_per_view, sort_rows
 from pysupcon.pairs.positive_means import PositiveWeights, positive_means
-from pysupcon.pairs.sides import Side, balance_classes, get_log_weights, join_unlabelled, lay_out
+from pysupcon.pairs.rows import get_positive_shift
+from pysupcon.pairs.sides import Layout, Side, balance_classes, get_log_weights, join_unlabelled, lay_out
 from pysupcon.pairs.statistics import Memory, Pairing, Plan, RowStatistics
 
 __all__ = ["Gather", "Problem", "prepare"]
@@ -50,6 +51,7 @@ class Problem:
     """[N, D]; None: the anchors themselves"""
     temperature: float | Tensor
     pairing: Pairing
+    """with a global batch: labels and order of the anchors only"""
     count: Tensor
     """|P_i|, int64 [M]; with ``positive_weights`` [L, M], 0 for an anchor without a loss"""
     instance_count: Tensor | None
@@ -71,6 +73,8 @@ class Problem:
     """bool [M], anchors whose label is ignored; None: there are none. Their counts are 0"""
     anchor_weights: Tensor | None = None
     """[M], in the reductions"""
+    all_anchor_weights: Tensor | None = None
+    """those of the anchors of all processes, [N]; given with a global batch"""
     weighted: bool = False
     """whether candidates have weights other than 0 and 1"""
     positive_shift: Tensor | None = None
@@ -360,27 +364,18 @@ def prepare(
             )
         candidate_ids = candidate_instance_ids if candidate_ids is None else candidate_ids
 
-    global_batch = None
+    communicator = None
     if gather is not None:
-        communicator = gather.begin(features, temperature, candidates)
+        if bank is not None:
+            check_memory_rows(features, bank.rows, temperature)
+        communicator = gather.begin(features, temperature, candidates, hard_negatives)
         if mask is not None:  # on every process
             raise ValueError("gather works with labels and instances, not with a mask: mask must be None")
-        if communicator is not None:
-            forms = {
-                "memory": memory is not None, "hard_negatives": hard_negatives is not None,
-                "candidate_weights": candidate_weights is not None,
-                "anchor_weights": anchor_weights is not None, "class_balance": class_balance,
-                "ignore_index": ignore_index is not None, "batch_negatives=False": not batch_negatives,
-            }  # fmt: skip
-            for name, used in forms.items():
-                if used:  # on every process
-                    raise ValueError(f"gather works without {name}: use gather=False or leave out {name}")
-            global_batch = build_global_batch(
-                communicator, features, candidates, labels, instances,
-                candidate_ids if labels is not None else None,
-                candidate_instance_ids if instances is not None else None,
-                first_views=contrast_mode == "one", need_instances=need_instances,
-            )  # fmt: skip
+        if communicator is not None and class_balance and bank is not None:
+            raise ValueError(
+                "class_balance needs the same candidates in every process, and the memory of each process is "
+                "its own: with gather give class_balance=True or memory, not both"
+            )
 
     # Sides: the anchors, the candidates if they are other samples, and the memory.
     x, views = _flatten_views(features)
@@ -391,14 +386,25 @@ def prepare(
         if candidate_ids is None:  # the mask says which samples are positives
             candidate_ids = torch.arange(candidates.shape[0], device=features.device)
         sides.append(Side(candidate_ids, candidate_instance_ids, candidate_views))
+    dtype = ops.stats_dtype(x)
+    if communicator is not None:
+        need_ids = need_instances or unlabeled == "instance" or exclude_batch_from_memory
+        sides = gather_sides(communicator, sides, labels is not None, instances is not None, need_ids)
+        if candidate_weights is not None:
+            counted_by = communicator if candidates is None else communicator.candidates
+            assert counted_by is not None
+            candidate_weights = counted_by.exchange(candidate_weights.to(dtype).unsqueeze(0))[0]
+        if exclude_batch_from_memory and bank is not None and bank.instances is not None:
+            assert sides[0].instances is not None
+            bank = bank.exclude(torch.isin(bank.instances, sides[0].instances))
     ignored = None
     if ignore_index is not None and unlabeled == "ignore":
         ignored = [repeat_per_view(side.ids == ignore_index, side.views) for side in sides]
         if bank is not None and bank.labels is not None:
             bank = bank.exclude(bank.labels == ignore_index)
-    dtype = ops.stats_dtype(x)
     if bank is not None:
-        sides.append(bank.side(ids, instance_ids, labels is not None, dtype))
+        all_ids = torch.cat([side.ids for side in sides])
+        sides.append(bank.side(all_ids, sides[0].instances, labels is not None, dtype))
     if ignore_index is not None and unlabeled == "instance":
         sides = join_unlabelled(sides, ignore_index)
     anchors, *further = sides
@@ -419,36 +425,75 @@ def prepare(
     itself = int(others is None or self_index is not None)  # an anchor among its candidates
     if class_balance:
         counted, memory_side = balance_classes(counted, memory_side, dtype)
-    layout = lay_out(
-        counted if others is None else anchors,
-        None if others is None else counted,
-        memory_side,
-        None if bank is None else bank.rows,
-        self_index,
-        mask,
-        many,
-        need_instances and (labels is not None or related),
-        instances is not None,
-    )
-    count, instance_count, ignored_anchors = layout.positive_count, layout.instance_count, None
-    if need_instances and instance_count is None:
-        instance_count = count  # A_i is P_i
-    # The rows of the anchor's class were counted with the anchor itself, which is not its own candidate.
-    positive_shift = (itself / count.clamp(min=1).to(dtype)).log1p() if class_balance and itself else None
-    available: int | Tensor = x.shape[0] if candidate_rows is None else candidate_rows.shape[0]
-    available -= itself
-    if excluded is not None:
-        available = available - excluded.sum()
-    if not batch_negatives:
-        available = count if layout.memory_count is None else count - layout.memory_count
-    if bank is not None:
-        available = available + (bank.rows.shape[0] if bank.weights is None else (bank.weights > 0).sum())
-    if hard_negatives is not None:
-        available = available + hard_negatives.shape[1]
+    outside: int | Tensor = 0 if hard_negatives is None else hard_negatives.shape[1]
+    outside = outside if bank is None else outside + bank.candidate_count  # number of candidates
+    ignored_anchors = None
     if ignored is not None:
         ignored_anchors = ignored[0][::views] if anchors.views < views else ignored[0]
-        count = count.masked_fill(ignored_anchors, 0)
-        instance_count = None if instance_count is None else instance_count.masked_fill(ignored_anchors, 0)
+    global_batch = all_anchor_weights = positive_shift = None
+    if communicator is not None:
+        beyond = None
+        if bank is not None or hard_negatives is not None:
+            beyond = Further(memory_side, None if bank is None else bank.rows, outside)
+        global_batch = build_global_batch(
+            communicator,
+            counted if others is None else anchors,
+            None if others is None else counted,
+            beyond,
+            separate=candidates is not None,
+            labelled=labels is not None,
+            need_instances=need_instances,
+            ignored=ignored_anchors,
+            excluded=excluded,
+            batch_negatives=batch_negatives,
+        )
+        if class_balance and itself:
+            shift = get_positive_shift(global_batch.counts.positives, dtype)
+            global_batch = replace(global_batch, positive_shift=shift)
+        own = global_batch.anchors
+        if anchor_weights is not None:
+            all_anchor_weights = own.communicator.exchange(anchor_weights.to(dtype).unsqueeze(0))[0]
+        own_ids = own.ids[own.own[0] : own.own[1]]
+        order = sort_rows(own_ids, own.views)[1]
+        layout = Layout(
+            Pairing(repeat_per_view(own_ids, own.views), order),
+            *global_batch.own_counts[:2],
+            mask=None,
+            memory=None,
+            positive_weights=None,
+            memory_count=None,
+        )
+        count, instance_count, available = global_batch.own_counts
+        ignored_anchors = None if ignored_anchors is None else ignored_anchors[own.own_rows]
+    else:
+        layout = lay_out(
+            counted if others is None else anchors,
+            None if others is None else counted,
+            memory_side,
+            None if bank is None else bank.rows,
+            self_index,
+            mask,
+            many,
+            need_instances and (labels is not None or related),
+            instances is not None,
+        )
+        count, instance_count = layout.positive_count, layout.instance_count
+        if need_instances and instance_count is None:
+            instance_count = count  # A_i is P_i
+        available = x.shape[0] if candidate_rows is None else candidate_rows.shape[0]
+        available -= itself
+        if excluded is not None:
+            available = available - excluded.sum()
+        if not batch_negatives:
+            available = count if layout.memory_count is None else count - layout.memory_count
+        available = available + outside
+        if class_balance and itself:
+            positive_shift = get_positive_shift(count, dtype)
+        if ignored_anchors is not None:
+            count = count.masked_fill(ignored_anchors, 0)
+            instance_count = (
+                None if instance_count is None else instance_count.masked_fill(ignored_anchors, 0)
+            )
     return Problem(
         x,
         candidate_rows,
@@ -466,6 +511,7 @@ def prepare(
         batch_negatives,
         ignored_anchors,
         anchor_weights,
+        all_anchor_weights,
         candidate_weights is not None or class_balance or (bank is not None and bank.weighted),
         positive_shift,
         layout.positive_weights,

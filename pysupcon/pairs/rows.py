@@ -20,6 +20,12 @@ from pysupcon.pairs.modes import is_eager
 __all__ = ["get_divisor", "mean", "positive_gap", "supcon_rows", "weighted_divisor"]
 
 
+def get_positive_shift(count: Tensor, dtype: torch.dtype) -> Tensor:
+    """What class_balance adds to the log weights of the ``count`` positives of an anchor: their number is
+    counted with the anchor itself, which is not its own candidate."""
+    return (1 / count.clamp(min=1).to(dtype)).log1p()
+
+
 def mean(total: Tensor, count: Tensor) -> Tensor:
     return total / count.clamp(min=1)
 
