@@ -58,6 +58,8 @@ Preparation preparation_of(const Problem& p, const Workspace& w, const BothRange
   if (!p.one_set) preparation.sides[1] = p.candidates;
   preparation.width = int(p.width);
   preparation.ranges[0] = ranges.anchors, preparation.ranges[1] = ranges.candidates;
+  preparation.biases[0] = {w.anchor_bias, p.log_weights};
+  preparation.biases[1] = {w.candidate_bias, p.candidate_log_weights};
   preparation.scale = p.scale, preparation.verdicts = w.verdicts;
   if (p.operation == Operation::pair_stats && !(p.negatives && p.positives)) {
     preparation.fill_count = p.anchors.count;
@@ -255,10 +257,6 @@ void run_pairs(Stream& s, const Problem& p, const Workspace& w) {
   preparation.scale_out = as<Scale>(static_cast<void*>(w.scale));
   preparation.arrivals = w.arrivals, preparation.arrival_count = w.arrival_count;
   preparation.sums = w.triangle.sums, preparation.sum_count = w.triangle.sums ? p.anchors.count : 0;
-  preparation.biases[0] = {w.anchor_bias, p.log_weights, p.anchors.order, p.anchors.count};
-  if (!p.one_set)
-    preparation.biases[1] = {w.candidate_bias, p.candidate_log_weights, p.candidates.order,
-                             p.candidates.count};
   if (is_backward(p.operation)) preparation.upstreams = upstreams_of(p, w, PARTS);
   if (preparation.upstreams.parts)
     s.grid(dim3(kExtremeBlocks), dim3(kThreads), find_extremes, preparation.upstreams);

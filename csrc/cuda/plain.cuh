@@ -149,8 +149,7 @@ struct PlainAnchors {
       return -grad_n[at] * *sigmoid;
     }
     const double reference = same ? p[at] : n[at], upstream = same ? grad_p[at] : grad_n[at];
-    if (reference == -INFINITY) return 0.;
-    double g = upstream * exp(sim + log_weight - reference);
+    double g = reference == -INFINITY ? 0. : upstream * exp(sim + log_weight - reference);
     if (same && grad_positive_sum) g += grad_positive_sum[at];
     if (same_instance && grad_instance_sum) g += grad_instance_sum[at];
     return g;

@@ -268,15 +268,18 @@ __device__ __forceinline__ void pack_coefficients(const Upstream& u, const Upstr
   float2 power = absent(), rest{0.f, 0.f};
   float instance = 0.f;
   const int64_t at = i < u.count ? place_of(u.order, i, u.count) : 0;
+  const int unit = -gradient_exponent(extremes.largest);
+  const auto in_units = [&](double x) { return float(ldexp(x, unit)); };
+  if (i < u.count && u.rest) {  // the sums have no weights: they count where all weights are 0, too
+    rest.x = u.constant ? in_units(u.constant[at]) : 0.f;
+    instance = u.of_instance ? in_units(u.of_instance[at]) : 0.f;
+  }
   if (i < u.count && u.statistic[at] != -INFINITY) {
-    const int unit = -gradient_exponent(extremes.largest);
-    const auto in_units = [&](double x) { return float(ldexp(x, unit)); };
     const double bits = (u.statistic[at] + all.epsilon) * kLog2e, gradient = u.gradient[at];
     const float whole = extremes.reference < INFINITY ? extremes.reference : float(rint(bits));
     if (u.rest) {
       power = {in_units(gradient), float(rint(bits))};
-      rest = {u.constant ? in_units(u.constant[at]) : 0.f, float(bits - double(power.y))};
-      instance = u.of_instance ? in_units(u.of_instance[at]) : 0.f;
+      rest.y = float(bits - double(power.y));
     } else if (all.softplus) {
       power = {in_units(gradient), float(bits)};
     } else {
@@ -288,19 +291,18 @@ __device__ __forceinline__ void pack_coefficients(const Upstream& u, const Upstr
   if (u.instance) u.instance[i] = instance;
 }
 
-// The weights of one side's rows as candidates of others; see Pairs.
+// The log weights of one side's rows as candidates of others.
+constexpr double kMostLogWeight = 1e14;  // as kMostBits
 struct Biases {
-  float* bias;                // [count padded to kPadRows]; null: not wanted
-  const double* log_weights;  // [count], in the caller's order; null: all weights are 1
-  const int64_t* order;
-  int64_t count;
+  float* bias;                // [count], see Pairs; null: not wanted
+  const double* log_weights;  // [count], in the caller's order; null: all are 0
 
-  __device__ __forceinline__ int64_t padded() const {
-    return bias ? divide_up(count, kPadRows) * kPadRows : 0;
-  }
-  __device__ __forceinline__ void store(int64_t i) const {
-    const bool has_weight = log_weights && i < count;
-    bias[i] = has_weight ? float(log_weights[place_of(order, i, count)] * kLog2e) : 0.f;
+  // Returns whether sorted row i has a log weight that is -inf or between the limits.
+  __device__ __forceinline__ bool store(const Rows& rows, int64_t i) const {
+    if (!bias && !log_weights) return true;
+    const double log_weight = log_weights ? log_weights[place_of(rows.order, i, rows.count)] : 0.;
+    if (bias) bias[i] = float(log_weight * kLog2e);
+    return fabs(log_weight) <= kMostLogWeight || log_weight == -INFINITY;
   }
 };
 
@@ -341,8 +343,6 @@ inline int64_t preparation_blocks(const Preparation& p) {
   int64_t sum = verdict_blocks_of(p) + blocks(p.arrival_count) + blocks(p.sum_count) + blocks(p.fill_count);
   for (const Upstream& u : p.upstreams.of)
     if (u.power) sum += blocks(divide_up(u.count, kUnitRows) * kUnitRows);
-  for (const Biases& b : p.biases)
-    if (b.bias) sum += blocks(divide_up(b.count, kPadRows) * kPadRows);
   return sum;
 }
 
@@ -375,7 +375,7 @@ __global__ void __launch_bounds__(kThreads, 4) prepare(const __grid_constant__ P
       Verdict rest = 0;
       const Verdict side = Verdict(k) << 32;  // what one side lacks the other must not make up for
       for (; i < rows.count; i += step) {
-        fine &= ordered(rows, i) & p.ranges[k].find(i);
+        fine &= ordered(rows, i) & p.ranges[k].find(i) & p.biases[k].store(rows, i);
         rest += hash(side + place_of(rows.order, i, rows.count)) - hash(side + i);
       }
       leave_verdict(p.verdicts, fine, rest);
@@ -393,14 +393,6 @@ __global__ void __launch_bounds__(kThreads, 4) prepare(const __grid_constant__ P
       return;
     }
     first = first && !u.power;
-  }
-#pragma unroll
-  for (int k = 0; k < 2; ++k) {
-    const Biases& biases = p.biases[k];
-    if (takes(block, biases.padded(), i)) {
-      if (i < biases.padded()) biases.store(i);
-      return;
-    }
   }
   if (takes(block, p.arrival_count, i)) {
     if (i < p.arrival_count) p.arrivals[i] = 0;

@@ -41,8 +41,8 @@ struct Pairs {
   const int* col_self;         // [cols] likewise the row that is this column; null: none
   bool one_set;                // rows and columns are the same set: column i is row i
   bool within_classes;         // visit same-class columns only
-  // log2 of the weights of rows and columns as candidates of others, label-sorted, padded with 0 to a
-  // multiple of kPadRows; both null: no candidate has a weight.
+  // log2 of the weights of rows and columns as candidates of others, label-sorted; up to a multiple of
+  // kPadRows there are further numbers, of any value. Both null: no candidate has a weight.
   const float *row_bias, *col_bias;
   const Scale* scale;
   Verdicts verdicts;

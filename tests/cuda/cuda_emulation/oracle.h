@@ -155,8 +155,8 @@ class Run {
     const auto weight = [&](const Side& side, int i, double sim, double log_weight, bool is_same,
                             bool is_instance) {
       const double ref = is_same ? side.p[size_t(i)] : side.n[size_t(i)];
-      if (ref == -INFINITY) return 0.;
-      double g = (is_same ? side.v : side.u)[size_t(i)] * std::exp(sim + log_weight - ref);
+      double g = 0;
+      if (ref > -INFINITY) g = (is_same ? side.v : side.u)[size_t(i)] * std::exp(sim + log_weight - ref);
       if (is_same && c_.sums) g += side.w[size_t(i)];
       return is_instance && c_.sums ? g + side.a[size_t(i)] : g;
     };
