@@ -165,7 +165,8 @@ TABLES = {
             "../mnist5k",
             "none",
             MOCO_UNLABELLED_METHODS,
-            baseline="moco_infonce_0",
+            baseline="moco_infonce0",
+            seeds=(0,),
         ),
         Table("mnist5k_alpha", "mnist5k_coarse", "none", ALPHA_METHODS, baseline="supcon_cnce_0", seeds=(0,)),
     )
