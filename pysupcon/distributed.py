@@ -17,9 +17,10 @@ differ between processes and may be 0. A class must have the same label on all p
 are given, rows with the same id on two processes are views of one sample.
 
 With ``candidates`` (two towers) the anchors of each process are contrasted with the candidates of all
-processes, whose number may differ, too. Both sides get complete gradients. Without labels and instances,
-candidate k of a process matches its sample k, so each process needs as many candidates as samples. With
-``contrast_mode="one"`` the candidates are all rows. A ``mask`` is refused.
+processes, whose number may differ, too. Candidates that every process holds count once per process. Both
+sides get complete gradients. Without labels, and in losses that need views (cNCE, spread), candidate k of a
+process matches its sample k unless ``instances`` are given; each process then needs as many candidates as
+samples. With ``contrast_mode="one"`` the candidates are all rows. A ``mask`` is refused.
 
 Everything else must be the same: the loss and its parameters, ``reduction``, ``normalize``, ``gather``, which
 arguments are given, which of features and candidates need gradients, numbers of views, D and dtype. One
@@ -49,7 +50,7 @@ sends as many):
     rows            (N - M) D e; for a ring once more in the backward, and for SINCERE twice each way
     labels          8 per sample of another process; the same for given instances, on both sides
     backward        at most 32 per anchor (:mod:`pysupcon.pairs.gathered`)
-    arguments       one message of 216 from each process
+    arguments       one message of 288 from each process
 With candidates, N, M and D are those of the candidates in the first line. If they need a gradient, or with
 ``contrast_mode="one"``, the backward also receives the anchors of other processes (D e per row); if not, its
 scalars are not sent. Gradients of rows are not communicated. Batches of unequal size are padded to the
@@ -85,7 +86,7 @@ _warned: set[str] = set()
 
 
 class AllGather:
-    """All-gathers the rows once; every process keeps all rows until its backward.
+    """All-gathers the rows once; every process keeps all candidates until its backward.
 
     Args:
         group: process group; None: the default group.

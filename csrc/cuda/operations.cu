@@ -80,6 +80,7 @@ Verdicts verdicts_of(const Problem& p, const Preparation& preparation) {
 // precision
 
 PlainPairs plain_pairs(const Problem& p, const Workspace& w, bool swapped, const Verdicts& verdicts) {
+  const double* candidate_log_weights = p.one_set ? p.log_weights : p.candidate_log_weights;
   return {swapped ? p.candidates : p.anchors,
           swapped ? p.anchors : p.candidates,
           int(p.width),
@@ -90,6 +91,8 @@ PlainPairs plain_pairs(const Problem& p, const Workspace& w, bool swapped, const
           p.one_set,
           visits_negatives(p),
           visits_positives(p),
+          swapped ? candidate_log_weights : p.log_weights,
+          swapped ? p.log_weights : candidate_log_weights,
           p.scale,
           verdicts};
 }
@@ -231,7 +234,7 @@ Upstreams upstreams_of(const Problem& p, const Workspace& w, int parts) {
              w.candidate.instance};
   u.softplus = is_softplus(p.operation);
   u.epsilon = u.softplus ? p.epsilon : 0.;
-  u.one = visits_negatives(p) && parts == 1;
+  u.one = visits_negatives(p) && parts == 1 && !weighted(p);
   u.parts = as<float4>(static_cast<void*>(w.extreme_parts));
   u.extremes = as<Extremes>(static_cast<void*>(w.extremes));
   return u;
@@ -252,6 +255,10 @@ void run_pairs(Stream& s, const Problem& p, const Workspace& w) {
   preparation.scale_out = as<Scale>(static_cast<void*>(w.scale));
   preparation.arrivals = w.arrivals, preparation.arrival_count = w.arrival_count;
   preparation.sums = w.triangle.sums, preparation.sum_count = w.triangle.sums ? p.anchors.count : 0;
+  preparation.biases[0] = {w.anchor_bias, p.log_weights, p.anchors.order, p.anchors.count};
+  if (!p.one_set)
+    preparation.biases[1] = {w.candidate_bias, p.candidate_log_weights, p.candidates.order,
+                             p.candidates.count};
   if (is_backward(p.operation)) preparation.upstreams = upstreams_of(p, w, PARTS);
   if (preparation.upstreams.parts)
     s.grid(dim3(kExtremeBlocks), dim3(kThreads), find_extremes, preparation.upstreams);
@@ -264,9 +271,9 @@ void run_pairs(Stream& s, const Problem& p, const Workspace& w) {
   const auto sides = [&](bool within) {
     const Scale* scale = preparation.scale_out;
     return Sides{{anchors, candidates, ranges.anchors.range, ranges.anchors.instance_range, w.anchor_self,
-                  nullptr, p.one_set, within, scale, verdicts},
+                  nullptr, p.one_set, within, w.anchor_bias, w.candidate_bias, scale, verdicts},
                  {candidates, anchors, ranges.candidates.range, ranges.candidates.instance_range, nullptr,
-                  w.anchor_self, false, within, scale, verdicts}};
+                  w.anchor_self, false, within, w.candidate_bias, w.anchor_bias, scale, verdicts}};
   };
   if (is_backward(p.operation))
     run_backward<F, PARTS>(s, p, w, sides(false), sides(true));

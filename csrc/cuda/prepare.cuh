@@ -288,6 +288,22 @@ __device__ __forceinline__ void pack_coefficients(const Upstream& u, const Upstr
   if (u.instance) u.instance[i] = instance;
 }
 
+// The weights of one side's rows as candidates of others; see Pairs.
+struct Biases {
+  float* bias;                // [count padded to kPadRows]; null: not wanted
+  const double* log_weights;  // [count], in the caller's order; null: all weights are 1
+  const int64_t* order;
+  int64_t count;
+
+  __device__ __forceinline__ int64_t padded() const {
+    return bias ? divide_up(count, kPadRows) * kPadRows : 0;
+  }
+  __device__ __forceinline__ void store(int64_t i) const {
+    const bool has_weight = log_weights && i < count;
+    bias[i] = has_weight ? float(log_weights[place_of(order, i, count)] * kLog2e) : 0.f;
+  }
+};
+
 struct Preparation {
   Rows sides[2];  // anchors; candidates where they are others, else none
   uint4* copies[2];
@@ -295,6 +311,7 @@ struct Preparation {
   int width, slices;
   Ranges ranges[2];
   Upstreams upstreams;
+  Biases biases[2];
   const double* scale;
   Scale* scale_out;
   int* arrivals;
@@ -324,6 +341,8 @@ inline int64_t preparation_blocks(const Preparation& p) {
   int64_t sum = verdict_blocks_of(p) + blocks(p.arrival_count) + blocks(p.sum_count) + blocks(p.fill_count);
   for (const Upstream& u : p.upstreams.of)
     if (u.power) sum += blocks(divide_up(u.count, kUnitRows) * kUnitRows);
+  for (const Biases& b : p.biases)
+    if (b.bias) sum += blocks(divide_up(b.count, kPadRows) * kPadRows);
   return sum;
 }
 
@@ -374,6 +393,14 @@ __global__ void __launch_bounds__(kThreads, 4) prepare(const __grid_constant__ P
       return;
     }
     first = first && !u.power;
+  }
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    const Biases& biases = p.biases[k];
+    if (takes(block, biases.padded(), i)) {
+      if (i < biases.padded()) biases.store(i);
+      return;
+    }
   }
   if (takes(block, p.arrival_count, i)) {
     if (i < p.arrival_count) p.arrivals[i] = 0;

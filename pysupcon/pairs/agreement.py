@@ -28,7 +28,14 @@ from torch import Tensor
 from pysupcon.pairs.global_batch import Communicator, Gather
 from pysupcon.pairs.modes import is_eager
 
-__all__ = ["Code", "SharedArguments", "check_norms", "describe_difference", "largest_norm"]
+__all__ = [
+    "Code",
+    "SharedArguments",
+    "check_memory_rows",
+    "check_norms",
+    "describe_difference",
+    "largest_norm",
+]
 
 _RELATIVE = 1e-6
 """Two numbers count as the same up to this relative difference. Each process may compute a schedule, and
@@ -41,6 +48,13 @@ _UNKNOWN = math.inf
 _PARAMETERS = 4
 """Number of parameters of one loss that are compared. It is fixed: processes that call different losses must
 send messages of the same size"""
+_GIVEN = {
+    "memory": "whether memory is given",
+    "hard_negatives": "whether hard_negatives are given",
+    "candidate_weights": "whether candidate_weights are given",
+    "anchor_weights": "whether anchor_weights are given",
+}
+_FORMS = ("batch_negatives", "class_balance", "unlabeled")
 _LARGEST_SIMILARITY = 7e14
 """Limit of |x| |y| / temperature. It is below the limit of the kernels, 7.8e14: all processes refuse the rows
 before the kernels of one process do"""
@@ -219,6 +233,28 @@ def check_norms(
         )
 
 
+def check_memory_rows(features: Tensor, rows: Tensor, temperature: float | Tensor) -> None:
+    """Refuses a memory that the kernels of this process would refuse, before it sends anything.
+
+    Args:
+        features: of this process.
+        rows: of the memory.
+        temperature: number or tensor of one element.
+
+    Raises:
+        ValueError: rows are not finite, or too large for their similarities.
+    """
+    own, norm = largest_norm(features), largest_norm(rows)
+    if norm == math.inf:
+        raise ValueError("memory must be finite, got NaN or infinity")
+    number = Code.of(temperature).decode(Code.of(temperature))
+    if own < math.inf and own * norm / number > _LARGEST_SIMILARITY:
+        raise ValueError(
+            "memory must be small enough for its similarities; the largest |features| |memory| / "
+            "temperature is beyond 7e14"
+        )
+
+
 def _comparable(value: Any) -> Any:
     """Returns a parameter of a loss, or None if its type cannot be compared."""
     if isinstance(value, Tensor):
@@ -240,7 +276,7 @@ class SharedArguments:
         features: argument of the caller, not checked yet.
         labels: the same; None if not given.
         mask: the same; None if not given.
-        options: the same: ``contrast_mode``, ``candidates``, ``instances``, ``reduction`` and ``normalize``.
+        options: the same: all keywords of :class:`pysupcon.options.Options`.
     """
 
     def __init__(
@@ -254,6 +290,7 @@ class SharedArguments:
             "contrast_mode": mode if isinstance(mode, str) else "invalid",
             "whether candidates are given": options["candidates"] is not None,
             "whether a mask is given": mask is not None,
+            **{_GIVEN[name]: options[name] is not None for name in _GIVEN},
         }
         assert len(parameters) <= _PARAMETERS, f"increase _PARAMETERS for {loss}"
         own = [(name, _comparable(value)) for name, value in parameters.items()]
@@ -264,11 +301,19 @@ class SharedArguments:
             "loss": loss,
             "reduction": options["reduction"],
             "normalize": options["normalize"],
+            **{name: options[name] for name in _FORMS},
+            "exclude_batch_from_memory": bool(options["exclude_batch_from_memory"]),
+            # The digits, because large numbers that differ by 1 are the same up to a relative difference.
+            "ignore_index": str(options["ignore_index"]),
             **dict(own[:_PARAMETERS]),
         }
 
     def begin(
-        self, features: Tensor, temperature: float | Tensor, candidates: Tensor | None = None
+        self,
+        features: Tensor,
+        temperature: float | Tensor,
+        candidates: Tensor | None = None,
+        hard_negatives: Tensor | None = None,
     ) -> Communicator | None:
         """Sends the values after this process has checked its arguments.
 
@@ -276,6 +321,7 @@ class SharedArguments:
             features: [B, V, D] or [B, D].
             temperature: number or tensor of one element.
             candidates: [Bc, Vc, D] or [Bc, D]; None if not given.
+            hard_negatives: [B, K, D]; None if not given.
 
         Returns:
             None if there is no other process.
@@ -287,7 +333,8 @@ class SharedArguments:
         learnable = isinstance(temperature, Tensor) and temperature.requires_grad
         rows = features if candidates is None and self._first["contrast_mode"] == "one" else candidates
         of_candidates = enabled and rows is not None and rows.requires_grad
-        gradient = of_candidates or (enabled and (features.requires_grad or learnable))
+        of_own = features.requires_grad or (hard_negatives is not None and hard_negatives.requires_grad)
+        gradient = of_candidates or (enabled and (of_own or learnable))
         learnable = learnable or (given and not enabled)  # in an evaluation a tensor may be learnable
         rest = {**self._rest, "normalize": bool(self._rest["normalize"])}
         code = Code.of(temperature, learnable=learnable)

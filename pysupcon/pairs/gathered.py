@@ -30,7 +30,7 @@ from torch import Tensor
 from pysupcon.pairs.agreement import SharedArguments
 from pysupcon.pairs.autograd import RefuseSecond
 from pysupcon.pairs.checks import check_gather
-from pysupcon.pairs.global_batch import Block, GlobalBatch, Samples
+from pysupcon.pairs.global_batch import AnchorCounts, Block, GlobalBatch, Samples
 from pysupcon.pairs.ops import zero_gradients
 from pysupcon.pairs.pairing import repeat_per_view, sort_rows
 from pysupcon.pairs.problem import Problem, prepare
@@ -38,13 +38,36 @@ from pysupcon.pairs.statistics import OPERATORS, RowStatistics, row_products
 
 __all__ = ["RowLoss", "gathered_losses", "gathered_statistics", "prepare_gathered"]
 
-RowLoss = Callable[[RowStatistics, Tensor, "Tensor | None"], "tuple[Tensor, Tensor]"]
-"""(statistics, |P_i|, |A_i|) -> losses per anchor, and a bool mask of the anchors that have one, which
-depends on the counts only. The losses are linear in positive_sum, instance_sum and softplus, whose values are
-not communicated."""
+RowLoss = Callable[[RowStatistics, AnchorCounts], "tuple[Tensor, Tensor]"]
+"""(statistics, counts) -> losses per anchor, and a bool mask of the anchors that have one, which depends on
+the counts only. The losses are linear in positive_sum, instance_sum and softplus, whose values are not
+communicated."""
 
-_NO_WEIGHTS = (None, None)
-"""log_weights and candidate_log_weights of the operators"""
+
+class _Operands(NamedTuple):
+    """Arguments of the operators for the own rows and one block."""
+
+    rows: tuple[Any, ...]
+    """the first eight"""
+    instances: tuple[Tensor | None, Tensor | None]
+    own_weights: Tensor | None
+    """log weights of the own rows as candidates"""
+    weights: Tensor | None
+    """log weights of the rows of the block as candidates; None: the block holds the own rows"""
+
+    def of_softplus(self, with_others: bool) -> tuple[Any, ...]:
+        """Arguments of positive_softplus and its backward up to n.
+
+        Args:
+            with_others: whether the rows of the block are anchors, too.
+        """
+        own_block = self.rows[4] is None
+        return *self.rows, self.own_weights if own_block or with_others else None, self.weights
+
+    def of_statistics(self, with_others: bool) -> tuple[Any, ...]:
+        """Arguments of pair_stats and its backward up to the statistics."""
+        *rows, own_weights, weights = self.of_softplus(with_others)
+        return *rows, *self.instances, own_weights, weights
 
 
 class _BlockPairing:
@@ -81,17 +104,30 @@ class _BlockPairing:
                 )
         return index
 
-    def operands(
-        self, own: Samples, other: Samples, rows: Tensor, scale: Tensor, block: Block
-    ) -> tuple[tuple[Any, ...], tuple[Any, Any]]:
-        """Returns the first eight arguments of the operators, for the own rows of one side against a block of
-        the same or the other side, and the instances of both."""
+    def operands(self, own: Samples, other: Samples, rows: Tensor, scale: Tensor, block: Block) -> _Operands:
+        """Returns the arguments for the own rows of one side against a block of the same or the other
+        side."""
         *own_side, instances = self._side(own, *own.own)
+        own_weights = None if own.log_weights is None else own.log_weights[own.own_rows]
         if block.rows is None:
-            return (rows, *own_side, scale, None, None, None, None), (instances, None)
+            first = (rows, *own_side, scale, None, None, None, None)
+            return _Operands(first, (instances, None), own_weights, None)
         *block_side, block_instances = self._side(other, block.start, block.stop)
         self_index = self._self_index(own, other, rows.shape[0], block, rows.device)
-        return (rows, *own_side, scale, block.rows, *block_side, self_index), (instances, block_instances)
+        weights = other.log_weights
+        if weights is not None:
+            weights = weights[block.start * other.views : block.stop * other.views]
+        first = (rows, *own_side, scale, block.rows, *block_side, self_index)
+        return _Operands(first, (instances, block_instances), own_weights, weights)
+
+    def memory_operands(self, rows: Tensor, scale: Tensor) -> list[_Operands]:
+        """Returns the arguments for the own anchors against the memory of this process, if there are both."""
+        memory, anchors = self.batch.memory, self.batch.anchors
+        if memory is None or not rows.shape[0]:
+            return []
+        *own_side, instances = self._side(anchors, *anchors.own)
+        first = (rows, *own_side, scale, memory.rows, memory.labels, memory.order, None)
+        return [_Operands(first, (instances, memory.instances), None, memory.log_weights)]
 
 
 class _Anchors(NamedTuple):
@@ -99,6 +135,8 @@ class _Anchors(NamedTuple):
 
     n: Tensor
     p: Tensor
+    limit: Tensor
+    """n as the softplus sums take it: without the shift of the log weights of positives"""
     grads: RowStatistics
     """dL/dstatistics"""
 
@@ -106,13 +144,13 @@ class _Anchors(NamedTuple):
         """Selects the rows of a block."""
         start, stop = block.start * views, block.stop * views
         grads = RowStatistics(*(column[start:stop] for column in self.grads))
-        return _Anchors(self.n[start:stop], self.p[start:stop], grads)
+        return _Anchors(self.n[start:stop], self.p[start:stop], self.limit[start:stop], grads)
 
     @classmethod
     def without_loss(cls, scale: Tensor, count: int) -> _Anchors:
         """Returns ``count`` rows that are no anchors: nothing depends on their statistics."""
         empty, zeros = scale.new_full((count,), -math.inf), scale.new_zeros((count,))
-        return cls(empty, empty, RowStatistics(*[zeros] * 5))
+        return cls(empty, empty, empty, RowStatistics(*[zeros] * 5))
 
 
 class _GatheredPlan:
@@ -137,6 +175,7 @@ class _GatheredPlan:
         self.backend, self.operators = backend, OPERATORS[backend]
         self.batch, self.loss = batch, loss
         self.negatives, self.positives, self.epsilon = negatives, positives, epsilon
+        self.batch_negatives = negatives and batch.batch_negatives
         self.pairing = _BlockPairing(batch)
         self.with_instances = batch.anchors.instances is not None
         self.others = batch.anchors if batch.candidates is None else batch.candidates
@@ -155,29 +194,44 @@ class _GatheredPlan:
                 if wanted and block.stop > block.start:
                     yield block._replace(rows=rows) if separate and block.rows is None else block
 
-    def statistics(self, x: Tensor, others: Tensor, scale: Tensor, kept: Tensor | None) -> RowStatistics:
+    def statistics(
+        self, x: Tensor, others: Tensor, scale: Tensor, outside: Tensor | None, kept: Tensor | None
+    ) -> RowStatistics:
         """Computes the statistics of the own anchors; those not requested are -inf (n, p) or 0.
 
         Args:
             x: own anchors.
             others: own candidates; ``x`` if the anchors are the candidates.
             scale: 1 / temperature.
+            outside: logsumexp of the own negatives of each anchor [M]; None: there are none.
             kept: what the communicator of the candidates keeps.
         """
         anchors, wanted = self.batch.anchors, x.shape[0] > 0
         n = p = scale.new_full((x.shape[0],), -math.inf)
         positive_sum, instance_sum, softplus = (torch.zeros_like(n) for _ in range(3))
-        for block in self.blocks(self.others, others, kept, wanted):
-            operands, instances = self.pairing.operands(anchors, self.others, x, scale, block)
-            part = self.operators.pair_stats(
-                *operands, *instances, *_NO_WEIGHTS, self.negatives, self.positives
-            )
+
+        def add(operands: _Operands, negatives: bool) -> None:
+            nonlocal n, p, positive_sum, instance_sum
+            part = self.operators.pair_stats(*operands.of_statistics(False), negatives, self.positives)
             n, p = torch.logaddexp(n, part[0]), torch.logaddexp(p, part[1])  # -inf if both are -inf
             positive_sum, instance_sum = positive_sum + part[2], instance_sum + part[3]
+
+        for block in self.blocks(self.others, others, kept, wanted):
+            add(self.pairing.operands(anchors, self.others, x, scale, block), self.batch_negatives)
+        for operands in self.pairing.memory_operands(x, scale):
+            add(operands, self.negatives)
+        if outside is not None and self.negatives:
+            n = torch.logaddexp(n, outside)
+        shift = self.batch.own_positive_shift
         if self.epsilon is not None:
+            limit = (n if shift is None else n - shift), self.epsilon
             for block in self.blocks(self.others, others, kept, wanted):
-                operands, _ = self.pairing.operands(anchors, self.others, x, scale, block)
-                softplus += self.operators.positive_softplus(*operands, *_NO_WEIGHTS, n, self.epsilon)
+                operands = self.pairing.operands(anchors, self.others, x, scale, block)
+                softplus += self.operators.positive_softplus(*operands.of_softplus(False), *limit)
+            for operands in self.pairing.memory_operands(x, scale):
+                softplus += self.operators.positive_softplus(*operands.of_softplus(False), *limit)
+            if shift is not None:
+                softplus += self.batch.own_counts.positives * shift
         statistics = RowStatistics(n, p, positive_sum, instance_sum, softplus)
         return statistics if self.with_instances else statistics.without_instances()
 
@@ -191,8 +245,10 @@ class _GatheredPlan:
         if self.loss is None:
             own = RowStatistics(*grads)
         else:
-            own = _differentiate(self.loss, n, p, grads[0], *self.batch.own_counts)
-        return _Anchors(n, p, own if self.with_instances else own.with_one_sum())
+            own = _differentiate(self.loss, n, p, grads[0], self.batch.own_counts)
+        shift = self.batch.own_positive_shift
+        limit = n if shift is None else n - shift
+        return _Anchors(n, p, limit, own if self.with_instances else own.with_one_sum())
 
     def exchange(self, own: _Anchors, grads: tuple[Tensor, ...], dtype: torch.dtype) -> _Anchors:
         """Exchanges the scalars of the anchors, and returns the anchors of all processes.
@@ -212,18 +268,18 @@ class _GatheredPlan:
             sent["g"] = grads[0]
         columns = torch.stack([column.to(dtype) for column in sent.values()])
         received = dict(zip(sent, batch.anchors.communicator.exchange(columns), strict=True))
-        zeros = columns.new_zeros(batch.count.shape)
+        zeros = columns.new_zeros(batch.counts.positives.shape)
         empty = torch.full_like(zeros, -math.inf)
         n, p = received.get("n", empty), received.get("p", empty)
         if self.loss is None:
             found = RowStatistics(*(received.get("grad_" + name, zeros) for name in named._fields))
         else:
-            found = _differentiate(self.loss, n, p, received["g"], batch.count, batch.instance_count)
+            found = _differentiate(self.loss, n, p, received["g"], batch.counts)
             found = found if self.with_instances else found.with_one_sum()
-        return _Anchors(n, p, found)
+        return _Anchors(n, p, n if batch.positive_shift is None else n - batch.positive_shift, found)
 
     def softplus_backward(
-        self, operands: tuple[Any, ...], own: _Anchors, others: _Anchors | None, grad: Tensor
+        self, operands: _Operands, own: _Anchors, others: _Anchors | None, grad: Tensor
     ) -> Tensor:
         """Adds the gradient of the softplus sums to ``grad``; returns dL/dn of the own rows.
 
@@ -233,18 +289,20 @@ class _GatheredPlan:
             others: rows of the block as anchors; None: they are not, or they are the own rows.
             grad: of the own rows.
         """
-        columns = (None, None) if others is None else (others.n, others.grads.softplus)
+        columns = (None, None) if others is None else (others.limit, others.grads.softplus)
         through: Tensor = self.operators.positive_softplus_backward(
-            *operands, *_NO_WEIGHTS, own.n, self.epsilon, own.grads.softplus, *columns, grad, None
-        )
+            *operands.of_softplus(others is not None), own.limit, self.epsilon, own.grads.softplus, *columns,
+            grad, None,
+        )  # fmt: skip
         return through
 
     def stats_backward(
-        self, operands: tuple[Any, ...], instances: tuple[Any, Any], own: _Anchors, others: _Anchors | None,
-        grad: Tensor,
-    ) -> None:  # fmt: skip
+        self, operands: _Operands, own: _Anchors, others: _Anchors | None, grad: Tensor, negatives: bool
+    ) -> None:
         """Adds the gradient of the other statistics to ``grad``; arguments as in
-        :meth:`softplus_backward`."""
+        :meth:`softplus_backward`. ``negatives``: whether the block has negatives."""
+        if not (negatives or self.positives):
+            return
         with_sums = self.positives and self.with_instances
 
         def columns(side: _Anchors) -> tuple[Tensor | None, ...]:
@@ -254,10 +312,10 @@ class _GatheredPlan:
             )  # fmt: skip
 
         columns_of_others = (None,) * 6 if others is None else columns(others)
-        flags = self.negatives, self.positives
         self.operators.pair_stats_backward(
-            *operands, *instances, *_NO_WEIGHTS, *columns(own), *columns_of_others, *flags, grad, None
-        )
+            *operands.of_statistics(others is not None), *columns(own), *columns_of_others, negatives,
+            self.positives, grad, None,
+        )  # fmt: skip
 
     def gradients(
         self,
@@ -268,7 +326,7 @@ class _GatheredPlan:
         own: _Anchors,
         grads: tuple[Tensor, ...],
         candidate_gradient: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
         """Computes the complete gradients of the own rows.
 
         Args:
@@ -281,10 +339,12 @@ class _GatheredPlan:
             candidate_gradient: whether the candidates need a gradient, the same on all processes.
 
         Returns:
-            Gradients of ``x`` and of ``candidates``, not rounded to 16 bits yet.
+            Gradients of ``x`` from the batch, of ``x`` from the memory, and of ``candidates``, not rounded to
+            16 bits yet; dL/dn of the own anchors.
         """
         anchors, others = self.batch.anchors, self.others
         rows = x if candidates is None else candidates
+        of_memory = self.pairing.memory_operands(x, scale)
         symmetric, wanted = candidates is None, x.shape[0] > 0
         everyone = self.exchange(own, grads, scale.dtype) if symmetric or candidate_gradient else None
 
@@ -295,78 +355,95 @@ class _GatheredPlan:
             return everyone.of(block, anchors.views)
 
         grad_x = zero_gradients(x)
+        grad_memory = zero_gradients(x) if of_memory else None
         if self.epsilon is not None:
             grad_n = own.grads.n
             for block in self.blocks(others, rows, kept, wanted):
-                operands, _ = self.pairing.operands(anchors, others, x, scale, block)
+                operands = self.pairing.operands(anchors, others, x, scale, block)
                 grad_n = grad_n + self.softplus_backward(operands, own, as_anchors(block), grad_x)
+            for operands in of_memory:
+                assert grad_memory is not None
+                grad_n = grad_n + self.softplus_backward(operands, own, None, grad_memory)
             own = own._replace(grads=own.grads._replace(n=grad_n))
             if everyone is not None:  # dL/dn is complete only after all blocks
                 all_n = anchors.communicator.exchange(grad_n.unsqueeze(0))[0]
                 everyone = everyone._replace(grads=everyone.grads._replace(n=all_n))
         for block in self.blocks(others, rows, kept, wanted):
-            operands, instances = self.pairing.operands(anchors, others, x, scale, block)
-            self.stats_backward(operands, instances, own, as_anchors(block), grad_x)
+            operands = self.pairing.operands(anchors, others, x, scale, block)
+            self.stats_backward(operands, own, as_anchors(block), grad_x, self.batch_negatives)
+        for operands in of_memory:
+            assert grad_memory is not None
+            self.stats_backward(operands, own, None, grad_memory, self.negatives)
         if candidates is None or everyone is None:
-            return grad_x, None
+            return grad_x, grad_memory, None, own.grads.n
 
         # The own candidates are no anchors; the rows of the blocks are.
         grad_candidates = zero_gradients(candidates)
         no_anchors = _Anchors.without_loss(scale, candidates.shape[0])
         kept, wanted = anchors.communicator.keep(x), candidates.shape[0] > 0
         for block in self.blocks(anchors, x, kept, wanted):
-            operands, instances = self.pairing.operands(others, anchors, candidates, scale, block)
+            operands = self.pairing.operands(others, anchors, candidates, scale, block)
             block_anchors = everyone.of(block, anchors.views)
             if self.epsilon is not None:
                 self.softplus_backward(operands, no_anchors, block_anchors, grad_candidates)
-            self.stats_backward(operands, instances, no_anchors, block_anchors, grad_candidates)
-        return grad_x, grad_candidates
+            self.stats_backward(operands, no_anchors, block_anchors, grad_candidates, self.batch_negatives)
+        return grad_x, grad_memory, grad_candidates, own.grads.n
 
 
-def _differentiate(
-    loss: RowLoss, n: Tensor, p: Tensor, g: Tensor, count: Tensor, instance_count: Tensor | None
-) -> RowStatistics:
+def _differentiate(loss: RowLoss, n: Tensor, p: Tensor, g: Tensor, counts: AnchorCounts) -> RowStatistics:
     """Returns dL/dstatistics of some anchors from the gradients g of their losses."""
     zeros = torch.zeros_like(n)
     with torch.enable_grad():
         leaves = [value.detach().requires_grad_() for value in (n, p, zeros, zeros.clone(), zeros.clone())]
-        losses, _ = loss(RowStatistics(*leaves), count, instance_count)
+        losses, _ = loss(RowStatistics(*leaves), counts)
         grads = torch.autograd.grad(losses, leaves, g.to(losses.dtype), allow_unused=True)
     return RowStatistics(*(zeros if grad is None else grad for grad in grads))
 
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, candidates: Tensor | None, scale: Tensor, plan: _GatheredPlan) -> Any:
+    def forward(
+        ctx: Any, x: Tensor, candidates: Tensor | None, scale: Tensor, outside: Tensor | None,
+        plan: _GatheredPlan,
+    ) -> Any:  # fmt: skip
         others = x if candidates is None else candidates
         kept = plan.others.communicator.keep(others)
-        statistics = plan.statistics(x, others, scale, kept)
+        statistics = plan.statistics(x, others, scale, outside, kept)
         tensors = plan.batch.tensors
         ctx.plan = plan.with_tensors((None,) * len(tensors))
-        ctx.save_for_backward(x, candidates, scale, kept, statistics.n, statistics.p, *tensors)
+        ctx.save_for_backward(x, candidates, scale, outside, kept, statistics.n, statistics.p, *tensors)
         if plan.loss is None:
             return tuple(statistics)
-        return (plan.loss(statistics, *plan.batch.own_counts)[0],)
+        return (plan.loss(statistics, plan.batch.own_counts)[0],)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, candidates, scale, kept, n, p, *tensors = ctx.saved_tensors
+        x, candidates, scale, outside, kept, n, p, *tensors = ctx.saved_tensors
         plan, needs = ctx.plan.with_tensors(tensors), ctx.needs_input_grad
-        grad_scale: Tensor | None = None
+        grad_scale = grad_outside = None
         result: tuple[Tensor | None, ...]
         with torch.no_grad():
             own = plan.upstream(n, p, grads)
-            grad_x, grad_candidates = plan.gradients(x, candidates, scale, kept, own, grads, needs[1])
+            grad_x, grad_memory, grad_candidates, grad_n = plan.gradients(
+                x, candidates, scale, kept, own, grads, needs[1]
+            )
             if needs[2]:
                 # sum_i x_i . dL/dx_i = sum_ij (G_ij + G_ji) s_ij over all i: without separate candidates
                 # every pair counts twice.
                 twice = 2 if candidates is None else 1
                 grad_scale = row_products(x, grad_x, scale.dtype) / (twice * scale)
+                if grad_memory is not None:
+                    grad_scale += row_products(x, grad_memory, scale.dtype) / scale
+            if grad_memory is not None:
+                grad_x += grad_memory
+            if outside is not None:
+                share = torch.where(outside == -math.inf, 0.0, (outside - n).exp())
+                grad_outside = share * grad_n if plan.negatives else torch.zeros_like(outside)
             if grad_candidates is not None:
                 grad_candidates = grad_candidates.to(candidates.dtype)
-            result = grad_x.to(x.dtype) if needs[0] else None, grad_candidates, grad_scale
+            result = grad_x.to(x.dtype) if needs[0] else None, grad_candidates, grad_scale, grad_outside
         if torch.is_grad_enabled():
-            inputs = [tensor for tensor in (x, candidates, *grads) if tensor is not None]
+            inputs = [tensor for tensor in (x, candidates, outside, *grads) if tensor is not None]
             result = tuple(None if grad is None else RefuseSecond.apply(grad, *inputs) for grad in result)
         return *result, None
 
@@ -374,7 +451,8 @@ class _Gathered(torch.autograd.Function):
 def _apply(problem: Problem, loss: RowLoss | None, requested: dict[str, Any]) -> tuple[Tensor, ...]:
     assert problem.global_batch is not None
     plan = _GatheredPlan(problem.backend, problem.global_batch, loss, **requested)
-    result: tuple[Tensor, ...] = _Gathered.apply(problem.x, problem.candidates, problem.scale, plan)
+    outside = problem.hard_negative_logsumexp() if plan.negatives else None
+    result: tuple[Tensor, ...] = _Gathered.apply(problem.x, problem.candidates, problem.scale, outside, plan)
     return result
 
 
@@ -409,7 +487,7 @@ def prepare_gathered(
 @torch.compiler.disable
 def gathered_losses(
     problem: Problem, loss: RowLoss, requested: dict[str, Any]
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Computes the losses of the own anchors. Every process calls it, and the backward of its result.
 
     Args:
@@ -418,19 +496,25 @@ def gathered_losses(
         requested: arguments of :meth:`Problem.statistics`: the statistics that ``loss`` needs.
 
     Returns:
-        Losses [M]; bool [M], which anchors have a loss; and the number of anchors of all processes that have
-        one, int64 of no dimensions.
+        Losses [M]; the number of anchors of all processes that have one, int64 of no dimensions; and the sum
+        of their weights, None without anchor_weights.
     """
     batch = problem.global_batch
     assert batch is not None
     (losses,) = _apply(problem, loss, requested)
-    placeholder = problem.scale.detach().new_zeros(()).expand(batch.count.shape)
+    placeholder = problem.scale.detach().new_zeros(()).expand(batch.counts.positives.shape)
     with torch.no_grad():
-        _, all_valid = loss(RowStatistics(*[placeholder] * 5), batch.count, batch.instance_count)
-    return losses, all_valid[batch.anchors.own_rows], all_valid.sum()
+        _, valid = loss(RowStatistics(*[placeholder] * 5), batch.counts)
+        weights = problem.all_anchor_weights
+        total = None if weights is None else torch.where(valid, weights, 0.0).sum()
+    return losses, valid.sum(), total
 
 
 @torch.compiler.disable
 def gathered_statistics(problem: Problem, requested: dict[str, Any]) -> RowStatistics:
     """Computes n, p and positive_sum of the own anchors against all rows, differentiable once."""
-    return RowStatistics(*_apply(problem, None, requested))
+    n, p, *sums = _apply(problem, None, requested)
+    batch = problem.global_batch
+    if batch is not None and batch.own_positive_shift is not None:
+        p = p + batch.own_positive_shift
+    return RowStatistics(n, p, *sums)

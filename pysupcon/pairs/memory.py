@@ -43,6 +43,11 @@ class MemoryRows(NamedTuple):
     weighted: bool
     """whether there are weights other than 0 and 1"""
 
+    @property
+    def candidate_count(self) -> int | Tensor:
+        """Number of rows that are candidates."""
+        return self.rows.shape[0] if self.weights is None else (self.weights > 0).sum()
+
     def exclude(self, excluded: Tensor) -> MemoryRows:
         """Gives weight 0 to the rows of a mask, bool [Nm]."""
         weights = self.rows.new_ones(excluded.shape) if self.weights is None else self.weights

@@ -119,7 +119,10 @@ class Trainer:
         key_encoder = MomentumEncoder(network, momentum) if momentum > 0 else None
         queue = MemoryQueue(config.loss.queue, network.projection_dim) if config.loss.queue > 0 else None
         group_dro = build_group_dro(config, data, self.accelerator)
-        self.objective = Objective(config.loss, config.data.views, group_dro, queue, momentum > 0)
+        unlabelled = data.training is not data.splits["train"]
+        self.objective = Objective(
+            config.loss, config.data.views, group_dro, queue, momentum > 0, unlabelled=unlabelled
+        )
         self.objective.to(self.device)
         optimizer = build_optimizer(config.optimizer, self.network, self.objective)
         scheduler = build_scheduler(

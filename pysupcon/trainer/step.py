@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pysupcon.config import Config
 from pysupcon.data.datamodule import DataModule
+from pysupcon.data.unlabelled import UNKNOWN
 from pysupcon.errors import RunError
 from pysupcon.gradcache import GradCache
 from pysupcon.models.model import ModelOutput
@@ -85,7 +86,7 @@ class TrainingStep:
 
         Args:
             batches: ``trainer.accumulation_steps`` batches of this process: views uint8 [b, V, C, S, S],
-                labels int64 [b] and, for GroupDRO, groups int64 [b].
+                labels int64 [b] (or [b, L]) and, for GroupDRO, groups int64 [b].
             number: number of the step, for messages.
             stop: whether this process requests the training to stop.
 
@@ -134,7 +135,7 @@ class TrainingStep:
         statistics: dict[str, Tensor] = {}
         for index, batch in enumerate(batches, start=1):
             views, labels, *groups = (tensor.to(device, non_blocking=True) for tensor in batch)
-            if self.config.loss.name != "none":  # before the queue changes
+            if self.config.loss.name != "none" and labels.dim() == 1:  # before the queue changes
                 valid, chance = self._batch_statistics(labels)
                 statistics["valid_anchors"] = statistics.get("valid_anchors", 0.0) + valid
                 statistics["chance"] = statistics.get("chance", 0.0) + chance / count
@@ -154,7 +155,7 @@ class TrainingStep:
         views, labels = batch
         images = self.data.normalize(views).flatten(0, 1).contiguous(memory_format=torch.channels_last)
         with region("encoder"):
-            outputs: ModelOutput = model(images, labels.repeat_interleave(views.shape[1]))
+            outputs: ModelOutput = model(images, labels.repeat_interleave(views.shape[1], dim=0))
         return outputs
 
     def _encode_keys(self, views: Tensor) -> Tensor | None:
@@ -210,12 +211,14 @@ class TrainingStep:
         return values
 
     def _batch_statistics(self, labels: Tensor) -> Tensor:
-        counts = one_hot(labels, len(self.data.class_names)).sum(0)  # bincount would synchronise
+        # Entry 0 counts the samples whose class is not known. bincount would synchronise.
+        counts = one_hot(labels - UNKNOWN, len(self.data.class_names) + 1).sum(0)
         if self.config.loss.gather is not False:
             counts = self.accelerator.reduce(counts, "sum")
-        memory = self.objective.memory_counts(len(counts))
+        memory = self.objective.memory_counts(len(counts) - 1)
         momentum = self.key_encoder is not None
-        return batch_statistics(self.config.loss, labels, counts, self.config.data.views, memory, momentum)
+        views = self.config.data.views
+        return batch_statistics(self.config.loss, labels, counts[1:], views, counts[0], memory, momentum)
 
     def _check_finite(self, values: dict[str, float], number: int) -> None:
         non_finite = [name for name, value in values.items() if not abs(value) < float("inf")]

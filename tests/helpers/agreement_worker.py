@@ -70,7 +70,7 @@ def _clip(**own: Any) -> Build:
 
 
 _SINCERE, _SPREAD, _CNCE = pysupcon.SINCERELoss, pysupcon.SpreadLoss, pysupcon.ClassConditionalInfoNCELoss
-_LABELS = torch.arange(SAMPLES) % 2
+_LABELS, _ROWS = torch.arange(SAMPLES) % 2, torch.ones(SAMPLES, WIDTH)
 DIFFERENCES: dict[str, tuple[str, tuple[Build, str], tuple[Build, str]]] = {
     "temperature": (
         "temperature", (_module(temperature=0.07), "0.07"), (_module(temperature=0.1), "0.1"),
@@ -122,6 +122,28 @@ DIFFERENCES: dict[str, tuple[str, tuple[Build, str], tuple[Build, str]]] = {
     ),
     "labels": ("whether labels are given", (_call(labels=None), "False"), (_module(), "True")),
     "instances": ("whether instances are given", (_call(instances=_LABELS), "True"), (_module(), "False")),
+    "memory": (
+        "whether memory is given", (_call(memory=_ROWS, memory_labels=_LABELS), "True"), (_module(), "False"),
+    ),
+    "hard_negatives": (
+        "whether hard_negatives are given",
+        (_call(hard_negatives=torch.ones(SAMPLES, 1, WIDTH)), "True"),
+        (_module(), "False"),
+    ),
+    "candidate_weights": (
+        "whether candidate_weights are given",
+        (_call(candidate_weights=torch.ones(SAMPLES)), "True"),
+        (_module(), "False"),
+    ),
+    "anchor_weights": (
+        "whether anchor_weights are given",
+        (_call(anchor_weights=torch.ones(SAMPLES)), "True"),
+        (_module(), "False"),
+    ),
+    "class_balance": ("class_balance", (_module(class_balance=True), "True"), (_module(), "False")),
+    "ignore_index": (
+        "ignore_index", (_module(ignore_index=-1), "-1"), (_module(), "None"),
+    ),
     "gradient": (
         "whether a gradient is wanted", (_call(features=torch.ones(SAMPLES, 2, WIDTH)), "False"),
         (_module(), "True"),

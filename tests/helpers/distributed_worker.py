@@ -31,7 +31,7 @@ LOSSES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     for name, (loss, own) in [*LOSS_CASES.items(), ("infonce", (pysupcon.InfoNCELoss, {}))]
 }
 MODES: dict[str, bool | str] = {"all": True, "ring": "ring"}
-MESSAGE = 216  # bytes of the message that compares the arguments
+MESSAGE = 288  # bytes of the message that compares the arguments
 
 
 def sizes_of(batches: str, world: int) -> list[int]:

@@ -254,12 +254,12 @@ def _operator_arguments(kind: str, backend: str) -> tuple[Any, ...]:
     flags = (backend, True, True)
     nothing: tuple[None, ...] = (None,) * 3
     if kind == "self":
-        return x, None, scale, None, labels, order, *nothing, None, None, *nothing, *flags
+        return x, None, scale, None, labels, order, *nothing, None, None, *nothing, None, *flags
     others, queue = torch.tensor([5, 2, 2, 0, 2, 1]), torch.randn(6, 5, requires_grad=True)
     rows = (labels, order, others, torch.argsort(others, stable=True), None)
     if kind == "candidates":
-        return x, queue, scale, epsilon, *rows, None, None, *nothing, *flags
-    mask = (torch.rand(7, 6) > 0.5, torch.arange(7), torch.arange(6))
+        return x, queue, scale, epsilon, *rows, None, None, *nothing, None, *flags
+    mask = (torch.rand(7, 6) > 0.5, torch.arange(7), torch.arange(6), None)
     return x, queue, scale, epsilon, *rows, None, None, *mask, *flags
 
 

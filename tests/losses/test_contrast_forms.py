@@ -108,7 +108,7 @@ def cases() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize(("name", "option"), cases())
+@pytest.mark.parametrize(("name", "option"), list(cases()))
 def test_value_and_gradient(name: str, option: str, reduction: str, backend: str) -> None:
     """Float64, against the definition: 1e-10, some 1e6 roundings of numbers of size 1 to 10."""
     x, given = build(OPTIONS[option])

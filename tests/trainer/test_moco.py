@@ -115,7 +115,9 @@ def test_chance_is_the_loss_of_a_collapsed_representation(
     outputs = ModelOutput(point[:4], point[:4], None) if momentum else ModelOutput(point, point, None)
     loss = objective(outputs, LABELS, None, point[:4] if momentum else None)["contrastive"]
     counts, memory = LABELS.bincount(minlength=4), objective.memory_counts(4)
-    valid, chance = batch_statistics(config, LABELS, counts, 2, memory, momentum).tolist()
+    valid, chance = batch_statistics(
+        config, LABELS, counts, 2, memory_counts=memory, momentum=momentum
+    ).tolist()
     assert chance == pytest.approx(float(loss), rel=1e-6)
     assert valid == (4 if momentum else 8)
 
