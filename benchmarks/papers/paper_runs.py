@@ -63,19 +63,10 @@ ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 ALPHA_METHODS = tuple(
     Method("supcon_cnce", f"alpha {alpha:g}", overrides=("--loss.alpha", f"{alpha:g}")) for alpha in ALPHAS
 )
-_NO_QUEUE = ("--loss.queue", "0")
 MOCO_METHODS = (
-    Method("moco", "SupCon, no queue", overrides=_NO_QUEUE),
+    Method("moco", "SupCon, no queue", overrides=("--loss.queue", "0")),
     Method("moco", "SupCon, queue of 2,048 keys"),
 )
-_UNLABELLED = ("--loss.name", "infonce")
-MOCO_UNLABELLED_METHODS = (
-    Method("moco", "InfoNCE, no queue", overrides=(*_UNLABELLED, *_NO_QUEUE)),
-    Method(
-        "moco", "InfoNCE, queue of 2,048 keys (MoCo)",
-        overrides=(*_UNLABELLED, "--loss.batch_negatives", "false"),
-    ),
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -160,13 +151,6 @@ TABLES = {
         _transfer("fashion_mnist_coarse", "none"),
         _transfer("fashion_mnist_coarse", "strong"),
         Table("mnist5k_moco", "../mnist5k", "none", MOCO_METHODS, baseline="moco_0"),
-        Table(
-            "mnist5k_moco_unlabelled",
-            "../mnist5k",
-            "none",
-            MOCO_UNLABELLED_METHODS,
-            baseline="moco_infonce_0",
-        ),
         Table("mnist5k_alpha", "mnist5k_coarse", "none", ALPHA_METHODS, baseline="supcon_cnce_0", seeds=(0,)),
     )
 }

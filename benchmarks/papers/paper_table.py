@@ -33,7 +33,6 @@ HEADINGS = {
     "fashion_mnist_strong": "Fashion-MNIST-coarse, strong augmentation",
     "mnist5k_fine": "Margin of medians, trained on the ten digits",
     "mnist5k_moco": "Labelled MoCo: a momentum encoder, with and without a queue, ten digits, batches of 50",
-    "mnist5k_moco_unlabelled": "MoCo: the same without labels",
     "mnist5k_alpha": "The weight of cNCE, MNIST-coarse without augmentation",
 }
 COLUMNS = {
