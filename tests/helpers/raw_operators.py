@@ -27,7 +27,7 @@ def operators(namespace: str) -> dict[str, list[str]]:
     schemas = [schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith(prefix)]
     taken = {s.name.removeprefix(prefix): [argument.name for argument in s.arguments] for s in schemas}
     return {
-        name: taken[name] for name in sorted(taken) if "x" in taken[name] and "backend" not in taken[name]
+        name: taken[name] for name in sorted(taken) if "order" in taken[name] and "backend" not in taken[name]
     }
 
 
