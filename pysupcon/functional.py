@@ -136,6 +136,8 @@ def pair_statistics(
 
             statistics = gathered_statistics(problem, requested)
         n, p, total = statistics.n, statistics.p, statistics.positive_sum
+    if problem.ignored is not None:  # their sum is over other ignored rows
+        total = torch.where(count > 0, total, 0.0)
     return PairStatistics(n, p, total / count.clamp(min=1), count)
 
 

@@ -302,7 +302,7 @@ def build_global_batch(
     counted = anchors if candidates is None else candidates
     available: int | Tensor = counted.ids.shape[0] * counted.views - int(not separate)
     if excluded is not None:
-        available = available - excluded.sum()
+        available = (available - excluded.sum()).expand(positives.shape)
     if not batch_negatives:
         available = positives
     side = communicator

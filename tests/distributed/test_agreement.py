@@ -31,7 +31,7 @@ CASES: list[processes.Case] = [
     *[("differing", what, mode) for what in worker.DIFFERENCES for mode in worker.MODES],
     *[("invalid", what, mode) for what in worker.INVALID for mode in worker.MODES],
     *[("unmatched", mode) for mode in worker.MODES],
-    *[("unsupported", what) for what in ("mask", "memory", "class_balance")],
+    ("unsupported", "mask"),
     ("gather_mode",),
     ("last_bits",),
     *[("bad_rows", what, mode) for what in BAD_ROWS for mode in worker.MODES],
@@ -87,13 +87,6 @@ def test_a_mask_of_all_processes(results: processes.Results) -> None:
     for result in results:
         for error in result["unsupported", "mask"]:
             assert error.startswith("ValueError: gather works with labels and instances, not with a mask")
-
-
-@pytest.mark.parametrize("name", ["memory", "class_balance"])
-def test_a_form_that_gather_does_not_support(name: str, results: processes.Results) -> None:
-    for result in results:
-        for error in result["unsupported", name]:
-            assert error.startswith(f"ValueError: gather works without {name}")
 
 
 def test_the_last_bits_of_a_schedule_may_differ(results: processes.Results) -> None:

@@ -71,6 +71,7 @@ def _clip(**own: Any) -> Build:
 
 _SINCERE, _SPREAD, _CNCE = pysupcon.SINCERELoss, pysupcon.SpreadLoss, pysupcon.ClassConditionalInfoNCELoss
 _LABELS, _ROWS = torch.arange(SAMPLES) % 2, torch.ones(SAMPLES, WIDTH)
+_BANK = {"memory": _ROWS, "memory_labels": _LABELS, "instances": _LABELS, "memory_instances": _LABELS}
 DIFFERENCES: dict[str, tuple[str, tuple[Build, str], tuple[Build, str]]] = {
     "temperature": (
         "temperature", (_module(temperature=0.07), "0.07"), (_module(temperature=0.1), "0.1"),
@@ -140,9 +141,29 @@ DIFFERENCES: dict[str, tuple[str, tuple[Build, str], tuple[Build, str]]] = {
         (_call(anchor_weights=torch.ones(SAMPLES)), "True"),
         (_module(), "False"),
     ),
+    "exclude_batch_from_memory": (
+        "exclude_batch_from_memory",
+        (_call(**_BANK, exclude_batch_from_memory=True), "True"),
+        (_call(**_BANK), "False"),
+    ),
+    "batch_negatives": (
+        "batch_negatives",
+        (_function(functional.dcl, memory=_ROWS, memory_labels=_LABELS, batch_negatives=False), "False"),
+        (_function(functional.dcl, memory=_ROWS, memory_labels=_LABELS), "True"),
+    ),
     "class_balance": ("class_balance", (_module(class_balance=True), "True"), (_module(), "False")),
     "ignore_index": (
         "ignore_index", (_module(ignore_index=-1), "-1"), (_module(), "None"),
+    ),
+    "a large ignore_index": (
+        "ignore_index",
+        (_module(ignore_index=10**7), "10000000"),
+        (_module(ignore_index=10**7 + 1), "10000001"),
+    ),
+    "unlabeled": (
+        "unlabeled",
+        (_module(ignore_index=-1, unlabeled="instance"), "instance"),
+        (_module(ignore_index=-1), "ignore"),
     ),
     "gradient": (
         "whether a gradient is wanted", (_call(features=torch.ones(SAMPLES, 2, WIDTH)), "False"),
