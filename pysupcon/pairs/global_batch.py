@@ -137,7 +137,7 @@ class AnchorCounts(NamedTuple):
         return AnchorCounts(
             positives[rows],
             None if instances is None else instances[rows],
-            candidates[rows] if isinstance(candidates, Tensor) else candidates,
+            candidates[rows] if isinstance(candidates, Tensor) and candidates.dim() else candidates,
         )
 
 

@@ -176,7 +176,7 @@ def test_gradcheck(form: str, epsilon: float | None, backend: str) -> None:
     used = case.labels != -1
 
     def function(x: Tensor, candidates: Tensor | None, scale: Tensor) -> tuple[Tensor, ...]:
-        n, p, *sums = row_statistics(x, candidates, scale, plan)
+        n, p, *sums = row_statistics(x, candidates, scale, None, plan)
         finite = (torch.where((value > -torch.inf) & used, value, 0.0) for value in (n, p))
         return *finite, *(value for value in sums if value.shape == n.shape)
 
