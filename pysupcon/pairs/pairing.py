@@ -131,7 +131,7 @@ def pair_by_mask(
     if modes.is_eager(mask):
         count = tiled.positive_count(positives, self_index, symmetric=not rectangular)
     else:
-        count = custom_op.positive_count(*positives[:3], self_index, not rectangular)
+        count = custom_op.positive_count(mask, rows, columns, self_index, not rectangular)
     order, candidate_order = (torch.arange(side.shape[0], device=mask.device) for side in (rows, columns))
     if not rectangular:
         return Pairing(rows, order), count, positives

@@ -72,6 +72,17 @@ def oracle(
     return result.sum() / (max(sum(valid), 1) if reduction == "mean" else 1)
 
 
+@pytest.mark.parametrize(
+    ("form", "value"), [("per_label", 4.210130816971), ("any", 4.319757139384), ("jaccard", 4.154851864543)]
+)
+def test_known_values(form: str, value: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    z = torch.nn.functional.normalize(torch.randn(8, 16, generator=generator, dtype=torch.float64), dim=-1)
+    labels = torch.cat([LABELS, torch.ones(1, 4, dtype=torch.int64)])
+    got = functional.supcon(z, labels, temperature=0.1, multi_label=form)
+    torch.testing.assert_close(got.item(), value, rtol=0, atol=1e-10)
+
+
 OPTIONS: list[dict[str, Any]] = [
     {"reduction": "mean"},
     {"reduction": "sum"},
