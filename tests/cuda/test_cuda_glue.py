@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from cuda_emulation import build
-from helpers import raw_operators
+from helpers import raw_operators, weighted_pairs
 from helpers.gradients import added
 from torch import Tensor
 
@@ -201,6 +201,15 @@ def test_operators_agree_with_written_down_pairs(
     )
     assert softplus_gradient[2].dtype == torch.float64
     same_gradients(softplus_gradient, (u * right).sum(), 20)
+
+
+@pytest.mark.parametrize("form", weighted_pairs.FORMS)
+@pytest.mark.parametrize("weights", ["near", "far"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_operators_with_weights_equal_the_definition(
+    emulated: Any, form: str, weights: str, dtype: torch.dtype
+) -> None:
+    weighted_pairs.check(weighted_pairs.draw(form, dtype, 0.07, weights, seed=3, total=120), emulated)
 
 
 def test_matmul_precision_chooses_the_split(emulated: Any) -> None:
