@@ -205,7 +205,7 @@ DEFAULTS: dict[str, Any] = {
     "contrast_mode": "all", "normalize": False, "backend": "auto", "gather": None, "reduction": "mean",
     "multi_label": "per_label", "overlap_threshold": 0,
 }  # fmt: skip
-"""Default values of :class:`Options`. No float is among them, because torch.compile makes floats inputs of the
+"""Default values of :class:`Options`. None is a float, because torch.compile makes a float an input of the
 graph."""
 ROW_OPTIONS = RowOptions.__annotations__.keys()
 """Names of the keywords of :class:`RowOptions`"""
