@@ -21,7 +21,9 @@
 #define WEIGHT_ARGS const Maybe &log_weights, const Maybe &candidate_log_weights
 #define GRADIENT_ARGS const at::Tensor &grad_x, const Maybe &grad_candidates
 
-#define PAIR_STATS_ARGS ROWS_ARGS, CANDIDATE_ARGS, INSTANCE_ARGS, WEIGHT_ARGS, bool negatives, bool positives
+#define PAIR_STATS_ARGS                                                                  \
+  ROWS_ARGS, CANDIDATE_ARGS, INSTANCE_ARGS, WEIGHT_ARGS, bool negatives, bool positives, \
+      const Maybe &negative_mean
 #define PAIR_STATS_BACKWARD_ARGS                                                                          \
   ROWS_ARGS, CANDIDATE_ARGS, INSTANCE_ARGS, WEIGHT_ARGS, const at::Tensor &n, const at::Tensor &p,        \
       const at::Tensor &grad_n, const at::Tensor &grad_p, const Maybe &grad_positive_sum,                 \

@@ -175,19 +175,21 @@ Tensor as_stats(const Maybe& t, int64_t rows, const char* name) {
 }
 const double* pointer(const Tensor& t) { return t.defined() ? t.const_data_ptr<double>() : nullptr; }
 
-// The buffers that gradients are added to. They are float for 16-bit rows: the caller rounds the sum.
+// A buffer that is added to, of the shape of `rows`. It is float for 16-bit rows: the caller rounds the sum.
 // `statistics`: the tensors that are read at the same time, besides the rows.
+void* gradient(const Call& call, const Tensor& g, const Tensor& rows, const char* name,
+               at::ArrayRef<Tensor> statistics) {
+  void* const to = check_gradient(g, rows, name);
+  check_apart(g, name, {call.x, call.order, call.c, call.c_order});
+  check_apart(g, name, statistics);
+  return to;
+}
 cpu::Gradients gradients(const Call& call, const Tensor& grad_x, const Maybe& grad_candidates,
                          at::ArrayRef<Tensor> statistics) {
-  const auto gradient = [&](const Tensor& g, const Tensor& rows, const char* name) {
-    void* const to = check_gradient(g, rows, name);
-    check_apart(g, name, {call.x, call.order, call.c, call.c_order});
-    check_apart(g, name, statistics);
-    return to;
-  };
-  if (!grad_candidates) return {gradient(grad_x, call.x, "grad_x"), nullptr};
+  void* const anchors = gradient(call, grad_x, call.x, "grad_x", statistics);
+  if (!grad_candidates) return {anchors, nullptr};
   check_apart(*grad_candidates, "grad_candidates", grad_x);
-  return {gradient(grad_x, call.x, "grad_x"), gradient(*grad_candidates, call.c, "grad_candidates")};
+  return {anchors, gradient(call, *grad_candidates, call.c, "grad_candidates", statistics)};
 }
 
 // A non-finite row makes every statistic NaN: find that row for the message.
@@ -261,13 +263,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pair_stats(PAIR_STATS_ARGS) {
   call.set_weights(log_weights, candidate_log_weights, false);
   call.problem.negatives = negatives;
   call.problem.positives = positives;
+  TORCH_CHECK_VALUE(!negative_mean || call.c.defined(), "pysupcon: negative_mean goes with candidates");
+  void* const mean = negative_mean ? gradient(call, *negative_mean, call.x, "negative_mean", {}) : nullptr;
   const int64_t rows = call.x.size(0);
   Tensor n = new_stats(rows), p = new_stats(rows), positive_sum = new_stats(rows),
          instance_sum = instances ? new_stats(rows) : at::zeros({rows}, n.options());
   cpu::pair_stats(
       call.problem, kThreads,
       {n.mutable_data_ptr<double>(), p.mutable_data_ptr<double>(), positive_sum.mutable_data_ptr<double>(),
-       instances ? instance_sum.mutable_data_ptr<double>() : nullptr});
+       instances ? instance_sum.mutable_data_ptr<double>() : nullptr, mean});
   check_finite(call, n);
   return {n, p, positive_sum, instance_sum};
 }

@@ -82,7 +82,14 @@ class Call {
     kept_.push_back(t->to(at::kDouble).contiguous());
     return kept_.back().const_data_ptr<double>();
   }
-  // Sets the buffers that gradients are added to. Call it after every stat().
+  // Sets the candidates' weights. column_side: the candidates are anchors, too.
+  void weights(const Maybe& log_weights, const Maybe& candidate_log_weights, bool column_side) {
+    const Maybe candidates = problem.one_set ? Maybe() : Maybe(others_.x);
+    check_weights(tensors_.x, candidates, log_weights, candidate_log_weights, column_side);
+    problem.log_weights = stat(log_weights, false, "log_weights");
+    problem.candidate_log_weights = stat(candidate_log_weights, true, "candidate_log_weights");
+  }
+  // Sets the buffers that gradients are added to. Call it after every stat() and weights().
   void gradients(bool column_side, const Tensor& grad_x, const Maybe& grad_candidates) {
     check_form(column_side, !problem.one_set, self_index_.defined(), grad_candidates.has_value());
     if (grad_candidates) {
@@ -143,17 +150,13 @@ class Call {
   std::vector<Tensor> kept_;
 };
 
-void refuse_weights(const Maybe& log_weights, const Maybe& candidate_log_weights) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!log_weights && !candidate_log_weights,
-                              "pysupcon: the CUDA kernels do not support log_weights");
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> pair_stats(PAIR_STATS_ARGS) {
-  refuse_weights(log_weights, candidate_log_weights);
+  TORCH_CHECK_NOT_IMPLEMENTED(!negative_mean, "pysupcon: the CUDA kernels do not compute negative_mean");
   Call call(Operation::pair_stats, ROWS_AND_CANDIDATES, INSTANCES);
   const Tensor n = call.new_stats(), p = call.new_stats(), positive_sum = call.new_stats(),
                instance_sum = call.new_stats();
   Problem& problem = call.problem;
+  call.weights(log_weights, candidate_log_weights, false);
   problem.negatives = negatives;
   problem.positives = positives;
   problem.out_n = n.mutable_data_ptr<double>();
@@ -165,11 +168,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pair_stats(PAIR_STATS_ARGS) {
 }
 
 void pair_stats_backward(PAIR_STATS_BACKWARD_ARGS) {
-  refuse_weights(log_weights, candidate_log_weights);
   Call call(Operation::pair_stats_backward, ROWS_AND_CANDIDATES, INSTANCES);
   const bool column_side = check_column_side(candidate_n, candidate_p, candidate_grad_n, candidate_grad_p,
                                              candidate_grad_positive_sum, candidate_grad_instance_sum);
   Problem& problem = call.problem;
+  call.weights(log_weights, candidate_log_weights, column_side);
   problem.negatives = negatives;
   problem.positives = positives;
   problem.n = call.stat(n, false, "n");
@@ -191,9 +194,9 @@ void pair_stats_backward(PAIR_STATS_BACKWARD_ARGS) {
 }
 
 Tensor positive_softplus(POSITIVE_SOFTPLUS_ARGS) {
-  refuse_weights(log_weights, candidate_log_weights);
   Call call(Operation::positive_softplus, ROWS_AND_CANDIDATES);
   check_epsilon(epsilon);
+  call.weights(log_weights, candidate_log_weights, false);
   const Tensor total = call.new_stats();
   call.problem.n = call.stat(n, false, "n");
   call.problem.epsilon = epsilon;
@@ -203,10 +206,10 @@ Tensor positive_softplus(POSITIVE_SOFTPLUS_ARGS) {
 }
 
 Tensor positive_softplus_backward(POSITIVE_SOFTPLUS_BACKWARD_ARGS) {
-  refuse_weights(log_weights, candidate_log_weights);
   Call call(Operation::positive_softplus_backward, ROWS_AND_CANDIDATES);
   const bool column_side = check_column_side(candidate_n, candidate_grad_total);
   check_epsilon(epsilon);
+  call.weights(log_weights, candidate_log_weights, column_side);
   Problem& problem = call.problem;
   const Tensor grad_n = call.new_stats();
   problem.epsilon = epsilon;

@@ -12,7 +12,7 @@ TORCH_LIBRARY(pysupcon, m) {
   m.def("order_by_class(Tensor ids, int views) -> (Tensor order, Tensor count)");
 
   m.def("pair_stats(" ROWS ", " CANDIDATES ", " INSTANCES ", " WEIGHTS
-        ", bool negatives, bool positives)"
+        ", bool negatives, bool positives, Tensor(a!)? negative_mean=None)"
         " -> (Tensor n, Tensor p, Tensor positive_sum, Tensor instance_sum)");
   m.def("pair_stats_backward(" ROWS ", " CANDIDATES ", " INSTANCES ", " WEIGHTS
         ", Tensor n, Tensor p, Tensor grad_n, Tensor grad_p"

@@ -1,11 +1,11 @@
 """pysupcon: supervised contrastive losses that never store the N x N matrix.
 
-``SupConLoss``, ``SINCERELoss``, ``ClassConditionalInfoNCELoss``, ``SpreadLoss``, ``DCLLoss`` and
-``InfoNCELoss`` are modules, :mod:`pysupcon.functional` holds the same as functions, :mod:`pysupcon.compat`
-the loss classes of other libraries with their own signatures. :class:`GradCache` runs a large batch through
-an encoder in chunks. :class:`MemoryQueue` holds embeddings of earlier batches. ``backends()`` says which
-kernels this build has, and why others are missing; ``backends(check=True)`` asks the CUDA kernels for known
-answers first.
+``SupConLoss``, ``SINCERELoss``, ``ClassConditionalInfoNCELoss``, ``SpreadLoss``, ``DCLLoss``, ``InfoNCELoss``
+and ``HierarchicalSupConLoss`` are modules, :mod:`pysupcon.functional` holds the same as functions,
+:mod:`pysupcon.compat` the loss classes of other libraries with their own signatures. :class:`GradCache` runs
+a large batch through an encoder in chunks. :class:`MemoryQueue` holds embeddings of earlier batches.
+``backends()`` says which kernels this build has, and why others are missing; ``backends(check=True)`` asks
+the CUDA kernels for known answers first.
 
 >>> import torch, pysupcon
 >>> embeddings = torch.eye(4).repeat_interleave(2, dim=0).requires_grad_()  # [N, D]: 4 classes, 2 rows each
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from pysupcon import functional
 from pysupcon.gradcache import GradCache
+from pysupcon.hierarchies import HierarchicalSupConLoss
 from pysupcon.losses import (
     ClassConditionalInfoNCELoss,
     DCLLoss,
@@ -34,6 +35,7 @@ __all__ = [
     "ClassConditionalInfoNCELoss",
     "DCLLoss",
     "GradCache",
+    "HierarchicalSupConLoss",
     "InfoNCELoss",
     "MemoryQueue",
     "SINCERELoss",

@@ -58,8 +58,11 @@ class Config:
             part.check()
         if not self.model.concatenated:  # a concatenation is not trained
             self._check_views()
+            self._check_momentum()
             self._check_loss_terms()
             self._check_groups()
+            self._check_unlabelled()
+            self._check_multi_label()
             self._check_best_by()
         if self.optimizer.warmup_epochs > self.trainer.epochs:
             raise ConfigError(
@@ -68,6 +71,8 @@ class Config:
             )
         for section in (self.data, self.model, self.loss, self.optimizer):
             section.resolve()
+        if self.data.dataset == "image_table":
+            self.loss.resolve_multi_label()
 
     def as_concatenated_part(self) -> dict[str, Any]:
         """Return the entry of ``model.concatenated`` that describes this run."""
@@ -90,8 +95,25 @@ class Config:
             raise ConfigError(f"loss.contrast_mode=one needs data.views of at least 2, got {views}")
         if loss.infonce_weight > 0 and views < 2:
             raise ConfigError(f"loss.infonce_weight needs data.views of at least 2, got {views}")
+        if loss.unlabeled == "instance" and views < 2:
+            raise ConfigError(
+                "loss.unlabeled=instance takes the other views of a sample as its positives, so data.views "
+                f"must be at least 2, got {views}"
+            )
         if loss.pairing == "cross" and views != 2:
             raise ConfigError(f"loss.pairing=cross needs data.views of 2, got {views}")
+
+    def _check_momentum(self) -> None:
+        if self.model.momentum == 0:
+            return
+        loss, views = self.loss, self.data.views
+        if loss.name == "none":
+            raise ConfigError("model.momentum needs a contrastive loss, got loss.name=none")
+        if views != 2:
+            raise ConfigError(f"model.momentum needs data.views of 2, got {views}")
+        for name, value in (("pairing", loss.pairing), ("contrast_mode", loss.contrast_mode)):
+            if value != "all":
+                raise ConfigError(f"loss.{name} must be left out for model.momentum, got {value}")
 
     def _check_loss_terms(self) -> None:
         """Every head needs a loss weight, and every weight needs a head."""
@@ -147,6 +169,57 @@ class Config:
             )
         if best_by == "worst_known_group" and data.groups is None:
             raise ConfigError("trainer.best_by=worst_known_group needs data.groups, got None")
+
+    def _check_unlabelled(self) -> None:
+        data, loss = self.data, self.loss
+        if data.ignore_index is None:
+            if loss.unlabeled != "ignore":
+                raise ConfigError(f"loss.unlabeled={loss.unlabeled} has no effect without data.ignore_index")
+            return
+        if data.groups is not None:
+            raise ConfigError(
+                f"data.groups={data.groups} needs the class of every sample, but data.ignore_index is "
+                f"{data.ignore_index}: leave one out"
+            )
+        if data.sampler != "shuffled" and loss.unlabeled == "instance":
+            raise ConfigError(
+                f"loss.unlabeled=instance needs data.sampler=shuffled, got {data.sampler}, whose batches "
+                "hold samples of known classes only"
+            )
+        if data.sampler == "shuffled" and loss.gather is not False and loss.name not in ("none", "infonce"):
+            raise ConfigError(
+                f"loss.gather={loss.gather} needs the class of every sample, but data.ignore_index is "
+                f"{data.ignore_index}: pass --data.sampler balanced or --loss.gather false"
+            )
+        if data.sampler == "shuffled" and self.model.decoder == "labelled":
+            raise ConfigError(
+                "model.decoder=labelled needs the class of every sample, but data.ignore_index is "
+                f"{data.ignore_index}: pass --data.sampler balanced or --model.decoder plain"
+            )
+
+    def _check_multi_label(self) -> None:
+        """Refuse what needs one label per sample."""
+        loss, dataset = self.loss, self.data.dataset
+        if dataset != "image_table":
+            for name in ("multi_label", "overlap_threshold"):
+                if getattr(loss, name) is not None:
+                    raise ConfigError(
+                        f"loss.{name} has no effect with data.dataset={dataset}, which has one label per "
+                        "sample: leave it out"
+                    )
+            return
+        refused = {
+            "evaluate": (self.evaluate, "false"),
+            "model.classifier": (self.model.classifier, "false"),
+            "model.decoder": (self.model.decoder == "labelled", "none or plain"),
+            "loss.gather": (loss.gather is not False, "false"),
+            "loss.queue": (loss.queue > 0, "0"),
+        }
+        for name, (wrong, remedy) in refused.items():
+            if wrong:
+                raise ConfigError(
+                    f"{name} must be {remedy} for data.dataset=image_table: it needs one label per sample"
+                )
 
     def _check_best_by(self) -> None:
         best_by = self.trainer.best_by

@@ -34,11 +34,13 @@ from pysupcon.pairs.checks import (
     check_number,
 )
 from pysupcon.pairs.global_batch import AnchorCounts
+from pysupcon.pairs.many_labels import LabelOptions, check_label_options
+from pysupcon.pairs.positive_means import dense_weights
 from pysupcon.pairs.problem import Gather, Problem, prepare
-from pysupcon.pairs.rows import get_divisor, weighted_divisor
+from pysupcon.pairs.rows import get_divisor, get_positive_shift, weighted_divisor
 from pysupcon.ranges import named
 
-__all__ = ["ContrastiveLoss", "Counts", "build_problem", "compute", "dense_sets"]
+__all__ = ["ContrastiveLoss", "Counts", "build_problem", "compute", "dense_sets", "dense_weighted"]
 
 
 class Counts(NamedTuple):
@@ -58,19 +60,25 @@ class Counts(NamedTuple):
     """A_i is a part of P_i; a mask may differ"""
     weighted: bool = False
     """candidates have weights other than 0 and 1"""
+    mean_given: bool = False
+    """n is over all other rows and positive_sum is a weighted mean over positives (SupCon with several labels
+    per sample); ``positives`` is 0 where an anchor has no loss"""
 
 
 def build_problem(
     name: str, features: Tensor, labels: Any, mask: Any, options: Mapping[str, Any],
-    temperature: float | Tensor, need_instances: bool, refused: str | None,
+    temperature: float | Tensor, need_instances: bool, refused: tuple[str, ...],
     loss: type[ContrastiveLoss] | None = None, parameters: Mapping[str, Any] | None = None,
 ) -> tuple[Problem, str]:  # fmt: skip
-    """The checked problem of one call of the function ``name``, and its reduction. ``refused``: a keyword
+    """The checked problem of one call of the function ``name``, and its reduction. ``refused``: keywords
     that this function does not take. ``parameters``: of this loss only, which processes must share."""
     given = {**DEFAULTS, **options}
-    if len(given) != len(DEFAULTS) or refused in options:
-        unknown = next(key for key in options if key not in DEFAULTS or key == refused)
+    if len(given) != len(DEFAULTS) or any([key in options for key in refused]):
+        unknown = next(key for key in options if key not in DEFAULTS or key in refused)
         raise TypeError(f"{name}() got an unexpected keyword argument {unknown!r}")
+    takes = ContrastiveLoss.multi_labels if loss is None else loss.multi_labels
+    of_labels = LabelOptions(given.pop("multi_label"), given.pop("overlap_threshold"), takes, name)
+    given["label_options"] = of_labels
     if given["gather"] is not None:
         from pysupcon.pairs.gathered import prepare_gathered  # imports torch._dynamo, which takes seconds
 
@@ -88,7 +96,10 @@ def dense_sets(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor
     """s, P, N, A and s + log weight [M, N] of the reference backend. The columns are the candidates, the
     memory, and the hard negatives of each anchor."""
     pairing, mask, memory = problem.pairing, problem.mask, problem.memory
-    dense_mask = None if mask is None else mask.mask[mask.rows[:, None], mask.columns[None, :]]
+    dense_mask = None
+    if mask is not None:
+        own, others = (torch.arange(len(side), device=side.device) for side in (mask.rows, mask.columns))
+        dense_mask = mask.relation(own, others)[0]
     positives, negatives = reference.pair_sets(
         pairing.labels, pairing.candidate_labels, pairing.self_index, dense_mask
     )
@@ -108,13 +119,15 @@ def dense_sets(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor
             same = reference.pair_sets(pairing.instances, memory.instances)[0] & positives
         s = reference.similarity(problem.x, memory.rows, problem.temperature)
         parts.append((s, positives, negatives, same, memory.log_weights))
-    own = problem.hard_negative_similarity()
-    if own is not None:
-        none = torch.zeros_like(own, dtype=torch.bool)
-        parts.append((own, none, ~none, none, None))
+    hard = problem.hard_negative_similarity()
+    if hard is not None:
+        none = torch.zeros_like(hard, dtype=torch.bool)
+        parts.append((hard, none, ~none, none, None))
     weighted = [s if log is None else s + log.to(s.dtype) for s, *_, log in parts]
     columns = [torch.cat(column, dim=1) for column in zip(*(part[:4] for part in parts), strict=True)]
     sums = torch.cat(weighted, dim=1)
+    if problem.positive_shift is not None:
+        sums = torch.where(columns[1], sums + problem.positive_shift.to(sums.dtype)[:, None], sums)
     included = sums > -math.inf
     s, *sets = columns
     positives, negatives, same = (where & included for where in sets)
@@ -133,8 +146,8 @@ def compute(
     if not loss.statistics(**own).get("negatives") and options.get("hard_negatives") is not None:
         raise ValueError(f"{name} contrasts with positives only: hard_negatives must be None")
     problem, reduction = build_problem(
-        name, features, labels, mask, options, temperature, loss.needs_instances,
-        "candidate_labels" if loss.self_supervised else None, loss, own if further is None else further,
+        name, features, labels, mask, options, temperature, loss.needs_instances, loss.refused_keywords(),
+        loss, own if further is None else further,
     )  # fmt: skip
     global_batch, mean_of = problem.global_batch, 1
     if global_batch is not None:
@@ -145,6 +158,8 @@ def compute(
         def per_anchor(s: RowStatistics, sizes: AnchorCounts) -> tuple[Tensor, Tensor]:
             counts = Counts(*sizes, weighted=weighted)
             valid = loss.valid(counts)
+            if global_batch.positive_shift is not None:
+                s = s._replace(p=s.p + get_positive_shift(sizes.positives, s.p.dtype))
             losses = loss.per_anchor(s, counts, valid, **own)
             return torch.where(valid, losses, 0.0) if ignored else losses, valid
 
@@ -155,15 +170,22 @@ def compute(
             divisor = weighted_divisor(total, reduction)
         mean_of = global_batch.processes if reduction == "mean" else 1
     else:
+        mean_given, count = problem.positive_weights is not None, problem.count
         counts = Counts(
-            problem.count, problem.instance_count, problem.candidate_count, mask is None, problem.weighted
-        )
+            count[0] if mean_given else count, problem.instance_count, problem.candidate_count,
+            problem.mask is None, problem.weighted, mean_given,
+        )  # fmt: skip
         valid, weights = loss.valid(counts), problem.anchor_weights
-        if problem.backend == "reference":
+        if problem.backend == "reference" and mean_given:
+            value = torch.where(valid, dense_weighted(problem)[0], 0.0)
+            divisor = get_divisor(valid.sum(), reduction, loss.requirement)
+        elif problem.backend == "reference":
             value = loss.dense(*dense_sets(problem), **own)
             divisor = get_divisor(valid.sum(), reduction, loss.requirement)
         else:
             s = problem.statistics(**loss.statistics(**own))
+            if mean_given:
+                s = s._replace(positive_sum=problem.positive_means()[0])
             divisor = get_divisor(valid.sum(), reduction, loss.requirement)
             if not loss.fused_reduction:
                 value = loss.per_anchor(s, counts, valid, **own)
@@ -183,6 +205,15 @@ def compute(
         value = value * mean_of
     value = value.to(problem.loss_dtype)
     return value.view(problem.shape) if reduction == "none" else value
+
+
+def dense_weighted(problem: Problem) -> Tensor:
+    """n - sum_j w_ij s_ij [L, M] of a problem with ``positive_weights``, for the reference backend."""
+    assert problem.positive_weights is not None
+    s, positives, negatives, _, sums = dense_sets(problem)
+    weights = dense_weights(problem.positive_weights, problem.x, problem.candidates)
+    candidates = s[:, : weights.shape[2]]  # the further columns are hard negatives
+    return reference.log_sum_exp(sums, positives | negatives) - (weights * candidates).sum(dim=2)
 
 
 class ContrastiveLoss(nn.Module):
@@ -209,6 +240,8 @@ class ContrastiveLoss(nn.Module):
     """Whether the loss needs A_i"""
     self_supervised: ClassVar[bool] = False
     """Whether the loss takes no labels"""
+    multi_labels: ClassVar[tuple[str, ...]] = ("any",)
+    """Values of ``multi_label`` with which the loss takes labels [B, C]"""
     fused_reduction: ClassVar[bool] = False
     """``per_anchor`` takes a fourth argument: the divisor of the summed loss; None: losses per anchor"""
 
@@ -228,6 +261,8 @@ class ContrastiveLoss(nn.Module):
         unlabeled: str = "ignore",
         min_temperature: float | None = None,
         max_temperature: float | None = None,
+        multi_label: str = "per_label",
+        overlap_threshold: float = 0.0,
     ) -> None:
         super().__init__()
         if isinstance(temperature, Tensor) and temperature.requires_grad:
@@ -246,6 +281,11 @@ class ContrastiveLoss(nn.Module):
         check_choice("contrast_mode", contrast_mode, ("all", "one"))
         check_choice("reduction", reduction, ("mean", "sum", "none"))
         check_choice("backend", backend, BACKENDS)
+        if multi_label != "per_label" or overlap_threshold != 0.0:
+            given = LabelOptions(multi_label, overlap_threshold, self.multi_labels, type(self).__name__)
+            overlap_threshold = float(check_label_options(given))
+        self.multi_label = multi_label
+        self.overlap_threshold = overlap_threshold
         self.contrast_mode = contrast_mode
         self.reduction = reduction
         self.normalize = normalize
@@ -270,6 +310,12 @@ class ContrastiveLoss(nn.Module):
     def valid(counts: Counts) -> Tensor:
         """Which anchors have a loss, bool [M]. Depends on the counts only."""
         return counts.positives > 0
+
+    @classmethod
+    def refused_keywords(cls) -> tuple[str, ...]:
+        """Keywords of :class:`pysupcon.options.Options` that the function does not take."""
+        many = () if "any" in cls.multi_labels else ("multi_label", "overlap_threshold")
+        return (*many, *LABEL_OPTIONS) if cls.self_supervised else many
 
     @property
     def temperature(self) -> float | Tensor:
@@ -361,6 +407,8 @@ class ContrastiveLoss(nn.Module):
                 "ignore_index": self.ignore_index,
                 "unlabeled": self.unlabeled,
             }
+        if "any" in self.multi_labels:
+            found["multi_label"], found["overlap_threshold"] = self.multi_label, self.overlap_threshold
         for name in self.own_parameters:
             found[name] = getattr(self, name)
         return found
@@ -380,6 +428,8 @@ class ContrastiveLoss(nn.Module):
             *(f"{k}={v:.15g}" if isinstance(v, float) else f"{k}={v!r}" for k, v in own.items()),
             f"contrast_mode={self.contrast_mode!r}, reduction={self.reduction!r}, normalize={self.normalize}",
             f"gather={self.gather!r}, backend={self.backend!r}",
+            *([] if self.multi_label == "per_label" else [f"multi_label={self.multi_label!r}"]),
+            *([f"overlap_threshold={self.overlap_threshold:g}"] if self.overlap_threshold else []),
         ])  # fmt: skip
 
 

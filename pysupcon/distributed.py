@@ -17,9 +17,10 @@ differ between processes and may be 0. A class must have the same label on all p
 are given, rows with the same id on two processes are views of one sample.
 
 With ``candidates`` (two towers) the anchors of each process are contrasted with the candidates of all
-processes, whose number may differ, too. Both sides get complete gradients. Without labels and instances,
-candidate k of a process matches its sample k, so each process needs as many candidates as samples. With
-``contrast_mode="one"`` the candidates are all rows. A ``mask`` is refused.
+processes, whose number may differ, too. Candidates that every process holds count once per process. Both
+sides get complete gradients. Without labels, and in losses that need views (cNCE, spread), candidate k of a
+process matches its sample k unless ``instances`` are given; each process then needs as many candidates as
+samples. With ``contrast_mode="one"`` the candidates are all rows. A ``mask`` is refused.
 
 ``candidate_weights``, ``anchor_weights``, ``hard_negatives``, ``ignore_index``, ``unlabeled``,
 ``class_balance`` and ``batch_negatives`` mean what they mean in one process with the whole batch. The memory
@@ -95,7 +96,7 @@ _warned: set[str] = set()
 
 
 class AllGather:
-    """All-gathers the rows once; every process keeps all rows until its backward.
+    """All-gathers the rows once; every process keeps all candidates until its backward.
 
     Args:
         group: process group; None: the default group.

@@ -7,15 +7,15 @@ Args:
     features: [B, V, D] (V views of B samples) or [N, D]; float64, float32, bfloat16 or float16. Not
         normalised unless ``normalize=True``.
     labels: integers [B] or [N] of any integer dtype, any values (uint64 beyond int64: modulo 2^64). None: the
-        positives of a row are the other rows of its sample.
+        positives of a row are the other rows of its sample. Several labels per sample: bool or 0/1 [B, C]
+        (see ``multi_label`` of :class:`Options`).
     mask: bool [B, B] (or [samples of features, samples of candidates]) instead of labels: row j is a positive
         of row i where ``mask[i, j]``; it need not be symmetric. Runs on the tiled backend.
     temperature: a number, of Python or NumPy, or a tensor of one element; from 1e-12 to 1e12. A tensor gets a
         gradient of its own shape. Its value is read only on a CPU and not while it is traced
         (``torch.compile``). ``base_temperature`` likewise. ``epsilon`` (from -1e4 to 1e4) and ``alpha`` (from
         0 to 1) are numbers, or tensors of one element with requires_grad=False.
-    **options: the fields of :class:`Options`: ``candidates``, ``candidate_labels``, ``instances``,
-        ``candidate_instances``, ``contrast_mode``, ``reduction``, ``normalize``, ``backend``, ``gather``.
+    **options: the fields of :class:`Options`, which has a paragraph on each.
 
 Returns:
     float32 (float64 for float64 features); gradients have the dtype of their inputs. Anchors without a
@@ -41,6 +41,24 @@ only what torch can trace works (it refuses vmap of grad).
 >>> rows = torch.eye(2).repeat(2, 1)  # [N, D]: two classes, two rows each
 >>> functional.supcon(rows, torch.tensor([0, 1, 0, 1]), temperature=1.0)
 tensor(0.5514)
+
+Further candidates: a memory bank or queue, negatives of single samples, weights (below: each class counts
+once, whatever its size), and rows whose label is not known.
+
+>>> labels, keys = torch.tensor([0, 1, 0, 1]), torch.eye(2)
+>>> functional.supcon(rows, labels, temperature=1.0, memory=keys, memory_labels=torch.tensor([0, 1]))
+tensor(1.1326)
+>>> functional.info_nce(rows, candidates=rows, memory=keys, batch_negatives=False, temperature=1.0)  # MoCo
+tensor(0.8620)
+>>> functional.supcon(rows, labels, temperature=1.0, hard_negatives=-rows.unsqueeze(1))  # [B, K, D]
+tensor(0.6265)
+>>> functional.supcon(rows, labels, temperature=1.0, class_balance=True)
+tensor(0.3133)
+>>> functional.supcon(rows, torch.tensor([0, 1, 0, -1]), temperature=1.0, ignore_index=-1)
+tensor(0.3133)
+>>> tags = torch.tensor([[1, 0, 1], [0, 1, 1], [1, 0, 0], [0, 1, 0]])  # [B, C]: any number of labels per row
+>>> [functional.supcon(rows, tags, temperature=1.0, multi_label=m) for m in ("per_label", "any", "jaccard")]
+[tensor(0.8014), tensor(0.8014), tensor(0.7514)]
 """
 
 from __future__ import annotations
@@ -52,6 +70,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from pysupcon.contrastive import build_problem, dense_sets
+from pysupcon.hierarchies import hierarchical_supcon
 from pysupcon.losses import *  # noqa: F403
 from pysupcon.losses import LOSSES_BY_NAME
 from pysupcon.options import MetricsOptions, Options, StatisticsOptions, expand_signature
@@ -66,6 +85,7 @@ __all__ = [
     "PairStatistics",
     "contrastive_accuracy",
     "contrastive_metrics",
+    "hierarchical_supcon",
     "pair_statistics",
     *sorted({loss.function.__name__ for loss in LOSSES_BY_NAME.values()}),
 ]
@@ -100,7 +120,7 @@ def pair_statistics(
     float64 (float32 on devices that have no float64).
     """
     problem, _ = build_problem(
-        "pair_statistics", features, labels, mask, options, temperature, False, refused="reduction"
+        "pair_statistics", features, labels, mask, options, temperature, False, refused=("reduction",)
     )
     count = problem.count
     if problem.backend == "reference":
@@ -144,8 +164,9 @@ def contrastive_metrics(
 
     An anchor is correct if one of its positives is more similar to it than all of its negatives; a tie
     between a positive and a negative is an error. Similarities are not divided by a temperature: they are
-    cosines for rows of unit length (``normalize=True``). Arguments: module docstring of
-    :mod:`pysupcon.functional`, without ``temperature``, ``reduction``, ``backend`` and ``gather``.
+    cosines for rows of unit length (``normalize=True``). With labels [B, C], rows that share a label are
+    positives. Arguments: module docstring of :mod:`pysupcon.functional`, without ``temperature``,
+    ``reduction``, ``backend``, ``gather``, ``candidate_weights``, ``anchor_weights`` and ``class_balance``.
 
     >>> import torch
     >>> rows = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]])
@@ -156,9 +177,8 @@ negative_similarity=tensor(0.5400))
     unknown = sorted(options.keys() - MetricsOptions.__annotations__.keys())
     if unknown:
         raise TypeError(f"contrastive_metrics() got an unexpected keyword argument {unknown[0]!r}")
-    problem, _ = build_problem(
-        "contrastive_metrics", features, labels, mask, {**options, "backend": "tiled"}, 1.0, False, None
-    )
+    given = {**options, "backend": "tiled", "multi_label": "any"}
+    problem, _ = build_problem("contrastive_metrics", features, labels, mask, given, 1.0, False, ())
     return ContrastiveMetrics(*similarity_metrics(problem))
 
 

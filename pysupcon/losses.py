@@ -40,6 +40,7 @@ from pysupcon.pairs.checks import (
     check_number,
     check_temperature,
 )
+from pysupcon.pairs.many_labels import MULTI_LABEL
 from pysupcon.pairs.reference import log_sum_exp, mean_over
 from pysupcon.pairs.rows import mean, positive_gap, supcon_rows
 
@@ -99,6 +100,7 @@ class SupConLoss(ContrastiveLoss):
     trainer_defaults: ClassVar = {"supcon": {}}
     per_anchor = staticmethod(supcon_rows)  # fused: pairs/rows.py
     fused_reduction = True
+    multi_labels = MULTI_LABEL
 
     @expand_signature
     def __init__(
@@ -388,6 +390,7 @@ class InfoNCELoss(ContrastiveLoss):
     own_parameters = ("symmetric",)
     trainer_defaults: ClassVar = {"infonce": {}}
     self_supervised = fused_reduction = True
+    multi_labels = ()
     statistics = staticmethod(SupConLoss.statistics)
     per_anchor = staticmethod(SupConLoss.per_anchor)
     dense = staticmethod(SupConLoss.dense)

@@ -1,5 +1,7 @@
 """A queue of embeddings of earlier batches, which the losses take as ``memory``.
 
+``loss(embeddings, labels, memory=queue)`` contrasts the batch with the filled slots of the queue, too.
+
 >>> import torch, pysupcon
 >>> queue = pysupcon.MemoryQueue(size=4, dim=2)
 >>> queue.enqueue(torch.eye(2), torch.tensor([0, 1]))
@@ -38,8 +40,8 @@ class MemoryQueue(nn.Module):
     (the next slot) and ``filled`` (number of filled slots), int64 without dimensions. ``state_dict`` holds
     them, and ``to`` moves them; the rows follow a change of the dtype. Nothing here waits for a GPU.
 
-    :meth:`enqueue` writes in place. If autograd still needs the queue for a backward, that backward raises an
-    error: call :meth:`enqueue` after it.
+    :meth:`enqueue` writes in place. Call it after the backward: a backward of a loss whose memory has changed
+    since its forward raises an error.
 
     DistributedDataParallel copies the buffers of rank 0 to all ranks before every forward
     (``broadcast_buffers=True``, its default). If the queue is a submodule of the wrapped module, this costs
@@ -110,7 +112,8 @@ class MemoryQueue(nn.Module):
 
         Args:
             rows: [N, dim], or [B, V, dim] with V views of each sample, on the queue's device.
-            labels: integers [N], or [B]. None stores -1.
+            labels: integers [N], or [B]. None stores -1: for losses without labels, and not a class that
+                other rows have.
             instances: integers [N], or [B]: rows of one number are views of one sample. None stores -1.
             gather: True appends the rows of all processes, ordered by rank, in every process. Their number
                 may differ between processes. All processes must call this method, with queues of one size.

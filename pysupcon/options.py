@@ -6,7 +6,7 @@ Functions and modules take them as ``**options: Unpack[...]``, which mypy and ed
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypedDict, TypeVar
 
 from torch import Tensor
@@ -18,6 +18,8 @@ __all__ = [
     "LABEL_OPTIONS",
     "ROW_OPTIONS",
     "GatherArgument",
+    "LevelOptions",
+    "LevelRowOptions",
     "MetricsOptions",
     "ModuleOptions",
     "Options",
@@ -38,13 +40,6 @@ class _Candidates(TypedDict, total=False):
     needed by cNCE, by spread, and by every loss without labels."""
     candidate_instances: Tensor | None
     """Integers [Bc]: the same for the candidates."""
-    candidate_weights: Tensor | None
-    """[B] or [B, V] ([Bc] or [Bc, Vc] with candidates), greater than 0: weight w_j of candidate j, which
-    multiplies e^{s_ij} in every sum over candidates (logQ correction: 1 / sampling probability). Means of
-    s_ij over positives are not weighted. No gradient."""
-    anchor_weights: Tensor | None
-    """[B] or [B, V], at least 0: multiply the losses of the anchors. reduction="mean" divides by the sum of
-    the weights of the anchors that have a loss. No gradient."""
     memory: Any
     """[Nm, D]: rows to contrast with in addition to the batch (or to candidates), without gradient; or a
     :class:`pysupcon.MemoryQueue`, which brings labels, instances and weights."""
@@ -59,14 +54,26 @@ class _Candidates(TypedDict, total=False):
     """[B, K, D]: K negatives of sample b only (of each of its views), with gradient."""
 
 
-class RowOptions(_Candidates, total=False):
-    """Keywords of every module's forward."""
+class _Weights(TypedDict, total=False):
+    candidate_weights: Tensor | None
+    """[B] or [B, V] ([Bc] or [Bc, Vc] with candidates), greater than 0: weight w_j of candidate j, which
+    multiplies e^{s_ij} in every sum over candidates (logQ correction: 1 / sampling probability). Means of
+    s_ij over positives are not weighted. No gradient."""
+    anchor_weights: Tensor | None
+    """[B] or [B, V], at least 0: multiply the losses of the anchors. reduction="mean" divides by the sum of
+    the weights of the anchors that have a loss. No gradient."""
 
+
+class _LabelledCandidates(_Candidates, total=False):
     candidate_labels: Tensor | None
-    """Integers [Bc], with labels and candidates. Without labels candidate sample k is the positive of
-    sample k."""
+    """Integers [Bc], or [Bc, C], as ``labels``; with labels and candidates. Without labels candidate sample k
+    is the positive of sample k."""
     memory_labels: Tensor | None
     """Integers [Nm], with labels and memory. Without labels the rows of the memory are negatives."""
+
+
+class RowOptions(_LabelledCandidates, _Weights, total=False):
+    """Keywords of every module's forward."""
 
 
 class _Rows(TypedDict, total=False):
@@ -76,10 +83,10 @@ class _Rows(TypedDict, total=False):
     """L2-normalise rows first; default False. A row whose norm is below 1e-12 (float16: 2^-14, its smallest
     normal number) has no direction: the row and its gradient become zero. A row whose squared norm overflows
     (float64: in float64, otherwise in float32) counts as not finite."""
-
-
-class MetricsOptions(RowOptions, _Rows, total=False):
-    """Keywords of :func:`pysupcon.functional.contrastive_metrics`."""
+    batch_negatives: bool
+    """False: the rows of the batch (or the candidates) are positives only, and the negatives are rows of the
+    memory and hard_negatives. InfoNCE with keys as candidates and a queue as memory is then MoCo (He et al.
+    2020). Default True."""
 
 
 class _Computation(_Rows, total=False):
@@ -88,20 +95,12 @@ class _Computation(_Rows, total=False):
     warning); "cpu", "cuda", "tiled", or "reference" (dense, for tests; differentiable twice). The first call
     with a dtype on a GPU checks the CUDA kernels. If they answer wrongly or cannot run, "auto" uses tiled
     PyTorch and "cuda" raises (``PYSUPCON_TRUST=1`` skips the check)."""
-    batch_negatives: bool
-    """False: the rows of the batch (or the candidates) are positives only, and the negatives are rows of the
-    memory and hard_negatives. InfoNCE with keys as candidates and a queue as memory is then MoCo (He et al.
-    2020). Default True."""
     gather: Gather | None
     """None (default), or an object that contrasts with the rows of other processes (:class:`Gather`; see
     :mod:`pysupcon.distributed` for what each process returns)."""
 
 
-class _Labelling(TypedDict, total=False):
-    class_balance: bool
-    """True: each class counts with the mean of e^s over its candidates instead of the sum (Zhu et al. 2022,
-    Balanced Contrastive Learning): candidate weights are divided by the number of candidates of the class,
-    in which the anchor itself is counted. Default False."""
+class _Unlabelled(TypedDict, total=False):
     ignore_index: int | None
     """Label of rows that are neither anchors nor candidates; their gradient is 0. Default None."""
     unlabeled: str
@@ -109,11 +108,36 @@ class _Labelling(TypedDict, total=False):
     other views of their sample only (semi-supervised)."""
 
 
-class StatisticsOptions(RowOptions, _Computation, _Labelling, total=False):
+class MetricsOptions(_LabelledCandidates, _Rows, _Unlabelled, total=False):
+    """Keywords of :func:`pysupcon.functional.contrastive_metrics`."""
+
+
+class _Labelling(_Unlabelled, total=False):
+    class_balance: bool
+    """True: each class counts with the mean of e^s over its candidates instead of the sum (Zhu et al. 2022,
+    Balanced Contrastive Learning, arXiv 2207.09052): the weight of a candidate is divided by the number of
+    candidates of its class, without the anchor itself. Default False."""
+
+
+class _ManyLabels(TypedDict, total=False):
+    multi_label: str
+    """What labels [B, C] mean (bool or 0/1, C >= 2, one column per label, any number of them per sample).
+    "per_label" (default, SupCon only): the loss of an anchor is the mean of one SupCon term for each of its
+    labels that another row has (MulSupCon, Zhang and Wu 2024, arXiv 2402.01613); as fast as SupCon.
+    "any": rows that share a label are positives; every loss; tiled backend. "jaccard" (SupCon only):
+    positives are weighted by |Y_i and Y_j| / |Y_i or Y_j|, the overlap of their labels. A row without a label
+    is a negative of every row. ``gather``, ``memory``, ``ignore_index``, ``class_balance`` and
+    ``batch_negatives=False`` need labels [B]."""
+    overlap_threshold: float
+    """For "any" and "jaccard": rows whose overlap is not above this number are not positives. From 0
+    (default) to less than 1."""
+
+
+class StatisticsOptions(RowOptions, _Computation, _Labelling, _ManyLabels, total=False):
     """Keywords of :func:`pysupcon.functional.pair_statistics`."""
 
 
-class SelfSupervisedOptions(_Candidates, _Computation, total=False):
+class SelfSupervisedOptions(_Candidates, _Weights, _Computation, total=False):
     """Keywords of :func:`pysupcon.functional.info_nce`."""
 
     reduction: str
@@ -121,11 +145,22 @@ class SelfSupervisedOptions(_Candidates, _Computation, total=False):
     [N] ([B] for contrast_mode="one"), 0 where an anchor has no loss."""
 
 
-class Options(SelfSupervisedOptions, RowOptions, _Labelling, total=False):
+class Options(SelfSupervisedOptions, RowOptions, _Labelling, _ManyLabels, total=False):
     """Keywords of every function that takes labels."""
 
 
-class SharedModuleOptions(TypedDict, total=False):
+class LevelRowOptions(_Candidates, total=False):
+    """Keywords of the forward of a loss of several label levels."""
+
+    candidate_labels: Sequence[Tensor] | None
+    """One tensor of integers [Bc] per level, with candidates."""
+
+
+class LevelOptions(SelfSupervisedOptions, LevelRowOptions, total=False):
+    """Keywords of :func:`pysupcon.functional.hierarchical_supcon`."""
+
+
+class SharedModuleOptions(_ManyLabels, total=False):
     """Keywords of every module but ``contrast_mode``."""
 
     reduction: str
@@ -168,11 +203,12 @@ DEFAULTS: dict[str, Any] = {
     "hard_negatives": None, "batch_negatives": True, "class_balance": False, "ignore_index": None,
     "unlabeled": "ignore",
     "contrast_mode": "all", "normalize": False, "backend": "auto", "gather": None, "reduction": "mean",
+    "multi_label": "per_label", "overlap_threshold": 0.0,
 }  # fmt: skip
 """Default values of :class:`Options`"""
 ROW_OPTIONS = RowOptions.__annotations__.keys()
 """Names of the keywords of :class:`RowOptions`"""
-LABEL_OPTIONS = "candidate_labels", "memory_labels"
+LABEL_OPTIONS = "candidate_labels", "memory_labels", *_Labelling.__annotations__
 """Those that a self-supervised loss does not take"""
 
 

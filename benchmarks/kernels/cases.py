@@ -14,6 +14,8 @@ LOSSES = ("supcon", "sincere", "cnce", "spread")
 #: Losses of two sets without labels: first views are queries, second views their candidates. "infonce" is the
 #: cross entropy of each query's own candidate among all; "clip" is the mean over both directions.
 TWO_SETS = ("infonce", "clip")
+#: SupCon with several labels per row: values of ``multi_label``.
+MANY_LABELS = ("per_label", "any", "jaccard")
 DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -35,8 +37,9 @@ class Problem:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.loss not in LOSSES + TWO_SETS:
-            raise ValueError(f"loss must be one of {', '.join(LOSSES + TWO_SETS)}, got {self.loss!r}")
+        losses = LOSSES + TWO_SETS + MANY_LABELS
+        if self.loss not in losses:
+            raise ValueError(f"loss must be one of {', '.join(losses)}, got {self.loss!r}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.n < 2 or self.n % VIEWS:
@@ -78,6 +81,14 @@ def make_inputs(problem: Problem, seed: int) -> Inputs:
         device=problem.device,
         seed=seed,
     )
+
+
+def label_rows(labels: torch.Tensor, count: int = 20) -> torch.Tensor:
+    """Labels [N, ``count``] of rows of some classes: each with probability 0.15, and class % count."""
+    classes = torch.arange(int(labels.max()) + 1)
+    table = torch.rand(len(classes), count, generator=torch.Generator().manual_seed(0)) < 0.15
+    table[classes, classes % count] = True
+    return table.to(labels.device)[labels]
 
 
 class Point(NamedTuple):
@@ -157,6 +168,13 @@ def build_cases(device: str, sizes: Sequence[int] | None = None) -> dict[str, Ca
             "losses",
             "SupCon, SINCERE, cNCE and spread, 1000 classes",
             sweep(one, [replace(thousand, loss=loss) for loss in LOSSES]),
+            ("pysupcon",),
+            in_turns=True,
+        ),
+        Case(
+            "many_labels",
+            "SupCon with one label per row, and with any number of 20 labels",
+            sweep(one, [replace(base, loss=loss) for loss in ("supcon", *MANY_LABELS)]),
             ("pysupcon",),
             in_turns=True,
         ),

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.cases import TWO_SETS, Problem
+from benchmarks.kernels.cases import MANY_LABELS, TWO_SETS, Problem, label_rows
 from pysupcon.losses import LOSSES_BY_NAME
 from pysupcon.pairs import reference
 from pysupcon.profiling.workload import Inputs
@@ -50,14 +50,33 @@ def truth(problem: Problem, inputs: Inputs, anchors: int = 256) -> Truth:
         own = torch.arange(rows.start, rows.stop, device=x.device)
         s = reference.similarity(x[rows], x, problem.temperature)
         positives, negatives = reference.pair_sets(inputs.labels[rows], inputs.labels, own)
-        same, _ = reference.pair_sets(inputs.instances[rows], inputs.instances, own)
-        own_parameters = {"alpha": SPREAD_ALPHA, "base": "supcon"} if problem.loss == "spread" else {}
-        loss = LOSSES_BY_NAME[problem.loss].dense(s, positives, negatives, same, s, **own_parameters)
+        if problem.loss in MANY_LABELS:
+            loss = _many_labels(problem.loss, s, label_rows(inputs.labels).to(s), own)
+        else:
+            same, _ = reference.pair_sets(inputs.instances[rows], inputs.instances, own)
+            own_parameters = {"alpha": SPREAD_ALPHA, "base": "supcon"} if problem.loss == "spread" else {}
+            loss = LOSSES_BY_NAME[problem.loss].dense(s, positives, negatives, same, s, **own_parameters)
         part = loss.sum() / problem.n  # every row has its other view as a positive
         part.backward()
         total += part.item()
     assert x.grad is not None
     return Truth(total, x.grad)
+
+
+def _many_labels(form: str, s: Tensor, labels: Tensor, own: Tensor) -> Tensor:
+    """SupCon of the anchors ``own`` from their similarities [n, N] and the labels [N, C] of all rows."""
+    left_out = own[:, None] == torch.arange(len(labels), device=s.device)
+    denominator = s.masked_fill(left_out, -torch.inf).logsumexp(dim=1)
+    mine = labels[own]
+    if form == "per_label":
+        count = (labels.sum(dim=0) - mine).clamp(min=1)  # other rows with the label
+        means = (s.masked_fill(left_out, 0.0) @ labels) / count
+        return denominator - (means * mine).sum(dim=1) / mine.sum(dim=1)
+    shared = (mine @ labels.T).masked_fill(left_out, 0.0)
+    weights = shared / (mine.sum(dim=1)[:, None] + labels.sum(dim=1) - shared)
+    if form == "any":
+        weights = (shared > 0).to(s)
+    return denominator - (weights * s).sum(dim=1) / weights.sum(dim=1)
 
 
 def tangent(gradient: Tensor, features: Tensor) -> Tensor:

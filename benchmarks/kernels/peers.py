@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import pysupcon
-from benchmarks.kernels.cases import DTYPES, LOSSES, TWO_SETS, VIEWS, Problem
+from benchmarks.kernels.cases import DTYPES, LOSSES, MANY_LABELS, TWO_SETS, VIEWS, Problem, label_rows
 from pysupcon import functional
 from pysupcon.pairs import ops
 from pysupcon.profiling.workload import Inputs, loss_function
@@ -45,6 +45,9 @@ def _functional(problem: Problem, backend: str) -> Implementation:
                 queries, candidates=candidates, temperature=problem.temperature, backend=backend
             ),
         )
+    if problem.loss in MANY_LABELS:
+        options = {"temperature": problem.temperature, "multi_label": problem.loss}
+        return lambda i: functional.supcon(i.features, label_rows(i.labels), backend=backend, **options)
     return loss_function(problem.loss, problem.temperature, backend)
 
 
@@ -197,7 +200,7 @@ class Peer:
         return None
 
 
-_FAMILY = LOSSES + TWO_SETS
+_FAMILY = LOSSES + TWO_SETS + MANY_LABELS
 _WRITTEN = ("supcon", "sincere", *TWO_SETS)
 _SINGLE = ("float64", "float32")
 _HALF = ("bfloat16", "float16")

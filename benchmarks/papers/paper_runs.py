@@ -63,6 +63,10 @@ ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 ALPHA_METHODS = tuple(
     Method("supcon_cnce", f"alpha {alpha:g}", overrides=("--loss.alpha", f"{alpha:g}")) for alpha in ALPHAS
 )
+MOCO_METHODS = (
+    Method("moco", "SupCon, no queue", overrides=("--loss.queue", "0")),
+    Method("moco", "SupCon, queue of 2,048 keys"),
+)
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,8 @@ class Table:
 
     Attributes:
         name: name of its folder of runs and of its results.
-        data: prefix of the names of the configs.
-        regime: key of :data:`REGIMES`.
+        data: prefix of the names of the configs, relative to configs/small.
+        regime: key of :data:`REGIMES`; "none" adds nothing to the configs.
         methods: its rows.
         baseline: name of the method that the others are compared with.
         also_against: names of further methods to compare with.
@@ -146,6 +150,7 @@ TABLES = {
         _transfer("mnist5k_coarse", "strong"),
         _transfer("fashion_mnist_coarse", "none"),
         _transfer("fashion_mnist_coarse", "strong"),
+        Table("mnist5k_moco", "../mnist5k", "none", MOCO_METHODS, baseline="moco_0"),
         Table("mnist5k_alpha", "mnist5k_coarse", "none", ALPHA_METHODS, baseline="supcon_cnce_0", seeds=(0,)),
     )
 }

@@ -32,6 +32,7 @@ HEADINGS = {
     "fashion_mnist_none": "Fashion-MNIST-coarse, 5,000 images, no augmentation",
     "fashion_mnist_strong": "Fashion-MNIST-coarse, strong augmentation",
     "mnist5k_fine": "Margin of medians, trained on the ten digits",
+    "mnist5k_moco": "Labelled MoCo: a momentum encoder, with and without a queue, ten digits, batches of 50",
     "mnist5k_alpha": "The weight of cNCE, MNIST-coarse without augmentation",
 }
 COLUMNS = {

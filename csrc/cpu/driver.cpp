@@ -279,6 +279,26 @@ struct SideSoftplus {
   Softplus get() const { return {some ? reference.data() : nullptr, weighted ? factor.data() : nullptr}; }
 };
 
+// From sums of 2^(t - shift) W_j c_j to the mean; with running maxima, by the pass of a backward.
+void finish_mean(const Plan& plan, const Threads& threads, const Stats& out, double top) {
+  const Problem& q = plan.problem;
+  if (!plan.fixed) {
+    Problem negatives = q;
+    negatives.positives = false;
+    const std::vector<double> u(q.anchors.count, 1 / q.scale);
+    pair_stats_backward(negatives, threads, {out.n, nullptr, u.data()}, {}, {out.negative_mean, nullptr});
+    return;
+  }
+  for (int64_t i = 0; i < q.anchors.count; ++i) {
+    const double factor = out.n[i] == -kInf ? 0 : std::exp2(plan.shift + top - out.n[i] * kLog2e);
+    for (int64_t at = i * q.dim; at < (i + 1) * q.dim; ++at)
+      if (q.type == Type::f64)
+        static_cast<double*>(out.negative_mean)[at] *= factor;
+      else
+        static_cast<float*>(out.negative_mean)[at] *= static_cast<float>(factor);
+  }
+}
+
 }  // namespace
 
 // ------------------------------------------------------------------------------------------------ entry
@@ -290,6 +310,7 @@ void pair_stats(const Problem& q, const Threads& threads, const Stats& out) {
   LogWeights weights(q);
   Values max_n(q, 0, 0), max_p(q, 0, 0);
   StatsSums sums{out.n, out.p, out.positive_sum, out.instance_sum, nullptr, nullptr};
+  void* const mean = q.negatives ? out.negative_mean : nullptr;
   bool finite = false;
   const auto prepare = [&] {
     finite = choose_reference(plan, lengths, weights.range());
@@ -301,11 +322,12 @@ void pair_stats(const Problem& q, const Threads& threads, const Stats& out) {
     max_p = Values(q, kept, -kInf);
     sums.max_n = max_n.data();
     sums.max_p = max_p.data();
+    sums.mean = plan.fixed ? mean : nullptr;
     return finite;
   };
   const auto stats = pair_kernels().stats;
   run_pass(
-      plan, 1, threads, lengths.parts(), [&](int64_t part) { lengths.find(part); }, prepare,
+      plan, mean ? 2 : 1, threads, lengths.parts(), [&](int64_t part) { lengths.find(part); }, prepare,
       [&](const BlockPair& b, void* scratch) { stats(plan, sums, b.i, b.j, scratch); });
   if (!finite) return;
   const auto finish = [&](double* stat, const Values& max, bool wanted) {
@@ -319,6 +341,7 @@ void pair_stats(const Problem& q, const Threads& threads, const Stats& out) {
   finish(out.p, max_p, q.positives);
   finish_sums(plan, weights.candidates, out.positive_sum, q.anchors.cls, q.candidates.cls, out.p);
   finish_sums(plan, weights.candidates, out.instance_sum, q.anchors.instance, q.candidates.instance, nullptr);
+  if (mean) finish_mean(plan, threads, out, weights.candidates.top);
 }
 
 void pair_stats_backward(const Problem& q, const Threads& threads, const StatsGrad& anchors,

@@ -76,8 +76,12 @@ void stats(const Plan& plan, const StatsSums& sums, int64_t i, int64_t j, void* 
     using T = decltype(type);
     constexpr bool kWeighted = decltype(weighted)::value;
     with_blocks<T>(plan, i, j, memory, [&](Scratch<T>& s, const TilePair<T>& pair) {
-      plan.fixed ? fixed_stats<T, kWeighted>(plan, sums, pair, s.arena)
-                 : running_stats<T, kWeighted>(plan, sums, pair, s.arena);
+      if (!plan.fixed)
+        running_stats<T, kWeighted>(plan, sums, pair, s.arena);
+      else if (sums.mean)
+        fixed_stats<T, kWeighted, true>(plan, sums, pair, s.w, s.arena);
+      else
+        fixed_stats<T, kWeighted, false>(plan, sums, pair, s.w, s.arena);
     });
   });
 }

@@ -46,6 +46,9 @@ struct Stats {
   double *n, *p;         // logsumexp over N_i, P_i; -inf where empty or not asked for
   double* positive_sum;  // sum over P_i of s_ij
   double* instance_sum;  // the same over the rows of P_i of the anchor's instance; null without instances
+  // sum_{N_i} e^{log_weight_j + s_ij - n_i} c_j of the rows [anchors.count, dim], zeros before the call, of
+  // the type of a gradient; only of two sets; null: not wanted
+  void* negative_mean = nullptr;
 };
 // Upstream gradients and statistics of one side, by row, or null: G_ij = u_i e^{s_ij - n_i} of a negative,
 // v_i e^{s_ij - p_i} + w_i (+ a_i of the same instance) of a positive. With weights of candidates the

@@ -33,6 +33,9 @@ struct Plan {
 struct StatsSums {
   double *n, *p, *positive_sum, *instance_sum;
   void *max_n, *max_p;
+  // By row, [dim], of the arithmetic type; only fixed: the sum of n with each term times its candidate. May
+  // be null.
+  void* mean = nullptr;
 };
 
 // The weight of pair (i, j) is w_i(t) + w_j(t), w(t) = 2^(t - reference) factor, times the weight of the

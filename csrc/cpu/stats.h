@@ -22,15 +22,22 @@ struct Sums {
 
 // One reference for all: sums of 2^(t - shift), equations (5) and (6), and of t - shift, equation (4). One
 // exponential serves the row and the column of a pair, each with the weight of the other.
-template <class T, bool kWeighted>
+// kMean: the terms of n are left in `terms`, for sums of candidates.
+template <class T, bool kWeighted, bool kMean>
 struct FixedStats {
   const TilePair<T>& pair;
   Vec<T> magic, shift;  // kMagic - shift
   Sums<Vec<T>> row;     // [a.padded]
   Sums<T> col;          // [b.padded]
   PairWeights<T> weights;
+  T* terms;  // [a.padded x kTileStride]
 
-  PYSUPCON_INLINE void skip(int, int) const {}
+  PYSUPCON_INLINE void skip(int i0, int j0) const {
+    if constexpr (kMean) fill_tile<T>(terms, i0, j0, Vec<T>{});
+  }
+  PYSUPCON_INLINE void keep(Vec<T> term, int i, int j) const {
+    if constexpr (kMean) store(terms + i * kTileStride + j, term);
+  }
   static PYSUPCON_INLINE void add(T* to, Vec<T> v) { store(to, load(to) + v); }
   PYSUPCON_INLINE Vec<T> for_row(Vec<T> e, int j) const {
     if constexpr (kWeighted) return e * load(weights.col + j);
@@ -44,7 +51,8 @@ struct FixedStats {
   template <Kind kKind>
   PYSUPCON_INLINE void operator()(Tile<T>& tile, int i0, int j0) const {
     constexpr int L = kLanes<T>;
-    pair.fetch();
+    if constexpr (!kMean) pair.fetch();
+    if constexpr (kKind == Kind::positive) skip(i0, j0);
     Vec<T> n[kVecs] = {}, p[kVecs] = {}, positive[kVecs] = {}, instance[kVecs] = {};
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
@@ -56,6 +64,7 @@ struct FixedStats {
         if constexpr (kKind == Kind::negative) {
           rn += for_row(e, j);
           n[c] += for_column(e, i);
+          keep(for_row(e, j), i, j);
         } else if constexpr (kKind == Kind::positive) {
           rp += for_row(e, j);
           p[c] += for_column(e, i);
@@ -66,6 +75,7 @@ struct FixedStats {
           const Vec<T> en = select<T>(mask.negative, e, Vec<T>{}), ep = select<T>(mask.positive, e, Vec<T>{}),
                        dp = select<T>(mask.positive, d, Vec<T>{}), da = select<T>(mask.instance, d, Vec<T>{});
           rn += for_row(en, j);
+          keep(for_row(en, j), i, j);
           rp += for_row(ep, j);
           rs += dp;
           ra += da;
@@ -90,17 +100,19 @@ struct FixedStats {
   }
 };
 
-template <class T, bool kWeighted>
-void fixed_stats(const Plan& plan, const StatsSums& sums, const TilePair<T>& pair, Arena arena) {
+template <class T, bool kWeighted, bool kMean>
+void fixed_stats(const Plan& plan, const StatsSums& sums, const TilePair<T>& pair, T* terms, Arena arena) {
   const Block<T>&a = pair.a, &b = pair.b;
-  const FixedStats<T, kWeighted> visit{pair,
-                                       splat<T>(static_cast<T>(kMagic<T> - plan.shift)),
-                                       splat<T>(static_cast<T>(plan.shift)),
-                                       Sums<Vec<T>>::zeros(arena, a.padded),
-                                       Sums<T>::zeros(arena, b.padded),
-                                       {pair, arena}};
+  const FixedStats<T, kWeighted, kMean> visit{pair,
+                                              splat<T>(static_cast<T>(kMagic<T> - plan.shift)),
+                                              splat<T>(static_cast<T>(plan.shift)),
+                                              Sums<Vec<T>>::zeros(arena, a.padded),
+                                              Sums<T>::zeros(arena, b.padded),
+                                              {pair, arena},
+                                              terms};
   if constexpr (kWeighted) visit.weights.load(pair, T(1));
   pair.each(visit);
+  if constexpr (kMean) add_products<T>(pair, terms, {sums.mean, nullptr});
   // Where no pair is a positive (a negative) there is nothing to add.
   const bool positives = pair.classes_meet(), negatives = !pair.one_class(), instances = sums.instance_sum;
   for (int i = 0; i < a.count; ++i) {

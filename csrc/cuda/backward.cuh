@@ -369,7 +369,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
     spoil_results(pairs.verdicts, int(threadIdx.x), C::THREADS);
     return;
   }
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, slices = pairs.rows.slices;
+  const int slices = pairs.rows.slices;
   const int out0 = int(blockIdx.z) * C::SLICES, outs = min(C::SLICES, slices - out0);
   clear_coefficients<C>(s->coefficients, args.cols);
   for (int block = first_row_block(runs, gpu::block_again());
@@ -413,12 +413,12 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
         gpu::cp_async_wait<0>();
         __syncthreads();  // all copies have landed, and nobody still reads what load_next() overwrites
         load_next();
-        multiply_slice<F>(acc, s->rows[buffer], 16 * warp, s->cols[buffer], 0);
+        multiply_slice<F>(acc, s->rows[buffer], 16 * int(threadIdx.x / 32), s->cols[buffer], 0);
         buffer ^= 1;
       }
       uint32_t w[weight_parts<C, Weights>][C::MT][C::NT / 2][4];
       const Kind kind = s->bounds.template kind<C::BN>(pairs, tile);
-      const int at = 2 * (lane % 4);
+      const int at = 2 * (s->bounds.thread() % 4);
       const Coefficients cols = s->coefficients.from(columns, at);
       columns ^= 1;
       if (C::PARTS == 1 && weights.quick(kind))
@@ -431,7 +431,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS)
           gpu::cp_async_wait<0>();
           __syncthreads();
           load_next();
-          multiply_weights<F>(grad[k], w, s->cols[buffer], 0, lane);
+          multiply_weights<F>(grad[k], w, s->cols[buffer], 0, s->bounds.thread() % 32);
           buffer ^= 1;
         }
     }

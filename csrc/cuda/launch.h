@@ -44,6 +44,9 @@ struct Problem {
   const double* scale;        // [1]
   double epsilon;
   bool negatives, positives;
+  // Logarithms of the weights of rows as candidates of others; null: all are 1. -inf: not a candidate. With
+  // candidates, log_weights are read only where the candidates are anchors, too (candidate_n).
+  const double *log_weights, *candidate_log_weights;  // [anchors], [candidates]; null where one_set
 
   const double *n, *p, *grad_n, *grad_p;                                          // [anchors]
   const double *grad_positive_sum, *grad_instance_sum;                            // [anchors] or null

@@ -58,6 +58,8 @@ Preparation preparation_of(const Problem& p, const Workspace& w, const BothRange
   if (!p.one_set) preparation.sides[1] = p.candidates;
   preparation.width = int(p.width);
   preparation.ranges[0] = ranges.anchors, preparation.ranges[1] = ranges.candidates;
+  preparation.biases[0] = {w.anchor_bias, p.log_weights};
+  preparation.biases[1] = {w.candidate_bias, p.candidate_log_weights};
   preparation.scale = p.scale, preparation.verdicts = w.verdicts;
   if (p.operation == Operation::pair_stats && !(p.negatives && p.positives)) {
     preparation.fill_count = p.anchors.count;
@@ -80,6 +82,7 @@ Verdicts verdicts_of(const Problem& p, const Preparation& preparation) {
 // precision
 
 PlainPairs plain_pairs(const Problem& p, const Workspace& w, bool swapped, const Verdicts& verdicts) {
+  const double* candidate_log_weights = p.one_set ? p.log_weights : p.candidate_log_weights;
   return {swapped ? p.candidates : p.anchors,
           swapped ? p.anchors : p.candidates,
           int(p.width),
@@ -90,6 +93,8 @@ PlainPairs plain_pairs(const Problem& p, const Workspace& w, bool swapped, const
           p.one_set,
           visits_negatives(p),
           visits_positives(p),
+          swapped ? candidate_log_weights : p.log_weights,
+          swapped ? p.log_weights : candidate_log_weights,
           p.scale,
           verdicts};
 }
@@ -231,7 +236,7 @@ Upstreams upstreams_of(const Problem& p, const Workspace& w, int parts) {
              w.candidate.instance};
   u.softplus = is_softplus(p.operation);
   u.epsilon = u.softplus ? p.epsilon : 0.;
-  u.one = visits_negatives(p) && parts == 1;
+  u.one = visits_negatives(p) && parts == 1 && !weighted(p);
   u.parts = as<float4>(static_cast<void*>(w.extreme_parts));
   u.extremes = as<Extremes>(static_cast<void*>(w.extremes));
   return u;
@@ -264,9 +269,9 @@ void run_pairs(Stream& s, const Problem& p, const Workspace& w) {
   const auto sides = [&](bool within) {
     const Scale* scale = preparation.scale_out;
     return Sides{{anchors, candidates, ranges.anchors.range, ranges.anchors.instance_range, w.anchor_self,
-                  nullptr, p.one_set, within, scale, verdicts},
+                  nullptr, p.one_set, within, w.anchor_bias, w.candidate_bias, scale, verdicts},
                  {candidates, anchors, ranges.candidates.range, ranges.candidates.instance_range, nullptr,
-                  w.anchor_self, false, within, scale, verdicts}};
+                  w.anchor_self, false, within, w.candidate_bias, w.anchor_bias, scale, verdicts}};
   };
   if (is_backward(p.operation))
     run_backward<F, PARTS>(s, p, w, sides(false), sides(true));

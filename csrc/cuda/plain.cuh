@@ -14,6 +14,8 @@ struct PlainPairs {
   const int2 *range, *instance_range;
   const int *row_self, *col_self;
   bool one_set, negatives, positives;  // the two last: which pairs count
+  // of rows and columns as candidates of others, in the caller's order; null: all weights are 1
+  const double *row_log_weights, *col_log_weights;
   const double* scale;
   Verdicts verdicts;
 
@@ -27,6 +29,12 @@ struct PlainPairs {
   }
   __device__ __forceinline__ bool same_instance(int row, int col) const {
     return instance_range && col >= instance_range[row].x && col < instance_range[row].y;
+  }
+  __device__ __forceinline__ double row_log_weight(int row) const {
+    return row_log_weights && row < rows.count ? row_log_weights[rows.order[row]] : 0.;
+  }
+  __device__ __forceinline__ double col_log_weight(int col) const {
+    return col_log_weights && col < cols.count ? col_log_weights[cols.order[col]] : 0.;
   }
   // Columns [x, y) of the block whose first row is row0.
   __device__ __forceinline__ int2 visit(int row0) const {
@@ -61,7 +69,11 @@ __device__ __forceinline__ double plain_similarity(PlainShared& s, const PlainPa
   return sum * *pairs.scale;
 }
 
-__device__ __forceinline__ double plain_softplus(double x) { return fmax(x, 0.) + log1p(exp(-fabs(x))); }
+// log(e^y + e^x), y = log w: softplus(x) where y is 0. A weight of 0 has no part in it.
+__device__ __forceinline__ double plain_softplus(double x, double y) {
+  if (y == -INFINITY) return x == -INFINITY ? 0. : x;
+  return fmax(x, y) + log1p(exp(-fabs(x - y)));
+}
 __device__ __forceinline__ double plain_sigmoid(double x) { return 1. / (1. + exp(-x)); }
 
 __device__ __forceinline__ void plain_merge(double& top, double& total, double other_top,
@@ -95,13 +107,14 @@ static __global__ void plain_forward(PlainPairs pairs, PlainResults out, const d
     const int col = col0 + int(threadIdx.x);
     if (pairs.counts(row, col)) {
       const bool same = pairs.same(row, col);
+      const double log_weight = pairs.col_log_weight(col);
       if (softplus_n)
-        softplus += same ? plain_softplus(softplus_n[at] + epsilon - sim) : 0.;
+        softplus += same ? plain_softplus(softplus_n[at] + epsilon - sim, log_weight) : 0.;
       else if (same) {
-        plain_merge(top_p, total_p, sim, 1.);
+        plain_merge(top_p, total_p, sim + log_weight, 1.);
         positive_sum += sim, instance_sum += pairs.same_instance(row, col) ? sim : 0.;
       } else
-        plain_merge(top_n, total_n, sim, 1.);
+        plain_merge(top_n, total_n, sim + log_weight, 1.);
     }
   }
   for (int o = 1; o < kPlain; o *= 2) {
@@ -124,19 +137,19 @@ struct PlainAnchors {
   const double *n, *p, *grad_n, *grad_p, *grad_positive_sum, *grad_instance_sum;
   const int64_t* order;
 
-  // dL/ds of this anchor's pair; sigmoid: what n receives, per unit of upstream gradient
-  __device__ __forceinline__ double weight(int i, double sim, bool same, bool same_instance, double epsilon,
-                                           double* sigmoid) const {
+  // dL/ds of this anchor's pair with a candidate of this weight; sigmoid: what n receives, per unit of
+  // upstream gradient
+  __device__ __forceinline__ double weight(int i, double sim, double log_weight, bool same,
+                                           bool same_instance, double epsilon, double* sigmoid) const {
     if (!n) return 0.;
     const int64_t at = order[i];
     if (!p) {
       if (!same || n[at] == -INFINITY) return 0.;
-      *sigmoid = plain_sigmoid(n[at] + epsilon - sim);
+      *sigmoid = plain_sigmoid(n[at] + epsilon - sim - log_weight);
       return -grad_n[at] * *sigmoid;
     }
     const double reference = same ? p[at] : n[at], upstream = same ? grad_p[at] : grad_n[at];
-    if (reference == -INFINITY) return 0.;
-    double g = upstream * exp(sim - reference);
+    double g = reference == -INFINITY ? 0. : upstream * exp(sim + log_weight - reference);
     if (same && grad_positive_sum) g += grad_positive_sum[at];
     if (same_instance && grad_instance_sum) g += grad_instance_sum[at];
     return g;
@@ -163,8 +176,8 @@ static __global__ void plain_backward(PlainPairs pairs, PlainAnchors rows, Plain
     if (pairs.counts(row, col0 + x)) {
       const bool same = pairs.same(row, col0 + x), instance = same && pairs.same_instance(row, col0 + x);
       double mine = 0, theirs = 0;
-      w = rows.weight(row, sim, same, instance, epsilon, &mine) +
-          cols.weight(col0 + x, sim, same, instance, epsilon, &theirs);
+      w = rows.weight(row, sim, pairs.col_log_weight(col0 + x), same, instance, epsilon, &mine) +
+          cols.weight(col0 + x, sim, pairs.row_log_weight(row), same, instance, epsilon, &theirs);
       sigmoids += mine;
     }
     s.w[y][x] = w;

@@ -92,8 +92,9 @@ struct Workspace {
   int32_t *anchor_instance, *candidate_instance;  // [rows][2] likewise of the same instance, or null
   int32_t *anchor_self,
       *candidate_inverse;  // [anchors] sorted candidate; [candidates] sorted place; self_index only
-  float* extremes;         // [4] of the upstream gradients and the statistics
-  float* extreme_parts;    // [kExtremeBlocks][4], null where every block scans the rows itself
+  float *anchor_bias, *candidate_bias;  // [rows padded to kPadRows], see Pairs; null without weights
+  float* extremes;                      // [4] of the upstream gradients and the statistics
+  float* extreme_parts;                 // [kExtremeBlocks][4], null where every block scans the rows itself
   Tables anchor, candidate;
   void* parts;                   // of row blocks that several runs share; all launches use the same
   float* row_parts;              // of what softplus has beside its gradient
@@ -147,9 +148,11 @@ inline bool is_softplus(Operation o) {
 inline bool visits_negatives(const Problem& p) { return !is_softplus(p.operation) && p.negatives; }
 inline bool visits_positives(const Problem& p) { return is_softplus(p.operation) || p.positives; }
 
+inline bool weighted(const Problem& p) { return p.log_weights || p.candidate_log_weights; }
+
 // Half of the negatives will do, and there are enough of them to pay for two more launches.
 inline bool triangular(const Problem& p) {
-  return p.operation == Operation::pair_stats && p.one_set && p.negatives && resident(p) &&
+  return p.operation == Operation::pair_stats && p.one_set && p.negatives && resident(p) && !weighted(p) &&
          p.anchors.count >= p.triangular_rows;
 }
 
@@ -188,6 +191,10 @@ inline Workspace lay_out(const Problem& p) {
     const int64_t row_bytes = row_slices(p) * (copy_parts(p) == 1 ? 128 : 64) * copy_parts(p);
     w.anchor_rows = arena.take(divide_up(m, kPadRows) * kPadRows * row_bytes);
     w.candidate_rows = p.one_set ? w.anchor_rows : arena.take(divide_up(n, kPadRows) * kPadRows * row_bytes);
+    if (weighted(p)) {
+      w.anchor_bias = arena.take<float>(4 * divide_up(m, kPadRows) * kPadRows);
+      w.candidate_bias = p.one_set ? w.anchor_bias : arena.take<float>(4 * divide_up(n, kPadRows) * kPadRows);
+    }
     const Shape shape = pair_shape(p);
     int64_t part_bytes = 0;  // launch after launch uses the same parts, but arrivals of its own
     const auto plan = [&](Pass& pass, bool within, int64_t row_part) {

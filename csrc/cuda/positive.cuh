@@ -37,7 +37,8 @@ struct InstanceMask {
   __device__ __forceinline__ bool same(int col) const { return col >= begin && col < end; }
 };
 
-// Until they are stored similarities have no scale: s = acc * scale, and what is added up is acc.
+// Until they are stored similarities have no scale: s = acc * scale, and what is added up is acc. Weights are
+// an exception: the largest of the exponentials is then t + log2 w, with the scale.
 struct PositiveStatistics {
   struct Part {
     float2 exponentials;      // top, total
@@ -63,9 +64,17 @@ struct PositiveStatistics {
       : pairs(pairs_), row0(row), scale(pairs_.scale->base2) {}
 
   // As Statistics::add(). Differences from the largest similarity are exact where the similarities nearly
-  // agree: they serve the exponentials and the sums.
+  // agree: they serve the exponentials and the sums. The sums have no weights: exponentials that have them
+  // are measured from the largest t + log2 w, and the sums from the largest similarity of the tile.
   template <int MT, int NT>
   __device__ __forceinline__ void add(const float (&acc)[MT][NT][4], Kind kind, int col0) {
+    if (pairs.col_bias)
+      add_pairs<true>(acc, kind, col0);
+    else
+      add_pairs<false>(acc, kind, col0);
+  }
+  template <bool BIASED, int MT, int NT>
+  __device__ __forceinline__ void add_pairs(const float (&acc)[MT][NT][4], Kind kind, int col0) {
     static_assert(2 * MT == ROWS, "rows per thread");
     const bool all = kind == Kind::same;
 #pragma unroll
@@ -74,7 +83,7 @@ struct PositiveStatistics {
       __syncwarp();  // rows are not mixed, which would need the registers of all
       const RowMask mask(pairs, row0 + 8 * i);
       const InstanceMask instance(pairs, row0 + 8 * i);
-      float top = -INFINITY;
+      float top = -INFINITY, biased_top = -INFINITY;
       uint32_t counts = 0, of_same_instance = 0;
 #pragma unroll
       for (int c = 0; c < 2 * NT; ++c) {
@@ -82,13 +91,20 @@ struct PositiveStatistics {
         const bool is_counted = all || (mask.same(col) && mask.counts(pairs, col));
         counts |= uint32_t(is_counted) << c;
         of_same_instance |= uint32_t(is_counted && instance.same(col)) << c;
-        top = fmaxf(top, is_counted ? acc[m][c / 2][2 * h + c % 2] : -INFINITY);
+        const float sim = acc[m][c / 2][2 * h + c % 2];
+        top = fmaxf(top, is_counted ? sim : -INFINITY);
+        if (BIASED)
+          biased_top = fmaxf(biased_top, is_counted ? fmaf(sim, scale, pairs.col_bias[col]) : -INFINITY);
       }
-      const float ref = p[i].raise(top, scale);  // scale > 0
+      const float ref = BIASED ? LogSum::reference(top) : p[i].raise(top, scale);  // scale > 0
+      const float biased_ref = BIASED ? p[i].raise(biased_top) : 0.f;
       float exponentials = 0.f, rest = 0.f, rest_of_instance = 0.f;
 #pragma unroll
       for (int c = 0; c < 2 * NT; ++c) {
-        const float difference = acc[m][c / 2][2 * h + c % 2] - ref, e = gpu::exp2_fast(difference * scale);
+        const float sim = acc[m][c / 2][2 * h + c % 2], difference = sim - ref;
+        const int col = col0 + 8 * (c / 2) + c % 2;
+        const float e =
+            gpu::exp2_fast(BIASED ? fmaf(sim, scale, pairs.col_bias[col]) - biased_ref : difference * scale);
         exponentials += counts >> c & 1 ? e : 0.f;  // a select, after everything that could be inf or NaN
         rest += counts >> c & 1 ? difference : 0.f;
         rest_of_instance += of_same_instance >> c & 1 ? difference : 0.f;
@@ -124,15 +140,16 @@ struct PositiveStatistics {
     return {gpu::load_l2(&from->exponentials), gpu::load_l2(&from->sum), gpu::load_l2(&from->of_instance)};
   }
   static __device__ __forceinline__ Part merge(const Pairs& pairs, const Part& a, const Part& b) {
-    return {LogSum::merge(a.exponentials, b.exponentials, pairs.scale->base2), a.sum + b.sum,
-            a.of_instance + b.of_instance};
+    return {LogSum::merge(a.exponentials, b.exponentials, pairs.col_bias ? 1.f : pairs.scale->base2),
+            a.sum + b.sum, a.of_instance + b.of_instance};
   }
   // With one positive total is 1 and p and sum the same product.
   static __device__ __forceinline__ void store(const Pairs& pairs, const Args& args, int row,
                                                const Part& whole) {
     const int64_t at = args.order[row];
     const double unit = double(pairs.scale->base2) * kLn2;
-    args.p[at] = double(whole.exponentials.x) * unit + log(double(whole.exponentials.y));
+    args.p[at] =
+        double(whole.exponentials.x) * (pairs.col_bias ? kLn2 : unit) + log(double(whole.exponentials.y));
     args.sum[at] = whole.sum * unit;
     args.of_instance[at] = whole.of_instance * unit;
   }
@@ -165,11 +182,21 @@ struct PositiveWeights {
   template <class F, int PARTS, int MT, int NT>
   __device__ __forceinline__ void weigh(uint32_t (&w)[PARTS][MT][NT / 2][4], const float (&s)[MT][NT][4],
                                         Kind kind, int col0, const Coefficients& cols) const {
+    if (pairs.col_bias)
+      weigh_pairs<F, true>(w, s, kind, col0, cols);
+    else
+      weigh_pairs<F, false>(w, s, kind, col0, cols);
+  }
+  template <class F, bool BIASED, int PARTS, int MT, int NT>
+  __device__ __forceinline__ void weigh_pairs(uint32_t (&w)[PARTS][MT][NT / 2][4],
+                                              const float (&s)[MT][NT][4], Kind kind, int col0,
+                                              const Coefficients& cols) const {
     const int row0 = first_row<MT>(bounds);  // rows row0 + 8 i are this thread's
     const float scale = pairs.scale->base2;
     // What cancels is added first.
-    const auto weight = [scale](float sim, float2 power, float2 rest) {
-      return fmaf(power.x, gpu::exp2_fast(fmaf(sim, scale, -power.y) - rest.y), rest.x);
+    const auto weight = [scale](float sim, float2 power, float2 rest, float bias) {
+      const float t = BIASED ? fmaf(sim, scale, bias) - power.y : fmaf(sim, scale, -power.y);
+      return fmaf(power.x, gpu::exp2_fast(t - rest.y), rest.x);
     };
     const bool all = kind == Kind::same;
 #pragma unroll
@@ -189,7 +216,9 @@ struct PositiveWeights {
         for (int e = 0; e < 2; ++e) {
           const int at = 8 * j + e, col = col0 + at;
           const float sim = s[i / 2][j][2 * (i % 2) + e];
-          float g = weight(sim, power, rest) + weight(sim, cols.power[at], cols.rest[at]);
+          float g = weight(sim, power, rest, BIASED ? pairs.col_bias[col] : 0.f);
+          if (BIASED) gpu::keep_order();
+          g += weight(sim, cols.power[at], cols.rest[at], BIASED ? pairs.row_bias[mask.row] : 0.f);
           if (instance.same(col)) g += of_instance + cols.instance[at];
           // after everything that could be inf or NaN
           v[e] = all || (mask.same(col) && mask.counts(pairs, col)) ? g : 0.f;

@@ -268,15 +268,18 @@ __device__ __forceinline__ void pack_coefficients(const Upstream& u, const Upstr
   float2 power = absent(), rest{0.f, 0.f};
   float instance = 0.f;
   const int64_t at = i < u.count ? place_of(u.order, i, u.count) : 0;
+  const int unit = -gradient_exponent(extremes.largest);
+  const auto in_units = [&](double x) { return float(ldexp(x, unit)); };
+  if (i < u.count && u.rest) {  // the sums have no weights: they count where all weights are 0, too
+    rest.x = u.constant ? in_units(u.constant[at]) : 0.f;
+    instance = u.of_instance ? in_units(u.of_instance[at]) : 0.f;
+  }
   if (i < u.count && u.statistic[at] != -INFINITY) {
-    const int unit = -gradient_exponent(extremes.largest);
-    const auto in_units = [&](double x) { return float(ldexp(x, unit)); };
     const double bits = (u.statistic[at] + all.epsilon) * kLog2e, gradient = u.gradient[at];
     const float whole = extremes.reference < INFINITY ? extremes.reference : float(rint(bits));
     if (u.rest) {
       power = {in_units(gradient), float(rint(bits))};
-      rest = {u.constant ? in_units(u.constant[at]) : 0.f, float(bits - double(power.y))};
-      instance = u.of_instance ? in_units(u.of_instance[at]) : 0.f;
+      rest.y = float(bits - double(power.y));
     } else if (all.softplus) {
       power = {in_units(gradient), float(bits)};
     } else {
@@ -288,6 +291,21 @@ __device__ __forceinline__ void pack_coefficients(const Upstream& u, const Upstr
   if (u.instance) u.instance[i] = instance;
 }
 
+// The log weights of one side's rows as candidates of others.
+constexpr double kMostLogWeight = 1e14;  // as kMostBits
+struct Biases {
+  float* bias;                // [count], see Pairs; null: not wanted
+  const double* log_weights;  // [count], in the caller's order; null: all are 0
+
+  // Returns whether sorted row i has a log weight that is -inf or between the limits.
+  __device__ __forceinline__ bool store(const Rows& rows, int64_t i) const {
+    if (!bias && !log_weights) return true;
+    const double log_weight = log_weights ? log_weights[place_of(rows.order, i, rows.count)] : 0.;
+    if (bias) bias[i] = float(log_weight * kLog2e);
+    return fabs(log_weight) <= kMostLogWeight || log_weight == -INFINITY;
+  }
+};
+
 struct Preparation {
   Rows sides[2];  // anchors; candidates where they are others, else none
   uint4* copies[2];
@@ -295,6 +313,7 @@ struct Preparation {
   int width, slices;
   Ranges ranges[2];
   Upstreams upstreams;
+  Biases biases[2];
   const double* scale;
   Scale* scale_out;
   int* arrivals;
@@ -356,7 +375,7 @@ __global__ void __launch_bounds__(kThreads, 4) prepare(const __grid_constant__ P
       Verdict rest = 0;
       const Verdict side = Verdict(k) << 32;  // what one side lacks the other must not make up for
       for (; i < rows.count; i += step) {
-        fine &= ordered(rows, i) & p.ranges[k].find(i);
+        fine &= ordered(rows, i) & p.ranges[k].find(i) & p.biases[k].store(rows, i);
         rest += hash(side + place_of(rows.order, i, rows.count)) - hash(side + i);
       }
       leave_verdict(p.verdicts, fine, rest);

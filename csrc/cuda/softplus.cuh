@@ -1,4 +1,5 @@
-// Equation (3): SINCERE's softplus over the pairs of one class; (8), (11): the weights of its gradient.
+// Equation (3): SINCERE's softplus over the pairs of one class; (8), (11): the weights of its gradient. With
+// candidates' weights w: log(w_j + e^x) for softplus(x), and sigmoid(x - log w_j).
 #pragma once
 #include "statistics.cuh"
 
@@ -36,9 +37,22 @@ struct SoftplusSum {
   static __device__ __forceinline__ float softplus(float x) {
     return fmaxf(x, 0.f) + log1pf(gpu::exp2_fast(-fabsf(x) * float(kLog2e)));
   }
+  // log(w + e^x), bias = log2 w. A weight of 0 has no part in it.
+  static __device__ __forceinline__ float softplus(float x, float bias) {
+    if (bias == -INFINITY) return x == -INFINITY ? 0.f : x;
+    const float log_weight = bias * float(kLn2);
+    return log_weight + softplus(x - log_weight);
+  }
 
   template <int MT, int NT>
   __device__ __forceinline__ void add(const float (&acc)[MT][NT][4], Kind kind, int col0) {
+    if (pairs.col_bias)
+      add_pairs<true>(acc, kind, col0);
+    else
+      add_pairs<false>(acc, kind, col0);
+  }
+  template <bool BIASED, int MT, int NT>
+  __device__ __forceinline__ void add_pairs(const float (&acc)[MT][NT][4], Kind kind, int col0) {
     static_assert(2 * MT == ROWS, "rows per thread");
     const bool all = kind == Kind::same;
 #pragma unroll
@@ -49,8 +63,10 @@ struct SoftplusSum {
 #pragma unroll
       for (int c = 0; c < 2 * NT; ++c) {
         const int col = col0 + 8 * (c / 2) + c % 2;
-        if (all || (mask.same(col) && mask.counts(pairs, col)))
-          sum += softplus(reference[i] - acc[m][c / 2][2 * h + c % 2] * scale);
+        if (all || (mask.same(col) && mask.counts(pairs, col))) {
+          const float x = reference[i] - acc[m][c / 2][2 * h + c % 2] * scale;
+          sum += BIASED ? softplus(x, pairs.col_bias[col]) : softplus(x);
+        }
       }
       const float y = sum + carry[i], t = total[i] + y;  // Kahan
       carry[i] = y - (t - total[i]);
@@ -108,10 +124,20 @@ struct SoftplusWeights::OfThread {
   template <class F, int PARTS, int MT, int NT>
   __device__ __forceinline__ void weigh(uint32_t (&w)[PARTS][MT][NT / 2][4], const float (&s)[MT][NT][4],
                                         Kind kind, int col0, const Coefficients& cols) {
+    if (pairs.col_bias)
+      weigh_pairs<F, true>(w, s, kind, col0, cols);
+    else
+      weigh_pairs<F, false>(w, s, kind, col0, cols);
+  }
+  template <class F, bool BIASED, int PARTS, int MT, int NT>
+  __device__ __forceinline__ void weigh_pairs(uint32_t (&w)[PARTS][MT][NT / 2][4],
+                                              const float (&s)[MT][NT][4], Kind kind, int col0,
+                                              const Coefficients& cols) {
     const int row0 = first_row<MT>(bounds);  // rows row0 + 8 i are this thread's
     const float scale = pairs.scale->base2;
-    const auto sigmoid = [scale](float sim, float reference) {
-      return gpu::reciprocal_fast(1.f + gpu::exp2_fast(fmaf(sim, scale, -reference)));
+    const auto sigmoid = [scale](float sim, float reference, float bias) {
+      const float t = BIASED ? fmaf(sim, scale, bias) - reference : fmaf(sim, scale, -reference);
+      return gpu::reciprocal_fast(1.f + gpu::exp2_fast(t));
     };
     const bool uniform = kind == Kind::same;
 #pragma unroll
@@ -119,6 +145,7 @@ struct SoftplusWeights::OfThread {
       __syncwarp();  // rows are not mixed, which would need the registers of all
       const RowMask mask(pairs, row0 + 8 * i);
       const float2 n = args.rows.power && mask.row < pairs.rows.count ? args.rows.power[mask.row] : absent();
+      const float bias = BIASED ? pairs.row_bias[mask.row] : 0.f;
       float sum = 0.f;
 #pragma unroll
       for (int j = 0; j < NT; ++j) {
@@ -129,7 +156,8 @@ struct SoftplusWeights::OfThread {
           const int at = 8 * j + e;
           const float sim = s[i / 2][j][2 * (i % 2) + e];
           const bool counts = uniform || (mask.same(col0 + at) && mask.counts(pairs, col0 + at));
-          const float mine = sigmoid(sim, n.y), theirs = sigmoid(sim, cols.power[at].y);
+          const float mine = sigmoid(sim, n.y, BIASED ? pairs.col_bias[col0 + at] : 0.f),
+                      theirs = sigmoid(sim, cols.power[at].y, bias);
           v[e] = counts ? -(n.x * mine + cols.power[at].x * theirs) : 0.f;
           sum += counts ? mine : 0.f;
         }

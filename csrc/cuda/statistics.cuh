@@ -1,4 +1,6 @@
-// Equations (1), (7): the logsumexp over negatives; (8), (9): the weights of its gradient.
+// Equations (1), (7): the logsumexp over negatives; (8), (9): the weights of its gradient. A candidate's
+// weight w is added as log2 w to its similarities in powers of two, t: forward and backward round the same
+// sum.
 #pragma once
 #include "tiles.cuh"
 
@@ -50,12 +52,23 @@ struct Statistics {
   LogSum n[ROWS];
 
   __device__ __forceinline__ Statistics(const Pairs& pairs_, const Args&, int row)
-      : pairs(pairs_), row0(row), scale(pairs_.scale->base2) {}
+      : pairs(pairs_), row0(row), scale(pairs_.col_bias ? 1.f : pairs_.scale->base2) {}
 
-  // acc[m][j][2 h + e]: row row0 + 16 m + 8 h, column col0 + 8 j + e
+  // acc[m][j][2 h + e]: row row0 + 16 m + 8 h, column col0 + 8 j + e. Weights replace acc by t + log2 w.
   template <int MT, int NT>
-  __device__ __forceinline__ void add(const float (&acc)[MT][NT][4], Kind kind, int col0) {
+  __device__ __forceinline__ void add(float (&acc)[MT][NT][4], Kind kind, int col0) {
     static_assert(2 * MT == ROWS, "rows per thread");
+    if (pairs.col_bias) {
+      const float base2 = pairs.scale->base2;
+#pragma unroll
+      for (int j = 0; j < NT; ++j) {
+        const float2 bias = bias_of_two(pairs, col0 + 8 * j);
+#pragma unroll
+        for (int m = 0; m < MT; ++m)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) acc[m][j][e] = fmaf(acc[m][j][e], base2, e % 2 ? bias.y : bias.x);
+      }
+    }
     if (kind == Kind::different)
       add_uniform(acc);
     else
@@ -186,20 +199,38 @@ struct StatisticsWeights {
   template <class F, int PARTS, int MT, int NT>
   __device__ __forceinline__ void weigh(uint32_t (&w)[PARTS][MT][NT / 2][4], const float (&s)[MT][NT][4],
                                         Kind kind, int col0, const Coefficients& cols) const {
+    if (pairs.col_bias)
+      weigh_pairs<F, true>(w, s, kind, col0, cols);
+    else
+      weigh_pairs<F, false>(w, s, kind, col0, cols);
+  }
+  template <class F, bool BIASED, int PARTS, int MT, int NT>
+  __device__ __forceinline__ void weigh_pairs(uint32_t (&w)[PARTS][MT][NT / 2][4],
+                                              const float (&s)[MT][NT][4], Kind kind, int col0,
+                                              const Coefficients& cols) const {
     const int row0 = first_row<MT>(bounds);  // rows row0 + 8 i are this thread's
     const float scale = pairs.scale->base2;
-    const auto weight = [&](float sim, float2 row, float2 col) {
-      return row.x * gpu::exp2_fast(fmaf(sim, scale, -row.y)) +
-             col.x * gpu::exp2_fast(fmaf(sim, scale, -col.y));
+    const auto weight = [&](float sim, float2 row, float2 col, float row_bias, float col_bias) {
+      if constexpr (BIASED)
+        return row.x * gpu::exp2_fast(fmaf(sim, scale, col_bias) - row.y) +
+               col.x * gpu::exp2_fast(fmaf(sim, scale, row_bias) - col.y);
+      else
+        return row.x * gpu::exp2_fast(fmaf(sim, scale, -row.y)) +
+               col.x * gpu::exp2_fast(fmaf(sim, scale, -col.y));
     };
-    if (kind == Kind::different) {
+    if (!BIASED && kind == Kind::different) {
 #pragma unroll
       for (int i = 0; i < 2 * MT; ++i) {
         const float2 row = coefficient(row0 + 8 * i);
+        const float bias = BIASED ? pairs.row_bias[row0 + 8 * i] : 0.f;
 #pragma unroll
-        for (int j = 0; j < NT; ++j)
-          pack_weights<F>(w, i / 2, i % 2, j, weight(s[i / 2][j][2 * (i % 2)], row, cols.power[8 * j]),
-                          weight(s[i / 2][j][2 * (i % 2) + 1], row, cols.power[8 * j + 1]));
+        for (int j = 0; j < NT; ++j) {
+          if (BIASED) gpu::keep_order();
+          const float2 biases = BIASED ? bias_of_two(pairs, col0 + 8 * j) : float2{0.f, 0.f};
+          pack_weights<F>(w, i / 2, i % 2, j,
+                          weight(s[i / 2][j][2 * (i % 2)], row, cols.power[8 * j], bias, biases.x),
+                          weight(s[i / 2][j][2 * (i % 2) + 1], row, cols.power[8 * j + 1], bias, biases.y));
+        }
       }
       return;
     }
@@ -207,6 +238,7 @@ struct StatisticsWeights {
     for (int i = 0; i < 2 * MT; ++i) {
       const RowMask mask(pairs, row0 + 8 * i);
       const float2 row = coefficient(mask.row);
+      const float bias = BIASED ? pairs.row_bias[mask.row] : 0.f;
 #pragma unroll
       for (int j = 0; j < NT; ++j) {
         gpu::keep_order();
@@ -214,7 +246,8 @@ struct StatisticsWeights {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int at = 8 * j + e;
-          const float g = weight(s[i / 2][j][2 * (i % 2) + e], row, cols.power[at]);
+          const float g = weight(s[i / 2][j][2 * (i % 2) + e], row, cols.power[at], bias,
+                                 BIASED ? pairs.col_bias[col0 + at] : 0.f);
           // after everything that could be inf or NaN
           v[e] = mask.counts(pairs, col0 + at) && !mask.same(col0 + at) ? g : 0.f;
         }

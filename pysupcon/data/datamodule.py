@@ -25,6 +25,7 @@ from pysupcon.data.samplers import (
 )
 from pysupcon.data.sources import Samples, read_source
 from pysupcon.data.splits import cap_per_class, stratified_split, stratified_subset
+from pysupcon.data.unlabelled import concatenate, take_out
 from pysupcon.errors import ConfigError
 
 
@@ -36,6 +37,9 @@ class EvaluationDataset(Dataset[tuple[Tensor, int, int]]):
     Attributes:
         coarse, fine: labels of all samples, int64 [N].
         coarse_names, fine_names: names of the classes.
+
+    Raises:
+        ConfigError: the samples have several labels each.
     """
 
     def __init__(
@@ -46,6 +50,10 @@ class EvaluationDataset(Dataset[tuple[Tensor, int, int]]):
         coarse_names: list[str],
         fine_names: list[str],
     ) -> None:
+        if samples.fine.dim() > 1:
+            raise ConfigError(
+                "the evaluators need one label per sample, but data.dataset=image_table has several"
+            )
         self.samples, self.resize, self.normalize = samples, ResizeCenterCrop(size), normalize
         self.coarse, self.fine = samples.coarse, samples.fine
         self.coarse_names, self.fine_names = coarse_names, fine_names
@@ -136,6 +144,10 @@ class DataModule:
 
     Attributes:
         splits: samples of "train", "val" and "test"; disjoint, determined by files and ``data.split_seed``.
+            All classes are known.
+        unlabelled: samples whose class is not known, labels :data:`pysupcon.data.unlabelled.UNKNOWN`; None
+            without ``data.ignore_index``.
+        training: the samples of the batches: "train" and, with ``data.sampler`` shuffled, ``unlabelled``.
         coarse_names, fine_names: names of the classes.
         channels, image_size: shape of the model's input.
         normalize: converts uint8 images to the model's input.
@@ -143,22 +155,28 @@ class DataModule:
 
     def __init__(self, config: DataConfig) -> None:
         source = read_source(config)
+        self.unlabelled: Samples | None = None
+        if config.ignore_index is not None:
+            source, self.unlabelled = take_out(source, config.labels, config.ignore_index)
         train, test = source.train, source.test
         if test is None:
             fraction = config.test_fraction or DEFAULT_TEST_FRACTION
-            rest, held_out = stratified_split(train.fine, fraction, config.split_seed)
+            rest, held_out = stratified_split(train.strata, fraction, config.split_seed)
             test, train = train.select(held_out), train.select(rest)
         val = source.val
         if val is None:
-            rest, held_out = stratified_split(train.fine, config.val_fraction, config.split_seed + 1)
+            rest, held_out = stratified_split(train.strata, config.val_fraction, config.split_seed + 1)
             val, train = train.select(held_out), train.select(rest)
         if source.max_per_class is not None:  # after the validation split, which stays balanced
             counts = dict(enumerate(source.max_per_class))
             train = train.select(cap_per_class(train.fine, counts, config.split_seed + 2))
         if config.train_size is not None:
-            train = train.select(_train_subset(train.fine, config.train_size, config.split_seed + 3))
+            train = train.select(_train_subset(train.strata, config.train_size, config.split_seed + 3))
         self.config = config
         self.splits = {"train": train, "val": val, "test": test}
+        self.training = train
+        if self.unlabelled is not None and config.sampler == "shuffled":
+            self.training = concatenate(train, self.unlabelled)
         self.coarse_names, self.fine_names = source.coarse_names, source.fine_names
         self.channels = source.channels
         self.image_size = config.image_size or source.image_size
@@ -204,7 +222,7 @@ class DataModule:
         accumulation_steps: int = 1,
     ) -> ShuffledBatchSampler:  # fmt: skip
         """The batch sampler of ``data.sampler`` over the training split."""
-        config, labels = self.config, self._labels("train")
+        config, labels = self.config, self._labels_of(self.training)
         options: dict[str, Any] = {
             "seed": seed, "steps": steps, "start": start, "rank": rank, "world_size": world_size,
             "accumulation_steps": accumulation_steps,
@@ -246,13 +264,16 @@ class DataModule:
     def loader(
         self, batches: ShuffledBatchSampler, *, split: str = "train", pin_memory: bool = False
     ) -> DataLoader[Any]:
-        """Loads batches of (views uint8 [b, V, C, S, S], labels int64 [b]), b samples per process.
+        """Loads batches of (views uint8 [b, V, C, S, S], labels int64 [b]), b samples per process. Labels are
+        int64 [b, L], 0 or 1, if samples have several.
 
-        With ``data.groups``, batches of the training split also have groups int64 [b].
+        Batches of the training split may have ``unlabelled`` samples, whose label is
+        :data:`pysupcon.data.unlabelled.UNKNOWN`. With ``data.groups``, they also have groups int64 [b].
         """
         augmentation = Augmentation(self.config.augmentation, self._family, self.image_size)
+        samples = self.training if split == "train" else self.splits[split]
         dataset = MultiViewDataset(
-            self.splits[split], self._labels(split), augmentation, self.config.views, batches.seed
+            samples, self._labels_of(samples), augmentation, self.config.views, batches.seed
         )
         workers = self.config.workers
         groups = self.groups if split == "train" else None
@@ -268,7 +289,9 @@ class DataModule:
         )
 
     def _labels(self, split: str) -> Tensor:
-        samples = self.splits[split]
+        return self._labels_of(self.splits[split])
+
+    def _labels_of(self, samples: Samples) -> Tensor:
         return samples.coarse if self.config.labels == "coarse" else samples.fine
 
 
@@ -297,7 +320,7 @@ def load_data(config: DataConfig) -> DataModule:
         ConfigError: files are missing or damaged, or there are fewer training samples than a batch needs.
     """
     data = DataModule(config)
-    count, size = len(data.splits["train"]), config.batch_size
+    count, size = len(data.training), config.batch_size
     if size > count:
         raise ConfigError(f"data.batch_size must be at most the {count} training samples, got {size}")
     return data

@@ -15,8 +15,7 @@ isic        ROOT/metadata.csv (isic_id or image_name; benign_malignant, or targe
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,11 +23,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pysupcon.data.tables import SPLITS, Table, check_images, make_table, read_csv
 from pysupcon.errors import ConfigError
 
 GroupDataset = Literal["waterbirds", "celeba", "isic"]
 GROUP_DATASETS: tuple[GroupDataset, ...] = ("waterbirds", "celeba", "isic")
-_SPLITS = {"0": 0, "1": 1, "2": 2, "train": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}
 _BINARY = {"0": 0, "1": 1, "-1": 0, "false": 0, "true": 1, "no": 0, "yes": 1}
 _DIAGNOSES = _BINARY | {"benign": 0, "malignant": 1}
 _EXTENSIONS = (".jpg", ".jpeg", ".png")
@@ -77,65 +76,8 @@ def read_group_table(dataset: GroupDataset, root: str | Path) -> GroupTable:
     table = readers[dataset](Path(root).expanduser())
     if not table.paths:
         raise ConfigError(f"data.root {str(root)!r}: the table of {dataset} holds no image")
-    missing = [path for path in table.paths if not path.is_file()]
-    if missing:
-        raise ConfigError(
-            f"data.root {str(root)!r} lacks {len(missing)} of the {len(table.paths)} images that its table "
-            f"names, first {missing[0]}"
-        )
+    check_images(root, table.paths)
     return table
-
-
-class _Table:
-    """Rows of a table and their file, for error messages."""
-
-    def __init__(self, path: Path, columns: Sequence[str], rows: list[list[str]], first_line: int) -> None:
-        self.path, self.columns, self.rows, self.first_line = path, list(columns), rows, first_line
-
-    def column(self, *names: str) -> list[str]:
-        """The column of the first of ``names`` that exists."""
-        for name in names:
-            if name in self.columns:
-                index = self.columns.index(name)
-                return [row[index].strip() for row in self.rows]
-        raise ConfigError(
-            f"data.root: {self.path} must have a column {' or '.join(names)}, "
-            f"it has {', '.join(self.columns)}"
-        )
-
-    def labels(self, values: dict[str, int], *names: str) -> Tensor:
-        """The values of :meth:`column` as labels, [N] int64."""
-        found = []
-        for number, text in enumerate(self.column(*names)):
-            if text.lower() not in values:
-                raise ConfigError(
-                    f"data.root: {self.path}, line {self.first_line + number}, column "
-                    f"{next(name for name in names if name in self.columns)} must be one of "
-                    f"{', '.join(values)}, got {text!r}"
-                )
-            found.append(values[text.lower()])
-        return torch.tensor(found, dtype=torch.int64)
-
-
-def _read_csv(path: Path) -> _Table:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = list(csv.reader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"data.root: {path} cannot be read: {error}") from error
-    if not lines:
-        raise ConfigError(f"data.root: {path} is empty")
-    return _make_table(path, [name.strip() for name in lines[0]], lines[1:], 2)
-
-
-def _make_table(path: Path, columns: list[str], rows: list[list[str]], first_line: int) -> _Table:
-    for number, row in enumerate(rows):
-        if len(row) != len(columns):
-            raise ConfigError(
-                f"data.root: {path}, line {first_line + number}, must have {len(columns)} fields, "
-                f"got {len(row)}"
-            )
-    return _Table(path, columns, rows, first_line)
 
 
 def _find(root: Path, *names: str) -> Path:
@@ -146,33 +88,33 @@ def _find(root: Path, *names: str) -> Path:
 
 
 def _waterbirds(root: Path) -> GroupTable:
-    rows = _read_csv(_find(root, "metadata.csv"))
+    rows = read_csv(_find(root, "metadata.csv"))
     return GroupTable(
         [root / name for name in rows.column("img_filename")],
         rows.labels({"0": 0, "1": 1}, "y"),
         rows.labels({"0": 0, "1": 1}, "place"),
-        rows.labels(_SPLITS, "split"),
+        rows.labels(SPLITS, "split"),
         ["landbird", "waterbird"],
         ["on land", "on water"],
     )
 
 
-def _read_celeba(path: Path, columns: list[str] | None) -> _Table:
+def _read_celeba(path: Path, columns: list[str] | None) -> Table:
     """Reads a CSV file, or the published text form: for attributes a count, a line of names, then rows."""
     if path.suffix == ".csv":
-        return _read_csv(path)
+        return read_csv(path)
     try:
         lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"data.root: {path} cannot be read: {error}") from error
     if columns is not None:
-        return _make_table(path, columns, lines, 1)
+        return make_table(path, columns, lines, 1)
     if len(lines) < 2 or len(lines[0]) != 1 or lines[0][0] != str(len(lines) - 2):
         raise ConfigError(
             f"data.root: {path} must start with the number of its rows, {len(lines) - 2}, and the names of "
             f"its attributes; it starts with {' '.join(lines[0][:4]) if lines else 'nothing'!r}"
         )
-    return _make_table(path, ["image_id", *lines[1]], lines[2:], 3)
+    return make_table(path, ["image_id", *lines[1]], lines[2:], 3)
 
 
 def _celeba(root: Path) -> GroupTable:
@@ -181,7 +123,7 @@ def _celeba(root: Path) -> GroupTable:
         _find(root, "list_eval_partition.csv", "list_eval_partition.txt"), ["image_id", "partition"]
     )
     names = rows.column("image_id")
-    split_of = dict(zip(parts.column("image_id"), parts.labels(_SPLITS, "partition").tolist(), strict=True))
+    split_of = dict(zip(parts.column("image_id"), parts.labels(SPLITS, "partition").tolist(), strict=True))
     unassigned = [name for name in names if name not in split_of]
     if unassigned:
         raise ConfigError(f"data.root: {parts.path} has no split for {unassigned[0]}")
@@ -199,7 +141,7 @@ def _celeba(root: Path) -> GroupTable:
 
 
 def _isic(root: Path) -> GroupTable:
-    rows = _read_csv(_find(root, "metadata.csv", "train.csv"))
+    rows = read_csv(_find(root, "metadata.csv", "train.csv"))
     files = _image_files([root, root / "images", root / "train"])
     paths = []
     for name in rows.column("isic_id", "image_name", "image", "name"):
@@ -209,7 +151,7 @@ def _isic(root: Path) -> GroupTable:
         paths,
         rows.labels(_DIAGNOSES, "benign_malignant", "target"),
         rows.labels(_BINARY, "patch", "patches", "has_patch"),
-        rows.labels(_SPLITS, "split") if "split" in rows.columns else None,
+        rows.labels(SPLITS, "split") if "split" in rows.columns else None,
         ["benign", "malignant"],
         ["no patch", "patch"],
     )

@@ -13,7 +13,7 @@ from torch.utils.data import Sampler
 __all__ = ["PerClassBatches", "deal_batches", "group_by_label"]
 
 
-def group_by_label(labels: Iterable[Any]) -> list[Tensor]:
+def group_by_label(labels: Iterable[Any]) -> list[list[int]]:
     """Groups samples by label.
 
     Args:
@@ -21,7 +21,7 @@ def group_by_label(labels: Iterable[Any]) -> list[Tensor]:
             values. NaN is refused.
 
     Returns:
-        Indices of the samples of each class, int64. Classes are in the order of their first samples.
+        Indices of the samples of each class. Classes are in the order of their first samples.
 
     Raises:
         TypeError: ``labels`` is not a one-dimensional collection of hashable values.
@@ -39,7 +39,7 @@ def group_by_label(labels: Iterable[Any]) -> list[Tensor]:
         raise TypeError(f"labels must be one label per sample, in one dimension, got {got}") from error
     if any(label != label for label in members):
         raise ValueError("labels must not be NaN: a NaN equals no other label")
-    return [torch.tensor(indices) for indices in members.values()]
+    return list(members.values())
 
 
 def _integer(name: str, value: Any, least: int) -> int:
@@ -63,7 +63,7 @@ class _Deck:
         """The next ``count`` numbers. They differ if ``count`` is at most ``size``; otherwise each number
         occurs floor(count / size) or ceil(count / size) times."""
         rounds, count = divmod(count, self.size)
-        dealt = list(range(self.size)) * rounds
+        dealt = list(range(self.size)) * rounds if rounds else []
         if len(self.rest) < count:  # numbers that are left come first, and once more at the end
             order = torch.randperm(self.size, generator=self.generator).tolist()
             left = set(self.rest)
@@ -74,7 +74,7 @@ class _Deck:
 
 
 def deal_batches(
-    members: list[Tensor], classes_per_batch: int, samples_per_class: int, generator: torch.Generator
+    members: list[list[int]], classes_per_batch: int, samples_per_class: int, generator: torch.Generator
 ) -> Iterator[list[int]]:
     """Yields batches without end, as :class:`PerClassBatches` describes them.
 
@@ -89,7 +89,8 @@ def deal_batches(
     while True:
         batch: list[int] = []
         for label in classes.deal(classes_per_batch):
-            batch += members[label][samples[label].deal(samples_per_class)].tolist()
+            own = members[label]
+            batch += [own[k] for k in samples[label].deal(samples_per_class)]
         yield batch
 
 

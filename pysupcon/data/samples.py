@@ -49,7 +49,8 @@ Images = Tensor | FileImages
 
 @dataclass(frozen=True)
 class Samples:
-    """Images, uint8 [N, C, H, W] or files, with coarse and fine labels, int64 [N] each."""
+    """Images, uint8 [N, C, H, W] or files, with coarse and fine labels, int64 [N] each; if samples have
+    several labels, both are int64 [N, L], 0 or 1."""
 
     images: Images
     coarse: Tensor
@@ -57,6 +58,11 @@ class Samples:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def strata(self) -> Tensor:
+        """int64 [N], what splits are stratified by: the fine label, or nothing if samples have several."""
+        return self.fine if self.fine.dim() == 1 else self.fine.new_zeros(len(self))
 
     def select(self, indices: Tensor) -> Samples:
         """The samples at ``indices`` (int64 [M])."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from pysupcon.data import folders, superclasses, torchvision_datasets
 from pysupcon.data.config import DEFAULT_SPURIOUS_RATE, DEFAULT_TEST_FRACTION, TRANSFER_DATASETS, DataConfig
 from pysupcon.data.group_datasets import GroupDataset, read_group_table
+from pysupcon.data.image_table import image_table
 from pysupcon.data.samples import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -49,6 +50,7 @@ def read_source(config: DataConfig) -> Source:
         "mnist": _idx,
         "fashion_mnist": _idx,
         "image_folder": folders.image_folder,
+        "image_table": image_table,
         "tiny_imagenet": folders.tiny_imagenet,
         "imagenet100": folders.imagenet100,
     }

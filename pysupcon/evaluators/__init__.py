@@ -2,8 +2,9 @@
 
 An evaluator is a class with a ``name``, a config dataclass and a ``__call__`` (see :class:`Evaluator`). To
 add one, write the class, add a field of its name to :class:`EvaluationConfig` and list it in ``_CLASSES``.
-The evaluators do not depend on how the features were trained. scikit-learn is imported when an evaluator
-runs.
+The evaluators do not depend on how the features were trained. They need the label of every row:
+``splits.labelled(ignore_index)`` leaves out rows whose labels are not known. scikit-learn is imported when an
+evaluator runs.
 """
 
 from __future__ import annotations

@@ -75,6 +75,20 @@ class FeatureSet:
             raise ValueError(f'level must be "fine" or "coarse", got {level!r}')
         return self.coarse if level == "coarse" else self.fine
 
+    def labelled(self, ignore_index: int) -> FeatureSet:
+        """The rows whose labels are known.
+
+        Args:
+            ignore_index: a row with this coarse or fine label is left out.
+
+        Raises:
+            ValueError: no row is left.
+        """
+        known = (self.coarse != ignore_index) & (self.fine != ignore_index)
+        if not known.any():
+            raise ValueError(f"all {len(self)} rows have the label ignore_index={ignore_index}")
+        return FeatureSet(self.features[known], self.coarse[known], self.fine[known])
+
 
 @dataclass(frozen=True)
 class LinearHead:
@@ -114,6 +128,23 @@ class FeatureSplits:
                 f"head.weight must have the shape [C, D] with D={width}, the features' width, got "
                 f"{list(self.head.weight.shape)}"
             )
+
+    def labelled(self, ignore_index: int) -> FeatureSplits:
+        """The splits without the rows whose labels are not known, for every evaluator.
+
+        Args:
+            ignore_index: a row with this coarse or fine label is left out.
+
+        Raises:
+            ValueError: a split has no other row; the message names it.
+        """
+        known: dict[str, FeatureSet] = {}
+        for name, split in self.items():
+            try:
+                known[name] = split.labelled(ignore_index)
+            except ValueError as error:
+                raise ValueError(f"the {name} split holds no row of a known class: {error}") from None
+        return FeatureSplits(**known, head=self.head)
 
     def items(self) -> Iterator[tuple[str, FeatureSet]]:
         """("train", ...), ("val", ...), ("test", ...)."""

@@ -68,6 +68,11 @@ class ModelConfig:
     lipschitz: float | None = None
     """Largest singular value of a layer's weight. Requires spectral_norm. None means 1."""
 
+    momentum: float = 0.0
+    """MoCo: a key encoder, whose weights are an exponential moving average of the trained weights with this
+    momentum, e.g. 0.99, encodes the second view. The rows of the first view are contrasted with these keys
+    and with loss.queue earlier ones. Evaluation uses the trained encoder. 0: no key encoder."""
+
     concatenated: list[dict] = field(default_factory=list)
     """Written by `python -m pysupcon concatenate`: how each of the concatenated frozen backbones was trained
     (model, loss, optimizer, epochs). Such a run can be evaluated but not trained."""
@@ -100,6 +105,7 @@ class ModelConfig:
                     "model.lipschitz has no effect with model.spectral_norm=false: leave it out"
                 )
             check(self.lipschitz > 0, "model.lipschitz", "be greater than 0", self.lipschitz)
+        check(0 <= self.momentum < 1, "model.momentum", "lie in [0, 1)", self.momentum)
         if self.encoders == "two" and self.decoder == "none":
             raise ConfigError(
                 "model.encoders=two needs model.decoder, which trains the second backbone; got none"

@@ -55,6 +55,9 @@ class ContrastiveModel(nn.Module):
             assert isinstance(self.backbone, Concatenation)
             widths = self.backbone.widths
         self.projection = _projection(config, widths[0])
+        self.projection_dim = config.projection_dim or DEFAULT_PROJECTION_DIM
+        if config.projection == "none":
+            self.projection_dim = widths[0]
         self.classifier = nn.Linear(widths[0], classes) if config.classifier else None
         second = config.classifier and self.two_encoders
         self.second_classifier = nn.Linear(widths[1], classes) if second else None
@@ -78,6 +81,12 @@ class ContrastiveModel(nn.Module):
             self._reconstruction_error(last, images, labels) if self.decoder is not None else None,
             self.second_classifier(last) if self.second_classifier is not None else None,
         )
+
+    def project(self, images: Tensor) -> Tensor:
+        """The input of the contrastive loss alone: [B, D] for images [B, C, S, S]."""
+        features = self.backbone.forward_each(images)[0] if self.two_encoders else self.backbone(images)  # type: ignore[operator]
+        projection: Tensor = self.projection(features)
+        return unit_rows(projection) if self.normalize else projection
 
     def reconstruct(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Decode the embeddings of images [B, C, S, S] to images of the same shape.

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from pysupcon.pairs import custom_op
 from pysupcon.pairs.modes import NO_FORWARD_MODE, ONCE_ONLY, is_batched, is_eager
-from pysupcon.pairs.statistics import Plan, RowStatistics, compute, gradients
+from pysupcon.pairs.statistics import (
+    NegativeMean,
+    Plan,
+    RowStatistics,
+    choose_means,
+    compute,
+    gradients,
+)
 
 __all__ = ["RefuseSecond", "RowStatistics", "row_statistics"]
 
@@ -36,21 +43,28 @@ class _RowStatisticsFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, candidates: Tensor | None, scale: Tensor, outside: Tensor | None, plan: Plan
     ) -> Any:
         ctx.set_materialize_grads(False)
-        result = compute(x, candidates, scale, outside, plan)
+        with_means = choose_means(plan, candidates, ctx.needs_input_grad)
+        result, means = compute(x, candidates, scale, outside, plan, with_means)
         # Saved with save_for_backward: autograd refuses a backward after a change in place.
         ctx.plan = plan.with_tensors((None,) * len(plan.tensors))
-        ctx.save_for_backward(x, candidates, scale, outside, *result[:2], *plan.tensors)
+        of_means = (value for mean in means for value in (mean or (None, None)))
+        ctx.blocks = len(means)
+        ctx.save_for_backward(x, candidates, scale, outside, *result[:2], *plan.tensors, *of_means)
         return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         x, candidates, scale, outside, n, p, *tensors = ctx.saved_tensors
-        plan = ctx.plan.with_tensors(tensors)
+        size = len(tensors) - 2 * ctx.blocks
+        plan = ctx.plan.with_tensors(tensors[:size])
+        needs = ctx.needs_input_grad
         with torch.no_grad():
-            batched = any(grad is not None and is_batched(grad) for grad in grads)  # is_grads_batched=True
-            differentiate = custom_op.gradients if batched else gradients
-            needs = ctx.needs_input_grad
-            result = differentiate(plan, x, candidates, scale, outside, n, p, grads, needs)
+            if any(grad is not None and is_batched(grad) for grad in grads):  # is_grads_batched=True
+                result = custom_op.gradients(plan, x, candidates, scale, outside, n, p, grads, needs)
+            else:
+                pairs = zip(tensors[size::2], tensors[size + 1 :: 2], strict=True)
+                means = [None if mean is None else NegativeMean(mean, of) for mean, of in pairs]
+                result = gradients(plan, x, candidates, scale, outside, n, p, grads, needs, means)
         if torch.is_grad_enabled():
             inputs = [tensor for tensor in (x, candidates, scale, outside, *grads) if tensor is not None]
             return *(None if grad is None else RefuseSecond.apply(grad, *inputs) for grad in result), None

@@ -54,13 +54,13 @@ def _unavailable_reason(backend: str) -> str:
     return str(backends().get(backend, {}).get("detail", "no kernel is written for it"))
 
 
-def resolve_backend(backend: str, device: torch.device, masked: bool) -> str:
+def resolve_backend(backend: str, device: torch.device, tiled_only: str | None) -> str:
     """Chooses the backend of a loss and checks that it is compiled.
 
     Args:
         backend: of :data:`BACKENDS`.
         device: of the features.
-        masked: whether a mask defines the positives.
+        tiled_only: an argument that the compiled kernels do not support; None: there is none.
 
     Returns:
         "cpu", "cuda", "tiled" or "reference".
@@ -71,7 +71,7 @@ def resolve_backend(backend: str, device: torch.device, masked: bool) -> str:
     """
     check_choice("backend", backend, BACKENDS)
     if backend == "auto":
-        if masked:
+        if tiled_only is not None:
             return "tiled"
         if ops.compiled_for(device.type):
             return device.type
@@ -87,9 +87,9 @@ def resolve_backend(backend: str, device: torch.device, masked: bool) -> str:
         return backend
     if backend != device.type:
         raise ValueError(f"backend={backend!r} needs {backend} tensors, but features are on {device}")
-    if masked:
+    if tiled_only is not None:
         raise ValueError(
-            f"backend={backend!r} supports positives by label only, not by mask; mask needs "
+            f"backend={backend!r} supports positives by label only, not by {tiled_only}; {tiled_only} needs "
             "backend='tiled' or 'auto'"
         )
     if not ops.compiled_for(backend):

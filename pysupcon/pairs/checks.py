@@ -236,24 +236,28 @@ def check_row_weights(name: str, value: Any, features: Tensor, *, zero: bool) ->
         ValueError: wrong dtype, shape, device or value.
     """
     count, views = features.shape[0], features.shape[1] if features.dim() == 3 else 1
-    shape = f"[B]=[{count}] or [B, V]=[{count}, {views}]" if features.dim() == 3 else f"[N]=[{count}]"
-    least = "at least 0" if zero else "greater than 0"
-    contract = f"{name} must be finite floating-point numbers of shape {shape}, {least}"
+
+    def contract() -> str:
+        several = f"[B]=[{count}] or [B, V]=[{count}, {views}]"
+        shape = several if features.dim() == 3 else f"[N]=[{count}]"
+        least = "at least 0" if zero else "greater than 0"
+        return f"{name} must be finite floating-point numbers of shape {shape}, {least}"
+
     if not isinstance(value, Tensor):
-        raise TypeError(f"{contract}, got {describe(value)}")
+        raise TypeError(f"{contract()}, got {describe(value)}")
     if value.requires_grad:
         raise TypeError(f"{name} is not differentiable: pass {name}.detach()")
-    per_row = features.dim() == 3 and tuple(value.shape) == (count, views)
-    if not value.is_floating_point() or not (per_row or tuple(value.shape) == (count,)):
-        raise ValueError(f"{contract}, got {describe(value)}")
+    per_row = features.dim() == 3 and value.dim() == 2 and value.shape[1] == views
+    if not value.is_floating_point() or not (per_row or value.dim() == 1) or value.shape[0] != count:
+        raise ValueError(f"{contract()}, got {describe(value)}")
     if value.device != features.device:
-        raise ValueError(f"{contract} on {features.device}, got it on {value.device}")
+        raise ValueError(f"{contract()} on {features.device}, got it on {value.device}")
     weights = value.to(torch.promote_types(value.dtype, torch.float32))
     if value.device.type == "cpu" and is_eager(value) and value.numel():
         low, high = torch.aminmax(weights)
         if not (low >= 0 if zero else low > 0) or not high < torch.inf:
             shown = float(low) if not low > 0 else float(high)
-            raise ValueError(f"{contract}, got {shown:g}")
+            raise ValueError(f"{contract()}, got {shown:g}")
     weights = weights.reshape(-1) if per_row else weights.repeat_interleave(views) if views > 1 else weights
     return _savable(weights)
 
@@ -266,14 +270,17 @@ def check_hard_negatives(value: Any, features: Tensor) -> None:
         ValueError: wrong dtype, shape or device, or not finite (checked only on a CPU in eager mode).
     """
     count, width = features.shape[0], features.shape[-1]
-    contract = f"hard_negatives must be floating-point of shape [B, K, D]=[{count}, K, {width}]"
+
+    def contract() -> str:
+        return f"hard_negatives must be floating-point of shape [B, K, D]=[{count}, K, {width}]"
+
     if not isinstance(value, Tensor):
-        raise TypeError(f"{contract}, got {describe(value)}")
+        raise TypeError(f"{contract()}, got {describe(value)}")
     right = value.dim() == 3 and value.shape[0] == count and value.shape[2] == width
     if value.dtype not in _FLOATS or not right:
-        raise ValueError(f"{contract}, got {describe(value)}")
+        raise ValueError(f"{contract()}, got {describe(value)}")
     if value.device != features.device:
-        raise ValueError(f"{contract} on {features.device}, got it on {value.device}")
+        raise ValueError(f"{contract()} on {features.device}, got it on {value.device}")
     if value.device.type == "cpu" and is_eager(value) and not value.isfinite().all():
         raise ValueError("hard_negatives must be finite, got NaN or infinity")
 
@@ -302,14 +309,17 @@ def check_mask(value: Any, features: Tensor, candidates: Tensor) -> Tensor:
         TypeError: not a tensor.
         ValueError: wrong dtype, shape or device.
     """
-    shape = [features.shape[0], candidates.shape[0]]
-    contract = f"mask must be bool of shape {shape} (samples of features x samples of candidates)"
+    rows, columns = features.shape[0], candidates.shape[0]
+
+    def contract() -> str:
+        return f"mask must be bool of shape [{rows}, {columns}] (samples of features x samples of candidates)"
+
     if not isinstance(value, Tensor):
-        raise TypeError(f"{contract}, got {describe(value)}")
-    if value.dtype != torch.bool or list(value.shape) != shape:
-        raise ValueError(f"{contract}, got {describe(value)}")
+        raise TypeError(f"{contract()}, got {describe(value)}")
+    if value.dtype != torch.bool or value.dim() != 2 or value.shape[0] != rows or value.shape[1] != columns:
+        raise ValueError(f"{contract()}, got {describe(value)}")
     if value.device != features.device:
-        raise ValueError(f"{contract} on {features.device}, got it on {value.device}")
+        raise ValueError(f"{contract()} on {features.device}, got it on {value.device}")
     return _savable(value)
 
 

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pysupcon.pairs import ops, statistics, tiles
+from pysupcon.pairs import many_labels, ops, statistics, tiles
 from pysupcon.pairs.modes import ONCE_ONLY, is_transformed
 
-__all__ = ["gradients", "positive_count", "row_statistics"]
+__all__ = ["define", "gradients", "overlap_totals", "positive_count", "row_statistics"]
 
 _Tensors = tuple[Tensor, ...]
 _PROBLEM = (
@@ -30,13 +30,13 @@ _PROBLEM = (
     ", Tensor? candidate_labels, Tensor? candidate_order, Tensor? self_index"
     ", Tensor? instances, Tensor? candidate_instances"
     ", Tensor? log_weights, Tensor? candidate_log_weights"
-    ", Tensor? mask, Tensor? mask_rows, Tensor? mask_columns"
+    ", Tensor? mask, Tensor? mask_rows, Tensor? mask_columns, Tensor? mask_threshold"
     ", Tensor? memory, Tensor? memory_labels, Tensor? memory_order, Tensor? memory_instances"
     ", Tensor? memory_log_weights"
     ", str backend, bool negatives, bool positives, bool batch_negatives"
 )
 _DIFFERENTIABLE = 4  # x, candidates, scale, outside
-_EPSILON, _TENSORS, _CONSTANTS = 4, slice(5, 22), slice(22, 26)
+_EPSILON, _TENSORS, _CONSTANTS = 4, slice(5, 23), slice(23, 27)
 _INSTANCES = 10
 
 
@@ -76,7 +76,7 @@ def _contiguous_rows(x: Tensor | None) -> Tensor | None:
 def _statistics(*arguments: Any) -> _Tensors:
     x, candidates = _contiguous_rows(arguments[0]), _contiguous_rows(arguments[1])
     assert x is not None
-    result = statistics.compute(x, candidates, arguments[2], arguments[3], _plan(arguments))
+    result, _ = statistics.compute(x, candidates, arguments[2], arguments[3], _plan(arguments))
     return tuple(x.new_empty(0) if value is None else value for value in result)
 
 
@@ -123,7 +123,8 @@ def _vmap_rule(operator: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
-def _define(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def define(name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Registers an operator without autograd, with a vmap rule that calls it for each problem."""
     definition = torch.library.custom_op(f"pysupcon::{name}", function, mutates_args=(), schema=schema)
     definition.register_fake(fake)
     operator = getattr(torch.ops.pysupcon, name)
@@ -135,13 +136,13 @@ def _count(mask: Tensor, rows: Tensor, columns: Tensor, self_index: Tensor | Non
     return tiles.positive_count(tiles.PositiveMask(mask, rows, columns), self_index, symmetric)
 
 
-_forward = _define(
+_forward = define(
     "row_statistics",
     f"({_PROBLEM}) -> (Tensor n, Tensor p, Tensor positive_sum, Tensor instance_sum, Tensor softplus)",
     _statistics,
     _fake_statistics,
 )
-_backward = _define(
+_backward = define(
     "row_statistics_backward",
     f"({_PROBLEM}, Tensor n, Tensor p, Tensor? grad_n, Tensor? grad_p, Tensor? grad_positive_sum"
     ", Tensor? grad_instance_sum, Tensor? grad_softplus, bool[] needs)"
@@ -149,13 +150,20 @@ _backward = _define(
     _gradients,
     _fake_gradients,
 )
-positive_count = _define(
+positive_count = define(
     "masked_positive_count",
     "(Tensor mask, Tensor rows, Tensor columns, Tensor? self_index, bool symmetric) -> Tensor",
     _count,
     lambda mask, rows, *_: torch.empty_like(rows),
 )
 """:func:`pysupcon.pairs.tiles.positive_count` as an operator, with the three fields of the mask."""
+overlap_totals = define(
+    "overlap_totals",
+    "(Tensor labels, Tensor? candidate_labels, Tensor threshold, bool weighted) -> Tensor",
+    many_labels.overlap_totals,
+    lambda labels, _, threshold, *rest: threshold.new_empty(labels.shape[0]),
+)
+""":func:`pysupcon.pairs.many_labels.overlap_totals` as an operator."""
 
 
 def _requested_grads(

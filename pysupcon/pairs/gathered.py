@@ -137,6 +137,8 @@ class _Anchors(NamedTuple):
 
     n: Tensor
     p: Tensor
+    limit: Tensor
+    """n as the softplus sums take it: without the shift of the log weights of positives"""
     grads: RowStatistics
     """dL/dstatistics"""
 
@@ -144,13 +146,13 @@ class _Anchors(NamedTuple):
         """Selects the rows of a block."""
         start, stop = block.start * views, block.stop * views
         grads = RowStatistics(*(column[start:stop] for column in self.grads))
-        return _Anchors(self.n[start:stop], self.p[start:stop], grads)
+        return _Anchors(self.n[start:stop], self.p[start:stop], self.limit[start:stop], grads)
 
     @classmethod
     def without_loss(cls, scale: Tensor, count: int) -> _Anchors:
         """Returns ``count`` rows that are no anchors: nothing depends on their statistics."""
         empty, zeros = scale.new_full((count,), -math.inf), scale.new_zeros((count,))
-        return cls(empty, empty, RowStatistics(*[zeros] * 5))
+        return cls(empty, empty, empty, RowStatistics(*[zeros] * 5))
 
 
 class _GatheredPlan:
@@ -222,12 +224,16 @@ class _GatheredPlan:
             add(operands, self.negatives)
         if outside is not None and self.negatives:
             n = torch.logaddexp(n, outside)
+        shift = self.batch.own_positive_shift
         if self.epsilon is not None:
+            limit = (n if shift is None else n - shift), self.epsilon
             for block in self.blocks(self.others, others, kept, wanted):
                 operands = self.pairing.operands(anchors, self.others, x, scale, block)
-                softplus += self.operators.positive_softplus(*operands.of_softplus(False), n, self.epsilon)
+                softplus += self.operators.positive_softplus(*operands.of_softplus(False), *limit)
             for operands in self.pairing.memory_operands(x, scale):
-                softplus += self.operators.positive_softplus(*operands.of_softplus(False), n, self.epsilon)
+                softplus += self.operators.positive_softplus(*operands.of_softplus(False), *limit)
+            if shift is not None:
+                softplus += self.batch.own_counts.positives * shift
         statistics = RowStatistics(n, p, positive_sum, instance_sum, softplus)
         return statistics if self.with_instances else statistics.without_instances()
 
@@ -242,7 +248,9 @@ class _GatheredPlan:
             own = RowStatistics(*grads)
         else:
             own = _differentiate(self.loss, n, p, grads[0], self.batch.own_counts)
-        return _Anchors(n, p, own if self.with_instances else own.with_one_sum())
+        shift = self.batch.own_positive_shift
+        limit = n if shift is None else n - shift
+        return _Anchors(n, p, limit, own if self.with_instances else own.with_one_sum())
 
     def exchange(self, own: _Anchors, grads: tuple[Tensor, ...], dtype: torch.dtype) -> _Anchors:
         """Exchanges the scalars of the anchors, and returns the anchors of all processes.
@@ -270,7 +278,7 @@ class _GatheredPlan:
         else:
             found = _differentiate(self.loss, n, p, received["g"], batch.counts)
             found = found if self.with_instances else found.with_one_sum()
-        return _Anchors(n, p, found)
+        return _Anchors(n, p, n if batch.positive_shift is None else n - batch.positive_shift, found)
 
     def softplus_backward(
         self, operands: _Operands, own: _Anchors, others: _Anchors | None, grad: Tensor
@@ -283,9 +291,9 @@ class _GatheredPlan:
             others: rows of the block as anchors; None: they are not, or they are the own rows.
             grad: of the own rows.
         """
-        columns = (None, None) if others is None else (others.n, others.grads.softplus)
+        columns = (None, None) if others is None else (others.limit, others.grads.softplus)
         through: Tensor = self.operators.positive_softplus_backward(
-            *operands.of_softplus(others is not None), own.n, self.epsilon, own.grads.softplus, *columns,
+            *operands.of_softplus(others is not None), own.limit, self.epsilon, own.grads.softplus, *columns,
             grad, None,
         )  # fmt: skip
         return through
@@ -507,4 +515,8 @@ def gathered_losses(
 @torch.compiler.disable
 def gathered_statistics(problem: Problem, requested: dict[str, Any]) -> RowStatistics:
     """Computes n, p and positive_sum of the own anchors against all rows, differentiable once."""
-    return RowStatistics(*_apply(problem, None, requested))
+    n, p, *sums = _apply(problem, None, requested)
+    batch = problem.global_batch
+    if batch is not None and batch.own_positive_shift is not None:
+        p = p + batch.own_positive_shift
+    return RowStatistics(n, p, *sums)

@@ -137,7 +137,7 @@ class AnchorCounts(NamedTuple):
         return AnchorCounts(
             positives[rows],
             None if instances is None else instances[rows],
-            candidates[rows] if isinstance(candidates, Tensor) else candidates,
+            candidates[rows] if isinstance(candidates, Tensor) and candidates.dim() else candidates,
         )
 
 
@@ -156,6 +156,13 @@ class GlobalBatch:
     """of the anchors of this process only"""
     batch_negatives: bool = True
     """False: no row of the batch is a negative"""
+    positive_shift: Tensor | None = None
+    """[N], added to the log weights of the positives of every anchor; None: 0"""
+
+    @property
+    def own_positive_shift(self) -> Tensor | None:
+        """Shift of the anchors of this process."""
+        return None if self.positive_shift is None else self.positive_shift[self.anchors.own_rows]
 
     @property
     def processes(self) -> int:

@@ -30,6 +30,10 @@ Operators
                         compute p and both sums: -inf and 0. p and the sums come from the same rounded
                         similarities, so p - positive_sum / |P_i| and p - instance_sum / |A_i|, which
                         go to 0 as a loss converges, keep their digits.
+                        ``negative_mean``, zeros of x's shape and a gradient's dtype, only with candidates,
+                        receives sum_{N_i} w_j e^{s_ij - n_i} c_j, which is dn_i/dx_i / scale: a backward
+                        through n then needs no pass over the negatives. Rows without negatives get 0.
+                        CUDA kernels refuse it.
     positive_softplus   sum_{j in P_i} log(w_j + e^{n_i - s_ij + epsilon}), [M] in stats_dtype; n [M] is an
                         input. Without weights softplus(n_i - s_ij + epsilon). 0 if P_i is empty.
     order_by_class      (ids [B] int64, views) -> the stable argsort of the rows' ids, where row b * views + v

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from pysupcon.pairs import custom_op, modes, ops, tiled
+from pysupcon.pairs.many_labels import LEVELS, ManyLabels, overlap_totals
+from pysupcon.pairs.positive_means import PositiveWeights
 from pysupcon.pairs.statistics import Pairing
 
 __all__ = [
@@ -25,11 +27,14 @@ __all__ = [
     "count_matches",
     "number_pairs",
     "order_and_count",
+    "pair_apart",
     "pair_by_id",
     "pair_by_mask",
+    "pair_by_overlap",
     "repeat_per_view",
     "sort_rows",
     "unused_id",
+    "weigh_positives",
 ]
 
 
@@ -125,11 +130,96 @@ def pair_by_mask(
     if modes.is_eager(mask):
         count = tiled.positive_count(positives, self_index, symmetric=not rectangular)
     else:
-        count = custom_op.positive_count(*positives, self_index, not rectangular)
+        count = custom_op.positive_count(mask, rows, columns, self_index, not rectangular)
     order, candidate_order = (torch.arange(side.shape[0], device=mask.device) for side in (rows, columns))
     if not rectangular:
         return Pairing(rows, order), count, positives
     return Pairing(rows, order, columns, candidate_order, self_index), count, positives
+
+
+def _count_overlaps(
+    labels: ManyLabels, views: int, candidate_views: int, self_index: Tensor | None
+) -> Tensor:
+    """Sums over the candidate rows of each anchor: overlaps, or 1 for "any"; [M], without the anchor."""
+    count = overlap_totals if modes.is_eager(labels.own) else custom_op.overlap_totals
+    totals = count(labels.own, labels.candidates, labels.threshold, labels.weighted) * candidate_views
+    if labels.candidates is None or self_index is not None:
+        totals = totals - labels.own.any(dim=1).to(totals)  # the overlap of a row with itself is 1
+    return repeat_per_view(totals, views)
+
+
+def pair_by_overlap(
+    labels: ManyLabels, views: int, candidate_views: int, self_index: Tensor | None, rectangular: bool
+) -> tuple[Pairing, Tensor, tiled.PositiveMask]:
+    """Takes rows whose labels overlap as positives; arguments and results as in :func:`pair_by_mask`."""
+    samples = torch.arange(labels.own.shape[0], device=labels.own.device)
+    rows, columns, stacked = repeat_per_view(samples, views), samples, labels.own
+    if labels.candidates is not None:
+        columns = torch.arange(labels.candidates.shape[0], device=samples.device) + samples.shape[0]
+        stacked = torch.cat([labels.own, labels.candidates])
+    columns = repeat_per_view(columns, candidate_views)
+    count = _count_overlaps(labels, views, candidate_views, self_index).to(torch.int64)
+    order, candidate_order = (torch.arange(side.shape[0], device=rows.device) for side in (rows, columns))
+    positives = tiled.PositiveMask(stacked, rows, columns, labels.threshold)
+    if not rectangular:
+        return Pairing(rows, order), count, positives
+    return Pairing(rows, order, columns, candidate_order, self_index), count, positives
+
+
+def pair_apart(anchors: int, candidates: int | None, self_index: Tensor | None, like: Tensor) -> Pairing:
+    """Returns the pairing in which every other row is a negative.
+
+    Args:
+        anchors: number of anchors M.
+        candidates: number of candidates N; None: the candidates are the anchors.
+        self_index: as in :func:`pair_by_id`.
+        like: a tensor on the device of the rows.
+    """
+    rows = torch.arange(anchors, device=like.device)
+    if candidates is None:
+        return Pairing(rows, rows)
+    columns = torch.arange(candidates, device=like.device)
+    labels = rows + candidates if self_index is None else self_index
+    return Pairing(labels, rows, columns, columns, self_index)
+
+
+def weigh_positives(
+    labels: ManyLabels, views: int, candidate_views: int, self_index: Tensor | None
+) -> tuple[PositiveWeights, Tensor]:
+    """Defines the weighted mean over the positives of each anchor.
+
+    Args:
+        labels: of the samples.
+        views: rows per sample of the anchors.
+        candidate_views: rows per sample of the candidates.
+        self_index: as in :func:`pair_by_id`; sorted in ascending order.
+
+    Returns:
+        The weights; and [L, M], how many terms the loss of an anchor has: labels that another row has, or
+        positives of each level; for overlaps their sum.
+    """
+    own, others, dtype = labels.own, labels.candidates, labels.threshold.dtype
+    class_weights = None
+    if labels.form == LEVELS:
+        by_level = own.T.contiguous()
+        candidate_ids = [None] * own.shape[1] if others is None else others.T.contiguous()
+        terms = torch.stack([
+            pair_by_id(ids, views, candidates, candidate_views, self_index)[1]
+            for ids, candidates in zip(by_level, candidate_ids, strict=True)
+        ])  # fmt: skip
+    elif labels.form == "per_label":
+        leaves_out_self = others is None or self_index is not None
+        rows = (own if others is None else others).sum(0, dtype=torch.int64) * candidate_views
+        rows = (rows - 1 if leaves_out_self else rows).clamp(min=0)  # other rows of an anchor with the label
+        terms = repeat_per_view((own * (rows > 0)).sum(1, dtype=torch.int64), views)[None]
+        class_weights = torch.where(rows > 0, 1.0 / rows.clamp(min=1).to(dtype), 0.0)
+    else:
+        terms = _count_overlaps(labels, views, candidate_views, self_index)[None]
+    factors = torch.where(terms > 0, 1.0 / torch.where(terms > 0, terms, 1).to(dtype), 0.0)
+    weights = PositiveWeights(
+        labels.form, own, others, self_index, factors, class_weights, labels.threshold
+    )  # fmt: skip
+    return weights, terms
 
 
 class InstanceIds(NamedTuple):

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,9 +27,12 @@ from pysupcon.pairs.checks import (
     check_temperature,
 )
 from pysupcon.pairs.global_batch import Further, Gather, GlobalBatch, build_global_batch, gather_sides
+from pysupcon.pairs.many_labels import LabelOptions, check_many_labels, form_of_labels
 from pysupcon.pairs.memory import MemoryArguments, check_memory
 from pysupcon.pairs.normalize import unit_rows
 from pysupcon.pairs.pairing import repeat_per_view, sort_rows
+from pysupcon.pairs.positive_means import PositiveWeights, positive_means
+from pysupcon.pairs.rows import get_positive_shift
 from pysupcon.pairs.sides import Layout, Side, balance_classes, get_log_weights, join_unlabelled, lay_out
 from pysupcon.pairs.statistics import Memory, Pairing, Plan, RowStatistics
 
@@ -50,7 +53,7 @@ class Problem:
     pairing: Pairing
     """with a global batch: labels and order of the anchors only"""
     count: Tensor
-    """|P_i|, int64 [M]"""
+    """|P_i|, int64 [M]; with ``positive_weights`` [L, M], 0 for an anchor without a loss"""
     instance_count: Tensor | None
     """|A_i|, int64 [M]"""
     candidate_count: int | Tensor
@@ -74,6 +77,10 @@ class Problem:
     """those of the anchors of all processes, [N]; given with a global batch"""
     weighted: bool = False
     """whether candidates have weights other than 0 and 1"""
+    positive_shift: Tensor | None = None
+    """[M], added to the log weights of the anchor's positives; None: 0"""
+    positive_weights: PositiveWeights | None = None
+    """not None: all other rows are negatives, and a weighted mean of s takes the place of positives"""
 
     @property
     def loss_dtype(self) -> torch.dtype:
@@ -90,7 +97,7 @@ class Problem:
         return torch.full((), 1.0 / self.temperature, dtype=dtype, device=self.x.device)
 
     def statistics(
-        self, *, negatives: bool = False, positives: bool = False, epsilon: float | None = None
+        self, *, negatives: bool = False, positives: bool = False, epsilon: float | Tensor | None = None
     ) -> RowStatistics:
         """Computes the statistics of every anchor, differentiable once.
 
@@ -102,12 +109,21 @@ class Problem:
         Returns:
             The requested statistics; the values of the others are undefined.
         """
+        positives = positives and self.positive_weights is None
+        shift = self.positive_shift
+        if shift is not None and epsilon is not None:
+            # log(k w + e^(n - s + epsilon)) = log k + log(w + e^(n - s + epsilon - log k))
+            epsilon = epsilon - shift
         plan = Plan(
             self.backend, self.pairing, self.mask, negatives, positives, epsilon, self.memory,
             self.batch_negatives,
         )  # fmt: skip
         outside = self.hard_negative_logsumexp() if negatives else None
         statistics = row_statistics(self.x, self.candidates, self.scale, outside, plan)
+        if shift is not None:
+            n, p, positive_sum, instance_sum, softplus = statistics
+            softplus = softplus if epsilon is None else softplus + self.count * shift
+            statistics = RowStatistics(n, p + shift, positive_sum, instance_sum, softplus)
         return statistics if self.pairing.instances is not None else statistics.without_instances()
 
     def hard_negative_similarity(self) -> Tensor | None:
@@ -115,7 +131,7 @@ class Problem:
         if self.hard_negatives is None:
             return None
         samples, _, width = self.hard_negatives.shape
-        views = self.x.shape[0] // samples if samples else 1
+        views = self.shape[1] if len(self.shape) == 2 else 1
         dtype = torch.promote_types(self.x.dtype, torch.float32)
         with tiled.no_autocast(self.x):
             rows = self.x.to(dtype).reshape(samples, views, width)
@@ -126,6 +142,11 @@ class Problem:
         """log sum of e^s over the own negatives of each anchor, [M] in the statistics dtype."""
         similarity = self.hard_negative_similarity()
         return None if similarity is None else similarity.to(ops.stats_dtype(self.x)).logsumexp(dim=1)
+
+    def positive_means(self) -> Tensor:
+        """Computes the weighted means of s over positives, [L, M]; only with ``positive_weights``."""
+        assert self.positive_weights is not None
+        return positive_means(self.x, self.candidates, self.scale, self.positive_weights)
 
 
 def _flatten_views(features: Tensor) -> tuple[Tensor, int]:
@@ -208,6 +229,19 @@ def _check_options(
         raise ValueError("batch_negatives=False leaves no negatives: give memory or hard_negatives")
 
 
+def _check_one_label(memory: Any, ignore_index: Any, class_balance: bool, batch_negatives: bool) -> None:
+    """Refuses options that need one label per sample."""
+    given = {
+        "memory": memory is not None,
+        "ignore_index": ignore_index is not None,
+        "class_balance": class_balance,
+        "batch_negatives=False": not batch_negatives,
+    }
+    for name, used in given.items():
+        if used:
+            raise ValueError(f"{name} needs one label per sample, labels [B], got labels [B, C]")
+
+
 def prepare(
     features: Tensor,
     labels: Tensor | None,
@@ -236,6 +270,7 @@ def prepare(
     backend: str,
     gather: SharedArguments | None,
     need_instances: bool,
+    label_options: LabelOptions,
 ) -> Problem:
     """Checks the arguments of a loss and lays them out.
 
@@ -243,6 +278,7 @@ def prepare(
         features: and all arguments up to ``backend``: see :mod:`pysupcon.functional`.
         gather: what the processes must share; None: the loss does not gather.
         need_instances: whether the loss needs to know which rows are views of one sample.
+        label_options: what the loss makes of several labels per sample.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -253,11 +289,15 @@ def prepare(
     temperature = check_temperature("temperature", temperature)
     check_choice("contrast_mode", contrast_mode, ("all", "one"))
     check_choice("reduction", reduction, ("mean", "sum", "none"))
-    requested, backend = backend, resolve_backend(backend, features.device, mask is not None)
+    form = form_of_labels(labels, label_options)
+    tiled_only = "mask" if mask is not None else 'multi_label="any"' if form == "any" else None
+    requested, backend = backend, resolve_backend(backend, features.device, tiled_only)
     _check_options(
         labels, mask, candidates, candidate_labels, candidate_instances, memory, hard_negatives,
         ignore_index, unlabeled, class_balance, batch_negatives,
     )  # fmt: skip
+    if form is not None:
+        _check_one_label(memory, ignore_index, class_balance, batch_negatives)
     if gather is not None and backend == "reference":
         raise ValueError('gather needs a streaming backend, got backend="reference"')
     if backend != "reference":
@@ -270,6 +310,13 @@ def prepare(
         check_hard_negatives(hard_negatives, features)
     if mask is not None:
         mask = check_mask(mask, features, features if candidates is None else candidates)
+    many = None
+    if form is not None:
+        many = check_many_labels(
+            label_options, form, labels, candidate_labels, features, candidates, gather is not None
+        )
+        labels = candidate_labels = None
+    related = mask is not None or many is not None  # positives come from neither labels nor instances
     labels = None if labels is None else check_ids("labels", labels, features)
     instances = None if instances is None else check_ids("instances", instances, features)
     weighted = features if candidates is None else candidates
@@ -282,7 +329,7 @@ def prepare(
     )
     bank = check_memory(arguments, features, labels is not None, instances)
     if candidates is None and instances is None and (features.dim() == 2 or features.shape[1] == 1):
-        _check_positives(features, labels is not None or mask is not None, need_instances)
+        _check_positives(features, labels is not None or related, need_instances)
 
     if normalize:
         features = _normalized(features)
@@ -294,6 +341,9 @@ def prepare(
             features = features.to(torch.promote_types(features.dtype, rows.dtype))
     candidates = None if candidates is None else candidates.to(features.dtype)
     bank = None if bank is None else bank._replace(rows=bank.rows.to(features.dtype))
+    if many is not None and many.weighted:  # the two parts of a gradient are added before they are rounded
+        features = features.to(torch.promote_types(features.dtype, torch.float32))
+        candidates = None if candidates is None else candidates.to(features.dtype)
     if backend == "cuda":
         backend = check_kernels(requested, features.device, features.dtype)
 
@@ -308,7 +358,7 @@ def prepare(
     if candidates is not None:
         if labels is not None or candidate_labels is not None:
             candidate_ids = _candidate_ids("labels", labels, candidate_labels, features, candidates)
-        if need_instances or unlabeled == "instance" or (labels is None and mask is None):
+        if need_instances or unlabeled == "instance" or (labels is None and not related):
             candidate_instance_ids = _candidate_ids(
                 "instances", instances, candidate_instances, features, candidates
             )
@@ -372,6 +422,7 @@ def prepare(
     counted = anchors if others is None else others
     excluded = None if ignored is None else ignored[-1]
     counted = counted._replace(log_weights=get_log_weights(candidate_weights, excluded, dtype))
+    itself = int(others is None or self_index is not None)  # an anchor among its candidates
     if class_balance:
         counted, memory_side = balance_classes(counted, memory_side, dtype)
     outside: int | Tensor = 0 if hard_negatives is None else hard_negatives.shape[1]
@@ -379,7 +430,7 @@ def prepare(
     ignored_anchors = None
     if ignored is not None:
         ignored_anchors = ignored[0][::views] if anchors.views < views else ignored[0]
-    global_batch = all_anchor_weights = None
+    global_batch = all_anchor_weights = positive_shift = None
     if communicator is not None:
         beyond = None
         if bank is not None or hard_negatives is not None:
@@ -396,6 +447,9 @@ def prepare(
             excluded=excluded,
             batch_negatives=batch_negatives,
         )
+        if class_balance and itself:
+            shift = get_positive_shift(global_batch.counts.positives, dtype)
+            global_batch = replace(global_batch, positive_shift=shift)
         own = global_batch.anchors
         if anchor_weights is not None:
             all_anchor_weights = own.communicator.exchange(anchor_weights.to(dtype).unsqueeze(0))[0]
@@ -404,9 +458,10 @@ def prepare(
         layout = Layout(
             Pairing(repeat_per_view(own_ids, own.views), order),
             *global_batch.own_counts[:2],
-            None,
-            None,
-            None,
+            mask=None,
+            memory=None,
+            positive_weights=None,
+            memory_count=None,
         )
         count, instance_count, available = global_batch.own_counts
         ignored_anchors = None if ignored_anchors is None else ignored_anchors[own.own_rows]
@@ -418,19 +473,22 @@ def prepare(
             None if bank is None else bank.rows,
             self_index,
             mask,
-            need_instances and (labels is not None or mask is not None),
+            many,
+            need_instances and (labels is not None or related),
             instances is not None,
         )
         count, instance_count = layout.positive_count, layout.instance_count
         if need_instances and instance_count is None:
             instance_count = count  # A_i is P_i
         available = x.shape[0] if candidate_rows is None else candidate_rows.shape[0]
-        available -= int(candidate_rows is None or self_index is not None)
+        available -= itself
         if excluded is not None:
             available = available - excluded.sum()
         if not batch_negatives:
             available = count if layout.memory_count is None else count - layout.memory_count
         available = available + outside
+        if class_balance and itself:
+            positive_shift = get_positive_shift(count, dtype)
         if ignored_anchors is not None:
             count = count.masked_fill(ignored_anchors, 0)
             instance_count = (
@@ -455,4 +513,6 @@ def prepare(
         anchor_weights,
         all_anchor_weights,
         candidate_weights is not None or class_balance or (bank is not None and bank.weighted),
+        positive_shift,
+        layout.positive_weights,
     )

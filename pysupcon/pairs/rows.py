@@ -20,6 +20,12 @@ from pysupcon.pairs.modes import is_eager
 __all__ = ["get_divisor", "mean", "positive_gap", "supcon_rows", "weighted_divisor"]
 
 
+def get_positive_shift(count: Tensor, dtype: torch.dtype) -> Tensor:
+    """What class_balance adds to the log weights of the ``count`` positives of an anchor: their number is
+    counted with the anchor itself, which is not its own candidate."""
+    return (1 / count.clamp(min=1).to(dtype)).log1p()
+
+
 def mean(total: Tensor, count: Tensor) -> Tensor:
     return total / count.clamp(min=1)
 
@@ -65,8 +71,12 @@ def supcon_rows(s: RowStatistics, counts: Any, valid: Tensor, divisor: Tensor | 
     Computed by :class:`_SupConRows`; when traced or transformed, by the equivalent torch operations.
     """
     count = counts.positives
+    loss: Tensor
+    if counts.mean_given:
+        loss = torch.where(valid, s.n - s.positive_sum, 0.0)
+        return loss if divisor is None else loss.sum() / divisor
     if is_eager(s.n):
-        loss: Tensor = _SupConRows.apply(s.n, s.p, s.positive_sum, count, valid, counts.weighted, divisor)
+        loss = _SupConRows.apply(s.n, s.p, s.positive_sum, count, valid, counts.weighted, divisor)
         return loss
     above = torch.where(valid, s.n, 0.0) - torch.where(valid, s.p, 0.0)
     gap = positive_gap(s, s.positive_sum, count, counts, valid)

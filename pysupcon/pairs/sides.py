@@ -14,16 +14,21 @@ import torch
 from torch import Tensor
 
 from pysupcon.pairs import tiled
+from pysupcon.pairs.many_labels import ManyLabels
 from pysupcon.pairs.pairing import (
     InstanceIds,
     add_instances,
     count_matches,
     number_pairs,
+    pair_apart,
     pair_by_id,
     pair_by_mask,
+    pair_by_overlap,
     repeat_per_view,
     sort_rows,
+    weigh_positives,
 )
+from pysupcon.pairs.positive_means import PositiveWeights
 from pysupcon.pairs.statistics import Memory, Pairing
 
 __all__ = ["Layout", "Side", "balance_classes", "get_log_weights", "join_unlabelled", "lay_out"]
@@ -51,6 +56,8 @@ class Layout(NamedTuple):
     """|A_i|, int64 [M]; None: not needed"""
     mask: tiled.PositiveMask | None
     memory: Memory | None
+    positive_weights: PositiveWeights | None
+    """not None: a weighted mean of s takes the place of positives, and ``positive_count`` is [L, M]"""
     memory_count: Tensor | None
     """how many of |P_i| are rows of the memory, int64 [M]; None: there is no memory"""
 
@@ -85,7 +92,7 @@ def balance_classes(candidates: Side, memory: Side | None, dtype: torch.dtype) -
     """Divides the weight of each row by the number of rows of its class.
 
     Args:
-        candidates: the candidates of the batch, the anchors themselves included.
+        candidates: the candidates of the batch.
         memory: further candidates of one row per sample; rows that are no candidates have other ids.
         dtype: of log weights.
     """
@@ -117,6 +124,7 @@ def lay_out(
     memory_rows: Tensor | None,
     self_index: Tensor | None,
     mask: Tensor | None,
+    many: ManyLabels | None,
     need_instances: bool,
     given_instances: bool,
 ) -> Layout:
@@ -129,28 +137,39 @@ def lay_out(
         memory_rows: rows of the memory [Nm, D].
         self_index: int64 [M], the candidate row that is the anchor itself; None: no anchor is a candidate.
         mask: bool [samples of the anchors, samples of the candidates], positives instead of equal ids.
+        many: several labels per sample, positives instead of equal ids.
         need_instances: whether the loss needs |A_i| and ids are not instances.
         given_instances: whether the caller gave instances; otherwise samples are instances.
     """
     views = 1 if candidates is None else candidates.views
-    positives = instance_count = None
-    if mask is not None:
-        columns = anchors.views if candidates is None else views
+    positives = instance_count = weights = None
+    columns = anchors.views if candidates is None else views
+    if many is not None and candidates is not None and many.candidates is None:
+        many = many._replace(candidates=many.own)
+    if many is not None and many.weighted:
+        others = None if candidates is None else candidates.ids.shape[0] * views
+        pairing = pair_apart(anchors.ids.shape[0] * anchors.views, others, self_index, anchors.ids)
+        weights, count = weigh_positives(many, anchors.views, columns, self_index)
+    elif many is not None:
+        pairing, count, positives = pair_by_overlap(
+            many, anchors.views, columns, self_index, rectangular=candidates is not None
+        )
+    elif mask is not None:
         pairing, count, positives = pair_by_mask(
             mask, anchors.views, columns, self_index, rectangular=candidates is not None
         )
     else:
         other_ids = None if candidates is None else candidates.ids
         pairing, count = pair_by_id(anchors.ids, anchors.views, other_ids, views, self_index)
-    numbered = need_instances and given_instances and mask is None  # a mask does not sort by label
+    numbered = need_instances and given_instances and mask is None and many is None  # sorted by label
     if need_instances:
         if numbered:
             first, candidates, memory = _number_instances([anchors, candidates, memory])
             assert first is not None
             anchors = first
         assert anchors.instances is not None
-        others = None if candidates is None else candidates.instances
-        paired = InstanceIds(anchors.instances, others, numbered)
+        other_instances = None if candidates is None else candidates.instances
+        paired = InstanceIds(anchors.instances, other_instances, numbered)
         pairing, instance_count = add_instances(pairing, anchors.views, views, paired)
     rows = memory_count = None
     if memory is not None and memory_rows is not None:
@@ -169,4 +188,4 @@ def lay_out(
     log_weights = anchors.log_weights if candidates is None else candidates.log_weights
     # All fields are listed because Dynamo of torch 2.11 loses fields that _replace changed.
     pairing = Pairing(*pairing[:7], log_weights if one_set else None, None if one_set else log_weights)
-    return Layout(pairing, count, instance_count, positives, rows, memory_count)
+    return Layout(pairing, count, instance_count, positives, rows, weights, memory_count)

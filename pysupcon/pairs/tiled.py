@@ -152,8 +152,11 @@ def pair_stats(
     candidate_log_weights: Tensor | None,
     negatives: bool,
     positives: bool,
+    negative_mean: Tensor | None = None,
     mask: PositiveMask | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if negative_mean is not None and candidates is None:
+        raise ValueError("negative_mean goes with candidates")
     with no_autocast(x), torch.no_grad():
         pairs = Pairs(
             x, labels, order, scale, candidates, candidate_labels, candidate_order, self_index, mask,
@@ -182,6 +185,13 @@ def pair_stats(
             *(column.value(order) for column in (positive_sum, instance_sum)),
         )
         row_n, row_p, row_positive_sum, row_instance_sum = (column + zero_or_nan for column in result)
+        if negative_mean is not None:
+            one = torch.ones_like(row_n) / scale
+            pair_stats_backward(
+                x, labels, order, scale, candidates, candidate_labels, candidate_order, self_index, instances,
+                candidate_instances, log_weights, candidate_log_weights, row_n, row_p, one, one, *(None,) * 8,
+                negatives, False, negative_mean, None, mask,
+            )  # fmt: skip
     return row_n, row_p, row_positive_sum, row_instance_sum
 
 

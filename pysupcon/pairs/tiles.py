@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pysupcon.pairs.many_labels import shares_labels
 from pysupcon.pairs.ops import stats_dtype
 
 Slice = tuple[int, int]
@@ -28,11 +29,29 @@ class PositiveMask(NamedTuple):
 
     ``mask`` is bool [S, T] (need not be symmetric), ``rows`` int64 [M], ``columns`` int64 [N]. Views of one
     sample share an entry, so the mask is never expanded to rows x candidates. Labels are ignored.
+
+    With a ``threshold``, ``mask`` holds label rows instead, uint8 [S, C], and row j is a positive of row i if
+    the overlap of label rows ``rows[i]`` and ``columns[j]`` is above it (:mod:`pysupcon.pairs.many_labels`).
     """
 
     mask: Tensor
     rows: Tensor
     columns: Tensor
+    threshold: Tensor | None = None
+
+    def relation(self, anchors: Tensor, candidates: Tensor, symmetric: bool = False) -> tuple[Tensor, Tensor]:
+        """Decides for a tile of rows, given by index, which candidates j are positives of anchors i.
+
+        Returns:
+            bool [I, J]; and, if ``symmetric``, whether i is a positive of j.
+        """
+        rows, columns = self.rows.index_select(0, anchors), self.columns.index_select(0, candidates)
+        if self.threshold is not None:
+            a, b = self.mask.index_select(0, rows), self.mask.index_select(0, columns)
+            same = shares_labels(a, b, self.threshold)
+            return same, same
+        same = self.mask[rows[:, None], columns[None, :]]
+        return same, self.mask[columns[None, :], rows[:, None]] if symmetric else same
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -313,10 +332,8 @@ class Pairs:
                     # An anchor and itself share a label.
                     left_out = None if same is False else self._left_out(i, j)
                 else:
-                    rows = self.mask.rows.index_select(0, a.order[slice(*i)])
-                    columns = self.mask.columns.index_select(0, b.order[slice(*j)])
-                    same = self.mask.mask[rows[:, None], columns[None, :]]
-                    same_back = self.mask.mask[columns[None, :], rows[:, None]] if self.symmetric else same
+                    anchors, candidates = a.order[slice(*i)], b.order[slice(*j)]
+                    same, same_back = self.mask.relation(anchors, candidates, self.symmetric)
                     left_out = self._left_out(i, j)
                 similarity = (a.rows[slice(*i)] @ b.rows[slice(*j)].T).mul_(self.scale)
                 if diagonal:  # s_ij and s_ji must be equal: rounded differently, they would not cancel

@@ -1,7 +1,8 @@
 """Checkpoints of a training: one folder per checkpoint, published atomically and verified by checksums.
 
 A checkpoint is written to a temporary folder, synced to disk and renamed. It holds model.safetensors,
-ema.safetensors (if weights are averaged), training.pt (optimizer, scheduler, gradient scaler, loss),
+ema.safetensors (if weights are averaged), training.pt (optimizer, scheduler, gradient scaler, loss with its
+queue, key encoder, and "queues": those of the processes after the first one, if processes do not gather),
 random.pt (random states of every process), config.yaml, and manifest.json. The manifest holds the step, the
 number of processes, the position in the data, validation losses, versions, and the size and SHA-256 of every
 file and of itself. Reading a checkpoint never runs code from its files: it uses safetensors, JSON, and

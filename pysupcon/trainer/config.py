@@ -19,8 +19,8 @@ OWN = tuple(dict.fromkeys(
 ))  # fmt: skip
 """Fields that only some losses use"""
 CONTRASTIVE = (
-    "temperature", "learnable_temperature", "contrast_mode", "pairing", "gather", "backend", "weight",
-    "infonce_weight",
+    "temperature", "learnable_temperature", "unlabeled", "multi_label", "overlap_threshold", "contrast_mode",
+    "pairing", "gather", "backend", "weight", "infonce_weight", "queue", "batch_negatives",
 )  # fmt: skip
 """Fields without effect if there is no contrastive loss"""
 GROUP_ACCURACIES = ("worst_group", "worst_known_group")
@@ -72,6 +72,18 @@ class LossConfig:
     base: Literal["supcon", "sincere"] | None = None
     """spread only: the loss that is mixed with cnce. None means supcon."""
 
+    unlabeled: Literal["ignore", "instance"] = "ignore"
+    """Samples of data.ignore_index in the contrastive loss. ignore: they are neither anchors nor candidates;
+    instance: their positives are their own views, and they are negatives of the other samples."""
+
+    multi_label: Literal["per_label", "any", "jaccard"] | None = None
+    """image_table only: positives of samples with several labels. per_label (supcon only): the mean of one
+    SupCon term per label of the anchor; any: rows that share a label; jaccard (supcon only): weighted by the
+    overlap of their labels. None means per_label for supcon and any for the others."""
+
+    overlap_threshold: float | None = None
+    """any and jaccard: rows whose labels overlap by more than this share are positives. None means 0."""
+
     contrast_mode: Literal["all", "one"] = "all"
     """Anchors: the rows of all views, or of the first view alone."""
 
@@ -83,6 +95,14 @@ class LossConfig:
     """With several processes, true: contrast with the rows of all processes; ring: the same, but rows are
     passed from process to process and no process stores all; false: contrast with the process's own rows
     only."""
+
+    queue: int = 0
+    """Rows of earlier batches, first in, first out, that are contrasted with in addition to the batch: keys
+    with model.momentum, else the projections of all views. With gather every process holds the rows of all
+    processes, else its own ones. 0: no queue."""
+
+    batch_negatives: bool = True
+    """false: rows of the batch are positives only, and the negatives come from the queue, as in MoCo."""
 
     backend: Literal["auto", "cpu", "cuda", "tiled", "reference"] = "auto"
     """auto: the compiled kernel of the device, else tiled, pure PyTorch in O(N) memory; reference: dense."""
@@ -128,9 +148,17 @@ class LossConfig:
             self.group_dro.check()
             weight = self.cross_entropy_weight
             check(weight > 0, "loss.cross_entropy_weight", "be greater than 0 for loss.group_dro", weight)
+        if self.unlabeled == "instance" and self.name == "infonce":
+            raise ConfigError("loss.unlabeled has no effect with loss.name=infonce, which uses no labels")
         if self.name == "none":
             self._refuse_contrastive()
+        check(self.queue >= 0, "loss.queue", "be at least 0", self.queue)
+        if not self.batch_negatives:
+            check(
+                self.queue > 0, "loss.queue", "be greater than 0 for loss.batch_negatives=false", self.queue
+            )
         if self.pairing == "cross":
+            check(self.queue == 0, "loss.queue", "be left out for loss.pairing=cross", self.queue)
             mode = self.contrast_mode
             check(mode == "all", "loss.contrast_mode", "be left out for loss.pairing=cross", mode)
 
@@ -142,6 +170,32 @@ class LossConfig:
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+
+    def resolve_multi_label(self) -> None:
+        """The same for data whose samples have several labels.
+
+        Raises:
+            ConfigError: the loss does not take them in this form.
+        """
+        forms = () if self.name == "none" else losses.LOSSES_BY_NAME[self.name].multi_labels
+        if not forms:
+            for name in ("multi_label", "overlap_threshold"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"loss.{name} has no effect with loss.name={self.name}: leave it out")
+            return
+        if self.multi_label is None:
+            self.multi_label = "per_label" if "per_label" in forms else "any"
+        contract = f"be {' or '.join(forms)} for loss.name={self.name}"
+        check(self.multi_label in forms, "loss.multi_label", contract, self.multi_label)
+        if self.overlap_threshold is None:
+            self.overlap_threshold = 0.0
+        check(
+            0 <= self.overlap_threshold < 1, "loss.overlap_threshold", "lie in [0, 1)", self.overlap_threshold
+        )
+        if self.multi_label == "per_label" and self.overlap_threshold > 0:
+            raise ConfigError(
+                "loss.overlap_threshold has no effect with loss.multi_label=per_label: leave it out"
+            )
 
     def _refuse_contrastive(self) -> None:
         plain = LossConfig()

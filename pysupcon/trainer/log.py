@@ -29,8 +29,9 @@ class StepLog:
         gradient_norm: before clipping.
         temperature: before the step, if it is learnable.
         group=G/loss, group=G/weight: with GroupDRO; the loss is that of the last batch with samples of G.
-        valid_anchors: anchors that have a loss, summed over the processes, if there is a contrastive loss.
-        chance: the contrastive loss if all embeddings were equal.
+        valid_anchors: anchors that have a loss, summed over the processes, if there is a contrastive loss and
+            each sample has one label.
+        chance: the contrastive loss if all embeddings were equal; likewise.
         contrastive_accuracy, positive_similarity, negative_similarity: every ``trainer.metrics_steps`` steps,
             if there is a contrastive loss (:func:`pysupcon.functional.contrastive_metrics`, over the rows of
             each process); means over the processes. An entry is missing if there is no positive (negative).

@@ -15,6 +15,8 @@ from tqdm import tqdm
 from pysupcon.config import Config, to_yaml
 from pysupcon.data.datamodule import DataModule, load_data
 from pysupcon.errors import Interrupted, RunError, check
+from pysupcon.memory import MemoryQueue
+from pysupcon.models.momentum import MomentumEncoder
 from pysupcon.profiling.recorder import StepRecorder
 from pysupcon.trainer import checkpoint
 from pysupcon.trainer.environment import apply_environment
@@ -113,8 +115,15 @@ class Trainer:
             from timm.utils import ModelEmaV3
 
             self.ema = ModelEmaV3(self.network, decay=config.trainer.ema_decay)
+        momentum = config.model.momentum
+        key_encoder = MomentumEncoder(network, momentum) if momentum > 0 else None
+        queue = MemoryQueue(config.loss.queue, network.projection_dim) if config.loss.queue > 0 else None
         group_dro = build_group_dro(config, data, self.accelerator)
-        self.objective = Objective(config.loss, config.data.views, group_dro).to(self.device)
+        unlabelled = data.training is not data.splits["train"]
+        self.objective = Objective(
+            config.loss, config.data.views, group_dro, queue, momentum > 0, unlabelled=unlabelled
+        )
+        self.objective.to(self.device)
         optimizer = build_optimizer(config.optimizer, self.network, self.objective)
         scheduler = build_scheduler(
             config.optimizer, optimizer, steps=self.steps, steps_per_epoch=self.steps_per_epoch
@@ -122,11 +131,11 @@ class Trainer:
         self.model, optimizer, self.scheduler = self.accelerator.prepare(self.network, optimizer, scheduler)
         self.step = TrainingStep(
             self.accelerator, config, data, self.network, self.model, self.objective, optimizer,
-            self.scheduler,
+            self.scheduler, key_encoder,
         )  # fmt: skip
         self.state = TrainingState(
             self.accelerator, config, run_dir, self.steps_per_epoch, self.network, self.objective, optimizer,
-            self.scheduler, self.ema,
+            self.scheduler, self.ema, key_encoder,
         )  # fmt: skip
         self.validate: Validation | None = None
         if config.trainer.best_by is not None:

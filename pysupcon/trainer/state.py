@@ -19,6 +19,7 @@ from pysupcon.trainer import checkpoint
 from pysupcon.trainer.checkpoint import Checkpoint
 from pysupcon.trainer.environment import dynamo_backend
 from pysupcon.trainer.folders import is_restart
+from pysupcon.trainer.objective import Objective
 from pysupcon.trainer.progress import print_line, report_if_slow
 from pysupcon.trainer.setup import call_on_main_process
 
@@ -63,6 +64,7 @@ class TrainingState:
         objective: the loss with its parameters.
         optimizer, scheduler: prepared by Accelerate.
         ema: timm's ``ModelEmaV3``, or None.
+        key_encoder: with ``model.momentum``, or None.
         done: number of finished steps.
     """
 
@@ -71,10 +73,11 @@ class TrainingState:
     run_dir: Path
     steps_per_epoch: int
     network: nn.Module
-    objective: nn.Module
+    objective: Objective
     optimizer: Any
     scheduler: Any
     ema: Any = None
+    key_encoder: nn.Module | None = None
     done: int = 0
 
     def save(self, metrics: dict[str, float]) -> Path:
@@ -91,13 +94,18 @@ class TrainingState:
         """
         accelerator, config = self.accelerator, self.config
         random_states = gather_object([random_state(accelerator.device)])
+        queue = self.objective.queue
+        queues: list[dict[str, torch.Tensor]] = []
+        if queue is not None and config.loss.gather is False:
+            own = {name: buffer.cpu() for name, buffer in queue.state_dict().items()}
+            queues = gather_object([own])[1:]
 
         def write() -> str:
             epoch, step = divmod(self.done, self.steps_per_epoch)
             content = Checkpoint(
                 step=self.done,
                 weights=self.network.state_dict(),
-                training=self._training(),
+                training=self._training() | ({"queues": queues} if queues else {}),
                 random=random_states,
                 ema=None if self.ema is None else self.ema.module.state_dict(),
                 sampler={
@@ -137,6 +145,12 @@ class TrainingState:
             self.optimizer.load_state_dict(training["optimizer"])
             self.scheduler.load_state_dict(training["scheduler"])
             self.objective.load_state_dict(training["objective"])
+            if self.key_encoder is not None:
+                self.key_encoder.load_state_dict(training["key_encoder"])
+            queue, queues = self.objective.queue, training.get("queues", [])
+            own = accelerator.process_index - 1
+            if queue is not None and self.config.loss.gather is False and 0 <= own < len(queues):
+                queue.load_state_dict(queues[own])
             if accelerator.scaler is not None and training["scaler"] is not None:
                 accelerator.scaler.load_state_dict(training["scaler"])
             if self.ema is not None:  # a checkpoint without an average starts it from its weights
@@ -156,8 +170,9 @@ class TrainingState:
         self.done = saved.step
 
     def _training(self) -> dict[str, Any]:
-        scaler = self.accelerator.scaler
+        scaler, keys = self.accelerator.scaler, self.key_encoder
         return {
+            **({} if keys is None else {"key_encoder": keys.state_dict()}),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "objective": self.objective.state_dict(),

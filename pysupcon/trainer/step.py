@@ -14,9 +14,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pysupcon.config import Config
 from pysupcon.data.datamodule import DataModule
+from pysupcon.data.unlabelled import UNKNOWN
 from pysupcon.errors import RunError
 from pysupcon.gradcache import GradCache
 from pysupcon.models.model import ModelOutput
+from pysupcon.models.momentum import MomentumEncoder
 from pysupcon.models.spectral import power_iteration
 from pysupcon.ranges import region
 from pysupcon.trainer.environment import dynamo_backend
@@ -38,6 +40,7 @@ class TrainingStep:
         model, optimizer, scheduler: prepared by Accelerate; ``model`` wraps ``network``.
         objective: the loss, on the model's device. This class averages the gradients of its parameters over
             the processes.
+        key_encoder: encodes the second view, and follows ``network``; None: the model encodes all views.
     """
 
     def __init__(
@@ -50,9 +53,11 @@ class TrainingStep:
         objective: Objective,
         optimizer: Any,
         scheduler: Any,
+        key_encoder: MomentumEncoder | None = None,
     ) -> None:
         self.accelerator, self.config, self.data, self.network = accelerator, config, data, network
         self.model, self.objective, self.optimizer, self.scheduler = model, objective, optimizer, scheduler
+        self.key_encoder = key_encoder
         chunk_size = config.trainer.chunk_size
         self.cache: GradCache | None = None
         if chunk_size is not None:
@@ -81,7 +86,7 @@ class TrainingStep:
 
         Args:
             batches: ``trainer.accumulation_steps`` batches of this process: views uint8 [b, V, C, S, S],
-                labels int64 [b] and, for GroupDRO, groups int64 [b].
+                labels int64 [b] (or [b, L]) and, for GroupDRO, groups int64 [b].
             number: number of the step, for messages.
             stop: whether this process requests the training to stop.
 
@@ -109,6 +114,8 @@ class TrainingStep:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.trainer.clip_norm, norm)
         with region("optimizer"):
             self.optimizer.step()
+            if self.key_encoder is not None:
+                self.key_encoder.update(self.network)
         self.scheduler.step()
         self.optimizer.zero_grad()
         return values | finite(metrics), stop
@@ -128,6 +135,10 @@ class TrainingStep:
         statistics: dict[str, Tensor] = {}
         for index, batch in enumerate(batches, start=1):
             views, labels, *groups = (tensor.to(device, non_blocking=True) for tensor in batch)
+            if self.config.loss.name != "none" and labels.dim() == 1:  # before the queue changes
+                valid, chance = self._batch_statistics(labels)
+                statistics["valid_anchors"] = statistics.get("valid_anchors", 0.0) + valid
+                statistics["chance"] = statistics.get("chance", 0.0) + chance / count
             # The processes exchange gradients once per step, in the backward of the last batch.
             sync_context = nullcontext if index == count else getattr(self.model, "no_sync", nullcontext)
             with sync_context(), self._explain_compile_errors(number):
@@ -138,18 +149,25 @@ class TrainingStep:
                 parts[name] = parts.get(name, 0.0) + value.to(torch.float64) / count
             for name, value in metrics.items():
                 statistics[name] = statistics.get(name, 0.0) + value.to(torch.float64) / count
-            if self.config.loss.name != "none":
-                valid, chance = self._batch_statistics(labels)
-                statistics["valid_anchors"] = statistics.get("valid_anchors", 0.0) + valid
-                statistics["chance"] = statistics.get("chance", 0.0) + chance / count
         return parts, statistics
 
     def _forward(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> ModelOutput:
         views, labels = batch
         images = self.data.normalize(views).flatten(0, 1).contiguous(memory_format=torch.channels_last)
         with region("encoder"):
-            outputs: ModelOutput = model(images, labels.repeat_interleave(views.shape[1]))
+            outputs: ModelOutput = model(images, labels.repeat_interleave(views.shape[1], dim=0))
         return outputs
+
+    def _encode_keys(self, views: Tensor) -> Tensor | None:
+        """Encodes the second view: [B, D]; None without a key encoder."""
+        if self.key_encoder is None:
+            return None
+        keys = []
+        for chunk in views[:, 1:2].split(self.config.trainer.chunk_size or len(views)):
+            images = self.data.normalize(chunk).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+            with region("key encoder"), self.accelerator.autocast():
+                keys.append(self.key_encoder(images))
+        return torch.cat(keys).float()
 
     def _backward(
         self, views: Tensor, labels: Tensor, number: int, groups: Tensor | None, measured: bool
@@ -157,12 +175,18 @@ class TrainingStep:
         """Returns the terms of the loss and, if ``measured``, the metrics of the features."""
         parts: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
+        keys = self._encode_keys(views)
+        rows = [] if keys is None else [keys]  # for the queue
+        if keys is not None:
+            views = views[:, :1]
 
         def loss(outputs: ModelOutput) -> Tensor:
+            if keys is None:
+                rows.append(outputs.projection.detach())
             try:
-                parts.update(self.objective(outputs, labels, groups))
+                parts.update(self.objective(outputs, labels, groups, keys))
                 if measured:
-                    metrics.update(self.objective.metrics(outputs, labels))
+                    metrics.update(self.objective.metrics(outputs, labels, keys))
             except ValueError as error:
                 if bool(outputs.projection.isfinite().all()):
                     raise
@@ -173,6 +197,7 @@ class TrainingStep:
             self.accelerator.backward(loss(self._forward(self.model, (views, labels))))
         else:
             self.cache((views, labels), loss)
+        self.objective.enqueue(rows[0], labels)
         return {name: value.detach() for name, value in parts.items()}, metrics
 
     def _values(self, tensors: dict[str, Tensor], stop: bool) -> dict[str, float]:
@@ -186,10 +211,14 @@ class TrainingStep:
         return values
 
     def _batch_statistics(self, labels: Tensor) -> Tensor:
-        counts = one_hot(labels, len(self.data.class_names)).sum(0)  # bincount would synchronise
+        # Entry 0 counts the samples whose class is not known. bincount would synchronise.
+        counts = one_hot(labels - UNKNOWN, len(self.data.class_names) + 1).sum(0)
         if self.config.loss.gather is not False:
             counts = self.accelerator.reduce(counts, "sum")
-        return batch_statistics(self.config.loss, labels, counts, self.config.data.views)
+        memory = self.objective.memory_counts(len(counts) - 1)
+        momentum = self.key_encoder is not None
+        views = self.config.data.views
+        return batch_statistics(self.config.loss, labels, counts[1:], views, counts[0], memory, momentum)
 
     def _check_finite(self, values: dict[str, float], number: int) -> None:
         non_finite = [name for name, value in values.items() if not abs(value) < float("inf")]

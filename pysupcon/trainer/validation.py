@@ -87,7 +87,7 @@ class Validation:
         for chunk, chunk_labels in zip(views.split(size), labels.split(size), strict=True):
             images = self.data.normalize(chunk).flatten(0, 1).contiguous(memory_format=torch.channels_last)
             with self.accelerator.autocast():
-                parts.append(model(images, chunk_labels.repeat_interleave(chunk.shape[1])))
+                parts.append(model(images, chunk_labels.repeat_interleave(chunk.shape[1], dim=0)))
         joined: list[Any] = [
             None if pieces[0] is None else torch.cat(pieces).float() for pieces in zip(*parts, strict=True)
         ]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from benchmarks.papers import paper_goals, paper_plot, paper_results, paper_runs, paper_table
 from benchmarks.papers.paper_runs import Job, Method, Table
@@ -245,12 +246,12 @@ def test_every_job_is_a_training_that_resolves() -> None:
             continue
         root = ["--data.root", "somewhere"] if job.table.data.startswith("fashion") else []
         config, _ = parse_args(job.arguments(Path("run"), root))
-        strong = job.table.regime == "strong" or job.table.name == "mnist5k_fine"
+        strong = job.table.regime == "strong" or job.table.name.startswith(("mnist5k_fine", "mnist5k_moco"))
         assert config.data.augmentation == ("strong" if strong else "none")
         assert (config.trainer.threads, config.data.image_size, config.seed) == (1, 14, 0)
-        if job.method.overrides:
-            section, field = job.method.overrides[0].removeprefix("--").split(".")
-            assert getattr(getattr(config, section), field) == float(job.method.overrides[1])
+        for name, value in zip(job.method.overrides[::2], job.method.overrides[1::2], strict=True):
+            section, field = name.removeprefix("--").split(".")
+            assert getattr(getattr(config, section), field) == yaml.safe_load(value)
     for table in paper_runs.TABLES.values():
         assert table.name in paper_table.HEADINGS
         there = {job.name for job in everything if job.table == table}

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from cuda_emulation import build
-from helpers import raw_operators
+from helpers import raw_operators, weighted_pairs
 from helpers.gradients import added
 from torch import Tensor
 
@@ -59,11 +59,14 @@ class Pairs(NamedTuple):
     negative: Tensor
     positive: Tensor
     same_instance: Tensor
+    log_weights: Tensor
+    """of the candidates, [N]"""
 
     def statistics(self, negatives: bool, positives: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         negative, positive = self.negative & negatives, self.positive & positives
-        n = self.s.masked_fill(~negative, -torch.inf).logsumexp(dim=1)
-        p = self.s.masked_fill(~positive, -torch.inf).logsumexp(dim=1)
+        weighted = self.s + self.log_weights
+        n = weighted.masked_fill(~negative, -torch.inf).logsumexp(dim=1)
+        p = weighted.masked_fill(~positive, -torch.inf).logsumexp(dim=1)
         total = torch.where(positive, self.s, 0.0).sum(dim=1)
         return n, p, total, torch.where(positive & self.same_instance, self.s, 0.0).sum(dim=1)
 
@@ -99,7 +102,10 @@ class Problem(NamedTuple):
         if self.instances is not None:
             others = self.instances if one_set else self.candidate_instances
             instance = self.instances[:, None] == others
-        return Pairs(self.scale * x @ c.T, counts & ~same, counts & same, instance)
+        log_weights = self.log_weights if one_set else self.candidate_log_weights
+        if log_weights is None:
+            log_weights = torch.zeros(len(c), dtype=torch.float64)
+        return Pairs(self.scale * x @ c.T, counts & ~same, counts & same, instance, log_weights)
 
 
 def by_label_and_instance(labels: Tensor, instances: Tensor | None) -> Tensor:
@@ -109,29 +115,38 @@ def by_label_and_instance(labels: Tensor, instances: Tensor | None) -> Tensor:
     return by_instance[torch.argsort(labels[by_instance], stable=True)]
 
 
-def make_problem(dtype: torch.dtype, separate: bool, with_instances: bool) -> Problem:
+def make_problem(dtype: torch.dtype, separate: bool, with_instances: bool, weighted: bool = False) -> Problem:
+    generator = torch.Generator().manual_seed(2)
+    log_weights = torch.randn(30 if separate else 21, generator=generator, dtype=torch.float64)
+    log_weights[5] = -torch.inf
+    given = log_weights if weighted else None
+    weights = (None, given) if separate else (given, None)
     x, labels, _ = rows(21, 12, dtype, 3, 0)
     x = torch.cat([x, x], 1)[:, :12]  # strided rows
     instances = torch.arange(21) % 4 if with_instances else None
     order = by_label_and_instance(labels, instances)
     if not separate:
-        return Problem(x, labels, order, SCALE, *NONE, instances, None)
+        return Problem(x, labels, order, SCALE, *NONE, instances, None, *weights)
     c, c_labels, _ = rows(30, 12, dtype, 3, 1)
     c[:4], c_labels[:4] = x[:4], labels[:4]
     self_index = torch.full((21,), -1)
     self_index[:4] = torch.arange(4)
     c_instances = torch.arange(30) % 4 if with_instances else None
     c_order = by_label_and_instance(c_labels, c_instances)
-    return Problem(x, labels, order, SCALE, c, c_labels, c_order, self_index, instances, c_instances)
+    return Problem(
+        x, labels, order, SCALE, c, c_labels, c_order, self_index, instances, c_instances, *weights
+    )
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("separate", [False, True], ids=["one set", "candidates"])
 @pytest.mark.parametrize("with_instances", [False, True], ids=["labels", "instances"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weights"])
 def test_operators_agree_with_written_down_pairs(
-    emulated: Any, dtype: torch.dtype, separate: bool, with_instances: bool
+    emulated: Any, dtype: torch.dtype, separate: bool, with_instances: bool, weighted: bool
 ) -> None:
-    problem, tolerance = make_problem(dtype, separate, with_instances), TOLERANCE[dtype]
+    problem = make_problem(dtype, separate, with_instances, weighted)
+    tolerance = TOLERANCE[dtype]
     x = problem.x.double().clone().requires_grad_()
     c = None if problem.candidates is None else problem.candidates.double().clone().requires_grad_()
     pairs = problem.pairs(x, c)
@@ -175,9 +190,9 @@ def test_operators_agree_with_written_down_pairs(
             scalar = scalar + sum((g * s).sum() for g, s in zip(upstream[1:], right[1:], strict=True))
         same_gradients(part, scalar, 5)
 
-    here = (*problem[:8], None, None)
+    here = (*problem[:8], *problem[10:])
     total = emulated.positive_softplus(*here, n, 0.25)
-    softplus = torch.nn.functional.softplus(n[:, None] - pairs.s + 0.25)
+    softplus = torch.logaddexp(n[:, None] - pairs.s + 0.25, pairs.log_weights)
     right = torch.where(pairs.positive, softplus, 0.0).sum(dim=1)
     assert total.dtype == torch.float64
     close(total, right.detach(), 1e-12 if dtype == torch.float64 else 3e-5)
@@ -186,6 +201,15 @@ def test_operators_agree_with_written_down_pairs(
     )
     assert softplus_gradient[2].dtype == torch.float64
     same_gradients(softplus_gradient, (u * right).sum(), 20)
+
+
+@pytest.mark.parametrize("form", weighted_pairs.FORMS)
+@pytest.mark.parametrize("weights", ["near", "far"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_operators_with_weights_equal_the_definition(
+    emulated: Any, form: str, weights: str, dtype: torch.dtype
+) -> None:
+    weighted_pairs.check(weighted_pairs.draw(form, dtype, 0.07, weights, seed=3, total=120), emulated)
 
 
 def test_matmul_precision_chooses_the_split(emulated: Any) -> None:

@@ -35,6 +35,8 @@ FORMS = [
 CASES: list[processes.Case] = [
     *[("gathered", *form) for form in FORMS],
     *[("refused", what) for what in REFUSED],
+    ("by_default",),
+    ("without_broadcast",),
 ]
 
 
@@ -70,3 +72,10 @@ def test_a_difference_is_refused_by_all(what: str, results: processes.Results) -
             assert (after, filled) == (error, "0")
         else:
             assert (after, filled) == ("", str(2 * len(results)))
+
+
+def test_a_queue_in_a_wrapped_module(results: processes.Results) -> None:
+    """As the docstring of MemoryQueue says."""
+    for rank, result in enumerate(results):
+        assert result["by_default",].tolist() == [0, 0]
+        assert result["without_broadcast",].tolist() == [rank, rank]

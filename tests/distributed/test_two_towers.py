@@ -35,6 +35,10 @@ TOWERS: list[processes.Case] = [
     if not (form == "labels" and worker.LOSSES[name][0].needs_instances)
 ]
 for mode in worker.MODES:
+    TOWERS += [
+        ("towers", name, mode, "labels, one view", "ragged", "float64", reduction, "auto")
+        for name, reduction in (("supcon", "mean"), ("sincere", "none"))
+    ]
     for form in ("instances", "one view", "position"):
         TOWERS += [
             ("towers", "spread_sincere", mode, form, "ragged", "float64", "sum", "tiled"),

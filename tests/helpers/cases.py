@@ -162,14 +162,6 @@ def naive(
             listed.append(_Candidate(memory[k].double(), k, 0, label, instance, weight, False))
     if ignore_index is not None and unlabeled == "ignore":
         listed = [candidate for candidate in listed if candidate.label != ignore_index]
-    if class_balance:
-        counts = Counter(class_of(candidate.label, candidate.instance) for candidate in listed)
-        listed = [
-            candidate._replace(
-                weight=candidate.weight / counts[class_of(candidate.label, candidate.instance)]
-            )
-            for candidate in listed
-        ]
     losses: list[Tensor | None] = []
     weights = []
     for b, v in rows(x):
@@ -177,16 +169,25 @@ def naive(
             continue
         weights.append(at(anchor_weights, b, v))
         positives, negatives, own = [], [], []
-        for candidate in listed:
-            if candidates is None and candidate.of_batch and (b, v) == (candidate.sample, candidate.view):
-                continue
+        others = [
+            candidate
+            for candidate in listed
+            if candidates is not None
+            or not candidate.of_batch
+            or (b, v) != (candidate.sample, candidate.view)
+        ]
+        sizes = Counter(class_of(candidate.label, candidate.instance) for candidate in others)
+        for candidate in others:
+            weight = candidate.weight
+            if class_balance:
+                weight /= sizes[class_of(candidate.label, candidate.instance)]
             s = (x[b, v] * candidate.row).sum() / temperature
             same_instance = side[b] == candidate.instance
             if mask is not None:
                 positive = bool(mask[b, candidate.sample])
             else:
                 positive = class_of(own_labels[b], side[b]) == class_of(candidate.label, candidate.instance)
-            pair = _Pair(s, s + math.log(candidate.weight))
+            pair = _Pair(s, s + math.log(weight))
             if positive:
                 positives.append(pair)
             elif batch_negatives or not candidate.of_batch:

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from pysupcon import MemoryQueue
 from pysupcon.distributed import AllGather, Ring
@@ -72,4 +73,21 @@ def refused(what: str) -> list[str]:
     return [*errors, str(int(queue.filled))]
 
 
-CASES = {function.__name__: function for function in (gathered, refused)}
+def wrapped(options: dict[str, bool]) -> Tensor:
+    """Labels of a queue of own rows in a module that DistributedDataParallel wraps, after a forward."""
+    model = nn.Linear(DIM, DIM)
+    model.queue = MemoryQueue(2, DIM)
+    model.queue.enqueue(torch.ones(2, DIM), torch.full((2,), dist.get_rank()))
+    DistributedDataParallel(model, **options)(torch.ones(1, DIM)).sum().backward()
+    return model.queue.labels
+
+
+def by_default() -> Tensor:
+    return wrapped({})
+
+
+def without_broadcast() -> Tensor:
+    return wrapped({"broadcast_buffers": False})
+
+
+CASES = {function.__name__: function for function in (gathered, refused, by_default, without_broadcast)}

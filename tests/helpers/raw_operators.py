@@ -27,7 +27,7 @@ def operators(namespace: str) -> dict[str, list[str]]:
     schemas = [schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith(prefix)]
     taken = {s.name.removeprefix(prefix): [argument.name for argument in s.arguments] for s in schemas}
     return {
-        name: taken[name] for name in sorted(taken) if "x" in taken[name] and "backend" not in taken[name]
+        name: taken[name] for name in sorted(taken) if "order" in taken[name] and "backend" not in taken[name]
     }
 
 
@@ -45,8 +45,14 @@ def sort(labels: Tensor, instances: Tensor) -> Tensor:
     return order[torch.argsort(labels[order], stable=True)]
 
 
-def draw(rng: random.Random, form: str, dtype: torch.dtype, max_rows: int = 40) -> Values:
-    """A random valid problem with all arguments of all operators."""
+def draw(
+    rng: random.Random, form: str, dtype: torch.dtype, max_rows: int = 40, weights: bool = False
+) -> Values:
+    """A random valid problem with all arguments of all operators.
+
+    ``weights``: also with those that only the CPU has: log weights and the mean of the negatives. "Own rows"
+    have no ``log_weights``, which only the backward operators take.
+    """
     generator = torch.Generator().manual_seed(rng.getrandbits(32))
     rows, width, classes = rng.randint(0, max_rows), rng.randint(1, 20), rng.choice([1, 3, 9, 50])
 
@@ -94,6 +100,11 @@ def draw(rng: random.Random, form: str, dtype: torch.dtype, max_rows: int = 40) 
     values["grad_x"] = torch.zeros(values["x"].shape, dtype=wide)
     if form in ("candidates", "self index") and rng.random() < 0.8:
         values["grad_candidates"] = torch.zeros(values["candidates"].shape, dtype=wide)
+    if weights and form == "self":
+        values["log_weights"] = column(rows)
+    elif weights:
+        values["candidate_log_weights"] = column(count)
+        values["negative_mean"] = torch.zeros(values["x"].shape, dtype=wide)
     return values
 
 
@@ -108,7 +119,7 @@ class Fault(NamedTuple):
     """whether only the values of a tensor show the fault; those of GPU tensors are not checked"""
 
 
-def _put(argument: str, value: int, at: int = 0) -> Callable[[Values], Any]:
+def _put(argument: str, value: float, at: int = 0) -> Callable[[Values], Any]:
     def change(values: Values) -> Any:
         tensor = values[argument].clone()
         if at >= len(tensor):
@@ -202,7 +213,7 @@ def _column_faults(argument: str) -> list[Fault]:
 
 def _gradient_faults(argument: str) -> list[Fault]:
     def part_of_rows(values: Values) -> Any:
-        rows = values["x" if argument == "grad_x" else "candidates"]
+        rows = values["candidates" if argument == "grad_candidates" else "x"]
         right = rows.dtype in (torch.float32, torch.float64) and rows.is_contiguous()
         return rows if right and rows.numel() else None
 
@@ -281,6 +292,23 @@ FAULTS = [
     *_gradient_faults("grad_x"),
     *_gradient_faults("grad_candidates"),
 ]  # fmt: skip
+
+_WEIGHT = r"log_weights must lie between -1e14 and 1e14 or be -inf, got"
+WEIGHT_FAULTS = [
+    *(
+        fault
+        for name in ("log_weights", "candidate_log_weights")
+        for fault in (
+            *_column_faults(name),
+            *(
+                Fault(f"{name} {value}", name, _put(name, value, at), _WEIGHT, True)
+                for value, at in ((torch.nan, 0), (torch.inf, 1), (1e15, 0))
+            ),
+        )
+    ),
+    *_gradient_faults("negative_mean"),
+]
+"""of the arguments that only the CPU has"""
 
 
 def applied(fault: Fault, arguments: list[str], values: Values) -> Values | None:

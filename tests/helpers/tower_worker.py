@@ -28,6 +28,7 @@ SIZES = {
 }
 """Samples of the anchors and of the candidates on each process; matched by position: those of the anchors"""
 FORMS = ("labels", "instances", "labels and position", "position", "one view")
+"""What defines the positives; "one view": no candidates and ``contrast_mode="one"``"""
 
 
 class Towers:
@@ -89,7 +90,7 @@ def towers(
             leaves = [rows.double() for rows in leaves]
         if name in ("infonce", "clip"):
             ids = {key: value for key, value in ids.items() if "labels" not in key}
-        options |= {"contrast_mode": "one"} if form == "one view" else {}
+        options |= {"contrast_mode": "one"} if form.endswith("one view") else {}
         criterion: nn.Module = kind(
             **own, learnable_temperature=True, reduction=reduction, **options
         ).double()
@@ -99,14 +100,14 @@ def towers(
         loss = criterion(**given, **ids)
         if reduction == "none":
             scaled = (weights if whole else weights[batch.own[0]])[: len(loss)]
-            (loss * (scaled[:, 0] if form == "one view" else scaled)).sum().backward()
+            (loss * (scaled[:, 0] if form.endswith("one view") else scaled)).sum().backward()
         else:
             loss.backward()
         return [loss.detach(), criterion.log_temperature.grad, *(leaf.grad for leaf in leaves)]
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # no warning for a process without a positive
-        warnings.filterwarnings("ignore", "candidates of shape .* are taken as")
+        warnings.filterwarnings("ignore", message="candidates of shape")  # 3 views, features have 2
         got = step(False, gather=MODES[mode], backend=backend)
     return {"got": got, "truth": step(True, backend="reference")}
 

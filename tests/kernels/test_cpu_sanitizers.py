@@ -111,7 +111,7 @@ def test_address_and_undefined_behaviour_sanitizers_are_silent(bug: bool, tmp_pa
         assert "heap-buffer-overflow" in done.stderr
     else:
         assert done.returncode == 0, done.stderr[-3000:]
-        assert done.stdout == "288 cases\n"
+        assert done.stdout == "576 cases\n"
 
 
 @pytest.mark.parametrize("unchecked", [False, True])

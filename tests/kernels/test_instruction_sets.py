@@ -10,11 +10,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from helpers import weighted_pairs
 from helpers.tolerances import TABLE
 from torch import Tensor
 
 import pysupcon
 from pysupcon import functional
+from pysupcon.pairs import ops
 
 if not pysupcon.backends()["cpu"]["available"]:
     pytest.skip(pysupcon.backends()["cpu"]["detail"], allow_module_level=True)
@@ -61,6 +63,16 @@ def test_results_are_within_tolerance(isa: str, kind: str, temperature: float, l
     tolerance = TABLE[torch.float32]
     assert (value - truth).abs() <= tolerance.loss * truth.abs()
     assert (grad - true_grad).norm() <= tolerance.gradient * true_grad.norm()
+
+
+@pytest.mark.parametrize("form", ["self", "own rows"])
+@pytest.mark.parametrize("weights", ["near", "far"])
+@pytest.mark.parametrize("temperature", [0.005, 0.07])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_of_candidates(
+    isa: str, dtype: torch.dtype, temperature: float, weights: str, form: str
+) -> None:
+    weighted_pairs.check(weighted_pairs.draw(form, dtype, temperature, weights, seed=7), ops)
 
 
 def test_an_unknown_instruction_set_is_refused() -> None:

@@ -297,7 +297,5 @@ def test_metric_learning_takes_its_defaults_by_name() -> None:
 
 def test_metric_learning_refuses_what_it_does_not_do() -> None:
     x = _unit(9, 6)
-    with pytest.raises(NotImplementedError, match="indices_tuple"):
-        compat.MetricLearningSupConLoss()(x, LABELS, (LABELS, LABELS, LABELS))
     with pytest.raises(NotImplementedError, match="the same object as labels"):
         compat.MetricLearningSupConLoss()(x, LABELS, ref_emb=_unit(9, 6), ref_labels=LABELS)

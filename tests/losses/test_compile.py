@@ -19,6 +19,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import pysupcon
 from pysupcon import compat, functional
 from pysupcon.pairs import ops
+from pysupcon.pairs.statistics import Memory, Pairing, Plan
+from pysupcon.pairs.tiles import PositiveMask
 
 COMPILED = pysupcon.backends()["cpu"]
 needs_extension = pytest.mark.skipif(not COMPILED["available"], reason=COMPILED["detail"])
@@ -250,20 +252,26 @@ def _operator_arguments(kind: str, backend: str) -> tuple[Any, ...]:
     """Arguments of torch.ops.pysupcon.row_statistics."""
     x, labels = torch.randn(7, 5, requires_grad=True), torch.tensor([2, 0, 2, 1, 0, 2, 5])
     scale = torch.tensor(2.0, dtype=ops.stats_dtype(x), requires_grad=True)
-    order, epsilon = torch.argsort(labels, stable=True), torch.tensor(0.25, dtype=scale.dtype)
-    flags = (backend, True, True)
-    nothing: tuple[None, ...] = (None,) * 3
-    if kind == "self":
-        return x, None, scale, None, labels, order, *nothing, None, None, *nothing, *flags
-    others, queue = torch.tensor([5, 2, 2, 0, 2, 1]), torch.randn(6, 5, requires_grad=True)
-    rows = (labels, order, others, torch.argsort(others, stable=True), None)
-    if kind == "candidates":
-        return x, queue, scale, epsilon, *rows, None, None, *nothing, *flags
-    mask = (torch.rand(7, 6) > 0.5, torch.arange(7), torch.arange(6))
-    return x, queue, scale, epsilon, *rows, None, None, *mask, *flags
+    order = torch.argsort(labels, stable=True)
+    pairing: dict[str, Any] = {"labels": labels, "order": order}
+    mask, memory, outside, queue = None, None, None, None
+    if kind != "self":
+        others, queue = torch.tensor([5, 2, 2, 0, 2, 1]), torch.randn(6, 5, requires_grad=True)
+        by_label = torch.argsort(others, stable=True)
+        pairing |= {"candidate_labels": others, "candidate_order": by_label}
+    if kind == "mask":
+        mask = PositiveMask(torch.rand(7, 6) > 0.5, torch.arange(7), torch.arange(6))
+    if kind == "memory":
+        assert queue is not None
+        pairing["candidate_log_weights"] = torch.randn(6, dtype=torch.float64)
+        memory = Memory(queue.detach() + 1, others, by_label, None, torch.randn(6, dtype=torch.float64))
+        outside = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    plan = Plan(backend, Pairing(**pairing), mask, memory=memory)
+    epsilon = None if kind == "self" else torch.tensor(0.1, dtype=torch.float64)
+    return x, queue, scale, outside, epsilon, *plan.tensors, backend, True, True, True
 
 
-@pytest.mark.parametrize("kind", ["self", "candidates", "mask"])
+@pytest.mark.parametrize("kind", ["self", "candidates", "mask", "memory"])
 def test_the_traced_operators_keep_the_dispatcher_contract(kind: str, backend: str) -> None:
     """Schema, registration, fake and the trace of forward and backward."""
     if kind == "mask" and backend == "cpu":
@@ -271,9 +279,8 @@ def test_the_traced_operators_keep_the_dispatcher_contract(kind: str, backend: s
     arguments = _operator_arguments(kind, backend)
     torch.library.opcheck(torch.ops.pysupcon.row_statistics.default, arguments)
     if kind == "mask":
-        torch.library.opcheck(
-            torch.ops.pysupcon.masked_positive_count.default, (*arguments[11:14], None, False)
-        )
+        mask = arguments[14:17]
+        torch.library.opcheck(torch.ops.pysupcon.masked_positive_count.default, (*mask, None, False))
 
 
 def _gradient(call: Callable[..., Tensor], x: Tensor) -> Tensor:

@@ -42,22 +42,25 @@ def _all_operators(dtype: torch.dtype, kind: str) -> dict[str, tuple[Any, ...]]:
     wide = {"dtype": ops.stats_dtype(rows[0])}
     # Sorted by label; rows of a label have ascending instances, in the order of the rows.
     instances = torch.tensor([0, 0, 0, 4, 0, 3, 4]), None if rows[4] is None else torch.arange(9) // 3
-    no_weights = None, None
-    pairs = *rows, *instances, *no_weights
-    n, p, *_ = tiled.pair_stats(*pairs, True, True)
+    log_weights, candidate_log_weights = torch.randn(7, **wide), torch.randn(9, **wide)
+    forward_weights = (log_weights, None) if rows[4] is None else (None, candidate_log_weights)
+    weights = (log_weights, candidate_log_weights) if kind == "own rows" else forward_weights
+    pairs = *rows, *instances
+    n, p, *_ = tiled.pair_stats(*pairs, *forward_weights, True, True)
     u, v, w, a = (torch.randn(7, **wide) for _ in range(4))
     other: tuple[Any, ...] = (None,) * 6
     if kind == "own rows":
         other = tuple(torch.randn(9, **wide) for _ in range(6))
         other = other[0] + 40, other[1] + 40, *other[2:]  # no similarity is larger than its logsumexp
     into = [torch.full_like(ops.zero_gradients(x), 2.0) for x in (rows[0], rows[4]) if x is not None]
+    mean = None if kind == "self" else ops.zero_gradients(rows[0])
     if kind in ("self", "own rows"):
         into = [into[0], None]
     return {
-        "pair_stats": (*pairs, True, True),
-        "pair_stats_backward": (*pairs, n, p, u, v, w, a, *other, True, True, *into),
-        "positive_softplus": (*rows, *no_weights, n, 0.25),
-        "positive_softplus_backward": (*rows, *no_weights, n, 0.25, w, other[0], other[2], *into),
+        "pair_stats": (*pairs, *forward_weights, True, True, mean),
+        "pair_stats_backward": (*pairs, *weights, n, p, u, v, w, a, *other, True, True, *into),
+        "positive_softplus": (*rows, *forward_weights, n, 0.25),
+        "positive_softplus_backward": (*rows, *weights, n, 0.25, w, other[0], other[2], *into),
     }
 
 
@@ -325,10 +328,11 @@ def test_modules_are_their_functions() -> None:
 
 
 def test_import_is_light() -> None:
-    """Importing the losses must not import what only the trainer needs."""
+    """Importing the losses must not import what only the trainer or one drop-in class needs."""
     code = (
         "import sys, pysupcon, pysupcon.compat; "
-        "print(sorted({'accelerate', 'timm', 'sklearn', 'torchvision', 'matplotlib'} & set(sys.modules)))"
+        "heavy = {'accelerate', 'timm', 'sklearn', 'torchvision', 'matplotlib', 'pytorch_metric_learning'}; "
+        "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -348,6 +352,7 @@ def test_memory_grows_with_rows_not_pairs(name: str, backend: str) -> None:
 
 def test_every_loss_is_registered_and_exported() -> None:
     modules = {getattr(pysupcon, name) for name in pysupcon.__all__ if name.endswith("Loss")}
+    modules.remove(pysupcon.HierarchicalSupConLoss)  # the trainer has one label per sample
     assert modules == set(losses.LOSSES_BY_NAME.values())
     assert modules == {loss for loss in vars(losses).values() if is_loss(loss)}
     assert set(get_args(losses.LossName)) == set(losses.LOSSES_BY_NAME)

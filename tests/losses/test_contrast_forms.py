@@ -29,7 +29,7 @@ def cases() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize(("name", "option"), cases())
+@pytest.mark.parametrize(("name", "option"), list(cases()))
 def test_value_and_gradient(name: str, option: str, reduction: str, backend: str) -> None:
     """Float64, against the definition: 1e-10, some 1e6 roundings of numbers of size 1 to 10."""
     x, given = build(OPTIONS[option])
@@ -223,7 +223,7 @@ def test_compile(name: str) -> None:
             results.append((value, leaf.grad))
         for got, truth in zip(*results, strict=True):
             torch.testing.assert_close(got, truth)
-    assert counter.frame_count == 1
+    assert counter.frame_count <= 2  # the second graph is for any size
 
 
 def test_memory_is_linear() -> None:

@@ -288,12 +288,12 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "InfoNCE with labels": (
         lambda: pysupcon.InfoNCELoss()(X, Y),
         ValueError,
-        "InfoNCELoss is self-supervised: labels, mask and candidate_labels must be None",
+        "InfoNCELoss is self-supervised: labels, mask, candidate_labels and memory_labels must be None",
     ),
-    "gather with candidates": (
-        lambda: supcon(X, Y, candidates=ROWS, candidate_labels=Y, gather=AllGather()),
+    "gather with a mask": (
+        lambda: supcon(X, mask=torch.eye(len(X), dtype=torch.bool), gather=AllGather()),
         ValueError,
-        'gather works with features and labels only: no candidates, no mask, contrast_mode="all"',
+        "gather works with labels and instances, not with a mask: mask must be None",
     ),
     "gather on the reference": (
         lambda: supcon(X, Y, backend="reference", gather=AllGather()),

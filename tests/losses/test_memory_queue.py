@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 
+import pysupcon
 from pysupcon import MemoryQueue
 from pysupcon.distributed import AllGather
 
@@ -91,6 +92,70 @@ def test_a_backward_after_enqueue_is_refused() -> None:
     queue, x = _fill(MemoryQueue(4, DIM), [4]), torch.randn(2, DIM, requires_grad=True)
     value = (x @ queue.rows.T).sum()
     queue.enqueue(_rows(1))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+LOSSES_WITH_QUEUE = {
+    "supcon": pysupcon.SupConLoss,
+    "sincere": pysupcon.SINCERELoss,
+    "spread": pysupcon.SpreadLoss,
+    "dcl": pysupcon.DCLLoss,
+    "infonce": pysupcon.InfoNCELoss,
+}
+
+
+def _labels(name: str) -> tuple[Tensor, ...]:
+    return () if name == "infonce" else (torch.arange(4) % 3,)
+
+
+@pytest.mark.parametrize("batches", [0, 1, 2, 5])
+@pytest.mark.parametrize("name", LOSSES_WITH_QUEUE)
+def test_empty_slots_are_no_candidates(name: str, batches: int) -> None:
+    """The loss with a queue of ten rows is that with the filled rows alone; value and gradient."""
+    loss, queue = LOSSES_WITH_QUEUE[name](temperature=0.5), MemoryQueue(10, DIM, dtype=torch.float64)
+    x = torch.randn(4, 2, DIM, dtype=torch.float64, requires_grad=True)
+    labels, instances = _labels(name), torch.arange(10, 14)
+    for batch in range(batches):
+        ids = torch.arange(9, 12) + batch  # some are rows of the batch's samples
+        queue.enqueue(torch.randn(3, DIM), ids % 3, ids)
+    filled = queue.weights > 0
+    rows = {"memory": queue.rows[filled], "memory_instances": queue.instances[filled]}
+    rows |= {"memory_labels": queue.labels[filled]} if labels else {}
+    for exclude in (False, True):
+        options = {"instances": instances, "exclude_batch_from_memory": exclude}
+        value = loss(x, *labels, memory=queue, **options)
+        expected = loss(x, *labels, **options, **rows) if batches else loss(x, *labels, instances=instances)
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+        gradients = (torch.autograd.grad(loss, x)[0] for loss in (value, expected))
+        torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-13)
+
+
+def test_a_training_step_compiles_to_one_graph() -> None:
+    """Loss and enqueue; no graph for each step."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    loss, queue, eager = pysupcon.SupConLoss(0.5), MemoryQueue(10, DIM), MemoryQueue(10, DIM)
+    labels = torch.arange(4) % 3
+    compiled = torch.compile(lambda x: loss(x, labels, memory=queue), fullgraph=True, backend=counter)
+    enqueue = torch.compile(queue.enqueue, fullgraph=True, backend=counter)
+    for _ in range(4):
+        x = torch.randn(4, DIM, requires_grad=True)
+        value, expected = compiled(x), loss(x, labels, memory=eager)
+        gradients = (torch.autograd.grad(loss, x)[0] for loss in (value, expected))
+        torch.testing.assert_close(*gradients)
+        torch.testing.assert_close(value, expected)
+        enqueue(x, labels)
+        eager.enqueue(x, labels)
+        _assert_same(queue, eager)
+    assert counter.frame_count == 2  # the loss, and enqueue
+
+
+def test_enqueue_between_forward_and_backward_of_a_loss() -> None:
+    queue, x = _fill(MemoryQueue(4, DIM), [4]), torch.randn(4, DIM, requires_grad=True)
+    labels = torch.arange(4) % 3
+    value = pysupcon.SupConLoss(0.5)(x, labels, memory=queue)
+    queue.enqueue(x, labels)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         value.backward()
 

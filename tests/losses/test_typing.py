@@ -84,8 +84,16 @@ def test_an_unknown_keyword() -> None:
         functional.pair_statistics(X, Y, reduction="sum")  # type: ignore[call-arg]
 
 
-ROWS = ["candidates", "instances", "candidate_instances", "candidate_labels"]
-COMPUTATION = ["contrast_mode", "normalize", "backend", "gather"]
+ROWS = [
+    "candidates", "instances", "candidate_instances", "memory", "memory_instances", "memory_weights",
+    "exclude_batch_from_memory", "hard_negatives", "candidate_labels", "memory_labels", "candidate_weights",
+    "anchor_weights",
+]  # fmt: skip
+OF_LABELS = {"candidate_labels", "memory_labels"}
+"""Of these, what a self-supervised loss does not take"""
+COMPUTATION = ["contrast_mode", "normalize", "backend", "gather", "batch_negatives"]
+LABELLING = {"class_balance": False, "ignore_index": None, "unlabeled": "ignore"}
+MANY_LABELS = {"multi_label": "per_label", "overlap_threshold": 0.0}
 
 
 @pytest.mark.parametrize("name", pysupcon.losses.LOSSES_BY_NAME)
@@ -94,7 +102,8 @@ def test_signatures_name_every_keyword(name: str) -> None:
     loss = pysupcon.losses.LOSSES_BY_NAME[name]
     forward = inspect.signature(loss.forward).parameters
     assert list(forward) == ["self", "features", "labels", "mask", *ROWS]
-    assert all(forward[keyword].default is None for keyword in ROWS)
+    given = {keyword: forward[keyword].default for keyword in ROWS}
+    assert given == {**dict.fromkeys(ROWS), "exclude_batch_from_memory": False}
     found = inspect.signature(loss).parameters
     shared = {
         "contrast_mode": "all",
@@ -104,14 +113,13 @@ def test_signatures_name_every_keyword(name: str) -> None:
         "backend": "auto",
     }
     shared |= {"learnable_temperature": False, "min_temperature": None, "max_temperature": None}
+    shared |= {"batch_negatives": True, **LABELLING, **MANY_LABELS}
     assert {keyword: found[keyword].default for keyword in shared} == shared
     assert set(found) == {"temperature", *shared, *loss.own_parameters}
     function = inspect.signature(loss.function).parameters
-    labels = () if loss.self_supervised else ("labels", "mask", "candidate_labels")
+    labels = () if loss.self_supervised else ("labels", "mask", *OF_LABELS, *LABELLING, *MANY_LABELS)
     own = {"features", "temperature", "reduction", *labels, *loss.own_parameters}
-    assert set(function) == own | {*ROWS, *COMPUTATION} - (
-        {"candidate_labels"} if loss.self_supervised else set()
-    )
+    assert set(function) == own | {*ROWS, *COMPUTATION} - (OF_LABELS if loss.self_supervised else set())
     assert function["contrast_mode"].default == "all"
     assert function["gather"].default is None
     assert not any(p.kind is p.VAR_KEYWORD for p in [*forward.values(), *found.values(), *function.values()])
@@ -119,4 +127,5 @@ def test_signatures_name_every_keyword(name: str) -> None:
 
 def test_the_signature_of_the_statistics() -> None:
     found = inspect.signature(functional.pair_statistics).parameters
-    assert set(found) == {"features", "labels", "mask", "temperature", *ROWS, *COMPUTATION}
+    keywords = {*ROWS, *COMPUTATION, *LABELLING, *MANY_LABELS}
+    assert set(found) == {"features", "labels", "mask", "temperature", *keywords}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import raw_operators
-from helpers.raw_operators import DTYPES, FAULTS, FORMS, Fault, Values, applied, draw, operators
+from helpers.raw_operators import DTYPES, FORMS, Fault, Values, applied, draw, operators
 
 import pysupcon
 from pysupcon.pairs import tiled
@@ -17,13 +17,14 @@ from pysupcon.pairs import tiled
 CPU = pysupcon.backends()["cpu"]
 needs_extension = pytest.mark.skipif(not CPU["available"], reason=CPU["detail"])
 NAMES = list(operators("pysupcon"))
+FAULTS = [*raw_operators.FAULTS, *raw_operators.WEIGHT_FAULTS]
 # Accepted by the pure-PyTorch operators, which copy rows and add to a gradient once.
 HARMLESS_IN_TILED = ("strided", "memory", "NaN")
 
 
 def _problems(form: str) -> list[Values]:
     dice = random.Random(form)
-    return [draw(dice, form, dtype) for dtype in DTYPES]
+    return [draw(dice, form, dtype, weights=weights) for weights in (False, True) for dtype in DTYPES]
 
 
 def _call(backend: str, name: str, values: Values) -> Any:

@@ -1,249 +1,206 @@
-"""Operators with weights of candidates against the definition: dense matrices in float64."""
+"""Operators with weights of candidates, and the mean of the negatives, against the definition."""
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from helpers.gradients import added
+from helpers.weighted_pairs import EPSILON, FORMS, Dense, check, compare, draw
 from torch import Tensor
 
 from pysupcon.pairs import ops, tiled
+from pysupcon.pairs.autograd import row_statistics
+from pysupcon.pairs.ops import zero_gradients
+from pysupcon.pairs.statistics import Pairing, Plan
 
 OPERATORS: dict[str, Any] = {"cpu": ops, "tiled": tiled}
-EPSILON = {torch.float64: 2.2e-16, torch.float32: 1.2e-7, torch.bfloat16: 1.2e-7, torch.float16: 1.2e-7}
-TINY = 1e-35
-"""float32 has no smaller numbers of full precision"""
-FORMS = ["self", "candidates", "self index", "own rows"]
-NONE = (None,) * 6
-"""no statistics of candidates"""
-
-
-class Case(NamedTuple):
-    """The arguments of the operators per row, and which rows of ``everything`` the anchors are."""
-
-    x: Tensor
-    labels: Tensor
-    candidates: Tensor | None
-    candidate_labels: Tensor | None
-    self_index: Tensor | None
-    instances: Tensor
-    candidate_instances: Tensor | None
-    log_weights: Tensor | None
-    candidate_log_weights: Tensor | None
-    scale: Tensor
-
-    @property
-    def rows(self) -> tuple[Any, ...]:
-        orders = [
-            None if labels is None or instances is None else _order(labels, instances)
-            for labels, instances in (
-                (self.labels, self.instances),
-                (self.candidate_labels, self.candidate_instances),
-            )
-        ]
-        side = self.candidates, self.candidate_labels, orders[1], self.self_index
-        return self.x, self.labels, orders[0], self.scale, *side
-
-    @property
-    def weights(self) -> tuple[Tensor | None, Tensor | None]:
-        return self.log_weights, self.candidate_log_weights
-
-    @property
-    def pairs(self) -> tuple[Any, ...]:
-        return *self.rows, self.instances, self.candidate_instances, *self.weights
-
-
-def _order(labels: Tensor, instances: Tensor) -> Tensor:
-    order = torch.argsort(instances, stable=True)
-    return order[torch.argsort(labels[order], stable=True)]
-
-
-def draw(
-    form: str, dtype: torch.dtype, temperature: float, weights: str, seed: int, total: int = 300
-) -> Case:
-    """A problem in which the rows of label -1 have weight 0."""
-    generator = torch.Generator().manual_seed(seed)
-    everything = torch.randn(total, 24, generator=generator, dtype=torch.float64)
-    everything = torch.nn.functional.normalize(everything, dim=1).to(dtype)
-    labels = torch.randint(-1, 6, (total,), generator=generator)
-    instances = torch.randint(0, 40, (total,), generator=generator)
-    log_weights = {
-        "equal": torch.full((total,), 3.0, dtype=torch.float64),
-        "near": torch.randn(total, generator=generator, dtype=torch.float64),
-        "far": math.log(1e30) * (2 * torch.rand(total, generator=generator, dtype=torch.float64) - 1),
-    }[weights]
-    log_weights[labels == -1] = -torch.inf
-    scale = torch.tensor(1 / temperature, dtype=torch.float64)
-    if form == "self":
-        return Case(everything, labels, None, None, None, instances, None, log_weights, None, scale)
-    if form == "candidates":
-        count = total // 3
-        x, own, own_instances, index = everything[:count], labels[:count], instances[:count], None
-        everything, labels, instances = everything[count:], labels[count:], instances[count:]
-        log_weights = log_weights[count:]
-    else:
-        index = torch.randperm(total, generator=generator)[: total // 2]
-        x, own, own_instances = everything[index], labels[index], instances[index]
-    own_weights = log_weights[index] if form == "own rows" else None
-    if form == "self index":
-        index = torch.where(torch.arange(len(x)) % 3 == 0, -1, index)
-    return Case(
-        x, own, everything, labels, index, own_instances, instances, own_weights, log_weights, scale
-    )  # fmt: skip
-
-
-class Dense(NamedTuple):
-    """Matrices [M, N] of the definition, from float64 rows."""
-
-    s: Tensor
-    negative: Tensor
-    positive: Tensor
-    instance: Tensor
-    log_weights: Tensor
-    """[N]"""
-
-    @classmethod
-    def of(cls, case: Case) -> Dense:
-        one_set = case.candidates is None
-        labels = case.labels if one_set else case.candidate_labels
-        instances = case.instances if one_set else case.candidate_instances
-        log_weights = case.log_weights if one_set else case.candidate_log_weights
-        assert labels is not None
-        assert instances is not None
-        assert log_weights is not None
-        same = case.labels[:, None] == labels
-        others = torch.ones_like(same)
-        own = torch.arange(len(same)) if one_set else case.self_index
-        if own is not None:
-            others[own >= 0, own[own >= 0]] = False
-        alike = case.instances[:, None] == instances
-        x = case.x.double()
-        s = case.scale * x @ (x if case.candidates is None else case.candidates.double()).T
-        return cls(s, others & ~same, others & same, others & same & alike, log_weights)
-
-    def statistics(self) -> tuple[Tensor, ...]:
-        def logsumexp(where: Tensor) -> Tensor:
-            return torch.where(where, self.s + self.log_weights, -torch.inf).logsumexp(1)
-
-        sums = (torch.where(where, self.s, 0.0).sum(1) for where in (self.positive, self.instance))
-        return logsumexp(self.negative), logsumexp(self.positive), *sums
-
-    def softplus(self, n: Tensor, epsilon: float) -> Tensor:
-        terms = torch.logaddexp(self.log_weights.expand_as(self.s), n[:, None] - self.s + epsilon)
-        return torch.where(self.positive, terms, 0.0).sum(1)
-
-    def sigmoid(self, n: Tensor, epsilon: float) -> Tensor:
-        return torch.where(
-            self.positive, torch.sigmoid(n[:, None] - self.s - self.log_weights + epsilon), 0.0
-        )
-
-    def gradient(self, n: Tensor, p: Tensor, u: Tensor, v: Tensor, w: Tensor, a: Tensor) -> Tensor:
-        """G_ij = dL/ds_ij."""
-
-        def part(where: Tensor, statistic: Tensor, upstream: Tensor) -> Tensor:
-            share = (self.s + self.log_weights - statistic[:, None]).exp()
-            return torch.where(where & (statistic > -torch.inf)[:, None], upstream[:, None] * share, 0.0)
-
-        constants = self.positive * w[:, None] + self.instance * a[:, None]
-        return part(self.negative, n, u) + part(self.positive, p, v) + constants
-
-
-def compare(got: Tensor, want: Tensor, allowed: Tensor | float) -> None:
-    """Equal where infinite, and otherwise within ``allowed``."""
-    finite = want.isfinite()
-    assert torch.equal(got.double()[~finite], want[~finite])
-    error = torch.where(finite, got.double() - want, 0.0).abs()
-    assert (error <= allowed + TINY).all(), (error / (allowed + TINY)).max()
-
-
-def check(case: Case, operators: Any, epsilon: float = 0.25) -> None:
-    """Compares all operators with the definition.
-
-    An exponent s + log w has an error of some roundings of its terms, which is the relative error of an
-    exponential. The error of a sum over pairs is relative to the sum of the magnitudes.
-    """
-    rows, dense = case.rows, Dense.of(case)
-    weights = dense.log_weights[dense.log_weights > -torch.inf]
-    reach = 1 + float(case.scale) + float(weights.max() - weights.min()) + float(weights.abs().max())
-    slack = 16 * EPSILON[case.x.dtype] * reach
-    own_rows = case.candidates is not None and case.log_weights is not None
-    forward_weights = None if own_rows else case.log_weights, case.candidate_log_weights
-    instances = case.instances, case.candidate_instances
-    want = dense.statistics()
-    got = operators.pair_stats(*rows, *instances, *forward_weights, True, True)
-    terms = 1 + dense.positive.sum(1)
-    for value, right, count in zip(got, want, (1, 1, terms, terms), strict=True):
-        compare(value, right, slack * count)
-    n, p = got[:2]
-    total = operators.positive_softplus(*rows, *forward_weights, n, epsilon)
-    assert total.isfinite().all()
-    counted = case.labels != -1  # the positives of other rows have weight 0
-    compare(total[counted], dense.softplus(n, epsilon)[counted], (slack * terms)[counted])
-
-    whole, index = case, torch.arange(len(case.x))
-    columns: tuple[Any, ...] = (None,) * 6
-    if own_rows:
-        assert case.candidates is not None
-        assert case.candidate_labels is not None
-        assert case.candidate_instances is not None
-        assert case.self_index is not None
-        index = case.self_index
-        whole = Case(
-            case.candidates, case.candidate_labels, None, None, None, case.candidate_instances, None,
-            case.candidate_log_weights, None, case.scale,
-        )  # fmt: skip
-        dense = Dense.of(whole)
-        n, p = dense.statistics()[:2]
-    generator = torch.Generator().manual_seed(0)
-    *upstream, g = torch.randn(5, len(whole.x), generator=generator, dtype=torch.float64)
-    if own_rows:
-        columns = n, p, *upstream
-
-    def same_gradients(found: Any, weights: Tensor) -> None:
-        x = whole.x.double()
-        c = x if whole.candidates is None else whole.candidates.double()
-
-        def products(weights: Tensor, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-            if whole.candidates is None:
-                return case.scale * (weights + weights.T) @ x, torch.zeros(())
-            return case.scale * weights @ c, case.scale * weights.T @ x
-
-        magnitudes = products(weights.abs(), x.abs(), c.abs())
-        right = products(weights, x, c)
-        compare(found[0], right[0][index], slack * magnitudes[0][index])
-        if found[1] is not None:
-            compare(found[1], right[1], slack * magnitudes[1])
-
-    own = [column[index] for column in (n, p, *upstream)]
-    both = whole.candidates is not None
-    found = added(
-        operators.pair_stats_backward, *rows, *instances, *case.weights, *own, *columns, True, True,
-        candidates=both,
-    )  # fmt: skip
-    same_gradients(found, dense.gradient(n, p, *upstream))
-    only_n = added(
-        operators.pair_stats_backward, *rows, *instances, *case.weights, *own, *columns, True, False,
-        candidates=both,
-    )  # fmt: skip
-    zeros = torch.zeros_like(g)
-    same_gradients(only_n, dense.gradient(n, p, upstream[0], zeros, zeros, zeros))
-    found = added(
-        operators.positive_softplus_backward, *rows, *case.weights, n[index], epsilon, g[index],
-        *((n, g) if own_rows else (None, None)), candidates=both,
-    )  # fmt: skip
-    sigmoid = dense.sigmoid(n, epsilon)
-    same_gradients(found, -g[:, None] * sigmoid)
-    compare(found[2], (g * sigmoid.sum(1))[index], slack * (1 + (g.abs() * sigmoid.sum(1))[index]))
+TEMPERATURES = [0.005, 0.07, 10.0]
+"""running maxima; one reference, unless the weights differ much; flat"""
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("weights", ["equal", "near", "far"])
-@pytest.mark.parametrize("temperature", [0.005, 0.07, 10.0])
+@pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("dtype", list(EPSILON), ids=str)
 def test_operators_equal_the_definition(
     form: str, weights: str, temperature: float, dtype: torch.dtype, backend: str
 ) -> None:
     check(draw(form, dtype, temperature, weights, seed=3), OPERATORS[backend])
+
+
+@pytest.mark.parametrize("form", FORMS[1:])
+@pytest.mark.parametrize("weights", [None, "near", "far"])
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("dtype", list(EPSILON), ids=str)
+def test_mean_of_the_negatives(
+    form: str, weights: str | None, temperature: float, dtype: torch.dtype, backend: str
+) -> None:
+    """It is the gradient of n, and the statistics stay the same up to rounding."""
+    case = draw(form, dtype, temperature, weights or "near", seed=4)._replace(log_weights=None)
+    if weights is None:
+        case = case._replace(candidate_log_weights=torch.zeros(len(case.candidate_labels)))
+    dense = Dense.of(case)
+    zeros, ones = torch.zeros(2, len(case.x), dtype=torch.float64).add_(torch.tensor([[0.0], [1.0]]))
+    shares = dense.gradient(*dense.statistics()[:2], ones, zeros, zeros, zeros)
+    mean = zero_gradients(case.x)
+    pairs = (*case.pairs[:-2], None, None) if weights is None else case.pairs
+    found = OPERATORS[backend].pair_stats(*pairs, True, True, mean)
+    candidates = case.candidates.double()
+    reach = 1 + 1 / temperature + (140 if weights == "far" else 5)
+    slack = 16 * EPSILON[dtype] * reach
+    compare(mean, shares @ candidates, slack * (shares.abs() @ candidates.abs()))
+    for value, other in zip(found, OPERATORS[backend].pair_stats(*pairs, True, True), strict=True):
+        compare(value, other, slack * (1 + dense.positive.sum(1)))
+
+
+def test_mean_of_no_negatives_is_zero(backend: str) -> None:
+    case = draw("candidates", torch.float32, 0.1, "near", seed=5)
+    for unlike, negatives in ((case._replace(labels=torch.zeros(100, dtype=torch.int64),
+                                             candidate_labels=torch.zeros(200, dtype=torch.int64)), True),
+                              (case, False)):  # fmt: skip
+        mean = zero_gradients(unlike.x)
+        n = OPERATORS[backend].pair_stats(*unlike.pairs, negatives, True, mean)[0]
+        assert (n == -torch.inf).all()
+        assert not mean.any()
+
+
+def test_mean_of_the_negatives_needs_candidates(backend: str) -> None:
+    case = draw("self", torch.float32, 0.1, "near", seed=5)
+    with pytest.raises(ValueError, match="negative_mean goes with candidates"):
+        OPERATORS[backend].pair_stats(*case.pairs, True, True, zero_gradients(case.x))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_candidates_of_weight_zero(form: str, temperature: float, backend: str) -> None:
+    """If no candidate has a weight, n and p are -inf and every gradient is finite."""
+    case = draw(form, torch.float32, temperature, "near", seed=6)
+    nothing = [None if weight is None else torch.full_like(weight, -torch.inf) for weight in case.weights]
+    operators = OPERATORS[backend]
+    forward = (None if form == "own rows" else nothing[0]), nothing[1]
+    rows, instances = case.rows, (case.instances, case.candidate_instances)
+    n, p, *sums = operators.pair_stats(*rows, *instances, *forward, True, True)
+    assert (torch.stack([n, p]) == -torch.inf).all()
+    assert torch.stack(sums).isfinite().all()
+    ones = torch.ones_like(n)
+    columns: tuple[Any, ...] = (None,) * 6
+    if form == "own rows":
+        others = torch.ones(len(case.candidate_labels))
+        columns = 40 + others, 40 + others, *(others,) * 4
+    own = n, p, ones, ones, None, None
+    grads = added(
+        operators.pair_stats_backward, *rows, *instances, *nothing, *own, *columns[:4],
+        *(None, None), True, True, candidates=form in ("candidates", "self index"),
+    )[:2]  # fmt: skip
+    for grad in grads:
+        assert grad is None or not grad.any()
+    assert operators.positive_softplus(*rows, *forward, n, 0.25).isfinite().all()
+    found = added(
+        operators.positive_softplus_backward, *rows, *nothing, n, 0.25, ones, columns[0], columns[2],
+    )  # fmt: skip
+    assert all(value is None or value.isfinite().all() for value in found)
+
+
+@pytest.mark.parametrize("form", FORMS[:3])
+def test_equal_weights_shift_the_logsumexps(form: str, backend: str) -> None:
+    """The weight w of all candidates adds log w to n and p. Gradients stay the same."""
+    case = draw(form, torch.float32, 0.05, "near", seed=7)
+    operators, ones = OPERATORS[backend], torch.ones(len(case.x), dtype=torch.float64)
+    found = []
+    for weight in (None, 1e-30, 7.0, 1e30):
+        columns = [
+            None if column is None or weight is None else torch.full_like(column, weight).log()
+            for column in case.weights
+        ]
+        pairs = *case.pairs[:-2], *columns
+        stats = operators.pair_stats(*pairs, True, True)
+        grads = added(
+            operators.pair_stats_backward, *pairs, *stats[:2], ones, ones, ones, ones, *(None,) * 6, True,
+            True, candidates=form != "self",
+        )[:2]  # fmt: skip
+        found.append((stats, grads))
+    (plain, plain_grads), *others = found
+    for weight, (stats, grads) in zip((1e-30, 7.0, 1e30), others, strict=True):
+        shift = torch.tensor(weight, dtype=torch.float64).log()
+        for value, right in zip(stats, (plain[0] + shift, plain[1] + shift, *plain[2:]), strict=True):
+            torch.testing.assert_close(value, right, rtol=0, atol=3e-6)
+        for grad, right in zip(grads, plain_grads, strict=True):
+            if right is not None:
+                assert (grad - right).norm() <= 2e-6 * right.norm()
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.1])
+def test_sets_of_blocks(temperature: float) -> None:
+    """Many blocks: the same bits for any number of threads, and the results of the tiled operators."""
+    count = 1100
+    generator = torch.Generator().manual_seed(count)
+    x = torch.nn.functional.normalize(torch.randn(count, 70, generator=generator, dtype=torch.float64))
+    labels = torch.randint(0, 40, (count,), generator=generator)
+    log_weights, u, v, w, g = torch.randn(5, count, generator=generator, dtype=torch.float64)
+    rows = (x, labels, torch.argsort(labels, stable=True), torch.tensor(1 / temperature, dtype=torch.float64))
+    weighted = *rows, *(None,) * 6, log_weights, None
+    memory = *rows, x[:500], labels[:500], torch.argsort(labels[:500], stable=True), *(None,) * 4
+
+    def results(operators: Any) -> list[Tensor]:
+        n, p, *sums = operators.pair_stats(*weighted, True, True)
+        mean = torch.zeros_like(x)
+        of_memory = operators.pair_stats(*memory, log_weights[:500], True, True, mean)
+        upstream = u, v, w, None, *(None,) * 6, True, True
+        grad = added(operators.pair_stats_backward, *weighted, n, p, *upstream)[0]
+        rows = *weighted[:8], log_weights, None
+        total = operators.positive_softplus(*rows, n, 0.25)
+        softplus = added(operators.positive_softplus_backward, *rows, n, 0.25, g, None, None)
+        return [n, p, *sums, mean, *of_memory, grad, total, softplus[0], softplus[2]]
+
+    threads, found = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            found.append(results(ops))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    torch.testing.assert_close(found[0], results(tiled), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("epsilon", [None, 0.25])
+@pytest.mark.parametrize("form", FORMS[:3])
+def test_gradcheck(form: str, epsilon: float | None, backend: str) -> None:
+    case = draw(form, torch.float64, 0.5, "near", seed=8, total=10, width=3)
+    rows = case.rows
+    pairing = Pairing(rows[1], rows[2], *rows[5:], *case.pairs[8:])
+    plan = Plan(backend, pairing, epsilon=epsilon)
+    used = case.labels != -1
+
+    def function(x: Tensor, candidates: Tensor | None, scale: Tensor) -> tuple[Tensor, ...]:
+        n, p, *sums = row_statistics(x, candidates, scale, None, plan)
+        finite = (torch.where((value > -torch.inf) & used, value, 0.0) for value in (n, p))
+        return *finite, *(value for value in sums if value.shape == n.shape)
+
+    leaves = [
+        None if value is None else value.clone().requires_grad_()
+        for value in (case.x, case.candidates, case.scale)
+    ]
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e15])
+def test_log_weights_are_checked(value: float, backend: str) -> None:
+    for form, name, place in (("self", "log_weights", -2), ("candidates", "candidate_log_weights", -1)):
+        pairs = list(draw(form, torch.float32, 0.1, "near", seed=9).pairs)
+        pairs[place] = pairs[place].clone()
+        pairs[place][3] = value
+        with pytest.raises(ValueError, match=rf"{name} must lie between -1e14 and 1e14 or be -inf, got"):
+            OPERATORS[backend].pair_stats(*pairs, True, True)
+
+
+def test_weights_belong_to_the_candidates(backend: str) -> None:
+    operators = OPERATORS[backend]
+    own, other = (draw(form, torch.float32, 0.1, "near", seed=9) for form in ("self", "candidates"))
+    with pytest.raises(ValueError, match="candidate_log_weights go with candidates"):
+        operators.pair_stats(*own.pairs[:-2], None, own.log_weights, True, True)
+    with pytest.raises(ValueError, match="log_weights go with the candidates' own statistics"):
+        operators.pair_stats(*other.pairs[:-2], torch.zeros(len(other.x)), None, True, True)

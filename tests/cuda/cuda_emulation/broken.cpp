@@ -41,6 +41,7 @@ struct Set {
   int count;
   std::vector<double> x;
   std::vector<int64_t> labels, instances, order;
+  std::vector<double> log_weights{};  // empty: none
 };
 
 // The operands of a call, before they are copied into buffers of exactly their size.
@@ -142,7 +143,7 @@ class Calls {
  private:
   const Sizes& shape_;
   const Dtype gradient_;
-  Shared data_[2], labels_[2], instances_[2], order_[2], self_, scale_;
+  Shared data_[2], labels_[2], instances_[2], order_[2], log_weights_, self_, scale_;
   std::vector<Shared> constants_;
 
   size_t gradient_bytes(int count) const { return size_t(count * shape_.width) * size_of(gradient_); }
@@ -169,6 +170,9 @@ class Calls {
       data_[k] = numbers(s.x, shape_.dtype);
       labels_[k] = hold(s.labels), instances_[k] = hold(s.instances), order_[k] = hold(s.order);
     }
+    const std::vector<double>& weights =
+        (shape_.form == Form::one_set ? o.anchors : o.candidates).log_weights;
+    log_weights_ = weights.empty() ? nullptr : numbers(weights, Dtype::f64);
     self_ = hold(o.self_index), scale_ = numbers({o.scale}, Dtype::f64);
   }
   Rows rows(int k) const {
@@ -184,6 +188,7 @@ class Calls {
     p.one_set = shape_.form == Form::one_set;
     p.anchors = rows(0), p.candidates = rows(p.one_set ? 0 : 1);
     if (!p.one_set) p.self_index = integers(self_);
+    if (log_weights_) (p.one_set ? p.log_weights : p.candidate_log_weights) = doubles(*log_weights_);
     p.scale = doubles(*scale_), p.epsilon = 0.3, p.negatives = p.positives = true;
     return p;
   }
@@ -252,6 +257,12 @@ std::vector<Break> breaks(const Sizes& shape) {
     add(kFine + "an order that is not stable", [](Set& s) {
       std::swap(*std::find(s.order.begin(), s.order.end(), 1), *std::find(s.order.begin(), s.order.end(), 7));
     });
+    for (const int row : {0, count / 2, 1})  // of candidates
+      for (const double value : {kNan, kInfinity, 1e15, -1e15, -kInfinity, -30., 30.})
+        if (k == sides - 1)
+          add((std::abs(value) < 1e14 || value == -kInfinity ? kFine : "") + "log weight " + number(value) +
+                  " of row " + std::to_string(row),
+              [=](Set& s) { s.log_weights.assign(size_t(count), -1.), s.log_weights[size_t(row)] = value; });
     add("a label changed after the sort", [](Set& s) { s.labels[1] = INT64_MIN; });
     add("an instance changed after the sort", [](Set& s) { s.instances[1] = 5; });
     if (shape.dtype != Dtype::f16)  // no similarity overflows, a sum of products does

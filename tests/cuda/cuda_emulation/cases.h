@@ -34,6 +34,9 @@ struct Case {
   bool instances = false;         // rows of a class are of several instances
   bool sums = true;               // the sums of the positives have upstream gradients
   double other_gradients = 1;     // factor of the upstream gradients of all but positive_sum
+  // Candidates have weights between 10^-weights and 10^weights; one in `weightless` has the weight 0, if set.
+  double weights = 0;
+  int weightless = 0;
   // If set, see converged.h: classes of `copies` nearly equal rows; the allowed error of the loss and of the
   // gradient, as a multiple of the error of a dense float32 evaluation.
   int copies = 0;
@@ -68,6 +71,19 @@ inline std::vector<Case> all_cases() {
     queue.form = Form::candidates, queue.instances = true, queue.multiprocessors = 3;
     Case& gathered = add("views-own-rows", 40, 131, 9, 3);
     gathered.form = Form::own_rows, gathered.instances = true;
+    // weights of candidates, in all forms and schedules
+    const auto weigh = [&](const char* name, int m, int n, int width, int classes, double weights) -> Case& {
+      Case& c = add(name, m, n, width, classes);
+      c.weights = weights, c.weightless = 7, c.multiprocessors = 3;
+      return c;
+    };
+    weigh("weights", 150, 0, 70, 3, 1).instances = true;
+    weigh("weights-wide", 150, 0, 70, 3, 20).padding = 2;
+    weigh("weights-long", 70, 0, 300, 5, 1);
+    weigh("weights-candidates", 66, 140, 20, 4, 20).form = Form::candidates;
+    weigh("weights-own-rows", 40, 131, 9, 3, 1).form = Form::own_rows;
+    Case& wide = weigh("weights-own-rows-wide", 40, 131, 9, 3, 20);
+    wide.form = Form::own_rows, wide.instances = true;
   }
   const Format f = formats[0], x3 = formats[4];
   const auto extra = [&](const char* name, const Format& k, int m, int n, int width, int classes) -> Case& {
@@ -121,6 +137,14 @@ inline std::vector<Case> all_cases() {
   wide.shared_memory = 100 << 10, wide.multiprocessors = 2;
   extra("two-slices", f, 140, 0, 65, 3);
   extra("one-slice", f, 140, 0, 64, 3);
+  // weights: row blocks of 256; no class with two rows; no candidate at all; far apart in every way
+  Case& blocks = extra("weights-blocks", f, 300, 0, 70, 3);
+  blocks.shared_memory = 100 << 10, blocks.weights = 2;
+  extra("weights-apart", f, 150, 0, 70, 150).weights = 2;
+  Case& none = extra("weights-none", x3, 120, 0, 16, 3);
+  none.weights = 1, none.weightless = 1;
+  Case& distant = extra("weights-cold", x3, 120, 0, 16, 30);
+  distant.weights = 30, distant.weightless = 5, distant.temperature = 0.005;
   extra("one-class", f, 257, 0, 8, 1);  // one exponential a pair, columns of the same class
   for (const Format& k : {f, x3}) {
     extra("short-runs", k, 300, 0, 40, 4).multiprocessors =

@@ -66,7 +66,8 @@ struct Side {
   std::vector<int64_t> labels, instances, order;
   Shared data, labels_buffer, instances_buffer, order_buffer;
   Vector n, p, u, v, w, a;  // statistics; upstream gradients of n, p, positive_sum, instance_sum
-  Shared bn, bp, bu, bv, bw, ba;
+  Vector log_weights;       // of the rows as candidates of others
+  Shared bn, bp, bu, bv, bw, ba, log_weights_buffer;
 };
 
 class Run {
@@ -89,6 +90,7 @@ class Run {
           b_.labels[size_t(at)] = a_.labels[size_t(i)];
           b_.instances[size_t(at)] = a_.instances[size_t(i)];
           for (int d = 0; d < c.width; ++d) b_.x[size_t(at * c.width + d)] = a_.x[size_t(i * c.width + d)];
+          a_.log_weights[size_t(i)] = b_.log_weights[size_t(at)];
         }
       finish_side(b_);
       self_ = self;
@@ -126,7 +128,7 @@ class Run {
         if (!counts(i, j) || !(same(i, j) ? c_.positives : c_.negatives)) continue;
         const double sim = s[size_t(i * n + j)];
         double& to = same(i, j) ? want_p[size_t(i)] : want_n[size_t(i)];
-        to = log_add(to, sim);
+        to = log_add(to, sim + cols.log_weights[size_t(j)]);
         if (!same(i, j)) continue;
         positives[size_t(i)] += 1, mean[size_t(i)] += sim, part[size_t(i)] += instance(i, j) ? sim : 0.;
       }
@@ -149,10 +151,12 @@ class Run {
     upstream(a_, want_n, want_p, c_.other_gradients);
     if (c_.form == Form::own_rows)
       upstream(b_, own_statistics(true), own_statistics(false), c_.other_gradients);
-    const auto weight = [&](const Side& side, int i, double sim, bool is_same, bool is_instance) {
+    // dL/ds of anchor i's pair with a candidate of this weight
+    const auto weight = [&](const Side& side, int i, double sim, double log_weight, bool is_same,
+                            bool is_instance) {
       const double ref = is_same ? side.p[size_t(i)] : side.n[size_t(i)];
-      if (ref == -INFINITY) return 0.;
-      double g = (is_same ? side.v : side.u)[size_t(i)] * std::exp(sim - ref);
+      double g = 0;
+      if (ref > -INFINITY) g = (is_same ? side.v : side.u)[size_t(i)] * std::exp(sim + log_weight - ref);
       if (is_same && c_.sums) g += side.w[size_t(i)];
       return is_instance && c_.sums ? g + side.a[size_t(i)] : g;
     };
@@ -163,21 +167,23 @@ class Run {
     Vector total(size_t(m), 0.), all_n(size_t(m), -INFINITY);
     for (int i = 0; i < m; ++i)
       for (int j = 0; j < n; ++j)
-        if (counts(i, j) && !same(i, j)) all_n[size_t(i)] = log_add(all_n[size_t(i)], s[size_t(i * n + j)]);
+        if (counts(i, j) && !same(i, j))
+          all_n[size_t(i)] = log_add(all_n[size_t(i)], s[size_t(i * n + j)] + cols.log_weights[size_t(j)]);
     upstream(a_, all_n, all_n);
     if (c_.form == Form::own_rows) upstream(b_, own_statistics(true), own_statistics(true));
     for (int i = 0; i < m; ++i)
       for (int j = 0; j < n; ++j)
-        if (counts(i, j) && same(i, j) && a_.n[size_t(i)] > -INFINITY)
-          total[size_t(i)] += softplus(a_.n[size_t(i)] + epsilon_ - s[size_t(i * n + j)]);
+        if (counts(i, j) && same(i, j))
+          total[size_t(i)] +=
+              log_of_sum(a_.n[size_t(i)] + epsilon_ - s[size_t(i * n + j)], cols.log_weights[size_t(j)]);
     p = problem(Operation::positive_softplus);
     Buffer out(size_t(m) * 8);
     p.n = doubles(*a_.bn), p.out_n = doubles(out);
     run(p);
     compare("positive_softplus", out, Dtype::f64, total, stat_tolerance(), true);
-    const auto slope = [&](const Side& side, int i, double sim, bool is_same, bool) {
+    const auto slope = [&](const Side& side, int i, double sim, double log_weight, bool is_same, bool) {
       if (!is_same || side.n[size_t(i)] == -INFINITY) return 0.;
-      return -side.u[size_t(i)] / (1 + std::exp(sim - side.n[size_t(i)] - epsilon_));
+      return -side.u[size_t(i)] / (1 + std::exp(sim + log_weight - side.n[size_t(i)] - epsilon_));
     };
     backward(Operation::positive_softplus_backward, s, counts, same, instance, slope);
     return findings_;
@@ -199,7 +205,10 @@ class Run {
     const double t = std::max(a, b);
     return t == -INFINITY ? t : t + std::log(std::exp(a - t) + std::exp(b - t));
   }
-  static double softplus(double x) { return std::max(x, 0.) + std::log1p(std::exp(-std::abs(x))); }
+  // log(e^x + e^y); a weight of 0, y = -inf, adds nothing where x is -inf, too
+  static double log_of_sum(double x, double y) {
+    return x == -INFINITY && y == -INFINITY ? 0 : log_add(x, y);
+  }
   const Side& columns() const { return c_.form == Form::one_set ? a_ : b_; }
 
   Shared integers(const std::vector<int64_t>& v) {
@@ -241,6 +250,13 @@ class Run {
     if (!c_.copies) std::shuffle(s.labels.begin(), s.labels.end(), rng_);
     for (int i = 0; i < count; ++i)
       s.instances.push_back(c_.instances ? int64_t(rng_() % unsigned(count / 6 + 1)) * 7000000001 - 5 : i);
+    for (int i = 0; i < count; ++i) {
+      s.log_weights.push_back(0);
+      if (c_.weights == 0) continue;
+      s.log_weights.back() =
+          std::log(10.) * std::uniform_real_distribution<double>(-c_.weights, c_.weights)(rng_);
+      if (c_.weightless && rng_() % unsigned(c_.weightless) == 0) s.log_weights.back() = -INFINITY;
+    }
     return s;
   }
   void finish_side(Side& s) {
@@ -261,7 +277,7 @@ class Run {
         x = get(*s.data, c_.dtype, at);
       }
     s.labels_buffer = integers(s.labels), s.order_buffer = integers(s.order);
-    s.instances_buffer = integers(s.instances);
+    s.instances_buffer = integers(s.instances), s.log_weights_buffer = stats(s.log_weights);
   }
   // With one part of fp32, the pair operators round the rows to bf16.
   void upstream(Side& s, const Vector& n, const Vector& p, double others = 1) {
@@ -281,17 +297,22 @@ class Run {
     s.bn = stats(s.n), s.bp = stats(s.p), s.bu = stats(s.u), s.bv = stats(s.v);
     s.bw = stats(s.w), s.ba = stats(s.a);
   }
-  // The statistics of the candidates as anchors.
+  // The statistics of the candidates as anchors, among all candidates and the anchors that are none of them.
   Vector own_statistics(bool negatives) const {
     Vector out(size_t(b_.count), -INFINITY);
-    for (int i = 0; i < b_.count; ++i)
-      for (int j = 0; j < b_.count; ++j) {
+    for (int i = 0; i < b_.count; ++i) {
+      const auto add = [&](const Side& side, int j) {
         double dot = 0;
         for (int d = 0; d < c_.width; ++d)
-          dot += b_.x[size_t(i * c_.width + d)] * b_.x[size_t(j * c_.width + d)];
-        if (i != j && (b_.labels[size_t(i)] != b_.labels[size_t(j)]) == negatives)
-          out[size_t(i)] = log_add(out[size_t(i)], scale_ * dot);
-      }
+          dot += b_.x[size_t(i * c_.width + d)] * side.x[size_t(j * c_.width + d)];
+        if ((b_.labels[size_t(i)] != side.labels[size_t(j)]) == negatives)
+          out[size_t(i)] = log_add(out[size_t(i)], scale_ * dot + side.log_weights[size_t(j)]);
+      };
+      for (int j = 0; j < b_.count; ++j)
+        if (i != j) add(b_, j);
+      for (int j = 0; j < a_.count; ++j)
+        if (self_[size_t(j)] < 0) add(a_, j);
+    }
     if (negatives && !c_.negatives && epsilon_ == 0) out.assign(out.size(), -INFINITY);
     return out;
   }
@@ -311,6 +332,11 @@ class Run {
     p.width = c_.width, p.anchors = rows(a_), p.candidates = rows(columns());
     p.one_set = c_.form == Form::one_set;
     if (!p.one_set) p.self_index = reinterpret_cast<const int64_t*>(self_buffer_->data);
+    if (c_.weights > 0) {
+      if (p.one_set || (is_backward(op) && c_.form == Form::own_rows))
+        p.log_weights = doubles(*a_.log_weights_buffer);
+      if (!p.one_set) p.candidate_log_weights = doubles(*b_.log_weights_buffer);
+    }
     p.scale = doubles(*scale_buffer_), p.epsilon = epsilon_, p.negatives = c_.negatives,
     p.positives = c_.positives;
     return p;
@@ -347,13 +373,13 @@ class Run {
       for (int j = 0; j < n; ++j) {
         if (!counts(i, j)) continue;
         const double sim = s[size_t(i * n + j)];
-        const auto of = [&](const Side& side, int k) {
-          return weight(side, k, sim, same(i, j), instance(i, j));
+        const auto of = [&](const Side& side, int k, double log_weight) {
+          return weight(side, k, sim, log_weight, same(i, j), instance(i, j));
         };
-        const double g = of(a_, i);
+        const double g = of(a_, i, cols.log_weights[size_t(j)]);
         double to_x = g;
-        if (c_.form == Form::one_set) to_x += of(a_, j);
-        if (c_.form == Form::own_rows) to_x += of(b_, j);
+        if (c_.form == Form::one_set) to_x += of(a_, j, a_.log_weights[size_t(i)]);
+        if (c_.form == Form::own_rows) to_x += of(b_, j, a_.log_weights[size_t(i)]);
         want_n[size_t(i)] -= g;
         for (int d = 0; d < w; ++d) {
           want_x[size_t(i * w + d)] += scale_ * to_x * cols.x[size_t(j * w + d)];
@@ -382,17 +408,19 @@ class Run {
     return square > 0 ? std::exp2(std::floor(std::log2(square / double(v.size())) / 2) - 2) : 0x1p-8;
   }
 
+  // Bound of a similarity, of a log weight and of their sum.
+  double largest() const { return c_.row_norm * c_.row_norm / c_.temperature + std::log(10.) * c_.weights; }
   // Statistics: absolute error. Similarities are at most row_norm^2 / temperature; fp32 represents them to a
   // relative error of 2^-24.
   double stat_tolerance() const {
-    const double top = c_.row_norm * c_.row_norm / c_.temperature;
+    const double top = largest();
     if (c_.dtype == Dtype::f64) return 1e-12 * std::max(1., top);
     if (c_.dtype == Dtype::f32 && c_.parts == 1) return 4e-3 * top;  // rows are rounded to 2^-8
     return (c_.parts == 2 ? 3e-5 : 5e-7) * std::max(4., top);
   }
   // Gradients: norm of the error / norm of the gradient. The exponential amplifies errors of similarities.
   double gradient_tolerance() const {
-    const double top = std::max(4., c_.row_norm * c_.row_norm / c_.temperature);
+    const double top = std::max(4., largest());
     if (c_.dtype == Dtype::f64) return 1e-12 * top;
     if (c_.dtype == Dtype::f32 && c_.parts == 1) return 6e-3 * top;
     if (c_.dtype == Dtype::f32) return (c_.parts == 2 ? 3e-5 : 4e-7) * top;

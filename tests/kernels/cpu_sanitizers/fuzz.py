@@ -19,8 +19,19 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from helpers.raw_operators import DTYPES, FAULTS, FORMS, Values, applied, call, draw, operators
+from helpers.raw_operators import (  # fmt: skip
+    DTYPES,
+    FAULTS,
+    FORMS,
+    WEIGHT_FAULTS,
+    Values,
+    applied,
+    call,
+    draw,
+    operators,
+)
 
+WEIGHTS = "log_weights", "candidate_log_weights"
 SIZES = [1, 3, 40, 40, 40, 140]
 
 
@@ -28,7 +39,9 @@ def put_extreme_value(rng: random.Random, values: Values) -> bool:
     """Sometimes replace a number by NaN, infinity or 1e30, which may be accepted or refused."""
     if rng.random() < 0.8:
         return False
-    name = rng.choice([name for name in ("x", "candidates", "n", "p", "grad_n", "epsilon") if name in values])
+    name = rng.choice(
+        [name for name in ("x", "candidates", "n", "p", "grad_n", "epsilon", *WEIGHTS) if name in values]
+    )
     bad = rng.choice([float("nan"), float("inf"), -float("inf"), 1e30])
     if name == "epsilon":
         values[name] = 1e30
@@ -65,11 +78,12 @@ def main(library: str, namespace: str, calls: str, seed: str) -> None:
     taken = operators(namespace)
     for number in range(int(calls)):
         name = rng.choice(list(taken))
-        values = draw(rng, rng.choice(FORMS), rng.choice(DTYPES), rng.choice(SIZES))
+        size, weights = rng.choice(SIZES), rng.random() < 0.5
+        values = draw(rng, rng.choice(FORMS), rng.choice(DTYPES), size, weights)
         extreme = put_extreme_value(rng, values)
         wrong: dict[str, Any] = {}
         faults = []
-        for fault in rng.sample(FAULTS, rng.choice([0, 8])):
+        for fault in rng.sample([*FAULTS, *WEIGHT_FAULTS], rng.choice([0, 8])):
             changed = applied(fault, taken[name], values)
             if changed is not None and fault.argument not in wrong and len(faults) < 1 + (number % 8 == 0):
                 wrong[fault.argument] = changed[fault.argument]

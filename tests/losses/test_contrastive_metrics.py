@@ -29,6 +29,13 @@ def _definition(
     candidate_labels: Tensor | None = None,
     instances: Tensor | None = None,
     candidate_instances: Tensor | None = None,
+    memory: Tensor | None = None,
+    memory_labels: Tensor | None = None,
+    memory_weights: Tensor | None = None,
+    hard_negatives: Tensor | None = None,
+    batch_negatives: bool = True,
+    ignore_index: int | None = None,
+    unlabeled: str = "ignore",
 ) -> list[float]:
     """[accuracy, mean similarity of positives, of negatives]."""
     x = features if features.dim() == 3 else features[:, None]
@@ -42,11 +49,32 @@ def _definition(
         if contrast_mode == "one" and v > 0:
             continue
         found: dict[bool, list[float]] = {True: [], False: []}
+        unknown = ignore_index is not None and ids[b] == ignore_index
+        if unknown and unlabeled == "ignore":
+            continue
         for b2, v2 in [(b, v) for b in range(len(c)) for v in range(c.shape[1])]:
             if candidates is None and (b, v) == (b2, v2):
                 continue
-            positive = bool(mask[b, b2]) if mask is not None else bool(ids[b] == other[b2])
-            found[positive].append(float(x[b, v].double() @ c[b2, v2].double()))
+            if ignore_index is not None and other[b2] == ignore_index and unlabeled == "ignore":
+                continue
+            if mask is not None:
+                positive = bool(mask[b, b2])
+            elif ids.dim() == 2:  # labels [B, C]: a label in common
+                positive = bool((ids[b] & other[b2]).any())
+            else:
+                positive = bool(ids[b] == other[b2])
+            if unknown:
+                positive = b == b2
+            if positive or batch_negatives:
+                found[positive].append(float(x[b, v].double() @ c[b2, v2].double()))
+        for k, row in enumerate([] if memory is None else memory):
+            if (memory_weights is None or memory_weights[k] > 0) and (
+                ignore_index is None or memory_labels is None or memory_labels[k] != ignore_index
+            ):
+                positive = memory_labels is not None and bool(ids[b] == memory_labels[k])
+                found[positive].append(float(x[b, v].double() @ row.double()))
+        for row in [] if hard_negatives is None else hard_negatives[b]:
+            found[False].append(float(x[b, v].double() @ row.double()))
         if found[True]:
             correct.append(max(found[True]) > max(found[False], default=-math.inf))
             for kind in (True, False):
@@ -61,6 +89,14 @@ def _options(kind: str) -> dict[str, Any]:
     mask = torch.rand(B, B, generator=generator) < 0.4
     mask[2], mask[3] = False, True  # an anchor without a positive, and one without a negative
     candidates = {"candidates": queue, "candidate_labels": torch.tensor([3, 3, 0, 7, 8, 3])}
+    memory = {
+        "memory": torch.randn(6, D, generator=generator, dtype=torch.float64),
+        "memory_labels": torch.tensor([3, 0, 5, 7, 3, -1]),
+        "memory_weights": torch.tensor([0.0, 2.0, 1.0, 1.0, 1.0, 0.5]),
+    }
+    several = torch.rand(B, 3, generator=generator) < 0.4
+    several[4] = False
+    own = torch.randn(B, 3, D, generator=generator, dtype=torch.float64)
     return {
         "labels": {"labels": LABELS},
         "views": {},
@@ -83,6 +119,32 @@ def _options(kind: str) -> dict[str, Any]:
             "instances": torch.arange(B),
             "candidate_instances": torch.tensor([0, 0, 3, 5, 9, 2]),
         },
+        "memory": {"labels": LABELS, **memory},
+        "memory alone has positives": {
+            "labels": torch.arange(B),
+            **memory,
+            "memory_labels": torch.arange(6) + 2,
+        },
+        "memory without labels": {"memory": queue},
+        "memory and candidates": {"labels": LABELS, **candidates, **memory},
+        "hard negatives": {"labels": LABELS, "hard_negatives": own},
+        "positives of the batch only": {
+            "labels": LABELS,
+            "batch_negatives": False,
+            **memory,
+            "hard_negatives": own,
+        },
+        "ignored": {"labels": LABELS, "ignore_index": 3},
+        "ignored everywhere": {"labels": LABELS, **candidates, **memory, "ignore_index": 3},
+        "ignored one": {"labels": LABELS, "ignore_index": 3, "contrast_mode": "one"},
+        "unlabelled instances": {"labels": LABELS, "ignore_index": 3, "unlabeled": "instance"},
+        "several labels": {"labels": several},
+        "several labels one": {"labels": several, "contrast_mode": "one", "hard_negatives": own},
+        "several labels and candidates": {
+            "labels": several,
+            "candidates": queue,
+            "candidate_labels": several[:6].flip(0),
+        },
         "no candidates": {
             "labels": LABELS,
             "candidates": queue[:0],
@@ -94,7 +156,11 @@ def _options(kind: str) -> dict[str, Any]:
 KINDS = [
     "labels", "views", "mask", "one", "one mask", "instances", "labels and instances", "candidates",
     "candidates one", "candidates with views", "candidates mask", "candidates by position",
-    "candidates by instance", "no candidates",
+    "candidates by instance", "no candidates", "memory", "memory alone has positives",
+    "memory without labels", "memory and candidates", "hard negatives", "positives of the batch only",
+    "ignored", "ignored everywhere", "ignored one", "unlabelled instances", "several labels",
+    "several labels one",
+    "several labels and candidates",
 ]  # fmt: skip
 
 
@@ -106,8 +172,8 @@ def test_values(kind: str, dtype: torch.dtype, tile: int, monkeypatch: pytest.Mo
     options = _options(kind)
     features = torch.randn(B, V, D, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
     features = features.to(dtype).requires_grad_()
-    if "candidates" in options:
-        options["candidates"] = options["candidates"].to(dtype)
+    for name in options.keys() & {"candidates", "memory", "hard_negatives"}:
+        options[name] = options[name].to(dtype)
     got = functional.contrastive_metrics(features, **options)
     # The inputs are rounded before. Float32 results have 24 bits; no two similarities are as close.
     tolerance = 1e-14 if dtype == torch.float64 else 1e-6
@@ -181,7 +247,7 @@ def test_errors() -> None:
     x, y = torch.eye(4), torch.tensor([0, 0, 1, 1])
     bad = x.clone()
     bad[2, 1] = torch.nan
-    for name in ("temperature", "reduction", "backend", "gather"):
+    for name in ("temperature", "reduction", "backend", "gather", "candidate_weights", "class_balance"):
         with pytest.raises(TypeError, match=rf"contrastive_metrics\(\) got an unexpected .* '{name}'"):
             functional.contrastive_metrics(x, y, **{name: "x"})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="features must be finite, got NaN or infinity in 1 of 4 rows"):

@@ -1,0 +1,67 @@
+"""A folder of images and a table of their labels, any number of them per image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from pysupcon.data.config import DEFAULT_TABLE, DataConfig
+from pysupcon.data.samples import IMAGENET_MEAN, IMAGENET_STD, FileImages, Samples, Source
+from pysupcon.data.tables import SPLITS, check_images, read_csv
+from pysupcon.errors import ConfigError
+
+_SPLIT_COLUMN = "split"
+
+
+def image_table(config: DataConfig) -> Source:
+    """Reads ROOT and the CSV file ``data.table``.
+
+    The first column names the image files, relative to ROOT. An optional column "split" holds train, val or
+    test. Each other column is a label: 1 where the image has it, else 0.
+
+    Raises:
+        ConfigError: a file is missing, or a line is not of this form; names the file and the line.
+    """
+    assert config.root is not None
+    assert config.image_size is not None
+    root = Path(config.root).expanduser()
+    table = read_csv(root / (config.table or DEFAULT_TABLE))
+    file_column, *others = table.columns
+    names = [name for name in others if name != _SPLIT_COLUMN]
+    repeated = sorted({name for name in table.columns if table.columns.count(name) > 1})
+    if repeated or len(names) < 2:
+        raise ConfigError(
+            f"data.root: {table.path} must have a column of file names and two or more columns of labels, "
+            f"each with a name of its own, it has {', '.join(table.columns)}"
+        )
+    if not table.rows:
+        raise ConfigError(f"data.root: {table.path} holds no image")
+    files = table.column(file_column)
+    lines: dict[str, int] = {}
+    for line, file in enumerate(files, start=table.first_line):
+        if not file or file in lines:
+            wrong = f"that of line {lines[file]}, {file!r}," if file else "an empty one"
+            raise ConfigError(
+                f"data.root: {table.path}, line {line}, must name a file of its own, got {wrong}"
+            )
+        lines[file] = line
+    paths = [root / file for file in files]
+    check_images(root, paths)
+    labels = torch.stack([table.labels({"0": 0, "1": 1}, name) for name in names], dim=1)
+    samples = Samples(FileImages(paths), labels, labels)
+    parts: dict[int, Samples | None] = {0: samples, 1: None, 2: None}
+    if _SPLIT_COLUMN in others:
+        split = table.labels(SPLITS, _SPLIT_COLUMN)
+        for number in parts:
+            rows = (split == number).nonzero().flatten()
+            parts[number] = samples.select(rows) if len(rows) else None
+    train, val, test = parts.values()
+    if train is None:
+        raise ConfigError(f"data.root: {table.path} has no train image in its column {_SPLIT_COLUMN}")
+    if test is not None and config.test_fraction is not None:
+        raise ConfigError(
+            f"data.test_fraction has no effect: {table.path} has test images in its column {_SPLIT_COLUMN}; "
+            "leave it out"
+        )
+    return Source(train, test, names, names, "colour", 3, config.image_size, IMAGENET_MEAN, IMAGENET_STD, val)
