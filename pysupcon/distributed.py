@@ -22,20 +22,28 @@ sides get complete gradients. Without labels, and in losses that need views (cNC
 process matches its sample k unless ``instances`` are given; each process then needs as many candidates as
 samples. With ``contrast_mode="one"`` the candidates are all rows. A ``mask`` is refused.
 
-Everything else must be the same: the loss and its parameters, ``reduction``, ``normalize``, ``gather``, which
-arguments are given, which of features and candidates need gradients, numbers of views, D and dtype. One
-message from each process compares them before any rows are sent (:mod:`pysupcon.pairs.agreement`). If a value
-differs, or if a process refuses its arguments, all processes raise an error that names the value and the
-ranks. On a CPU all processes also refuse rows of one process that are not finite or too large. Numbers count
-as the same if they differ by at most 1e-6 of the larger one, because each process may compute a schedule. A
-learnable temperature that differs by more than 1e-4 causes a warning, once, and no error. A temperature or
-``base_temperature`` on a GPU is compared only if the process group has no CPU backend; otherwise the host
-would have to wait for the GPU.
+``candidate_weights``, ``anchor_weights``, ``hard_negatives``, ``ignore_index``, ``unlabeled``,
+``class_balance`` and ``batch_negatives`` mean what they mean in one process with the whole batch. The memory
+of a process is contrasted with the anchors of this process only. For equal results, fill it with the rows of
+all processes: ``queue.enqueue(rows, labels, gather=True)``. ``exclude_batch_from_memory`` leaves out the
+instances of the batches of all processes. ``class_balance`` with ``memory`` is refused, because the weight of
+a candidate would depend on the process.
+
+Everything else must be the same: the loss and its parameters, the options of the loss, which arguments are
+given, which of features and candidates need gradients, numbers of views, D and dtype. One message from each
+process compares them before any rows are sent (:mod:`pysupcon.pairs.agreement`). If a value differs, or if a
+process refuses its arguments, all processes raise an error that names the value and the ranks. On a CPU all
+processes also refuse rows of one process that are not finite or too large. Numbers count as the same if they
+differ by at most 1e-6 of the larger one, because each process may compute a schedule. A learnable temperature
+that differs by more than 1e-4 causes a warning, once, and no error. A temperature or ``base_temperature`` on
+a GPU is compared only if the process group has no CPU backend; otherwise the host would have to wait for the
+GPU.
 
 Results of each process, for W processes and K anchors in total that have a loss:
     reduction="mean"  W / K times the sum over its own anchors. The mean over the processes is the loss of one
                       process with the whole batch. After DistributedDataParallel has averaged the gradients,
-                      each parameter's gradient is that of one process, also for batches of unequal size.
+                      each parameter's gradient is that of one process, also for batches of unequal size. With
+                      anchor_weights the sum is weighted, and K is the sum of the weights of these anchors.
     "sum"             the sum over its own anchors. The sum over the processes is that of one process.
     "none"            the losses of its own anchors, equal to those of one process.
 The gradient of the features, and of the candidates, is that of the sum of the results of all processes, not
@@ -49,6 +57,8 @@ Bytes received per process and step, with N rows of D elements of e bytes in tot
 sends as many):
     rows            (N - M) D e; for a ring once more in the backward, and for SINCERE twice each way
     labels          8 per sample of another process; the same for given instances, on both sides
+    weights         8 per row of another process for candidate_weights, and per anchor for anchor_weights
+    counts          with memory or hard_negatives 8 to 24 per anchor of another process
     backward        at most 32 per anchor (:mod:`pysupcon.pairs.gathered`)
     arguments       one message of 288 from each process
 With candidates, N, M and D are those of the candidates in the first line. If they need a gradient, or with

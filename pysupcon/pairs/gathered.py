@@ -7,7 +7,9 @@ no gradient of a row is communicated. With G_ij = dL/ds_ij:
     no candidates   dL/dx_i = scale sum_j (G_ij + G_ji) x_j, over blocks of rows
     candidates      dL/dx_i = scale sum_j G_ij c_j, over blocks of candidates; then
                     dL/dc_j = scale sum_i G_ij x_i, over blocks of anchors, if the candidates need a gradient
-With ``contrast_mode="one"`` the anchors are the first views, and the candidates are all rows. This module
+With ``contrast_mode="one"`` the anchors are the first views, and the candidates are all rows. The memory of
+this process is one more block, and its rows get no gradient. Log weights and counts of all anchors, which
+include the memories of their processes, are exchanged with the ids. This module
 knows no process group; it uses the :class:`pysupcon.pairs.global_batch.Communicator` of the problem.
 
 Communicated per anchor in the backward: the upstream gradient g of its loss, and those of n, p and dL/dn that

@@ -57,8 +57,9 @@ class MemoryRows(NamedTuple):
         """Returns the side of the memory.
 
         Args:
-            ids: of the samples of the batch: their labels, or instances if there are no labels.
-            instances: of the samples of the batch; None: not needed.
+            ids: of the samples of the batch, of anchors and candidates: their labels, or instances if there
+                are no labels.
+            instances: of the anchors' samples; None: not needed.
             labelled: whether ``ids`` are labels.
             dtype: of log weights.
         """

@@ -25,7 +25,6 @@ __all__ = [
     "InstanceIds",
     "add_instances",
     "count_matches",
-    "number_by_label",
     "number_pairs",
     "order_and_count",
     "pair_apart",
@@ -266,25 +265,6 @@ def number_pairs(keys: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tenso
     return list(number.split([rows.shape[0] for rows in keys]))
 
 
-def number_by_label(ids: Tensor, candidate_ids: Tensor | None, instances: InstanceIds) -> InstanceIds:
-    """Numbers the pairs (id, instance), ascending by id and then by instance.
-
-    Rows with the same number have the same class and instance. Rows sorted by number are sorted by class.
-
-    Args:
-        ids: classes of the anchors' samples.
-        candidate_ids: classes of separate candidates; None: the candidates are rows of the anchors' samples.
-        instances: given by the caller.
-    """
-    keys, values = [ids], [instances.own]
-    if candidate_ids is not None and instances.candidates is not None:
-        keys.append(candidate_ids)
-        values.append(instances.candidates)
-    numbers = number_pairs(keys, values)
-    candidates = None if instances.candidates is None else numbers[-1]
-    return InstanceIds(numbers[0], candidates, given=True)
-
-
 def add_instances(
     pairing: Pairing, views: int, candidate_views: int, instances: InstanceIds
 ) -> tuple[Pairing, Tensor]:
@@ -294,7 +274,7 @@ def add_instances(
         pairing: by label or mask.
         views: rows per sample of the anchors.
         candidate_views: rows per sample of the candidates.
-        instances: as :func:`number_by_label` returns them if the caller gave instances.
+        instances: numbered by :func:`number_pairs` if the caller gave them.
 
     Returns:
         The pairing with instances, and |A_i| per anchor, int64 [M].

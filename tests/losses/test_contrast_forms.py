@@ -112,6 +112,22 @@ def test_whole_weights_repeat_a_candidate(backend: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_empty_slots_belong_to_no_class(name: str, backend: str) -> None:
+    """Their class is neither one of the anchors nor one of the candidates (-2 here), which class_balance
+    counts."""
+    x, given = build(("class_balance", "candidates", "memory"))
+    given["candidate_labels"] = torch.tensor([-2, -2, 1, 0])
+    arguments = {"temperature": TEMPERATURE, "backend": backend}
+    truth = LOSSES[name](x, **given, **arguments)
+    for key, padding in (("memory", torch.zeros(3, D)), ("memory_labels", torch.full((3,), 1))):
+        given[key] = torch.cat([given[key], padding.to(given[key])])
+    given["memory_instances"] = torch.cat([given["memory_instances"], torch.full((3,), 5)])
+    weights = torch.cat([torch.ones(MEMORY), torch.zeros(3)])
+    got = LOSSES[name](x, memory_weights=weights, **given, **arguments)
+    torch.testing.assert_close(got, truth, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_memory_of_a_queue(name: str, backend: str) -> None:
     """Empty slots of a queue are no candidates."""
     loss, own = CASES[name]
