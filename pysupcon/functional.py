@@ -120,7 +120,14 @@ def pair_statistics(
     float64 (float32 on devices that have no float64).
     """
     problem, _ = build_problem(
-        "pair_statistics", features, labels, mask, options, temperature, False, refused=("reduction",)
+        "pair_statistics",
+        features,
+        labels,
+        mask,
+        options,
+        temperature,
+        False,
+        refused=("reduction", "anchor_weights"),
     )
     count = problem.count
     if problem.backend == "reference":

@@ -49,7 +49,8 @@ def hierarchical_supcon(
 
     Args:
         features: as in the module docstring of :mod:`pysupcon.functional`, like ``temperature`` and
-            ``options``. ``gather``, ``multi_label`` and ``overlap_threshold`` are not supported.
+            ``options``. ``gather``, ``memory``, ``class_balance``, ``ignore_index``, ``multi_label`` and
+            ``overlap_threshold`` are not supported.
         labels: sequence of L integer tensors [B], finest level first; ``candidate_labels`` likewise [Bc].
         level_weights: L finite numbers, at least 0.
         constrained: needs ``reduction="mean"``.

@@ -175,7 +175,9 @@ class SINCERELoss(ContrastiveLoss):
     def dense(
         s: Tensor, positives: Tensor, negatives: Tensor, same: Tensor, t: Tensor, epsilon: float = 0.0
     ) -> Tensor:
-        denominator = torch.logaddexp(t - epsilon, log_sum_exp(t, negatives)[:, None])
+        negative = log_sum_exp(t, negatives)[:, None]
+        t = torch.where(positives, t, 0.0)  # -inf twice has no gradient
+        denominator = torch.logaddexp(t - epsilon, negative)
         return torch.where(positives.any(dim=1), mean_over(positives, denominator - s), 0.0)
 
 
@@ -350,7 +352,8 @@ def info_nce(
     The positives of a row are the other rows of its sample. With V > 2 views the loss is their mean, as in
     :func:`supcon` without labels. ``symmetric=True`` gives the loss of CLIP (Radford et al. 2021, arXiv
     2103.00020): the mean of the loss of ``features`` against ``candidates`` and of the loss of ``candidates``
-    against ``features``. It needs ``candidates`` and ``reduction`` "mean" or "sum".
+    against ``features``. It needs ``candidates`` and ``reduction`` "mean" or "sum", and takes no memory, hard
+    negatives or weights.
     Arguments: module docstring of :mod:`pysupcon.functional`.
 
     >>> images, texts = torch.eye(3), torch.eye(3)[[1, 1, 2]]
@@ -359,6 +362,12 @@ def info_nce(
     """
     check_choice("symmetric", symmetric, (False, True))
     further = {"symmetric": symmetric}
+    of_one_side = ("memory", "hard_negatives", "candidate_weights", "anchor_weights")
+    for name in of_one_side if symmetric else ():
+        if options.get(name) is not None:
+            raise ValueError(
+                f"symmetric=True contrasts both ways, and {name} belongs to one: it must be None"
+            )
     loss = compute(InfoNCELoss, features, None, None, options, temperature, further=further)
     if not symmetric:
         return loss

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from pysupcon.pairs.agreement import Code
 from pysupcon.pairs.checks import check_choice, check_features, check_gather, check_ids, describe
 from pysupcon.pairs.global_batch import Gather
+from pysupcon.pairs.memory import NO_ID
 
 __all__ = ["MemoryQueue"]
 
-_NO_ID = -1
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -40,8 +40,9 @@ class MemoryQueue(nn.Module):
     (the next slot) and ``filled`` (number of filled slots), int64 without dimensions. ``state_dict`` holds
     them, and ``to`` moves them; the rows follow a change of the dtype. Nothing here waits for a GPU.
 
-    :meth:`enqueue` writes in place. Call it after the backward: a backward of a loss whose memory has changed
-    since its forward raises an error.
+    :meth:`enqueue` writes in place. Call it after the backward. If the memory of a loss has changed since its
+    forward, the backward raises an error, or (with ``normalize=True`` or another dtype, which copy the rows)
+    the change has no effect.
 
     DistributedDataParallel copies the buffers of rank 0 to all ranks before every forward
     (``broadcast_buffers=True``, its default). If the queue is a submodule of the wrapped module, this costs
@@ -85,7 +86,7 @@ class MemoryQueue(nn.Module):
         self.size, self.dim = size, dim
         self.register_buffer("rows", torch.zeros(size, dim, dtype=dtype, device=device))
         for name in ("labels", "instances"):
-            ids = torch.full((size,), _NO_ID, dtype=torch.int64, device=device)
+            ids = torch.full((size,), NO_ID, dtype=torch.int64, device=device)
             self.register_buffer(name, ids)
         for name in ("position", "filled"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=device))
@@ -112,9 +113,10 @@ class MemoryQueue(nn.Module):
 
         Args:
             rows: [N, dim], or [B, V, dim] with V views of each sample, on the queue's device.
-            labels: integers [N], or [B]. None stores -1: for losses without labels, and not a class that
-                other rows have.
-            instances: integers [N], or [B]: rows of one number are views of one sample. None stores -1.
+            labels: integers [N], or [B]. None: the rows have no label, and a loss with labels takes them as
+                negatives of every anchor. They are stored with the smallest int64.
+            instances: integers [N], or [B]: rows of one number are views of one sample. None: the rows are
+                views of no sample of a batch (stored likewise).
             gather: True appends the rows of all processes, ordered by rank, in every process. Their number
                 may differ between processes. All processes must call this method, with queues of one size.
                 The other values that a loss takes as ``gather`` have the same effect; an object says which
@@ -158,7 +160,7 @@ class MemoryQueue(nn.Module):
         for buffer in (self.rows, self.position, self.filled):
             buffer.zero_()
         for buffer in (self.labels, self.instances):
-            buffer.fill_(_NO_ID)
+            buffer.fill_(NO_ID)
 
     def extra_repr(self) -> str:
         return f"size={self.size}, dim={self.dim}, dtype={self.rows.dtype}"
@@ -176,7 +178,7 @@ class MemoryQueue(nn.Module):
 
         def ids(name: str, given: Tensor | None) -> Tensor:
             if given is None:
-                return self.labels.new_full((rows.shape[0] * views,), _NO_ID)
+                return self.labels.new_full((rows.shape[0] * views,), NO_ID)
             return check_ids(name, given, rows).repeat_interleave(views)
 
         flat = rows.detach().reshape(-1, self.dim).to(self.rows.dtype)

@@ -69,7 +69,8 @@ class _LabelledCandidates(_Candidates, total=False):
     """Integers [Bc], or [Bc, C], as ``labels``; with labels and candidates. Without labels candidate sample k
     is the positive of sample k."""
     memory_labels: Tensor | None
-    """Integers [Nm], with labels and memory. Without labels the rows of the memory are negatives."""
+    """Integers [Nm], required with labels and memory. A loss without labels takes the rows of the memory as
+    negatives."""
 
 
 class RowOptions(_LabelledCandidates, _Weights, total=False):
@@ -80,13 +81,14 @@ class _Rows(TypedDict, total=False):
     contrast_mode: str
     """"all" (default): every row is an anchor; "one": only view 0 of each sample is."""
     normalize: bool
-    """L2-normalise rows first; default False. A row whose norm is below 1e-12 (float16: 2^-14, its smallest
-    normal number) has no direction: the row and its gradient become zero. A row whose squared norm overflows
-    (float64: in float64, otherwise in float32) counts as not finite."""
+    """L2-normalise all rows first (features, candidates, memory, hard_negatives); default False. A row whose
+    norm is below 1e-12 (float16: 2^-14, its smallest normal number) has no direction: the row and its
+    gradient become zero. A row whose squared norm overflows (float64: in float64, otherwise in float32)
+    counts as not finite."""
     batch_negatives: bool
     """False: the rows of the batch (or the candidates) are positives only, and the negatives are rows of the
     memory and hard_negatives. InfoNCE with keys as candidates and a queue as memory is then MoCo (He et al.
-    2020). Default True."""
+    2020); an anchor whose queue is still empty has the loss 0. Default True."""
 
 
 class _Computation(_Rows, total=False):
@@ -104,8 +106,9 @@ class _Unlabelled(TypedDict, total=False):
     ignore_index: int | None
     """Label of rows that are neither anchors nor candidates; their gradient is 0. Default None."""
     unlabeled: str
-    """"ignore" (default), or "instance": rows of the label ignore_index are candidates, and positives of the
-    other views of their sample only (semi-supervised)."""
+    """"ignore" (default), or "instance": rows of the label ignore_index are positives of the other views of
+    their sample only, and negatives of all other samples (semi-supervised). Features [N, D] then need
+    instances; otherwise such a row has no positive."""
 
 
 class MetricsOptions(_LabelledCandidates, _Rows, _Unlabelled, total=False):

@@ -32,6 +32,8 @@ def group_by_label(labels: Iterable[Any]) -> list[list[int]]:
         values = labels.tolist() if hasattr(labels, "tolist") else list(labels)
         for index, value in enumerate(values):
             label = value.item() if isinstance(value, Tensor) else value
+            if isinstance(label, (tuple, frozenset)):
+                raise TypeError("a label is one value; a dataset of (sample, label) pairs is not its labels")
             members.setdefault(label, []).append(index)
     except (TypeError, ValueError, RuntimeError) as error:
         shape = getattr(labels, "shape", None)
@@ -114,7 +116,8 @@ class PerClassBatches(Sampler[list[int]]):
     ``classes_per_batch`` must be a multiple of the number of processes.
 
     Args:
-        labels: [N], one label per sample: a list, NumPy array or tensor of integers or strings.
+        labels: [N], one label per sample: a list, NumPy array or tensor of integers or strings. Every value
+            is a class, -1 too.
         classes_per_batch: classes in a batch of one process, from 1 to the number of classes.
         samples_per_class: samples of each class in a batch, at least 2.
         batches: batches of an epoch over all processes, rounded up to a multiple of ``num_processes``. None:
@@ -180,7 +183,7 @@ class PerClassBatches(Sampler[list[int]]):
             epoch: the epoch, from 0.
             start: batches of this process to skip, for example those that an interrupted training has used.
         """
-        self.epoch, self._start = epoch, start
+        self.epoch, self._start = _integer("epoch", epoch, 0), _integer("start", start, 0)
 
     def __len__(self) -> int:
         """Batches of this process in an epoch."""

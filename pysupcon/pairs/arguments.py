@@ -132,6 +132,8 @@ def _check_options(
             raise ValueError("ignore_index needs labels, got labels=None")
         if class_balance:
             raise ValueError("class_balance needs labels, got labels=None")
+    if class_balance and not batch_negatives:
+        raise ValueError("class_balance needs the rows of the batch as negatives, got batch_negatives=False")
     if not batch_negatives and memory is None and hard_negatives is None:
         raise ValueError("batch_negatives=False leaves no negatives: give memory or hard_negatives")
 
@@ -146,7 +148,7 @@ def _check_one_label(memory: Any, ignore_index: Any, class_balance: bool, batch_
     }
     for name, used in given.items():
         if used:
-            raise ValueError(f"{name} needs one label per sample, labels [B], got labels [B, C]")
+            raise ValueError(f"{name} needs one label per sample, not labels [B, C] or several label levels")
 
 
 def check_arguments(
@@ -243,7 +245,7 @@ def check_arguments(
         candidates = None if candidates is None else _normalized(candidates)
         hard_negatives = None if hard_negatives is None else _normalized(hard_negatives)
         bank = None if bank is None else bank._replace(rows=_normalized(bank.rows))
-    for rows in (candidates, None if bank is None else bank.rows):
+    for rows in (candidates, None if bank is None else bank.rows, hard_negatives):
         if rows is not None and rows.dtype != features.dtype:
             features = features.to(torch.promote_types(features.dtype, rows.dtype))
     candidates = None if candidates is None else candidates.to(features.dtype)

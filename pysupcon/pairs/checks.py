@@ -296,8 +296,11 @@ def check_labelling(class_balance: Any, batch_negatives: Any, ignore_index: Any,
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False, got {describe(value)}")
     check_choice("unlabeled", unlabeled, ("ignore", "instance"))
-    if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, int)):
-        raise TypeError(f"ignore_index must be an integer or None, got {describe(ignore_index)}")
+    if ignore_index is not None:
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, numbers.Integral):
+            raise TypeError(f"ignore_index must be an integer or None, got {describe(ignore_index)}")
+        if not -(2**63) <= int(ignore_index) < 2**63:
+            raise ValueError(f"ignore_index must be an integer of 64 bits, got {describe(ignore_index)}")
     if unlabeled != "ignore" and ignore_index is None:
         raise ValueError(f"unlabeled={unlabeled!r} needs ignore_index, the label of the unlabelled rows")
 

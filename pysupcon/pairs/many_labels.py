@@ -71,6 +71,8 @@ def form_of_labels(labels: Any, options: LabelOptions) -> Any:
     """Returns :data:`LEVELS` or ``multi_label``, not checked yet; None for one label per sample."""
     if options.takes == (LEVELS,):
         return LEVELS
+    if options.multi_label != "per_label" or options.overlap_threshold != 0:
+        check_label_options(options)
     return options.multi_label if isinstance(labels, Tensor) and labels.dim() == 2 else None
 
 
@@ -83,10 +85,14 @@ def check_label_options(options: LabelOptions) -> float:
     """
     form, takes = options.multi_label, options.takes
     check_choice("multi_label", form, MULTI_LABEL)
+    if takes in ((), (LEVELS,)):
+        raise ValueError(f"{options.loss} does not take labels of shape [B, C], got multi_label={form!r}")
     if form not in takes:
-        forms = f"with multi_label={' or '.join(map(repr, takes))} only"
-        forms = "not at all" if takes in ((), (LEVELS,)) else forms
-        raise ValueError(f"{options.loss} takes labels of shape [B, C] {forms}, got multi_label={form!r}")
+        forms = " or ".join(map(repr, takes))
+        raise ValueError(
+            f"{options.loss} takes labels of shape [B, C] with multi_label={forms} only, got "
+            f"multi_label={form!r}"
+        )
     threshold = check_number("overlap_threshold", options.overlap_threshold, 0.0, 1.0)
     if threshold == 1.0:
         raise ValueError("overlap_threshold must be less than 1 (no overlap is above 1), got 1.0")

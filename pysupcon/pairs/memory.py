@@ -16,7 +16,11 @@ from pysupcon.pairs.checks import check_features, check_ids, check_row_weights, 
 from pysupcon.pairs.pairing import unused_id
 from pysupcon.pairs.sides import Side, get_log_weights
 
-__all__ = ["MemoryArguments", "MemoryRows", "check_memory"]
+__all__ = ["NO_ID", "MemoryArguments", "MemoryRows", "check_memory"]
+
+
+NO_ID = torch.iinfo(torch.int64).min
+"""Label or instance of the rows of a queue that were stored without one. It matches no id of a batch."""
 
 
 class MemoryArguments(NamedTuple):
@@ -42,6 +46,8 @@ class MemoryRows(NamedTuple):
     """[Nm], at least 0, which means "not a candidate"; None: all are 1"""
     weighted: bool
     """whether there are weights other than 0 and 1"""
+    of_queue: bool
+    """whether the ids may be :data:`NO_ID`"""
 
     @property
     def candidate_count(self) -> int | Tensor:
@@ -76,6 +82,8 @@ class MemoryRows(NamedTuple):
         unused = unused_id(of_batch)
         if own is None:
             return unused.expand(self.rows.shape[0]).contiguous()
+        if self.of_queue:
+            own = torch.where(own == NO_ID, unused, own)
         return own if self.weights is None else torch.where(self.weights > 0, own, unused)
 
 
@@ -98,7 +106,9 @@ def check_memory(
         ValueError: an argument has a wrong value, or arguments do not fit together.
     """
     rows, labels, own_instances, weights, exclude_batch = given
-    weighted = weights is not None
+    if not isinstance(exclude_batch, bool):
+        raise TypeError(f"exclude_batch_from_memory must be True or False, got {describe(exclude_batch)}")
+    weighted, of_queue = weights is not None, False
     if rows is None:
         for name, value in (("memory_labels", labels), ("memory_instances", own_instances)):
             if value is not None:
@@ -115,7 +125,7 @@ def check_memory(
         queue, rows = rows, rows.rows
         labels, weights = queue.labels if labelled else None, queue.weights
         own_instances = queue.instances if instances is not None else None
-        weighted = False
+        weighted, of_queue = False, True
     check_features("memory", rows, like=features)
     if rows.dim() != 2:
         raise ValueError(f"memory must be rows of shape [N, D], got {describe(rows)}")
@@ -135,6 +145,7 @@ def check_memory(
         None if own_instances is None else check_ids("memory_instances", own_instances, rows),
         None if weights is None else check_row_weights("memory_weights", weights, rows, zero=True),
         weighted,
+        of_queue,
     )
     if exclude_batch and instances is not None and memory.instances is not None:
         memory = memory.exclude(torch.isin(memory.instances, instances))

@@ -326,7 +326,7 @@ def prepare(
             given.mask,
             given.many,
             need_instances and (given.labelled or given.mask is not None or given.many is not None),
-            given.instances_given,
+            given.instances_given or given.candidates is not None,
         )
         pairing = layout.pairing
         rows = x.shape[0] if candidate_rows is None else candidate_rows.shape[0]

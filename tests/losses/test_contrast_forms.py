@@ -280,6 +280,11 @@ def test_memory_is_linear() -> None:
         ({"anchor_weights": torch.ones(B, requires_grad=True)}, "anchor_weights is not differentiable"),
         ({"labels": None, "mask": torch.eye(B).bool(), "memory": torch.randn(3, D)}, "not a mask"),
         ({"batch_negatives": False}, "batch_negatives=False leaves no negatives"),
+        ({"batch_negatives": False, "class_balance": True}, "class_balance needs the rows of the batch"),
+        ({"multi_label": "some"}, "multi_label must be one of"),
+        ({"overlap_threshold": 7}, "overlap_threshold must be from 0 to 1"),
+        ({**MEMORY_OF_THREE, "exclude_batch_from_memory": "no"}, "exclude_batch_from_memory must be True or"),
+        ({"ignore_index": 2**70}, "ignore_index must be an integer of 64 bits"),
         ({"unlabeled": "instance"}, "needs ignore_index"),
         ({"ignore_index": 0.5}, "ignore_index must be an integer or None"),
         ({"class_balance": 1}, "class_balance must be True or False"),
@@ -307,3 +312,38 @@ def test_self_supervised_modules_refuse_options_of_labels() -> None:
         pysupcon.InfoNCELoss()(
             torch.randn(B, V, D), memory=torch.randn(3, D), memory_labels=torch.zeros(3, dtype=torch.int64)
         )
+
+
+@pytest.mark.parametrize("name", ["sincere", "spread_sincere"])
+def test_an_anchor_without_any_candidate_has_no_gradient(name: str) -> None:
+    """Also where the only row of the memory has weight 0; the dense reference included."""
+    memory = {"memory": torch.ones(1, D), "memory_labels": torch.tensor([4])}
+    for backend in ("auto", "tiled", "reference"):
+        x = torch.ones(1, 1, D, requires_grad=True)
+        given = {**memory, "memory_weights": torch.zeros(1), "instances": torch.tensor([0])}
+        LOSSES[name](x, torch.tensor([4]), backend=backend, **given).backward()
+        assert x.grad is not None
+        assert (x.grad == 0).all()
+
+
+@pytest.mark.parametrize("name", ["cnce", "spread"])
+def test_matched_candidates_of_another_label_are_no_views(name: str, backend: str) -> None:
+    """Candidate k matches sample k only if their labels are equal."""
+    x, queue = torch.randn(2, 3, D, dtype=torch.float64), torch.randn(2, D, dtype=torch.float64)
+    labels, others = torch.tensor([7, 7]), torch.tensor([0, 7])
+    options = {"candidates": queue, "candidate_labels": others, "temperature": 1.0, "reduction": "none"}
+    got = LOSSES[name](x, labels, backend=backend, **options)
+    torch.testing.assert_close(got, naive(name, x, labels, **options))
+
+
+def test_rows_of_a_queue_without_labels_are_negatives(backend: str) -> None:
+    """They are no rows of the label -1."""
+    x, labels = torch.randn(5, D, dtype=torch.float64), torch.tensor([0, -1, 0, -1, 1])
+    rows = torch.randn(3, D, dtype=torch.float64)
+    queue = pysupcon.MemoryQueue(4, D, dtype=torch.float64)
+    queue.enqueue(rows)
+    for options in ({}, {"ignore_index": -1}, {"instances": torch.tensor([-1, 0, -1, 1, 2])}):
+        instances = {"memory_instances": torch.tensor([7, 8, 9])} if "instances" in options else {}
+        tensors = {"memory": rows, "memory_labels": torch.tensor([5, 6, 7]), **instances}
+        got = functional.supcon(x, labels, memory=queue, backend=backend, **options)
+        torch.testing.assert_close(got, functional.supcon(x, labels, backend=backend, **tensors, **options))

@@ -409,7 +409,7 @@ def test_losses_say_what_they_take(name: str, form: str) -> None:
 def test_modules_refuse_what_their_loss_does_not_take() -> None:
     with pytest.raises(ValueError, match=r"DCLLoss takes labels .* multi_label='any' only, got .*'jaccard'"):
         pysupcon.DCLLoss(multi_label="jaccard")
-    with pytest.raises(ValueError, match=r"InfoNCELoss takes labels of shape \[B, C\] not at all, got"):
+    with pytest.raises(ValueError, match=r"InfoNCELoss does not take labels of shape \[B, C\], got"):
         pysupcon.InfoNCELoss(multi_label="any")
     with pytest.raises(ValueError, match="overlap_threshold goes with"):
         pysupcon.SupConLoss(overlap_threshold=0.5)

@@ -17,6 +17,7 @@ from torch._subclasses import FakeTensorMode
 import pysupcon
 from pysupcon import MemoryQueue
 from pysupcon.distributed import AllGather
+from pysupcon.pairs.memory import NO_ID
 
 DIM = 3
 BUFFERS = ("rows", "labels", "instances", "position", "filled")
@@ -51,8 +52,8 @@ def test_first_in_first_out(size: int, counts: list[int]) -> None:
     assert torch.equal(queue.rows[kept], _rows(sum(counts))[queue.instances[kept]])
     assert torch.equal(queue.labels[kept], queue.instances[kept] % 3)
     assert (queue.rows[~kept] == 0).all()
-    assert (queue.labels[~kept] == -1).all()
-    assert (queue.instances[~kept] == -1).all()
+    assert (queue.labels[~kept] == NO_ID).all()
+    assert (queue.instances[~kept] == NO_ID).all()
     if len(expected) == size:  # the next slot holds the oldest row
         assert int(queue.instances[queue.position]) == expected[0]
 
@@ -62,15 +63,15 @@ def test_views_are_flattened_and_labels_repeated() -> None:
     views = _rows(4).view(2, 2, DIM)
     queue.enqueue(views, torch.tensor([7, 8], dtype=torch.uint8), torch.tensor([1, 0], dtype=torch.int32))
     assert torch.equal(queue.rows[:4], _rows(4))
-    assert queue.labels.tolist() == [7, 7, 8, 8, -1]
-    assert queue.instances.tolist() == [1, 1, 0, 0, -1]
+    assert queue.labels.tolist() == [7, 7, 8, 8, NO_ID]
+    assert queue.instances.tolist() == [1, 1, 0, 0, NO_ID]
 
 
 def test_ids_that_are_not_given() -> None:
     queue = MemoryQueue(3, DIM)
     queue.enqueue(_rows(3), torch.arange(3), torch.arange(3))
     queue.enqueue(_rows(2))
-    assert queue.labels.tolist() == queue.instances.tolist() == [-1, -1, 2]
+    assert queue.labels.tolist() == queue.instances.tolist() == [NO_ID, NO_ID, 2]
 
 
 def test_rows_are_copied_without_gradient() -> None:

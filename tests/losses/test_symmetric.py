@@ -85,3 +85,10 @@ def test_not_symmetric_by_default() -> None:
     one = info_nce(images, candidates=texts)
     assert torch.equal(one, info_nce(images, candidates=texts, symmetric=False))
     assert not torch.isclose(one, info_nce(texts, candidates=images))
+
+
+@pytest.mark.parametrize("name", ["memory", "hard_negatives", "candidate_weights", "anchor_weights"])
+def test_options_of_one_direction_are_refused(name: str) -> None:
+    given = {name: torch.ones(4, 1, 3) if name == "hard_negatives" else torch.ones(4)}
+    with pytest.raises(ValueError, match=f"contrasts both ways, and {name} belongs to one"):
+        info_nce(torch.eye(4, 3), candidates=torch.eye(4, 3), symmetric=True, **given)

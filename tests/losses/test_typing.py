@@ -129,3 +129,5 @@ def test_the_signature_of_the_statistics() -> None:
     found = inspect.signature(functional.pair_statistics).parameters
     keywords = {*ROWS, *COMPUTATION, *LABELLING, *MANY_LABELS}
     assert set(found) == {"features", "labels", "mask", "temperature", *keywords}
+    with pytest.raises(TypeError, match="anchor_weights"):  # they belong to a reduction
+        functional.pair_statistics(torch.eye(2), torch.tensor([0, 0]), anchor_weights=torch.ones(2))

@@ -259,7 +259,7 @@ std::vector<Break> breaks(const Sizes& shape) {
     });
     // Of candidates. The statistics stay as they are, and a larger weight would overflow float16.
     for (const int row : {0, count / 2, 1})
-      for (const double value : {kNan, kInfinity, 1e15, -1e15, -kInfinity, -30., 3.})
+      for (const double value : {kNan, kInfinity, 1e15, -1e15, -kInfinity, -30., -0.5})
         if (k == sides - 1)
           add((std::abs(value) < 1e14 || value == -kInfinity ? kFine : "") + "log weight " + number(value) +
                   " of row " + std::to_string(row),
