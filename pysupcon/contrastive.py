@@ -407,7 +407,7 @@ class ContrastiveLoss(nn.Module):
                 "ignore_index": self.ignore_index,
                 "unlabeled": self.unlabeled,
             }
-        if "any" in self.multi_labels:
+        if self.multi_label != "per_label":
             found["multi_label"], found["overlap_threshold"] = self.multi_label, self.overlap_threshold
         for name in self.own_parameters:
             found[name] = getattr(self, name)

@@ -203,9 +203,10 @@ DEFAULTS: dict[str, Any] = {
     "hard_negatives": None, "batch_negatives": True, "class_balance": False, "ignore_index": None,
     "unlabeled": "ignore",
     "contrast_mode": "all", "normalize": False, "backend": "auto", "gather": None, "reduction": "mean",
-    "multi_label": "per_label", "overlap_threshold": 0.0,
+    "multi_label": "per_label", "overlap_threshold": 0,
 }  # fmt: skip
-"""Default values of :class:`Options`"""
+"""Default values of :class:`Options`. None is a float, because torch.compile makes a float an input of the
+graph."""
 ROW_OPTIONS = RowOptions.__annotations__.keys()
 """Names of the keywords of :class:`RowOptions`"""
 LABEL_OPTIONS = "candidate_labels", "memory_labels", *_Labelling.__annotations__

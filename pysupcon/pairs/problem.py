@@ -5,31 +5,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pysupcon.caller import warn_caller
-from pysupcon.pairs import modes, ops, tiled
+from pysupcon.pairs import ops, tiled
 from pysupcon.pairs.agreement import SharedArguments, check_memory_rows
+from pysupcon.pairs.arguments import Arguments, check_arguments
 from pysupcon.pairs.autograd import row_statistics
-from pysupcon.pairs.backends import check_kernels, resolve_backend
-from pysupcon.pairs.checks import (
-    check_choice,
-    check_features,
-    check_hard_negatives,
-    check_ids,
-    check_labelling,
-    check_mask,
-    check_row_weights,
-    check_temperature,
+from pysupcon.pairs.global_batch import (
+    AnchorCounts,
+    Communicator,
+    Further,
+    Gather,
+    GlobalBatch,
+    build_global_batch,
+    gather_sides,
 )
-from pysupcon.pairs.global_batch import Further, Gather, GlobalBatch, build_global_batch, gather_sides
-from pysupcon.pairs.many_labels import LabelOptions, check_many_labels, form_of_labels
-from pysupcon.pairs.memory import MemoryArguments, check_memory
-from pysupcon.pairs.normalize import unit_rows
+from pysupcon.pairs.memory import MemoryRows
 from pysupcon.pairs.pairing import repeat_per_view, sort_rows
 from pysupcon.pairs.positive_means import PositiveWeights, positive_means
 from pysupcon.pairs.rows import get_positive_shift
@@ -37,8 +33,6 @@ from pysupcon.pairs.sides import Layout, Side, balance_classes, get_log_weights,
 from pysupcon.pairs.statistics import Memory, Pairing, Plan, RowStatistics
 
 __all__ = ["Gather", "Problem", "prepare"]
-
-_warned: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -156,90 +150,128 @@ def _flatten_views(features: Tensor) -> tuple[Tensor, int]:
     return (rows if rows.stride(1) == 1 else rows.contiguous()), views
 
 
-def _candidate_ids(
-    name: str, ids: Tensor | None, given: Tensor | None, features: Tensor, candidates: Tensor
-) -> Tensor:
-    """Returns the ids of separate candidates. If neither side has ids, candidate k matches sample k."""
-    if given is not None:
-        if ids is None:
-            raise ValueError(f"candidate_{name} were given without {name}: give both or neither")
-        return check_ids(f"candidate_{name}", given, candidates)
-    if ids is not None:
-        raise ValueError(f"candidate_{name} must be given when {name} and candidates are")
-    if candidates.shape[0] != features.shape[0]:
+def _begin(gather: SharedArguments, given: Arguments, class_balance: bool) -> Communicator | None:
+    """Starts the communication of a gathered loss; None if there is no other process."""
+    memory = given.memory
+    if memory is not None:
+        check_memory_rows(given.features, memory.rows, given.temperature)
+    communicator = gather.begin(given.features, given.temperature, given.candidates, given.hard_negatives)
+    if given.mask is not None:  # on every process
+        raise ValueError("gather works with labels and instances, not with a mask: mask must be None")
+    if communicator is not None and class_balance and memory is not None:
         raise ValueError(
-            f"without {name} candidate k is matched with sample k, so candidates must hold as many "
-            f"samples as features, {features.shape[0]}, got {candidates.shape[0]}"
+            "class_balance needs the same candidates in every process, and the memory of each process is "
+            "its own: with gather give class_balance=True or memory, not both"
         )
-    return torch.arange(candidates.shape[0], device=candidates.device)
+    return communicator
 
 
-def _warn_of_candidate_views(features: Tensor, candidates: Tensor) -> None:
-    """Warns once of candidates [B, K, D] that may be meant as negatives of each sample."""
-    if torch.compiler.is_compiling() or candidates.dim() != 3 or "views" in _warned:
-        return
-    views = features.shape[1] if features.dim() == 3 else 1
-    if candidates.shape[0] == features.shape[0] != 0 and candidates.shape[1] != views:
-        _warned.add("views")
-        warn_caller(
-            f"candidates of shape {list(candidates.shape)} are taken as {candidates.shape[1]} views of each "
-            f"sample, which are positives of that sample, but features have {views} per sample; pass "
-            "negatives of each sample as hard_negatives [B, K, D] instead"
-        )
+class _Pairs(NamedTuple):
+    """What the anchors are contrasted with, in this process or in all processes."""
+
+    anchors: Side
+    candidates: Side | None
+    """None: the anchors"""
+    memory: MemoryRows | None
+    memory_side: Side | None
+    self_index: Tensor | None
+    """int64 [M], the candidate row that is the anchor itself; None: no anchor is a candidate"""
+    ignored: Tensor | None
+    """bool, anchor rows of the ignored label; None: there are none"""
+    excluded: Tensor | None
+    """bool, candidate rows that are no candidates; None: there are none"""
+
+    @property
+    def itself(self) -> int:
+        """Whether an anchor is among its candidates, as a number."""
+        return int(self.candidates is None or self.self_index is not None)
 
 
-def _normalized(rows: Tensor) -> Tensor:
-    return unit_rows(rows).to(rows.dtype)
+def _pair(
+    given: Arguments, communicator: Communicator | None, need_instances: bool, options: Mapping[str, Any]
+) -> _Pairs:
+    """Finds the anchors, the candidates and the memory, and the weights of their rows."""
+    memory, dtype = given.memory, ops.stats_dtype(given.features)
+    sides = [Side(given.ids, given.instances, _views(given.features))]
+    if given.candidates is not None and given.candidate_ids is not None:
+        views = _views(given.candidates)
+        sides.append(Side(given.candidate_ids, given.candidate_instances, views))
+    weights = given.candidate_weights
+    unlabeled, ignore_index = options["unlabeled"], options["ignore_index"]
+    if communicator is not None:
+        exclude = options["exclude_batch_from_memory"]
+        need_ids = need_instances or unlabeled == "instance" or exclude
+        sides = gather_sides(communicator, sides, given.labelled, given.instances_given, need_ids)
+        if weights is not None:
+            counted_by = communicator if given.candidates is None else communicator.candidates
+            assert counted_by is not None
+            weights = counted_by.exchange(weights.to(dtype).unsqueeze(0))[0]
+        if exclude and memory is not None and memory.instances is not None:
+            assert sides[0].instances is not None
+            memory = memory.exclude(torch.isin(memory.instances, sides[0].instances))
+    ignored = excluded = None
+    if ignore_index is not None and unlabeled == "ignore":
+        of_sides = [repeat_per_view(side.ids == ignore_index, side.views) for side in sides]
+        ignored, excluded = of_sides[0], of_sides[-1]
+        if memory is not None and memory.labels is not None:
+            memory = memory.exclude(memory.labels == ignore_index)
+    if memory is not None:
+        every = torch.cat([side.ids for side in sides])
+        sides.append(memory.side(every, sides[0].instances, given.labelled, dtype))
+    if ignore_index is not None and unlabeled == "instance":
+        sides = join_unlabelled(sides, ignore_index)
+    anchors, *further = sides
+    memory_side = further.pop() if memory is not None else None
+    candidates = further[0] if further else None
+    self_index = None
+    if options["contrast_mode"] == "one" and anchors.views > 1:
+        step = anchors.views
+        if candidates is None:
+            candidates = anchors
+            self_index = torch.arange(given.features.shape[0], device=anchors.ids.device) * step
+        ignored = None if ignored is None else ignored[::step]
+        anchors = anchors._replace(views=1)
+    counted = anchors if candidates is None else candidates
+    counted = counted._replace(log_weights=get_log_weights(weights, excluded, dtype))
+    if options["class_balance"]:
+        counted, memory_side = balance_classes(counted, memory_side, dtype)
+    if candidates is None:
+        anchors = counted
+    else:
+        candidates = counted
+    return _Pairs(anchors, candidates, memory, memory_side, self_index, ignored, excluded)
 
 
-def _check_positives(features: Tensor, labelled: bool, need_instances: bool) -> None:
-    """Checks features of one view per sample without candidates and instances."""
-    if need_instances:
-        raise ValueError(
-            "instances must be given with features of one view per sample (they define which rows are "
-            f"views of one sample), got features of shape {list(features.shape)} and instances=None"
-        )
-    if not labelled:
-        raise ValueError(
-            "labels=None takes the views of a sample as its positives, so features must be "
-            "[B, V, D] with V >= 2 (or give labels, mask, instances or candidates), "
-            f"got shape {list(features.shape)}"
-        )
+def _views(features: Tensor) -> int:
+    return features.shape[1] if features.dim() == 3 else 1
 
 
-def _check_options(
-    labels: Tensor | None, mask: Tensor | None, candidates: Tensor | None, candidate_labels: Tensor | None,
-    candidate_instances: Tensor | None, memory: Any, hard_negatives: Tensor | None, ignore_index: Any,
-    unlabeled: Any, class_balance: Any, batch_negatives: Any,
-) -> None:  # fmt: skip
-    """Checks which arguments go together."""
-    if labels is not None and mask is not None:
-        raise ValueError("labels and mask both define the positives: give only one of them")
-    if candidates is None and (candidate_labels is not None or candidate_instances is not None):
-        raise ValueError("candidate_labels and candidate_instances need candidates")
-    check_labelling(class_balance, batch_negatives, ignore_index, unlabeled)
-    if mask is not None and memory is not None:
-        raise ValueError("memory needs labels or instances, not a mask: give labels, or candidates and mask")
-    if labels is None:
-        if ignore_index is not None:
-            raise ValueError("ignore_index needs labels, got labels=None")
-        if class_balance:
-            raise ValueError("class_balance needs labels, got labels=None")
-    if not batch_negatives and memory is None and hard_negatives is None:
-        raise ValueError("batch_negatives=False leaves no negatives: give memory or hard_negatives")
+def _count(
+    layout: Layout, pairs: _Pairs, rows: int, outside: int | Tensor, need_instances: bool,
+    batch_negatives: bool,
+) -> AnchorCounts:  # fmt: skip
+    """Counts the candidates of every anchor of a loss that does not gather.
 
-
-def _check_one_label(memory: Any, ignore_index: Any, class_balance: bool, batch_negatives: bool) -> None:
-    """Refuses options that need one label per sample."""
-    given = {
-        "memory": memory is not None,
-        "ignore_index": ignore_index is not None,
-        "class_balance": class_balance,
-        "batch_negatives=False": not batch_negatives,
-    }
-    for name, used in given.items():
-        if used:
-            raise ValueError(f"{name} needs one label per sample, labels [B], got labels [B, C]")
+    Args:
+        layout: of the pairs.
+        pairs: anchors and candidates.
+        rows: number of candidate rows.
+        outside: number of candidates in the memory and of hard negatives.
+        need_instances: whether the loss needs |A_i|.
+        batch_negatives: whether rows of the batch are negatives.
+    """
+    count, instances = layout.positive_count, layout.instance_count
+    if need_instances and instances is None:
+        instances = count  # A_i is P_i
+    available: int | Tensor = rows - pairs.itself
+    if pairs.excluded is not None:
+        available = available - pairs.excluded.sum()
+    if not batch_negatives:
+        available = count if layout.memory_count is None else count - layout.memory_count
+    if pairs.ignored is not None:
+        count = count.masked_fill(pairs.ignored, 0)
+        instances = None if instances is None else instances.masked_fill(pairs.ignored, 0)
+    return AnchorCounts(count, instances, available + outside)
 
 
 def prepare(
@@ -247,272 +279,108 @@ def prepare(
     labels: Tensor | None,
     mask: Tensor | None,
     *,
-    temperature: float | Tensor,
-    contrast_mode: str,
-    candidates: Tensor | None,
-    candidate_labels: Tensor | None,
-    instances: Tensor | None,
-    candidate_instances: Tensor | None,
-    candidate_weights: Tensor | None,
-    anchor_weights: Tensor | None,
-    memory: Any,
-    memory_labels: Tensor | None,
-    memory_instances: Tensor | None,
-    memory_weights: Tensor | None,
-    exclude_batch_from_memory: bool,
-    hard_negatives: Tensor | None,
-    batch_negatives: bool,
-    class_balance: bool,
-    ignore_index: int | None,
-    unlabeled: str,
-    reduction: str,
-    normalize: bool,
-    backend: str,
     gather: SharedArguments | None,
     need_instances: bool,
-    label_options: LabelOptions,
+    **options: Any,
 ) -> Problem:
     """Checks the arguments of a loss and lays them out.
 
     Args:
-        features: and all arguments up to ``backend``: see :mod:`pysupcon.functional`.
+        features: as in :mod:`pysupcon.functional`, like ``labels`` and ``mask``.
+        labels: or None.
+        mask: or None.
         gather: what the processes must share; None: the loss does not gather.
         need_instances: whether the loss needs to know which rows are views of one sample.
-        label_options: what the loss makes of several labels per sample.
-
-    Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: an argument has a wrong value, or arguments do not fit together.
-        RuntimeError: the backend is not compiled, or its kernels cannot be used.
+        **options: further arguments of :func:`pysupcon.pairs.arguments.check_arguments`, whose errors this
+            function raises.
     """
-    check_features("features", features)
-    temperature = check_temperature("temperature", temperature)
-    check_choice("contrast_mode", contrast_mode, ("all", "one"))
-    check_choice("reduction", reduction, ("mean", "sum", "none"))
-    form = form_of_labels(labels, label_options)
-    tiled_only = "mask" if mask is not None else 'multi_label="any"' if form == "any" else None
-    requested, backend = backend, resolve_backend(backend, features.device, tiled_only)
-    _check_options(
-        labels, mask, candidates, candidate_labels, candidate_instances, memory, hard_negatives,
-        ignore_index, unlabeled, class_balance, batch_negatives,
-    )  # fmt: skip
-    if form is not None:
-        _check_one_label(memory, ignore_index, class_balance, batch_negatives)
-    if gather is not None and backend == "reference":
-        raise ValueError('gather needs a streaming backend, got backend="reference"')
-    if backend != "reference":
-        modes.check_mode(features, gather is not None)
-    if candidates is not None:
-        check_features("candidates", candidates, like=features)
-        if mask is None and candidate_labels is labels and candidate_instances is instances:
-            _warn_of_candidate_views(features, candidates)
-    if hard_negatives is not None:
-        check_hard_negatives(hard_negatives, features)
-    if mask is not None:
-        mask = check_mask(mask, features, features if candidates is None else candidates)
-    many = None
-    if form is not None:
-        many = check_many_labels(
-            label_options, form, labels, candidate_labels, features, candidates, gather is not None
-        )
-        labels = candidate_labels = None
-    related = mask is not None or many is not None  # positives come from neither labels nor instances
-    labels = None if labels is None else check_ids("labels", labels, features)
-    instances = None if instances is None else check_ids("instances", instances, features)
-    weighted = features if candidates is None else candidates
-    if candidate_weights is not None:
-        candidate_weights = check_row_weights("candidate_weights", candidate_weights, weighted, zero=False)
-    if anchor_weights is not None:
-        anchor_weights = check_row_weights("anchor_weights", anchor_weights, features, zero=True)
-    arguments = MemoryArguments(
-        memory, memory_labels, memory_instances, memory_weights, exclude_batch_from_memory
+    given = check_arguments(
+        features, labels, mask, gathered=gather is not None, need_instances=need_instances, **options
     )
-    bank = check_memory(arguments, features, labels is not None, instances)
-    if candidates is None and instances is None and (features.dim() == 2 or features.shape[1] == 1):
-        _check_positives(features, labels is not None or related, need_instances)
+    class_balance, batch_negatives = options["class_balance"], options["batch_negatives"]
+    communicator = None if gather is None else _begin(gather, given, class_balance)
+    pairs = _pair(given, communicator, need_instances, options)
 
-    if normalize:
-        features = _normalized(features)
-        candidates = None if candidates is None else _normalized(candidates)
-        hard_negatives = None if hard_negatives is None else _normalized(hard_negatives)
-        bank = None if bank is None else bank._replace(rows=_normalized(bank.rows))
-    for rows in (candidates, None if bank is None else bank.rows):
-        if rows is not None and rows.dtype != features.dtype:
-            features = features.to(torch.promote_types(features.dtype, rows.dtype))
-    candidates = None if candidates is None else candidates.to(features.dtype)
-    bank = None if bank is None else bank._replace(rows=bank.rows.to(features.dtype))
-    if many is not None and many.weighted:  # the two parts of a gradient are added before they are rounded
-        features = features.to(torch.promote_types(features.dtype, torch.float32))
-        candidates = None if candidates is None else candidates.to(features.dtype)
-    if backend == "cuda":
-        backend = check_kernels(requested, features.device, features.dtype)
-
-    # Ids per sample: of the instances, and of the positives (labels, or instances if there are no labels).
-    instance_ids = instances
-    need_ids = need_instances or labels is None or unlabeled == "instance"
-    if instance_ids is None and need_ids:
-        instance_ids = torch.arange(features.shape[0], device=features.device)
-    ids = instance_ids if labels is None else labels
-    assert ids is not None
-    candidate_ids = candidate_instance_ids = None
-    if candidates is not None:
-        if labels is not None or candidate_labels is not None:
-            candidate_ids = _candidate_ids("labels", labels, candidate_labels, features, candidates)
-        if need_instances or unlabeled == "instance" or (labels is None and not related):
-            candidate_instance_ids = _candidate_ids(
-                "instances", instances, candidate_instances, features, candidates
-            )
-        candidate_ids = candidate_instance_ids if candidate_ids is None else candidate_ids
-
-    communicator = None
-    if gather is not None:
-        if bank is not None:
-            check_memory_rows(features, bank.rows, temperature)
-        communicator = gather.begin(features, temperature, candidates, hard_negatives)
-        if mask is not None:  # on every process
-            raise ValueError("gather works with labels and instances, not with a mask: mask must be None")
-        if communicator is not None and class_balance and bank is not None:
-            raise ValueError(
-                "class_balance needs the same candidates in every process, and the memory of each process is "
-                "its own: with gather give class_balance=True or memory, not both"
-            )
-
-    # Sides: the anchors, the candidates if they are other samples, and the memory.
-    x, views = _flatten_views(features)
-    sides = [Side(ids, instance_ids, views)]
-    candidate_rows = None
-    if candidates is not None:
-        candidate_rows, candidate_views = _flatten_views(candidates)
-        if candidate_ids is None:  # the mask says which samples are positives
-            candidate_ids = torch.arange(candidates.shape[0], device=features.device)
-        sides.append(Side(candidate_ids, candidate_instance_ids, candidate_views))
-    dtype = ops.stats_dtype(x)
-    if communicator is not None:
-        need_ids = need_instances or unlabeled == "instance" or exclude_batch_from_memory
-        sides = gather_sides(communicator, sides, labels is not None, instances is not None, need_ids)
-        if candidate_weights is not None:
-            counted_by = communicator if candidates is None else communicator.candidates
-            assert counted_by is not None
-            candidate_weights = counted_by.exchange(candidate_weights.to(dtype).unsqueeze(0))[0]
-        if exclude_batch_from_memory and bank is not None and bank.instances is not None:
-            assert sides[0].instances is not None
-            bank = bank.exclude(torch.isin(bank.instances, sides[0].instances))
-    ignored = None
-    if ignore_index is not None and unlabeled == "ignore":
-        ignored = [repeat_per_view(side.ids == ignore_index, side.views) for side in sides]
-        if bank is not None and bank.labels is not None:
-            bank = bank.exclude(bank.labels == ignore_index)
-    if bank is not None:
-        all_ids = torch.cat([side.ids for side in sides])
-        sides.append(bank.side(all_ids, sides[0].instances, labels is not None, dtype))
-    if ignore_index is not None and unlabeled == "instance":
-        sides = join_unlabelled(sides, ignore_index)
-    anchors, *further = sides
-    memory_side = further.pop() if bank is not None else None
-    others = further[0] if further else None
-
-    # The anchors, and the candidate that is the anchor itself.
-    self_index, shape = None, tuple(features.shape[:-1])
-    if contrast_mode == "one" and views > 1:
-        if others is None:
-            candidate_rows, others = x, anchors
-            self_index = torch.arange(features.shape[0], device=features.device) * views
-        x, anchors, shape = x[::views], anchors._replace(views=1), (features.shape[0],)
+    # Rows: the anchors and the candidates.
+    x, views = _flatten_views(given.features)
+    candidate_rows = None if given.candidates is None else _flatten_views(given.candidates)[0]
+    anchor_weights, shape = given.anchor_weights, tuple(given.features.shape[:-1])
+    if pairs.anchors.views < views:
+        candidate_rows = x if candidate_rows is None else candidate_rows
+        x, shape = x[::views], (given.features.shape[0],)
         anchor_weights = None if anchor_weights is None else anchor_weights[::views]
-    counted = anchors if others is None else others
-    excluded = None if ignored is None else ignored[-1]
-    counted = counted._replace(log_weights=get_log_weights(candidate_weights, excluded, dtype))
-    itself = int(others is None or self_index is not None)  # an anchor among its candidates
-    if class_balance:
-        counted, memory_side = balance_classes(counted, memory_side, dtype)
+
+    memory, hard_negatives = pairs.memory, given.hard_negatives
+    memory_rows = None if memory is None else memory.rows
     outside: int | Tensor = 0 if hard_negatives is None else hard_negatives.shape[1]
-    outside = outside if bank is None else outside + bank.candidate_count  # number of candidates
-    ignored_anchors = None
-    if ignored is not None:
-        ignored_anchors = ignored[0][::views] if anchors.views < views else ignored[0]
-    global_batch = all_anchor_weights = positive_shift = None
-    if communicator is not None:
+    outside = outside if memory is None else outside + memory.candidate_count  # number of candidates
+    global_batch = all_anchor_weights = positive_shift = layout = None
+    ignored = pairs.ignored
+    if communicator is None:
+        layout = lay_out(
+            pairs.anchors,
+            pairs.candidates,
+            pairs.memory_side,
+            memory_rows,
+            pairs.self_index,
+            given.mask,
+            given.many,
+            need_instances and (given.labelled or given.mask is not None or given.many is not None),
+            given.instances_given,
+        )
+        pairing = layout.pairing
+        rows = x.shape[0] if candidate_rows is None else candidate_rows.shape[0]
+        counts = _count(layout, pairs, rows, outside, need_instances, batch_negatives)
+        if class_balance and pairs.itself:
+            positive_shift = get_positive_shift(layout.positive_count, ops.stats_dtype(x))
+    else:
         beyond = None
-        if bank is not None or hard_negatives is not None:
-            beyond = Further(memory_side, None if bank is None else bank.rows, outside)
+        if memory is not None or hard_negatives is not None:
+            beyond = Further(pairs.memory_side, memory_rows, outside)
         global_batch = build_global_batch(
             communicator,
-            counted if others is None else anchors,
-            None if others is None else counted,
+            pairs.anchors,
+            pairs.candidates,
             beyond,
-            separate=candidates is not None,
-            labelled=labels is not None,
+            separate=given.candidates is not None,
+            labelled=given.labelled,
             need_instances=need_instances,
-            ignored=ignored_anchors,
-            excluded=excluded,
+            ignored=ignored,
+            excluded=pairs.excluded,
             batch_negatives=batch_negatives,
         )
-        if class_balance and itself:
-            shift = get_positive_shift(global_batch.counts.positives, dtype)
+        if class_balance and pairs.itself:
+            shift = get_positive_shift(global_batch.counts.positives, ops.stats_dtype(x))
             global_batch = replace(global_batch, positive_shift=shift)
         own = global_batch.anchors
         if anchor_weights is not None:
-            all_anchor_weights = own.communicator.exchange(anchor_weights.to(dtype).unsqueeze(0))[0]
+            sent = anchor_weights.to(ops.stats_dtype(x)).unsqueeze(0)
+            all_anchor_weights = own.communicator.exchange(sent)[0]
         own_ids = own.ids[own.own[0] : own.own[1]]
-        order = sort_rows(own_ids, own.views)[1]
-        layout = Layout(
-            Pairing(repeat_per_view(own_ids, own.views), order),
-            *global_batch.own_counts[:2],
-            mask=None,
-            memory=None,
-            positive_weights=None,
-            memory_count=None,
-        )
-        count, instance_count, available = global_batch.own_counts
-        ignored_anchors = None if ignored_anchors is None else ignored_anchors[own.own_rows]
-    else:
-        layout = lay_out(
-            counted if others is None else anchors,
-            None if others is None else counted,
-            memory_side,
-            None if bank is None else bank.rows,
-            self_index,
-            mask,
-            many,
-            need_instances and (labels is not None or related),
-            instances is not None,
-        )
-        count, instance_count = layout.positive_count, layout.instance_count
-        if need_instances and instance_count is None:
-            instance_count = count  # A_i is P_i
-        available = x.shape[0] if candidate_rows is None else candidate_rows.shape[0]
-        available -= itself
-        if excluded is not None:
-            available = available - excluded.sum()
-        if not batch_negatives:
-            available = count if layout.memory_count is None else count - layout.memory_count
-        available = available + outside
-        if class_balance and itself:
-            positive_shift = get_positive_shift(count, dtype)
-        if ignored_anchors is not None:
-            count = count.masked_fill(ignored_anchors, 0)
-            instance_count = (
-                None if instance_count is None else instance_count.masked_fill(ignored_anchors, 0)
-            )
+        pairing = Pairing(repeat_per_view(own_ids, own.views), sort_rows(own_ids, own.views)[1])
+        counts = global_batch.own_counts
+        ignored = None if ignored is None else ignored[own.own_rows]
     return Problem(
-        x,
-        candidate_rows,
-        temperature,
-        layout.pairing,
-        count,
-        instance_count,
-        available,
-        layout.mask,
-        backend,
-        shape,
-        global_batch,
-        layout.memory,
-        hard_negatives,
-        batch_negatives,
-        ignored_anchors,
-        anchor_weights,
-        all_anchor_weights,
-        candidate_weights is not None or class_balance or (bank is not None and bank.weighted),
-        positive_shift,
-        layout.positive_weights,
+        x=x,
+        candidates=candidate_rows,
+        temperature=given.temperature,
+        pairing=pairing,
+        count=counts.positives,
+        instance_count=counts.instances,
+        candidate_count=counts.candidates,
+        mask=None if layout is None else layout.mask,
+        backend=given.backend,
+        shape=shape,
+        global_batch=global_batch,
+        memory=None if layout is None else layout.memory,
+        hard_negatives=hard_negatives,
+        batch_negatives=batch_negatives,
+        ignored=ignored,
+        anchor_weights=anchor_weights,
+        all_anchor_weights=all_anchor_weights,
+        weighted=given.candidate_weights is not None
+        or class_balance
+        or (memory is not None and memory.weighted),
+        positive_shift=positive_shift,
+        positive_weights=None if layout is None else layout.positive_weights,
     )

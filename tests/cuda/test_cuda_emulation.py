@@ -38,6 +38,9 @@ ASAN_CASES = [
     "bf16-views-candidates",
     "f32x3-views-own",
     "f64-views-candidates",
+    "bf16-weights-own-rows",
+    "f32x3-weights-candidates",
+    "f64-weights-candidates",
 ]
 ASAN_BROKEN = ["bf16-streamed", "f64-own"]
 TSAN_CASES = ["bf16-own", "f32x3-two-rows", "f64-own", "bf16-shares", "bf16-views-own"]

@@ -204,7 +204,7 @@ def test_compile(name: str) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(LOSSES[name], fullgraph=True, backend=counter, dynamic=True)
-    for rows in (4, 6, 9):
+    for rows in (7, 11, 13):
         x = torch.randn(rows, V, D, dtype=torch.float64)
         labels = torch.arange(rows) % 3 - 1
         given: dict[str, Any] = {
@@ -223,7 +223,7 @@ def test_compile(name: str) -> None:
             results.append((value, leaf.grad))
         for got, truth in zip(*results, strict=True):
             torch.testing.assert_close(got, truth)
-    assert counter.frame_count <= 2  # the second graph is for any size
+    assert counter.frame_count <= 2  # torch compiles once more for the number temperature
 
 
 def test_memory_is_linear() -> None:

@@ -11,7 +11,7 @@ import torch
 
 import pysupcon
 from pysupcon import compat, functional
-from pysupcon.pairs import backends, ops, problem
+from pysupcon.pairs import arguments, backends, ops
 
 X = torch.eye(4)
 LABELS = torch.arange(4)
@@ -55,7 +55,7 @@ def test_no_compiled_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("labelled", [False, True])
 def test_candidates_that_may_be_negatives(labelled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(problem, "_warned", set())
+    monkeypatch.setattr(arguments, "_warned", set())
     x, own, same = torch.randn(4, 5), torch.randn(4, 3, 5), torch.arange(4) // 2
     labels = {"labels": same, "candidate_labels": same} if labelled else {}
     text = r"candidates of shape \[4, 3, 5\] are taken as 3 views .* features have 1 .* hard_negatives"
@@ -63,7 +63,7 @@ def test_candidates_that_may_be_negatives(labelled: bool, monkeypatch: pytest.Mo
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         functional.supcon(x, candidates=own)  # once
-        monkeypatch.setattr(problem, "_warned", set())
+        monkeypatch.setattr(arguments, "_warned", set())
         functional.supcon(own, candidates=own)  # as many views as the features
         functional.supcon(x, candidates=x)
         functional.supcon(x, same, candidates=own, candidate_labels=same.clone())  # labels of their own
