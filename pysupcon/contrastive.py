@@ -153,12 +153,14 @@ def compute(
     if global_batch is not None:
         from pysupcon.pairs.gathered import gathered_losses  # imports torch._dynamo, which takes seconds
 
+        # The loss is kept for the backward, so it must not refer to the tensors of the problem.
         weighted, ignored = problem.weighted, problem.ignored is not None
+        shifted = global_batch.positive_shift is not None
 
         def per_anchor(s: RowStatistics, sizes: AnchorCounts) -> tuple[Tensor, Tensor]:
             counts = Counts(*sizes, weighted=weighted)
             valid = loss.valid(counts)
-            if global_batch.positive_shift is not None:
+            if shifted:
                 s = s._replace(p=s.p + get_positive_shift(sizes.positives, s.p.dtype))
             losses = loss.per_anchor(s, counts, valid, **own)
             return torch.where(valid, losses, 0.0) if ignored else losses, valid
