@@ -153,7 +153,7 @@ def compute(
     if global_batch is not None:
         from pysupcon.pairs.gathered import gathered_losses  # imports torch._dynamo, which takes seconds
 
-        # The loss is kept for the backward, so it must not refer to the tensors of the problem.
+        # Not the batch itself: the step that is kept for the backward must not keep its ids alive.
         weighted, ignored = problem.weighted, problem.ignored is not None
         shifted = global_batch.positive_shift is not None
 

@@ -116,14 +116,20 @@ void run_plain(Stream& s, const Problem& p, const Workspace& w) {
     return;
   }
   const PlainAnchors none{};
-  const PlainAnchors anchors{
-      p.n, p.p, p.grad_n, p.grad_p, p.grad_positive_sum, p.grad_instance_sum, p.anchors.order};
+  const auto wanted = [&](const double* grad) { return p.positives ? grad : nullptr; };
+  const PlainAnchors anchors{p.n,
+                             p.p,
+                             p.grad_n,
+                             p.grad_p,
+                             wanted(p.grad_positive_sum),
+                             wanted(p.grad_instance_sum),
+                             p.anchors.order};
   PlainAnchors candidates{p.candidate_n,
                           p.candidate_p,
                           p.candidate_grad_n,
                           p.candidate_grad_p,
-                          p.candidate_grad_positive_sum,
-                          p.candidate_grad_instance_sum,
+                          wanted(p.candidate_grad_positive_sum),
+                          wanted(p.candidate_grad_instance_sum),
                           p.candidates.order};
   if (p.one_set) candidates = anchors;
   s.grid(rows, block, plain_backward, pairs, anchors, candidates, as<double>(p.grad_x), p.out_grad_n,
@@ -217,8 +223,8 @@ Upstreams upstreams_of(const Problem& p, const Workspace& w, int parts) {
   u.of[0] = of_n(p.n, p.grad_n, a, w.anchor);
   u.of[1] = {p.p,
              p.grad_p,
-             p.grad_positive_sum,
-             p.grad_instance_sum,
+             p.positives ? p.grad_positive_sum : nullptr,
+             p.positives ? p.grad_instance_sum : nullptr,
              a.order,
              a.count,
              pairs_of(w.anchor.p),
@@ -227,8 +233,8 @@ Upstreams upstreams_of(const Problem& p, const Workspace& w, int parts) {
   u.of[2] = of_n(p.candidate_n, p.candidate_grad_n, b, w.candidate);
   u.of[3] = {p.candidate_p,
              p.candidate_grad_p,
-             p.candidate_grad_positive_sum,
-             p.candidate_grad_instance_sum,
+             p.positives ? p.candidate_grad_positive_sum : nullptr,
+             p.positives ? p.candidate_grad_instance_sum : nullptr,
              b.order,
              b.count,
              pairs_of(w.candidate.p),

@@ -309,8 +309,7 @@ def build_global_batch(
     if separate:
         assert communicator.candidates is not None
         side = communicator.candidates
-    elif first_views:
-        communicator = communicator.with_views(1)
+    communicator = communicator.with_views(anchors.views)  # the anchors may be the first views only
     own = samples(anchors, communicator)
     others = None if candidates is None else samples(candidates, side)
 

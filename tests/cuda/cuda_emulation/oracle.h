@@ -157,8 +157,9 @@ class Run {
       const double ref = is_same ? side.p[size_t(i)] : side.n[size_t(i)];
       double g = 0;
       if (ref > -INFINITY) g = (is_same ? side.v : side.u)[size_t(i)] * std::exp(sim + log_weight - ref);
-      if (is_same && c_.sums) g += side.w[size_t(i)];
-      return is_instance && c_.sums ? g + side.a[size_t(i)] : g;
+      const bool sums = c_.sums && c_.positives;
+      if (is_same && sums) g += side.w[size_t(i)];
+      return is_instance && sums ? g + side.a[size_t(i)] : g;
     };
     backward(Operation::pair_stats_backward, s, counts, same, instance, weight);
 
