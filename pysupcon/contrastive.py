@@ -326,8 +326,10 @@ class ContrastiveLoss(nn.Module):
     def temperature(self) -> float | Tensor:
         """The number, or with ``learnable_temperature`` a tensor of no dimensions.
 
-        A number can be assigned; with ``learnable_temperature`` this sets ``log_temperature`` in place. A
-        schedule assigns outside of the function that torch.compile compiles: all values then share a graph.
+        A schedule assigns a number before each step: ``criterion.temperature = 0.1``. With torch.compile,
+        assign outside of the compiled function; all values then share one graph. With
+        ``learnable_temperature`` an assignment sets ``log_temperature`` in place; give its parameter to the
+        optimizer without weight decay.
         """
         if self.log_temperature is None:
             return self._temperature

@@ -112,8 +112,11 @@ def check_constrained(constrained: Any, reduction: str) -> None:
 
 
 class HierarchicalSupConLoss(ContrastiveLoss):
-    """Hierarchical multi-label contrastive loss (Zhang et al. 2022); see
-    :func:`pysupcon.functional.hierarchical_supcon`."""
+    """Hierarchical multi-label contrastive loss (Zhang et al. 2022).
+
+    ``level_weights``: one number per level, finest level first. The forward takes features and a sequence of
+    labels [B], one tensor per level. See :func:`pysupcon.functional.hierarchical_supcon`.
+    """
 
     function = staticmethod(hierarchical_supcon)
     own_parameters = ("level_weights", "constrained")

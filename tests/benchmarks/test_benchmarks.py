@@ -15,7 +15,19 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.kernels import bars, busy, cases, compare, measure, oracle, peers, render_tables, run, suite  # noqa: E402
+from benchmarks.kernels import (  # noqa: E402
+    bars,
+    busy,
+    cases,
+    compare,
+    forms,
+    measure,
+    oracle,
+    peers,
+    render_tables,
+    run,
+    suite,
+)
 from pysupcon import functional  # noqa: E402
 from pysupcon.profiling.workload import Inputs  # noqa: E402
 
@@ -369,3 +381,20 @@ def test_the_page_shows_the_stored_times_of_a_busy_machine() -> None:
     stored = json.loads((ROOT / "benchmarks" / "results" / "busy_cpu.json").read_text(encoding="utf-8"))
     shown = "\n".join(busy.page_lines(stored["rows"], stored["machine"]["threads"]))
     assert shown in (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+
+
+def test_forms_of_contrast(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stored = tmp_path / "forms.json"
+    small = ["--n", "64", "--dim", "8", "--rounds", "1", "--threads", "1", "--json", str(stored)]
+    assert forms.main(small) == 0
+    found = json.loads(stored.read_text(encoding="utf-8"))["forms"]
+    assert {"SupCon", "memory of 64 rows", "20 labels, per_label"} <= set(found)
+    assert all(one["seconds"] > 0 and one["bytes"] > 0 for one in found.values())
+    assert "20 labels, jaccard" in capsys.readouterr().out
+
+
+def test_the_page_shows_the_stored_forms_of_contrast() -> None:
+    stored = json.loads((ROOT / "benchmarks/results/forms_cpu.json").read_text(encoding="utf-8"))
+    page = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
+    for cells in forms.lines(stored["forms"]):
+        assert f"| {' | '.join(cells)} |" in page
