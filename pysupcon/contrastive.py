@@ -143,11 +143,8 @@ def compute(
     """The value of a loss. ``own``: the checked parameters that only this loss has. ``further``: those that
     the caller uses, and that processes must share too."""
     name = loss.function.__name__
-    if not loss.statistics(**own).get("negatives"):
-        if options.get("hard_negatives") is not None:
-            raise ValueError(f"{name} contrasts with positives only: hard_negatives must be None")
-        if options.get("batch_negatives") is False:
-            raise ValueError(f"{name} contrasts with positives only: batch_negatives must be True")
+    if not loss.statistics(**own).get("negatives") and options.get("hard_negatives") is not None:
+        raise ValueError(f"{name} contrasts with positives only: hard_negatives must be None")
     problem, reduction = build_problem(
         name, features, labels, mask, options, temperature, loss.needs_instances, loss.refused_keywords(),
         loss, own if further is None else further,

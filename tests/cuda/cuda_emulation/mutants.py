@@ -217,7 +217,7 @@ MUTANTS = [
     Mutant("positives: a weight of one 16-bit number", B, "C::PARTS == 1 && Weights::POSITIVES ? 2 : C::PARTS", "C::PARTS"),
     Mutant("products of parts not symmetric", T, "multiply<F>(other, a[order - part][m], low, true);", "for (int i = 0; i < 4; ++i) other[i] = one[i], one[i] = 0.f;\n      multiply<F>(other, a[order - part][m], low, false);"),
     Mutant("instances searched in all columns", R, "find_in(cols.instances, found, rows.instances[at])", "find_in(cols.instances, {0, int(cols.count)}, rows.instances[at])"),
-    Mutant("sums have no upstream gradient", OPS, "             p.grad_positive_sum,\n", "             nullptr,\n"),
+    Mutant("sums have no upstream gradient", OPS, "             p.positives ? p.grad_positive_sum : nullptr,\n", "             nullptr,\n"),
     Mutant("the unit of the gradient forgets the sums'", R, "if (u.constant) raise(u.constant[i]);", ""),
     Mutant("tiles of positives not skipped by the negatives", T, "return no_self && c0 >= begin_max && c1 <= end_min ? Kind::same : Kind::mixed;", "return no_self && c0 >= begin_max && c1 <= end_min ? Kind::different : Kind::mixed;"),
     Mutant("tiles of positives are not skipped among the negatives (resident)", F, "      if (kind == Epilogue::SKIPPED) continue;\n", "", "the masks find the same; costs time only"),
