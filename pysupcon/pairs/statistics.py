@@ -256,7 +256,8 @@ class _ScaleGradient:
 
     def __init__(self, x: Tensor, grad_x: Tensor, scale: Tensor, wanted: bool) -> None:
         self.x, self.grad_x, self.scale, self.wanted = x, grad_x, scale, wanted
-        self.total = self.before = torch.zeros_like(scale)
+        if wanted:
+            self.total = self.before = torch.zeros_like(scale)
 
     def add(self, block: Block) -> None:
         """Adds what an operator has added to ``grad_x`` for this block since the last call."""
