@@ -107,7 +107,7 @@ def run(
     *cases: str,
     order: str = "forward",
     tensor_core: str = "h100",
-    timeout: float = 600,
+    timeout: float = 1800,
 ) -> subprocess.CompletedProcess[str]:
     """Run a program of :func:`build`.
 
