@@ -21,7 +21,15 @@ from torch import Tensor
 from pysupcon.pairs import many_labels, ops, statistics, tiles
 from pysupcon.pairs.modes import ONCE_ONLY, is_transformed
 
-__all__ = ["define", "gradients", "overlap_totals", "positive_count", "row_statistics"]
+__all__ = [
+    "define",
+    "fake_gradients",
+    "gradients",
+    "overlap_totals",
+    "positive_count",
+    "refuse_second",
+    "row_statistics",
+]
 
 _Tensors = tuple[Tensor, ...]
 _PROBLEM = (
@@ -99,8 +107,10 @@ def _gradients(*arguments: Any) -> _Tensors:
     return tuple(x.new_empty(0) if grad is None else grad for grad in result)
 
 
-def _fake_gradients(*arguments: Any) -> _Tensors:
-    needed = zip(arguments[:_DIFFERENTIABLE], arguments[-1], strict=True)
+def fake_gradients(*arguments: Any) -> _Tensors:
+    """The fake of a backward operator, whose last argument says which first arguments need a gradient."""
+    needs = arguments[-1]
+    needed = zip(arguments[: len(needs)], needs, strict=True)
     return tuple(
         arguments[0].new_empty(0) if value is None or not need else value.new_empty(value.shape)
         for value, need in needed
@@ -148,7 +158,7 @@ _backward = define(
     ", Tensor? grad_instance_sum, Tensor? grad_softplus, bool[] needs)"
     " -> (Tensor grad_x, Tensor grad_candidates, Tensor grad_scale, Tensor grad_outside)",
     _gradients,
-    _fake_gradients,
+    fake_gradients,
 )
 positive_count = define(
     "masked_positive_count",
@@ -204,12 +214,13 @@ def _backpropagate(
     return _differentiate(operator or _backward, (*tensors, *ctx.constants), n, p, grads, needs)
 
 
-def _refuse_second(ctx: Any, *grads: Tensor) -> Any:
+def refuse_second(ctx: Any, *grads: Tensor) -> Any:
+    """The backward of a backward operator."""
     raise RuntimeError(ONCE_ONLY)
 
 
 torch.library.register_autograd("pysupcon::row_statistics", _backpropagate, setup_context=_save)
-torch.library.register_autograd("pysupcon::row_statistics_backward", _refuse_second)
+torch.library.register_autograd("pysupcon::row_statistics_backward", refuse_second)
 
 
 class _TransformableGradients(torch.autograd.Function):

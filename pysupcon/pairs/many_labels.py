@@ -147,24 +147,28 @@ def check_many_labels(
 
 def _check_label_rows(name: str, value: Any, features: Tensor, width: int | None) -> Tensor:
     count = features.shape[0]
-    classes = "C" if width is None else f"{width}"
-    contract = f"{name} must be bool, or integers that are 0 or 1, of shape [B, C]=[{count}, {classes}]"
+
+    def contract() -> str:
+        classes = "C" if width is None else f"{width}"
+        return f"{name} must be bool, or integers that are 0 or 1, of shape [B, C]=[{count}, {classes}]"
+
     if not isinstance(value, Tensor):
-        raise TypeError(f"{contract}, got {describe(value)}")
+        raise TypeError(f"{contract()}, got {describe(value)}")
     right = value.dim() == 2 and value.shape[0] == count and (width is None or value.shape[1] == width)
     if value.dtype not in _INTEGERS or not right:
         soft = " (weights of labels are not supported)" if value.is_floating_point() else ""
-        raise ValueError(f"{contract}, got {describe(value)}{soft}")
+        raise ValueError(f"{contract()}, got {describe(value)}{soft}")
     if value.shape[1] < 2:
         raise ValueError(
-            f"{contract} with C at least 2, got {describe(value)} (one label per sample: {name} of shape [B])"
+            f"{contract()} with C at least 2, got {describe(value)} (one label per sample: {name} of shape "
+            "[B])"
         )
     if value.device != features.device:
-        raise ValueError(f"{contract} on {features.device}, got it on {value.device}")
+        raise ValueError(f"{contract()} on {features.device}, got it on {value.device}")
     if value.dtype != torch.bool and value.device.type == "cpu" and is_eager(value) and value.numel():
         low, high = torch.aminmax(value)
         if low < 0 or high > 1:
-            raise ValueError(f"{contract}, got values from {int(low)} to {int(high)}")
+            raise ValueError(f"{contract()}, got values from {int(low)} to {int(high)}")
     return (value != 0).to(torch.uint8)
 
 

@@ -139,7 +139,7 @@ def check_memory(
         raise ValueError("memory_instances were given without instances: give both or neither")
     if exclude_batch and own_instances is None:
         raise ValueError("exclude_batch_from_memory needs instances and memory_instances")
-    memory = MemoryRows(
+    return MemoryRows(
         rows.detach(),
         None if labels is None else check_ids("memory_labels", labels, rows),
         None if own_instances is None else check_ids("memory_instances", own_instances, rows),
@@ -147,6 +147,3 @@ def check_memory(
         weighted,
         of_queue,
     )
-    if exclude_batch and instances is not None and memory.instances is not None:
-        memory = memory.exclude(torch.isin(memory.instances, instances))
-    return memory

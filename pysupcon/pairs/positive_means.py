@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pysupcon.pairs.custom_op import define
+from pysupcon.pairs.custom_op import define, fake_gradients, refuse_second
 from pysupcon.pairs.many_labels import LEVELS, jaccard
 from pysupcon.pairs.modes import NO_FORWARD_MODE, ONCE_ONLY, is_batched, is_eager, is_transformed
 from pysupcon.pairs.ops import stats_dtype, zero_gradients
@@ -283,14 +283,6 @@ _PROBLEM = (
 _FORM, _DIFFERENTIABLE = 3, 3
 
 
-def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    needed = zip(arguments[:_DIFFERENTIABLE], arguments[-1], strict=True)
-    return tuple(
-        arguments[0].new_empty(0) if value is None or not need else value.new_empty(value.shape)
-        for value, need in needed
-    )
-
-
 _forward = define(
     "positive_means",
     f"({_PROBLEM}) -> Tensor",
@@ -302,7 +294,7 @@ _backward = define(
     f"({_PROBLEM}, Tensor means, Tensor grad, bool[] needs)"
     " -> (Tensor grad_x, Tensor grad_candidates, Tensor grad_scale)",
     _backward_step,
-    _fake_backward,
+    fake_gradients,
 )
 
 
@@ -323,12 +315,8 @@ def _backpropagate(ctx: Any, grad: Tensor | None, step: Any = None) -> tuple[Ten
     return *(value if need else None for value, need in zip(result, needs, strict=True)), *nothing
 
 
-def _refuse_second(ctx: Any, *grads: Tensor) -> Any:
-    raise RuntimeError(ONCE_ONLY)
-
-
 torch.library.register_autograd("pysupcon::positive_means", _backpropagate, setup_context=_save)
-torch.library.register_autograd("pysupcon::positive_means_backward", _refuse_second)
+torch.library.register_autograd("pysupcon::positive_means_backward", refuse_second)
 
 
 class _Gradients(torch.autograd.Function):

@@ -198,17 +198,18 @@ def _pair(
         sides.append(Side(given.candidate_ids, given.candidate_instances, views))
     weights = given.candidate_weights
     unlabeled, ignore_index = options["unlabeled"], options["ignore_index"]
+    exclude = options["exclude_batch_from_memory"]
     if communicator is not None:
-        exclude = options["exclude_batch_from_memory"]
         need_ids = need_instances or unlabeled == "instance" or exclude
         sides = gather_sides(communicator, sides, given.labelled, given.instances_given, need_ids)
         if weights is not None:
             counted_by = communicator if given.candidates is None else communicator.candidates
             assert counted_by is not None
             weights = counted_by.exchange(weights.to(dtype).unsqueeze(0))[0]
-        if exclude and memory is not None and memory.instances is not None:
-            assert sides[0].instances is not None
-            memory = memory.exclude(torch.isin(memory.instances, sides[0].instances))
+    if exclude and memory is not None:
+        assert memory.instances is not None
+        assert sides[0].instances is not None
+        memory = memory.exclude(torch.isin(memory.instances, sides[0].instances))
     ignored = excluded = None
     if ignore_index is not None and unlabeled == "ignore":
         of_sides = [repeat_per_view(side.ids == ignore_index, side.views) for side in sides]

@@ -177,8 +177,8 @@ class NegativeMean(NamedTuple):
         grad_x.addcmul_(self.mean, (scale * share * grad_n).to(grad_x.dtype).unsqueeze(1))
 
 
-def choose_means(plan: Plan, candidates: Tensor | None, needs: Sequence[bool]) -> tuple[bool, bool]:
-    """Returns whether the forward computes a :class:`NegativeMean` of the candidates, and of the memory.
+def choose_means(plan: Plan, candidates: Tensor | None, needs: Sequence[bool]) -> list[bool]:
+    """Returns for each block of the plan whether the forward computes its :class:`NegativeMean`.
 
     Candidates without a gradient then cost 4 instead of 6 units of M N D operations, forward and backward.
 
@@ -189,7 +189,7 @@ def choose_means(plan: Plan, candidates: Tensor | None, needs: Sequence[bool]) -
     """
     possible = plan.backend == "cpu" and plan.negatives and (needs[0] or needs[2])
     separate = candidates is not None and not needs[1] and plan.batch_negatives
-    return possible and separate, possible and plan.memory is not None
+    return [possible and separate, possible][: 1 if plan.memory is None else 2]
 
 
 def compute(
@@ -198,7 +198,7 @@ def compute(
     scale: Tensor,
     outside: Tensor | None,
     plan: Plan,
-    with_means: Sequence[bool] = (False, False),
+    with_means: Sequence[bool] | None = None,
 ) -> tuple[tuple[Tensor | None, ...], list[NegativeMean | None]]:
     """Computes the fields of :class:`RowStatistics`.
 
@@ -208,7 +208,7 @@ def compute(
         scale: 1 / temperature, no dimensions, in the statistics dtype.
         outside: [M], logsumexp of negatives that are not among the candidates; None: there are none.
         plan: what to compute.
-        with_means: of :func:`choose_means`.
+        with_means: of :func:`choose_means`; None: no means.
 
     Returns:
         n, p, positive_sum, instance_sum and softplus, of which the last two are None if the plan does not
@@ -218,7 +218,7 @@ def compute(
     blocks = plan.blocks(x, candidates, scale)
     means: list[NegativeMean | None] = []
     parts = []
-    for block, with_mean in zip(blocks, with_means):  # noqa: B905  (there may be no memory)
+    for block, with_mean in zip(blocks, with_means or [False] * len(blocks), strict=True):
         buffer = {"negative_mean": ops.zero_gradients(x)} if with_mean else {}
         part = operators.pair_stats(
             *block.of_statistics, block.negatives, plan.positives, **buffer, **block.mask_arguments
@@ -281,7 +281,7 @@ def gradients(
     p: Tensor,
     grads: tuple[Tensor | None, ...],
     needs: tuple[bool, ...],
-    means: Sequence[NegativeMean | None] = (None, None),
+    means: Sequence[NegativeMean | None] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Computes the gradients of :func:`compute`.
 
@@ -290,7 +290,7 @@ def gradients(
         n: as :func:`compute` returned it, like ``p``.
         grads: upstream gradients of the fields of :class:`RowStatistics`, [M]; None: zero.
         needs: which of dL/dx, dL/dcandidates, dL/dscale and dL/doutside are needed.
-        means: of :func:`compute`.
+        means: of :func:`compute`; None: every block needs a pass over its negatives.
 
     Returns:
         dL/dx, dL/dcandidates, dL/dscale and dL/doutside; None if not needed.
@@ -300,8 +300,8 @@ def gradients(
     blocks = plan.blocks(x, candidates, scale)
     grad_x = ops.zero_gradients(x)
     grad_candidates = ops.zero_gradients(candidates) if candidates is not None and needs[1] else None
-    outputs = [(grad_x, grad_candidates), (grad_x, None)][: len(blocks)]
-    # One sum over all blocks has one factor; several are told apart where their pairs are added.
+    outputs = [(grad_x, grad_candidates), *[(grad_x, None)] * (len(blocks) - 1)]
+    # Pairs of one set count twice, so with several blocks each operator's part is added on its own.
     grad_scale = _ScaleGradient(x, grad_x, scale, needs[2])
     several = len(blocks) > 1
     if grad_softplus is not None:
@@ -321,7 +321,7 @@ def gradients(
         grad_positive_sum,
         grad_instance_sum if plan.pairing.instances is not None else None,
     )
-    for block, output, mean in zip(blocks, outputs, means):  # noqa: B905
+    for block, output, mean in zip(blocks, outputs, means or [None] * len(blocks), strict=True):
         need_negatives = grad_n is not None and block.negatives
         if mean is not None and need_negatives:
             mean.add_to(grad_x, upstream[0], n, scale)

@@ -11,6 +11,7 @@ from helpers.tolerances import GRADCHECK, assert_gradient_close, assert_loss_clo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import pysupcon
 from pysupcon import functional
@@ -257,14 +258,15 @@ def test_half_precision(form: dict[str, Any], dtype: torch.dtype) -> None:
 
 @forms
 def test_compile_without_a_graph_break(form: dict[str, Any]) -> None:
-    """Also with another batch size, without a second graph for it but the dynamic one."""
+    """Other batch sizes share one graph beside the first."""
     torch._dynamo.reset()
     loss = pysupcon.SupConLoss(temperature=0.2, learnable_temperature=True, **form)
 
     def step(x: Tensor, labels: Tensor) -> Tensor:
         return loss(x, labels)
 
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
     for rows in (12, 9, 15):
         x, labels = torch.randn(rows, 2, 5), torch.rand(rows, 4) < 0.4
         results = []
@@ -275,6 +277,7 @@ def test_compile_without_a_graph_break(form: dict[str, Any]) -> None:
             value.backward()
             results.append((value.detach(), y.grad, loss.log_temperature.grad.clone()))
         torch.testing.assert_close(*results)
+    assert counter.frame_count <= 2
 
 
 @pytest.mark.parametrize("candidates", [False, True])
