@@ -31,12 +31,12 @@ from torch import Tensor
 
 from pysupcon.pairs.agreement import SharedArguments
 from pysupcon.pairs.autograd import RefuseSecond
+from pysupcon.pairs.block_pairing import BlockPairing
 from pysupcon.pairs.checks import check_gather
 from pysupcon.pairs.global_batch import AnchorCounts, Block, GlobalBatch, Samples
 from pysupcon.pairs.ops import zero_gradients
-from pysupcon.pairs.pairing import repeat_per_view, sort_rows
 from pysupcon.pairs.problem import Problem, prepare
-from pysupcon.pairs.statistics import OPERATORS, RowStatistics, row_products
+from pysupcon.pairs.statistics import OPERATORS, Operands, RowStatistics, row_products
 
 __all__ = ["RowLoss", "gathered_losses", "gathered_statistics", "prepare_gathered"]
 
@@ -44,92 +44,6 @@ RowLoss = Callable[[RowStatistics, AnchorCounts], "tuple[Tensor, Tensor]"]
 """(statistics, counts) -> losses per anchor, and a bool mask of the anchors that have one, which depends on
 the counts only. The losses are linear in positive_sum, instance_sum and softplus, whose values are not
 communicated."""
-
-
-class _Operands(NamedTuple):
-    """Arguments of the operators for the own rows and one block."""
-
-    rows: tuple[Any, ...]
-    """the first eight"""
-    instances: tuple[Tensor | None, Tensor | None]
-    own_weights: Tensor | None
-    """log weights of the own rows as candidates"""
-    weights: Tensor | None
-    """log weights of the rows of the block as candidates; None: the block holds the own rows"""
-
-    def of_softplus(self, with_others: bool) -> tuple[Any, ...]:
-        """Arguments of positive_softplus and its backward up to n.
-
-        Args:
-            with_others: whether the rows of the block are anchors, too.
-        """
-        own_block = self.rows[4] is None
-        return *self.rows, self.own_weights if own_block or with_others else None, self.weights
-
-    def of_statistics(self, with_others: bool) -> tuple[Any, ...]:
-        """Arguments of pair_stats and its backward up to the statistics."""
-        *rows, own_weights, weights = self.of_softplus(with_others)
-        return *rows, *self.instances, own_weights, weights
-
-
-class _BlockPairing:
-    """Index arguments of the operators for each block. Each block is sorted once per pass."""
-
-    def __init__(self, batch: GlobalBatch) -> None:
-        self.batch = batch
-        self._sides: dict[tuple[bool, int, int], tuple[Tensor, Tensor, Tensor | None]] = {}
-
-    def _side(self, samples: Samples, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Labels, order and instances of the rows of samples ``start`` to ``stop``."""
-        key = samples is self.batch.candidates, start, stop
-        if key not in self._sides:
-            ids, views, instances = samples.ids[start:stop], samples.views, samples.instances
-            if instances is not None:
-                instances = instances[start:stop]  # ascending with the ids
-            order = sort_rows(ids if instances is None else instances, views)[1]
-            rows = None if instances is None else repeat_per_view(instances, views)
-            self._sides[key] = repeat_per_view(ids, views), order, rows
-        return self._sides[key]
-
-    def _self_index(self, own: Samples, other: Samples, count: int, block: Block, device: Any) -> Tensor:
-        """Returns the row of a block that is the same row as each of the ``count`` own rows, or -1."""
-        index = torch.full((count,), -1, dtype=torch.int64, device=device)
-        start, stop = own.own
-        if block.start <= start and stop <= block.stop and (own is other or self.batch.first_views):
-            first = start - block.start
-            if own is other:
-                torch.arange(first * own.views, first * own.views + count, out=index)
-            else:  # view 0 of each sample is on both sides
-                step = other.views
-                index[:: own.views] = torch.arange(
-                    first * step, (first + stop - start) * step, step, device=device
-                )
-        return index
-
-    def operands(self, own: Samples, other: Samples, rows: Tensor, scale: Tensor, block: Block) -> _Operands:
-        """Returns the arguments for the own rows of one side against a block of the same or the other
-        side."""
-        *own_side, instances = self._side(own, *own.own)
-        own_weights = None if own.log_weights is None else own.log_weights[own.own_rows]
-        if block.rows is None:
-            first = (rows, *own_side, scale, None, None, None, None)
-            return _Operands(first, (instances, None), own_weights, None)
-        *block_side, block_instances = self._side(other, block.start, block.stop)
-        self_index = self._self_index(own, other, rows.shape[0], block, rows.device)
-        weights = other.log_weights
-        if weights is not None:
-            weights = weights[block.start * other.views : block.stop * other.views]
-        first = (rows, *own_side, scale, block.rows, *block_side, self_index)
-        return _Operands(first, (instances, block_instances), own_weights, weights)
-
-    def memory_operands(self, rows: Tensor, scale: Tensor) -> list[_Operands]:
-        """Returns the arguments for the own anchors against the memory of this process, if there are both."""
-        memory, anchors = self.batch.memory, self.batch.anchors
-        if memory is None or not rows.shape[0]:
-            return []
-        *own_side, instances = self._side(anchors, *anchors.own)
-        first = (rows, *own_side, scale, memory.rows, memory.labels, memory.order, None)
-        return [_Operands(first, (instances, memory.instances), None, memory.log_weights)]
 
 
 class _Anchors(NamedTuple):
@@ -177,8 +91,7 @@ class _GatheredPlan:
         self.backend, self.operators = backend, OPERATORS[backend]
         self.batch, self.loss = batch, loss
         self.negatives, self.positives, self.epsilon = negatives, positives, epsilon
-        self.batch_negatives = negatives and batch.batch_negatives
-        self.pairing = _BlockPairing(batch)
+        self.pairing = BlockPairing(batch, negatives)
         self.with_instances = batch.anchors.instances is not None
         self.others = batch.anchors if batch.candidates is None else batch.candidates
 
@@ -212,26 +125,26 @@ class _GatheredPlan:
         n = p = scale.new_full((x.shape[0],), -math.inf)
         positive_sum, instance_sum, softplus = (torch.zeros_like(n) for _ in range(3))
 
-        def add(operands: _Operands, negatives: bool) -> None:
+        def add(operands: Operands) -> None:
             nonlocal n, p, positive_sum, instance_sum
-            part = self.operators.pair_stats(*operands.of_statistics(False), negatives, self.positives)
+            part = self.operators.pair_stats(*operands.of_statistics, operands.negatives, self.positives)
             n, p = torch.logaddexp(n, part[0]), torch.logaddexp(p, part[1])  # -inf if both are -inf
             positive_sum, instance_sum = positive_sum + part[2], instance_sum + part[3]
 
         for block in self.blocks(self.others, others, kept, wanted):
-            add(self.pairing.operands(anchors, self.others, x, scale, block), self.batch_negatives)
-        for operands in self.pairing.memory_operands(x, scale):
-            add(operands, self.negatives)
+            add(self.pairing.of_block(anchors, self.others, x, scale, block, with_others=False))
+        for operands in self.pairing.of_memory(x, scale):
+            add(operands)
         if outside is not None and self.negatives:
             n = torch.logaddexp(n, outside)
         shift = self.batch.own_positive_shift
         if self.epsilon is not None:
             limit = (n if shift is None else n - shift), self.epsilon
             for block in self.blocks(self.others, others, kept, wanted):
-                operands = self.pairing.operands(anchors, self.others, x, scale, block)
-                softplus += self.operators.positive_softplus(*operands.of_softplus(False), *limit)
-            for operands in self.pairing.memory_operands(x, scale):
-                softplus += self.operators.positive_softplus(*operands.of_softplus(False), *limit)
+                operands = self.pairing.of_block(anchors, self.others, x, scale, block, with_others=False)
+                softplus += self.operators.positive_softplus(*operands.of_softplus, *limit)
+            for operands in self.pairing.of_memory(x, scale):
+                softplus += self.operators.positive_softplus(*operands.of_softplus, *limit)
             if shift is not None:
                 softplus += self.batch.own_counts.positives * shift
         statistics = RowStatistics(n, p, positive_sum, instance_sum, softplus)
@@ -281,7 +194,7 @@ class _GatheredPlan:
         return _Anchors(n, p, n if batch.positive_shift is None else n - batch.positive_shift, found)
 
     def softplus_backward(
-        self, operands: _Operands, own: _Anchors, others: _Anchors | None, grad: Tensor
+        self, operands: Operands, own: _Anchors, others: _Anchors | None, grad: Tensor
     ) -> Tensor:
         """Adds the gradient of the softplus sums to ``grad``; returns dL/dn of the own rows.
 
@@ -293,17 +206,17 @@ class _GatheredPlan:
         """
         columns = (None, None) if others is None else (others.limit, others.grads.softplus)
         through: Tensor = self.operators.positive_softplus_backward(
-            *operands.of_softplus(others is not None), own.limit, self.epsilon, own.grads.softplus, *columns,
+            *operands.of_softplus, own.limit, self.epsilon, own.grads.softplus, *columns,
             grad, None,
         )  # fmt: skip
         return through
 
     def stats_backward(
-        self, operands: _Operands, own: _Anchors, others: _Anchors | None, grad: Tensor, negatives: bool
+        self, operands: Operands, own: _Anchors, others: _Anchors | None, grad: Tensor
     ) -> None:
         """Adds the gradient of the other statistics to ``grad``; arguments as in
-        :meth:`softplus_backward`. ``negatives``: whether the block has negatives."""
-        if not (negatives or self.positives):
+        :meth:`softplus_backward`."""
+        if not (operands.negatives or self.positives):
             return
         with_sums = self.positives and self.with_instances
 
@@ -315,7 +228,7 @@ class _GatheredPlan:
 
         columns_of_others = (None,) * 6 if others is None else columns(others)
         self.operators.pair_stats_backward(
-            *operands.of_statistics(others is not None), *columns(own), *columns_of_others, negatives,
+            *operands.of_statistics, *columns(own), *columns_of_others, operands.negatives,
             self.positives, grad, None,
         )  # fmt: skip
 
@@ -346,7 +259,7 @@ class _GatheredPlan:
         """
         anchors, others = self.batch.anchors, self.others
         rows = x if candidates is None else candidates
-        of_memory = self.pairing.memory_operands(x, scale)
+        of_memory = self.pairing.of_memory(x, scale)
         symmetric, wanted = candidates is None, x.shape[0] > 0
         everyone = self.exchange(own, grads, scale.dtype) if symmetric or candidate_gradient else None
 
@@ -361,8 +274,9 @@ class _GatheredPlan:
         if self.epsilon is not None:
             grad_n = own.grads.n
             for block in self.blocks(others, rows, kept, wanted):
-                operands = self.pairing.operands(anchors, others, x, scale, block)
-                grad_n = grad_n + self.softplus_backward(operands, own, as_anchors(block), grad_x)
+                also = as_anchors(block)
+                operands = self.pairing.of_block(anchors, others, x, scale, block, also is not None)
+                grad_n = grad_n + self.softplus_backward(operands, own, also, grad_x)
             for operands in of_memory:
                 assert grad_memory is not None
                 grad_n = grad_n + self.softplus_backward(operands, own, None, grad_memory)
@@ -371,11 +285,12 @@ class _GatheredPlan:
                 all_n = anchors.communicator.exchange(grad_n.unsqueeze(0))[0]
                 everyone = everyone._replace(grads=everyone.grads._replace(n=all_n))
         for block in self.blocks(others, rows, kept, wanted):
-            operands = self.pairing.operands(anchors, others, x, scale, block)
-            self.stats_backward(operands, own, as_anchors(block), grad_x, self.batch_negatives)
+            also = as_anchors(block)
+            operands = self.pairing.of_block(anchors, others, x, scale, block, also is not None)
+            self.stats_backward(operands, own, also, grad_x)
         for operands in of_memory:
             assert grad_memory is not None
-            self.stats_backward(operands, own, None, grad_memory, self.negatives)
+            self.stats_backward(operands, own, None, grad_memory)
         if candidates is None or everyone is None:
             return grad_x, grad_memory, None, own.grads.n
 
@@ -384,11 +299,11 @@ class _GatheredPlan:
         no_anchors = _Anchors.without_loss(scale, candidates.shape[0])
         kept, wanted = anchors.communicator.keep(x), candidates.shape[0] > 0
         for block in self.blocks(anchors, x, kept, wanted):
-            operands = self.pairing.operands(others, anchors, candidates, scale, block)
+            operands = self.pairing.of_block(others, anchors, candidates, scale, block, with_others=True)
             block_anchors = everyone.of(block, anchors.views)
             if self.epsilon is not None:
                 self.softplus_backward(operands, no_anchors, block_anchors, grad_candidates)
-            self.stats_backward(operands, no_anchors, block_anchors, grad_candidates, self.batch_negatives)
+            self.stats_backward(operands, no_anchors, block_anchors, grad_candidates)
         return grad_x, grad_memory, grad_candidates, own.grads.n
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pysupcon.pairs import ops
 from pysupcon.pairs.problem import Problem
-from pysupcon.pairs.statistics import Block, Pairing, Plan
+from pysupcon.pairs.statistics import Operands, Pairing, Plan
 from pysupcon.pairs.tiled import check_finite
 from pysupcon.pairs.tiles import (  # fmt: skip
     Pairs,
@@ -91,7 +91,7 @@ class _Nearest:
     def is_positive(self) -> Tensor:
         return self.positive > self.negative
 
-    def add(self, block: Block) -> Tensor:
+    def add(self, block: Operands) -> Tensor:
         """Adds the candidates of a block. Returns the sum of the similarities to its positives, [M]."""
         x, labels, order, scale, candidates, other_labels, other_order, self_index = block.rows
         mask = block.mask_arguments.get("mask")
@@ -140,7 +140,7 @@ def _raise_to(
     torch.maximum(part, s.amax(dim), out=part)
 
 
-def _sum_over_class(block: Block) -> Tensor:
+def _sum_over_class(block: Operands) -> Tensor:
     """x_i . c_j, summed over the candidates of the anchor's label without the anchor itself, [M].
 
     It is x_i . (sum of the rows of the label).
@@ -157,7 +157,7 @@ def _sum_over_class(block: Block) -> Tensor:
     return _products(x, sums, index, candidates is None or self_index is not None)
 
 
-def _sum_over_all(block: Block) -> Tensor:
+def _sum_over_all(block: Operands) -> Tensor:
     """x_i . c_j, summed over all candidates without the anchor itself, [M]."""
     x, _, _, _, candidates, _, _, self_index = block.rows
     rows = x if candidates is None else candidates

@@ -17,13 +17,14 @@ from pysupcon.pairs import ops, tiled
 
 __all__ = [
     "OPERATORS",
-    "Block",
     "Memory",
+    "Operands",
     "Pairing",
     "Plan",
     "RowStatistics",
     "compute",
     "gradients",
+    "memory_operands",
     "operands",
     "row_products",
 ]
@@ -59,7 +60,7 @@ class Memory(NamedTuple):
     log_weights: Tensor | None = None
 
 
-class Block(NamedTuple):
+class Operands(NamedTuple):
     """Arguments of the operators for the anchors and one set of candidates."""
 
     rows: tuple[Any, ...]
@@ -108,19 +109,15 @@ class Plan(NamedTuple):
         memory = None if self.memory is None else Memory(*tensors[second:])
         return self._replace(pairing=Pairing(*tensors[:first]), mask=mask, memory=memory)
 
-    def blocks(self, x: Tensor, candidates: Tensor | None, scale: Tensor) -> list[Block]:
+    def blocks(self, x: Tensor, candidates: Tensor | None, scale: Tensor) -> list[Operands]:
         """Returns the candidates, then the memory."""
         pairing, memory = self.pairing, self.memory
         mask = {} if self.mask is None else {"mask": self.mask}
         first = operands(x, candidates, scale, pairing)
-        blocks = [Block(first, pairing, self.negatives and self.batch_negatives, mask)]
+        blocks = [Operands(first, pairing, self.negatives and self.batch_negatives, mask)]
         if memory is not None:
-            of_memory = Pairing(
-                pairing.labels, pairing.order, memory.labels, memory.order, None, pairing.instances,
-                memory.instances, None, memory.log_weights,
-            )  # fmt: skip
-            second = operands(x, memory.rows, scale, of_memory)
-            blocks.append(Block(second, of_memory, self.negatives, {}))
+            anchors = pairing.labels, pairing.order, pairing.instances
+            blocks.append(memory_operands(x, scale, anchors, memory, self.negatives))
         return blocks
 
 
@@ -154,6 +151,26 @@ class RowStatistics(NamedTuple):
 def operands(x: Tensor, candidates: Tensor | None, scale: Tensor, pairing: Pairing) -> tuple[Any, ...]:
     """Returns the first eight arguments of every operator."""
     return (x, pairing.labels, pairing.order, scale, candidates, *pairing[2:5])
+
+
+def memory_operands(
+    x: Tensor, scale: Tensor, anchors: tuple[Tensor, Tensor, Tensor | None], memory: Memory, negatives: bool
+) -> Operands:
+    """Returns the arguments of the operators for the anchors and the memory.
+
+    Args:
+        x: anchors [M, D].
+        scale: 1 / temperature.
+        anchors: their labels, order and instances.
+        memory: its instances are given if those of the anchors are.
+        negatives: whether its rows of other labels are negatives.
+    """
+    labels, order, instances = anchors
+    pairing = Pairing(
+        labels, order, memory.labels, memory.order, None, instances, memory.instances, None,
+        memory.log_weights,
+    )  # fmt: skip
+    return Operands(operands(x, memory.rows, scale, pairing), pairing, negatives, {})
 
 
 class NegativeMean(NamedTuple):
@@ -259,7 +276,7 @@ class _ScaleGradient:
         if wanted:
             self.total = self.before = torch.zeros_like(scale)
 
-    def add(self, block: Block) -> None:
+    def add(self, block: Operands) -> None:
         """Adds what an operator has added to ``grad_x`` for this block since the last call."""
         if self.wanted:
             product = row_products(self.x, self.grad_x, self.scale.dtype)
