@@ -15,6 +15,7 @@ from torch import Tensor
 from pysupcon.pairs.checks import check_choice, check_ids, check_number, describe
 from pysupcon.pairs.modes import is_eager
 from pysupcon.pairs.ops import stats_dtype
+from pysupcon.pairs.slicing import tile_slices
 
 __all__ = [
     "LEVELS",
@@ -34,7 +35,6 @@ MULTI_LABEL = ("per_label", "any", "jaccard")
 LEVELS = "levels"
 """The form of the hierarchical loss, which takes a sequence of labels"""
 _INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_CPU_TILE, _DEVICE_TILE = 512, 4096
 
 
 class LabelOptions(NamedTuple):
@@ -218,11 +218,6 @@ def shares_labels(a: Tensor, b: Tensor, threshold: Tensor) -> Tensor:
     return jaccard(a, b, threshold, threshold.dtype) > 0
 
 
-def _slices(labels: Tensor) -> list[slice]:
-    size = _CPU_TILE if labels.device.type == "cpu" else _DEVICE_TILE
-    return [slice(start, start + size) for start in range(0, labels.shape[0], size)]
-
-
 def overlap_totals(
     labels: Tensor, candidate_labels: Tensor | None, threshold: Tensor, weighted: bool
 ) -> Tensor:
@@ -240,8 +235,8 @@ def overlap_totals(
     others = labels if candidate_labels is None else candidate_labels
     totals = threshold.new_zeros(labels.shape[0])
     with torch.no_grad(), torch.autocast(labels.device.type, enabled=False):
-        for i in _slices(labels):
-            for j in _slices(others):
+        for i in (slice(*at) for at in tile_slices(labels)):
+            for j in (slice(*at) for at in tile_slices(others)):
                 if candidate_labels is None and j.start < i.start:
                     continue
                 if weighted:

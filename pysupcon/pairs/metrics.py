@@ -14,14 +14,13 @@ from pysupcon.pairs import ops
 from pysupcon.pairs.problem import Problem
 from pysupcon.pairs.statistics import Operands, Pairing, Plan
 from pysupcon.pairs.tiled import check_finite
+from pysupcon.pairs.slicing import Slice, slices
 from pysupcon.pairs.tiles import (  # fmt: skip
     Pairs,
-    Slice,
     Tile,
     and_not,
     negated,
     no_autocast,
-    slices,
     zero_unless,
 )
 

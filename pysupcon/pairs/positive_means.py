@@ -28,12 +28,12 @@ from pysupcon.pairs.custom_op import define, fake_gradients, refuse_second
 from pysupcon.pairs.many_labels import LEVELS, jaccard
 from pysupcon.pairs.modes import NO_FORWARD_MODE, ONCE_ONLY, is_batched, is_eager, is_transformed
 from pysupcon.pairs.ops import stats_dtype, zero_gradients
-from pysupcon.pairs.tiles import compute_dtype, no_autocast, readable, slices
+from pysupcon.pairs.slicing import slices, tile_slices
+from pysupcon.pairs.tiles import compute_dtype, no_autocast, readable
 
 __all__ = ["PositiveWeights", "dense_weights", "positive_means"]
 
 _CHUNK = 4096  # rows that are converted at a time
-_CPU_TILE, _DEVICE_TILE = 512, 4096
 
 
 class PositiveWeights(NamedTuple):
@@ -198,20 +198,19 @@ def _overlap_tiles(
     x: Tensor, candidates: Tensor | None, weights: PositiveWeights
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yields tiles of the overlaps of rows, 0 for the anchor itself."""
-    columns, others = x.shape[0], weights.labels
+    columns, others, dtype = x, weights.labels, compute_dtype(x)
     if candidates is not None:
         assert weights.candidate_labels is not None
-        columns, others = candidates.shape[0], weights.candidate_labels
-    size, dtype = _CPU_TILE if x.device.type == "cpu" else _DEVICE_TILE, compute_dtype(x)
+        columns, others = candidates, weights.candidate_labels
 
     def label_rows(labels: Tensor, rows: int, at: tuple[int, int]) -> Tensor:
         views = rows // max(labels.shape[0], 1)
         return labels.index_select(0, torch.arange(*at, device=labels.device) // views)
 
-    for i in slices(x.shape[0], size):
+    for i in tile_slices(x):
         own = label_rows(weights.labels, x.shape[0], i)
-        for j in slices(columns, size):
-            tile = jaccard(own, label_rows(others, columns, j), weights.threshold, dtype)
+        for j in tile_slices(columns):
+            tile = jaccard(own, label_rows(others, columns.shape[0], j), weights.threshold, dtype)
             if candidates is None and i == j:
                 tile.fill_diagonal_(0.0)
             elif weights.self_index is not None:

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pysupcon.pairs.ops import stats_dtype
+from pysupcon.pairs.slicing import Slice
 from pysupcon.pairs.tiles import (  # fmt: skip
     Pairs,
     PositiveMask,
     Side,
-    Slice,
     Tile,
     and_not,
     negated,

@@ -17,10 +17,8 @@ from torch import Tensor
 
 from pysupcon.pairs.many_labels import shares_labels
 from pysupcon.pairs.ops import stats_dtype
+from pysupcon.pairs.slicing import Slice, slices, tile_slices
 
-Slice = tuple[int, int]
-_CPU_TILE = 512  # 1 MiB of float32: a tile and its temporaries stay near the cores
-_DEVICE_TILE = 4096  # enough work per launch
 _NEVER = 1e30  # minus the logarithm of a weight 0, where infinity would give NaN
 
 
@@ -172,10 +170,6 @@ def _check_weights(prefix: str, rows: Tensor | None, log_weights: Tensor | None)
             )
 
 
-def slices(count: int, size: int) -> list[Slice]:
-    return [(start, min(start + size, count)) for start in range(0, count, size)]
-
-
 class Side:
     """Rows of one side in label order, in the compute dtype."""
 
@@ -191,7 +185,7 @@ class Side:
         self.instances = None if instances is None else instances.index_select(0, order)
         self.labels = labels.index_select(0, order)
         self.rows = rows.index_select(0, order).to(compute_dtype(rows))
-        self.tiles = slices(rows.shape[0], _CPU_TILE if rows.device.type == "cpu" else _DEVICE_TILE)
+        self.tiles = tile_slices(rows)
         self.bounds: list[tuple[int, int]] | None = None
         if readable(rows):
             self.bounds = [(int(self.labels[a]), int(self.labels[b - 1])) for a, b in self.tiles]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pysupcon import functional
-from pysupcon.pairs import tiles
+from pysupcon.pairs import slicing
 
 B, V, D = 7, 2, 5
 LABELS = torch.tensor([3, -1, 3, 0, 3, 7, 0])  # 7 and -1 have their own second view only
@@ -168,7 +168,7 @@ KINDS = [
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_values(kind: str, dtype: torch.dtype, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "_CPU_TILE", tile)
+    monkeypatch.setattr(slicing, "_CPU_TILE", tile)
     options = _options(kind)
     features = torch.randn(B, V, D, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
     features = features.to(dtype).requires_grad_()
@@ -229,7 +229,7 @@ def test_memory_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
                 self.numbers = max(self.numbers, value.numel() if isinstance(value, Tensor) else 0)
             return result
 
-    monkeypatch.setattr(tiles, "_CPU_TILE", 64)
+    monkeypatch.setattr(slicing, "_CPU_TILE", 64)
     with Largest() as largest:
         functional.contrastive_metrics(torch.ones(1024, 8), torch.arange(1024) % 300)
     assert largest.numbers <= 1025 * 8  # one more sum of rows than there can be classes

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import pysupcon
 from pysupcon import functional
-from pysupcon.pairs import tiles
+from pysupcon.pairs import slicing
 
 B, V, D = 7, 2, 5
 
@@ -95,7 +95,7 @@ def test_every_option_in_float64(name: str, kind: str, where: str, monkeypatch: 
     if not pysupcon.backends()[backend]["available"]:
         pytest.skip(pysupcon.backends()[backend]["detail"])
     if where == "small tiles":  # 14 rows in tiles of 3: every kind of tile, and a ragged last one
-        monkeypatch.setattr(tiles, "_CPU_TILE", 3)
+        monkeypatch.setattr(slicing, "_CPU_TILE", 3)
     features = torch.randn(B, V, D, dtype=torch.float64)
     got = _run(LOSSES[name], features, options, 0.3, backend=backend)
     want = _run(lambda x, **k: naive(name, x, **k), features, options, 0.3)
