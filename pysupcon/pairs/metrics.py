@@ -12,9 +12,9 @@ from torch import Tensor
 
 from pysupcon.pairs import ops
 from pysupcon.pairs.problem import Problem
+from pysupcon.pairs.slicing import Slice, slices
 from pysupcon.pairs.statistics import Operands, Pairing, Plan
 from pysupcon.pairs.tiled import check_finite
-from pysupcon.pairs.slicing import Slice, slices
 from pysupcon.pairs.tiles import (  # fmt: skip
     Pairs,
     Tile,
