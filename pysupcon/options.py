@@ -88,7 +88,7 @@ class _Rows(TypedDict, total=False):
     batch_negatives: bool
     """False: the rows of the batch (or the candidates) are positives only, and the negatives are rows of the
     memory and hard_negatives. InfoNCE with keys as candidates and a queue as memory is then MoCo (He et al.
-    2020); an anchor whose queue is still empty has the loss 0. Default True."""
+    2020); an anchor whose queue is still empty has the loss 0. cNCE has no negatives at all. Default True."""
 
 
 class _Computation(_Rows, total=False):
@@ -129,8 +129,8 @@ class _ManyLabels(TypedDict, total=False):
     labels that another row has (MulSupCon, Zhang and Wu 2024, arXiv 2402.01613); as fast as SupCon.
     "any": rows that share a label are positives; every loss; tiled backend. "jaccard" (SupCon only):
     positives are weighted by |Y_i and Y_j| / |Y_i or Y_j|, the overlap of their labels. A row without a label
-    is a negative of every row. ``gather``, ``memory``, ``ignore_index``, ``class_balance`` and
-    ``batch_negatives=False`` need labels [B]."""
+    is a negative of every row. Labels [B] need no ``multi_label``. ``gather``, ``memory``, ``ignore_index``,
+    ``class_balance`` and ``batch_negatives=False`` need labels [B]."""
     overlap_threshold: float
     """For "any" and "jaccard": rows whose overlap is not above this number are not positives. From 0
     (default) to less than 1."""

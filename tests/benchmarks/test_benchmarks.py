@@ -219,16 +219,19 @@ def test_peak_memory_of_fresh_processes() -> None:
 
 
 def test_a_row_needs_at_most_80_bytes_besides_its_gradient() -> None:
-    """Measured from 32k to 64k rows: order, n, p, the gradients of both and of the mean, the weights."""
-    problem = cases.Problem(n=65_536, dim=2, classes=1000)
-    half = problem.smaller(problem.n // 2)
+    """Measured from 32k to 96k rows: order, n, p, the gradients of both and of the mean, the weights.
+
+    A peak varies by some 200 KiB from run to run, which is 3 bytes a row here.
+    """
+    problem = cases.Problem(n=98_304, dim=2, classes=1000)
+    smaller = problem.smaller(problem.n // 3)
     ours = peers.PEERS["pysupcon"]
     found: dict[int, int] = {}
     for _ in range(3):  # a busy machine adds some pages to a peak: the smallest of up to three
-        for p in (problem, half):
+        for p in (problem, smaller):
             peak = measure.peak_memory("pysupcon", ours.build(p), p)
             found[p.n] = min(peak, found.get(p.n, peak))
-        a_row = (found[problem.n] - found[half.n]) / (problem.n - half.n) - 8
+        a_row = (found[problem.n] - found[smaller.n]) / (problem.n - smaller.n) - 8
         if a_row <= 80:
             break
     assert a_row <= 80
