@@ -31,6 +31,7 @@ def usage() -> str:
             *lines,
             "",
             f"{program()} COMMAND --help explains the arguments of a command.",
+            "--allow_code imports the Python code that the config of a run names (package.module:name).",
         ]
     )
 
@@ -55,6 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"pysupcon: COMMAND must be one of {', '.join(COMMANDS)}; {given}\n\n{usage()}", file=sys.stderr
         )
         return 2
+    if "--allow_code" in arguments:
+        arguments.remove("--allow_code")
+        from pysupcon.user_code import allow
+
+        allow()
     module = arguments[0].replace("-", "_")
     try:
         status: int = import_module(f"pysupcon.commands.{module}").main(arguments[1:])

@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
+from pysupcon import user_code
 from pysupcon.data.config import DataConfig
 from pysupcon.errors import ConfigError
 from pysupcon.evaluators import EvaluationConfig
@@ -73,6 +74,16 @@ class Config:
             section.resolve()
         if self.data.dataset == "image_table":
             self.loss.resolve_multi_label()
+
+    def code_references(self) -> dict[str, str]:
+        """Return the fields that name code of the user (see :mod:`pysupcon.user_code`), with their values."""
+        fields = {
+            "data.dataset": self.data.dataset,
+            "data.augmentation": self.data.augmentation,
+            "model.backbone": self.model.backbone,
+            **{f"evaluation.evaluators[{i}]": name for i, name in enumerate(self.evaluation.evaluators)},
+        }
+        return {name: value for name, value in fields.items() if user_code.is_reference(value)}
 
     def as_concatenated_part(self) -> dict[str, Any]:
         """Return the entry of ``model.concatenated`` that describes this run."""
@@ -315,7 +326,7 @@ def _merge(fields: dict[str, Any], overrides: dict[str, Any]) -> None:
 
 
 def load_config(path: str | Path) -> Config:
-    """Read the config of a run.
+    """Read the config of a run, and refuse references to the user's code unless they are allowed.
 
     The run may be older or newer than the evaluators. Unknown fields of its evaluation section are ignored
     with a warning; a section that is still not valid is replaced by the defaults with a warning. The run may
@@ -325,6 +336,18 @@ def load_config(path: str | Path) -> Config:
         ConfigError: the file is missing, is not YAML or not a valid config; the message names file and field.
     """
     path = Path(path)
+    config = _load_config(path)
+    references = config.code_references()
+    if references and not user_code.is_allowed():
+        named = ", ".join(f"{name}={value}" for name, value in references.items())
+        raise ConfigError(
+            f"{path} names Python code ({named}), which is imported only with --allow_code (in Python: "
+            "pysupcon.user_code.allow()). Pass it if you trust the run"
+        )
+    return config
+
+
+def _load_config(path: Path) -> Config:
     try:
         text = read_yaml(path)
         _check_strings(text)

@@ -12,6 +12,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from tqdm import tqdm
 
+from pysupcon import user_code
 from pysupcon.config import Config, to_yaml
 from pysupcon.data.datamodule import DataModule, load_data
 from pysupcon.errors import Interrupted, RunError, check
@@ -59,6 +60,7 @@ def train(config: Config, name: str = "run") -> Path:
         Interrupted: a signal arrived or the time budget is used up; a checkpoint has been written.
     """
     config.resolve()
+    user_code.allow()
     apply_environment(config)
     stop = StopRequests(config.trainer.time_budget)
     processes = join_processes(config.trainer.cpu)

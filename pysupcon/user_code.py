@@ -1,0 +1,59 @@
+"""Objects of the user's own code that a config names as ``package.module:name``.
+
+A config of a run may come from somebody else. Its references are imported only after :func:`allow`, which a
+training and ``pysupcon COMMAND --allow_code`` call.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from importlib import import_module
+from typing import Any
+
+from pysupcon.errors import ConfigError
+from pysupcon.reading import one_line
+
+_REFERENCE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+_state = {"allowed": False}
+
+
+def is_reference(value: object) -> bool:
+    """Return whether ``value`` has the form ``package.module:name``."""
+    return isinstance(value, str) and _REFERENCE.fullmatch(value) is not None
+
+
+def allow() -> None:
+    """Allow this process to import what the configs of runs name."""
+    _state["allowed"] = True
+
+
+def is_allowed() -> bool:
+    """Return whether :func:`allow` was called."""
+    return _state["allowed"]
+
+
+def import_object(reference: str, field: str) -> Any:
+    """Import an object of the user's code. The current folder is searched after the installed packages.
+
+    Args:
+        reference: ``package.module:name``; the name may have dots.
+        field: field of the config, for messages.
+
+    Raises:
+        ConfigError: there is no such module or name, or the module fails at its import; the message names
+            the field.
+    """
+    module_name, _, name = reference.partition(":")
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found = import_module(module_name)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except Exception as error:  # a module of the user may raise anything
+        raise ConfigError(
+            f"{field}={reference} cannot be imported: {type(error).__name__}: {one_line(error)}"
+        ) from error
+    return found
