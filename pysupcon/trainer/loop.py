@@ -177,10 +177,10 @@ class Trainer:
         Raises:
             RunError, Interrupted: see :func:`train`.
         """
+        start_trackers(self.accelerator, self.config)
         logs: list[StepLog] = []
         call_on_main_process(self.accelerator, lambda: logs.append(self._open_log()))
         log = logs[0] if logs else None
-        start_trackers(self.accelerator, self.config)
         self.accelerator.wait_for_everyone()
         try:
             self._loop(log, stop)
