@@ -61,6 +61,7 @@ class Config:
             self._check_views()
             self._check_momentum()
             self._check_loss_terms()
+            self._check_backbone_scale()
             self._check_groups()
             self._check_unlabelled()
             self._check_multi_label()
@@ -81,6 +82,10 @@ class Config:
             "data.dataset": self.data.dataset,
             "data.augmentation": self.data.augmentation,
             "model.backbone": self.model.backbone,
+            **{
+                f"model.concatenated[{i}].model.backbone": part.backbone
+                for i, part in enumerate(self.model.part_configs())
+            },
             **{f"evaluation.evaluators[{i}]": name for i, name in enumerate(self.evaluation.evaluators)},
         }
         return {name: value for name, value in fields.items() if user_code.is_reference(value)}
@@ -165,6 +170,18 @@ class Config:
                     f"model.{name} has no effect with loss.name=none, which has no contrastive term: leave "
                     "it out"
                 )
+
+    def _check_backbone_scale(self) -> None:
+        scale, model = self.optimizer.backbone_scale, self.model
+        if scale == 1:
+            return
+        if model.frozen_layers == "backbone":
+            raise ConfigError("optimizer.backbone_scale has no effect with model.frozen_layers=backbone")
+        if model.projection == "none" and not model.classifier and model.decoder == "none":
+            raise ConfigError(
+                f"optimizer.backbone_scale={scale} is relative to the heads, but there is none: pass "
+                "--model.projection or set optimizer.learning_rate"
+            )
 
     def _check_groups(self) -> None:
         data, best_by = self.data, self.trainer.best_by

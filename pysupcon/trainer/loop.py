@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from pysupcon.config import Config, to_yaml
 from pysupcon.data.datamodule import DataModule, load_data
 from pysupcon.errors import Interrupted, RunError, check
 from pysupcon.memory import MemoryQueue
+from pysupcon.models.backbones import notes_of
+from pysupcon.models.model import memory_format
 from pysupcon.models.momentum import MomentumEncoder
 from pysupcon.profiling.recorder import StepRecorder
 from pysupcon.trainer import checkpoint
@@ -27,7 +30,7 @@ from pysupcon.trainer.group_dro import build_group_dro
 from pysupcon.trainer.log import StepLog, peak_memory
 from pysupcon.trainer.objective import Objective
 from pysupcon.trainer.optim import build_optimizer, build_scheduler
-from pysupcon.trainer.progress import report_if_slow
+from pysupcon.trainer.progress import print_line, report_if_slow
 from pysupcon.trainer.run import CONFIG_FILE, LOG_FILE, WEIGHTS_FILE, build_model
 from pysupcon.trainer.setup import (
     build_accelerator,
@@ -108,7 +111,16 @@ class Trainer:
 
         set_seed(config.seed)
         with report_if_slow(f"building {config.model.backbone}", enabled=main):
-            network = build_model(config, data).to(self.device).to(memory_format=torch.channels_last)
+            # A resumed training takes all weights from its checkpoint.
+            of_start = config.model if saved is None else config.model.without_initial_weights()
+            network = build_model(replace(config, model=of_start), data).to(self.device)
+            network = network.to(memory_format=memory_format(config.model))
+        for line in notes_of(network) if main else ():
+            print_line(line)
+        check(
+            any(parameter.requires_grad for parameter in network.parameters()),
+            "model", "have a parameter that is trained", f"{config.model.backbone} without heads",
+        )  # fmt: skip
         if config.trainer.sync_batch_norm:
             network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
         self.network: torch.nn.Module = network
