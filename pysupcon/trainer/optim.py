@@ -46,7 +46,7 @@ def build_optimizer(
 
 def _scale_backbone(optimizer: Optimizer, model: nn.Module, scale: float) -> None:
     """Give the parameters of the backbone groups of their own, after those of the heads."""
-    backbone = set(model.backbone.parameters())  # type: ignore[union-attr,operator]
+    backbone = set(model.backbone.parameters())  # type: ignore[union-attr]
     groups = []
     for ours, factor in ((False, 1.0), (True, scale)):
         for group in optimizer.param_groups:

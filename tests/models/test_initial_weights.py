@@ -121,8 +121,8 @@ def frozen(model: ContrastiveModel) -> list[str]:
 def test_the_first_stages_are_frozen() -> None:
     names = frozen(build(3, 32, backbone="resnet10t", width=None, frozen_layers=2))
     assert {name.partition(".")[0] for name in names} == {"conv1", "bn1", "layer1"}
-    assert {name.split(".")[1] for name in frozen(build(frozen_layers=2))} == {"0", "1"}
-    with pytest.raises(ConfigError, match="frozen_layers must be at most 4, the stages of the back.*, got 9"):
+    assert {name.split(".")[1] for name in frozen(build(frozen_layers=2))} == {"0", "2"}  # 1: pooling
+    with pytest.raises(ConfigError, match="must be at most 5, the stages of the backbone, got 9"):
         build(frozen_layers=9)
 
 

@@ -89,7 +89,8 @@ def test_unused_parameters_are_frozen_and_named() -> None:
     frozen = [name for name, value in model.named_parameters() if not value.requires_grad]
     assert frozen == ["backbone.extra.weight", "backbone.extra.bias"]
     assert notes_of(model) == ["model.backbone: 2 parameters do not affect the embedding: extra.weight"]
-    assert model.training and model.backbone.norm.num_batches_tracked == 0
+    assert model.training
+    assert model.backbone.norm.num_batches_tracked == 0
 
 
 @pytest.mark.parametrize(
