@@ -30,7 +30,7 @@ from benchmarks import machine, table
 from pysupcon import functional
 
 SIZES = (256, 512, 1024, 2048, 4096, 8192)
-BUSY = (0, 1, 8)
+BUSY = (0, 1, 2, 8)
 DIM, CLASSES = 128, 100
 SPIN = "while True: pass"
 
