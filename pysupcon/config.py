@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,7 +21,7 @@ from pysupcon.data.config import DataConfig
 from pysupcon.errors import ConfigError
 from pysupcon.evaluators import EvaluationConfig
 from pysupcon.models.config import ModelConfig
-from pysupcon.reading import check_yaml, one_line, parse_yaml, read_yaml
+from pysupcon.reading import check_yaml, join_lists, list_options, one_line, parse_yaml, read_yaml
 from pysupcon.trainer.config import GROUP_ACCURACIES, NEEDS_VIEWS, LossConfig, OptimizerConfig, TrainerConfig
 
 
@@ -275,7 +276,8 @@ def parse_args(args: Sequence[str] | None = None) -> tuple[Config, str]:
             other.
     """
     parser = _parser()
-    config, parsed = _instantiate(parser, lambda: parser.parse_args(args))
+    words = join_lists(sys.argv[1:] if args is None else args, list_options(Config))
+    config, parsed = _instantiate(parser, lambda: parser.parse_args(words))
     if config.model.concatenated:
         raise ConfigError("model.concatenated describes backbones that are frozen: they cannot be trained")
     files = parsed.get("config") or []

@@ -17,6 +17,7 @@ from pysupcon import user_code
 from pysupcon.config import Config, to_yaml
 from pysupcon.data.datamodule import DataModule, load_data
 from pysupcon.errors import Interrupted, RunError, check
+from pysupcon.evaluators import build_evaluators
 from pysupcon.memory import MemoryQueue
 from pysupcon.models.backbones import notes_of
 from pysupcon.models.model import memory_format
@@ -64,6 +65,8 @@ def train(config: Config, name: str = "run") -> Path:
     """
     config.resolve()
     user_code.allow()
+    if config.evaluate:
+        build_evaluators(config.evaluation)  # a wrong reference is reported before the training
     apply_environment(config)
     stop = StopRequests(config.trainer.time_budget)
     processes = join_processes(config.trainer.cpu)
@@ -119,7 +122,7 @@ class Trainer:
             print_line(line)
         check(
             any(parameter.requires_grad for parameter in network.parameters()),
-            "model", "have a parameter that is trained", f"{config.model.backbone} without heads",
+            "model", "have a parameter that is trained", config.model.backbone,
         )  # fmt: skip
         if config.trainer.sync_batch_norm:
             network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
