@@ -67,7 +67,7 @@ class Config:
             self._check_unlabelled()
             self._check_multi_label()
             self._check_best_by()
-        if self.optimizer.warmup_epochs > self.trainer.epochs:
+        if self.trainer.max_steps is None and self.optimizer.warmup_epochs > self.trainer.epochs:
             raise ConfigError(
                 f"optimizer.warmup_epochs must be at most trainer.epochs={self.trainer.epochs}, "
                 f"got {self.optimizer.warmup_epochs}"

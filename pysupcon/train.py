@@ -1,7 +1,8 @@
 """Train: ``accelerate launch pysupcon/train.py --config configs/FILE.yaml [--FIELD VALUE ...]``.
 
 ``torchrun`` and plain ``python pysupcon/train.py`` work too. ``--help`` explains every field. Exit status: 0
-the run is finished; 1 the run failed; 2 the config is not valid; 75 the run was stopped and can be resumed.
+the run is finished; 1 the run failed; 2 the config is not valid; 75 the run was stopped and can be resumed;
+130 Ctrl-C before the first step or during the evaluation.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from pathlib import Path
 
 EX_TEMPFAIL = 75
 """Exit status of an interrupted run, from sysexits.h."""
+EX_INTERRUPTED = 130
+"""Exit status after Ctrl-C, as in a shell."""
 
 if __name__ == "__main__":
     # Python puts the folder of a script first on sys.path. Modules in it would shadow others of the same
@@ -28,6 +31,15 @@ def main(args: Sequence[str] | None = None) -> int:
     Args:
         args: the command line; None means ``sys.argv[1:]``.
     """
+    try:
+        return _train_and_evaluate(args)
+    except KeyboardInterrupt:  # during the training pysupcon.trainer.stop handles it
+        if _is_main():
+            print("train.py: stopped by Ctrl-C (SIGINT) before the first step", file=sys.stderr)
+        return EX_INTERRUPTED
+
+
+def _train_and_evaluate(args: Sequence[str] | None) -> int:
     from pysupcon.config import parse_args
     from pysupcon.errors import ConfigError, Interrupted, RunError
 
@@ -61,6 +73,13 @@ def main(args: Sequence[str] | None = None) -> int:
                 file=sys.stderr,
             )
             return 1
+        except KeyboardInterrupt:
+            print(
+                f"train.py: the training is done ({run_dir}), its evaluation was stopped by Ctrl-C (SIGINT); "
+                f"python -m pysupcon evaluate {run_dir} repeats it",
+                file=sys.stderr,
+            )
+            return EX_INTERRUPTED
         print(report.table())
         print(f"\nrun: {run_dir}")
     return 0

@@ -149,7 +149,7 @@ def minimise_all(config: CircleConfig) -> list[Circle]:
     if config.progress:
         from tqdm import tqdm
 
-        steps = tqdm(grid, desc="circle", leave=False, delay=2)
+        steps = tqdm(grid, desc="circle", leave=False, delay=2, disable=None)
     return [minimise(config, alpha, temperature) for alpha, temperature in steps]
 
 

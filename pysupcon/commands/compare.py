@@ -201,7 +201,7 @@ def _bar(names: list[str], progress: bool) -> Any:
         return names
     from tqdm import tqdm
 
-    return tqdm(names, desc="compare", leave=False, delay=2)
+    return tqdm(names, desc="compare", leave=False, delay=2, disable=None)
 
 
 def _show(value: float, unit: str, *, sign: bool = False) -> str:

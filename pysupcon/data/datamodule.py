@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import groupby
@@ -283,7 +284,7 @@ class DataModule:
             collate_fn=_identity_collate,
             num_workers=workers,
             pin_memory=pin_memory,
-            worker_init_fn=_limit_threads if workers else None,
+            worker_init_fn=_prepare_worker if workers else None,
             # Without a generator, DataLoader would draw worker seeds from the global random state.
             generator=torch.Generator(),
         )
@@ -309,8 +310,9 @@ def _identity_collate(batch: Any) -> Any:
     return batch
 
 
-def _limit_threads(_: int) -> None:
+def _prepare_worker(_: int) -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the main process ends the workers
 
 
 def load_data(config: DataConfig) -> DataModule:

@@ -48,7 +48,7 @@ def extract_features(
     if progress:
         from tqdm import tqdm
 
-        batches = tqdm(batches, desc=description, unit="batch", leave=False, delay=2)
+        batches = tqdm(batches, desc=description, unit="batch", leave=False, delay=2, disable=None)
     features, coarse, fine = [], [], []
     with torch.inference_mode():
         for images, coarse_labels, fine_labels in batches:

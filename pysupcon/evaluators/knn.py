@@ -50,7 +50,7 @@ def similarity_chunks(
     if progress:
         from tqdm import tqdm
 
-        starts = tqdm(starts, desc=description, unit="block", leave=False, delay=2)
+        starts = tqdm(starts, desc=description, unit="block", leave=False, delay=2, disable=None)
     for start in starts:
         part = slice(start, min(start + rows, len(queries)))
         yield part, F.normalize(queries[part].to(dtype), dim=1) @ bank.T

@@ -216,7 +216,7 @@ def progress_bar(
     if progress:
         from tqdm import tqdm
 
-        yield from tqdm(items, desc=description, leave=False, delay=2)
+        yield from tqdm(items, desc=description, leave=False, delay=2, disable=None)
     else:
         yield from items
 

@@ -240,8 +240,19 @@ class OptimizerConfig:
     warmup_start: float = 0.0
     """Learning rate of the first warm-up step, as a fraction of learning_rate."""
 
+    schedule: Literal["cosine", "constant", "step", "linear"] = "cosine"
+    """Learning rate after the warm-up: cosine or linear decay to final at the end of the training; constant;
+    or step: multiplied by gamma at each of milestones."""
+
     final: float = 0.0
-    """Learning rate at the end of the cosine decay, as a fraction of learning_rate."""
+    """cosine and linear only: learning rate at the end of the training, as a fraction of learning_rate."""
+
+    milestones: list[float] = field(default_factory=list)
+    """step only: epochs, counted from the start of the training, after which the learning rate is multiplied
+    by gamma, as in torch.optim.lr_scheduler.MultiStepLR."""
+
+    gamma: float | None = None
+    """step only: factor of the learning rate at each milestone; None means 0.1."""
 
     def check(self) -> None:
         """Check the values.
@@ -259,9 +270,28 @@ class OptimizerConfig:
         check(self.warmup_epochs >= 0, "optimizer.warmup_epochs", "be at least 0", self.warmup_epochs)
         check(0 <= self.warmup_start <= 1, "optimizer.warmup_start", "lie in [0, 1]", self.warmup_start)
         check(0 <= self.final <= 1, "optimizer.final", "lie in [0, 1]", self.final)
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        without = f"optimizer.schedule={self.schedule}"
+        if self.schedule in ("constant", "step"):
+            check(self.final == 0, "optimizer.final", f"be left out for {without}", self.final)
+        if self.schedule != "step":
+            check(not self.milestones, "optimizer.milestones", f"be left out for {without}", self.milestones)
+            check(self.gamma is None, "optimizer.gamma", f"be left out for {without}", self.gamma)
+            return
+        increasing = all(a < b for a, b in zip([0.0, *self.milestones], self.milestones, strict=False))
+        contract = f"hold increasing epochs greater than 0 for {without}"
+        check(bool(self.milestones) and increasing, "optimizer.milestones", contract, self.milestones)
+        contract = f"start after the warm-up of {self.warmup_epochs:g} epochs"
+        check(self.milestones[0] >= self.warmup_epochs, "optimizer.milestones", contract, self.milestones)
+        if self.gamma is not None:
+            check(self.gamma > 0, "optimizer.gamma", "be greater than 0", self.gamma)
 
     def resolve(self) -> None:
-        """Replace None by the defaults of the optimizer."""
+        """Replace None by the defaults of the optimizer and of the schedule."""
+        if self.schedule == "step" and self.gamma is None:
+            self.gamma = 0.1
         if self.name != "adamw" and self.momentum is None:
             self.momentum = 0.9
 
@@ -272,6 +302,10 @@ class TrainerConfig:
 
     epochs: int = 10
     """Passes over the training split."""
+
+    max_steps: int | None = None
+    """Optimizer steps of the training; overrides epochs. The learning rate schedule has this length. The last
+    epoch may be incomplete."""
 
     chunk_size: int | None = None
     """Samples, with all their views, per forward pass of a process (GradCache). Memory then depends on
@@ -333,6 +367,10 @@ class TrainerConfig:
     worst_known_group those of data.groups. Each checkpoint is validated, with the averaged weights if
     final_weights is ema. None disables validation."""
 
+    early_stopping: int | None = None
+    """End the training after this number of successive validations without a new best value of best_by.
+    final_weights=best then selects the best checkpoint. None: no early stopping."""
+
     time_budget: float | None = None
     """Minutes after which the training writes a checkpoint and stops; it can be resumed. None: no limit.
     SIGTERM and SIGUSR1 stop it in the same way."""
@@ -350,6 +388,7 @@ class TrainerConfig:
             check(self.threads >= 1, "trainer.threads", "be at least 1", self.threads)
         for name in (
             "chunk_size", "accumulation_steps", "metrics_steps", "checkpoint_epochs", "checkpoint_steps",
+            "max_steps", "early_stopping",
         ):  # fmt: skip
             value = getattr(self, name)
             check(value is None or value >= 1, f"trainer.{name}", "be at least 1", value)
@@ -361,6 +400,8 @@ class TrainerConfig:
             check(self.ema_decay is not None, "trainer.ema_decay", "be given for final_weights=ema", None)
         if self.final_weights == "best":
             check(self.best_by is not None, "trainer.best_by", "be given for final_weights=best", None)
+        if self.early_stopping is not None:
+            check(self.best_by is not None, "trainer.best_by", "be given for trainer.early_stopping", None)
         if self.time_budget is not None:
             check(self.time_budget > 0, "trainer.time_budget", "be greater than 0", self.time_budget)
         check(self.keep_checkpoints >= 1, "trainer.keep_checkpoints", "be at least 1", self.keep_checkpoints)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from accelerate import PartialState
@@ -12,7 +12,8 @@ from accelerate import PartialState
 from pysupcon.config import Config
 from pysupcon.errors import ConfigError, RunError
 from pysupcon.trainer.checkpoint import FOLDER
-from pysupcon.trainer.lock import FolderInUse, FolderLock
+from pysupcon.trainer.files import remove
+from pysupcon.trainer.lock import LOCK_FILE, FolderInUse, FolderLock
 from pysupcon.trainer.run import CONFIG_FILE, LOG_FILE, WEIGHTS_FILE
 from pysupcon.trainer.setup import call_on_main_process
 
@@ -27,7 +28,8 @@ def locked_run_dir(config: Config, name: str, state: PartialState) -> Iterator[P
     """Context manager that selects the folder of the run and locks it. Every process calls this.
 
     The main process creates and locks the folder, and the other processes receive its name. The end of the
-    block releases the lock, and removes the folder if it is new and still empty.
+    block releases the lock, and removes the folder if it is new and still empty. If the block raises before
+    the first step of a new run, its files are removed too, so that the folder does not count as a run.
 
     Args:
         config: resolved config.
@@ -55,10 +57,37 @@ def locked_run_dir(config: Config, name: str, state: PartialState) -> Iterator[P
         return str(locks[0].folder)
 
     try:
-        yield Path(call_on_main_process(state, lock))
+        run_dir = Path(call_on_main_process(state, lock))
+        used = _holds_run(run_dir)
+        try:
+            yield run_dir
+        except BaseException:
+            if locks and not used and not _has_steps(run_dir):
+                _remove_failed_start(run_dir, everything=locks[0].created)
+            raise
     finally:
         for held in locks:
             held.release()
+
+
+def _has_steps(run_dir: Path) -> bool:
+    log = run_dir / LOG_FILE
+    return (run_dir / FOLDER).exists() or (log.exists() and log.stat().st_size > 0)
+
+
+def _remove_failed_start(run_dir: Path, *, everything: bool) -> None:
+    """Remove the files of a training that has not finished a step.
+
+    Args:
+        run_dir: folder of the run, which held no run before.
+        everything: the folder is new; remove what other code, e.g. a tracker, has written into it too. The
+            lock file stays.
+    """
+    own = (CONFIG_FILE, LOG_FILE)
+    with suppress(OSError):
+        for path in list(run_dir.iterdir()):
+            if path.name != LOCK_FILE and (everything or path.name in own):
+                remove(path)
 
 
 def lock_run_dir(config: Config, name: str) -> FolderLock:

@@ -24,6 +24,7 @@ from pysupcon.models.model import memory_format
 from pysupcon.models.momentum import MomentumEncoder
 from pysupcon.profiling.recorder import StepRecorder
 from pysupcon.trainer import checkpoint
+from pysupcon.trainer.early_stopping import EarlyStopping
 from pysupcon.trainer.environment import apply_environment
 from pysupcon.trainer.files import replace_file
 from pysupcon.trainer.folders import is_restart, locked_run_dir
@@ -107,7 +108,8 @@ class Trainer:
         ranks["accumulation_steps"] = self.batches_per_step = config.trainer.accumulation_steps
         batches_per_epoch = data.batch_sampler(seed=config.seed, steps=0, **ranks).steps_per_epoch
         self.steps_per_epoch = batches_per_epoch // self.batches_per_step
-        self.steps = config.trainer.epochs * self.steps_per_epoch
+        self.steps = config.trainer.max_steps or config.trainer.epochs * self.steps_per_epoch
+        self._check_warmup()
         steps = config.trainer.profile_steps
         check(max(steps, default=0) <= self.steps, "trainer.profile_steps", f"end by {self.steps}", steps)
         saved = find_resume_checkpoint(self.accelerator, config, run_dir)
@@ -154,6 +156,9 @@ class Trainer:
             self.accelerator, config, run_dir, self.steps_per_epoch, self.network, self.objective, optimizer,
             self.scheduler, self.ema, key_encoder,
         )  # fmt: skip
+        if config.trainer.early_stopping is not None:
+            assert config.trainer.best_by is not None  # checked by the config
+            self.state.early_stopping = EarlyStopping(config.trainer.best_by, config.trainer.early_stopping)
         self.validate: Validation | None = None
         if config.trainer.best_by is not None:
             self.validate = Validation(self.accelerator, config, data, self.objective)
@@ -168,6 +173,16 @@ class Trainer:
         )
         self.loader = data.loader(batches, pin_memory=self.device.type == "cuda")
 
+    def _check_warmup(self) -> None:
+        """Check the schedule against the length of the training in steps."""
+        optimizer, per_epoch = self.config.optimizer, self.steps_per_epoch
+        end = f"{self.steps / per_epoch:g}, the end of the training in epochs"
+        warmup = optimizer.warmup_epochs
+        check(round(warmup * per_epoch) <= self.steps, "optimizer.warmup_epochs", f"be at most {end}", warmup)
+        last = max(optimizer.milestones, default=0.0)
+        before = round(last * per_epoch) < self.steps
+        check(before, "optimizer.milestones", f"be less than {end}", optimizer.milestones)
+
     def fit(self, stop: StopRequests) -> Path:
         """Train to the end, or until ``stop`` requests it.
 
@@ -177,10 +192,10 @@ class Trainer:
         Raises:
             RunError, Interrupted: see :func:`train`.
         """
+        start_trackers(self.accelerator, self.config)
         logs: list[StepLog] = []
         call_on_main_process(self.accelerator, lambda: logs.append(self._open_log()))
         log = logs[0] if logs else None
-        start_trackers(self.accelerator, self.config)
         self.accelerator.wait_for_everyone()
         try:
             self._loop(log, stop)
@@ -220,7 +235,7 @@ class Trainer:
                 log.sync()
 
         with bar:
-            while state.done < self.steps:
+            while state.done < self.steps and not self._stops_early():
                 learning_rate = self.scheduler.get_last_lr()[0]
                 temperature = (
                     {"temperature": self.objective.temperature}
@@ -255,12 +270,26 @@ class Trainer:
                     self.accelerator.log({key: line[key] for key in line if key != "step"}, step=state.done)
                 bar.update()
                 bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:,.0f} images/s", refresh=False)
+                if due and not stopping:
+                    self._update_early_stopping(metrics)
                 if due or stopping:
                     call_on_main_process(self.accelerator, sync_log)
                     path = state.save(metrics)
                     if stopping:
                         self._interrupt(stop, path)
                 start = time.perf_counter()
+        if log is not None and state.early_stopping is not None and state.done < self.steps:
+            print_line(f"stopped early after step {state.done}: {state.early_stopping.describe()}")
+
+    def _update_early_stopping(self, metrics: dict[str, float]) -> None:
+        """Record a validation; the other processes take over the state of the main process."""
+        stopping = self.state.early_stopping
+        if stopping is not None:
+            stopping.update(metrics.get(stopping.metric), self.state.done)
+            stopping.load_state_dict(call_on_main_process(self.accelerator, stopping.state_dict))
+
+    def _stops_early(self) -> bool:
+        return self.state.early_stopping is not None and self.state.early_stopping.finished
 
     def _validation(self) -> dict[str, float]:
         if self.validate is None:

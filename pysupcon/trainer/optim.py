@@ -57,17 +57,24 @@ def _scale_backbone(optimizer: Optimizer, model: nn.Module, scale: float) -> Non
 
 
 def learning_rate_factor(step: int, *, config: OptimizerConfig, steps: int, steps_per_epoch: int) -> float:
-    """Return the learning rate of a step relative to its maximum: linear warm-up, then cosine decay.
+    """Return the learning rate of a step relative to its maximum: linear warm-up, then the schedule.
 
     Args:
         step: number of the step, from 0.
-        config: length of the warm-up, and its first and the final value.
+        config: the warm-up and the schedule, resolved.
         steps, steps_per_epoch: length of the training and of an epoch in steps.
     """
     warmup = round(config.warmup_epochs * steps_per_epoch)
     if step < warmup:
         return config.warmup_start + (1 - config.warmup_start) * step / warmup
+    if config.schedule == "constant":
+        return 1.0
+    if config.schedule == "step":
+        passed = sum(step >= round(epochs * steps_per_epoch) for epochs in config.milestones)
+        return float((0.1 if config.gamma is None else config.gamma) ** passed)
     progress = min((step - warmup) / max(steps - warmup, 1), 1.0)
+    if config.schedule == "linear":
+        return 1 + (config.final - 1) * progress
     return config.final + (1 - config.final) * (1 + math.cos(math.pi * progress)) / 2
 
 

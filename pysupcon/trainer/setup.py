@@ -11,10 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
-from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather_object
 
 from pysupcon.config import Config
 from pysupcon.errors import ConfigError, RunError
+from pysupcon.reading import one_line
 from pysupcon.trainer.environment import check_processes
 
 
@@ -106,22 +107,31 @@ def build_accelerator(config: Config, run_dir: Path) -> Accelerator:
 
 
 def start_trackers(accelerator: Accelerator, config: Config) -> None:
-    """Start the trackers and pass them the config as the run's parameters.
+    """Start the trackers and pass them the config as the run's parameters. Every process calls this.
 
     Raises:
-        ConfigError: a tracker is not installed.
+        ConfigError: a tracker is not installed or does not start; raised on every process.
     """
     if not config.trainer.trackers:
         return
+    available = {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
+    missing = [name for name in config.trainer.trackers if name not in available]
+    if missing:
+        raise ConfigError(
+            f"trainer.trackers: {', '.join(missing)} is not installed: install it with pip or leave it out"
+        )
     flat: dict[str, Any] = {}
     for part, value in asdict(config).items():
         fields = value if isinstance(value, dict) else {"": value}
         flat |= {f"{part}.{key}".rstrip("."): _plain(field) for key, field in fields.items()}
-    accelerator.init_trackers("pysupcon", config=flat)
-    started = {tracker.name for tracker in accelerator.trackers}
-    missing = [name for name in config.trainer.trackers if name not in started]
-    if missing and accelerator.is_main_process:
-        raise ConfigError(f"trainer.trackers: {', '.join(missing)} is not installed")
+    failure: str | None = None
+    try:
+        accelerator.init_trackers("pysupcon", config=flat)
+    except Exception as error:  # a tracker can raise anything, e.g. if its server does not answer
+        failure = f"trainer.trackers: {', '.join(config.trainer.trackers)} does not start: {one_line(error)}"
+    failures = [text for text in gather_object([failure]) if text is not None]
+    if failures:
+        raise ConfigError(failures[0])
 
 
 def set_threads(config: Config, state: PartialState) -> None:

@@ -17,6 +17,7 @@ from pysupcon.errors import RunError
 from pysupcon.reading import one_line
 from pysupcon.trainer import checkpoint
 from pysupcon.trainer.checkpoint import Checkpoint
+from pysupcon.trainer.early_stopping import EarlyStopping
 from pysupcon.trainer.environment import dynamo_backend
 from pysupcon.trainer.folders import is_restart
 from pysupcon.trainer.objective import Objective
@@ -65,6 +66,7 @@ class TrainingState:
         optimizer, scheduler: prepared by Accelerate.
         ema: timm's ``ModelEmaV3``, or None.
         key_encoder: with ``model.momentum``, or None.
+        early_stopping: with ``trainer.early_stopping``, or None.
         done: number of finished steps.
     """
 
@@ -78,6 +80,7 @@ class TrainingState:
     scheduler: Any
     ema: Any = None
     key_encoder: nn.Module | None = None
+    early_stopping: EarlyStopping | None = None
     done: int = 0
 
     def save(self, metrics: dict[str, float]) -> Path:
@@ -147,6 +150,8 @@ class TrainingState:
             self.objective.load_state_dict(training["objective"])
             if self.key_encoder is not None:
                 self.key_encoder.load_state_dict(training["key_encoder"])
+            if self.early_stopping is not None and "early_stopping" in training:
+                self.early_stopping.load_state_dict(training["early_stopping"])
             queue, queues = self.objective.queue, training.get("queues", [])
             own = accelerator.process_index - 1
             if queue is not None and self.config.loss.gather is False and 0 <= own < len(queues):
@@ -170,9 +175,10 @@ class TrainingState:
         self.done = saved.step
 
     def _training(self) -> dict[str, Any]:
-        scaler, keys = self.accelerator.scaler, self.key_encoder
+        scaler, keys, stopping = self.accelerator.scaler, self.key_encoder, self.early_stopping
         return {
             **({} if keys is None else {"key_encoder": keys.state_dict()}),
+            **({} if stopping is None else {"early_stopping": stopping.state_dict()}),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "objective": self.objective.state_dict(),

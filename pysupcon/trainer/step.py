@@ -75,7 +75,7 @@ class TrainingStep:
             print_line(
                 f"trainer.accumulation_steps {batches}: a step takes the mean gradient of {batches} batches "
                 f"of {config.data.batch_size} samples; each batch is contrasted separately. For a larger "
-                "contrastive batch raise data.batch_size, and set trainer.chunk_size if memory is short"
+                "contrastive batch raise data.batch_size; trainer.chunk_size (GradCache) limits its memory"
             )
         self.parameters = [*network.parameters(), *objective.parameters()]
         self.skipped = 0

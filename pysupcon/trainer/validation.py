@@ -65,7 +65,9 @@ class Validation:
         training = model.training
         model.eval()
         main = self.accelerator.is_main_process
-        bar = tqdm(self.loader, desc="validate", unit="batch", leave=False, delay=2, disable=not main)
+        bar = tqdm(
+            self.loader, desc="validate", unit="batch", leave=False, delay=2, disable=None if main else True
+        )
         totals: dict[str, Tensor] = {}
         accuracies: dict[str, float] = {}
         try:

@@ -153,6 +153,7 @@ def run_training(request: dict[str, Any], rank: int, port: int) -> int:
     with open(request["stderr"], "a") as stderr:
         os.dup2(stderr.fileno(), 2)
     os.dup2(2, 1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores SIGINT
     os.environ.update(request["environment"])
     Path(request["stderr"]).with_name(f"pid_{rank}").write_text(str(os.getpid()))
     if request["processes"] > 1:
