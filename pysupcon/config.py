@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,7 +21,7 @@ from pysupcon.data.config import DataConfig
 from pysupcon.errors import ConfigError
 from pysupcon.evaluators import EvaluationConfig
 from pysupcon.models.config import ModelConfig
-from pysupcon.reading import check_yaml, one_line, parse_yaml, read_yaml
+from pysupcon.reading import check_yaml, join_lists, list_options, one_line, parse_yaml, read_yaml
 from pysupcon.trainer.config import GROUP_ACCURACIES, NEEDS_VIEWS, LossConfig, OptimizerConfig, TrainerConfig
 
 
@@ -61,6 +62,7 @@ class Config:
             self._check_views()
             self._check_momentum()
             self._check_loss_terms()
+            self._check_backbone_scale()
             self._check_groups()
             self._check_unlabelled()
             self._check_multi_label()
@@ -81,6 +83,10 @@ class Config:
             "data.dataset": self.data.dataset,
             "data.augmentation": self.data.augmentation,
             "model.backbone": self.model.backbone,
+            **{
+                f"model.concatenated[{i}].model.backbone": part.backbone
+                for i, part in enumerate(self.model.part_configs())
+            },
             **{f"evaluation.evaluators[{i}]": name for i, name in enumerate(self.evaluation.evaluators)},
         }
         return {name: value for name, value in fields.items() if user_code.is_reference(value)}
@@ -165,6 +171,18 @@ class Config:
                     f"model.{name} has no effect with loss.name=none, which has no contrastive term: leave "
                     "it out"
                 )
+
+    def _check_backbone_scale(self) -> None:
+        scale, model = self.optimizer.backbone_scale, self.model
+        if scale == 1:
+            return
+        if model.frozen_layers == "backbone":
+            raise ConfigError("optimizer.backbone_scale has no effect with model.frozen_layers=backbone")
+        if model.projection == "none" and not model.classifier and model.decoder == "none":
+            raise ConfigError(
+                f"optimizer.backbone_scale={scale} is relative to the heads, but there is none: pass "
+                "--model.projection or set optimizer.learning_rate"
+            )
 
     def _check_groups(self) -> None:
         data, best_by = self.data, self.trainer.best_by
@@ -258,7 +276,8 @@ def parse_args(args: Sequence[str] | None = None) -> tuple[Config, str]:
             other.
     """
     parser = _parser()
-    config, parsed = _instantiate(parser, lambda: parser.parse_args(args))
+    words = join_lists(sys.argv[1:] if args is None else args, list_options(Config))
+    config, parsed = _instantiate(parser, lambda: parser.parse_args(words))
     if config.model.concatenated:
         raise ConfigError("model.concatenated describes backbones that are frozen: they cannot be trained")
     files = parsed.get("config") or []

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 MAX_YAML_BYTES = 4 * 2**20
 MAX_YAML_VALUES = 200_000
@@ -191,3 +192,40 @@ def _read_text(path: str | Path, limit: int) -> str:
         return read_bytes(path, limit).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(one_line(error)) from error
+
+
+def join_lists(arguments: Sequence[str], options: Collection[str]) -> list[str]:
+    """Accept ``--OPTION a,b`` for list options of jsonargparse, which takes ``--OPTION [a, b]``.
+
+    Args:
+        arguments: a command line.
+        options: names of the list options, with their dashes.
+
+    Returns:
+        The command line with brackets around the values of these options.
+    """
+    found: list[str] = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if equals and name in options:
+            found.append(f"{name}={_bracketed(value)}")
+        elif found and found[-1] in options and not argument.startswith("--"):
+            found.append(_bracketed(argument))
+        else:
+            found.append(argument)
+    return found
+
+
+def list_options(kind: type, prefix: str = "--") -> set[str]:
+    """Return the command line options of the fields of a dataclass that are lists, recursively."""
+    options: set[str] = set()
+    for name, expected in get_type_hints(kind).items():
+        if is_dataclass(expected):
+            options |= list_options(expected, f"{prefix}{name}.")  # type: ignore[arg-type]
+        elif get_origin(expected) is list and get_args(expected)[0] is not dict:
+            options.add(f"{prefix}{name}")
+    return options
+
+
+def _bracketed(value: str) -> str:
+    return value if value.lstrip()[:1] in ("[", "{") or not value.strip() else f"[{value}]"

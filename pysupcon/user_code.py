@@ -15,6 +15,10 @@ from typing import Any
 from pysupcon.errors import ConfigError
 from pysupcon.reading import one_line
 
+PlainValue = bool | int | float | str | list | dict | None
+"""Type of the arguments of the user's code in a config. Not Any: jsonargparse would import and call what
+``class_path`` names in a value of type Any."""
+
 _REFERENCE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 _state = {"allowed": False}
 

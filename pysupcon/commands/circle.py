@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pysupcon import functional
 from pysupcon.commands import program
+from pysupcon.reading import join_lists, list_options
 
 JSON_FILE = "circle.json"
 PICTURE_FILE = "circle.png"
@@ -192,6 +193,7 @@ def main(arguments: Sequence[str]) -> int:
         "and temperature.",
     )
     parser.add_class_arguments(CircleConfig)
+    arguments = join_lists(arguments, list_options(CircleConfig))
     try:
         config = CircleConfig(**vars(parser.instantiate(parser.parse_args(arguments))))
     except ValueError as error:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pysupcon.commands import program
 from pysupcon.errors import ConfigError, RunError
 from pysupcon.evaluators import EvaluationConfig
+from pysupcon.reading import join_lists, list_options
 
 if TYPE_CHECKING:  # importing it takes seconds, which --help does not need
     from pysupcon.trainer.run import Run
@@ -43,6 +44,7 @@ def _parse(arguments: Sequence[str]) -> tuple[Run, EvaluationConfig]:
     )
     parser.add_argument("run_dir", type=str, help="folder of the run")
     parser.add_class_arguments(EvaluationConfig)
+    arguments = join_lists(arguments, list_options(EvaluationConfig))
     run_dir = parser.parse_args(arguments).run_dir
     from pysupcon.trainer.run import open_run
 

@@ -18,6 +18,7 @@ from pysupcon.commands import program
 from pysupcon.errors import ConfigError, RunError
 from pysupcon.reading import read_json
 from pysupcon.reports.report import Markdown, escape, markdown_table
+from pysupcon.user_code import is_reference
 
 if TYPE_CHECKING:
     from pysupcon.models import ModelConfig
@@ -67,10 +68,11 @@ def export_run(run_dir: str | Path, output: str | Path) -> Path:
 def timm_builds(run: Run) -> bool:
     """Return whether timm.create_model can build this backbone.
 
-    It cannot build the small CNN, a backbone with a small stem, or several backbones.
+    It cannot build the small CNN, the user's own backbone, one with a small stem, or several backbones.
     """
     model = run.config.model
-    return not (model.backbone == "small_cnn" or model.small_stem or _has_several_backbones(run))
+    plain = model.backbone == "small_cnn" or is_reference(model.backbone) or model.small_stem
+    return not (plain or _has_several_backbones(run))
 
 
 def _has_several_backbones(run: Run) -> bool:
@@ -82,7 +84,7 @@ def _backbone_arguments(model: ModelConfig) -> dict[str, Any]:
     if model.concatenated:
         return {"concatenated": [{"model": _backbone_arguments(part)} for part in model.part_configs()]}
     default, model = type(model)(), model.without_initial_weights()
-    optional = ("width", "small_stem", "timm_args", "encoders")
+    optional = ("width", "small_stem", "timm_args", "backbone_args", "encoders")
     given = {
         name: getattr(model, name) for name in optional if getattr(model, name) != getattr(default, name)
     }
@@ -221,6 +223,8 @@ def _usage(run: Run) -> list[str]:
             "```",
         ]
     reason = "its stem is for small images" if run.config.model.small_stem else "it is part of pysupcon"
+    if is_reference(run.config.model.backbone):
+        reason = f"it is built by {run.config.model.backbone}, a module that must be importable"
     if _has_several_backbones(run):
         reason = "it consists of two backbones"
     arguments = ", ".join(f"{key}={value!r}" for key, value in _backbone_arguments(run.config.model).items())

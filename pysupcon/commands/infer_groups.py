@@ -26,7 +26,7 @@ from pysupcon.data.group_files import Groups, fingerprint, write_groups
 from pysupcon.errors import ConfigError, RunError
 from pysupcon.evaluation.features import extract_split, resolve_device
 from pysupcon.evaluators import SubgroupConfig, infer_groups, recovery
-from pysupcon.reading import one_line
+from pysupcon.reading import join_lists, list_options, one_line
 from pysupcon.trainer.run import WEIGHTS_FILE, Run, open_run
 
 SPLITS = ("train", "val")
@@ -209,6 +209,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("runs", type=str, nargs="+", metavar="RUN", help="folder of a finished run")
     parser.add_argument("--output", type=str, required=True, metavar="FILE", help="groups file to write")
     parser.add_class_arguments(InferenceArguments)
+    arguments = join_lists(arguments, list_options(InferenceArguments))
     try:
         parsed = parser.instantiate(parser.parse_args(arguments))
         chosen = InferenceArguments(**{key: parsed[key] for key in vars(InferenceArguments())})

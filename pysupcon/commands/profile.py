@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES, default="float32", help="dtype of the rows (default %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
     add("--backend", choices=BACKENDS, default="auto", help="backend of the loss (default %(default)s)")
-    add("--encoder", metavar="NAME", help="small_cnn or a timm model: profile a training step too")
+    add("--encoder", metavar="NAME", help="a backbone as in model.backbone: profile a training step too")
     add("--image-size", type=int, help="image size in pixels, with --encoder (default 32)")
     add("--chunk", type=int, help="images per forward pass of the encoder (GradCache), with --encoder")
     add("--predict", action="store_true", help="only predict: do not run the full size")

@@ -30,6 +30,7 @@ from pysupcon.evaluators import (
     unit_of,
     with_intervals,
 )
+from pysupcon.reading import join_lists, list_options
 from pysupcon.reports.charts import draw_confusion
 from pysupcon.reports.report import Picture, Report, metrics_of
 from pysupcon.trainer.files import named_disk_errors
@@ -181,6 +182,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("run_dir", type=str, help="folder of the run")
     parser.add_class_arguments(TransferArguments)
+    arguments = join_lists(arguments, list_options(TransferArguments))
     try:
         parsed = parser.instantiate(parser.parse_args(arguments))
         run = open_run(parsed.run_dir)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pysupcon.errors import RunError
 from pysupcon.evaluation import pictures
 from pysupcon.evaluation.features import resolve_device, run_features
 from pysupcon.evaluators import (
@@ -76,6 +78,7 @@ def evaluate_run(run: Run | str | Path, config: EvaluationConfig | None = None) 
 
 def _evaluate(run: Run, config: EvaluationConfig) -> Report:
     device = resolve_device(config.device)
+    evaluators = build_evaluators(config)
     seconds: dict[str, float] = {}
     start = time.perf_counter()
     splits = run_features(run, config, device)
@@ -83,14 +86,17 @@ def _evaluate(run: Run, config: EvaluationConfig) -> Report:
 
     results: list[tuple[str, float]] = []
     outcomes = {"labels/fine": splits.test.fine.cpu(), "labels/coarse": splits.test.coarse.cpu()}
-    for evaluator in build_evaluators(config):
+    for evaluator in evaluators:
         for name, value in with_intervals(evaluator(splits, progress=config.progress), config.bootstrap):
             if isinstance(value, Tensor):
                 outcomes[name] = value
             else:
                 results.append((name, value))
         start = _record_time(seconds, evaluator.name, start)
-    metrics = metrics_of(results, unit_of)
+    try:
+        metrics = metrics_of(results, partial(unit_of, own=evaluators))
+    except ValueError as error:
+        raise RunError(f"the evaluation of {run.dir}: {error}") from error
 
     with named_disk_errors(run.dir / FOLDER), _temporary_folder(run.dir) as folder:
         drawn, not_drawn = pictures.draw_pictures(folder, run, splits, config, outcomes)

@@ -1,7 +1,8 @@
 """Evaluators of frozen features, which yield (name, value) pairs.
 
-An evaluator is a class with a ``name``, a config dataclass and a ``__call__`` (see :class:`Evaluator`). To
-add one, write the class, add a field of its name to :class:`EvaluationConfig` and list it in ``_CLASSES``.
+An evaluator is a class with a ``name``, a config dataclass and a ``__call__`` (see :class:`Evaluator`). The
+config may also name one of your own as ``package.module:name`` (see :class:`OwnEvaluator`). To add one to the
+package, write the class, add a field of its name to :class:`EvaluationConfig` and list it in ``_CLASSES``.
 The evaluators do not depend on how the features were trained. They need the label of every row:
 ``splits.labelled(ignore_index)`` leaves out rows whose labels are not known. scikit-learn is imported when an
 evaluator runs.
@@ -9,9 +10,10 @@ evaluator runs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from pysupcon.errors import ConfigError
 from pysupcon.evaluators.base import Evaluator, FeatureSet, FeatureSplits, Level, LinearHead, Result
 from pysupcon.evaluators.bootstrap import BootstrapConfig, with_intervals
 from pysupcon.evaluators.coarse_to_fine import CoarseToFine, CoarseToFineConfig
@@ -21,12 +23,14 @@ from pysupcon.evaluators.invariance import permutation_sensitivity
 from pysupcon.evaluators.knn import KNN, KNNConfig
 from pysupcon.evaluators.linear_probe import LinearProbe, LinearProbeConfig, ProbeConfig
 from pysupcon.evaluators.metrics import BoundMetric, bind_metric
+from pysupcon.evaluators.own import OwnEvaluator, import_evaluator
 from pysupcon.evaluators.pairs import Pairs, PairsConfig, kl_bound, loss_floors, pair_statistics
 from pysupcon.evaluators.projection import ProjectionConfig, project
 from pysupcon.evaluators.separation import Separation, SeparationConfig
 from pysupcon.evaluators.subgroups import SubgroupConfig, Subgroups, infer_groups, recovery
 from pysupcon.evaluators.transfer import Transfer, TransferConfig
 from pysupcon.evaluators.worst_group import WorstGroup, WorstGroupConfig
+from pysupcon.user_code import PlainValue, is_reference
 
 __all__ = [
     "KNN",
@@ -47,6 +51,7 @@ __all__ = [
     "LinearHead",
     "LinearProbe",
     "LinearProbeConfig",
+    "OwnEvaluator",
     "Pairs",
     "PairsConfig",
     "ProbeConfig",
@@ -90,7 +95,11 @@ class EvaluationConfig:
         default_factory=lambda: ["coarse_to_fine", "knn", "geometry", "separation", "pairs"]
     )
     """Names of the evaluators, in order; any of coarse_to_fine, linear_probe, knn, geometry, separation,
-    pairs, worst_group."""
+    pairs, worst_group, and package.module:name, a class or function of your own
+    (pysupcon/evaluators/own.py)."""
+
+    evaluator_args: dict[str, dict[str, PlainValue]] = field(default_factory=dict)
+    """Keyword arguments of your own evaluators, e.g. {package.module:name: {margin: 0.1}}."""
 
     coarse_to_fine: CoarseToFineConfig = field(default_factory=CoarseToFineConfig)
     """Arguments of coarse-to-fine transfer."""
@@ -131,9 +140,19 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         if not self.evaluators or len(set(self.evaluators)) != len(self.evaluators):
             raise ValueError(f"evaluators must name one or more evaluators, each once, got {self.evaluators}")
-        unknown = [name for name in self.evaluators if name not in _CLASSES]
+        unknown = [name for name in self.evaluators if name not in _CLASSES and not is_reference(name)]
         if unknown:
-            raise ValueError(f"evaluators must be among {available_evaluators()}, got {unknown}")
+            raise ValueError(
+                f"evaluators must be among {available_evaluators()} or package.module:name, got {unknown}"
+            )
+        unused = [
+            name for name in self.evaluator_args if not is_reference(name) or name not in self.evaluators
+        ]
+        if unused:
+            raise ValueError(
+                f"evaluator_args must hold arguments of own evaluators (package.module:name) in evaluators, "
+                f"got {unused}"
+            )
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
 
@@ -143,14 +162,48 @@ def available_evaluators() -> list[str]:
     return sorted(_CLASSES)
 
 
-def build_evaluators(config: EvaluationConfig) -> list[Evaluator]:
-    """The evaluators of ``config`` in order, each with its arguments."""
-    return [_CLASSES[name](getattr(config, name)) for name in config.evaluators]
+def build_evaluators(config: EvaluationConfig) -> list[Evaluator | OwnEvaluator]:
+    """The evaluators of ``config`` in order, each with its arguments.
+
+    Raises:
+        ConfigError: the user's own evaluator cannot be imported, its arguments do not fit, or two have one
+            name.
+    """
+    built: list[Evaluator | OwnEvaluator] = []
+    for name in config.evaluators:
+        if name in _CLASSES:
+            built.append(_CLASSES[name](getattr(config, name)))
+        else:
+            built.append(import_evaluator(name, config.evaluator_args.get(name, {})))
+    check_names(built)
+    return built
 
 
-def unit_of(name: str) -> str:
-    """Unit of the result ``name``, by the longest suffix that its evaluator lists; "" if none."""
+def check_names(evaluators: Sequence[Evaluator | OwnEvaluator]) -> None:
+    """Check that each evaluator has a name of its own.
+
+    Raises:
+        ConfigError: two have one name, or one has that of an evaluator of pysupcon.
+    """
+    names = [evaluator.name for evaluator in evaluators]
+    for evaluator in evaluators:
+        taken = evaluator.name in _UNITS and isinstance(evaluator, OwnEvaluator)
+        if taken or names.count(evaluator.name) > 1:
+            raise ConfigError(
+                f"evaluation.evaluators: the name {evaluator.name} is taken: give your evaluator another "
+                "attribute name"
+            )
+
+
+def unit_of(name: str, own: Sequence[Evaluator | OwnEvaluator] = ()) -> str:
+    """Unit of the result ``name``, by the longest suffix that its evaluator lists; "" if none.
+
+    Args:
+        name: name of the result.
+        own: evaluators of the user.
+    """
     evaluator, *parts = name.split("/")
-    units = _UNITS.get(evaluator, {})
+    known = _UNITS | {each.name: each.units for each in own}
+    units = known.get(evaluator, {})
     suffixes = ("/".join(parts[start:]) for start in range(len(parts)))
     return next((units[suffix] for suffix in suffixes if suffix in units), "")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pysupcon.errors import ConfigError
 from pysupcon.models.concatenation import Concatenation
 from pysupcon.models.config import DEFAULT_LIPSCHITZ, DEFAULT_WIDTH, ModelConfig
+from pysupcon.models.initial import freeze, is_path, load_initial_weights
 from pysupcon.models.spectral import apply_spectral_norm
 from pysupcon.reading import one_line
+from pysupcon.user_code import import_object, is_reference
 
 
 class SmallCNN(nn.Module):
@@ -53,7 +57,8 @@ def build_backbone(config: ModelConfig, channels: int, image_size: int) -> tuple
         ``concatenated`` it is a :class:`~pysupcon.models.concatenation.Concatenation`.
 
     Raises:
-        ConfigError: timm does not know the model or its arguments, or the model has no stem to replace.
+        ConfigError: timm does not know the model or its arguments, the model has no stem to replace, its
+            initial weights do not fit, or it does not map the images to embeddings.
     """
     if config.concatenated:
         built = [build_backbone(part, channels, image_size) for part in config.part_configs()]
@@ -67,6 +72,11 @@ def build_backbone(config: ModelConfig, channels: int, image_size: int) -> tuple
 
 def _build_single(config: ModelConfig, channels: int, image_size: int) -> tuple[nn.Module, int]:
     backbone, width = _build_plain(config, channels, image_size)
+    if isinstance(config.pretrained, str) and is_path(config.pretrained):
+        left_out = load_initial_weights(backbone, config.pretrained)
+        if left_out:
+            note(backbone, f"model.pretrained: {len(left_out)} weights of heads left out, e.g. {left_out[0]}")
+    freeze(backbone, config.frozen_layers)
     if config.spectral_norm:
         apply_spectral_norm(backbone, config.lipschitz or DEFAULT_LIPSCHITZ)
     return backbone, width
@@ -76,25 +86,122 @@ def _build_plain(config: ModelConfig, channels: int, image_size: int) -> tuple[n
     if config.backbone == "small_cnn":
         small = SmallCNN(channels, image_size, config.width or DEFAULT_WIDTH)
         return small, small.num_features
+    if is_reference(config.backbone):
+        return _build_own(config, channels, image_size)
     import timm
 
     if not timm.is_model(config.backbone):
         similar = ", ".join(difflib.get_close_matches(config.backbone, timm.list_models(), 5))
         raise ConfigError(
-            f"model.backbone must be small_cnn or a timm model, got {config.backbone!r}"
-            + (f" (similar: {similar})" if similar else "")
+            "model.backbone must be small_cnn, a timm model or package.module:name, got "
+            f"{config.backbone!r}" + (f" (similar: {similar})" if similar else "")
         )
-    arguments: dict[str, Any] = dict(config.timm_args)
+    name, arguments = config.backbone, dict[str, Any](config.timm_args)
+    pretrained = config.pretrained
+    if isinstance(pretrained, str) and not is_path(pretrained):
+        if not timm.is_model(pretrained) or pretrained.partition(".")[0] != name.partition(".")[0]:
+            raise ConfigError(
+                f"model.pretrained must be true, a path or the name of a timm model of the architecture "
+                f"{name}, got {pretrained!r}"
+            )
+        name, arguments["pretrained"] = pretrained, True
+    elif pretrained is True:
+        arguments["pretrained"] = True
     try:
-        model = timm.create_model(config.backbone, num_classes=0, in_chans=channels, **arguments)
+        model = timm.create_model(name, num_classes=0, in_chans=channels, **arguments)
         width = int(model.num_features)  # type: ignore[arg-type]  # not an attribute with features_only
     except Exception as error:  # timm, the model and the reader of weights have no common error
-        raise ConfigError(
-            f"model.timm_args {config.timm_args} do not fit {config.backbone}: {one_line(error)}"
-        ) from error
+        given = f"model.timm_args {config.timm_args}"
+        if pretrained:
+            given = f"model.pretrained={pretrained}" + (f" and {given}" if config.timm_args else "")
+        raise ConfigError(f"{given} do not fit {config.backbone}: {one_line(error)}") from error
     if config.small_stem:
         _shrink_stem(model, config.backbone, channels)
+    _check_timm(model, config.backbone, channels, image_size)
     return model, width
+
+
+@torch.no_grad()
+def _check_timm(model: nn.Module, name: str, channels: int, image_size: int) -> None:
+    """Refuse images of a size that the model does not take."""
+    training = model.training
+    try:
+        model.eval()(torch.zeros(1, channels, image_size, image_size))
+    except Exception as error:  # an assertion of timm, or an error of torch
+        remedies = []
+        if "img_size" in inspect.signature(type(model).__init__).parameters:
+            remedies.append(f"--model.timm_args '{{img_size: {image_size}}}'")
+        size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+        if size:
+            remedies.append(f"--data.image_size {size[-1]}")
+        raise ConfigError(
+            f"model.backbone={name} does not take images of {image_size} x {image_size} pixels "
+            f"({one_line(error)})" + (f": pass {' or '.join(remedies)}" if remedies else "")
+        ) from error
+    model.train(training)
+
+
+def _build_own(config: ModelConfig, channels: int, image_size: int) -> tuple[nn.Module, int]:
+    """Call the user's function or class, and find the width of the embedding by one forward pass."""
+    build = import_object(config.backbone, "model.backbone")
+    try:
+        module = build(**config.backbone_args)
+    except TypeError as error:
+        raise ConfigError(
+            f"model.backbone_args {config.backbone_args} do not fit {config.backbone}: {one_line(error)}"
+        ) from error
+    if not isinstance(module, nn.Module):
+        raise ConfigError(
+            f"model.backbone={config.backbone} must return a torch.nn.Module, got {type(module).__name__}"
+        )
+    return module, embedding_width(module, config.backbone, (channels, image_size, image_size))
+
+
+def embedding_width(module: nn.Module, name: str, shape: tuple[int, ...]) -> int:
+    """Find the number of dimensions D of the user's backbone by a pass over two zero images.
+
+    Parameters without influence on the embedding are frozen: DistributedDataParallel would wait for their
+    gradients.
+
+    Args:
+        module: maps [B, *shape] to [B, D].
+        name: its name, for messages.
+        shape: shape of an image.
+
+    Raises:
+        ConfigError: the module fails, or returns something else; the message shows what.
+    """
+    training = module.training
+    images = torch.zeros(2, *shape)
+    contract = f"model.backbone={name} must map images {list(images.shape)} to embeddings [2, D]"
+    try:
+        found = module.eval()(images)
+    except Exception as error:  # code of the user
+        raise ConfigError(f"{contract}, but raised {type(error).__name__}: {one_line(error)}") from error
+    if not isinstance(found, Tensor):
+        raise ConfigError(f"{contract}, got {type(found).__name__}")
+    if found.ndim != 2 or len(found) != 2 or not found.is_floating_point():
+        raise ConfigError(f"{contract}, got {found.dtype} of shape {list(found.shape)}")
+    if found.requires_grad:
+        named = [(key, value) for key, value in module.named_parameters() if value.requires_grad]
+        grads = torch.autograd.grad(found.sum(), [value for _, value in named], allow_unused=True)
+        unused = [key for (key, _), grad in zip(named, grads, strict=True) if grad is None]
+        for key in unused:
+            module.get_parameter(key).requires_grad_(False)
+        if unused:
+            note(module, f"model.backbone: {len(unused)} parameters do not affect the embedding: {unused[0]}")
+    module.train(training)
+    return found.shape[1]
+
+
+def note(module: nn.Module, text: str) -> None:
+    """Attach a line that the training prints at its start."""
+    module.__dict__.setdefault("pysupcon_notes", []).append(text)
+
+
+def notes_of(model: nn.Module) -> list[str]:
+    """Return the lines of :func:`note` of all parts of ``model``."""
+    return [line for module in model.modules() for line in module.__dict__.get("pysupcon_notes", [])]
 
 
 def _shrink_stem(model: nn.Module, name: str, channels: int) -> None:

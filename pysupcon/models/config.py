@@ -6,9 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from pysupcon.errors import ConfigError, check
-
-PlainValue = bool | int | float | str | list | dict | None
-"""Not Any: jsonargparse would import and call what ``class_path`` names in a value of type Any."""
+from pysupcon.user_code import PlainValue, is_reference
 
 _INITIAL_WEIGHTS = ("pretrained", "checkpoint_path", "cache_dir")
 _PRETRAINED_CONFIGS = ("pretrained_cfg", "pretrained_cfg_overlay")
@@ -25,7 +23,24 @@ class ModelConfig:
     """Backbone, heads and decoder."""
 
     backbone: str = "small_cnn"
-    """small_cnn (for 8x8 to 32x32 images, trainable on a CPU) or the name of a timm model, e.g. resnet18."""
+    """small_cnn (for 8x8 to 32x32 images, trainable on a CPU), the name of a timm model, e.g. resnet18, or
+    package.module:name, a function or class of your own that returns a module. It maps images [B, C, S, S] to
+    embeddings [B, D]."""
+
+    backbone_args: dict[str, PlainValue] = field(default_factory=dict)
+    """package.module:name only: its keyword arguments."""
+
+    pretrained: bool | str = False
+    """Initial weights of the backbone. true: timm's weights of the backbone; the name of a timm model of the
+    same architecture with a tag, e.g. resnet18.a1_in1k; a file (.safetensors, or a state dict of torch.save);
+    or the folder of a run, a checkpoint or an export. Weights of heads in a file are left out. Only the start
+    of a training reads them."""
+
+    frozen_layers: int | list[str] | Literal["backbone"] = 0
+    """Part of the backbone that is not trained: the number of its first stages (of timm's layer groups, whose
+    first is the stem; of the direct submodules of other backbones), a list of prefixes of parameter names,
+    e.g. [conv1, bn1, layer1], or backbone: all of it. Frozen BatchNorm layers use their statistics and keep
+    them."""
 
     width: int | None = None
     """small_cnn only: channels of the first stage. The embedding has 4 * width dimensions. None means 32."""
@@ -87,11 +102,18 @@ class ModelConfig:
             self._check_concatenated()
             return
         small = self.backbone == "small_cnn"
-        if small:
-            check(not self.small_stem, "model.small_stem", "be false for small_cnn", self.small_stem)
-            check(not self.timm_args, "model.timm_args", "be empty for small_cnn", self.timm_args)
+        own = is_reference(self.backbone)
+        if small or own:
+            check(not self.small_stem, "model.small_stem", f"be false for {self.backbone}", self.small_stem)
+            check(not self.timm_args, "model.timm_args", f"be empty for {self.backbone}", self.timm_args)
+        if not own:
+            contract = f"be empty for {self.backbone}: it is for package.module:name"
+            check(not self.backbone_args, "model.backbone_args", contract, self.backbone_args)
+        self._check_initial_weights(small or own)
+        self._check_frozen()
         if self.width is not None:
-            check(small, "model.width", f"be left out for the timm model {self.backbone}", self.width)
+            kind = "" if own else "the timm model "
+            check(small, "model.width", f"be left out for {kind}{self.backbone}", self.width)
             check(self.width >= 1, "model.width", "be at least 1", self.width)
         if self.projection_dim is not None:
             if self.projection == "none":
@@ -134,7 +156,7 @@ class ModelConfig:
                 if name in _PRETRAINED_CONFIGS and isinstance(value, dict):
                     value = {key: entry for key, entry in value.items() if key not in _WEIGHT_SOURCES}
                 arguments[name] = value
-        return replace(self, timm_args=arguments)
+        return replace(self, pretrained=False, timm_args=arguments)
 
     def part_configs(self) -> list[ModelConfig]:
         """Configs of the backbones in ``concatenated``, without initial weights, and without spectral norm,
@@ -155,6 +177,37 @@ class ModelConfig:
             part.resolve()
             configs.append(part.without_initial_weights())
         return configs
+
+    def _check_initial_weights(self, without_timm: bool) -> None:
+        if self.pretrained is False:
+            return
+        if without_timm:
+            contract = f"be a file or a folder for {self.backbone}, which is not a timm model"
+            check(self.pretrained is not True, "model.pretrained", contract, self.pretrained)
+        check(self.pretrained != "", "model.pretrained", "be true, a path or the name of a timm model", "")
+        given = [name for name in _INITIAL_WEIGHTS[:2] if self.timm_args.get(name)]
+        if given:
+            raise ConfigError(
+                f"model.pretrained and model.timm_args {given[0]} both name initial weights: leave one out"
+            )
+
+    def _check_frozen(self) -> None:
+        frozen = self.frozen_layers
+        if isinstance(frozen, int):
+            check(frozen >= 0, "model.frozen_layers", "be at least 0", frozen)
+        if not frozen:
+            return
+        if self.spectral_norm:
+            raise ConfigError(
+                "model.frozen_layers does not work with model.spectral_norm, which scales the weights in "
+                "each step: leave one out"
+            )
+        heads = self.projection != "none" or self.classifier or self.decoder != "none"
+        if frozen == "backbone" and not heads:
+            raise ConfigError(
+                "model.frozen_layers=backbone needs a head that is trained: pass --model.projection mlp or "
+                "--model.classifier true"
+            )
 
     def _check_concatenated(self) -> None:
         plain = ModelConfig()

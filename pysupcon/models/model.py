@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from pysupcon.models.backbones import build_backbone
 from pysupcon.models.concatenation import Concatenation, concatenate_unit_features
 from pysupcon.models.config import DEFAULT_PROJECTION_DIM, ModelConfig
 from pysupcon.models.decoder import build_decoder
+from pysupcon.models.initial import keep_statistics
 from pysupcon.pairs.normalize import unit_rows
+from pysupcon.user_code import is_reference
 
 
 class ModelOutput(NamedTuple):
@@ -63,6 +66,16 @@ class ContrastiveModel(nn.Module):
         self.second_classifier = nn.Linear(widths[1], classes) if second else None
         self.decoder = build_decoder(config, widths[-1], channels, image_size, classes)
         self.normalize = config.normalize
+        self.frozen_layers = config.frozen_layers
+        self.train()
+
+    def train(self, mode: bool = True) -> ContrastiveModel:
+        """Set the training mode, except of frozen BatchNorm layers, which use their statistics."""
+        super().train(mode)
+        if mode and self.frozen_layers:
+            for backbone in self.backbone.parts if self.two_encoders else [self.backbone]:  # type: ignore[union-attr]
+                keep_statistics(backbone, self.frozen_layers)
+        return self
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> ModelOutput:
         """Apply the model.
@@ -105,6 +118,12 @@ class ContrastiveModel(nn.Module):
         reconstructed = self.decoder(features, labels).to(images.dtype)  # the error has the images' precision
         error: Tensor = (reconstructed - images).square().mean(dim=(1, 2, 3))
         return error
+
+
+def memory_format(config: ModelConfig) -> torch.memory_format:
+    """Return the memory format of weights and images in a training: channels last, but contiguous for the
+    user's own backbone, whose code may call ``view``."""
+    return torch.contiguous_format if is_reference(config.backbone) else torch.channels_last
 
 
 def _projection(config: ModelConfig, width: int) -> nn.Module:

@@ -224,6 +224,10 @@ class OptimizerConfig:
     learning_rate: float = 1e-3
     """Maximum learning rate, reached at the end of the warm-up."""
 
+    backbone_scale: float = 1.0
+    """Learning rate of the backbone relative to that of the heads, greater than 0, at most 1. The log shows
+    the rate of the heads."""
+
     weight_decay: float = 1e-4
     """Weight decay of the weights; biases and normalisation parameters are not decayed."""
 
@@ -257,6 +261,8 @@ class OptimizerConfig:
             ConfigError: a value is not valid; the message names the field.
         """
         check(self.learning_rate > 0, "optimizer.learning_rate", "be greater than 0", self.learning_rate)
+        scale = self.backbone_scale
+        check(0 < scale <= 1, "optimizer.backbone_scale", "be greater than 0 and at most 1", scale)
         check(self.weight_decay >= 0, "optimizer.weight_decay", "be at least 0", self.weight_decay)
         if self.momentum is not None:
             check(self.name != "adamw", "optimizer.momentum", "be left out for adamw", self.momentum)

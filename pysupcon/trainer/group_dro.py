@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from pysupcon.config import Config
 from pysupcon.data.datamodule import DataModule
 from pysupcon.evaluators import GroupDRO
+from pysupcon.models.model import memory_format
 
 
 def build_group_dro(config: Config, data: DataModule, accelerator: Accelerator) -> GroupDRO | None:
@@ -51,6 +52,7 @@ class GroupAccuracy:
 
     def __init__(self, accelerator: Accelerator, config: Config, data: DataModule) -> None:
         self.accelerator, self.fine = accelerator, config.data.labels == "fine"
+        self.memory_format = memory_format(config.model)
         mine = torch.arange(accelerator.process_index, len(data.splits["val"]), accelerator.num_processes)
         self.groups = {"worst_group": data.true_groups["val"][mine]}
         self.sizes = {"worst_group": int(data.true_groups["val"].max()) + 1}
@@ -82,7 +84,7 @@ class GroupAccuracy:
         for images, coarse, fine in self.loader:
             labels = (fine if self.fine else coarse).to(device)
             with self.accelerator.autocast():
-                logits = model(images.to(device).contiguous(memory_format=torch.channels_last), labels).logits
+                logits = model(images.to(device).contiguous(memory_format=self.memory_format), labels).logits
             hits.append(logits.argmax(dim=1) == labels)
         correct = torch.cat(hits).to("cpu", torch.float64) if hits else torch.zeros(0, dtype=torch.float64)
         counts = [correct.new_tensor([correct.sum().item(), len(correct)])]

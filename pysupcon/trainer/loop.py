@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ from pysupcon import user_code
 from pysupcon.config import Config
 from pysupcon.data.datamodule import DataModule, load_data
 from pysupcon.errors import Interrupted, RunError, check
+from pysupcon.evaluators import build_evaluators
 from pysupcon.memory import MemoryQueue
+from pysupcon.models.backbones import notes_of
+from pysupcon.models.model import memory_format
 from pysupcon.models.momentum import MomentumEncoder
 from pysupcon.profiling.recorder import StepRecorder
 from pysupcon.trainer import checkpoint
@@ -62,6 +66,8 @@ def train(config: Config, name: str = "run") -> Path:
     """
     config.resolve()
     user_code.allow()
+    if config.evaluate:
+        build_evaluators(config.evaluation)  # a wrong reference is reported before the training
     apply_environment(config)
     stop = StopRequests(config.trainer.time_budget)
     processes = join_processes(config.trainer.cpu)
@@ -110,7 +116,16 @@ class Trainer:
 
         set_seed(config.seed)
         with report_if_slow(f"building {config.model.backbone}", enabled=main):
-            network = build_model(config, data).to(self.device).to(memory_format=torch.channels_last)
+            # A resumed training takes all weights from its checkpoint.
+            of_start = config.model if saved is None else config.model.without_initial_weights()
+            network = build_model(replace(config, model=of_start), data).to(self.device)
+            network = network.to(memory_format=memory_format(config.model))
+        for line in notes_of(network) if main else ():
+            print_line(line)
+        check(
+            any(parameter.requires_grad for parameter in network.parameters()),
+            "model", "have a parameter that is trained", config.model.backbone,
+        )  # fmt: skip
         if config.trainer.sync_batch_norm:
             network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
         self.network: torch.nn.Module = network

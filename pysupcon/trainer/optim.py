@@ -22,7 +22,7 @@ def build_optimizer(
 
     Args:
         config: resolved section of the config.
-        model: the model.
+        model: the model; ``optimizer.backbone_scale`` scales the learning rate of ``model.backbone``.
         objective: the loss, if it has parameters.
     """
     from timm.optim import create_optimizer_v2
@@ -36,10 +36,24 @@ def build_optimizer(
         filter_bias_and_bn=True,
         **momentum,
     )
+    if config.backbone_scale < 1:
+        _scale_backbone(optimizer, model, config.backbone_scale)
     own = list(objective.parameters()) if objective is not None else []
     if own:
         optimizer.add_param_group({"params": own, "weight_decay": 0.0})
     return optimizer
+
+
+def _scale_backbone(optimizer: Optimizer, model: nn.Module, scale: float) -> None:
+    """Give the parameters of the backbone groups of their own, after those of the heads."""
+    backbone = set(model.backbone.parameters())  # type: ignore[union-attr]
+    groups = []
+    for ours, factor in ((False, 1.0), (True, scale)):
+        for group in optimizer.param_groups:
+            chosen = [parameter for parameter in group["params"] if (parameter in backbone) == ours]
+            if chosen:
+                groups.append({**group, "params": chosen, "lr": factor * group["lr"]})
+    optimizer.param_groups[:] = groups
 
 
 def learning_rate_factor(step: int, *, config: OptimizerConfig, steps: int, steps_per_epoch: int) -> float:

@@ -17,7 +17,7 @@ from pysupcon.data.datamodule import DataModule
 from pysupcon.data.unlabelled import UNKNOWN
 from pysupcon.errors import RunError
 from pysupcon.gradcache import GradCache
-from pysupcon.models.model import ModelOutput
+from pysupcon.models.model import ModelOutput, memory_format
 from pysupcon.models.momentum import MomentumEncoder
 from pysupcon.models.spectral import power_iteration
 from pysupcon.ranges import region
@@ -58,6 +58,7 @@ class TrainingStep:
         self.accelerator, self.config, self.data, self.network = accelerator, config, data, network
         self.model, self.objective, self.optimizer, self.scheduler = model, objective, optimizer, scheduler
         self.key_encoder = key_encoder
+        self.memory_format = memory_format(config.model)
         chunk_size = config.trainer.chunk_size
         self.cache: GradCache | None = None
         if chunk_size is not None:
@@ -153,7 +154,7 @@ class TrainingStep:
 
     def _forward(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> ModelOutput:
         views, labels = batch
-        images = self.data.normalize(views).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        images = self.data.normalize(views).flatten(0, 1).contiguous(memory_format=self.memory_format)
         with region("encoder"):
             outputs: ModelOutput = model(images, labels.repeat_interleave(views.shape[1], dim=0))
         return outputs
@@ -164,7 +165,7 @@ class TrainingStep:
             return None
         keys = []
         for chunk in views[:, 1:2].split(self.config.trainer.chunk_size or len(views)):
-            images = self.data.normalize(chunk).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+            images = self.data.normalize(chunk).flatten(0, 1).contiguous(memory_format=self.memory_format)
             with region("key encoder"), self.accelerator.autocast():
                 keys.append(self.key_encoder(images))
         return torch.cat(keys).float()

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from pysupcon.config import Config
 from pysupcon.data.datamodule import DataModule
 from pysupcon.errors import RunError
-from pysupcon.models.model import ModelOutput
+from pysupcon.models.model import ModelOutput, memory_format
 from pysupcon.trainer.config import GROUP_ACCURACIES
 from pysupcon.trainer.group_dro import GroupAccuracy
 from pysupcon.trainer.objective import METRICS, Objective, finite
@@ -37,6 +37,7 @@ class Validation:
         self, accelerator: Accelerator, config: Config, data: DataModule, objective: Objective
     ) -> None:
         self.accelerator, self.config, self.data, self.objective = accelerator, config, data, objective
+        self.memory_format = memory_format(config.model)
         batches = data.validation_batch_sampler(
             seed=config.seed, rank=accelerator.process_index, world_size=accelerator.num_processes
         )
@@ -87,7 +88,7 @@ class Validation:
         parts: list[ModelOutput] = []
         size = self.config.trainer.chunk_size or len(views)
         for chunk, chunk_labels in zip(views.split(size), labels.split(size), strict=True):
-            images = self.data.normalize(chunk).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+            images = self.data.normalize(chunk).flatten(0, 1).contiguous(memory_format=self.memory_format)
             with self.accelerator.autocast():
                 parts.append(model(images, chunk_labels.repeat_interleave(chunk.shape[1], dim=0)))
         joined: list[Any] = [
