@@ -72,6 +72,11 @@ class Config:
                 f"optimizer.warmup_epochs must be at most trainer.epochs={self.trainer.epochs}, "
                 f"got {self.optimizer.warmup_epochs}"
             )
+        if self.trainer.dry_run and self.resume_from_checkpoint is not None:
+            raise ConfigError(
+                "trainer.dry_run starts from the beginning: leave out resume_from_checkpoint, got "
+                f"{self.resume_from_checkpoint!r}"
+            )
         for section in (self.data, self.model, self.loss, self.optimizer):
             section.resolve()
         if self.data.dataset == "image_table":
