@@ -18,7 +18,7 @@ import yaml
 
 from pysupcon import user_code
 from pysupcon.data.config import DataConfig
-from pysupcon.errors import ConfigError
+from pysupcon.errors import ConfigError, check_all
 from pysupcon.evaluators import EvaluationConfig
 from pysupcon.models.config import ModelConfig
 from pysupcon.reading import check_yaml, join_lists, list_options, one_line, parse_yaml, read_yaml
@@ -54,29 +54,22 @@ class Config:
         """Check the values and their combinations, and replace None by the default that it stands for.
 
         Raises:
-            ConfigError: a value is not valid; the message names the field.
+            ConfigError: values are not valid; the message names their fields, one per line.
         """
-        for part in (self.data, self.model, self.loss, self.optimizer, self.trainer):
-            part.check()
+        sections = (self.data, self.model, self.loss, self.optimizer, self.trainer)
+        checks = [section.check for section in sections]
         if not self.model.concatenated:  # a concatenation is not trained
-            self._check_views()
-            self._check_momentum()
-            self._check_loss_terms()
-            self._check_backbone_scale()
-            self._check_groups()
-            self._check_unlabelled()
-            self._check_multi_label()
-            self._check_best_by()
-        if self.trainer.max_steps is None and self.optimizer.warmup_epochs > self.trainer.epochs:
-            raise ConfigError(
-                f"optimizer.warmup_epochs must be at most trainer.epochs={self.trainer.epochs}, "
-                f"got {self.optimizer.warmup_epochs}"
-            )
-        if self.trainer.dry_run and self.resume_from_checkpoint is not None:
-            raise ConfigError(
-                "trainer.dry_run starts from the beginning: leave out resume_from_checkpoint, got "
-                f"{self.resume_from_checkpoint!r}"
-            )
+            checks += [
+                self._check_views,
+                self._check_momentum,
+                self._check_loss_terms,
+                self._check_backbone_scale,
+                self._check_groups,
+                self._check_unlabelled,
+                self._check_multi_label,
+                self._check_best_by,
+            ]
+        check_all(*checks, self._check_warmup, self._check_dry_run)
         for section in (self.data, self.model, self.loss, self.optimizer):
             section.resolve()
         if self.data.dataset == "image_table":
@@ -105,6 +98,20 @@ class Config:
             "epochs": self.trainer.epochs,
             "final_weights": self.trainer.final_weights,
         }
+
+    def _check_dry_run(self) -> None:
+        if self.trainer.dry_run and self.resume_from_checkpoint is not None:
+            raise ConfigError(
+                "trainer.dry_run starts from the beginning: leave out resume_from_checkpoint, got "
+                f"{self.resume_from_checkpoint!r}"
+            )
+
+    def _check_warmup(self) -> None:
+        if self.trainer.max_steps is None and self.optimizer.warmup_epochs > self.trainer.epochs:
+            raise ConfigError(
+                f"optimizer.warmup_epochs must be at most trainer.epochs={self.trainer.epochs}, "
+                f"got {self.optimizer.warmup_epochs}"
+            )
 
     def _check_views(self) -> None:
         loss, views = self.loss, self.data.views

@@ -1,14 +1,16 @@
 """Train: ``accelerate launch pysupcon/train.py --config configs/FILE.yaml [--FIELD VALUE ...]``.
 
-``torchrun`` and plain ``python pysupcon/train.py`` work too. ``--help`` explains every field. Exit status: 0
-the run is finished; 1 the run failed; 2 the config is not valid; 75 the run was stopped and can be resumed;
-130 Ctrl-C before the first step or during the evaluation.
+``torchrun`` and plain ``python pysupcon/train.py`` work too; one process needs no launcher. ``--help``
+explains every field. Exit status: 0 the run is finished; 1 the run failed; 2 the config is not valid; 75 the
+run was stopped and can be resumed; 130 Ctrl-C before the first step or during the evaluation.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,6 +58,7 @@ def _train_and_evaluate(args: Sequence[str] | None) -> int:
     except (ConfigError, RunError) as error:
         if _is_main() or getattr(error, "on_one_process", False):
             print(f"train.py: error: {error}", file=sys.stderr)
+        _report_to_torchrun(error)
         return 2 if isinstance(error, ConfigError) else 1
     except OSError as error:
         if error.filename is None:
@@ -83,6 +86,15 @@ def _train_and_evaluate(args: Sequence[str] | None) -> int:
         print(report.table())
         print(f"\nrun: {run_dir}")
     return 0
+
+
+def _report_to_torchrun(error: Exception) -> None:
+    """Put the message into the summary that torchrun prints at the end."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        further = {"py_callstack": str(error), "timestamp": str(int(time.time()))}
+        text = json.dumps({"message": {"message": str(error), "extraInfo": further}})
+        Path(file).write_text(text, encoding="utf-8")
 
 
 def _is_main() -> bool:

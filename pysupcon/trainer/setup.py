@@ -32,7 +32,7 @@ def join_processes(cpu: bool) -> PartialState:
         Accelerate's state of the processes.
 
     Raises:
-        ConfigError: the launcher started processes that do not join.
+        ConfigError: number or rank of the processes differ between launcher, Accelerate and process group.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt != "0" and not dist.is_initialized():
@@ -42,7 +42,7 @@ def join_processes(cpu: bool) -> PartialState:
             backend, store=dist.PrefixStore(f"restart_{attempt}", store), rank=rank, world_size=processes
         )
     state = PartialState(cpu=cpu)
-    check_processes(state.num_processes)
+    check_processes(state.num_processes, state.process_index)
     return state
 
 
