@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -17,6 +16,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from pysupcon import user_code
+from pysupcon.caller import warn_caller
 from pysupcon.data.config import DataConfig
 from pysupcon.errors import ConfigError, check_all
 from pysupcon.evaluators import EvaluationConfig
@@ -384,12 +384,12 @@ def _load_config(path: Path) -> Config:
         raise ConfigError(f"{path}: config must be left out: a run's config is complete")
     evaluation = text.get("evaluation", {})
     if not isinstance(evaluation, dict):
-        warnings.warn(f"{path}: the defaults are used for evaluation: it is no mapping", stacklevel=2)
+        warn_caller(f"{path}: the defaults are used for evaluation: it is no mapping")
         del text["evaluation"]
     else:
         unknown = _drop_unknown(EvaluationConfig, evaluation, "evaluation")
         if unknown:
-            warnings.warn(f"{path}: {', '.join(unknown)} is unknown and ignored", stacklevel=2)
+            warn_caller(f"{path}: {', '.join(unknown)} is unknown and ignored")
     parser = _parser()
     try:
         return _instantiate(parser, lambda: parser.parse_object(text))[0]
@@ -397,7 +397,7 @@ def _load_config(path: Path) -> Config:
         if "evaluation" not in str(error) or not text.pop("evaluation", None):
             raise ConfigError(f"{path}: {error}") from error
         config = _instantiate(parser, lambda: parser.parse_object(text))[0]
-        warnings.warn(f"{path}: the defaults are used for evaluation: {error}", stacklevel=2)
+        warn_caller(f"{path}: the defaults are used for evaluation: {error}")
         return config
 
 
