@@ -69,7 +69,7 @@ class Config:
                 self._check_multi_label,
                 self._check_best_by,
             ]
-        check_all(*checks, self._check_warmup)
+        check_all(*checks, self._check_warmup, self._check_dry_run)
         for section in (self.data, self.model, self.loss, self.optimizer):
             section.resolve()
         if self.data.dataset == "image_table":
@@ -98,6 +98,13 @@ class Config:
             "epochs": self.trainer.epochs,
             "final_weights": self.trainer.final_weights,
         }
+
+    def _check_dry_run(self) -> None:
+        if self.trainer.dry_run and self.resume_from_checkpoint is not None:
+            raise ConfigError(
+                "trainer.dry_run starts from the beginning: leave out resume_from_checkpoint, got "
+                f"{self.resume_from_checkpoint!r}"
+            )
 
     def _check_warmup(self) -> None:
         if self.trainer.max_steps is None and self.optimizer.warmup_epochs > self.trainer.epochs:

@@ -65,7 +65,7 @@ def _train_and_evaluate(args: Sequence[str] | None) -> int:
             raise
         print(f"train.py: error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
-    if config.evaluate and _is_main():
+    if config.evaluate and not config.trainer.dry_run and _is_main():
         from pysupcon.evaluation.evaluate import evaluate_run
 
         try:

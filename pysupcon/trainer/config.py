@@ -323,6 +323,10 @@ class TrainerConfig:
     clip_norm: float | None = None
     """Maximum norm of the gradient; None disables clipping."""
 
+    dry_run: bool = False
+    """Run one step, validate one batch and encode some images for the evaluators; print shapes, seconds and
+    memory. No folder is created."""
+
     cpu: bool = False
     """Train on the CPU even if there is an accelerator."""
 

@@ -106,6 +106,20 @@ def build_accelerator(config: Config, run_dir: Path) -> Accelerator:
     return accelerator
 
 
+def check_trackers(accelerator: Accelerator, config: Config) -> None:
+    """Check that all trackers of the config are installed.
+
+    Raises:
+        ConfigError: a tracker is not installed.
+    """
+    available = {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
+    missing = [name for name in config.trainer.trackers if name not in available]
+    if missing:
+        raise ConfigError(
+            f"trainer.trackers: {', '.join(missing)} is not installed: install it with pip or leave it out"
+        )
+
+
 def start_trackers(accelerator: Accelerator, config: Config) -> None:
     """Start the trackers and pass them the config as the run's parameters. Every process calls this.
 
@@ -114,12 +128,7 @@ def start_trackers(accelerator: Accelerator, config: Config) -> None:
     """
     if not config.trainer.trackers:
         return
-    available = {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
-    missing = [name for name in config.trainer.trackers if name not in available]
-    if missing:
-        raise ConfigError(
-            f"trainer.trackers: {', '.join(missing)} is not installed: install it with pip or leave it out"
-        )
+    check_trackers(accelerator, config)
     flat: dict[str, Any] = {}
     for part, value in asdict(config).items():
         fields = value if isinstance(value, dict) else {"": value}
