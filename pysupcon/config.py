@@ -3,6 +3,7 @@ and the command line."""
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import sys
@@ -482,11 +483,25 @@ def _instantiate(parser: Any, parse: Any) -> tuple[Config, Any]:
     except ConfigError:
         raise
     except (argparse.ArgumentError, TypeError, KeyError, yaml.YAMLError) as error:
-        raise ConfigError(_one_line(error)) from error
+        raise ConfigError(_with_suggestion(_one_line(error), parser)) from error
     except ValueError as error:  # only the evaluators raise ValueError
         raise ConfigError(f"evaluation: {_one_line(error)}") from error
     config.resolve()
     return config, parsed
+
+
+def _with_suggestion(text: str, parser: Any) -> str:
+    """Add the most similar field to the message about an unknown one."""
+    match = re.search(
+        r"unrecognized arguments: --([\w.]+)"
+        r"|Group '([\w.]+)' does not accept option '([\w.]+)'|Option '([\w.]+)' is not accepted",
+        text,
+    )
+    if match is None:
+        return text
+    name, names = ".".join(filter(None, match.groups())), [action.dest for action in parser._actions]
+    similar = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
+    return f"{text}; did you mean {similar[0]}?" if similar else text
 
 
 def _one_line(error: Exception) -> str:

@@ -22,6 +22,7 @@ from pysupcon.options import (
     GatherArgument,
     RowOptions,
     expand_signature,
+    explain_arguments,
 )
 from pysupcon.pairs import reference
 from pysupcon.pairs.arguments import warn_of_norms
@@ -472,3 +473,6 @@ def _resolve_gather(gather: GatherArgument) -> Gather | None:
         return resolved
     check_gather(gather)
     return gather
+
+
+explain_arguments(ContrastiveLoss.__init__, "ModuleOptions")
