@@ -120,6 +120,23 @@ def test_torchrun_passes_sigterm_on(undisturbed: Path, tmp_path: Path) -> None:
     equal_to_the_bit(folder, undisturbed)
 
 
+def test_ctrl_c_under_torchrun(tmp_path: Path) -> None:
+    """The terminal sends SIGINT to all processes, and torchrun sends a second one: it must not end them."""
+    folder = tmp_path / "run"
+    command = [*TORCHRUN, "--standalone", "--nproc_per_node", "2", *arguments(folder)]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    stopper = after_log_lines(folder, 3, lambda: os.killpg(process.pid, signal.SIGINT))
+    said = finish(process)
+    stopper.join(timeout=1)
+    assert "train.py: stopped by Ctrl-C (SIGINT) after step" in said
+    steps = len(read_log(folder / "log.jsonl"))
+    assert 3 <= steps < 30
+    assert read_manifest(checkpoints(folder)[-1])["step"] == steps
+
+
 def test_accelerate_launch(tmp_path: Path) -> None:
     """One process, stopped by its time budget."""
     folder = tmp_path / "run"
