@@ -94,5 +94,7 @@ def test_data_that_cannot_be_transferred_to_are_refused(tmp_path, capsys):
         assert main(["transfer", str(run), *arguments, "--progress", "false"]) == 1
         assert message in capsys.readouterr().err
     assert not (run / "transfer").exists()
-    assert main(["transfer", str(tmp_path / "nowhere")]) == 1
+    assert main(["transfer", str(run)]) == 1
+    assert "data.dataset must be given" in capsys.readouterr().err
+    assert main(["transfer", str(tmp_path / "nowhere"), "--data.dataset", "digits"]) == 1
     assert "there is no such folder" in capsys.readouterr().err
