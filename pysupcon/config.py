@@ -3,10 +3,10 @@ and the command line."""
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import sys
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -17,6 +17,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from pysupcon import user_code
+from pysupcon.caller import warn_caller
 from pysupcon.data.config import DataConfig
 from pysupcon.errors import ConfigError, check_all
 from pysupcon.evaluators import EvaluationConfig
@@ -393,12 +394,12 @@ def _load_config(path: Path) -> Config:
         raise ConfigError(f"{path}: config must be left out: a run's config is complete")
     evaluation = text.get("evaluation", {})
     if not isinstance(evaluation, dict):
-        warnings.warn(f"{path}: the defaults are used for evaluation: it is no mapping", stacklevel=2)
+        warn_caller(f"{path}: the defaults are used for evaluation: it is no mapping")
         del text["evaluation"]
     else:
         unknown = _drop_unknown(EvaluationConfig, evaluation, "evaluation")
         if unknown:
-            warnings.warn(f"{path}: {', '.join(unknown)} is unknown and ignored", stacklevel=2)
+            warn_caller(f"{path}: {', '.join(unknown)} is unknown and ignored")
     parser = _parser()
     try:
         return _instantiate(parser, lambda: parser.parse_object(text))[0]
@@ -406,7 +407,7 @@ def _load_config(path: Path) -> Config:
         if "evaluation" not in str(error) or not text.pop("evaluation", None):
             raise ConfigError(f"{path}: {error}") from error
         config = _instantiate(parser, lambda: parser.parse_object(text))[0]
-        warnings.warn(f"{path}: the defaults are used for evaluation: {error}", stacklevel=2)
+        warn_caller(f"{path}: the defaults are used for evaluation: {error}")
         return config
 
 
@@ -484,11 +485,25 @@ def _instantiate(parser: Any, parse: Any) -> tuple[Config, Any]:
     except ConfigError:
         raise
     except (argparse.ArgumentError, TypeError, KeyError, yaml.YAMLError) as error:
-        raise ConfigError(_one_line(error)) from error
+        raise ConfigError(_with_suggestion(_one_line(error), parser)) from error
     except ValueError as error:  # only the evaluators raise ValueError
         raise ConfigError(f"evaluation: {_one_line(error)}") from error
     config.resolve()
     return config, parsed
+
+
+def _with_suggestion(text: str, parser: Any) -> str:
+    """Add the most similar field to the message about an unknown one."""
+    match = re.search(
+        r"unrecognized arguments: --([\w.]+)"
+        r"|Group '([\w.]+)' does not accept option '([\w.]+)'|Option '([\w.]+)' is not accepted",
+        text,
+    )
+    if match is None:
+        return text
+    name, names = ".".join(filter(None, match.groups())), [action.dest for action in parser._actions]
+    similar = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
+    return f"{text}; did you mean {similar[0]}?" if similar else text
 
 
 def _one_line(error: Exception) -> str:

@@ -19,7 +19,8 @@ RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("--loss.tau 1", "unrecognized arguments: --loss.tau"),
+        ("--loss.tau 1", "unrecognized arguments: --loss.tau 1$"),
+        ("--los.temperature 1", r"arguments: --los.temperature 1; did you mean loss.temperature\?$"),
         ("--loss.temperature hot", "loss.temperature must be float or NoneType, got 'hot'"),
         ("--loss.temperature 0", "loss.temperature must be greater than 0, got 0"),
         ("--loss.name triplet", "loss.name must be Literal.*'sincere'.*, got 'triplet'"),
@@ -130,6 +131,7 @@ def test_refuses(args: str, message: str) -> None:
     [
         ("loss: {name: supcon\ndata: [", "line 2"),
         ("loss:\n  tau: 3\n", "loss.*tau"),
+        ("loss:\n  temperatur: 3\n", r"'temperatur'; did you mean loss.temperature\?$"),
         ("- 1\n- 2\n", "mapping|Expected"),
         ("trainer:\n  epochs: many\n", "trainer.epochs must be int, got 'many'"),
     ],

@@ -137,6 +137,18 @@ def test_ctrl_c_under_torchrun(tmp_path: Path) -> None:
     assert read_manifest(checkpoints(folder)[-1])["step"] == steps
 
 
+def test_the_readme_starts_two_cpu_processes(tmp_path: Path) -> None:
+    """The line as it stands in the README, which does not name trainer.cpu."""
+    text = (REPOSITORY / "pysupcon" / "trainer" / "README.md").read_text(encoding="utf-8")
+    (line,) = (line.split() for line in text.splitlines() if line.startswith("    torchrun --standalone"))
+    folder = tmp_path / "run"
+    more = ["--output_dir", str(folder), "--evaluate", "false", "--trainer.epochs", "1"]
+    process = start([*TORCHRUN, *line[1:], *more], REPOSITORY, CUDA_VISIBLE_DEVICES="")
+    said = finish(process)
+    assert process.returncode == 0, said
+    assert len(read_log(folder / "log.jsonl")) == 10  # 1,295 training images in global batches of 128
+
+
 def test_accelerate_launch(tmp_path: Path) -> None:
     """One process, stopped by its time budget."""
     folder = tmp_path / "run"
