@@ -275,11 +275,12 @@ class Config:
             raise ConfigError("trainer.best_by=contrastive needs a contrastive loss, but loss.name is none")
 
 
-def parse_args(args: Sequence[str] | None = None) -> tuple[Config, str]:
+def parse_args(args: Sequence[str] | None = None, program: str = "train.py") -> tuple[Config, str]:
     """Read the command line: ``--config FILE.yaml`` (see :func:`compose`) and ``--FIELD VALUE`` overrides.
 
     Args:
         args: the arguments; None means ``sys.argv[1:]``. ``--help`` and ``--print_config`` print and exit.
+        program: name of the program in the help text.
 
     Returns:
         The resolved config, and the name of the run: the stem of the config file, or loss-dataset.
@@ -289,6 +290,7 @@ def parse_args(args: Sequence[str] | None = None) -> tuple[Config, str]:
             other.
     """
     parser = _parser()
+    parser.prog = program
     words = join_lists(sys.argv[1:] if args is None else args, list_options(Config))
     config, parsed = _instantiate(parser, lambda: parser.parse_args(words))
     if config.model.concatenated:

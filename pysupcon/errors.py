@@ -88,3 +88,31 @@ def check_all(*checks: Callable[[], object]) -> None:
         _failures.reset(token)
     if failures:
         raise ConfigError("\n".join(dict.fromkeys(failures)))
+
+
+TRAIN_PACKAGES = frozenset(
+    (
+        "accelerate",
+        "jsonargparse",
+        "matplotlib",
+        "yaml",
+        "safetensors",
+        "sklearn",
+        "threadpoolctl",
+        "timm",
+        "torchmetrics",
+        "torchvision",
+        "tqdm",
+        "mlxtend",
+        "tensorboard",
+    )
+)
+"""Modules of the packages in the extra ``train``."""
+
+
+def missing_extra(error: ModuleNotFoundError) -> str | None:
+    """Return a message that names the extra to install, or None if no package of it is missing."""
+    package = (error.name or "").partition(".")[0]
+    if package not in TRAIN_PACKAGES:
+        return None
+    return f"the package {package} is not installed: pip install 'pysupcon[train]'"

@@ -26,27 +26,37 @@ if __name__ == "__main__":
     sys.path[:] = [str(here.parent), *(entry for entry in sys.path if Path(entry or ".").resolve() != here)]
 
 
-def main(args: Sequence[str] | None = None) -> int:
+def main(args: Sequence[str] | None = None, program: str = "train.py") -> int:
     """Train and evaluate; return the exit status. A :class:`ConfigError`, a :class:`RunError` or a file that
     cannot be read or written is printed as one line on stderr.
 
     Args:
         args: the command line; None means ``sys.argv[1:]``.
+        program: name of the program in the help text.
     """
+    from pysupcon.errors import missing_extra
+
     try:
-        return _train_and_evaluate(args)
+        return _train_and_evaluate(args, program)
+    except ModuleNotFoundError as error:
+        message = missing_extra(error)
+        if message is None:
+            raise
+        if _is_main():
+            print(f"train.py: error: {message}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:  # during the training pysupcon.trainer.stop handles it
         if _is_main():
             print("train.py: stopped by Ctrl-C (SIGINT) before the first step", file=sys.stderr)
         return EX_INTERRUPTED
 
 
-def _train_and_evaluate(args: Sequence[str] | None) -> int:
+def _train_and_evaluate(args: Sequence[str] | None, program: str) -> int:
     from pysupcon.config import parse_args
     from pysupcon.errors import ConfigError, Interrupted, RunError
 
     try:
-        config, name = parse_args(args)
+        config, name = parse_args(args, program)
         from pysupcon.trainer.loop import train
 
         run_dir = train(config, name)
