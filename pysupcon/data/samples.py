@@ -2,24 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 from torch import Tensor
+from typing_extensions import Self
 
 from pysupcon.data.config import DOWNLOADABLE_DATASETS, DataConfig
 from pysupcon.data.superclasses import coarse_labels_of
 from pysupcon.errors import ConfigError, ImageError
 from pysupcon.reading import check_regular, one_line
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-Family = Literal["digits", "grey", "colour"]
+Family = Literal["digits", "grey", "colour", "vectors"]
 
 
-class FileImages(Sequence[Tensor]):
+class LazyImages(Sequence[Tensor]):
+    """Images that are read on access: ``images[i]`` is a uint8 tensor [C, H, W] of the image's own size."""
+
+    @abstractmethod
+    def select(self, indices: Tensor) -> Self:
+        """The images at ``indices`` (int64 [M])."""
+
+    @abstractmethod
+    def joined(self, other: LazyImages) -> Self:
+        """These images, then those of ``other``."""
+
+    @abstractmethod
+    def keys(self) -> Iterator[bytes]:
+        """What identifies each image in the fingerprint of a split."""
+
+
+def plain_image(image: Image, mode: Literal["L", "RGB"]) -> Image:
+    """Convert a PIL image to 8-bit grey or RGB.
+
+    Numbers of 16 bits (also where PIL stores them in 32) are divided by 257, floats in [0, 1] are multiplied
+    by 255. Transparent pixels are composited on white.
+
+    Raises:
+        ValueError: a float is outside [0, 1], or a number does not fit 16 bits.
+    """
+    from PIL import Image as pil
+
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image).astype(np.float64)
+        largest = 1 if image.mode == "F" else 65_535
+        low, high = values.min(), values.max()
+        if not (low >= 0 and high <= largest):
+            raise ValueError(f"its values of mode {image.mode} lie in [{low:g}, {high:g}], not [0, {largest}]")
+        image = pil.fromarray((values * (255 / largest)).round().astype(np.uint8))
+    elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = pil.new("RGBA", image.size, (255, 255, 255, 255))
+        image = pil.alpha_composite(white, image)
+    return image.convert(mode)
+
+
+class FileImages(LazyImages):
     """Image files, read on access: ``images[i]`` is a uint8 RGB tensor [3, H, W] of the file's size.
 
     Raises:
@@ -33,24 +80,35 @@ class FileImages(Sequence[Tensor]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]  # slices are not supported
-        from torchvision.datasets.folder import default_loader
+        from PIL import Image, ImageOps
         from torchvision.transforms.v2.functional import pil_to_tensor
 
         path = self.paths[index]
         try:
             check_regular(path)  # a pipe would block
-            return pil_to_tensor(default_loader(str(path)))
+            with Image.open(path) as image:
+                return pil_to_tensor(plain_image(ImageOps.exif_transpose(image), "RGB"))
         except Exception as error:  # PIL's decoders raise many kinds of errors for damaged files
             raise ImageError(f"the image {path} cannot be read: {one_line(error)}") from error
 
+    def select(self, indices: Tensor) -> FileImages:
+        return FileImages([self.paths[int(i)] for i in indices])
 
-Images = Tensor | FileImages
+    def joined(self, other: LazyImages) -> FileImages:
+        assert isinstance(other, FileImages)
+        return FileImages([*self.paths, *other.paths])
+
+    def keys(self) -> Iterator[bytes]:
+        return ("/".join(path.parts[-2:]).encode() + b"\n" for path in self.paths)
+
+
+Images = Tensor | LazyImages
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Images, uint8 [N, C, H, W] or files, with coarse and fine labels, int64 [N] each; if samples have
-    several labels, both are int64 [N, L], 0 or 1."""
+    """Images, uint8 [N, C, H, W] or read on access, or vectors, float32 [N, D]; with coarse and fine labels,
+    int64 [N] each; if samples have several labels, both are int64 [N, L], 0 or 1."""
 
     images: Images
     coarse: Tensor
@@ -66,10 +124,8 @@ class Samples:
 
     def select(self, indices: Tensor) -> Samples:
         """The samples at ``indices`` (int64 [M])."""
-        if isinstance(self.images, FileImages):
-            images: Images = FileImages([self.images.paths[int(i)] for i in indices])
-        else:
-            images = self.images[indices]
+        lazy = isinstance(self.images, LazyImages)
+        images = self.images.select(indices) if lazy else self.images[indices]  # type: ignore[union-attr]
         return Samples(images, self.coarse[indices], self.fine[indices])
 
 
@@ -82,8 +138,10 @@ class Source:
         test, val: official splits, or None.
         fine_names, coarse_names: names of the classes.
         family: decides on the augmentation.
-        channels, image_size: shape of the images.
-        mean, std: statistics of the pixels in [0, 1], per channel.
+        channels, image_size: shape of the images; for vectors D and 0.
+        mean, std: statistics of the pixels in [0, 1], per channel; for vectors empty: those of the training
+            split are used.
+        labels_by_name: whether ``data.ignore_index`` is the value of a label, which is its name.
         max_per_class: training samples kept of each fine class after validation samples are held out, or
             None.
     """
@@ -99,6 +157,7 @@ class Source:
     std: tuple[float, ...]
     val: Samples | None = None
     max_per_class: list[int] | None = None
+    labels_by_name: bool = False
 
 
 def samples_from_images(

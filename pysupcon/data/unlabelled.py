@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pysupcon.data.samples import FileImages, Samples, Source
+from pysupcon.data.samples import Images, LazyImages, Samples, Source
 from pysupcon.errors import ConfigError
 
 UNKNOWN = -1
@@ -32,6 +32,8 @@ def take_out(source: Source, level: Literal["coarse", "fine"], index: int) -> tu
         ConfigError: no sample has the label, or every sample of a part has it.
     """
     names = source.coarse_names if level == "coarse" else source.fine_names
+    if source.labels_by_name and str(index) in names:
+        index = names.index(str(index))
     parts = {"train": source.train, "val": source.val, "test": source.test}
     given = {name: samples for name, samples in parts.items() if samples is not None}
     unknown = {name: (samples.coarse if level == "coarse" else samples.fine) == index
@@ -88,10 +90,10 @@ def take_out(source: Source, level: Literal["coarse", "fine"], index: int) -> tu
 
 def concatenate(first: Samples, second: Samples) -> Samples:
     """The samples of ``first``, then those of ``second``."""
-    if isinstance(first.images, FileImages) and isinstance(second.images, FileImages):
-        images: Tensor | FileImages = FileImages([*first.images.paths, *second.images.paths])
+    if isinstance(first.images, LazyImages):
+        assert isinstance(second.images, LazyImages)
+        images: Images = first.images.joined(second.images)
     else:
-        assert isinstance(first.images, Tensor)
         assert isinstance(second.images, Tensor)
         images = torch.cat([first.images, second.images])
     return Samples(images, torch.cat([first.coarse, second.coarse]), torch.cat([first.fine, second.fine]))
