@@ -323,6 +323,10 @@ class TrainerConfig:
     clip_norm: float | None = None
     """Maximum norm of the gradient; None disables clipping."""
 
+    compile: bool = False
+    """Compile the model with torch.compile and inductor, as accelerate launch --dynamo_backend inductor does.
+    That flag also sets this field."""
+
     cpu: bool = False
     """Train on the CPU even if there is an accelerator."""
 
