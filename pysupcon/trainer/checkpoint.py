@@ -46,7 +46,8 @@ REPORTED_SECTIONS = ("trainer", "loss", "data")
 """Parts of the config whose changes are printed, except for UNREPORTED_FIELDS."""
 UNREPORTED_FIELDS = (
     "trainer.threads", "trainer.compile", "trainer.trackers", "trainer.time_budget",
-    "trainer.checkpoint_epochs", "trainer.checkpoint_steps", "trainer.keep_checkpoints", "trainer.profile_steps",
+    "trainer.checkpoint_epochs", "trainer.checkpoint_steps", "trainer.keep_checkpoints",
+    "trainer.profile_steps",
 )  # fmt: skip
 
 
