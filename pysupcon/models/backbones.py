@@ -15,7 +15,7 @@ from pysupcon.models.config import DEFAULT_LIPSCHITZ, DEFAULT_WIDTH, ModelConfig
 from pysupcon.models.initial import freeze, is_path, load_initial_weights
 from pysupcon.models.spectral import apply_spectral_norm
 from pysupcon.reading import one_line
-from pysupcon.user_code import import_object, is_reference
+from pysupcon.user_code import import_object, is_passed, is_reference
 
 
 class SmallCNN(nn.Module):
@@ -49,8 +49,15 @@ def _conv_bn_relu(in_channels: int, out_channels: int) -> nn.Module:
     )
 
 
-def build_backbone(config: ModelConfig, channels: int, image_size: int) -> tuple[nn.Module, int]:
+def build_backbone(
+    config: ModelConfig, channels: int, image_size: int, module: nn.Module | None = None
+) -> tuple[nn.Module, int]:
     """Build the backbone of ``config``.
+
+    Args:
+        config: backbones.
+        channels, image_size: shape of the images.
+        module: the backbone, if ``config.backbone`` records an object passed to ``pysupcon.train.run``.
 
     Returns:
         The backbone and the number of dimensions of its embedding. With ``encoders="two"`` or
@@ -65,13 +72,24 @@ def build_backbone(config: ModelConfig, channels: int, image_size: int) -> tuple
     elif config.encoders == "two":
         built = [_build_single(config, channels, image_size) for _ in range(2)]
     else:
-        return _build_single(config, channels, image_size)
+        return _build_single(config, channels, image_size, module)
     parts, widths = zip(*built, strict=True)
     return Concatenation(parts, widths), sum(widths)
 
 
-def _build_single(config: ModelConfig, channels: int, image_size: int) -> tuple[nn.Module, int]:
-    backbone, width = _build_plain(config, channels, image_size)
+def _build_single(
+    config: ModelConfig, channels: int, image_size: int, module: nn.Module | None = None
+) -> tuple[nn.Module, int]:
+    if is_passed(config.backbone):
+        if module is None:
+            raise ConfigError(
+                f"model.backbone is a {config.backbone}, which the config cannot rebuild: pass the module "
+                "again, pysupcon.train.run(..., model=MODULE) or pysupcon.trainer.run.load_run(RUN, "
+                "model=MODULE)"
+            )
+        backbone, width = module, embedding_width(module, config.backbone, (channels, image_size, image_size))
+    else:
+        backbone, width = _build_plain(config, channels, image_size)
     if isinstance(config.pretrained, str) and is_path(config.pretrained):
         left_out = load_initial_weights(backbone, config.pretrained)
         if left_out:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from pysupcon.errors import ConfigError, check
-from pysupcon.user_code import PlainValue, is_reference
+from pysupcon.user_code import PlainValue, is_own, is_passed, is_reference
 
 _INITIAL_WEIGHTS = ("pretrained", "checkpoint_path", "cache_dir")
 _PRETRAINED_CONFIGS = ("pretrained_cfg", "pretrained_cfg_overlay")
@@ -102,11 +102,16 @@ class ModelConfig:
             self._check_concatenated()
             return
         small = self.backbone == "small_cnn"
-        own = is_reference(self.backbone)
+        own = is_own(self.backbone)
+        if is_passed(self.backbone) and self.encoders == "two":
+            raise ConfigError(
+                "model.encoders=two builds two backbones: name a function as package.module:name in "
+                "model.backbone instead of passing a module"
+            )
         if small or own:
             check(not self.small_stem, "model.small_stem", f"be false for {self.backbone}", self.small_stem)
             check(not self.timm_args, "model.timm_args", f"be empty for {self.backbone}", self.timm_args)
-        if not own:
+        if not is_reference(self.backbone):
             contract = f"be empty for {self.backbone}: it is for package.module:name"
             check(not self.backbone_args, "model.backbone_args", contract, self.backbone_args)
         self._check_initial_weights(small or own)

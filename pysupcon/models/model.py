@@ -13,7 +13,7 @@ from pysupcon.models.config import DEFAULT_PROJECTION_DIM, ModelConfig
 from pysupcon.models.decoder import build_decoder
 from pysupcon.models.initial import keep_statistics
 from pysupcon.pairs.normalize import unit_rows
-from pysupcon.user_code import is_reference
+from pysupcon.user_code import is_own
 
 
 class ModelOutput(NamedTuple):
@@ -47,11 +47,20 @@ class ContrastiveModel(nn.Module):
         channels: channels of the images.
         image_size: side of the images, in pixels.
         classes: number of training labels, for classification heads and a labelled decoder.
+        module: the backbone, if ``config.backbone`` records an object passed to ``pysupcon.train.run``.
     """
 
-    def __init__(self, config: ModelConfig, *, channels: int, image_size: int, classes: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        channels: int,
+        image_size: int,
+        classes: int,
+        module: nn.Module | None = None,
+    ) -> None:
         super().__init__()
-        self.backbone, self.embedding_dim = build_backbone(config, channels, image_size)
+        self.backbone, self.embedding_dim = build_backbone(config, channels, image_size, module)
         self.two_encoders = config.encoders == "two"
         widths = [self.embedding_dim]
         if self.two_encoders:
@@ -123,7 +132,7 @@ class ContrastiveModel(nn.Module):
 def memory_format(config: ModelConfig) -> torch.memory_format:
     """Return the memory format of weights and images in a training: channels last, but contiguous for the
     user's own backbone, whose code may call ``view``."""
-    return torch.contiguous_format if is_reference(config.backbone) else torch.channels_last
+    return torch.contiguous_format if is_own(config.backbone) else torch.channels_last
 
 
 def _projection(config: ModelConfig, width: int) -> nn.Module:

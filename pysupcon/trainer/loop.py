@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -47,12 +48,20 @@ from pysupcon.trainer.stop import StopRequests
 from pysupcon.trainer.validation import Validation
 
 
-def train(config: Config, name: str = "run") -> Path:
+def train(
+    config: Config,
+    name: str = "run",
+    *,
+    model: torch.nn.Module | None = None,
+    evaluators: Mapping[str, Any] | None = None,
+) -> Path:
     """Train; write the log, the checkpoints and the final weights. Every process calls this.
 
     Args:
         config: config of the run; resolved here.
         name: name of the run's folder under runs/ if ``config.output_dir`` is None.
+        model: the backbone, if ``config.model.backbone`` records a passed object; trained in place.
+        evaluators: passed evaluators by their names in ``config.evaluation.evaluators``.
 
     Returns:
         The folder of the run.
@@ -67,7 +76,7 @@ def train(config: Config, name: str = "run") -> Path:
     config.resolve()
     user_code.allow()
     if config.evaluate:
-        build_evaluators(config.evaluation)  # a wrong reference is reported before the training
+        build_evaluators(config.evaluation, evaluators)  # a wrong reference is reported before the training
     apply_environment(config)
     stop = StopRequests(config.trainer.time_budget)
     processes = join_processes(config.trainer.cpu)
@@ -82,7 +91,7 @@ def train(config: Config, name: str = "run") -> Path:
         config.resume_from_checkpoint = "auto"
     with locked_run_dir(config, name, processes) as run_dir:
         config.output_dir = str(run_dir)
-        trainer = Trainer(config, data, run_dir)
+        trainer = Trainer(config, data, run_dir, model)
         with stop:
             return trainer.fit(stop)
 
@@ -97,9 +106,12 @@ class Trainer:
         config: resolved config.
         data: the data of the config.
         run_dir: folder of the run.
+        module: the backbone, if it is a passed object.
     """
 
-    def __init__(self, config: Config, data: DataModule, run_dir: Path) -> None:
+    def __init__(
+        self, config: Config, data: DataModule, run_dir: Path, module: torch.nn.Module | None = None
+    ) -> None:
         self.config, self.data, self.run_dir = config, data, run_dir
         self.accelerator = build_accelerator(config, run_dir)
         self.device = self.accelerator.device
@@ -118,7 +130,7 @@ class Trainer:
         with report_if_slow(f"building {config.model.backbone}", enabled=main):
             # A resumed training takes all weights from its checkpoint.
             of_start = config.model if saved is None else config.model.without_initial_weights()
-            network = build_model(replace(config, model=of_start), data).to(self.device)
+            network = build_model(replace(config, model=of_start), data, module).to(self.device)
             network = network.to(memory_format=memory_format(config.model))
         for line in notes_of(network) if main else ():
             print_line(line)
