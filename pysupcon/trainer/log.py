@@ -22,6 +22,7 @@ class StepLog:
 
     Attributes:
         failure: the first error of the disk, after which nothing more is written; None if there is none.
+        earlier: the lines up to ``resumed_step``.
 
     Fields of a line:
         step, epoch: progress after the step.
@@ -51,8 +52,7 @@ class StepLog:
     """
 
     def __init__(self, path: Path, resumed_step: int = 0) -> None:
-        if path.exists():
-            _drop_after(path, resumed_step)
+        self.earlier = _drop_after(path, resumed_step) if path.exists() else []
         self.failure: OSError | None = None
         self._path = path
         self._file = path.open("a", encoding="utf-8")
@@ -83,8 +83,9 @@ class StepLog:
             self._file.close()
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Keep the lines up to ``step``. Lines that a dying process has not finished do not matter.
+def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:
+    """Keep the lines up to ``step`` and return them. Lines that a dying process has not finished do not
+    matter.
 
     Raises:
         RunError: a line that is to be kept cannot be read.
@@ -101,6 +102,7 @@ def _drop_after(path: Path, step: int) -> None:
             reason = f"not JSON: {line}" if isinstance(line, ValueError) else "without a step"
             raise RunError(f"{path}, line {number}, is {reason}; remove the line to resume")
     replace_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+    return kept
 
 
 def peak_memory(device: torch.device) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -12,10 +13,9 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor
-from tqdm import tqdm
 
 from pysupcon import user_code
-from pysupcon.config import Config, to_yaml
+from pysupcon.config import Config
 from pysupcon.data.datamodule import DataModule, load_data
 from pysupcon.errors import Interrupted, RunError, check
 from pysupcon.evaluators import build_evaluators
@@ -27,14 +27,14 @@ from pysupcon.profiling.recorder import StepRecorder
 from pysupcon.trainer import checkpoint
 from pysupcon.trainer.early_stopping import EarlyStopping
 from pysupcon.trainer.environment import apply_environment
-from pysupcon.trainer.files import replace_file
 from pysupcon.trainer.folders import is_restart, locked_run_dir
 from pysupcon.trainer.group_dro import build_group_dro
-from pysupcon.trainer.log import StepLog, peak_memory
+from pysupcon.trainer.log import peak_memory
 from pysupcon.trainer.objective import Objective
 from pysupcon.trainer.optim import build_optimizer, build_scheduler
 from pysupcon.trainer.progress import print_line, report_if_slow
-from pysupcon.trainer.run import CONFIG_FILE, LOG_FILE, WEIGHTS_FILE, build_model
+from pysupcon.trainer.report import TrainingReport
+from pysupcon.trainer.run import WEIGHTS_FILE, build_model
 from pysupcon.trainer.setup import (
     build_accelerator,
     call_on_main_process,
@@ -205,92 +205,81 @@ class Trainer:
             RunError, Interrupted: see :func:`train`.
         """
         start_trackers(self.accelerator, self.config)
-        logs: list[StepLog] = []
-        call_on_main_process(self.accelerator, lambda: logs.append(self._open_log()))
-        log = logs[0] if logs else None
+        reports: list[TrainingReport] = []
+        call_on_main_process(self.accelerator, lambda: reports.append(self._open_report()))
+        report = reports[0] if reports else None
         self.accelerator.wait_for_everyone()
         try:
-            self._loop(log, stop)
+            with report or nullcontext():
+                self._loop(report, stop)
         except BaseException:
             for tracker in self.accelerator.trackers:
                 tracker.finish()
             raise
-        finally:
-            if log is not None:
-                log.close()
         final = self.run_dir / WEIGHTS_FILE
         call_on_main_process(self.accelerator, lambda: checkpoint.save_weights(self._final_weights(), final))
         self.accelerator.end_training()
         return self.run_dir
 
-    def _open_log(self) -> StepLog:
-        """Open the log and write the config; called on the main process."""
-        try:
-            log = StepLog(self.run_dir / LOG_FILE, self.state.done)
-            replace_file(self.run_dir / CONFIG_FILE, to_yaml(self.config).encode())
-            return log
-        except OSError as error:
-            raise RunError(f"{self.run_dir} cannot be written to: {error}") from error
+    def _open_report(self) -> TrainingReport:
+        return TrainingReport(
+            self.config, self.run_dir, done=self.state.done, steps=self.steps, device=self.device,
+            steps_per_epoch=self.steps_per_epoch, processes=self.accelerator.num_processes,
+        )  # fmt: skip
 
-    def _loop(self, log: StepLog | None, stop: StopRequests) -> None:
+    def _loop(self, report: TrainingReport | None, stop: StopRequests) -> None:
         trainer, state = self.config.trainer, self.state
         every = trainer.checkpoint_steps or trainer.checkpoint_epochs * self.steps_per_epoch
         profile_steps = trainer.profile_steps if self.accelerator.is_main_process else ()
         recorder = StepRecorder(profile_steps, self.run_dir / "profile", self.device)
         self.model.train()
-        bar = tqdm(total=self.steps, initial=state.done, desc="train", unit="step", disable=log is None)
         images_per_step = self.config.data.batch_size * self.config.data.views * self.batches_per_step
         batches, start = iter(self.loader), time.perf_counter()
 
-        def sync_log() -> None:
-            if log is not None:
-                log.sync()
+        def sync() -> None:
+            if report is not None:
+                report.sync()
 
-        with bar:
-            while state.done < self.steps and not self._stops_early():
-                learning_rate = self.scheduler.get_last_lr()[0]
-                temperature = (
-                    {"temperature": self.objective.temperature}
-                    if self.config.loss.learnable_temperature
-                    else {}
-                )
-                with recorder.step(state.done + 1):
-                    step_batches = islice(batches, self.batches_per_step)
-                    failed = log is not None and log.failure is not None
-                    values, stopping = self.step(
-                        step_batches, state.done + 1, stop.reason is not None or failed
-                    )
-                state.done += 1
-                if self.ema is not None:
-                    self.ema.update(self.network, state.done)
-                speed = images_per_step / (time.perf_counter() - start)
-                due = state.done % every == 0 or state.done == self.steps
-                metrics = self._validation() if due and not stopping else {}
-                line = {
-                    "step": state.done,
-                    "epoch": state.done / self.steps_per_epoch,
-                    **values,
-                    **temperature,
-                    **{f"val_{name}": value for name, value in metrics.items()},
-                    "learning_rate": learning_rate,
-                    "images_per_second": speed,
-                    "peak_memory_mib": peak_memory(self.device),
-                }
-                if log is not None:
-                    log.write(line)
-                if self.accelerator.trackers:
-                    self.accelerator.log({key: line[key] for key in line if key != "step"}, step=state.done)
-                bar.update()
-                bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:,.0f} images/s", refresh=False)
-                if due and not stopping:
-                    self._update_early_stopping(metrics)
-                if due or stopping:
-                    call_on_main_process(self.accelerator, sync_log)
-                    path = state.save(metrics)
-                    if stopping:
-                        self._interrupt(stop, path)
-                start = time.perf_counter()
-        if log is not None and state.early_stopping is not None and state.done < self.steps:
+        while state.done < self.steps and not self._stops_early():
+            learning_rate = self.scheduler.get_last_lr()[0]
+            temperature = (
+                {"temperature": self.objective.temperature} if self.config.loss.learnable_temperature else {}
+            )
+            with recorder.step(state.done + 1):
+                step_batches = islice(batches, self.batches_per_step)
+                failed = report is not None and report.failed
+                values, stopping = self.step(step_batches, state.done + 1, stop.reason is not None or failed)
+            state.done += 1
+            if self.ema is not None:
+                self.ema.update(self.network, state.done)
+            speed = images_per_step / (time.perf_counter() - start)
+            due = state.done % every == 0 or state.done == self.steps
+            metrics: dict[str, float] = {}
+            if due and not stopping:
+                metrics = self._validation()
+                self._update_early_stopping(metrics)
+            line = {
+                "step": state.done,
+                "epoch": state.done / self.steps_per_epoch,
+                **values,
+                **temperature,
+                **{f"val_{name}": value for name, value in metrics.items()},
+                "learning_rate": learning_rate,
+                "images_per_second": speed,
+                "peak_memory_mib": peak_memory(self.device),
+            }
+            if report is not None:
+                report.add(line, last=state.done == self.steps or self._stops_early())
+            if self.accelerator.trackers:
+                self.accelerator.log({key: line[key] for key in line if key != "step"}, step=state.done)
+            if due or stopping or state.done % self.steps_per_epoch == 0:
+                call_on_main_process(self.accelerator, sync)
+            if due or stopping:
+                path = state.save(metrics)
+                if stopping:
+                    self._interrupt(stop, path)
+            start = time.perf_counter()
+        if report is not None and state.early_stopping is not None and state.done < self.steps:
             print_line(f"stopped early after step {state.done}: {state.early_stopping.describe()}")
 
     def _update_early_stopping(self, metrics: dict[str, float]) -> None:

@@ -336,11 +336,12 @@ def test_a_log_that_cannot_grow(tmp_path: Path, server: TrainingServer, processe
     mount = shutil.which("mount")
     if mount is None or os.geteuid() != 0:
         pytest.skip("a small file system needs root and mount")
-    made = subprocess.run([mount, "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(place)], capture_output=True)
+    made = subprocess.run([mount, "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(place)], capture_output=True)
     if made.returncode != 0:
         pytest.skip("a small file system cannot be mounted here")
     try:
         endless = ("--trainer.epochs", "1000", "--trainer.checkpoint_epochs", "1000", "--loss.gather", "true")
+        endless += ("--data.batch_size", "4")  # the disk is full before the first epoch ends
         assert server.run(arguments(place / "run", *endless), processes=processes) == 1
         said = server.output()
     finally:

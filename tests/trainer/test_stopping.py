@@ -126,6 +126,7 @@ def test_ctrl_c_outside_of_the_steps(
 # --- starts that fail
 
 
+@pytest.mark.filterwarnings("ignore:.log_with=")
 def test_a_missing_tracker_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for trackers in ("[wandb]", "[tensorboard, wandb]"):
