@@ -7,7 +7,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import lru_cache
@@ -298,6 +298,52 @@ def parse_args(args: Sequence[str] | None = None, program: str = "train.py") -> 
     files = parsed.get("config") or []
     name = Path(str(files[-1])).stem if files else f"{config.loss.name}-{config.data.dataset}"
     return config, name
+
+
+def config_of(source: Config | Mapping[str, Any] | str | Path | None, fields: Mapping[str, Any]) -> Config:
+    """Build a config in Python.
+
+    Args:
+        source: a config, a mapping of its fields, a YAML file, or None for the defaults.
+        fields: fields that override those of ``source``: sections, e.g. ``{"trainer": {"epochs": 3}}``, or
+            single fields, e.g. ``{"trainer.epochs": 3}``.
+
+    Raises:
+        ConfigError: as :func:`parse_args`.
+    """
+    values: dict[str, Any] = {}
+    if isinstance(source, Config):
+        values = asdict(source)
+    elif isinstance(source, (str, Path)):
+        values = compose(source)
+    elif source is not None:
+        _merge(values, _nested(source))
+    _merge(values, _nested(fields))
+    parser = _parser()
+    config = _instantiate(parser, lambda: parser.parse_object(values))[0]
+    if config.model.concatenated:
+        raise ConfigError("model.concatenated describes backbones that are frozen: they cannot be trained")
+    return config
+
+
+_PLAIN = ("coarse_map", "columns", "dataset_args", "augmentation_args", "backbone_args", "evaluator_args")
+"""Fields that are mappings, whose keys may have dots"""
+
+
+def _nested(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Expand names with dots, recursively, and convert paths to strings."""
+    nested: dict[str, Any] = {}
+    for name, value in fields.items():
+        if isinstance(value, Path):
+            value = str(value)
+        elif is_dataclass(value) and not isinstance(value, type):
+            value = asdict(value)
+        elif isinstance(value, Mapping) and name not in _PLAIN:
+            value = _nested(value)
+        for part in reversed(name.split(".")[1:]):
+            value = {part: value}
+        _merge(nested, {name.split(".")[0]: value})
+    return nested
 
 
 def compose(path: str | Path) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Train: ``accelerate launch pysupcon/train.py --config configs/FILE.yaml [--FIELD VALUE ...]``.
+"""Train: ``accelerate launch pysupcon/train.py --config configs/FILE.yaml [--FIELD VALUE ...]``, or in Python
+with :func:`run`.
 
 ``torchrun`` and plain ``python pysupcon/train.py`` work too; one process needs no launcher. ``--help``
 explains every field. Exit status: 0 the run is finished; 1 the run failed; 2 the config is not valid; 75 the
@@ -11,8 +12,17 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pysupcon.config import Config
+    from pysupcon.reports.report import Report
+    from pysupcon.trainer.run import Run
 
 EX_TEMPFAIL = 75
 """Exit status of an interrupted run, from sysexits.h."""
@@ -24,6 +34,91 @@ if __name__ == "__main__":
     # name.
     here = Path(__file__).resolve().parent
     sys.path[:] = [str(here.parent), *(entry for entry in sys.path if Path(entry or ".").resolve() != here)]
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """Result of :func:`run`.
+
+    Attributes:
+        dir: folder of the run.
+        run: reads config, data, trained model and log; ``run.model.backbone(images)`` gives embeddings.
+        report: results of the evaluators; None on other processes than the first, and without evaluation.
+    """
+
+    dir: Path
+    run: Run
+    report: Report | None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The values of the report by name; empty without a report."""
+        return (
+            {}
+            if self.report is None
+            else {name: metric.value for name, metric in self.report.metrics.items()}
+        )
+
+
+def run(
+    config: Config | Mapping[str, Any] | str | Path | None = None,
+    *,
+    dataset: Any = None,
+    model: nn.Module | None = None,
+    evaluators: Iterable[Any] | None = None,
+    **fields: Any,
+) -> FinishedRun:
+    """Train and evaluate, from a program of your own. Every process of a launcher calls it.
+
+    The config of the run records the classes of passed objects. Pass them again to resume the run, and to
+    :func:`pysupcon.trainer.run.load_run` or :func:`pysupcon.evaluation.evaluate.evaluate_run`.
+
+    Args:
+        config: a config, a mapping of its fields, or a YAML file; None means the defaults.
+        dataset: a map-style dataset of (image, label), (image, coarse, fine) or dicts, or a mapping of train,
+            val and test to such datasets; see :mod:`pysupcon.data.own`. It replaces ``data.dataset``.
+        model: backbone: maps images [B, C, S, S] to embeddings [B, D]; trained in place, from its present
+            weights. It replaces ``model.backbone``.
+        evaluators: the evaluators that run after the training: names, references, and objects as
+            :class:`pysupcon.evaluators.OwnEvaluator` describes them. They replace ``evaluation.evaluators``.
+        **fields: fields that override ``config``, e.g. ``trainer={"epochs": 3}``, ``seed=1``,
+            ``**{"loss.name": "sincere"}``, ``resume_from_checkpoint="latest"``.
+
+    Returns:
+        The run and its results.
+
+    Raises:
+        ConfigError: the config is not valid.
+        RunError: the training or the evaluation failed.
+        Interrupted: the training was stopped, and a checkpoint has been written.
+    """
+    from pysupcon import user_code
+    from pysupcon.config import config_of
+    from pysupcon.trainer.loop import train
+    from pysupcon.trainer.run import load_run
+
+    passed: dict[str, Any] = {}
+    own: dict[str, Any] = {}
+    if dataset is not None:
+        own["data.dataset"] = next(iter(user_code.name_objects([dataset])))
+    if model is not None:
+        own["model.backbone"] = next(iter(user_code.name_objects([model])))
+    if evaluators is not None:
+        evaluators = list(evaluators)
+        passed = user_code.name_objects(evaluators)
+        names = iter(passed)
+        own["evaluation.evaluators"] = [each if isinstance(each, str) else next(names) for each in evaluators]
+    made = config_of(config, {**fields, **own})
+    path = isinstance(config, (str, Path))
+    name = Path(str(config)).stem if path else f"{made.loss.name}-{made.data.dataset}"
+    folder = train(made, name, dataset=dataset, model=model, evaluators=passed)
+    report = None
+    finished = load_run(folder, dataset=dataset, model=model)
+    if made.evaluate and _is_main():
+        from pysupcon.evaluation.evaluate import evaluate_run
+
+        report = evaluate_run(finished, evaluators=passed.values())
+    return FinishedRun(folder, finished, report)
 
 
 def main(args: Sequence[str] | None = None, program: str = "train.py") -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
 
@@ -19,6 +20,7 @@ PlainValue = bool | int | float | str | list | dict | None
 """Type of the arguments of the user's code in a config. Not Any: jsonargparse would import and call what
 ``class_path`` names in a value of type Any."""
 
+_PASSED = "passed object "
 _REFERENCE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 _state = {"allowed": False}
 
@@ -26,6 +28,31 @@ _state = {"allowed": False}
 def is_reference(value: object) -> bool:
     """Return whether ``value`` has the form ``package.module:name``."""
     return isinstance(value, str) and _REFERENCE.fullmatch(value) is not None
+
+
+def is_passed(value: object) -> bool:
+    """Return whether a config records ``value`` for an object that was passed to ``pysupcon.train.run``."""
+    return isinstance(value, str) and value.startswith(_PASSED)
+
+
+def is_own(value: object) -> bool:
+    """Return whether ``value`` stands for code of the user: a reference or a passed object."""
+    return is_reference(value) or is_passed(value)
+
+
+def name_objects(objects: Iterable[object]) -> dict[str, Any]:
+    """Return the objects that are no strings by the names that a config records for them."""
+    named: dict[str, Any] = {}
+    for value in objects:
+        if not isinstance(value, str):
+            kind = value if hasattr(value, "__qualname__") else type(value)
+            plain = name = f"{_PASSED}{kind.__module__}.{kind.__qualname__}"
+            number = 1
+            while name in named:
+                number += 1
+                name = f"{plain} ({number})"
+            named[name] = value
+    return named
 
 
 def allow() -> None:

@@ -18,7 +18,7 @@ from pysupcon.commands import program
 from pysupcon.errors import ConfigError, RunError
 from pysupcon.reading import read_json
 from pysupcon.reports.report import Markdown, escape, markdown_table
-from pysupcon.user_code import is_reference
+from pysupcon.user_code import is_own
 
 if TYPE_CHECKING:
     from pysupcon.models import ModelConfig
@@ -71,7 +71,7 @@ def timm_builds(run: Run) -> bool:
     It cannot build the small CNN, the user's own backbone, one with a small stem, or several backbones.
     """
     model = run.config.model
-    plain = model.backbone == "small_cnn" or is_reference(model.backbone) or model.small_stem
+    plain = model.backbone in ("small_cnn", "mlp") or is_own(model.backbone) or model.small_stem
     return not (plain or _has_several_backbones(run))
 
 
@@ -223,7 +223,7 @@ def _usage(run: Run) -> list[str]:
             "```",
         ]
     reason = "its stem is for small images" if run.config.model.small_stem else "it is part of pysupcon"
-    if is_reference(run.config.model.backbone):
+    if is_own(run.config.model.backbone):
         reason = f"it is built by {run.config.model.backbone}, a module that must be importable"
     if _has_several_backbones(run):
         reason = "it consists of two backbones"

@@ -41,7 +41,9 @@ def arrays(config: DataConfig) -> Source:
         ".npz": _npz, ".npy": _npy, ".safetensors": _safetensors, ".csv": _csv, ".parquet": _parquet,
     }  # fmt: skip
     if path.suffix not in readers:
-        raise ConfigError(f"data.root must be a file {', '.join(readers)} for data.dataset=arrays, got {path}")
+        raise ConfigError(
+            f"data.root must be a file {', '.join(readers)} for data.dataset=arrays, got {path}"
+        )
     field = f"data.root: {path}"
     try:
         check_regular(path)
@@ -54,7 +56,9 @@ def arrays(config: DataConfig) -> Source:
         raise ConfigError(f"{field} cannot be read: {one_line(error)}") from error
     missing = [role for role in config.columns if role not in found]
     if missing:
-        raise ConfigError(f"{field} has no {config.columns[missing[0]]!r}, which data.columns names as {missing[0]}")
+        raise ConfigError(
+            f"{field} has no {config.columns[missing[0]]!r}, which data.columns names as {missing[0]}"
+        )
     if "features" not in found:
         raise ConfigError(f"{field} has no features: name them with --data.columns '{{features: NAME}}'")
     features = as_vectors(found.pop("features"), field)
@@ -73,7 +77,9 @@ def arrays(config: DataConfig) -> Source:
     if "split" in values:
         split = _splits(values["split"], field)
         if config.test_fraction is not None and bool((split == 2).any()):
-            raise ConfigError(f"data.test_fraction has no effect: {path} has test rows in its split; leave it out")
+            raise ConfigError(
+                f"data.test_fraction has no effect: {path} has test rows in its split; leave it out"
+            )
     return split_source(
         features, Labels(coarse, fine), split, field, family="vectors", channels=features.shape[1],
         image_size=0, mean=(), std=(),
@@ -91,7 +97,9 @@ def _splits(values: list[LabelValue], field: str) -> Tensor:
     numbers = []
     for row, value in enumerate(values):
         if str(value).lower() not in SPLITS:
-            raise ConfigError(f"{field}: split of row {row} must be one of {', '.join(SPLITS)}, got {value!r}")
+            raise ConfigError(
+                f"{field}: split of row {row} must be one of {', '.join(SPLITS)}, got {value!r}"
+            )
         numbers.append(SPLITS[str(value).lower()])
     return torch.tensor(numbers)
 
@@ -130,7 +138,9 @@ def _csv(path: Path, columns: dict[str, str]) -> Columns:
     }
     taken = {columns.get(role, role) for role in found}
     names = _feature_columns(table.columns, taken, columns)
-    found["features"] = torch.tensor([[*row] for row in zip(*(_numbers(table, n) for n in names), strict=True)])
+    found["features"] = torch.tensor(
+        [[*row] for row in zip(*(_numbers(table, n) for n in names), strict=True)]
+    )
     return found
 
 
@@ -139,7 +149,9 @@ def _feature_columns(all_columns: list[str], taken: set[str], columns: dict[str,
     start = columns.get("features")
     names = [n for n in all_columns if n not in taken and (start is None or n.startswith(start))]
     if not names:
-        raise ConfigError("data.columns leaves no column of features" + (f" that starts with {start}" if start else ""))
+        raise ConfigError(
+            "data.columns leaves no column of features" + (f" that starts with {start}" if start else "")
+        )
     return names
 
 
@@ -150,8 +162,8 @@ def _numbers(table: Table, name: str) -> list[float]:
             numbers.append(float(text))
         except ValueError as error:
             raise ConfigError(
-                f"data.root: {table.path}, line {table.first_line + row}, column {name} must be a number, got "
-                f"{text!r}; columns that are no features need a role (data.columns)"
+                f"data.root: {table.path}, line {table.first_line + row}, column {name} must be a number, "
+                f"got {text!r}; columns that are no features need a role (data.columns)"
             ) from error
     return numbers
 
@@ -175,5 +187,7 @@ def _parquet(path: Path, columns: dict[str, str]) -> Columns:
         found["features"] = [np.asarray(row, dtype=np.float64) for row in table.column(whole).to_pylist()]
         return found
     chosen = _feature_columns(names, {columns.get(role, role) for role in found}, columns)
-    found["features"] = np.stack([table.column(name).to_numpy() for name in chosen], axis=1).astype(np.float64)
+    found["features"] = np.stack([table.column(name).to_numpy() for name in chosen], axis=1).astype(
+        np.float64
+    )
     return found

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+import random
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
 from pysupcon.data.colour import ColorJitter, RandomGrayscale
 from pysupcon.data.geometry import RandomAffine, RandomCrop, RandomHorizontalFlip, RandomResizedCrop
-from pysupcon.data.sources import Family
+from pysupcon.data.own import to_pixels
+from pysupcon.data.samples import Family
+from pysupcon.errors import ConfigError, ImageError
+from pysupcon.reading import one_line
+from pysupcon.user_code import PlainValue, import_object
 
 _CHUNK_SIZE = 128  # images augmented at once, so that the data between two transforms stay in the cache
 
@@ -96,6 +103,74 @@ class Augmentation:
             result = transform(result, uniforms.flatten(0, 1)[:, start:end])
             start = end
         return result.unflatten(0, (count, views))
+
+
+class OwnAugmentation:
+    """A transform of the user, applied to every view.
+
+    Each view seeds the random generators of torch, NumPy and Python, and the states before are restored. A
+    view thus depends only on its sample and its draw, if the transform uses one of these generators.
+
+    Args:
+        reference: ``package.module:name``: a class, which is called with ``arguments``, or a function.
+        arguments: arguments of the class, or further arguments of the function.
+        size: side of the views, in pixels; 0 for vectors.
+
+    Attributes:
+        num_uniforms: number of uniform random numbers per view.
+
+    Raises:
+        ConfigError: there is no such transform, or it does not take the arguments.
+    """
+
+    num_uniforms = 1
+
+    def __init__(self, reference: str, arguments: dict[str, PlainValue], size: int) -> None:
+        self.reference, self.size = reference, size
+        self.resize = ResizeCenterCrop(size) if size else None
+        found = import_object(reference, "data.augmentation")
+        self.arguments: dict[str, Any] = {}
+        if isinstance(found, type):
+            try:
+                found = found(**arguments)
+            except Exception as error:  # code of the user
+                raise ConfigError(
+                    f"data.augmentation_args {arguments} do not fit {reference}: {one_line(error)}"
+                ) from error
+        else:
+            self.arguments = dict(arguments)
+        if not callable(found):
+            raise ConfigError(f"data.augmentation={reference} must be a class or a function")
+        self.transform: Callable[..., Any] = found
+
+    def __call__(self, images: Tensor, uniforms: Tensor) -> Tensor:
+        """V views of every image; see :class:`Augmentation`. Vectors are float32 [n, D]."""
+        states = random.getstate(), np.random.get_state()  # noqa: NPY002  # the transform may use it
+        try:
+            with torch.random.fork_rng(devices=[]):
+                rows = [
+                    torch.stack([self._view(image, float(uniform)) for uniform in seeds[:, 0]])
+                    for image, seeds in zip(images, uniforms, strict=True)
+                ]
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002
+        return torch.stack(rows)
+
+    def _view(self, image: Tensor, uniform: float) -> Tensor:
+        seed = int(uniform * 2**53)
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        try:
+            view = self.transform(image.clone(), **self.arguments)
+            if self.resize is not None:
+                return self.resize(to_pixels(view, image.shape[0]))
+            if not isinstance(view, Tensor) or view.shape != image.shape:
+                raise ValueError(f"it must return a vector like its argument, got {type(view).__name__}")
+            return view.to(torch.float32)
+        except Exception as error:  # code of the user
+            raise ImageError(f"data.augmentation={self.reference} failed: {one_line(error)}") from error
 
 
 class Normalize:

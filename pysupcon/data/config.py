@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import difflib
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
+from pysupcon import user_code
 from pysupcon.errors import ConfigError, check, check_all
+from pysupcon.user_code import PlainValue, is_reference
 
 DatasetName = Literal[
     "mnist5k", "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "cifar100_u", "cifar2",
@@ -67,13 +70,13 @@ class DataConfig:
     """package.module:name only: arguments of the function or class."""
 
     columns: dict[str, str] = field(default_factory=dict)
-    """arrays only: names of the arrays or columns of the roles features, label, coarse, fine, group and split,
-    e.g. {label: species}; left out: the names of the roles. In a table, the features are the columns whose
-    names start with columns.features, or all columns without a role."""
+    """arrays only: names of the arrays or columns of the roles features, label, coarse, fine, group and
+    split, e.g. {label: species}; left out: the names of the roles. In a table, the features are the columns
+    whose names start with columns.features, or all columns without a role."""
 
     root: str | None = None
-    """Folder of the data set's files; for arrays the file. For mnist and fashion_mnist, a folder with the idx files, plain or .gz,
-    works too."""
+    """Folder of the data set's files; for arrays the file. For mnist and fashion_mnist, a folder with the idx
+    files, plain or .gz, works too."""
 
     download: bool = False
     """Download a torchvision data set into root if it is missing."""
@@ -166,12 +169,50 @@ class DataConfig:
         if self.sampler == "groups":
             check(self.groups is not None, "data.groups", "be given for data.sampler=groups", None)
         check_all(
+            self._check_dataset,
+            self._check_augmentation,
             self._check_samples_per_class,
             self._check_root,
             self._check_test_fraction,
             self._check_source,
             self._check_coarse_map,
         )
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the data set is the user's own code or object."""
+        return user_code.is_own(self.dataset)
+
+    def _check_dataset(self) -> None:
+        names = get_args(DatasetName)
+        if not self.is_own and self.dataset not in names:
+            similar = difflib.get_close_matches(self.dataset, names, 3)
+            raise ConfigError(
+                f"data.dataset must be one of {', '.join(names)} or package.module:name, got {self.dataset!r}"
+                + (f" (similar: {', '.join(similar)})" if similar else "")
+            )
+        if self.dataset_args and not is_reference(self.dataset):
+            raise ConfigError(
+                f"data.dataset_args has no effect with data.dataset={self.dataset}: leave it out"
+            )
+        if self.columns and self.dataset != "arrays":
+            raise ConfigError(f"data.columns has no effect with data.dataset={self.dataset}: leave it out")
+        for role in self.columns:
+            check(role in ROLES, "data.columns", f"have the keys {', '.join(ROLES)}", role)
+        if self.dataset == "arrays":
+            check(self.image_size is None, "data.image_size", "be left out for arrays", self.image_size)
+
+    def _check_augmentation(self) -> None:
+        name, own = self.augmentation, is_reference(self.augmentation)
+        vectors, images = self.dataset == "arrays", self.dataset != "arrays" and not self.is_own
+        allowed = IMAGE_AUGMENTATIONS if images else VECTOR_AUGMENTATIONS
+        contract = f"be {', '.join(allowed)} or package.module:name for data.dataset={self.dataset}"
+        check(own or name in allowed, "data.augmentation", contract, name)
+        if self.augmentation_args and (name == "none" or not (own or vectors or self.is_own)):
+            raise ConfigError(
+                f"data.augmentation_args has no effect with data.augmentation={name} for "
+                f"data.dataset={self.dataset}: leave it out"
+            )
 
     def resolve(self) -> None:
         """Replace None by the default values."""
@@ -201,9 +242,10 @@ class DataConfig:
                 raise ConfigError(f"data.root has no effect with data.dataset={name}: leave it out")
             if self.download:
                 raise ConfigError(f"data.download has no effect with data.dataset={name}: leave it out")
-        elif self.root is None:
+        elif self.root is None and not self.is_own:
+            kind = "file" if name == "arrays" else "folder"
             raise ConfigError(
-                f"data.root must be the folder that holds {name}, got None; pass --data.root FOLDER"
+                f"data.root must be the {kind} that holds {name}, got None; pass --data.root {kind.upper()}"
                 + (" (and --data.download true to fetch it there)" if name in DOWNLOADABLE_DATASETS else "")
             )
 

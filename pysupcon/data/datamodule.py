@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pysupcon.data.augment import Augmentation, Normalize, ResizeCenterCrop
-from pysupcon.data.config import DEFAULT_TEST_FRACTION, DataConfig
+from pysupcon.data.augment import Augmentation, Normalize, OwnAugmentation, ResizeCenterCrop
+from pysupcon.data.config import DEFAULT_TEST_FRACTION, IMAGE_AUGMENTATIONS, DataConfig
 from pysupcon.data.group_files import ANNOTATED, Groups, index_groups, read_groups, true_groups
 from pysupcon.data.philox import philox_uniforms
 from pysupcon.data.samplers import (
@@ -27,7 +27,9 @@ from pysupcon.data.samplers import (
 from pysupcon.data.sources import Samples, read_source
 from pysupcon.data.splits import cap_per_class, stratified_split, stratified_subset
 from pysupcon.data.unlabelled import concatenate, take_out
+from pysupcon.data.vectors import Standardize, Unchanged, VectorAugmentation
 from pysupcon.errors import ConfigError
+from pysupcon.user_code import is_reference
 
 
 class EvaluationDataset(Dataset[tuple[Tensor, int, int]]):
@@ -47,7 +49,7 @@ class EvaluationDataset(Dataset[tuple[Tensor, int, int]]):
         self,
         samples: Samples,
         size: int,
-        normalize: Normalize,
+        normalize: Normalize | Standardize,
         coarse_names: list[str],
         fine_names: list[str],
     ) -> None:
@@ -55,7 +57,8 @@ class EvaluationDataset(Dataset[tuple[Tensor, int, int]]):
             raise ConfigError(
                 "the evaluators need one label per sample, but data.dataset=image_table has several"
             )
-        self.samples, self.resize, self.normalize = samples, ResizeCenterCrop(size), normalize
+        self.samples, self.normalize = samples, normalize
+        self.resize = ResizeCenterCrop(size) if size else Unchanged()
         self.coarse, self.fine = samples.coarse, samples.fine
         self.coarse_names, self.fine_names = coarse_names, fine_names
 
@@ -83,7 +86,12 @@ class MultiViewDataset(Dataset[tuple[Tensor, int]]):
     """
 
     def __init__(
-        self, samples: Samples, labels: Tensor, augmentation: Augmentation, views: int, seed: int
+        self,
+        samples: Samples,
+        labels: Tensor,
+        augmentation: Augmentation | OwnAugmentation | VectorAugmentation,
+        views: int,
+        seed: int,
     ) -> None:
         self.samples, self.labels, self.augmentation = samples, labels, augmentation
         self.views, self.seed = views, seed
@@ -150,12 +158,16 @@ class DataModule:
             without ``data.ignore_index``.
         training: the samples of the batches: "train" and, with ``data.sampler`` shuffled, ``unlabelled``.
         coarse_names, fine_names: names of the classes.
-        channels, image_size: shape of the model's input.
-        normalize: converts uint8 images to the model's input.
+        channels, image_size: shape of the model's input; D and 0 for vectors [D].
+        normalize: converts uint8 images, or vectors, to the model's input.
+
+    Args:
+        config: data section of the config, checked.
+        dataset: the data set, if ``config.dataset`` records a passed object.
     """
 
-    def __init__(self, config: DataConfig) -> None:
-        source = read_source(config)
+    def __init__(self, config: DataConfig, dataset: object = None) -> None:
+        source = read_source(config, dataset)
         self.unlabelled: Samples | None = None
         if config.ignore_index is not None:
             source, self.unlabelled = take_out(source, config.labels, config.ignore_index)
@@ -181,8 +193,31 @@ class DataModule:
         self.coarse_names, self.fine_names = source.coarse_names, source.fine_names
         self.channels = source.channels
         self.image_size = config.image_size or source.image_size
-        self.normalize = Normalize(source.mean, source.std)
         self._family = source.family
+        self.normalize: Normalize | Standardize
+        if source.family == "vectors":
+            assert isinstance(train.images, Tensor)
+            if config.image_size is not None:
+                raise ConfigError(
+                    f"data.image_size has no effect with data.dataset={config.dataset}, vectors"
+                )
+            self.normalize = Standardize(train.images)
+        else:
+            self.normalize = Normalize(source.mean, source.std)
+        self.augmentation = self._build_augmentation()
+
+    def _build_augmentation(self) -> Augmentation | OwnAugmentation | VectorAugmentation:
+        config = self.config
+        if is_reference(config.augmentation):
+            return OwnAugmentation(config.augmentation, config.augmentation_args, self.image_size)
+        if isinstance(self.normalize, Standardize):
+            return VectorAugmentation(config.augmentation, self.normalize, config.augmentation_args)  # type: ignore[arg-type]
+        if config.augmentation not in IMAGE_AUGMENTATIONS or config.augmentation_args:
+            raise ConfigError(
+                "data.augmentation=noise or dropout, and data.augmentation_args, have no effect with images, "
+                f"got {config.augmentation}, {config.augmentation_args}"
+            )
+        return Augmentation(config.augmentation, self._family, self.image_size)  # type: ignore[arg-type]
 
     @property
     def class_names(self) -> list[str]:
@@ -271,10 +306,9 @@ class DataModule:
         Batches of the training split may have ``unlabelled`` samples, whose label is
         :data:`pysupcon.data.unlabelled.UNKNOWN`. With ``data.groups``, they also have groups int64 [b].
         """
-        augmentation = Augmentation(self.config.augmentation, self._family, self.image_size)
         samples = self.training if split == "train" else self.splits[split]
         dataset = MultiViewDataset(
-            samples, self._labels_of(samples), augmentation, self.config.views, batches.seed
+            samples, self._labels_of(samples), self.augmentation, self.config.views, batches.seed
         )
         workers = self.config.workers
         groups = self.groups if split == "train" else None
@@ -315,13 +349,17 @@ def _prepare_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the main process ends the workers
 
 
-def load_data(config: DataConfig) -> DataModule:
+def load_data(config: DataConfig, dataset: object = None) -> DataModule:
     """Read and split the data set of ``config``.
+
+    Args:
+        config: data section of the config, checked.
+        dataset: the data set, if ``config.dataset`` records a passed object.
 
     Raises:
         ConfigError: files are missing or damaged, or there are fewer training samples than a batch needs.
     """
-    data = DataModule(config)
+    data = DataModule(config, dataset)
     count, size = len(data.training), config.batch_size
     if size > count:
         raise ConfigError(f"data.batch_size must be at most the {count} training samples, got {size}")

@@ -23,7 +23,7 @@ def plain_label(value: object, where: str) -> LabelValue:
     Raises:
         ConfigError: it is something else.
     """
-    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 or getattr(value, "numel", lambda: 0)() == 1:
+    if getattr(value, "size", None) == 1 or (isinstance(value, Tensor) and value.numel() == 1):
         value = value.item()  # type: ignore[attr-defined]
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")

@@ -19,10 +19,10 @@ from pysupcon.reading import one_line
 from pysupcon.user_code import import_object
 
 ITEM = (
-    "an item must be (image, label), (image, coarse label, fine label), or a dict of image (or img, features) "
-    "and label (or coarse, fine); an image is a PIL image, a uint8 array [H, W] or [H, W, C], or a tensor "
-    "[C, H, W] of uint8 or of floats in [0, 1]; a vector of features is a float array or tensor [D]; a label "
-    "is an int or str"
+    "an item must be (image, label), (image, coarse label, fine label), or a dict of image (or img, "
+    "features) and label (or coarse, fine); an image is a PIL image, a uint8 array [H, W] or [H, W, C], or a "
+    "tensor [C, H, W] of uint8 or of floats in [0, 1]; a vector of features is a float array or tensor [D]; "
+    "a label is an int or str"
 )
 _IMAGE_KEYS = ("image", "img", "features")
 _LABEL_KEYS = {
@@ -134,7 +134,8 @@ def own_dataset(config: DataConfig, dataset: object = None) -> Source:
         unknown = [name for name in dataset if name not in _SPLITS]
         if unknown or "train" not in dataset:
             raise ConfigError(
-                f"{field}: a mapping must have train and may have val and test, got {', '.join(map(str, dataset))}"
+                f"{field}: a mapping must have train and may have val and test, got "
+                f"{', '.join(map(str, dataset))}"
             )
         parts = dict(dataset)
     if len({_SPLITS[name] for name in parts}) < len(parts):
@@ -158,9 +159,7 @@ def own_dataset(config: DataConfig, dataset: object = None) -> Source:
     joined = {name: [value for level in levels for value in level[name]] for name in levels[0]}
     names = getattr(sets[0], "classes", None) or _feature_names(sets[0])
     labels = Labels(joined.get("coarse", joined.get("label")), joined.get("fine"), names)
-    split = torch.cat(
-        [torch.full((len(part),), _SPLITS[name]) for name, part in parts.items()]
-    )
+    split = torch.cat([torch.full((len(part),), _SPLITS[name]) for name, part in parts.items()])
     image = _image(first)
     if _is_vector(image):
         rows = [_image(part[index]) for part in sets for index in range(len(part))]
@@ -197,7 +196,9 @@ def _call(config: DataConfig, field: str) -> object:
         parameters = {}  # type: ignore[assignment]
     if config.root is not None:
         if "root" not in parameters:
-            raise ConfigError(f"data.root has no effect: {config.dataset} has no parameter root; leave it out")
+            raise ConfigError(
+                f"data.root has no effect: {config.dataset} has no parameter root; leave it out"
+            )
         arguments.setdefault("root", config.root)
     try:
         return found(**arguments)
@@ -234,7 +235,7 @@ def _image(item: Any) -> Any:
 
 
 def _is_vector(image: Any) -> bool:
-    return isinstance(image, (np.ndarray, Tensor)) and image.ndim == 1 or (
+    return (isinstance(image, (np.ndarray, Tensor)) and image.ndim == 1) or (
         isinstance(image, (list, tuple)) and bool(image) and isinstance(image[0], float)
     )
 
@@ -244,19 +245,27 @@ def _levels(dataset: Any, field: str) -> dict[str, list[LabelValue]]:
     first = dataset[0]
     count = len(dataset)
     if isinstance(first, Mapping):
-        keys = {kind: next((key for key in names if key in first), None) for kind, names in _LABEL_KEYS.items()}
+        keys = {
+            kind: next((key for key in names if key in first), None) for kind, names in _LABEL_KEYS.items()
+        }
         if keys["coarse"] or keys["fine"]:
             keys["label"] = None
         columns = {kind: _column(dataset, key, count) for kind, key in keys.items() if key is not None}
     elif len(first) == 2:
-        listed = next((getattr(dataset, name) for name in ("targets", "labels") if hasattr(dataset, name)), None)
-        usable = listed is not None and hasattr(listed, "__len__") and len(listed) == count
-        columns = {"label": list(listed) if usable else [dataset[index][1] for index in range(count)]}
+        listed = next(
+            (getattr(dataset, name) for name in ("targets", "labels") if hasattr(dataset, name)), None
+        )
+        if listed is None or not hasattr(listed, "__len__") or len(listed) != count:
+            listed = [dataset[index][1] for index in range(count)]
+        columns = {"label": list(listed)}
     else:
         items = [tuple(dataset[index])[1:] for index in range(count)]
         columns = {"coarse": [coarse for coarse, _ in items], "fine": [fine for _, fine in items]}
     return {
-        kind: [plain_label(value, f"{field}: the {kind} label of item {index}") for index, value in enumerate(values)]
+        kind: [
+            plain_label(value, f"{field}: the {kind} label of item {index}")
+            for index, value in enumerate(values)
+        ]
         for kind, values in columns.items()
     }
 

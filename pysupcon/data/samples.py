@@ -57,7 +57,9 @@ def plain_image(image: Image, mode: Literal["L", "RGB"]) -> Image:
         largest = 1 if image.mode == "F" else 65_535
         low, high = values.min(), values.max()
         if not (low >= 0 and high <= largest):
-            raise ValueError(f"its values of mode {image.mode} lie in [{low:g}, {high:g}], not [0, {largest}]")
+            raise ValueError(
+                f"its values of mode {image.mode} lie in [{low:g}, {high:g}], not [0, {largest}]"
+            )
         image = pil.fromarray((values * (255 / largest)).round().astype(np.uint8))
     elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -124,9 +126,9 @@ class Samples:
 
     def select(self, indices: Tensor) -> Samples:
         """The samples at ``indices`` (int64 [M])."""
-        lazy = isinstance(self.images, LazyImages)
-        images = self.images.select(indices) if lazy else self.images[indices]  # type: ignore[union-attr]
-        return Samples(images, self.coarse[indices], self.fine[indices])
+        rows: Images = self.images
+        rows = rows.select(indices) if isinstance(rows, LazyImages) else rows[indices]
+        return Samples(rows, self.coarse[indices], self.fine[indices])
 
 
 @dataclass(frozen=True)

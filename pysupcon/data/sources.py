@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from pysupcon.data import folders, superclasses, torchvision_datasets
+from pysupcon.data.arrays import arrays
 from pysupcon.data.config import DEFAULT_SPURIOUS_RATE, DEFAULT_TEST_FRACTION, TRANSFER_DATASETS, DataConfig
 from pysupcon.data.group_datasets import GroupDataset, read_group_table
 from pysupcon.data.image_table import image_table
+from pysupcon.data.own import own_dataset
 from pysupcon.data.samples import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -29,17 +31,25 @@ from pysupcon.data.samples import (
 from pysupcon.data.splits import stratified_split
 from pysupcon.data.spurious import COLOUR_NAMES, colourize, correlated_attribute
 from pysupcon.errors import ConfigError
+from pysupcon.user_code import is_passed
 
 
-def read_source(config: DataConfig) -> Source:
-    """Read the data set that ``config`` names.
+def read_source(config: DataConfig, dataset: object = None) -> Source:
+    """Read the data set that ``config`` names, or ``dataset``, a passed object.
 
     Raises:
         ConfigError: ``data.root`` does not hold it; the message names the expected files and a remedy.
     """
     name = config.dataset
+    if is_passed(name) and dataset is None:
+        raise ConfigError(
+            f"data.dataset={name} is an object that was passed to pysupcon.train.run: pass it again, as "
+            "dataset=... of pysupcon.train.run or pysupcon.trainer.run.load_run"
+        )
+    if config.is_own:
+        return own_dataset(config, dataset)
     if name in ("waterbirds", "celeba", "isic"):
-        return _group_files(config, name)
+        return _group_files(config, name)  # type: ignore[arg-type]
     if name in TRANSFER_DATASETS:
         return torchvision_datasets.transfer_dataset(config)
     readers: dict[str, Callable[[DataConfig], Source]] = {
@@ -49,6 +59,7 @@ def read_source(config: DataConfig) -> Source:
         "coloured_digits": lambda config: _coloured(config, _digits()),
         "mnist": _idx,
         "fashion_mnist": _idx,
+        "arrays": arrays,
         "image_folder": folders.image_folder,
         "image_table": image_table,
         "tiny_imagenet": folders.tiny_imagenet,

@@ -39,8 +39,8 @@ def as_vectors(rows: Sequence[Any] | np.ndarray | Tensor, field: str) -> Tensor:
     if not bool(finite.all()):
         rows_ = (~finite).nonzero().flatten()
         raise ConfigError(
-            f"{field}: the features must be finite, but {len(rows_)} of {len(matrix)} rows are not, first row "
-            f"{int(rows_[0])}"
+            f"{field}: the features must be finite, but {len(rows_)} of {len(matrix)} rows are not, "
+            f"first row {int(rows_[0])}"
         )
     return matrix
 
@@ -100,7 +100,9 @@ class VectorAugmentation:
         values = {"noise": DEFAULT_NOISE, "dropout": DEFAULT_DROPOUT}
         for name, value in arguments.items():
             if not used.get(name, False):
-                raise ConfigError(f"data.augmentation_args.{name} has no effect with data.augmentation={strength}")
+                raise ConfigError(
+                    f"data.augmentation_args.{name} has no effect with data.augmentation={strength}"
+                )
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or not 0 < value < (1 if name == "dropout" else float("inf")):  # type: ignore[operator]
                 limits = "lie in (0, 1)" if name == "dropout" else "be greater than 0"

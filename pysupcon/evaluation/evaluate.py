@@ -7,9 +7,9 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -33,6 +33,7 @@ from pysupcon.reports.report import Metric, Report, metrics_of
 from pysupcon.trainer.files import named_disk_errors
 from pysupcon.trainer.lock import FolderLock
 from pysupcon.trainer.run import Run, open_run
+from pysupcon.user_code import name_objects
 
 FOLDER = "evaluation"
 METRICS_FILE = "metrics.json"
@@ -43,7 +44,9 @@ FILES = (*pictures.FILES, OUTCOMES_FILE, REPORT_FILE, METRICS_FILE)
 is complete."""
 
 
-def evaluate_run(run: Run | str | Path, config: EvaluationConfig | None = None) -> Report:
+def evaluate_run(
+    run: Run | str | Path, config: EvaluationConfig | None = None, *, evaluators: Iterable[object] = ()
+) -> Report:
     """Evaluate the trained encoder of a run and write RUN/evaluation.
 
     The files are metrics.json, report.md, pictures, and outcomes.safetensors. The outcomes are the
@@ -55,6 +58,8 @@ def evaluate_run(run: Run | str | Path, config: EvaluationConfig | None = None) 
     Args:
         run: a finished run or its folder.
         config: arguments of the evaluators; None means those of the run's config.
+        evaluators: evaluators of your own in addition (:class:`pysupcon.evaluators.OwnEvaluator` tells what
+            they are), or again those that were passed to ``pysupcon.train.run``. Strings are ignored.
 
     Returns:
         The report that was written.
@@ -73,12 +78,14 @@ def evaluate_run(run: Run | str | Path, config: EvaluationConfig | None = None) 
         if lock.exclusive:  # what is there was left by evaluations that were killed
             for left in run.dir.glob(f".{FOLDER}-*"):
                 shutil.rmtree(left, ignore_errors=True)
-        return _evaluate(run, config or run.config.evaluation)
+        config, passed = config or run.config.evaluation, name_objects(evaluators)
+        new = [name for name in passed if name not in config.evaluators]
+        return _evaluate(run, replace(config, evaluators=[*config.evaluators, *new]), passed)
 
 
-def _evaluate(run: Run, config: EvaluationConfig) -> Report:
+def _evaluate(run: Run, config: EvaluationConfig, passed: Mapping[str, Any]) -> Report:
     device = resolve_device(config.device)
-    evaluators = build_evaluators(config)
+    evaluators = build_evaluators(config, passed)
     seconds: dict[str, float] = {}
     start = time.perf_counter()
     splits = run_features(run, config, device)

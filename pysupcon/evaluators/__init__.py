@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from pysupcon.errors import ConfigError
 from pysupcon.evaluators.base import Evaluator, FeatureSet, FeatureSplits, Level, LinearHead, Result
@@ -30,7 +31,7 @@ from pysupcon.evaluators.separation import Separation, SeparationConfig
 from pysupcon.evaluators.subgroups import SubgroupConfig, Subgroups, infer_groups, recovery
 from pysupcon.evaluators.transfer import Transfer, TransferConfig
 from pysupcon.evaluators.worst_group import WorstGroup, WorstGroupConfig
-from pysupcon.user_code import PlainValue, is_reference
+from pysupcon.user_code import PlainValue, is_own, is_passed, is_reference
 
 __all__ = [
     "KNN",
@@ -140,7 +141,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         if not self.evaluators or len(set(self.evaluators)) != len(self.evaluators):
             raise ValueError(f"evaluators must name one or more evaluators, each once, got {self.evaluators}")
-        unknown = [name for name in self.evaluators if name not in _CLASSES and not is_reference(name)]
+        unknown = [name for name in self.evaluators if name not in _CLASSES and not is_own(name)]
         if unknown:
             raise ValueError(
                 f"evaluators must be among {available_evaluators()} or package.module:name, got {unknown}"
@@ -162,8 +163,14 @@ def available_evaluators() -> list[str]:
     return sorted(_CLASSES)
 
 
-def build_evaluators(config: EvaluationConfig) -> list[Evaluator | OwnEvaluator]:
+def build_evaluators(
+    config: EvaluationConfig, passed: Mapping[str, Any] | None = None
+) -> list[Evaluator | OwnEvaluator]:
     """The evaluators of ``config`` in order, each with its arguments.
+
+    Args:
+        config: names and arguments.
+        passed: objects of the user by the names that ``config`` records for them.
 
     Raises:
         ConfigError: the user's own evaluator cannot be imported, its arguments do not fit, or two have one
@@ -173,6 +180,14 @@ def build_evaluators(config: EvaluationConfig) -> list[Evaluator | OwnEvaluator]
     for name in config.evaluators:
         if name in _CLASSES:
             built.append(_CLASSES[name](getattr(config, name)))
+        elif is_passed(name):
+            if name not in (passed or {}):
+                raise ConfigError(
+                    f"evaluation.evaluators holds a {name}, which the config cannot rebuild: pass it again, "
+                    "pysupcon.evaluation.evaluate.evaluate_run(RUN, evaluators=[EVALUATOR]), or choose "
+                    "others with --evaluators"
+                )
+            built.append(OwnEvaluator((passed or {})[name], name))
         else:
             built.append(import_evaluator(name, config.evaluator_args.get(name, {})))
     check_names(built)

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from pysupcon.errors import ConfigError
 from pysupcon.models.concatenation import Concatenation
-from pysupcon.models.config import DEFAULT_LIPSCHITZ, DEFAULT_WIDTH, ModelConfig
+from pysupcon.models.config import DEFAULT_LIPSCHITZ, DEFAULT_MLP_WIDTH, DEFAULT_WIDTH, ModelConfig
 from pysupcon.models.initial import freeze, is_path, load_initial_weights
 from pysupcon.models.spectral import apply_spectral_norm
 from pysupcon.reading import one_line
-from pysupcon.user_code import import_object, is_reference
+from pysupcon.user_code import import_object, is_own, is_passed, is_reference
 
 
 class SmallCNN(nn.Module):
@@ -41,6 +41,26 @@ class SmallCNN(nn.Module):
         return self.features(images).mean(dim=(2, 3))
 
 
+class MLP(nn.Module):
+    """Two hidden layers with BatchNorm and ReLU, for feature vectors.
+
+    Shape:
+        vectors [B, dim] -> embedding [B, width].
+    """
+
+    def __init__(self, dim: int, width: int = DEFAULT_MLP_WIDTH) -> None:
+        super().__init__()
+        self.num_features = width
+        self.layers = nn.Sequential(
+            nn.Linear(dim, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(inplace=True),
+            nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(inplace=True),
+        )  # fmt: skip
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        embedding: Tensor = self.layers(vectors)
+        return embedding
+
+
 def _conv_bn_relu(in_channels: int, out_channels: int) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
@@ -49,8 +69,15 @@ def _conv_bn_relu(in_channels: int, out_channels: int) -> nn.Module:
     )
 
 
-def build_backbone(config: ModelConfig, channels: int, image_size: int) -> tuple[nn.Module, int]:
+def build_backbone(
+    config: ModelConfig, channels: int, image_size: int, module: nn.Module | None = None
+) -> tuple[nn.Module, int]:
     """Build the backbone of ``config``.
+
+    Args:
+        config: backbones.
+        channels, image_size: shape of the images.
+        module: the backbone, if ``config.backbone`` records an object passed to ``pysupcon.train.run``.
 
     Returns:
         The backbone and the number of dimensions of its embedding. With ``encoders="two"`` or
@@ -65,13 +92,24 @@ def build_backbone(config: ModelConfig, channels: int, image_size: int) -> tuple
     elif config.encoders == "two":
         built = [_build_single(config, channels, image_size) for _ in range(2)]
     else:
-        return _build_single(config, channels, image_size)
+        return _build_single(config, channels, image_size, module)
     parts, widths = zip(*built, strict=True)
     return Concatenation(parts, widths), sum(widths)
 
 
-def _build_single(config: ModelConfig, channels: int, image_size: int) -> tuple[nn.Module, int]:
-    backbone, width = _build_plain(config, channels, image_size)
+def _build_single(
+    config: ModelConfig, channels: int, image_size: int, module: nn.Module | None = None
+) -> tuple[nn.Module, int]:
+    if is_passed(config.backbone):
+        if module is None:
+            raise ConfigError(
+                f"model.backbone is a {config.backbone}, which the config cannot rebuild: pass the module "
+                "again, pysupcon.train.run(..., model=MODULE) or pysupcon.trainer.run.load_run(RUN, "
+                "model=MODULE)"
+            )
+        backbone, width = module, embedding_width(module, config.backbone, _shape(channels, image_size))
+    else:
+        backbone, width = _build_plain(config, channels, image_size)
     if isinstance(config.pretrained, str) and is_path(config.pretrained):
         left_out = load_initial_weights(backbone, config.pretrained)
         if left_out:
@@ -83,6 +121,17 @@ def _build_single(config: ModelConfig, channels: int, image_size: int) -> tuple[
 
 
 def _build_plain(config: ModelConfig, channels: int, image_size: int) -> tuple[nn.Module, int]:
+    vectors = image_size == 0
+    if vectors != (config.backbone == "mlp") and not is_own(config.backbone):
+        kind = "feature vectors" if vectors else "images"
+        allowed = "mlp" if vectors else "small_cnn or a timm model"
+        raise ConfigError(
+            f"model.backbone must be {allowed}, or package.module:name, for data of {kind}, got "
+            f"{config.backbone!r}"
+        )
+    if config.backbone == "mlp":
+        mlp = MLP(channels, config.width or DEFAULT_MLP_WIDTH)
+        return mlp, mlp.num_features
     if config.backbone == "small_cnn":
         small = SmallCNN(channels, image_size, config.width or DEFAULT_WIDTH)
         return small, small.num_features
@@ -93,7 +142,7 @@ def _build_plain(config: ModelConfig, channels: int, image_size: int) -> tuple[n
     if not timm.is_model(config.backbone):
         similar = ", ".join(difflib.get_close_matches(config.backbone, timm.list_models(), 5))
         raise ConfigError(
-            "model.backbone must be small_cnn, a timm model or package.module:name, got "
+            "model.backbone must be small_cnn, mlp, a timm model or package.module:name, got "
             f"{config.backbone!r}" + (f" (similar: {similar})" if similar else "")
         )
     name, arguments = config.backbone, dict[str, Any](config.timm_args)
@@ -154,7 +203,12 @@ def _build_own(config: ModelConfig, channels: int, image_size: int) -> tuple[nn.
         raise ConfigError(
             f"model.backbone={config.backbone} must return a torch.nn.Module, got {type(module).__name__}"
         )
-    return module, embedding_width(module, config.backbone, (channels, image_size, image_size))
+    return module, embedding_width(module, config.backbone, _shape(channels, image_size))
+
+
+def _shape(channels: int, image_size: int) -> tuple[int, ...]:
+    """Shape of the model's input without the batch: [C, S, S], or [D] for vectors."""
+    return (channels, image_size, image_size) if image_size else (channels,)
 
 
 def embedding_width(module: nn.Module, name: str, shape: tuple[int, ...]) -> int:

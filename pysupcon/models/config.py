@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from pysupcon.errors import ConfigError, check
-from pysupcon.user_code import PlainValue, is_reference
+from pysupcon.user_code import PlainValue, is_own, is_passed, is_reference
 
 _INITIAL_WEIGHTS = ("pretrained", "checkpoint_path", "cache_dir")
 _PRETRAINED_CONFIGS = ("pretrained_cfg", "pretrained_cfg_overlay")
@@ -14,6 +14,7 @@ _WEIGHT_SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", 
 """Entries of timm's ``PretrainedCfg`` that name weights."""
 
 DEFAULT_WIDTH = 32
+DEFAULT_MLP_WIDTH = 256
 DEFAULT_PROJECTION_DIM = 128
 DEFAULT_LIPSCHITZ = 1.0
 
@@ -23,9 +24,9 @@ class ModelConfig:
     """Backbone, heads and decoder."""
 
     backbone: str = "small_cnn"
-    """small_cnn (for 8x8 to 32x32 images, trainable on a CPU), the name of a timm model, e.g. resnet18, or
-    package.module:name, a function or class of your own that returns a module. It maps images [B, C, S, S] to
-    embeddings [B, D]."""
+    """small_cnn (for 8x8 to 32x32 images, trainable on a CPU), mlp (for feature vectors), the name of a timm
+    model, e.g. resnet18, or package.module:name, a function or class of your own that returns a module. It
+    maps images [B, C, S, S], or vectors [B, E], to embeddings [B, D]."""
 
     backbone_args: dict[str, PlainValue] = field(default_factory=dict)
     """package.module:name only: its keyword arguments."""
@@ -43,7 +44,8 @@ class ModelConfig:
     them."""
 
     width: int | None = None
-    """small_cnn only: channels of the first stage. The embedding has 4 * width dimensions. None means 32."""
+    """small_cnn: channels of the first stage; the embedding has 4 * width dimensions; None means 32. mlp:
+    width of both layers and of the embedding; None means 256."""
 
     small_stem: bool = False
     """For timm models with a 7x7 stem (ResNets): replace the stem by a 3x3 convolution of stride 1 without
@@ -101,12 +103,17 @@ class ModelConfig:
         if self.concatenated:
             self._check_concatenated()
             return
-        small = self.backbone == "small_cnn"
-        own = is_reference(self.backbone)
+        small = self.backbone in ("small_cnn", "mlp")
+        own = is_own(self.backbone)
+        if is_passed(self.backbone) and self.encoders == "two":
+            raise ConfigError(
+                "model.encoders=two builds two backbones: name a function as package.module:name in "
+                "model.backbone instead of passing a module"
+            )
         if small or own:
             check(not self.small_stem, "model.small_stem", f"be false for {self.backbone}", self.small_stem)
             check(not self.timm_args, "model.timm_args", f"be empty for {self.backbone}", self.timm_args)
-        if not own:
+        if not is_reference(self.backbone):
             contract = f"be empty for {self.backbone}: it is for package.module:name"
             check(not self.backbone_args, "model.backbone_args", contract, self.backbone_args)
         self._check_initial_weights(small or own)
@@ -139,6 +146,8 @@ class ModelConfig:
             return
         if self.backbone == "small_cnn" and self.width is None:
             self.width = DEFAULT_WIDTH
+        if self.backbone == "mlp" and self.width is None:
+            self.width = DEFAULT_MLP_WIDTH
         if self.projection != "none" and self.projection_dim is None:
             self.projection_dim = DEFAULT_PROJECTION_DIM
         if self.spectral_norm and self.lipschitz is None:

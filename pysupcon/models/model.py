@@ -7,13 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pysupcon.errors import ConfigError
 from pysupcon.models.backbones import build_backbone
 from pysupcon.models.concatenation import Concatenation, concatenate_unit_features
 from pysupcon.models.config import DEFAULT_PROJECTION_DIM, ModelConfig
 from pysupcon.models.decoder import build_decoder
 from pysupcon.models.initial import keep_statistics
 from pysupcon.pairs.normalize import unit_rows
-from pysupcon.user_code import is_reference
+from pysupcon.user_code import is_own
 
 
 class ModelOutput(NamedTuple):
@@ -47,11 +48,20 @@ class ContrastiveModel(nn.Module):
         channels: channels of the images.
         image_size: side of the images, in pixels.
         classes: number of training labels, for classification heads and a labelled decoder.
+        module: the backbone, if ``config.backbone`` records an object passed to ``pysupcon.train.run``.
     """
 
-    def __init__(self, config: ModelConfig, *, channels: int, image_size: int, classes: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        channels: int,
+        image_size: int,
+        classes: int,
+        module: nn.Module | None = None,
+    ) -> None:
         super().__init__()
-        self.backbone, self.embedding_dim = build_backbone(config, channels, image_size)
+        self.backbone, self.embedding_dim = build_backbone(config, channels, image_size, module)
         self.two_encoders = config.encoders == "two"
         widths = [self.embedding_dim]
         if self.two_encoders:
@@ -63,6 +73,10 @@ class ContrastiveModel(nn.Module):
             self.projection_dim = widths[0]
         self.classifier = nn.Linear(widths[0], classes) if config.classifier else None
         second = config.classifier and self.two_encoders
+        if image_size == 0 and config.decoder != "none":
+            raise ConfigError(
+                "model.decoder reconstructs images, but the data are feature vectors: leave it out"
+            )
         self.second_classifier = nn.Linear(widths[1], classes) if second else None
         self.decoder = build_decoder(config, widths[-1], channels, image_size, classes)
         self.normalize = config.normalize
@@ -122,8 +136,9 @@ class ContrastiveModel(nn.Module):
 
 def memory_format(config: ModelConfig) -> torch.memory_format:
     """Return the memory format of weights and images in a training: channels last, but contiguous for the
-    user's own backbone, whose code may call ``view``."""
-    return torch.contiguous_format if is_reference(config.backbone) else torch.channels_last
+    user's own backbone, whose code may call ``view``, and for vectors."""
+    plain = is_own(config.backbone) or config.backbone == "mlp"
+    return torch.contiguous_format if plain else torch.channels_last
 
 
 def _projection(config: ModelConfig, width: int) -> nn.Module:

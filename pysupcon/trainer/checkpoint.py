@@ -45,8 +45,9 @@ FREE_FIELDS = ("data.root", "data.download", "data.workers", "loss.backend", "lo
 REPORTED_SECTIONS = ("trainer", "loss", "data")
 """Parts of the config whose changes are printed, except for UNREPORTED_FIELDS."""
 UNREPORTED_FIELDS = (
-    "trainer.threads", "trainer.trackers", "trainer.time_budget", "trainer.checkpoint_epochs",
-    "trainer.checkpoint_steps", "trainer.keep_checkpoints", "trainer.profile_steps",
+    "trainer.threads", "trainer.compile", "trainer.trackers", "trainer.time_budget",
+    "trainer.checkpoint_epochs", "trainer.checkpoint_steps", "trainer.keep_checkpoints",
+    "trainer.profile_steps",
 )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """Check the environment variables of Accelerate before its objects read them.
 
 Variables that :mod:`pysupcon.trainer.variables` lists as refused raise an error. Honoured variables are
-checked against the config and against each other. The precision and the use of the CPU are written to the
-config, so that the folder of a run records them.
+checked against the config and against each other. The precision, the use of the CPU and inductor are written
+to the config, so that the folder of a run records them.
 """
 
 from __future__ import annotations
@@ -57,9 +57,11 @@ def apply_environment(config: Config) -> None:
     _check_dynamo(config)
 
 
-def dynamo_backend() -> str:
-    """Return the torch.compile backend of the model; "no" if the model is not compiled."""
-    return os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+def dynamo_backend(config: Config) -> str:
+    """Return the torch.compile backend of the model: that of ACCELERATE_DYNAMO_BACKEND, else inductor with
+    ``trainer.compile``; "no" if the model is not compiled."""
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    return "inductor" if backend == "no" and config.trainer.compile else backend
 
 
 def check_processes(processes: int, rank: int) -> None:
@@ -154,13 +156,19 @@ def _check_agreement(name: str, field: str, config: Config) -> None:
 
 def _check_dynamo(config: Config) -> None:
     prefix = "ACCELERATE_DYNAMO_"
-    backend, mode = dynamo_backend(), os.environ.get(f"{prefix}MODE", "default")
+    backend, mode = dynamo_backend(config), os.environ.get(f"{prefix}MODE", "default")
     flags = ("USE_FULLGRAPH", "USE_DYNAMIC", "USE_REGIONAL_COMPILATION")
     used = [f"{prefix}{flag}" for flag in flags if _flag(f"{prefix}{flag}")]
     if backend not in BACKENDS:
         raise ConfigError(
             f"{prefix}BACKEND={backend} is not supported: it must be one of {', '.join(BACKENDS)}"
         )
+    if config.trainer.compile and backend != "inductor":
+        raise ConfigError(
+            f"{prefix}BACKEND={backend} contradicts trainer.compile=true, which means inductor: leave one of "
+            "them out"
+        )
+    config.trainer.compile = backend == "inductor"
     if mode not in MODES:
         raise ConfigError(f"{prefix}MODE={mode} is unknown: it must be one of {', '.join(MODES)}")
     if backend != "inductor" and mode != "default":
@@ -168,7 +176,7 @@ def _check_dynamo(config: Config) -> None:
             f"{prefix}MODE={mode} has no effect with {prefix}BACKEND={backend}, only with inductor"
         )
     if backend == "no" and used:
-        raise ConfigError(f"{', '.join(used)} has no effect without {prefix}BACKEND")
+        raise ConfigError(f"{', '.join(used)} has no effect without {prefix}BACKEND or trainer.compile")
     if mode in WITH_CUDA_GRAPHS:
         for field, several in (
             ("chunk_size", config.trainer.chunk_size is not None),

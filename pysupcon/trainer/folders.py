@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -125,7 +126,7 @@ def lock_run_dir(config: Config, name: str) -> FolderLock:
     number, last = 0, None
     while True:
         number += 1
-        folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        folder = Path("runs") / re.sub(r"[:\s]+", "-", name if number == 1 else f"{name}-{number}")
         if not _holds_run(folder):
             if last is not None and (resume == "latest" or (resume == "auto" and not _is_finished(last))):
                 return FolderLock(last)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
@@ -49,12 +50,22 @@ from pysupcon.trainer.stop import StopRequests
 from pysupcon.trainer.validation import Validation
 
 
-def train(config: Config, name: str = "run") -> Path:
+def train(
+    config: Config,
+    name: str = "run",
+    *,
+    dataset: object = None,
+    model: torch.nn.Module | None = None,
+    evaluators: Mapping[str, Any] | None = None,
+) -> Path:
     """Train; write the log, the checkpoints and the final weights. Every process calls this.
 
     Args:
         config: config of the run; resolved here.
         name: name of the run's folder under runs/ if ``config.output_dir`` is None.
+        dataset: the data set, if ``config.data.dataset`` records a passed object.
+        model: the backbone, if ``config.model.backbone`` records a passed object; trained in place.
+        evaluators: passed evaluators by their names in ``config.evaluation.evaluators``.
 
     Returns:
         The folder of the run. After a dry run (``trainer.dry_run``) it has been removed.
@@ -69,7 +80,7 @@ def train(config: Config, name: str = "run") -> Path:
     config.resolve()
     user_code.allow()
     if config.evaluate:
-        build_evaluators(config.evaluation)  # a wrong reference is reported before the training
+        build_evaluators(config.evaluation, evaluators)  # a wrong reference is reported before the training
     apply_environment(config)
     stop = StopRequests(config.trainer.time_budget)
     processes = join_processes(config.trainer.cpu)
@@ -77,9 +88,9 @@ def train(config: Config, name: str = "run") -> Path:
     with report_if_slow(f"reading {config.data.dataset}", enabled=processes.is_main_process):
         if config.data.download:
             with processes.main_process_first():
-                data = load_data(config.data)
+                data = load_data(config.data, dataset)
         else:
-            data = load_data(config.data)
+            data = load_data(config.data, dataset)
     if config.trainer.dry_run:
         with TemporaryDirectory() as temporary:
             trainer = Trainer(config, data, Path(temporary))
@@ -89,7 +100,7 @@ def train(config: Config, name: str = "run") -> Path:
         config.resume_from_checkpoint = "auto"
     with locked_run_dir(config, name, processes) as run_dir:
         config.output_dir = str(run_dir)
-        trainer = Trainer(config, data, run_dir)
+        trainer = Trainer(config, data, run_dir, model)
         with stop:
             return trainer.fit(stop)
 
@@ -104,9 +115,12 @@ class Trainer:
         config: resolved config.
         data: the data of the config.
         run_dir: folder of the run.
+        module: the backbone, if it is a passed object.
     """
 
-    def __init__(self, config: Config, data: DataModule, run_dir: Path) -> None:
+    def __init__(
+        self, config: Config, data: DataModule, run_dir: Path, module: torch.nn.Module | None = None
+    ) -> None:
         self.config, self.data, self.run_dir = config, data, run_dir
         self.accelerator = build_accelerator(config, run_dir)
         self.device = self.accelerator.device
@@ -125,7 +139,7 @@ class Trainer:
         with report_if_slow(f"building {config.model.backbone}", enabled=main):
             # A resumed training takes all weights from its checkpoint.
             of_start = config.model if saved is None else config.model.without_initial_weights()
-            network = build_model(replace(config, model=of_start), data).to(self.device)
+            network = build_model(replace(config, model=of_start), data, module).to(self.device)
             network = network.to(memory_format=memory_format(config.model))
         for line in notes_of(network) if main else ():
             print_line(line)

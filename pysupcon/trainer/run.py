@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,15 +32,19 @@ class Run:
     Attributes:
         dir: folder of the run.
         config: the resolved config of the training.
+        module: a module like the one that was passed to ``pysupcon.train.run``; else None.
+        dataset: the data set that was passed to ``pysupcon.train.run``; else None.
     """
 
     dir: Path
     config: Config
+    module: torch.nn.Module | None = None
+    dataset: Any = None
 
     @cached_property
     def data(self) -> DataModule:
         """The data with the splits of the training."""
-        return load_data(self.config.data)
+        return load_data(self.config.data, self.dataset)
 
     @cached_property
     def model(self) -> ContrastiveModel:
@@ -48,9 +53,8 @@ class Run:
         Raises:
             RunError: the weights are missing, truncated or of another model; the message names the file.
         """
-        model = build_model(
-            replace(self.config, model=self.config.model.without_initial_weights()), self.data
-        )
+        config = replace(self.config, model=self.config.model.without_initial_weights())
+        model = build_model(config, self.data, deepcopy(self.module))
         load_weights(model, self.dir / WEIGHTS_FILE)
         return model.eval()
 
@@ -70,8 +74,14 @@ class Run:
         return read_log(self.dir / LOG_FILE)
 
 
-def load_run(run_dir: str | Path) -> Run:
+def load_run(run_dir: str | Path, *, dataset: Any = None, model: torch.nn.Module | None = None) -> Run:
     """Open a run. The model and the data are read at their first use.
+
+    Args:
+        run_dir: folder of the run.
+        dataset: if the run was trained by ``pysupcon.train.run(..., dataset=DATASET)``: the same data set.
+        model: if the run was trained by ``pysupcon.train.run(..., model=MODULE)``: a module of the same
+            architecture. The weights of the run are loaded into a copy.
 
     Raises:
         RunError: the folder holds no run.
@@ -80,7 +90,7 @@ def load_run(run_dir: str | Path) -> Run:
     run_dir = Path(run_dir)
     if not os.path.isfile(run_dir / CONFIG_FILE):
         raise RunError(f"{run_dir} holds no run: there is no {CONFIG_FILE} in it")
-    return Run(run_dir, load_config(run_dir / CONFIG_FILE))
+    return Run(run_dir, load_config(run_dir / CONFIG_FILE), model, dataset)
 
 
 def open_run(run: Run | str | Path) -> Run:
@@ -97,11 +107,18 @@ def open_run(run: Run | str | Path) -> Run:
     return load_run(run)
 
 
-def build_model(config: Config, data: DataModule) -> ContrastiveModel:
-    """Build the untrained model of a config for its data."""
+def build_model(config: Config, data: DataModule, module: torch.nn.Module | None = None) -> ContrastiveModel:
+    """Build the untrained model of a config for its data.
+
+    Args:
+        config: the config.
+        data: its data.
+        module: the backbone, if it was passed to ``pysupcon.train.run``.
+    """
     return ContrastiveModel(
-        config.model, channels=data.channels, image_size=data.image_size, classes=len(data.class_names)
-    )
+        config.model, channels=data.channels, image_size=data.image_size, classes=len(data.class_names),
+        module=module,
+    )  # fmt: skip
 
 
 def load_weights(model: torch.nn.Module, path: Path) -> None:

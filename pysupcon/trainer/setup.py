@@ -16,7 +16,7 @@ from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, 
 from pysupcon.config import Config
 from pysupcon.errors import ConfigError, RunError
 from pysupcon.reading import one_line
-from pysupcon.trainer.environment import check_processes
+from pysupcon.trainer.environment import check_processes, dynamo_backend
 
 
 def join_processes(cpu: bool) -> PartialState:
@@ -86,6 +86,7 @@ def build_accelerator(config: Config, run_dir: Path) -> Accelerator:
             log_with=list(trainer.trackers) or None,
             project_dir=str(run_dir),
             step_scheduler_with_optimizer=False,
+            dynamo_backend=dynamo_backend(config),
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # TrainingStep accumulates
         )
     except ValueError as error:

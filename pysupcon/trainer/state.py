@@ -118,7 +118,7 @@ class TrainingState:
                     "batch": step * config.trainer.accumulation_steps,
                 },
                 metrics=metrics,
-                compiled=dynamo_backend(),
+                compiled=dynamo_backend(config),
                 threads=_threads(accelerator),
             )
             keep, best_by = config.trainer.keep_checkpoints, config.trainer.best_by
@@ -256,8 +256,9 @@ def _read_and_report(
     for reason in rejected:
         print_line(f"rejected: {reason}")
     print_line(f"resuming from {path}, after step {content.step}")
-    if content.compiled != dynamo_backend():
-        changes.append(f"ACCELERATE_DYNAMO_BACKEND: {content.compiled} -> {dynamo_backend()}")
+    backend = dynamo_backend(config)
+    if content.compiled != backend:
+        changes.append(f"ACCELERATE_DYNAMO_BACKEND: {content.compiled} -> {backend}")
     processes, threads = accelerator.num_processes, _threads(accelerator)
     if None not in (content.threads, threads) and content.threads != threads:
         changes.append(

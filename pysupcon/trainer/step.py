@@ -246,13 +246,14 @@ class TrainingStep:
         try:
             yield
         except RuntimeError as error:
-            backend = dynamo_backend()
+            backend = dynamo_backend(self.config)
             if backend == "no" or isinstance(error, RunError | torch.OutOfMemoryError):
                 raise
+            by = f"ACCELERATE_DYNAMO_BACKEND={backend}" if backend != "inductor" else "trainer.compile"
             reason = str(error).strip().partition("\n")[0]
             raise self._error(
-                f"step {number} failed in the model compiled by ACCELERATE_DYNAMO_BACKEND={backend}: leave "
-                f"that out or use another backend ({type(error).__name__}: {reason})"
+                f"step {number} failed in the model compiled by {by}: leave that out or use another backend "
+                f"of ACCELERATE_DYNAMO_BACKEND ({type(error).__name__}: {reason})"
             ) from error
 
     def _error(self, text: str) -> RunError:

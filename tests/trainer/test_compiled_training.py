@@ -114,6 +114,27 @@ def test_the_weights_have_their_own_names(
         assert names.keys() == load_file(plain / "model.safetensors").keys()
 
 
+@pytest.mark.parametrize("by", ["the field", "the flag"])
+def test_inductor_by_the_field_or_the_flag(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    backends: list[object] = []
+    compiled = torch.compile
+
+    def fast(model: object, **options: object) -> object:
+        backends.append(options["backend"])
+        return compiled(model, **{**options, "backend": "eager"})  # type: ignore[call-overload]
+
+    monkeypatch.setattr(torch, "compile", fast)
+    if by == "the flag":
+        compile_with(monkeypatch, "inductor")
+    train(config(tmp_path / "run", *(["--trainer.compile", "true"] if by == "the field" else [])))
+    assert backends == ["inductor"]
+    assert_same(tmp_path / "run", plain)
+    assert load_run(tmp_path / "run").config.trainer.compile
+    assert read_manifest(checkpoints(tmp_path / "run")[-1])["compiled"] == "inductor"
+
+
 def test_repeated_blocks_compiled_one_by_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compilations: list[object]
 ) -> None:

@@ -191,6 +191,7 @@ WRONG: list[tuple[dict[str, str], str, str]] = [
     ({"ACCELERATE_GRADIENT_CLIPPING": "1.0"}, "", "CLIPPING=1.0 does not agree with .*=None"),
     ({"ACCELERATE_GRADIENT_CLIPPING": "none"}, "--trainer.clip_norm 2", "=none does not agree with .*=2.0"),
     ({DYNAMO + "BACKEND": "tensorrt"}, "", "BACKEND=tensorrt is not supported: .* inductor$"),
+    ({DYNAMO + "BACKEND": "eager"}, "--trainer.compile true", "=eager contradicts trainer.compile=true"),
     ({DYNAMO + "BACKEND": "inductor", DYNAMO + "MODE": "fast"}, "", "DYNAMO_MODE=fast is unknown"),
     ({DYNAMO + "BACKEND": "eager", DYNAMO + "MODE": "max-autotune"}, "", "=max-autotune has no effect with"),
     ({DYNAMO + "MODE": "max-autotune"}, "", "ACCELERATE_DYNAMO_MODE=max-autotune has no effect"),
