@@ -66,14 +66,6 @@ class DataConfig:
     map-style dataset, or a function or class that gives one, of (image, label), (image, coarse, fine) or
     dicts; see trainer/README.md."""
 
-    dataset_args: dict[str, PlainValue] = field(default_factory=dict)
-    """package.module:name only: arguments of the function or class."""
-
-    columns: dict[str, str] = field(default_factory=dict)
-    """arrays only: names of the arrays or columns of the roles features, label, coarse, fine, group and
-    split, e.g. {label: species}; left out: the names of the roles. In a table, the features are the columns
-    whose names start with columns.features, or all columns without a role."""
-
     root: str | None = None
     """Folder of the data set's files; for arrays the file. For mnist and fashion_mnist, a folder with the idx
     files, plain or .gz, works too."""
@@ -114,10 +106,6 @@ class DataConfig:
     torchvision.transforms.v2:RandAugment: a class, which gets augmentation_args, or a function, which gets
     each uint8 image [C, H, W] (or vector) and augmentation_args; results are resized."""
 
-    augmentation_args: dict[str, PlainValue] = field(default_factory=dict)
-    """Arguments of a transform of your own. For vectors: noise, relative to the feature's standard deviation
-    (0.1), and dropout, the probability (0.2)."""
-
     batch_size: int = 256
     """Samples in a global batch, over all processes. The loss gets batch_size * views rows."""
 
@@ -151,6 +139,18 @@ class DataConfig:
 
     workers: int = 0
     """Processes that load and augment images; 0 uses the training process."""
+
+    dataset_args: dict[str, PlainValue] = field(default_factory=dict)
+    """package.module:name only: arguments of the function or class."""
+
+    columns: dict[str, str] = field(default_factory=dict)
+    """arrays only: names of the arrays or columns of the roles features, label, coarse, fine, group and
+    split, e.g. {label: species}; left out: the names of the roles. In a table, the features are the columns
+    whose names start with columns.features, or all columns without a role."""
+
+    augmentation_args: dict[str, PlainValue] = field(default_factory=dict)
+    """Arguments of a transform of your own. For vectors: noise, relative to the feature's standard deviation
+    (0.1), and dropout, the probability (0.2)."""
 
     def check(self) -> None:
         """Check the values.

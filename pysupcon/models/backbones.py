@@ -142,7 +142,7 @@ def _build_plain(config: ModelConfig, channels: int, image_size: int) -> tuple[n
     if not timm.is_model(config.backbone):
         similar = ", ".join(difflib.get_close_matches(config.backbone, timm.list_models(), 5))
         raise ConfigError(
-            "model.backbone must be small_cnn, mlp, a timm model or package.module:name, got "
+            "model.backbone must be small_cnn, a timm model, mlp or package.module:name, got "
             f"{config.backbone!r}" + (f" (similar: {similar})" if similar else "")
         )
     name, arguments = config.backbone, dict[str, Any](config.timm_args)

@@ -138,7 +138,7 @@ def test_broken_tables_are_named(tmp_path, dataset, write, breakage, message):
     [
         (
             DataConfig("waterbirds"),
-            r"data.root must be .* holds waterbirds, got None; pass --data.root FOLDER$",
+            r"data.root must be .* holds waterbirds, got None; pass --data.root FOLDER",
         ),
         (DataConfig("celeba", root="x"), "data.image_size must be given for celeba, got None"),
         (DataConfig("isic", root="x", image_size=8, download=True), "data.download must be false for isic"),

@@ -70,7 +70,7 @@ def test_timm_arguments() -> None:
     [
         (
             {"backbone": "resnet19"},
-            "model.backbone must be small_cnn, a timm model or .*, got 'resnet19'.*resnet18",
+            "model.backbone must be small_cnn, a timm model.* or .*, got 'resnet19'.*resnet18",
         ),
         (
             {"backbone": "vit_tiny_patch16_224", "small_stem": True},

@@ -181,3 +181,58 @@ def test_a_script_under_a_launcher(tmp_path: Path, processes: int) -> None:
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("1", str(processes)))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=2e-4)
+
+
+class Rows(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
+    """Vectors whose class is their sign."""
+
+    def __init__(self, count: int = 200) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.targets = [index % 2 for index in range(count)]
+        self.rows = torch.randn(count, 6, generator=generator) + 3 * torch.tensor(self.targets)[:, None]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.rows[index], self.targets[index]
+
+
+ROW_FIELDS = {
+    "data": {"batch_size": 32, "augmentation": "noise"},
+    "model": {"backbone": "mlp", "width": 16},
+    "evaluation": {"evaluators": ["knn", "linear_probe"], "progress": False},
+    "trainer": {"epochs": 3, "cpu": True, "threads": 1},
+}
+
+
+def test_a_passed_data_set(tmp_path: Path) -> None:
+    """Trained, resumed and evaluated with the object; a message asks for it where it is not passed."""
+    folder = tmp_path / "run"
+    finished = run(ROW_FIELDS, dataset=Rows(), output_dir=folder)
+    assert finished.metrics["knn/k=1/fine/accuracy"] > 0.95
+    assert finished.run.config.data.dataset == f"passed object {Rows.__module__}.Rows"
+    again = load_run(folder, dataset=Rows())
+    assert evaluate_run(again).metrics["knn/k=1/fine/accuracy"].value > 0.95
+    with pytest.raises(ConfigError, match="an object that was passed to"):
+        _ = load_run(folder).data
+
+
+def test_a_named_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The run's config holds reference and arguments; evaluate needs --allow_code in a new process."""
+    folder = tmp_path / "run"
+    fields = {**ROW_FIELDS, "data": {**ROW_FIELDS["data"], "dataset": f"{__name__}:Rows",
+                                     "dataset_args": {"count": 120}}}  # fmt: skip
+    finished = run(fields, output_dir=folder, evaluate=False)
+    assert sum(map(len, finished.run.data.splits.values())) == 120
+    text = (folder / "config.yaml").read_text()
+    assert f"dataset: {__name__}:Rows" in text
+    assert main(["evaluate", str(folder), "--allow_code", "--evaluators", "knn", "--progress", "false"]) == 0
+    assert "k=1/fine/accuracy" in capsys.readouterr().out
+
+
+def test_images_need_another_backbone(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model.backbone must be small_cnn or a timm model, .* got 'mlp'"):
+        run(FIELDS, output_dir=tmp_path / "a", model=None, **{"model.backbone": "mlp"})
+    with pytest.raises(ConfigError, match=r"model.backbone must be mlp, .* got 'small_cnn'"):
+        run({**ROW_FIELDS, "model": {}}, dataset=Rows(), output_dir=tmp_path / "b")
