@@ -6,7 +6,9 @@ kernels without torch headers, so that both CPU and CUDA builds of torch work. O
 Environment
     PYSUPCON_CUDA=0|1        0: build without the CUDA kernels; 1: fail if they cannot be built
                              (default: build them if csrc/find_cuda.py finds nvcc)
-    PYSUPCON_CUDA_ARCHS      e.g. "80;90a" or "all"; default "80;90"; PTX of the newest is always added
+    PYSUPCON_CUDA_ARCHS      e.g. "80;90a", "sm_90", "9.0+PTX", "native" or "all"; default "80;90"; PTX of the
+                             newest is always added
+    PYSUPCON_EXTENSION=0|1   0: install the Python package without the compiled extension (default 1)
     CXX, NVCC, MAX_JOBS      C++ compiler, CUDA compiler and the number of parallel jobs
 """
 
@@ -18,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -32,6 +35,7 @@ ROOT = Path(__file__).resolve().parent
 NO_ISOLATION = "pip install --no-build-isolation ."
 ALL_CUDA_ARCHS = ["80", "86", "89", "90a", "100", "120"]
 DEFAULT_CUDA_ARCHS = ["80", "90"]
+OLDEST_CUDA_ARCH = 80
 
 # CPU instruction sets: name -> flags. "generic" is the compiler's baseline (SSE2 on x86-64, NEON on
 # aarch64).
@@ -95,11 +99,64 @@ def cuda_archs(nvcc: str) -> list[str]:
         return DEFAULT_CUDA_ARCHS
     if text == "all":
         return [a for a in ALL_CUDA_ARCHS if f"compute_{a.rstrip('a')}" in known]
-    archs = [a.strip().replace(".", "") for a in re.split(r"[;,\s]+", text) if a.strip()]
+    archs = []
+    for word in re.split(r"[;,\s]+", text.strip(";, \t\n")):
+        if word == "native":
+            archs += native_archs()
+            continue
+        match = re.fullmatch(r"(?:sm_|compute_)?(\d+)\.?(\d[af]?)(?:\+PTX)?", word)
+        if match is None:
+            fail(f"PYSUPCON_CUDA_ARCHS: {word!r} is not an architecture such as 90, 9.0, sm_90 or native")
+        archs.append(match[1] + match[2])
+    archs = list(dict.fromkeys(archs))
     for arch in archs:
+        if int(arch.rstrip("af")) < OLDEST_CUDA_ARCH:
+            fail(f"PYSUPCON_CUDA_ARCHS: the oldest supported is {OLDEST_CUDA_ARCH}, got {arch!r}")
         if f"compute_{arch.rstrip('af')}" not in known:
             fail(f"PYSUPCON_CUDA_ARCHS: {nvcc} does not support {arch!r}, only {' '.join(known.split())}")
     return archs
+
+
+def native_archs() -> list[str]:
+    """Architectures of this machine's GPUs, from nvidia-smi."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        fail("PYSUPCON_CUDA_ARCHS=native needs nvidia-smi and a GPU, but nvidia-smi failed")
+    return [line.strip().replace(".", "") for line in done.stdout.splitlines() if line.strip()]
+
+
+def require_compiler(cxx: str) -> None:
+    """Stops before compiling if the C++ compiler is missing or cannot compile C++20."""
+    advice = "set CXX to a C++20 compiler, or PYSUPCON_EXTENSION=0 to install without the compiled kernels"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cpp"
+        source.write_text("#include <concepts>\nint main() { return std::integral<int> ? 0 : 1; }\n")
+        command = [*shlex.split(cxx), "-std=c++20", "-fopenmp", str(source), "-o", str(source) + ".out"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+        except OSError:
+            fail(f"the C++ compiler {cxx!r} was not found: {advice}")
+    if done.returncode:
+        fail(f"the C++ compiler {cxx!r} does not compile C++20 with OpenMP: {advice}\n{done.stderr}")
+
+
+def build_folder() -> Path:
+    """build/ of the checkout, or the user's cache folder if the checkout is read-only."""
+    if os.access(ROOT / "build" if (ROOT / "build").exists() else ROOT, os.W_OK):
+        return ROOT / "build"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pysupcon"
+
+
+def escape(path: object) -> str:
+    """A path of a build statement: ninja reads "$", " " and ":" as syntax."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+def quote(words: list[str]) -> str:
+    """Words of a command line, quoted for the shell and for ninja."""
+    return shlex.join(words).replace("$", "$$")
 
 
 def gencode(archs: list[str]) -> list[str]:
@@ -114,7 +171,7 @@ class NinjaFile:
 
     def __init__(self, build_dir: Path) -> None:
         self.dir = build_dir
-        self.text = ["ninja_required_version = 1.5", f"builddir = {build_dir}"]
+        self.text = ["ninja_required_version = 1.5", f"builddir = {str(build_dir).replace('$', '$$')}"]
         self.objects: list[str] = []
 
     def rule(self, name: str, command: str, description: str, depfile: bool = True) -> None:
@@ -124,13 +181,12 @@ class NinjaFile:
 
     def compile(self, rule: str, source: str, flags: list[str], tag: str = "") -> None:
         out = self.dir / (source.replace("/", "_") + tag + ".o")
-        quoted = " ".join(flags).replace("$", "$$")
-        self.text += [f"build {out}: {rule} {ROOT / source}", f"  flags = {quoted}"]
-        self.objects.append(str(out))
+        self.text += [f"build {escape(out)}: {rule} {escape(ROOT / source)}", f"  flags = {quote(flags)}"]
+        self.objects.append(escape(out))
 
     def link(self, target: Path, flags: list[str]) -> None:
-        self.text += [f"build {target}: link {' '.join(self.objects)}", f"  flags = {' '.join(flags)}"]
-        self.text += [f"default {target}"]
+        self.text += [f"build {escape(target)}: link {' '.join(self.objects)}", f"  flags = {quote(flags)}"]
+        self.text += [f"default {escape(target)}"]
 
     def run(self, ninja: str) -> None:
         self.dir.mkdir(parents=True, exist_ok=True)
@@ -163,8 +219,9 @@ class NinjaBuildExt(build_ext):
         archs = cuda_archs(toolkit.nvcc) if toolkit else []
         tag = f"{sys.implementation.cache_tag}-torch{torch.__version__}"
         tag += "-cuda" + "-".join(archs) if toolkit else "-cpu"
-        ninja = NinjaFile(ROOT / "build" / f"ninja-{tag}")
+        ninja = NinjaFile(build_folder() / f"ninja-{tag}")
         cxx = os.environ.get("CXX", "g++")
+        require_compiler(cxx)
         ninja.rule("cxx", f"{cxx} -MMD -MF $out.d $flags -c $in -o $out", "c++ $out")
         ninja.rule("link", f"{cxx} -shared $in $flags -o $out", "link $out", depfile=False)
 
@@ -198,7 +255,7 @@ class NinjaBuildExt(build_ext):
         if toolkit:
             ninja.compile("cxx", "csrc/cuda_glue.cpp", glue)
         strings = {name: value.replace("\\", "/").replace('"', "'") for name, value in facts.items()}
-        defines = [shlex.quote(f'-DPYSUPCON_{name}="{value}"') for name, value in strings.items()]
+        defines = [f'-DPYSUPCON_{name}="{value}"' for name, value in strings.items()]
         defines += ["-DPYSUPCON_WITH_CUDA"] if toolkit else []
         ninja.compile("cxx", "csrc/bindings.cpp", [*glue, *defines])
 
@@ -206,15 +263,20 @@ class NinjaBuildExt(build_ext):
         link += ["-fopenmp", "-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10", "-Wl,--as-needed"]
         if toolkit:
             link += [f"-L{toolkit.cudart}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
-        ninja.link(target, link)
+        # Each variant has a library of its own: with one target for all, ninja would not link again after a
+        # build of another variant.
+        library = ninja.dir / target.name
+        ninja.link(library, link)
         ninja.run(find_ninja())
+        # A new file, because a process may have the old one mapped.
+        target.unlink(missing_ok=True)
+        shutil.copy(library, target)
 
     def add_cuda(self, ninja: NinjaFile, toolkit: Toolkit, archs: list[str]) -> None:
         """One nvcc call per kernel file. ptxas' report of registers and spills is stored with the object."""
         report = "$out.ptxas.txt"
-        command = (
-            f"{toolkit.nvcc} -MD -MF $out.d $flags -c $in -o $out > {report} 2>&1 || (cat {report}; exit 1)"
-        )
+        command = f"{quote([toolkit.nvcc])} -MD -MF $out.d $flags -c $in -o $out"
+        command += f" > {report} 2>&1 || (cat {report}; exit 1)"
         ninja.rule("nvcc", command, "nvcc $out")
         flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"]
         flags += ["--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}", *toolkit.include_flags]
@@ -226,9 +288,9 @@ class NinjaBuildExt(build_ext):
 # ninja compiles the sources. As dependencies of the extension they become part of the source distribution.
 SOURCES = [path for path in sorted((ROOT / "csrc").rglob("*")) if path.is_file() and path.suffix != ".pyc"]
 
-setup(
-    ext_modules=[
-        Extension("pysupcon._C", sources=[], depends=[str(path.relative_to(ROOT)) for path in SOURCES])
-    ],
-    cmdclass={"build_ext": NinjaBuildExt},
-)
+EXTENSION = Extension("pysupcon._C", sources=[], depends=[str(path.relative_to(ROOT)) for path in SOURCES])
+
+requested = os.environ.get("PYSUPCON_EXTENSION", "1")
+if requested not in ("0", "1"):
+    fail(f"PYSUPCON_EXTENSION must be 0, 1 or unset, got {requested!r}")
+setup(ext_modules=[EXTENSION] if requested == "1" else [], cmdclass={"build_ext": NinjaBuildExt})

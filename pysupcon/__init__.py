@@ -31,6 +31,8 @@ from pysupcon.losses import (
 from pysupcon.memory import MemoryQueue
 from pysupcon.pairs.backends import backends
 
+__version__ = "0.1.0"
+
 __all__ = [
     "ClassConditionalInfoNCELoss",
     "DCLLoss",

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from pysupcon.commands import program
+from pysupcon.errors import missing_extra
 
 COMMANDS = {
+    "train": "train an encoder with one process, without a launcher, and evaluate it",
     "evaluate": "run the evaluators on a finished run and write a report",
     "export": "write a run's backbone in timm's layout, with a model card",
     "compare": "compare evaluated runs: paired differences, tables, pictures",
@@ -44,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status of the command; 2 if there is no such command. A file that cannot be read or written
-        is one line on stderr, with the status 1.
+        or an optional package that is not installed is one line on stderr, with the status 1.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[0] in ("-h", "--help"):
@@ -68,6 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.filename is None:
             raise
         print(f"pysupcon {arguments[0]}: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        message = missing_extra(error)
+        if message is None:
+            raise
+        print(f"pysupcon {arguments[0]}: {message}", file=sys.stderr)
         return 1
     return status
 

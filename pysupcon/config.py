@@ -3,10 +3,10 @@ and the command line."""
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -17,8 +17,9 @@ from typing import Any, get_type_hints
 import yaml
 
 from pysupcon import user_code
+from pysupcon.caller import warn_caller
 from pysupcon.data.config import DataConfig
-from pysupcon.errors import ConfigError
+from pysupcon.errors import ConfigError, check_all
 from pysupcon.evaluators import EvaluationConfig
 from pysupcon.models.config import ModelConfig
 from pysupcon.reading import check_yaml, join_lists, list_options, one_line, parse_yaml, read_yaml
@@ -54,24 +55,22 @@ class Config:
         """Check the values and their combinations, and replace None by the default that it stands for.
 
         Raises:
-            ConfigError: a value is not valid; the message names the field.
+            ConfigError: values are not valid; the message names their fields, one per line.
         """
-        for part in (self.data, self.model, self.loss, self.optimizer, self.trainer):
-            part.check()
+        sections = (self.data, self.model, self.loss, self.optimizer, self.trainer)
+        checks = [section.check for section in sections]
         if not self.model.concatenated:  # a concatenation is not trained
-            self._check_views()
-            self._check_momentum()
-            self._check_loss_terms()
-            self._check_backbone_scale()
-            self._check_groups()
-            self._check_unlabelled()
-            self._check_multi_label()
-            self._check_best_by()
-        if self.trainer.max_steps is None and self.optimizer.warmup_epochs > self.trainer.epochs:
-            raise ConfigError(
-                f"optimizer.warmup_epochs must be at most trainer.epochs={self.trainer.epochs}, "
-                f"got {self.optimizer.warmup_epochs}"
-            )
+            checks += [
+                self._check_views,
+                self._check_momentum,
+                self._check_loss_terms,
+                self._check_backbone_scale,
+                self._check_groups,
+                self._check_unlabelled,
+                self._check_multi_label,
+                self._check_best_by,
+            ]
+        check_all(*checks, self._check_warmup, self._check_dry_run)
         for section in (self.data, self.model, self.loss, self.optimizer):
             section.resolve()
         if self.data.dataset == "image_table":
@@ -100,6 +99,20 @@ class Config:
             "epochs": self.trainer.epochs,
             "final_weights": self.trainer.final_weights,
         }
+
+    def _check_dry_run(self) -> None:
+        if self.trainer.dry_run and self.resume_from_checkpoint is not None:
+            raise ConfigError(
+                "trainer.dry_run starts from the beginning: leave out resume_from_checkpoint, got "
+                f"{self.resume_from_checkpoint!r}"
+            )
+
+    def _check_warmup(self) -> None:
+        if self.trainer.max_steps is None and self.optimizer.warmup_epochs > self.trainer.epochs:
+            raise ConfigError(
+                f"optimizer.warmup_epochs must be at most trainer.epochs={self.trainer.epochs}, "
+                f"got {self.optimizer.warmup_epochs}"
+            )
 
     def _check_views(self) -> None:
         loss, views = self.loss, self.data.views
@@ -262,11 +275,12 @@ class Config:
             raise ConfigError("trainer.best_by=contrastive needs a contrastive loss, but loss.name is none")
 
 
-def parse_args(args: Sequence[str] | None = None) -> tuple[Config, str]:
+def parse_args(args: Sequence[str] | None = None, program: str = "train.py") -> tuple[Config, str]:
     """Read the command line: ``--config FILE.yaml`` (see :func:`compose`) and ``--FIELD VALUE`` overrides.
 
     Args:
         args: the arguments; None means ``sys.argv[1:]``. ``--help`` and ``--print_config`` print and exit.
+        program: name of the program in the help text.
 
     Returns:
         The resolved config, and the name of the run: the stem of the config file, or loss-dataset.
@@ -276,6 +290,7 @@ def parse_args(args: Sequence[str] | None = None) -> tuple[Config, str]:
             other.
     """
     parser = _parser()
+    parser.prog = program
     words = join_lists(sys.argv[1:] if args is None else args, list_options(Config))
     config, parsed = _instantiate(parser, lambda: parser.parse_args(words))
     if config.model.concatenated:
@@ -421,12 +436,12 @@ def _load_config(path: Path) -> Config:
         raise ConfigError(f"{path}: config must be left out: a run's config is complete")
     evaluation = text.get("evaluation", {})
     if not isinstance(evaluation, dict):
-        warnings.warn(f"{path}: the defaults are used for evaluation: it is no mapping", stacklevel=2)
+        warn_caller(f"{path}: the defaults are used for evaluation: it is no mapping")
         del text["evaluation"]
     else:
         unknown = _drop_unknown(EvaluationConfig, evaluation, "evaluation")
         if unknown:
-            warnings.warn(f"{path}: {', '.join(unknown)} is unknown and ignored", stacklevel=2)
+            warn_caller(f"{path}: {', '.join(unknown)} is unknown and ignored")
     parser = _parser()
     try:
         return _instantiate(parser, lambda: parser.parse_object(text))[0]
@@ -434,7 +449,7 @@ def _load_config(path: Path) -> Config:
         if "evaluation" not in str(error) or not text.pop("evaluation", None):
             raise ConfigError(f"{path}: {error}") from error
         config = _instantiate(parser, lambda: parser.parse_object(text))[0]
-        warnings.warn(f"{path}: the defaults are used for evaluation: {error}", stacklevel=2)
+        warn_caller(f"{path}: the defaults are used for evaluation: {error}")
         return config
 
 
@@ -512,11 +527,25 @@ def _instantiate(parser: Any, parse: Any) -> tuple[Config, Any]:
     except ConfigError:
         raise
     except (argparse.ArgumentError, TypeError, KeyError, yaml.YAMLError) as error:
-        raise ConfigError(_one_line(error)) from error
+        raise ConfigError(_with_suggestion(_one_line(error), parser)) from error
     except ValueError as error:  # only the evaluators raise ValueError
         raise ConfigError(f"evaluation: {_one_line(error)}") from error
     config.resolve()
     return config, parsed
+
+
+def _with_suggestion(text: str, parser: Any) -> str:
+    """Add the most similar field to the message about an unknown one."""
+    match = re.search(
+        r"unrecognized arguments: --([\w.]+)"
+        r"|Group '([\w.]+)' does not accept option '([\w.]+)'|Option '([\w.]+)' is not accepted",
+        text,
+    )
+    if match is None:
+        return text
+    name, names = ".".join(filter(None, match.groups())), [action.dest for action in parser._actions]
+    similar = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
+    return f"{text}; did you mean {similar[0]}?" if similar else text
 
 
 def _one_line(error: Exception) -> str:

@@ -22,8 +22,10 @@ from pysupcon.options import (
     GatherArgument,
     RowOptions,
     expand_signature,
+    explain_arguments,
 )
 from pysupcon.pairs import reference
+from pysupcon.pairs.arguments import warn_of_norms
 from pysupcon.pairs.autograd import RowStatistics
 from pysupcon.pairs.checks import (
     BACKENDS,
@@ -246,6 +248,7 @@ class ContrastiveLoss(nn.Module):
     """Values of ``multi_label`` with which the loss takes labels [B, C]"""
     fused_reduction: ClassVar[bool] = False
     """``per_anchor`` takes a fourth argument: the divisor of the summed loss; None: losses per anchor"""
+    _norms_checked = False
 
     def __init__(
         self,
@@ -381,7 +384,9 @@ class ContrastiveLoss(nn.Module):
             unknown = min(options.keys() - ROW_OPTIONS)
             raise TypeError(f"{type(self).__name__}.forward() got an unexpected keyword argument {unknown!r}")
         if not self.self_supervised:
-            return self.function(features, labels, mask, **self._options(), **options)
+            return self._checked(
+                self.function(features, labels, mask, **self._options(), **options), features
+            )
         of_labels = [value for name, value in options.items() if name in LABEL_OPTIONS]
         if labels is not None or mask is not None or any(value is not None for value in of_labels):
             raise ValueError(
@@ -389,7 +394,15 @@ class ContrastiveLoss(nn.Module):
                 "must be None (instances say which rows are views of one sample); SupConLoss takes labels"
             )
         own = {name: value for name, value in options.items() if name not in LABEL_OPTIONS}
-        return self.function(features, **self._options(), **own)
+        return self._checked(self.function(features, **self._options(), **own), features)
+
+    def _checked(self, loss: Tensor, features: Tensor) -> Tensor:
+        """Returns the loss. The first eager call on a CPU warns if rows are far from unit length."""
+        if not torch.compiler.is_compiling() and not self._norms_checked:
+            self._norms_checked = True
+            if not self.normalize:
+                warn_of_norms(type(self).__name__, features)
+        return loss
 
     def _options(self) -> dict[str, Any]:
         """Arguments of the function that the module holds."""
@@ -460,3 +473,6 @@ def _resolve_gather(gather: GatherArgument) -> Gather | None:
         return resolved
     check_gather(gather)
     return gather
+
+
+explain_arguments(ContrastiveLoss.__init__, "ModuleOptions")

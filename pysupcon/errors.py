@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextvars import ContextVar
+
+_failures: ContextVar[list[str] | None] = ContextVar("failures", default=None)
+"""Messages that :func:`check` collects within :func:`check_all`"""
+
 
 class ConfigError(ValueError):
     """The config is not valid. The message names the field, the requirement and the value."""
@@ -37,7 +43,7 @@ class Interrupted(RunError):
 
 
 def check(condition: bool, field: str, contract: str, got: object) -> None:
-    """Check one requirement of a config field.
+    """Check one requirement of a config field. Within :func:`check_all` the error is raised at the end.
 
     Args:
         condition: whether the requirement holds.
@@ -48,5 +54,65 @@ def check(condition: bool, field: str, contract: str, got: object) -> None:
     Raises:
         ConfigError: ``condition`` is false; the message is "<field> must <contract>, got <got>".
     """
-    if not condition:
-        raise ConfigError(f"{field} must {contract}, got {got!r}")
+    if condition:
+        return
+    message, failures = f"{field} must {contract}, got {got!r}", _failures.get()
+    if failures is None:
+        raise ConfigError(message)
+    failures.append(message)
+
+
+def check_all(*checks: Callable[[], object]) -> None:
+    """Run all checks and report everything that failed.
+
+    Args:
+        checks: functions that call :func:`check` or raise a :class:`ConfigError`, which ends one function. A
+            function may fail with another error after a failed :func:`check`.
+
+    Raises:
+        ConfigError: a check failed; the message has one line per failure, in the order of the checks.
+    """
+    failures: list[str] = []
+    token = _failures.set(failures)
+    try:
+        for run in checks:
+            before = len(failures)
+            try:
+                run()
+            except ConfigError as error:
+                failures += str(error).splitlines()
+            except Exception:
+                if len(failures) == before:
+                    raise
+    finally:
+        _failures.reset(token)
+    if failures:
+        raise ConfigError("\n".join(dict.fromkeys(failures)))
+
+
+TRAIN_PACKAGES = frozenset(
+    (
+        "accelerate",
+        "jsonargparse",
+        "matplotlib",
+        "yaml",
+        "safetensors",
+        "sklearn",
+        "threadpoolctl",
+        "timm",
+        "torchmetrics",
+        "torchvision",
+        "tqdm",
+        "mlxtend",
+        "tensorboard",
+    )
+)
+"""Modules of the packages in the extra ``train``."""
+
+
+def missing_extra(error: ModuleNotFoundError) -> str | None:
+    """Return a message that names the extra to install, or None if no package of it is missing."""
+    package = (error.name or "").partition(".")[0]
+    if package not in TRAIN_PACKAGES:
+        return None
+    return f"the package {package} is not installed: pip install 'pysupcon[train]'"

@@ -143,4 +143,4 @@ class HierarchicalSupConLoss(ContrastiveLoss):
         self, features: Tensor, labels: Sequence[Tensor], **options: Unpack[LevelRowOptions]
     ) -> Tensor:
         """The loss; arguments as in :func:`pysupcon.functional.hierarchical_supcon`."""
-        return self.function(features, labels, **self._options(), **options)
+        return self._checked(self.function(features, labels, **self._options(), **options), features)

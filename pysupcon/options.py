@@ -5,8 +5,12 @@ Functions and modules take them as ``**options: Unpack[...]``, which mypy and ed
 
 from __future__ import annotations
 
+import ast
 import inspect
+import sys
+import textwrap
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, Literal, TypedDict, TypeVar
 
 from torch import Tensor
@@ -28,6 +32,7 @@ __all__ = [
     "SharedModuleOptions",
     "StatisticsOptions",
     "expand_signature",
+    "explain_arguments",
 ]
 
 
@@ -216,8 +221,73 @@ LABEL_OPTIONS = "candidate_labels", "memory_labels", *_Labelling.__annotations__
 """Those that a self-supervised loss does not take"""
 
 
+_SHARED_PARAMETERS = {
+    "features": "[B, V, D] (V views of B samples) or [N, D]; float64, float32, bfloat16 or float16.",
+    "labels": "integers [B] or [N], or bool or 0/1 [B, C]; None: the positives of a row are the other rows "
+    "of its sample. InfoNCELoss: None. HierarchicalSupConLoss: one tensor per level, finest first.",
+    "mask": "bool [B, B] (or samples of features x samples of candidates) instead of labels: the positives.",
+    "temperature": "divides the similarities; from 1e-12 to 1e12.",
+    "base_temperature": "multiplies the loss by temperature / base_temperature; None: no factor.",
+    "epsilon": "margin, from -1e4 to 1e4; greater than 0: epsilon-SupInfoNCE.",
+    "alpha": "weight of class-conditional InfoNCE, from 0 to 1; the base has 1 - alpha.",
+    "base": '"supcon" or "sincere": the loss that is mixed with class-conditional InfoNCE.',
+    "symmetric": "True: the mean over both directions, features and candidates, as in CLIP.",
+    "level_weights": "one number per level of labels, finest level first.",
+    "constrained": "True: the loss of a level is at least that of the finer level before it.",
+    "contrast_mode": '"all": every row is an anchor; "one": only view 0 of each sample is.',
+}
+"""What ``help`` shows about parameters that are not keywords of the TypedDicts above"""
+
+
+@lru_cache(maxsize=1)
+def _definitions() -> dict[str, tuple[list[str], dict[str, str]]]:
+    """The TypedDicts of this module: names of the bases, and the text below each keyword."""
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[__name__]))
+    except OSError:  # installed without the source
+        return {}
+    found = {}
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            texts = {}
+            for field, below in zip(node.body, node.body[1:], strict=False):
+                if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+                    texts[ast.unparse(field.target)] = " ".join(ast.literal_eval(below.value).split())
+            found[node.name] = ([ast.unparse(base) for base in node.bases], texts)
+    return found
+
+
+def _explain(options: str, name: str) -> str | None:
+    """Returns the text of a keyword in the TypedDict ``options`` or one of its bases."""
+    bases, texts = _definitions().get(options, ([], {}))
+    if name in texts and not texts[name].startswith("As in :class:"):
+        return texts[name]
+    return next(filter(None, (_explain(base, name) for base in bases)), None)
+
+
+def explain_arguments(function: F, options: str) -> F:
+    """Adds to a docstring the arguments that it does not explain, for ``help``.
+
+    Args:
+        function: its ``__signature__``, or else its own signature, names the arguments.
+        options: the TypedDict that explains them.
+    """
+    if sys.flags.optimize >= 2:
+        return function
+    before, _, after = inspect.cleandoc(function.__doc__ or "Creates the loss.").partition("\n\nArgs:\n")
+    own, blank, rest = after.partition("\n\n")
+    lines = own.splitlines()
+    for name in inspect.signature(function).parameters:
+        text = _explain(options, name) or _explain("Options", name) or _SHARED_PARAMETERS.get(name)
+        if text is not None and not any(line.startswith(f"    {name}:") for line in lines):
+            wrap: dict[str, Any] = {"width": 100, "initial_indent": "    ", "subsequent_indent": " " * 8}
+            lines += textwrap.wrap(f"{name}: {text}", break_on_hyphens=False, **wrap)
+    function.__doc__ = "\n".join([before, "", "Args:", *lines]) + blank + rest
+    return function
+
+
 def expand_signature(function: F) -> F:
-    """Decorator: ``inspect.signature`` and ``help`` show the keywords of ``**options: Unpack[...]``.
+    """Decorator: ``inspect.signature`` and ``help`` show and explain the keywords of ``**options``.
 
     A call is not changed.
     """
@@ -233,4 +303,4 @@ def expand_signature(function: F) -> F:
         kind = inspect.Parameter.KEYWORD_ONLY
         parameters.append(inspect.Parameter(name, kind, default=defaults[name], annotation=text))
     function.__signature__ = found.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return function
+    return explain_arguments(function, options)

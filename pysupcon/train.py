@@ -1,15 +1,17 @@
 """Train: ``accelerate launch pysupcon/train.py --config configs/FILE.yaml [--FIELD VALUE ...]``, or in Python
 with :func:`run`.
 
-``torchrun`` and plain ``python pysupcon/train.py`` work too. ``--help`` explains every field. Exit status: 0
-the run is finished; 1 the run failed; 2 the config is not valid; 75 the run was stopped and can be resumed;
-130 Ctrl-C before the first step or during the evaluation.
+``torchrun`` and plain ``python pysupcon/train.py`` work too; one process needs no launcher. ``--help``
+explains every field. Exit status: 0 the run is finished; 1 the run failed; 2 the config is not valid; 75 the
+run was stopped and can be resumed; 130 Ctrl-C before the first step or during the evaluation.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +92,8 @@ def run(
     from pysupcon import user_code
     from pysupcon.config import config_of
     from pysupcon.trainer.loop import train
-    from pysupcon.trainer.run import load_run
+    from pysupcon.trainer.run import Run
+    from pysupcon.trainer.setup import own_accelerator_state
 
     passed: dict[str, Any] = {}
     own: dict[str, Any] = {}
@@ -104,37 +107,48 @@ def run(
     made = config_of(config, {**fields, **own})
     path = isinstance(config, (str, Path))
     name = Path(str(config)).stem if path else f"{made.loss.name}-{made.data.dataset}"
-    folder = train(made, name, model=model, evaluators=passed)
+    with own_accelerator_state():
+        folder = train(made, name, model=model, evaluators=passed)
     report = None
-    finished = load_run(folder, model=model)
-    if made.evaluate and _is_main():
+    finished = Run(folder, made, model)
+    if made.evaluate and not made.trainer.dry_run and _is_main():
         from pysupcon.evaluation.evaluate import evaluate_run
 
         report = evaluate_run(finished, evaluators=passed.values())
     return FinishedRun(folder, finished, report)
 
 
-def main(args: Sequence[str] | None = None) -> int:
+def main(args: Sequence[str] | None = None, program: str = "train.py") -> int:
     """Train and evaluate; return the exit status. A :class:`ConfigError`, a :class:`RunError` or a file that
     cannot be read or written is printed as one line on stderr.
 
     Args:
         args: the command line; None means ``sys.argv[1:]``.
+        program: name of the program in the help text.
     """
+    from pysupcon.errors import missing_extra
+
     try:
-        return _train_and_evaluate(args)
+        return _train_and_evaluate(args, program)
+    except ModuleNotFoundError as error:
+        message = missing_extra(error)
+        if message is None:
+            raise
+        if _is_main():
+            print(f"train.py: error: {message}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:  # during the training pysupcon.trainer.stop handles it
         if _is_main():
             print("train.py: stopped by Ctrl-C (SIGINT) before the first step", file=sys.stderr)
         return EX_INTERRUPTED
 
 
-def _train_and_evaluate(args: Sequence[str] | None) -> int:
+def _train_and_evaluate(args: Sequence[str] | None, program: str) -> int:
     from pysupcon.config import parse_args
     from pysupcon.errors import ConfigError, Interrupted, RunError
 
     try:
-        config, name = parse_args(args)
+        config, name = parse_args(args, program)
         from pysupcon.trainer.loop import train
 
         run_dir = train(config, name)
@@ -146,13 +160,14 @@ def _train_and_evaluate(args: Sequence[str] | None) -> int:
     except (ConfigError, RunError) as error:
         if _is_main() or getattr(error, "on_one_process", False):
             print(f"train.py: error: {error}", file=sys.stderr)
+        _report_to_torchrun(error)
         return 2 if isinstance(error, ConfigError) else 1
     except OSError as error:
         if error.filename is None:
             raise
         print(f"train.py: error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
-    if config.evaluate and _is_main():
+    if config.evaluate and not config.trainer.dry_run and _is_main():
         from pysupcon.evaluation.evaluate import evaluate_run
 
         try:
@@ -173,6 +188,15 @@ def _train_and_evaluate(args: Sequence[str] | None) -> int:
         print(report.table())
         print(f"\nrun: {run_dir}")
     return 0
+
+
+def _report_to_torchrun(error: Exception) -> None:
+    """Put the message into the summary that torchrun prints at the end."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        further = {"py_callstack": str(error), "timestamp": str(int(time.time()))}
+        text = json.dumps({"message": {"message": str(error), "extraInfo": further}})
+        Path(file).write_text(text, encoding="utf-8")
 
 
 def _is_main() -> bool:

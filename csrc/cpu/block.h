@@ -65,6 +65,25 @@ PYSUPCON_INLINE Block<T> take_block(Arena& arena, const Plan& plan, bool panels)
 }
 
 // ------------------------------------------------------------------------------------------------ loading
+#if defined(__aarch64__)
+using Half = __fp16;  // g++ has _Float16 in C++ from version 13 only
+#elif defined(__clang__) ? __clang_major__ >= 15 : __GNUC__ >= 12
+using Half = _Float16;
+#else
+struct Half {  // older compilers have no _Float16 in C++ on x86
+  uint16_t bits;
+  operator float() const {
+    const uint32_t exponent = bits & 0x7c00u, mantissa = bits & 0x3ffu;
+    if (exponent == 0) return (bits & 0x8000u ? -0x1p-24f : 0x1p-24f) * static_cast<float>(mantissa);
+    const uint32_t offset = exponent == 0x7c00u ? 224u << 23 : 112u << 23;  // infinity and NaN, or the bias
+    const uint32_t wide = uint32_t(bits & 0x8000u) << 16 | (((bits & 0x7fffu) << 13) + offset);
+    float value;
+    memcpy(&value, &wide, 4);
+    return value;
+  }
+};
+#endif
+
 template <class T, class S>
 PYSUPCON_INLINE void convert(T* to, const S* from, int n) {
   for (int k = 0; k < n; ++k) to[k] = static_cast<T>(from[k]);
@@ -86,7 +105,7 @@ PYSUPCON_INLINE void copy_row(T* to, const Problem& q, const Side& side, int64_t
   } else if (q.type == Type::bf16) {
     convert_bf16(to, static_cast<const uint16_t*>(side.rows) + at, n);
   } else {
-    convert(to, static_cast<const _Float16*>(side.rows) + at, n);
+    convert(to, static_cast<const Half*>(side.rows) + at, n);
   }
 }
 

@@ -4,6 +4,10 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#ifdef PYSUPCON_HAVE_AVX2
+#include <cpuid.h>
+#endif
+
 #include "cpu/select.h"
 
 namespace pysupcon::cpu {
@@ -30,6 +34,14 @@ struct Isa {
   bool runs;
 };
 
+#ifdef PYSUPCON_HAVE_AVX2
+// Older compilers do not know "f16c" in __builtin_cpu_supports.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 std::vector<Isa> all() {
   std::vector<Isa> list;  // best first
 #ifdef PYSUPCON_HAVE_AVX512
@@ -38,9 +50,8 @@ std::vector<Isa> all() {
   list.push_back({"avx512", [] { return &avx512::table(); }, avx512});
 #endif
 #ifdef PYSUPCON_HAVE_AVX2
-  list.push_back(
-      {"avx2", [] { return &avx2::table(); },
-       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")});
+  list.push_back({"avx2", [] { return &avx2::table(); },
+                  __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()});
 #endif
   list.push_back({"generic", [] { return &generic::table(); }, true});
   return list;

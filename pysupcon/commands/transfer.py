@@ -184,6 +184,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_class_arguments(TransferArguments)
     arguments = join_lists(arguments, list_options(TransferArguments))
     try:
+        if parser.parse_args(arguments, defaults=False).get("data.dataset") is None:
+            raise ConfigError("data.dataset must be given: the name of the data set to transfer to")
         parsed = parser.instantiate(parser.parse_args(arguments))
         run = open_run(parsed.run_dir)
         chosen = TransferArguments(

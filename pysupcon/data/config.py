@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pysupcon.errors import ConfigError, check
+from pysupcon.errors import ConfigError, check, check_all
 
 DatasetName = Literal[
     "mnist5k", "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "cifar100_u", "cifar2",
@@ -144,8 +144,13 @@ class DataConfig:
             check(self.train_size >= 2, "data.train_size", "be at least 2", self.train_size)
         if self.sampler == "groups":
             check(self.groups is not None, "data.groups", "be given for data.sampler=groups", None)
-        self._check_samples_per_class()
-        self._check_source()
+        check_all(
+            self._check_samples_per_class,
+            self._check_root,
+            self._check_test_fraction,
+            self._check_source,
+            self._check_coarse_map,
+        )
 
     def resolve(self) -> None:
         """Replace None by the default values."""
@@ -168,7 +173,7 @@ class DataConfig:
         multiple = f"be a multiple of data.samples_per_class={count}"
         check(self.batch_size % count == 0, "data.batch_size", multiple, self.batch_size)
 
-    def _check_source(self) -> None:
+    def _check_root(self) -> None:
         name = self.dataset
         if name in BUILTIN_DATASETS:
             if self.root is not None:
@@ -180,6 +185,9 @@ class DataConfig:
                 f"data.root must be the folder that holds {name}, got None; pass --data.root FOLDER"
                 + (" (and --data.download true to fetch it there)" if name in DOWNLOADABLE_DATASETS else "")
             )
+
+    def _check_test_fraction(self) -> None:
+        name = self.dataset
         if self.test_fraction is not None:
             if name in DATASETS_WITH_TEST_SPLIT:
                 raise ConfigError(
@@ -188,6 +196,9 @@ class DataConfig:
                 )
             fraction = self.test_fraction
             check(0 < fraction < 0.5, "data.test_fraction", "lie in (0, 0.5)", fraction)
+
+    def _check_source(self) -> None:
+        name = self.dataset
         if self.spurious_rate is not None:
             if name not in COLOURED_DATASETS:
                 raise ConfigError(f"data.spurious_rate has no effect with data.dataset={name}: leave it out")
@@ -201,6 +212,9 @@ class DataConfig:
             self._check_table()
         elif self.table is not None:
             raise ConfigError(f"data.table has no effect with data.dataset={name}: leave it out")
+
+    def _check_coarse_map(self) -> None:
+        name = self.dataset
         if name == "image_folder":
             if self.labels == "coarse" and self.coarse_map is None:
                 raise ConfigError(

@@ -25,7 +25,7 @@ from pysupcon.pairs.many_labels import LabelOptions, ManyLabels, check_many_labe
 from pysupcon.pairs.memory import MemoryArguments, MemoryRows, check_memory
 from pysupcon.pairs.normalize import unit_rows
 
-__all__ = ["Arguments", "check_arguments"]
+__all__ = ["Arguments", "check_arguments", "warn_of_norms"]
 
 _warned: set[str] = set()
 
@@ -95,6 +95,27 @@ def _warn_of_candidate_views(features: Tensor, candidates: Tensor) -> None:
         )
 
 
+def warn_of_norms(name: str, features: Tensor) -> None:
+    """Warns once if rows that are not normalised are far from unit length. Reads only tensors on a CPU.
+
+    Args:
+        name: of the loss.
+        features: [..., D].
+    """
+    if "norms" in _warned or features.device.type != "cpu":
+        return
+    if not modes.is_eager(features) or torch.jit.is_tracing():
+        return
+    rows = features.detach()
+    norms = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.promote_types(rows.dtype, torch.float32))
+    if norms.numel() and not 0.5 <= (mean := float(norms.mean())) <= 2.0:
+        _warned.add("norms")
+        warn_caller(
+            f"the rows of features have a mean norm of {mean:.3g}, and {name} does not normalise them: pass "
+            f"normalize=True, or choose the temperature for such rows (this warning is shown once)"
+        )
+
+
 def _normalized(rows: Tensor) -> Tensor:
     return unit_rows(rows).to(rows.dtype)
 
@@ -103,8 +124,9 @@ def _check_positives(features: Tensor, labelled: bool, need_instances: bool) -> 
     """Checks features of one view per sample without candidates and instances."""
     if need_instances:
         raise ValueError(
-            "instances must be given with features of one view per sample (they define which rows are "
-            f"views of one sample), got features of shape {list(features.shape)} and instances=None"
+            "the loss must know which rows are views of one sample: stack the views to features [B, V, D] "
+            "with V >= 2, or pass instances (one integer per row, equal for views of one sample), got "
+            f"features of shape {list(features.shape)} and instances=None"
         )
     if not labelled:
         raise ValueError(

@@ -91,7 +91,7 @@ def check_label_options(options: LabelOptions) -> float:
         forms = " or ".join(map(repr, takes))
         raise ValueError(
             f"{options.loss} takes labels of shape [B, C] with multi_label={forms} only, got "
-            f"multi_label={form!r}"
+            f"multi_label={form!r}: pass multi_label={takes[0]!r}"
         )
     threshold = check_number("overlap_threshold", options.overlap_threshold, 0.0, 1.0)
     if threshold == 1.0:

@@ -237,9 +237,12 @@ def compute(
     parts = []
     for block, with_mean in zip(blocks, with_means or [False] * len(blocks), strict=True):
         buffer = {"negative_mean": ops.zero_gradients(x)} if with_mean else {}
-        part = operators.pair_stats(
-            *block.of_statistics, block.negatives, plan.positives, **buffer, **block.mask_arguments
-        )
+        try:
+            part = operators.pair_stats(
+                *block.of_statistics, block.negatives, plan.positives, **buffer, **block.mask_arguments
+            )
+        except ValueError as error:
+            raise error if block is blocks[0] else _about_memory(error) from None
         means.append(NegativeMean(buffer["negative_mean"], part[0]) if with_mean else None)
         parts.append(part)
     n, p, positive_sum, instance_sum = parts[0]
@@ -258,6 +261,14 @@ def compute(
         (n, p, positive_sum, None if plan.pairing.instances is None else instance_sum, softplus),
         means,
     )
+
+
+def _about_memory(error: ValueError) -> ValueError:
+    """Returns an error of an operator whose candidates are the memory, with the memory's name."""
+    text = str(error)
+    if " candidate rows" in text:
+        text = text.replace("features must", "memory must").replace(" candidate rows", " rows")
+    return ValueError(text)
 
 
 def _limit(n: Tensor, epsilon: float | Tensor) -> tuple[Tensor, float]:

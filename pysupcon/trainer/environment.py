@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import is_torch_xla_available
 
 from pysupcon.config import Config
@@ -48,6 +49,8 @@ def apply_environment(config: Config) -> None:
         raise ConfigError("torch_xla is installed and XLA devices are not supported: set USE_TORCH_XLA=0")
     _apply_precision(config)
     config.trainer.cpu = _flag("ACCELERATE_USE_CPU") or config.trainer.cpu
+    if _several_processes() and not torch.accelerator.is_available():
+        config.trainer.cpu = True  # otherwise Accelerate would take each process for a training of its own
     _check_device(config)
     _check_agreement("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "accumulation_steps", config)
     _check_agreement("ACCELERATE_GRADIENT_CLIPPING", "clip_norm", config)
@@ -61,20 +64,32 @@ def dynamo_backend(config: Config) -> str:
     return "inductor" if backend == "no" and config.trainer.compile else backend
 
 
-def check_processes(joined: int) -> None:
+def check_processes(processes: int, rank: int) -> None:
     """Refuse processes that would train independently.
 
     Args:
-        joined: number of processes in the process group.
+        processes: number of processes that Accelerate knows.
+        rank: number of this process for Accelerate.
 
     Raises:
-        ConfigError: the launcher started another number of processes.
+        ConfigError: the launcher started another number of processes, or gave this process another rank; or
+            the process group of torch.distributed has another number or rank.
     """
     for name in PROCESSES:
-        if os.environ.get(name, "1") not in ("1", str(joined)):
+        if os.environ.get(name, "1") not in ("1", str(processes)):
             raise ConfigError(
-                f"{name}={os.environ[name]}, but {joined} joined: several processes on CPUs need "
+                f"{name}={os.environ[name]}, but {processes} joined: several processes on CPUs need "
                 "--trainer.cpu true; for a single process unset the variable"
+            )
+    own_rank = os.environ.get("RANK", str(rank))
+    if own_rank != str(rank):
+        raise ConfigError(f"RANK={own_rank}, but the process joined as rank {rank}: unset the variable")
+    if dist.is_available() and dist.is_initialized():
+        group = dist.get_world_size(), dist.get_rank()
+        if group != (processes, rank):
+            raise ConfigError(
+                f"the process group has {group[0]} processes and this one is rank {group[1]}, but Accelerate "
+                f"has {processes} and rank {rank}: leave torch.distributed.init_process_group to the trainer"
             )
 
 
@@ -112,7 +127,7 @@ def _check_device(config: Config) -> None:
         kind = torch.device(value).type
     except RuntimeError as error:
         raise ConfigError(f"{name}={value} is not a device: {one_line(error)}") from error
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     kinds = {"cpu"} if config.trainer.cpu or accelerator is None else {"cpu", accelerator.type}
     if kind not in kinds:
         raise ConfigError(

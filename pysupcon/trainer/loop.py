@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from pysupcon.models.model import memory_format
 from pysupcon.models.momentum import MomentumEncoder
 from pysupcon.profiling.recorder import StepRecorder
 from pysupcon.trainer import checkpoint
+from pysupcon.trainer.dry_run import dry_run
 from pysupcon.trainer.early_stopping import EarlyStopping
 from pysupcon.trainer.environment import apply_environment
 from pysupcon.trainer.folders import is_restart, locked_run_dir
@@ -64,7 +66,7 @@ def train(
         evaluators: passed evaluators by their names in ``config.evaluation.evaluators``.
 
     Returns:
-        The folder of the run.
+        The folder of the run. After a dry run (``trainer.dry_run``) it has been removed.
 
     Raises:
         ConfigError: the config is not valid, or another process trains into the folder; nothing has been
@@ -87,6 +89,11 @@ def train(
                 data = load_data(config.data)
         else:
             data = load_data(config.data)
+    if config.trainer.dry_run:
+        with TemporaryDirectory() as temporary:
+            trainer = Trainer(config, data, Path(temporary), model)
+            dry_run(trainer.step, trainer.state, trainer.validate, trainer.loader, trainer.steps)
+        return Path(temporary)
     if is_restart() and config.resume_from_checkpoint is None:
         config.resume_from_checkpoint = "auto"
     with locked_run_dir(config, name, processes) as run_dir:

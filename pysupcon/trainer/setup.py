@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather_object
 
 from pysupcon.config import Config
@@ -32,7 +34,7 @@ def join_processes(cpu: bool) -> PartialState:
         Accelerate's state of the processes.
 
     Raises:
-        ConfigError: the launcher started processes that do not join.
+        ConfigError: number or rank of the processes differ between launcher, Accelerate and process group.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt != "0" and not dist.is_initialized():
@@ -42,8 +44,22 @@ def join_processes(cpu: bool) -> PartialState:
             backend, store=dist.PrefixStore(f"restart_{attempt}", store), rank=rank, world_size=processes
         )
     state = PartialState(cpu=cpu)
-    check_processes(state.num_processes)
+    check_processes(state.num_processes, state.process_index)
     return state
+
+
+@contextmanager
+def own_accelerator_state() -> Iterator[None]:
+    """Context manager of a training: the next one in this process may use another precision.
+
+    The state of an Accelerate object that the caller has created before stays.
+    """
+    before = bool(AcceleratorState._shared_state)
+    try:
+        yield
+    finally:
+        if not before:
+            AcceleratorState._reset_state()
 
 
 def call_on_main_process(state: PartialState | Accelerator, action: Callable[[], Any]) -> Any:
@@ -107,6 +123,20 @@ def build_accelerator(config: Config, run_dir: Path) -> Accelerator:
     return accelerator
 
 
+def check_trackers(accelerator: Accelerator, config: Config) -> None:
+    """Check that all trackers of the config are installed.
+
+    Raises:
+        ConfigError: a tracker is not installed.
+    """
+    available = {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
+    missing = [name for name in config.trainer.trackers if name not in available]
+    if missing:
+        raise ConfigError(
+            f"trainer.trackers: {', '.join(missing)} is not installed: install it with pip or leave it out"
+        )
+
+
 def start_trackers(accelerator: Accelerator, config: Config) -> None:
     """Start the trackers and pass them the config as the run's parameters. Every process calls this.
 
@@ -115,12 +145,7 @@ def start_trackers(accelerator: Accelerator, config: Config) -> None:
     """
     if not config.trainer.trackers:
         return
-    available = {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
-    missing = [name for name in config.trainer.trackers if name not in available]
-    if missing:
-        raise ConfigError(
-            f"trainer.trackers: {', '.join(missing)} is not installed: install it with pip or leave it out"
-        )
+    check_trackers(accelerator, config)
     flat: dict[str, Any] = {}
     for part, value in asdict(config).items():
         fields = value if isinstance(value, dict) else {"": value}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import torch
@@ -46,11 +47,12 @@ class Validation:
         self.group_accuracy = GroupAccuracy(accelerator, config, data) if by_group else None
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module) -> dict[str, float]:
+    def __call__(self, model: nn.Module, max_batches: int | None = None) -> dict[str, float]:
         """Compute the losses.
 
         Args:
             model: the model without Accelerate's wrappers.
+            max_batches: number of batches, without group accuracies; None: the whole split.
 
         Returns:
             "loss" and its terms; the metrics of the features, those that are finite, unless
@@ -64,17 +66,17 @@ class Validation:
                 buffer.copy_(broadcast(buffer.contiguous()))
         training = model.training
         model.eval()
-        main = self.accelerator.is_main_process
-        bar = tqdm(
-            self.loader, desc="validate", unit="batch", leave=False, delay=2, disable=None if main else True
-        )
+        hidden = None if self.accelerator.is_main_process else True  # None: hidden without a terminal
+        count = min(len(self.loader), max_batches or len(self.loader))
+        batches = islice(self.loader, count)
+        bar = tqdm(batches, total=count, desc="validate", unit="batch", leave=False, delay=2, disable=hidden)
         totals: dict[str, Tensor] = {}
         accuracies: dict[str, float] = {}
         try:
             for views, labels in bar:
                 for name, value in self._losses(model, views, labels).items():
-                    totals[name] = totals.get(name, torch.zeros_like(value)) + value / len(self.loader)
-            if self.group_accuracy is not None:
+                    totals[name] = totals.get(name, torch.zeros_like(value)) + value / count
+            if self.group_accuracy is not None and max_batches is None:
                 accuracies = self.group_accuracy(model)
         finally:
             model.train(training)

@@ -36,7 +36,7 @@ def _harmless(text: str) -> Variable:
 
 _SHARDED = "models are not sharded: every process holds the whole model; for a larger batch use "
 _PROCESSES = _honoured("rank and number of the processes, and the address of the first one")
-_MPI = _honoured("rank and number of CPU processes started by mpirun; needs trainer.cpu")
+_MPI = _honoured("rank and number of CPU processes started by mpirun; with a GPU they need trainer.cpu")
 _TRACKER = _honoured("read by the tracker of trainer.trackers")
 _XLA = _harmless("read on XLA devices, which are refused")
 _NOTEBOOK = _harmless("read by Accelerate's notebook launcher")

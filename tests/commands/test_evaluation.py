@@ -335,9 +335,9 @@ def test_the_dispatcher_explains_itself(capsys):
     assert main(["--help"]) == 0
     assert "evaluate" in capsys.readouterr().out
     assert main([]) == 2
-    assert "COMMAND must be one of evaluate, " in capsys.readouterr().err
-    assert main(["train"]) == 2
-    assert "got 'train'" in capsys.readouterr().err
+    assert "COMMAND must be one of train, " in capsys.readouterr().err
+    assert main(["fit"]) == 2
+    assert "got 'fit'" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:
         main(["evaluate", "--help"])
     assert stopped.value.code == 0

@@ -8,6 +8,8 @@ import resource
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -146,3 +148,15 @@ def test_a_log_with_a_value_that_is_no_number(name: str, value: object) -> None:
         line["cross_entropy"] = 1.0  # with a single term the loss is not shown
     with pytest.raises(RunError, match="the log holds a value that is not a number: "):
         loss_curves([line])
+
+
+@pytest.mark.parametrize("command", ["train", "transfer"])
+def test_a_missing_optional_package_is_one_line(command):
+    code = (
+        "import sys; sys.modules['jsonargparse'] = None; from pysupcon.__main__ import main; "
+        f"sys.exit(main([{command!r}, 'run']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "pip install 'pysupcon[train]'" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -89,10 +89,15 @@ def test_data_that_cannot_be_transferred_to_are_refused(tmp_path, capsys):
             "data.image_size must be that of the run, 8",
         ),
         (["--data.dataset", "mnist"], "data.root must be the folder that holds mnist"),
-        (["--probe.penalties", "[-1]"], "penalties must be one or more positive numbers"),
+        (
+            ["--data.dataset", "digits", "--probe.penalties", "[-1]"],
+            "penalties must be one or more positive numbers",
+        ),
     ):
         assert main(["transfer", str(run), *arguments, "--progress", "false"]) == 1
         assert message in capsys.readouterr().err
     assert not (run / "transfer").exists()
-    assert main(["transfer", str(tmp_path / "nowhere")]) == 1
+    assert main(["transfer", str(run)]) == 1
+    assert "data.dataset must be given" in capsys.readouterr().err
+    assert main(["transfer", str(tmp_path / "nowhere"), "--data.dataset", "digits"]) == 1
     assert "there is no such folder" in capsys.readouterr().err

@@ -334,7 +334,8 @@ def same(found, wanted):
     return all(torch.equal(a, b) for a, b in zip(found, wanted)) and all(a.isfinite().all() for a in found)
 {body}
 """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    searched = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": searched}
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
     )

@@ -353,7 +353,8 @@ def test_under_a_launcher(launcher: str, tmp_path: Path) -> None:
         pytest.importorskip("accelerate")
     script = Path(worker.__file__)
     tests = script.parents[1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"}
+    searched = [str(tests.parent), str(tests), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(searched)}
     with subprocess.Popen(
         [sys.executable, "-m", *LAUNCHERS[launcher], str(script), launcher],
         cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -313,6 +313,7 @@ def learnable(how: str) -> dict[str, Any]:
     features, labels = _batch()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", message="the rows of features have a mean norm")
         for _ in range(5):
             optimizer.zero_grad()
             criterion(features, labels).backward()

@@ -93,6 +93,7 @@ def embeddings(
         weights = torch.rand(batch.features.shape[:-1], generator=torch.Generator().manual_seed(1)) + 0.5
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # no warning for a process without a positive
+        warnings.filterwarnings("ignore", message="the rows of features have a mean norm")
         got = _one_step(
             _criterion(name, gather=MODES[mode], reduction=reduction, backend=backend),
             batch.features[batch.own],
@@ -203,6 +204,7 @@ def stochastic() -> dict[str, Any]:
     for _ in range(2):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", message="the rows of features have a mean norm")
             GradCache(model, 4)(views, lambda z: criterion(z, labels))
     torch.manual_seed(10 + rank)
     for step in range(2):
@@ -329,6 +331,7 @@ def no_positive() -> dict[str, Any]:
     labels = torch.arange(3) + 3 * dist.get_rank()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", message="the rows of features have a mean norm")
         loss = pysupcon.SupConLoss(gather=True)(features, labels)
     loss.backward()
     return {
@@ -342,6 +345,7 @@ def without_gather() -> list[str]:
     """Returns the warnings of losses without gather."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", message="the rows of features have a mean norm")
         for _ in range(2):
             pysupcon.SupConLoss()(torch.randn(4, 2, WIDTH), torch.arange(4) % 2)
             pysupcon.SINCERELoss()(torch.randn(4, 2, WIDTH), torch.arange(4) % 2)

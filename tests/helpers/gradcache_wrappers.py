@@ -143,6 +143,7 @@ def steps(kind: str, sizes: list[int]) -> dict[str, Any]:
         plain.zero_grad()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", message="the rows of features have a mean norm")
             grad_cache((images, texts) if two else images, loss)
         got.append(_gradients(plain))
     torch.manual_seed(10 + rank)

@@ -107,6 +107,7 @@ def towers(
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # no warning for a process without a positive
+        warnings.filterwarnings("ignore", message="the rows of features have a mean norm")
         warnings.filterwarnings("ignore", message="candidates of shape")  # 3 views, features have 2
         got = step(False, gather=MODES[mode], backend=backend)
     return {"got": got, "truth": step(True, backend="reference")}

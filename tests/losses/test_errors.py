@@ -157,14 +157,14 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "cNCE without instances": (
         lambda: functional.class_conditional_info_nce(ROWS, Y),
         ValueError,
-        "instances must be given with features of one view per sample (they define which rows are views "
-        "of one sample), "
+        "the loss must know which rows are views of one sample: stack the views to features [B, V, D] with "
+        "V >= 2, or pass instances (one integer per row, equal for views of one sample), "
         "got features of shape [4, 3] and instances=None",
     ),
     "spread without instances": (
         lambda: functional.spread(X[:, :1], Y),
         ValueError,
-        "instances must be given",
+        "stack the views to features [B, V, D] with V >= 2, or pass instances",
     ),
     "instances of another length": (
         lambda: functional.spread(X, Y, instances=torch.arange(8)),
@@ -445,3 +445,16 @@ def test_a_backend_that_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None
         warnings.simplefilter("error")
         assert torch.equal(first, supcon(X, Y))
     assert torch.equal(first, supcon(X, Y, backend="tiled"))
+
+
+@pytest.mark.parametrize("backend", ["auto", "tiled"])
+def test_a_memory_that_is_not_finite_is_named(backend: str) -> None:
+    memory = torch.ones(3, 3)
+    memory[1, 0] = torch.nan
+    text = "^memory must be finite, got NaN or infinity in 1 of 3 rows, the first of them row 1$"
+    with pytest.raises(ValueError, match=text):
+        supcon(ROWS, Y, memory=memory, memory_labels=Y[:3], backend=backend)
+    with pytest.raises(
+        ValueError, match=r"^features must be finite, got NaN or infinity in 1 of 3 candidate"
+    ):
+        supcon(ROWS, Y, candidates=memory, candidate_labels=Y[:3], backend=backend)

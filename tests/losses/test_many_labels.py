@@ -404,7 +404,8 @@ def test_errors(labels: Tensor, options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("form", ["per_label", "jaccard"])
 def test_losses_say_what_they_take(name: str, form: str) -> None:
     with pytest.raises(
-        ValueError, match=rf"takes labels .* multi_label='any' only, got multi_label='{form}'"
+        ValueError,
+        match=rf"takes labels .* multi_label='any' only, got multi_label='{form}': pass multi_label='any'",
     ):
         LOSSES[name](X, LABELS, instances=torch.arange(7), multi_label=form)
 

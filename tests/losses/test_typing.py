@@ -125,6 +125,18 @@ def test_signatures_name_every_keyword(name: str) -> None:
     assert not any(p.kind is p.VAR_KEYWORD for p in [*forward.values(), *found.values(), *function.values()])
 
 
+@pytest.mark.parametrize("name", [name for name in pysupcon.__all__ if name.endswith("Loss")])
+def test_help_explains_every_argument(name: str) -> None:
+    loss = getattr(pysupcon, name)
+    for function in (loss.__init__, loss.forward, loss.function):
+        text = inspect.getdoc(function)
+        assert text is not None
+        summary, _, arguments = text.partition("\nArgs:\n")
+        assert summary
+        explained = re.findall(r"^    (\w+): \S", arguments, flags=re.MULTILINE)
+        assert sorted(explained) == sorted(inspect.signature(function).parameters.keys() - {"self"})
+
+
 def test_the_signature_of_the_statistics() -> None:
     found = inspect.signature(functional.pair_statistics).parameters
     keywords = {*ROWS, *COMPUTATION, *LABELLING, *MANY_LABELS}

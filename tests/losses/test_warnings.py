@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pysupcon
-from pysupcon import compat, functional
+from pysupcon import compat, contrastive, functional
 from pysupcon.pairs import arguments, backends, ops
 
 X = torch.eye(4)
@@ -69,3 +69,32 @@ def test_candidates_that_may_be_negatives(labelled: bool, monkeypatch: pytest.Mo
         functional.supcon(x, same, candidates=own, candidate_labels=same.clone())  # labels of their own
         functional.supcon(x, same, candidates=own[:3], candidate_labels=same[:3])
         functional.supcon(x, mask=same[:, None] == same, candidates=own)
+
+
+def test_rows_that_are_far_from_unit_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arguments, "_warned", set())
+    far, same = 10 * X, LABELS // 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pysupcon.SupConLoss(normalize=True)(far, same)
+        pysupcon.SupConLoss()(X, same)
+        functional.supcon(far, same)  # only modules warn
+        torch.compile(pysupcon.SupConLoss(), backend="eager", fullgraph=True)(far, same)
+    text = "features have a mean norm of 10, and SupConLoss does not normalise them: pass normalize=True"
+    assert_here(lambda: pysupcon.SupConLoss()(far, same), text)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pysupcon.SupConLoss()(far, same)  # once
+    monkeypatch.setattr(arguments, "_warned", set())
+    assert_here(
+        lambda: pysupcon.InfoNCELoss()(far.view(2, 2, 4) / 100), "a mean norm of 0.1, and InfoNCELoss"
+    )
+
+
+def test_a_module_looks_at_the_norms_of_its_first_call_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(contrastive, "warn_of_norms", lambda name, features: calls.append(name))
+    loss = pysupcon.HierarchicalSupConLoss([1.0])
+    for _ in range(3):
+        loss(X, [LABELS // 2])
+    assert calls == ["HierarchicalSupConLoss"]

@@ -6,9 +6,10 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from pysupcon.config import Config, load_config, parse_args, to_yaml
-from pysupcon.errors import ConfigError
+from pysupcon.errors import ConfigError, check_all
 from pysupcon.train import main
 
 ENTROPY = "--loss.name none --model.classifier true --loss.cross_entropy_weight 1"
@@ -18,7 +19,8 @@ RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("--loss.tau 1", "unrecognized arguments: --loss.tau"),
+        ("--loss.tau 1", "unrecognized arguments: --loss.tau 1$"),
+        ("--los.temperature 1", r"arguments: --los.temperature 1; did you mean loss.temperature\?$"),
         ("--loss.temperature hot", "loss.temperature must be float or NoneType, got 'hot'"),
         ("--loss.temperature 0", "loss.temperature must be greater than 0, got 0"),
         ("--loss.name triplet", "loss.name must be Literal.*'sincere'.*, got 'triplet'"),
@@ -129,6 +131,7 @@ def test_refuses(args: str, message: str) -> None:
     [
         ("loss: {name: supcon\ndata: [", "line 2"),
         ("loss:\n  tau: 3\n", "loss.*tau"),
+        ("loss:\n  temperatur: 3\n", r"'temperatur'; did you mean loss.temperature\?$"),
         ("- 1\n- 2\n", "mapping|Expected"),
         ("trainer:\n  epochs: many\n", "trainer.epochs must be int, got 'many'"),
     ],
@@ -198,6 +201,38 @@ def test_mistake_is_one_line_on_stderr(capsys: pytest.CaptureFixture[str], tmp_p
     line = "train.py: error: data.batch_size must be at most the 1295 training samples, got 5000\n"
     assert captured.err.endswith(line)
     assert not out.exists()
+
+
+def test_all_mistakes_are_reported_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    args = "--data.dataset image_folder --data.batch_size 1 --loss.temperature 0 --trainer.epochs 0"
+    assert main(args.split()) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "train.py: error: data.batch_size must be at least 2, got 1",
+        "data.root must be the folder that holds image_folder, got None; pass --data.root FOLDER",
+        "data.image_size must be given for image_folder, got None",
+        "data.coarse_map must be given to train image_folder on data.labels=coarse, got None",
+        "loss.temperature must be greater than 0, got 0.0",
+        "trainer.epochs must be at least 1, got 0",
+    ]
+
+
+def test_a_check_that_relies_on_a_failed_one_adds_nothing() -> None:
+    with pytest.raises(ConfigError) as raised:
+        parse_args(["--data.sampler", "per_class", "--optimizer.schedule", "step"])
+    assert [line.split()[0] for line in str(raised.value).splitlines()] == [
+        "data.samples_per_class",
+        "optimizer.milestones",
+    ]
+    with pytest.raises(ZeroDivisionError):
+        check_all(lambda: 1 / 0)
+
+
+def test_the_summary_of_torchrun_shows_the_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    assert main(["--data.batch_size", "1"]) == 2
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(tmp_path / "error.json"))
+    assert failure.message["message"] == "data.batch_size must be at least 2, got 1"
+    assert failure.timestamp > 0
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

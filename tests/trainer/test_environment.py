@@ -252,6 +252,21 @@ def test_processes_that_do_not_join_are_refused(name: str, monkeypatch: pytest.M
         setup.join_processes(cpu=False)
 
 
+def test_another_rank_than_that_of_the_process_group_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ConfigError, match=r"^RANK=1, but the process joined as rank 0"):
+        environment.check_processes(1, 0)
+    monkeypatch.delenv("RANK")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    environment.check_processes(2, 1)
+    with pytest.raises(
+        ConfigError, match=r"group has 2 processes and this one is rank 1, .* has 2 and rank 0"
+    ):
+        environment.check_processes(2, 0)
+
+
 # --- honoured
 
 
@@ -273,6 +288,17 @@ def test_what_is_honoured_goes_into_the_config(monkeypatch: pytest.MonkeyPatch) 
     agreed = ("--trainer.accumulation_steps", "4", "--trainer.clip_norm", "1")
     variables = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4", "ACCELERATE_GRADIENT_CLIPPING": "1.0"}
     assert settled(monkeypatch, *agreed, **variables).accumulation_steps == 4
+
+
+@pytest.mark.parametrize("name", environment.PROCESSES)
+def test_several_processes_without_an_accelerator_train_on_the_cpu(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert not settled(monkeypatch, **{name: "2"}).cpu
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert settled(monkeypatch, **{name: "2"}).cpu
+    assert not settled(monkeypatch, **{name: "1"}).cpu
 
 
 def test_the_launchers_defaults_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,6 +120,35 @@ def test_torchrun_passes_sigterm_on(undisturbed: Path, tmp_path: Path) -> None:
     equal_to_the_bit(folder, undisturbed)
 
 
+def test_ctrl_c_under_torchrun(tmp_path: Path) -> None:
+    """The terminal sends SIGINT to all processes, and torchrun sends a second one: it must not end them."""
+    folder = tmp_path / "run"
+    command = [*TORCHRUN, "--standalone", "--nproc_per_node", "2", *arguments(folder)]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    stopper = after_log_lines(folder, 3, lambda: os.killpg(process.pid, signal.SIGINT))
+    said = finish(process)
+    stopper.join(timeout=1)
+    assert "train.py: stopped by Ctrl-C (SIGINT) after step" in said
+    steps = len(read_log(folder / "log.jsonl"))
+    assert 3 <= steps < 30
+    assert read_manifest(checkpoints(folder)[-1])["step"] == steps
+
+
+def test_the_readme_starts_two_cpu_processes(tmp_path: Path) -> None:
+    """The line as it stands in the README, which does not name trainer.cpu."""
+    text = (REPOSITORY / "pysupcon" / "trainer" / "README.md").read_text(encoding="utf-8")
+    (line,) = (line.split() for line in text.splitlines() if line.startswith("    torchrun --standalone"))
+    folder = tmp_path / "run"
+    more = ["--output_dir", str(folder), "--evaluate", "false", "--trainer.epochs", "1"]
+    process = start([*TORCHRUN, *line[1:], *more], REPOSITORY, CUDA_VISIBLE_DEVICES="")
+    said = finish(process)
+    assert process.returncode == 0, said
+    assert len(read_log(folder / "log.jsonl")) == 10  # 1,295 training images in global batches of 128
+
+
 def test_accelerate_launch(tmp_path: Path) -> None:
     """One process, stopped by its time budget."""
     folder = tmp_path / "run"
