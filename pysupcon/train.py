@@ -95,7 +95,8 @@ def run(
     from pysupcon import user_code
     from pysupcon.config import config_of
     from pysupcon.trainer.loop import train
-    from pysupcon.trainer.run import load_run
+    from pysupcon.trainer.run import Run
+    from pysupcon.trainer.setup import own_accelerator_state
 
     passed: dict[str, Any] = {}
     own: dict[str, Any] = {}
@@ -111,10 +112,11 @@ def run(
     made = config_of(config, {**fields, **own})
     path = isinstance(config, (str, Path))
     name = Path(str(config)).stem if path else f"{made.loss.name}-{made.data.dataset}"
-    folder = train(made, name, dataset=dataset, model=model, evaluators=passed)
+    with own_accelerator_state():
+        folder = train(made, name, dataset=dataset, model=model, evaluators=passed)
     report = None
-    finished = load_run(folder, dataset=dataset, model=model)
-    if made.evaluate and _is_main():
+    finished = Run(folder, made, model, dataset)
+    if made.evaluate and not made.trainer.dry_run and _is_main():
         from pysupcon.evaluation.evaluate import evaluate_run
 
         report = evaluate_run(finished, evaluators=passed.values())

@@ -68,8 +68,9 @@ def with_examples() -> list[str]:
 
 
 @pytest.mark.parametrize("name", with_examples())
-def test_python_examples_run(name: str) -> None:
+def test_python_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of one page run in order and share their names."""
+    monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {}
     for source in EXAMPLE.findall((ROOT / name).read_text(encoding="utf-8")):
         exec(compile(source, name, "exec"), namespace)

@@ -323,13 +323,13 @@ class TrainerConfig:
     clip_norm: float | None = None
     """Maximum norm of the gradient; None disables clipping."""
 
-    dry_run: bool = False
-    """Run one step, validate one batch and encode some images for the evaluators; print shapes, seconds and
-    memory. No folder is created."""
-
     compile: bool = False
     """Compile the model with torch.compile and inductor, as accelerate launch --dynamo_backend inductor does.
     That flag also sets this field."""
+
+    dry_run: bool = False
+    """Run one step, validate one batch and encode some images for the evaluators; print shapes, seconds and
+    memory. No folder is created."""
 
     cpu: bool = False
     """Train on the CPU even if there is an accelerator."""

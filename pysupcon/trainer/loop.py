@@ -93,7 +93,7 @@ def train(
             data = load_data(config.data, dataset)
     if config.trainer.dry_run:
         with TemporaryDirectory() as temporary:
-            trainer = Trainer(config, data, Path(temporary))
+            trainer = Trainer(config, data, Path(temporary), model)
             dry_run(trainer.step, trainer.state, trainer.validate, trainer.loader, trainer.steps)
         return Path(temporary)
     if is_restart() and config.resume_from_checkpoint is None:

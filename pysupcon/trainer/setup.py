@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather_object
 
 from pysupcon.config import Config
@@ -44,6 +46,20 @@ def join_processes(cpu: bool) -> PartialState:
     state = PartialState(cpu=cpu)
     check_processes(state.num_processes, state.process_index)
     return state
+
+
+@contextmanager
+def own_accelerator_state() -> Iterator[None]:
+    """Context manager of a training: the next one in this process may use another precision.
+
+    The state of an Accelerate object that the caller has created before stays.
+    """
+    before = bool(AcceleratorState._shared_state)
+    try:
+        yield
+    finally:
+        if not before:
+            AcceleratorState._reset_state()
 
 
 def call_on_main_process(state: PartialState | Accelerator, action: Callable[[], Any]) -> Any:

@@ -155,9 +155,7 @@ def test_refused_arguments() -> None:
         load_data(config(dataset_args={"sides": 2}))
     with pytest.raises(ConfigError, match="has no parameter root"):
         load_data(config(root="."))
-    with pytest.raises(
-        ConfigError, match=r"data.dataset=missing_module:x cannot be imported: Module"
-    ):
+    with pytest.raises(ConfigError, match=r"data.dataset=missing_module:x cannot be imported: Module"):
         load_data(config(dataset="missing_module:x"))
     with pytest.raises(ConfigError, match=r"data.dataset must be one of .* got 'minst' .similar: mnist"):
         config(dataset="minst")

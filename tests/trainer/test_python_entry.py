@@ -103,6 +103,12 @@ def test_two_trainings_in_one_process(tmp_path: Path) -> None:
         assert len(read_log(folder / "log.jsonl")) == 5
 
 
+def test_a_dry_run(tmp_path: Path) -> None:
+    finished = run(FIELDS, model=net(), output_dir=tmp_path / "run", **{"trainer.dry_run": True})
+    assert finished.metrics == {}
+    assert not (tmp_path / "run").exists()
+
+
 def test_configs_in_python(tmp_path: Path) -> None:
     file = tmp_path / "x.yaml"
     file.write_text("loss: {name: sincere}\ndata: {dataset: digits}\n")
