@@ -126,6 +126,7 @@ def test_the_commands_print_one_line(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert lines[-1].endswith(".png cannot be read: it is not a regular file")
 
     config = parse_args(arguments)[0]
+    run.mkdir()  # a start that fails leaves no folder
     (run / "config.yaml").write_text(to_yaml(config))
     save_weights(build_model(config, load_data(config.data)).state_dict(), run / "model.safetensors")
     assert main(["evaluate", str(run)]) == 1
