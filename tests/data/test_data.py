@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 from collections import Counter
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -348,3 +349,45 @@ def test_impossible_batches() -> None:
         ShuffledBatchSampler(labels, 11, seed=0, steps=1)
     with pytest.raises(ConfigError, match=r"data.batch_size must be a multiple of the 3 processes, got 10"):
         ShuffledBatchSampler(labels, 10, seed=0, steps=1, world_size=3)
+
+
+@pytest.mark.parametrize("validation", ["val", "validation", "valid"])
+def test_train_and_val_folders(tmp_path: Path, validation: str) -> None:
+    """ImageNet's and timm's layout: val is the test split. With test, it is the validation split."""
+    for split, count in (("train", 10), (validation, 3)):
+        write_image_folder(tmp_path / split, ["a", "b"], count)
+    config = DataConfig(dataset="image_folder", root=str(tmp_path), image_size=8, batch_size=6)
+    data = load_data(config)
+    assert {name: len(part) for name, part in data.splits.items()} == {"train": 18, "val": 2, "test": 6}
+    write_image_folder(tmp_path / "test", ["a", "b"], 4)
+    data = load_data(config)
+    assert {name: len(part) for name, part in data.splits.items()} == {"train": 20, "val": 6, "test": 8}
+    assert data.class_names == ["a", "b"]
+
+
+def test_names_of_splits_are_no_classes(tmp_path: Path) -> None:
+    write_image_folder(tmp_path, ["train", "val", "cat"], 4)
+    config = DataConfig(dataset="image_folder", root=str(tmp_path), image_size=8, batch_size=6)
+    with pytest.raises(ConfigError, match="has folders called train, val, which are names of splits"):
+        load_data(config)
+    write_image_folder(tmp_path / "b" / "train", ["x", "y"], 4)
+    write_image_folder(tmp_path / "b" / "val", ["x"], 4)
+    with pytest.raises(ConfigError, match=r"val has the classes \['x'\], train has \['x', 'y'\]"):
+        load_data(replace(config, root=str(tmp_path / "b")))
+
+
+def test_hidden_folders_and_files_are_left_out(tmp_path: Path) -> None:
+    write_image_folder(tmp_path, ["cat", "dog", ".ipynb_checkpoints", "__MACOSX"], 10)
+    (tmp_path / "cat" / "._0.png").write_bytes(b"no image")
+    data = load_data(DataConfig(dataset="image_folder", root=str(tmp_path), image_size=8, batch_size=6))
+    assert data.coarse_names == data.fine_names == ["cat", "dog"]
+    assert sum(map(len, data.splits.values())) == 20
+
+
+def test_nested_class_folders(tmp_path: Path) -> None:
+    write_image_folder(tmp_path / "animal", ["cat", "dog"], 10)
+    write_image_folder(tmp_path / "vehicle", ["car"], 10)
+    data = load_data(DataConfig(dataset="image_folder", root=str(tmp_path), image_size=8, batch_size=6))
+    assert data.coarse_names == ["animal", "vehicle"]
+    assert data.fine_names == ["animal/cat", "animal/dog", "vehicle/car"]
+    assert torch.equal(data.splits["train"].coarse, (data.splits["train"].fine == 2).long())

@@ -93,10 +93,6 @@ RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
             "--data.dataset image_folder --data.root .",
             "data.image_size must be given for image_folder, got None",
         ),
-        (
-            "--data.dataset image_folder --data.root . --data.image_size 8",
-            "data.coarse_map must be given to train image_folder on data.labels=coarse",
-        ),
         ("--data.coarse_map {a:b}", "data.coarse_map"),
         ("--data.batch_size 1", "data.batch_size must be at least 2, got 1"),
         ("--data.val_fraction 0", "data.val_fraction must lie in"),
@@ -210,7 +206,6 @@ def test_all_mistakes_are_reported_at_once(capsys: pytest.CaptureFixture[str]) -
         "train.py: error: data.batch_size must be at least 2, got 1",
         "data.root must be the folder that holds image_folder, got None; pass --data.root FOLDER",
         "data.image_size must be given for image_folder, got None",
-        "data.coarse_map must be given to train image_folder on data.labels=coarse, got None",
         "loss.temperature must be greater than 0, got 0.0",
         "trainer.epochs must be at least 1, got 0",
     ]
