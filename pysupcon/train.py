@@ -64,7 +64,7 @@ def run(
     config: Config | Mapping[str, Any] | str | Path | None = None,
     *,
     dataset: Any = None,
-    model: nn.Module | None = None,
+    model: nn.Module | Mapping[str, Any] | None = None,
     evaluators: Iterable[Any] | None = None,
     **fields: Any,
 ) -> FinishedRun:
@@ -78,7 +78,7 @@ def run(
         dataset: a map-style dataset of (image, label), (image, coarse, fine) or dicts, or a mapping of train,
             val and test to such datasets; see :mod:`pysupcon.data.own`. It replaces ``data.dataset``.
         model: backbone: maps images [B, C, S, S] to embeddings [B, D]; trained in place, from its present
-            weights. It replaces ``model.backbone``.
+            weights. It replaces ``model.backbone``. A mapping holds fields of the section instead.
         evaluators: the evaluators that run after the training: names, references, and objects as
             :class:`pysupcon.evaluators.OwnEvaluator` describes them. They replace ``evaluation.evaluators``.
         **fields: fields that override ``config``, e.g. ``trainer={"epochs": 3}``, ``seed=1``,
@@ -100,6 +100,8 @@ def run(
 
     passed: dict[str, Any] = {}
     own: dict[str, Any] = {}
+    if isinstance(model, Mapping):
+        fields, model = {**fields, "model": model}, None
     if dataset is not None:
         own["data.dataset"] = next(iter(user_code.name_objects([dataset])))
     if model is not None:

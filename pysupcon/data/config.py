@@ -218,8 +218,8 @@ class DataConfig:
             )
 
     def resolve(self) -> None:
-        """Replace None by the default values, and relative paths by absolute ones: a run may be evaluated from
-        another folder."""
+        """Replace None by the default values, and relative paths by absolute ones: a run may be evaluated
+        from another folder."""
         if self.root is not None:
             self.root = os.path.abspath(os.path.expanduser(self.root))
         if self.groups not in (None, "annotated"):
