@@ -22,7 +22,11 @@ from pysupcon.data.samples import (
 from pysupcon.errors import ConfigError
 from pysupcon.reading import check_regular, one_line
 
-SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLIT_FOLDERS = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
+    "testing": "test",
+}  # fmt: skip
+_SYSTEM_FOLDERS = ("lost+found", "$recycle.bin", "@eadir", "system volume information")
 
 
 def image_folder(config: DataConfig) -> Source:
@@ -41,11 +45,12 @@ def image_folder(config: DataConfig) -> Source:
     folders = _split_folders(root)
     if not folders:
         names, paths, fine = _scan(root)
-        splits = sorted({name.split("/")[0].lower() for name in names} & set(SPLIT_FOLDERS))
+        outer = sorted({name.split("/")[0] for name in names})
+        splits = [name for name in outer if name.lower() in SPLIT_FOLDERS]
         if splits:
             raise ConfigError(
-                f"data.root {root} has folders called {', '.join(splits)}, which are names of splits, beside "
-                "others: it must hold train, val and test only, or class folders only"
+                f"data.root {root} has folders called {', '.join(splits)}, which are names of splits: it must "
+                "hold train and val or test, and no other folder, or class folders only"
             )
         return _source(
             samples_from_files(paths, fine, names, _superclasses(config, names)), None, names,
@@ -76,8 +81,8 @@ def _split_folders(root: Path) -> dict[str, Path]:
         found = [path for path in sorted(root.iterdir()) if path.is_dir() and not _is_hidden(path.name)]
     except OSError:  # _scan raises the error
         return {}
-    splits = [path for path in found if path.name in SPLIT_FOLDERS]
-    kinds = {SPLIT_FOLDERS[path.name]: path for path in splits}
+    splits = [path for path in found if path.name.lower() in SPLIT_FOLDERS]
+    kinds = {SPLIT_FOLDERS[path.name.lower()]: path for path in splits}
     if "train" not in kinds or len(kinds) < 2 or len(splits) < len(found):
         return {}
     if len(kinds) < len(splits):
@@ -87,7 +92,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
 
 
 def _is_hidden(name: str) -> bool:
-    return name.startswith((".", "__"))
+    return name.startswith((".", "__")) or name.lower() in _SYSTEM_FOLDERS
 
 
 def _source(train: Samples, test: Samples | None, fine: list[str], coarse: list[str], size: int) -> Source:

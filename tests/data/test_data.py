@@ -351,10 +351,13 @@ def test_impossible_batches() -> None:
         ShuffledBatchSampler(labels, 10, seed=0, steps=1, world_size=3)
 
 
-@pytest.mark.parametrize("validation", ["val", "validation", "valid"])
-def test_train_and_val_folders(tmp_path: Path, validation: str) -> None:
+@pytest.mark.parametrize(
+    ("train", "validation"),
+    [("train", "val"), ("train", "validation"), ("training", "valid"), ("Train", "Val")],
+)
+def test_train_and_val_folders(tmp_path: Path, train: str, validation: str) -> None:
     """ImageNet's and timm's layout: val is the test split. With test, it is the validation split."""
-    for split, count in (("train", 10), (validation, 3)):
+    for split, count in ((train, 10), (validation, 3)):
         write_image_folder(tmp_path / split, ["a", "b"], count)
     config = DataConfig(dataset="image_folder", root=str(tmp_path), image_size=8, batch_size=6)
     data = load_data(config)
@@ -372,12 +375,15 @@ def test_names_of_splits_are_no_classes(tmp_path: Path) -> None:
         load_data(config)
     write_image_folder(tmp_path / "b" / "train", ["x", "y"], 4)
     write_image_folder(tmp_path / "b" / "val", ["x"], 4)
+    write_image_folder(tmp_path / "c", ["train"], 4)
+    with pytest.raises(ConfigError, match="has folders called train, which are names of splits"):
+        load_data(replace(config, root=str(tmp_path / "c")))
     with pytest.raises(ConfigError, match=r"val has the classes \['x'\], train has \['x', 'y'\]"):
         load_data(replace(config, root=str(tmp_path / "b")))
 
 
 def test_hidden_folders_and_files_are_left_out(tmp_path: Path) -> None:
-    write_image_folder(tmp_path, ["cat", "dog", ".ipynb_checkpoints", "__MACOSX"], 10)
+    write_image_folder(tmp_path, ["cat", "dog", ".ipynb_checkpoints", "__MACOSX", "lost+found"], 10)
     (tmp_path / "cat" / "._0.png").write_bytes(b"no image")
     data = load_data(DataConfig(dataset="image_folder", root=str(tmp_path), image_size=8, batch_size=6))
     assert data.coarse_names == data.fine_names == ["cat", "dog"]
