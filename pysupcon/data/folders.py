@@ -49,8 +49,8 @@ def image_folder(config: DataConfig) -> Source:
         splits = [name for name in outer if name.lower() in SPLIT_FOLDERS]
         if splits:
             raise ConfigError(
-                f"data.root {root} has folders called {', '.join(splits)}, which are names of splits: it must "
-                "hold train and val or test, and no other folder, or class folders only"
+                f"data.root {root} has folders called {', '.join(splits)}, which are names of splits: it "
+                "must hold train and val or test, and no other folder, or class folders only"
             )
         return _source(
             samples_from_files(paths, fine, names, _superclasses(config, names)), None, names,
