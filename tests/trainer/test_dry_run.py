@@ -46,7 +46,7 @@ def test_a_dry_run(
     said = capsys.readouterr().out
     steps = 10 if "accumulation" in more else 20
     for pattern in (
-        *shown, r"parameters +\d", r"contrastive \d", r"contrastive_accuracy \d", r"peak \d+ MiB",
+        *shown, r"parameters +\d", r"contrastive \d", r"contrastive_accuracy \d", r"peak [\d,]+ MiB",
         rf"{2 * steps} steps, {steps} per epoch; nothing was written",
     ):  # fmt: skip
         assert re.search(pattern, said), (pattern, said)

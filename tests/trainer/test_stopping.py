@@ -116,7 +116,7 @@ def test_ctrl_c_outside_of_the_steps(
     assert said == ["train.py: stopped by Ctrl-C (SIGINT) before the first step"]
     assert not (tmp_path / "run").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(config_module, "parse_args", lambda _: (tiny(tmp_path, "--evaluate", "true"), "run"))
+        patch.setattr(config_module, "parse_args", lambda *_: (tiny(tmp_path, "--evaluate", "true"), "run"))
         patch.setattr(loop, "train", lambda *_: Path("runs/x"))
         patch.setattr(evaluate, "evaluate_run", raise_interrupt)
         assert train.main([]) == train.EX_INTERRUPTED
