@@ -6,9 +6,10 @@ without communication.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
@@ -24,7 +25,7 @@ class ShuffledBatchSampler(Sampler[list[Draw]]):
     """Yields every sample once per epoch, shuffled anew each epoch; an incomplete last batch is dropped.
 
     Args:
-        labels: int64 [N] of the training split.
+        labels: integers [N] of the training split: a tensor, an array or a list.
         batch_size: samples in a global batch; a multiple of ``world_size``.
         seed: seed of the order.
         steps: global batches of the whole training.
@@ -39,7 +40,7 @@ class ShuffledBatchSampler(Sampler[list[Draw]]):
 
     def __init__(
         self,
-        labels: Tensor,
+        labels: Tensor | np.ndarray | Sequence[int],
         batch_size: int,
         *,
         seed: int,
@@ -49,6 +50,7 @@ class ShuffledBatchSampler(Sampler[list[Draw]]):
         world_size: int = 1,
         accumulation_steps: int = 1,
     ) -> None:
+        labels = torch.as_tensor(labels)
         if batch_size > len(labels):
             raise ConfigError(
                 f"data.batch_size must be at most the {len(labels)} training samples, got {batch_size}"
@@ -148,7 +150,14 @@ class PerClassBatchSampler(ShuffledBatchSampler):
         ConfigError: ``data.batch_size`` and ``samples_per_class`` do not fit the labels or ``world_size``.
     """
 
-    def __init__(self, labels: Tensor, batch_size: int, *, samples_per_class: int, **options: Any) -> None:
+    def __init__(
+        self,
+        labels: Tensor | np.ndarray | Sequence[int],
+        batch_size: int,
+        *,
+        samples_per_class: int,
+        **options: Any,
+    ) -> None:
         super().__init__(labels, batch_size, **options)
         self.samples_per_class = samples_per_class
         self._members = group_by_label(labels)

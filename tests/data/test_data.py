@@ -18,7 +18,7 @@ from torchvision import datasets
 
 from pysupcon.data import DataConfig, superclasses
 from pysupcon.data.datamodule import DataModule, load_data
-from pysupcon.data.samplers import BalancedBatchSampler, Draw, ShuffledBatchSampler
+from pysupcon.data.samplers import BalancedBatchSampler, Draw, PerClassBatchSampler, ShuffledBatchSampler
 from pysupcon.data.splits import cap_per_class, stratified_split, stratified_subset
 from pysupcon.errors import ConfigError
 
@@ -397,3 +397,18 @@ def test_nested_class_folders(tmp_path: Path) -> None:
     assert data.coarse_names == ["animal", "vehicle"]
     assert data.fine_names == ["animal/cat", "animal/dog", "vehicle/car"]
     assert torch.equal(data.splits["train"].coarse, (data.splits["train"].fine == 2).long())
+
+
+def test_labels_of_samplers_may_be_lists_and_arrays() -> None:
+    labels = torch.arange(40) % 5
+    samplers = {
+        ShuffledBatchSampler: {},
+        BalancedBatchSampler: {},
+        PerClassBatchSampler: {"samples_per_class": 2},
+    }
+    for sampler, options in samplers.items():
+        expected = list(sampler(labels, 10, seed=0, steps=3, **options))
+        for given in (labels.tolist(), labels.numpy()):
+            assert list(sampler(given, 10, seed=0, steps=3, **options)) == expected
+    with pytest.raises((TypeError, ValueError)):
+        BalancedBatchSampler(["a", "b"] * 20, 10, seed=0, steps=3)  # type: ignore[list-item]
