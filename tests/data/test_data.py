@@ -408,7 +408,7 @@ def test_labels_of_samplers_may_be_lists_and_arrays() -> None:
     }
     for sampler, options in samplers.items():
         expected = list(sampler(labels, 10, seed=0, steps=3, **options))
-        for given in (labels.tolist(), labels.numpy()):
-            assert list(sampler(given, 10, seed=0, steps=3, **options)) == expected
+        for form in (labels.tolist(), labels.numpy()):
+            assert list(sampler(form, 10, seed=0, steps=3, **options)) == expected
     with pytest.raises((TypeError, ValueError)):
         BalancedBatchSampler(["a", "b"] * 20, 10, seed=0, steps=3)  # type: ignore[list-item]
