@@ -14,6 +14,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pysupcon import user_code
+from pysupcon.config import Config, load_config, to_yaml
 from pysupcon.data.config import DataConfig
 from pysupcon.data.datamodule import DataModule, load_data
 from pysupcon.data.own import to_pixels
@@ -352,3 +354,32 @@ def test_wrong_transforms() -> None:
     data = load_data(config(dataset="digits", augmentation="builtins:len"))
     with pytest.raises(ImageError, match=r"data.augmentation=builtins:len failed: the image is of type int"):
         next(iter(data.loader(data.batch_sampler(seed=0, steps=1))))
+
+
+# ------------------------------------------------------------------------------------------------ configs
+def test_a_run_config_holds_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = arrays_config(Path("data.npz"))
+    assert made.root == str(tmp_path / "data.npz")
+    made = config(dataset="digits", groups="groups.safetensors", sampler="groups")
+    assert made.groups == str(tmp_path / "groups.safetensors")
+    assert config(dataset="coloured_digits", groups="annotated", sampler="groups").groups == "annotated"
+
+
+@pytest.mark.parametrize("field", ["dataset", "augmentation"])
+def test_the_code_of_a_foreign_run_needs_a_flag(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
+    """The module is not imported before the flag is given."""
+    monkeypatch.setitem(user_code._state, "allowed", False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "foreign_module.py").write_text("open('imported', 'w').close()\ndef make(): return None\n")
+    path = tmp_path / "config.yaml"
+    made = Config()
+    setattr(made.data, field, "foreign_module:make")
+    path.write_text(to_yaml(made))
+    with pytest.raises(ConfigError, match=rf"names Python code .data\.{field}=foreign_module:make., which"):
+        load_config(path)
+    assert not (tmp_path / "imported").exists()
+    monkeypatch.setitem(user_code._state, "allowed", True)
+    assert getattr(load_config(path).data, field) == "foreign_module:make"
