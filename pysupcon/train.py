@@ -64,7 +64,7 @@ def run(
     config: Config | Mapping[str, Any] | str | Path | None = None,
     *,
     dataset: Any = None,
-    model: nn.Module | Mapping[str, Any] | None = None,
+    model: nn.Module | Mapping[str, Any] | str | None = None,
     evaluators: Iterable[Any] | None = None,
     **fields: Any,
 ) -> FinishedRun:
@@ -76,9 +76,11 @@ def run(
     Args:
         config: a config, a mapping of its fields, or a YAML file; None means the defaults.
         dataset: a map-style dataset of (image, label), (image, coarse, fine) or dicts, or a mapping of train,
-            val and test to such datasets; see :mod:`pysupcon.data.own`. It replaces ``data.dataset``.
+            val and test to such datasets; see :mod:`pysupcon.data.own`. It replaces ``data.dataset``. A str
+            is the value of that field.
         model: backbone: maps images [B, C, S, S] to embeddings [B, D]; trained in place, from its present
-            weights. It replaces ``model.backbone``. A mapping holds fields of the section instead.
+            weights. It replaces ``model.backbone``. A mapping holds fields of the section instead,
+            and a str is the value of that field.
         evaluators: the evaluators that run after the training: names, references, and objects as
             :class:`pysupcon.evaluators.OwnEvaluator` describes them. They replace ``evaluation.evaluators``.
         **fields: fields that override ``config``, e.g. ``trainer={"epochs": 3}``, ``seed=1``,
@@ -102,10 +104,11 @@ def run(
     own: dict[str, Any] = {}
     if isinstance(model, Mapping):
         fields, model = {**fields, "model": model}, None
-    if dataset is not None:
-        own["data.dataset"] = next(iter(user_code.name_objects([dataset])))
-    if model is not None:
-        own["model.backbone"] = next(iter(user_code.name_objects([model])))
+    for field_name, value in (("data.dataset", dataset), ("model.backbone", model)):
+        if value is not None:
+            own[field_name] = value if isinstance(value, str) else next(iter(user_code.name_objects([value])))
+    dataset = None if isinstance(dataset, str) else dataset
+    model = None if isinstance(model, str) else model
     if evaluators is not None:
         evaluators = list(evaluators)
         passed = user_code.name_objects(evaluators)

@@ -110,7 +110,8 @@ struct TilePair {
     const int tile = i0 / kCols<T> * kCols<T>;
     Range r{0, other.count};
     if (diagonal && &own == &a) r.first = tile;
-    if (diagonal && &own == &b && tile + kCols<T> < other.count) r.last = tile + kCols<T>;
+    const int visited = tile + kCols<T> > i0 + kRows ? tile + kCols<T> : i0 + kRows;
+    if (diagonal && &own == &b && visited < other.count) r.last = visited;
     if (plan.problem.negatives) return r;
     const int i1 = i0 + kRows - 1 < own.count ? i0 + kRows - 1 : own.count - 1;
     while (r.first < r.last && other.cls[r.first] < own.cls[i0]) ++r.first;

@@ -84,11 +84,20 @@ def transfer_features(run: Run, arguments: TransferArguments) -> tuple[FeatureSp
         raise ConfigError(
             f"data.image_size must be that of the run, {size}, or left out, got {config.image_size}"
         )
-    config.image_size = size
+    vectors = size == 0
+    config.image_size = None if vectors else size
     config.labels = "fine"
     config.check()
     config.resolve()
     data = DataModule(config)
+    if (data.image_size == 0) != vectors or (vectors and data.channels != channels):
+        here, there = (
+            "images" if shape[1] else f"vectors of {shape[0]} features"
+            for shape in ((data.channels, data.image_size), (channels, size))
+        )
+        raise ConfigError(
+            f"data.dataset={config.dataset} has {here}, but the encoder of {run.dir} was trained on {there}"
+        )
     if data.channels != channels and data.channels != 1:
         raise ConfigError(
             f"data.dataset={config.dataset} has {data.channels} channels, but the encoder of {run.dir} was "
@@ -98,7 +107,8 @@ def transfer_features(run: Run, arguments: TransferArguments) -> tuple[FeatureSp
     backbone = run.model.to(device).backbone
 
     def encode(images: Tensor) -> Tensor:
-        embedding: Tensor = backbone(images.expand(-1, channels, -1, -1))  # greyscale to RGB
+        inputs = images if vectors else images.expand(-1, channels, -1, -1)  # greyscale to RGB
+        embedding: Tensor = backbone(inputs)
         return embedding
 
     features: dict[str, FeatureSet] = {}

@@ -19,13 +19,12 @@ from pysupcon.data.samples import (
     missing_data_error,
     samples_from_files,
 )
+from pysupcon.data.tables import SPLIT_NAMES
 from pysupcon.errors import ConfigError
 from pysupcon.reading import check_regular, one_line
 
-SPLIT_FOLDERS = {
-    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
-    "testing": "test",
-}  # fmt: skip
+_SPLIT_FOLDERS = {name: ("train", "val", "test")[number] for name, number in SPLIT_NAMES.items()}
+_SPLIT_FOLDERS |= {"training": "train", "testing": "test"}
 _SYSTEM_FOLDERS = ("lost+found", "$recycle.bin", "@eadir", "system volume information")
 
 
@@ -46,7 +45,7 @@ def image_folder(config: DataConfig) -> Source:
     if not folders:
         names, paths, fine = _scan(root)
         outer = sorted({name.split("/")[0] for name in names})
-        splits = [name for name in outer if name.lower() in SPLIT_FOLDERS]
+        splits = [name for name in outer if name.lower() in _SPLIT_FOLDERS]
         if splits:
             raise ConfigError(
                 f"data.root {root} has folders called {', '.join(splits)}, which are names of splits: it "
@@ -81,8 +80,8 @@ def _split_folders(root: Path) -> dict[str, Path]:
         found = [path for path in sorted(root.iterdir()) if path.is_dir() and not _is_hidden(path.name)]
     except OSError:  # _scan raises the error
         return {}
-    splits = [path for path in found if path.name.lower() in SPLIT_FOLDERS]
-    kinds = {SPLIT_FOLDERS[path.name.lower()]: path for path in splits}
+    splits = [path for path in found if path.name.lower() in _SPLIT_FOLDERS]
+    kinds = {_SPLIT_FOLDERS[path.name.lower()]: path for path in splits}
     if "train" not in kinds or len(kinds) < 2 or len(splits) < len(found):
         return {}
     if len(kinds) < len(splits):

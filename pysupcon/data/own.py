@@ -13,6 +13,7 @@ from torch import Tensor
 from pysupcon.data.config import DataConfig
 from pysupcon.data.labels import Labels, LabelValue, plain_label, split_source
 from pysupcon.data.samples import IMAGENET_MEAN, IMAGENET_STD, LazyImages, Source
+from pysupcon.data.tables import SPLIT_NAMES
 from pysupcon.data.vectors import as_vectors
 from pysupcon.errors import ConfigError, ImageError
 from pysupcon.reading import one_line
@@ -30,7 +31,6 @@ _LABEL_KEYS = {
     "coarse": ("coarse", "coarse_label", "coarse_labels"),
     "fine": ("fine", "fine_label", "fine_labels"),
 }
-_SPLITS = {"train": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}
 GREY_MEAN, GREY_STD = (0.5,), (0.25,)
 
 
@@ -131,14 +131,14 @@ def own_dataset(config: DataConfig, dataset: object = None) -> Source:
         raise ConfigError("data.dataset_args has no effect with a passed data set: leave it out")
     parts: dict[str, Any] = {"train": dataset}
     if isinstance(dataset, Mapping):
-        unknown = [name for name in dataset if name not in _SPLITS]
+        unknown = [name for name in dataset if name not in SPLIT_NAMES]
         if unknown or "train" not in dataset:
             raise ConfigError(
                 f"{field}: a mapping must have train and may have val and test, got "
                 f"{', '.join(map(str, dataset))}"
             )
         parts = dict(dataset)
-    if len({_SPLITS[name] for name in parts}) < len(parts):
+    if len({SPLIT_NAMES[name] for name in parts}) < len(parts):
         raise ConfigError(f"{field}: a mapping must name each split once, got {', '.join(parts)}")
     sets = list(parts.values())
     for part in sets:
@@ -159,7 +159,7 @@ def own_dataset(config: DataConfig, dataset: object = None) -> Source:
     joined = {name: [value for level in levels for value in level[name]] for name in levels[0]}
     names = getattr(sets[0], "classes", None) or _feature_names(sets[0])
     labels = Labels(joined.get("coarse", joined.get("label")), joined.get("fine"), names)
-    split = torch.cat([torch.full((len(part),), _SPLITS[name]) for name, part in parts.items()])
+    split = torch.cat([torch.full((len(part),), SPLIT_NAMES[name]) for name, part in parts.items()])
     image = _image(first)
     if _is_vector(image):
         rows = [_image(part[index]) for part in sets for index in range(len(part))]

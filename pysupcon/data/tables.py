@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pysupcon.errors import ConfigError
 
-SPLITS = {"0": 0, "1": 1, "2": 2, "train": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}
+SPLIT_NAMES = {"train": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}
+SPLITS = {"0": 0, "1": 1, "2": 2, **SPLIT_NAMES}
 """Values of a column "split": train, validation, test"""
 
 

@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from pysupcon.config import Config, load_config
 from pysupcon.data.datamodule import DataModule, EvaluationDataset, load_data
 from pysupcon.errors import RunError
+from pysupcon.models.initial import WEIGHTS_FILE
 from pysupcon.models.model import ContrastiveModel
 from pysupcon.reading import one_line, parse_json, read_bytes
 
 CONFIG_FILE = "config.yaml"
 LOG_FILE = "log.jsonl"
-WEIGHTS_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True)

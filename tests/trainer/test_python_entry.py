@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from helpers.training_server import ENVIRONMENT
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pysupcon.__main__ import main
@@ -242,3 +242,25 @@ def test_images_need_another_backbone(tmp_path: Path) -> None:
         run(FIELDS, output_dir=tmp_path / "a", model=None, **{"model.backbone": "mlp"})
     with pytest.raises(ConfigError, match=r"model.backbone must be mlp, .* got 'small_cnn'"):
         run({**ROW_FIELDS, "model": {}}, dataset=Rows(), output_dir=tmp_path / "b")
+
+
+def test_names_instead_of_objects(tmp_path: Path) -> None:
+    """A str is the value of the field."""
+    finished = run(FIELDS, dataset="digits", model="small_cnn", evaluate=False, output_dir=tmp_path / "run")
+    assert (finished.run.config.data.dataset, finished.run.config.model.backbone) == ("digits", "small_cnn")
+
+
+def test_vectors_are_transferred_to_vectors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    for name, width in (("same", 6), ("other", 5)):
+        rows = torch.randn(90, width, generator=torch.Generator().manual_seed(1))
+        save_file({"features": rows, "label": torch.arange(90) % 3}, tmp_path / f"{name}.safetensors")
+    run(ROW_FIELDS, dataset="arrays", output_dir=folder, evaluate=False, **{
+        "data.root": tmp_path / "same.safetensors"})  # fmt: skip
+    arguments = ["transfer", str(folder), "--progress", "false", "--data.dataset"]
+    assert main([*arguments, "arrays", "--data.root", str(tmp_path / "same.safetensors")]) == 0
+    assert "accuracy" in capsys.readouterr().out
+    assert main([*arguments, "arrays", "--data.root", str(tmp_path / "other.safetensors")]) == 1
+    assert "has vectors of 5 features, but the encoder of" in capsys.readouterr().err
+    assert main([*arguments, "digits"]) == 1
+    assert "has images, but the encoder of" in capsys.readouterr().err

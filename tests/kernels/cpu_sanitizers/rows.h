@@ -8,6 +8,17 @@
 
 #include "cpu/kernels.h"
 
+// The bits of v as a 16-bit float, rounded to even; |v| at most 65504. Compilers differ in their 16-bit
+// types.
+inline uint16_t half_bits(float v) {
+  uint32_t sign, bits;
+  memcpy(&sign, &v, 4);
+  const float scaled = (v < 0 ? -v : v) * 0x1p-112f;  // the exponents of both formats now agree
+  memcpy(&bits, &scaled, 4);
+  bits += 0xfff + (bits >> 13 & 1);
+  return static_cast<uint16_t>((sign >> 16 & 0x8000) | bits >> 13);
+}
+
 struct Rows {
   std::vector<char> data;
   std::vector<int64_t> order;
@@ -27,8 +38,7 @@ struct Rows {
       memcpy(&bits, &v, 4);
       if (type == pysupcon::cpu::Type::f64) reinterpret_cast<double*>(data.data())[i] = v;
       if (type == pysupcon::cpu::Type::f32) reinterpret_cast<float*>(data.data())[i] = v;
-      if (type == pysupcon::cpu::Type::f16)
-        reinterpret_cast<_Float16*>(data.data())[i] = static_cast<_Float16>(v);
+      if (type == pysupcon::cpu::Type::f16) reinterpret_cast<uint16_t*>(data.data())[i] = half_bits(v);
       if (type == pysupcon::cpu::Type::bf16)
         reinterpret_cast<uint16_t*>(data.data())[i] = static_cast<uint16_t>(bits >> 16);
     }
