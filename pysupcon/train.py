@@ -178,7 +178,7 @@ def _train_and_evaluate(args: Sequence[str] | None, program: str) -> int:
         print(f"train.py: error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
     if config.evaluate and not config.trainer.dry_run and _is_main():
-        from pysupcon.evaluation.evaluate import evaluate_run
+        from pysupcon.evaluation.evaluate import evaluate_run, last_lines
 
         try:
             report = evaluate_run(run_dir)
@@ -195,8 +195,7 @@ def _train_and_evaluate(args: Sequence[str] | None, program: str) -> int:
                 file=sys.stderr,
             )
             return EX_INTERRUPTED
-        print(report.table())
-        print(f"\nrun: {run_dir}")
+        print(f"\n{last_lines(report, run_dir)}")
     return 0
 
 

@@ -20,14 +20,13 @@ def main(arguments: Sequence[str]) -> int:
     """Print the table of results; return the exit status."""
     try:
         run, config = _parse(arguments)
-        from pysupcon.evaluation.evaluate import FOLDER, evaluate_run
+        from pysupcon.evaluation.evaluate import evaluate_run, last_lines
 
         report = evaluate_run(run, config)
     except (RunError, ConfigError) as error:
         print(f"pysupcon evaluate: {error}", file=sys.stderr)
         return 1
-    print(report.table())
-    print(f"\nwritten to {run.dir / FOLDER}")
+    print(last_lines(report, run.dir))
     return 0
 
 

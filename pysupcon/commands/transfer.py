@@ -27,7 +27,8 @@ from pysupcon.evaluators import (
     FeatureSplits,
     Transfer,
     TransferConfig,
-    unit_of,
+    describe,
+    headline_of,
     with_intervals,
 )
 from pysupcon.reading import join_lists, list_options
@@ -53,6 +54,9 @@ class TransferArguments:
 
     bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
     """The confidence interval of the accuracy."""
+
+    pictures: bool = True
+    """Draw the confusion matrix."""
 
     batch_size: int = 256
     """Images per forward pass of the encoder."""
@@ -149,21 +153,26 @@ def transfer_run(run: Run | str | Path, arguments: TransferArguments) -> Report:
             outcomes[name] = value
         else:
             results.append((name, value))
+    metrics = metrics_of(results, describe)
     dataset = arguments.data.dataset
     folder = run.dir / FOLDER / dataset
     title = f"Transfer of {run.dir.resolve().name} to {dataset}"
+    pictures = []
     with named_disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        draw_confusion(
-            folder / CONFUSION_FILE,
-            outcomes["labels/fine"].numpy(),
-            outcomes["transfer/predicted"].numpy(),
-            title=title,
-            names=dict(enumerate(data.fine_names)),
-        )
+        (folder / CONFUSION_FILE).unlink(missing_ok=True)
+        if arguments.pictures:
+            draw_confusion(
+                folder / CONFUSION_FILE,
+                outcomes["labels/fine"].numpy(),
+                outcomes["transfer/predicted"].numpy(),
+                title=title,
+                names=dict(enumerate(data.fine_names)),
+            )
+            pictures.append(Picture(CONFUSION_FILE, f"Confusion matrix of the linear head on {dataset}."))
     report = Report(
         title=title,
-        metrics=metrics_of(results, unit_of),
+        metrics=metrics,
         metadata={
             "run": run.dir.resolve().name,
             "dataset": dataset,
@@ -172,8 +181,9 @@ def transfer_run(run: Run | str | Path, arguments: TransferArguments) -> Report:
             "seconds": round(time.perf_counter() - start, 3),
             "arguments": {"data": asdict(arguments.data), "probe": asdict(arguments.probe)},
         },
-        pictures=[Picture(CONFUSION_FILE, f"Confusion matrix of the linear head on {dataset}.")],
+        pictures=pictures,
         confidence=arguments.bootstrap.confidence,
+        headline=headline_of(list(metrics), [evaluator]),
     )
     with named_disk_errors(folder):
         write_results(folder, report, outcomes)
@@ -205,6 +215,6 @@ def main(arguments: Sequence[str]) -> int:
     except (RunError, ConfigError, ValueError) as error:
         print(f"pysupcon transfer: {error}", file=sys.stderr)
         return 1
-    print(report.table())
-    print(f"\nwritten to {run.dir / FOLDER / chosen.data.dataset}")
+    print(report.summary())
+    print(f"written to {run.dir / FOLDER / chosen.data.dataset}")
     return 0

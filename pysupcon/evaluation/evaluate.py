@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shutil
@@ -20,16 +21,23 @@ from torch import Tensor
 
 from pysupcon.errors import RunError
 from pysupcon.evaluation import pictures
+from pysupcon.evaluation.earlier import LABELS, Earlier, free_folder, read_earlier
 from pysupcon.evaluation.features import resolve_device, run_features
 from pysupcon.evaluators import (
     EvaluationConfig,
+    Evaluator,
     FeatureSplits,
+    OwnEvaluator,
     available_evaluators,
     build_evaluators,
-    unit_of,
+    describe,
+    headline_of,
+    usable_k,
     with_intervals,
 )
-from pysupcon.reports.report import Metric, Report, metrics_of
+from pysupcon.models.initial import WEIGHTS_FILE
+from pysupcon.reports.page import to_html
+from pysupcon.reports.report import Metric, Picture, Report, metrics_of
 from pysupcon.trainer.files import named_disk_errors
 from pysupcon.trainer.lock import FolderLock
 from pysupcon.trainer.run import Run, open_run
@@ -38,8 +46,9 @@ from pysupcon.user_code import name_objects
 FOLDER = "evaluation"
 METRICS_FILE = "metrics.json"
 REPORT_FILE = "report.md"
+PAGE_FILE = "report.html"
 OUTCOMES_FILE = "outcomes.safetensors"
-FILES = (*pictures.FILES, OUTCOMES_FILE, REPORT_FILE, METRICS_FILE)
+FILES = (*pictures.FILES, OUTCOMES_FILE, REPORT_FILE, PAGE_FILE, METRICS_FILE)
 """Files of an evaluation in the order of publication. metrics.json is the last: if it exists, the evaluation
 is complete."""
 
@@ -49,11 +58,14 @@ def evaluate_run(
 ) -> Report:
     """Evaluate the trained encoder of a run and write RUN/evaluation.
 
-    The files are metrics.json, report.md, pictures, and outcomes.safetensors. The outcomes are the
-    evaluators' results per test sample (for each accuracy ``correct``, bool [N], and ``predicted``, int64
+    The files are metrics.json, report.md, report.html, pictures, and outcomes.safetensors. The outcomes are
+    the evaluators' results per test sample (for each accuracy ``correct``, bool [N], and ``predicted``, int64
     [N]; for the separation its cosines) and the labels ``labels/fine`` and ``labels/coarse``, int64 [N], in
     the order of the test split. All files are written to a temporary folder first: a failed evaluation leaves
     an earlier one unchanged.
+
+    Results of other evaluators from an earlier evaluation of the same weights and test samples are kept, and
+    their settings stand in the report. An evaluation of other weights is moved to RUN/evaluation-1 (-2, ...).
 
     Args:
         run: a finished run or its folder.
@@ -90,9 +102,11 @@ def _evaluate(run: Run, config: EvaluationConfig, passed: Mapping[str, Any]) -> 
     start = time.perf_counter()
     splits = run_features(run, config, device)
     start = _record_time(seconds, "features", start)
+    labels = dict(zip(LABELS, (splits.test.fine.cpu(), splits.test.coarse.cpu()), strict=True))
+    kept, unfit = _earlier_results(run, labels, [evaluator.name for evaluator in evaluators])
 
     results: list[tuple[str, float]] = []
-    outcomes = {"labels/fine": splits.test.fine.cpu(), "labels/coarse": splits.test.coarse.cpu()}
+    outcomes = (kept.outcomes if kept else {}) | labels
     for evaluator in evaluators:
         for name, value in with_intervals(evaluator(splits, progress=config.progress), config.bootstrap):
             if isinstance(value, Tensor):
@@ -101,24 +115,67 @@ def _evaluate(run: Run, config: EvaluationConfig, passed: Mapping[str, Any]) -> 
                 results.append((name, value))
         start = _record_time(seconds, evaluator.name, start)
     try:
-        metrics = metrics_of(results, partial(unit_of, own=evaluators))
+        metrics = metrics_of(results, partial(describe, own=evaluators))
     except ValueError as error:
         raise RunError(f"the evaluation of {run.dir}: {error}") from error
 
     with named_disk_errors(run.dir / FOLDER), _temporary_folder(run.dir) as folder:
-        drawn, not_drawn = pictures.draw_pictures(folder, run, splits, config, outcomes)
-        _record_time(seconds, "pictures", start)
+        drawn: list[Picture] = []
+        not_drawn: list[str] = []
+        if config.pictures:
+            drawn, not_drawn = pictures.draw_pictures(folder, run, splits, config, outcomes)
+            _record_time(seconds, "pictures", start)
+        metadata = _metadata(run, splits, config, device, seconds)
+        notes = _notes(config, splits, evaluators)
+        headline = headline_of(list(metrics), evaluators)
+        if kept and kept.evaluators:
+            metrics = _in_order(kept.metrics(config.bootstrap) | metrics, kept.order)
+            metadata["kept"] = kept.settings()
+            notes.append(f"kept from an earlier evaluation of these weights: {', '.join(kept.evaluators)}")
+        aside = free_folder(run.dir / FOLDER) if unfit else None
+        if aside:
+            notes.append(
+                f"an earlier evaluation, of other weights or by an older version, is in {aside.name}"
+            )
         report = Report(
             title=f"Evaluation of {run.dir.resolve().name}",
             metrics=metrics,
-            metadata=_metadata(run, splits, config, device, seconds),
+            metadata=metadata,
             warnings=_warnings(metrics) + not_drawn,
             pictures=drawn,
             confidence=config.bootstrap.confidence,
+            notes=notes,
+            headline=headline,
         )
         write_results(folder, report, outcomes)
+        if aside:
+            os.replace(run.dir / FOLDER, aside)
         _publish(folder, run.dir / FOLDER)
     return report
+
+
+def _earlier_results(
+    run: Run, labels: Mapping[str, Tensor], evaluators: list[str]
+) -> tuple[Earlier | None, bool]:
+    """The results of an earlier evaluation that ``evaluators`` do not replace, and whether there is an
+    evaluation that does not fit to the weights and labels of this one."""
+    folder = run.dir / FOLDER
+    if not (folder / METRICS_FILE).exists():
+        return None, False
+    earlier = read_earlier(folder, METRICS_FILE, OUTCOMES_FILE)
+    if earlier is None or not earlier.fits(_weights_digest(run), labels):
+        return None, True
+    return earlier.without(evaluators), False
+
+
+def _in_order(metrics: dict[str, Metric], order: list[str]) -> dict[str, Metric]:
+    """Metrics by the rank of their evaluator in ``order``; those of other evaluators are last."""
+    ranks = {name: rank for rank, name in enumerate(order)}
+    return dict(sorted(metrics.items(), key=lambda item: ranks.get(item[0].partition("/")[0], len(ranks))))
+
+
+def _weights_digest(run: Run) -> str:
+    return hashlib.sha256((run.dir / WEIGHTS_FILE).read_bytes()).hexdigest()
 
 
 @contextmanager
@@ -131,14 +188,23 @@ def _temporary_folder(run_dir: Path) -> Iterator[Path]:
 
 
 def write_results(folder: Path, report: Report, outcomes: dict[str, Tensor]) -> None:
-    """Write outcomes.safetensors, report.md and, last, metrics.json into ``folder``."""
+    """Write outcomes.safetensors, report.md, report.html and, last, metrics.json into ``folder``, which
+    holds the pictures."""
     from safetensors.torch import save
 
     # Entries may share memory, which safetensors does not accept: clone them.
     content = save({name: value.clone() for name, value in sorted(outcomes.items())})
+    report.metadata["outcomes_sha256"] = hashlib.sha256(content).hexdigest()
     (folder / OUTCOMES_FILE).write_bytes(content)
     (folder / REPORT_FILE).write_text(report.to_markdown(), encoding="utf-8")
+    (folder / PAGE_FILE).write_text(to_html(report, folder), encoding="utf-8")
     (folder / METRICS_FILE).write_text(report.to_json(), encoding="utf-8")
+
+
+def last_lines(report: Report, run_dir: Path) -> str:
+    """What a terminal shows of an evaluation: at most 14 lines."""
+    page = run_dir / FOLDER / PAGE_FILE
+    return f"{report.summary()}\nall {len(report.metrics)} results: {page}\nrun: {run_dir}"
 
 
 def _record_time(seconds: dict[str, float], name: str, start: float) -> float:
@@ -165,6 +231,20 @@ def _warnings(metrics: dict[str, Metric]) -> list[str]:
     return warnings
 
 
+def _notes(
+    config: EvaluationConfig, splits: FeatureSplits, evaluators: list[Evaluator | OwnEvaluator]
+) -> list[str]:
+    """What was left out."""
+    notes, size = [], len(splits.train)
+    left_out = sorted(set(config.knn.k) - set(usable_k(config.knn.k, size)))
+    if left_out and any(evaluator.name == "knn" for evaluator in evaluators):
+        numbers = ", ".join(map(str, left_out))
+        notes.append(f"knn: k = {numbers} left out: above half of the {size} training samples")
+    if "coarse" not in splits.levels:
+        notes.append("the data have one level of labels: results of fine hold for coarse, too")
+    return notes
+
+
 def _metadata(
     run: Run,
     splits: FeatureSplits,
@@ -177,6 +257,7 @@ def _metadata(
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "run": run.dir.resolve().name,
+        "weights_sha256": _weights_digest(run),
         "samples": {split: len(features) for split, features in splits.items()},
         "feature_width": splits.test.features.shape[1],
         "seconds": seconds | {"total": round(sum(seconds.values()), 3)},

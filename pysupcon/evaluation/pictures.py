@@ -60,19 +60,24 @@ def draw_pictures(
     if run.config.model.concatenated:  # made from trained runs: it has no training log
         return pictures, []
     try:
-        steps, losses, chance = loss_curves(run.log())
+        steps, losses, chance, validation = loss_curves(run.log())
     except RunError as error:
         return pictures, [f"no loss curve: {error}"]
-    draw_loss(folder / LOSS_FILE, steps, losses, chance=chance, title=f"Loss of {run.dir.resolve().name}")
+    draw_loss(
+        folder / LOSS_FILE, steps, losses, chance=chance, validation=validation,
+        title=f"Loss of {run.dir.resolve().name}",
+    )  # fmt: skip
     dashed = "; dashed: the loss if all features were equal (chance level)" if chance else ""
-    pictures.append(Picture(LOSS_FILE, f"Training loss and its running mean{dashed}."))
+    # The loss of a batch depends on its size.
+    circles = "; circles: validation loss, which depends on the size of its batches" if validation else ""
+    pictures.append(Picture(LOSS_FILE, f"Training loss and its running mean{circles}{dashed}."))
     return pictures, []
 
 
 def loss_curves(
     log: list[dict[str, Any]],
-) -> tuple[list[int], dict[str, list[float]], dict[str, list[float]]]:
-    """Read the steps, the loss terms and the chance levels from the lines of a training log.
+) -> tuple[list[int], dict[str, list[float]], dict[str, list[float]], dict[str, list[float]]]:
+    """Read the steps, the loss terms, chance levels and validation losses from the lines of a training log.
 
     A loss with a single term is returned as that term. The chance level belongs to the contrastive term.
 
@@ -80,7 +85,8 @@ def loss_curves(
         log: lines of ``log.jsonl``.
 
     Returns:
-        Steps; losses by name; chance levels by the name of their loss. A missing value is NaN.
+        Steps; losses by name; chance levels and validation losses by the name of their loss. A missing value
+        is NaN.
 
     Raises:
         RunError: no line holds a step and a loss, or one of its values is not a number.
@@ -96,6 +102,8 @@ def loss_curves(
     names = terms if len(terms) == 1 else ["loss", *terms]
     try:
         chance = {"contrastive": column("chance")} if any("chance" in line for line in lines) else {}
-        return [int(line["step"]) for line in lines], {name: column(name) for name in names}, chance
+        held_out = {name: column(f"val_{name}") for name in names if any(f"val_{name}" in x for x in lines)}
+        steps = [int(line["step"]) for line in lines]
+        return steps, {name: column(name) for name in names}, chance, held_out
     except (TypeError, ValueError, OverflowError) as error:
         raise RunError(f"the log holds a value that is not a number: {error}") from error

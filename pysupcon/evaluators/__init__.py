@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 from pysupcon.errors import ConfigError
@@ -21,9 +22,9 @@ from pysupcon.evaluators.coarse_to_fine import CoarseToFine, CoarseToFineConfig
 from pysupcon.evaluators.geometry import Geometry, GeometryConfig
 from pysupcon.evaluators.group_dro import GroupDRO, HeadConfig
 from pysupcon.evaluators.invariance import permutation_sensitivity
-from pysupcon.evaluators.knn import KNN, KNNConfig
+from pysupcon.evaluators.knn import KNN, KNNConfig, usable_k
 from pysupcon.evaluators.linear_probe import LinearProbe, LinearProbeConfig, ProbeConfig
-from pysupcon.evaluators.metrics import BoundMetric, bind_metric
+from pysupcon.evaluators.metrics import OF_ONE_PART, BoundMetric, bind_metric
 from pysupcon.evaluators.own import OwnEvaluator, import_evaluator
 from pysupcon.evaluators.pairs import Pairs, PairsConfig, kl_bound, loss_floors, pair_statistics
 from pysupcon.evaluators.projection import ProjectionConfig, project
@@ -69,6 +70,8 @@ __all__ = [
     "available_evaluators",
     "bind_metric",
     "build_evaluators",
+    "describe",
+    "headline_of",
     "infer_groups",
     "kl_bound",
     "loss_floors",
@@ -77,6 +80,7 @@ __all__ = [
     "project",
     "recovery",
     "unit_of",
+    "usable_k",
     "with_intervals",
 ]
 
@@ -85,7 +89,7 @@ _CLASSES: Mapping[str, type[Evaluator]] = {
 }
 
 # Transfer evaluates another data set than the run's, in a command of its own.
-_UNITS = {name: cls.units for name, cls in _CLASSES.items()} | {Transfer.name: Transfer.units}
+_KNOWN: Mapping[str, type[Evaluator]] = {**_CLASSES, Transfer.name: Transfer}
 
 
 @dataclass
@@ -128,6 +132,9 @@ class EvaluationConfig:
 
     projection: ProjectionConfig = field(default_factory=ProjectionConfig)
     """The two-dimensional plot of the features."""
+
+    pictures: bool = True
+    """Draw pictures beside the report; they take most of the time of a small evaluation."""
 
     batch_size: int = 256
     """Images per forward pass of the encoder."""
@@ -202,7 +209,7 @@ def check_names(evaluators: Sequence[Evaluator | OwnEvaluator]) -> None:
     """
     names = [evaluator.name for evaluator in evaluators]
     for evaluator in evaluators:
-        taken = evaluator.name in _UNITS and isinstance(evaluator, OwnEvaluator)
+        taken = evaluator.name in _KNOWN and isinstance(evaluator, OwnEvaluator)
         if taken or names.count(evaluator.name) > 1:
             raise ConfigError(
                 f"evaluation.evaluators: the name {evaluator.name} is taken: give your evaluator another "
@@ -217,8 +224,43 @@ def unit_of(name: str, own: Sequence[Evaluator | OwnEvaluator] = ()) -> str:
         name: name of the result.
         own: evaluators of the user.
     """
+    return describe(name, own)[0]
+
+
+def describe(name: str, own: Sequence[Evaluator | OwnEvaluator] = ()) -> tuple[str, str]:
+    """Unit and meaning of the result ``name``, each by the longest suffix that its evaluator lists; "" if
+    none.
+
+    Args:
+        name: name of the result.
+        own: evaluators of the user.
+    """
     evaluator, *parts = name.split("/")
-    known = _UNITS | {each.name: each.units for each in own}
-    units = known.get(evaluator, {})
-    suffixes = ("/".join(parts[start:]) for start in range(len(parts)))
-    return next((units[suffix] for suffix in suffixes if suffix in units), "")
+    known = {**_KNOWN, **{each.name: each for each in own}}.get(evaluator)
+    if known is None:
+        return "", ""
+    suffixes = ["/".join(parts[start:]) for start in range(len(parts))]
+
+    def of_longest(texts: Mapping[str, str]) -> str:
+        return next((texts[suffix] for suffix in suffixes if suffix in texts), "")
+
+    return of_longest(known.units), of_longest(known.meanings)
+
+
+def headline_of(names: Sequence[str], evaluators: Sequence[Evaluator | OwnEvaluator]) -> list[str]:
+    """The results that matter most, in the order of ``names``: those that an evaluator names in its
+    ``headline``, else its first one. Results of single classes and groups are not among them.
+
+    Args:
+        names: names of all results.
+        evaluators: those that gave them.
+    """
+    chosen: set[str] = set()
+    for evaluator in evaluators:
+        own = [
+            name for name in names if name.startswith(f"{evaluator.name}/") and not OF_ONE_PART.search(name)
+        ]
+        patterns = [f"{evaluator.name}/{pattern}" for pattern in evaluator.headline]
+        matches = [name for name in own if any(fnmatchcase(name, pattern) for pattern in patterns)]
+        chosen.update(matches or own[:1])
+    return [name for name in names if name in chosen]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -129,6 +129,12 @@ class FeatureSplits:
                 f"{list(self.head.weight.shape)}"
             )
 
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """The levels of labels: "fine" alone if coarse and fine labels are equal in all splits."""
+        one = all(torch.equal(split.fine, split.coarse) for _, split in self.items())
+        return ("fine",) if one else LEVELS
+
     def labelled(self, ignore_index: int) -> FeatureSplits:
         """The splits without the rows whose labels are not known, for every evaluator.
 
@@ -159,10 +165,14 @@ class Evaluator(Protocol):
     Attributes:
         name: its name in a config and the first part of the name of every result.
         units: the unit of each result, by the last parts of its name.
+        meanings: what each result says, in some words, by the last parts of its name.
+        headline: patterns (fnmatch, without the evaluator's name) of the results that a terminal shows.
     """
 
     name: ClassVar[str]
     units: ClassVar[Mapping[str, str]]
+    meanings: ClassVar[Mapping[str, str]]
+    headline: ClassVar[Sequence[str]]
 
     def __init__(self, config: Any) -> None: ...
 

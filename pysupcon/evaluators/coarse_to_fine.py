@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pysupcon.evaluators.base import FeatureSplits, Level, Result, accuracy_results
-from pysupcon.evaluators.linear_probe import FittedProbe, ProbeConfig, fit_probe
+from pysupcon.evaluators.linear_probe import CHOICE_MEANINGS, FittedProbe, ProbeConfig, fit_probe
 
 
 @dataclass
@@ -34,6 +34,8 @@ class CoarseToFine:
     - ``fine_within_coarse/chance``: the same for the most frequent training subclass of the coarse class;
     - ``{fine,coarse}/chance``: accuracy of the most frequent training class;
     - ``{fine,coarse}/{val_accuracy,chosen,converged}``: how each classifier was chosen.
+
+    Labels of one level (coarse and fine labels are equal) give the results of ``fine`` only.
     """
 
     name: ClassVar[str] = "coarse_to_fine"
@@ -45,19 +47,23 @@ class CoarseToFine:
         "converged": "1 or 0",
     }
 
+    meanings: ClassVar[Mapping[str, str]] = {
+        "fine/accuracy": "linear probe on the fine labels",
+        "coarse/accuracy": "linear probe on the coarse labels",
+        "fine_within_coarse/accuracy": "the fine probe, if it knows the coarse class",
+        "fine_within_coarse/chance": "always the most frequent fine class of the coarse class",
+        **CHOICE_MEANINGS,
+    }
+    headline: ClassVar[Sequence[str]] = ("fine/accuracy", "coarse/accuracy")
+
     def __init__(self, config: CoarseToFineConfig | None = None) -> None:
         self.config = config or CoarseToFineConfig()
 
     def __call__(self, splits: FeatureSplits, *, progress: bool = False) -> Iterator[Result]:
         train, test, config = splits.train, splits.test, self.config
-        levels: tuple[Level, ...] = ("fine", "coarse")
-        one_level = all(torch.equal(split.fine, split.coarse) for _, split in splits.items())
         probes: dict[Level, FittedProbe] = {}
-        for level in levels:
-            if level == "coarse" and one_level:
-                probes[level] = probes["fine"]
-            else:
-                probes[level] = fit_probe(train, splits.val, level, config, progress=progress)
+        for level in splits.levels:
+            probes[level] = fit_probe(train, splits.val, level, config, progress=progress)
             probe, truth = probes[level], test.labels(level).cpu()
             prefix = f"coarse_to_fine/{level}"
             yield from accuracy_results(prefix, probe.predict(test.features), truth)
@@ -66,6 +72,8 @@ class CoarseToFine:
             yield f"{prefix}/val_accuracy", probe.val_accuracy
             yield f"{prefix}/chosen", probe.chosen
             yield f"{prefix}/converged", float(probe.converged)
+        if "coarse" not in probes:
+            return
 
         probe, coarse, fine = probes["fine"], test.coarse.cpu(), test.fine.cpu()
         counts = self._fine_class_counts(train.coarse.cpu(), train.fine.cpu(), coarse, probe.classes)

@@ -6,7 +6,7 @@ class within a coarse one. All values are computed in fp64.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -99,14 +99,15 @@ class Geometry:
     - ``effective_rank/total``, ``effective_rank/within_coarse``: of the centred rows, and of f_i - m_{y_i};
     - ``collapse/class``, ``collapse/complete``: 1 for a collapse, else 0.
 
-    A ratio with denominator 0 is 0. A subclass is a pair of a fine and a coarse label.
+    A ratio with denominator 0 is 0. A subclass is a pair of a fine and a coarse label. Labels of one level
+    give the results without ``fine`` in their names.
     """
 
     name: ClassVar[str] = "geometry"
     units: ClassVar[Mapping[str, str]] = {
-        "coarse": "distance on the unit sphere",
-        "fine": "distance on the unit sphere",
-        "between/fine_within_coarse": "distance on the unit sphere",
+        "coarse": "distance",
+        "fine": "distance",
+        "between/fine_within_coarse": "distance",
         "separation/fine_within_coarse": "ratio",
         "variance/total": "squared distance",
         "variance/within_coarse": "fraction",
@@ -117,13 +118,29 @@ class Geometry:
         "complete": "1 or 0",
     }
 
+    meanings: ClassVar[Mapping[str, str]] = {
+        "spread/coarse": "mean distance of an embedding to the mean of its coarse class",
+        "spread/fine": "mean distance of an embedding to the mean of its fine class",
+        "between/coarse": "mean distance between two coarse classes",
+        "between/fine_within_coarse": "mean distance between two fine classes of one coarse class",
+        "separation/fine_within_coarse": "between/fine_within_coarse divided by spread/fine",
+        "variance/total": "0: all embeddings are one point; 1: spread evenly over the sphere",
+        "variance/within_coarse": "share of the variance within the coarse classes; 0: class collapse",
+        "variance/explained_by_fine": "share of the variance within coarse classes between fine classes",
+        "effective_rank/total": "directions that the embeddings use",
+        "effective_rank/within_coarse": "directions that the embeddings use within a coarse class",
+        "collapse/class": "each coarse class is nearly one point",
+        "collapse/complete": "all embeddings are nearly one point",
+    }
+    headline: ClassVar[Sequence[str]] = ("spread/coarse", "effective_rank/total")
+
     def __init__(self, config: GeometryConfig | None = None) -> None:
         self.config = config or GeometryConfig()
 
     def __call__(self, splits: FeatureSplits, *, progress: bool = False) -> Iterator[Result]:
         chosen = dict(splits.items())[self.config.split]
         rows = F.normalize(chosen.features.to("cpu", torch.float64), dim=1)
-        coarse = chosen.coarse.cpu()
+        coarse, two_levels = chosen.coarse.cpu(), "coarse" in splits.levels
         subclass = torch.stack([coarse, chosen.fine.cpu()], dim=1).unique(dim=0, return_inverse=True)[1]
         by_class, by_subclass = class_means(rows, coarse), class_means(rows, subclass)
         residuals = {"coarse": by_class.residuals(rows), "fine": by_subclass.residuals(rows)}
@@ -131,22 +148,24 @@ class Geometry:
 
         spread = {level: residuals[level].norm(dim=1).mean().item() for level in ("coarse", "fine")}
         yield "geometry/spread/coarse", spread["coarse"]
-        yield "geometry/spread/fine", spread["fine"]
         yield "geometry/between/coarse", _mean_distance(by_class.means)
-        # All rows of a subclass have the same class, so the order of the writes does not matter.
-        parent = torch.empty(len(by_subclass.means), dtype=torch.int64)
-        parent[by_subclass.row_class] = by_class.row_class
-        between_fine = _mean_distance(by_subclass.means, parent)
-        yield "geometry/between/fine_within_coarse", between_fine
-        yield "geometry/separation/fine_within_coarse", _ratio(between_fine, spread["fine"])
+        if two_levels:
+            # All rows of a subclass have the same class, so the order of the writes does not matter.
+            parent = torch.empty(len(by_subclass.means), dtype=torch.int64)
+            parent[by_subclass.row_class] = by_class.row_class
+            between_fine = _mean_distance(by_subclass.means, parent)
+            yield "geometry/spread/fine", spread["fine"]
+            yield "geometry/between/fine_within_coarse", between_fine
+            yield "geometry/separation/fine_within_coarse", _ratio(between_fine, spread["fine"])
 
         total = centred.square().sum(dim=1).mean().item()
         within = {level: residuals[level].square().sum(dim=1).mean().item() for level in ("coarse", "fine")}
         share = _ratio(within["coarse"], total)
         yield "geometry/variance/total", total
         yield "geometry/variance/within_coarse", share
-        explained = 1 - within["fine"] / within["coarse"] if within["coarse"] > 0 else 0.0
-        yield "geometry/variance/explained_by_fine", explained
+        if two_levels:
+            explained = 1 - within["fine"] / within["coarse"] if within["coarse"] > 0 else 0.0
+            yield "geometry/variance/explained_by_fine", explained
         yield "geometry/effective_rank/total", effective_rank(centred)
         yield "geometry/effective_rank/within_coarse", effective_rank(residuals["coarse"])
         yield "geometry/collapse/class", float(share < self.config.class_collapse_below)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pysupcon.evaluators.base import LEVELS, FeatureSplits, Result, accuracy_results, class_index
+from pysupcon.evaluators.base import FeatureSplits, Result, accuracy_results, class_index
 
 
 @dataclass
@@ -18,7 +18,8 @@ class KNNConfig:
     """Weighted k-NN: the k nearest training samples vote for their class with exp(cosine / temperature)."""
 
     k: list[int] = field(default_factory=lambda: [1, 5, 10, 20, 100, 200])
-    """Numbers of neighbours, each reported. Numbers above the size of the training set mean all samples."""
+    """Numbers of neighbours, each reported. Those above half of the training set are left out: they say more
+    about the sizes of the classes than about neighbours."""
 
     temperature: float = 0.07
     """Temperature of the votes, on the scale of the cosine."""
@@ -33,6 +34,11 @@ class KNNConfig:
             raise ValueError(f"knn.temperature must be > 0, got {self.temperature}")
         if self.chunk_bytes < 1:
             raise ValueError(f"knn.chunk_bytes must be positive, got {self.chunk_bytes}")
+
+
+def usable_k(k: Sequence[int], train_size: int) -> list[int]:
+    """The distinct numbers of neighbours that are at most half of ``train_size``, ascending."""
+    return [number for number in sorted(set(k)) if 2 * number <= train_size]
 
 
 def similarity_chunks(
@@ -91,26 +97,38 @@ def weighted_vote(cosines: Tensor, neighbour_classes: Tensor, classes: int, temp
 
 
 class KNN:
-    """Yields ``knn/k=K/{fine,coarse}/accuracy`` for every K of ``config.k``."""
+    """Yields ``knn/k=K/{fine,coarse}/accuracy`` for every K of ``config.k`` up to half of the training set.
+
+    Labels of one level (coarse and fine labels are equal) give the results of ``fine`` only.
+    """
 
     name: ClassVar[str] = "knn"
     units: ClassVar[Mapping[str, str]] = {"accuracy": "fraction"}
+
+    meanings: ClassVar[Mapping[str, str]] = {
+        "fine/accuracy": "k nearest training samples by cosine, fine labels",
+        "coarse/accuracy": "k nearest training samples by cosine, coarse labels",
+    }
+    headline: ClassVar[Sequence[str]] = ("k=1/fine/accuracy", "k=20/fine/accuracy")
 
     def __init__(self, config: KNNConfig | None = None) -> None:
         self.config = config or KNNConfig()
 
     def __call__(self, splits: FeatureSplits, *, progress: bool = False) -> Iterator[Result]:
         config, train, test = self.config, splits.train, splits.test
+        numbers = usable_k(config.k, len(train))
+        if not numbers:
+            return
         cosines, indices = nearest_neighbours(
-            test.features, train.features, max(config.k), chunk_bytes=config.chunk_bytes, progress=progress
+            test.features, train.features, max(numbers), chunk_bytes=config.chunk_bytes, progress=progress
         )
         # On the CPU the M x k votes are summed in a fixed order.
         cosines, indices = cosines.cpu(), indices.cpu()
-        for level in LEVELS:
+        for level in splits.levels:
             labels, truth = train.labels(level).cpu(), test.labels(level).cpu()
             classes = labels.unique()
             neighbour_classes = class_index(labels, classes)[indices]
-            for k in sorted(set(config.k)):
+            for k in numbers:
                 predicted = weighted_vote(
                     cosines[:, :k], neighbour_classes[:, :k], len(classes), config.temperature
                 )

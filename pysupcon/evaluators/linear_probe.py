@@ -12,7 +12,7 @@ adamw       AdamW 1e-3 with a cosine schedule to zero, batch 128, 100 epochs (Th
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple
 
@@ -234,6 +234,15 @@ class LinearProbeConfig(ProbeConfig):
             raise ValueError(f'level must be "coarse" or "fine", got {self.level!r}')
 
 
+CHOICE_MEANINGS: Mapping[str, str] = {
+    "chance": "always the most frequent training class",
+    "val_accuracy": "validation accuracy of the chosen probe",
+    "chosen": "L2 penalty, or learning rate, of the best validation accuracy",
+    "converged": "whether the solver converged",
+}
+"""How a probe was chosen, by the last part of a result's name."""
+
+
 class LinearProbe:
     """Yields ``linear_probe/{level}/accuracy`` and how the classifier was chosen."""
 
@@ -244,6 +253,9 @@ class LinearProbe:
         "chosen": "penalty or learning rate",
         "converged": "1 or 0",
     }
+
+    meanings: ClassVar[Mapping[str, str]] = {"accuracy": "linear probe", **CHOICE_MEANINGS}
+    headline: ClassVar[Sequence[str]] = ("*/accuracy",)
 
     def __init__(self, config: LinearProbeConfig | None = None) -> None:
         self.config = config or LinearProbeConfig()

@@ -132,6 +132,8 @@ METRICS: Mapping[str, MetricDefinition] = {
 }
 
 _SUBSET = re.compile(r"(class|group)=(-?\d+)")
+OF_ONE_PART = re.compile(r"(^|/)(class|group)=")
+"""Occurs in the names of metrics of one class or group."""
 
 
 class BoundMetric(NamedTuple):

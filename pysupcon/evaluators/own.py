@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -20,8 +20,8 @@ class OwnEvaluator:
         evaluate: function or instance that is called with the splits, and with ``progress`` if it has a
             parameter of this name. It returns or yields results, or returns a dict of them. A result is a
             name and a number, or a name and a tensor [N_test] with one outcome per test sample. It may have
-            the attributes ``name`` (else the name of the function or class is used) and ``units``, as in
-            :class:`pysupcon.evaluators.Evaluator`.
+            the attributes ``name`` (else the name of the function or class is used), ``units``, ``meanings``
+            and ``headline``, as in :class:`pysupcon.evaluators.Evaluator`.
         source: what the config calls it, for messages.
         arguments: further keyword arguments of the call.
 
@@ -41,6 +41,8 @@ class OwnEvaluator:
         plain = getattr(evaluate, "__name__", type(evaluate).__name__)
         self.name: str = getattr(evaluate, "name", plain)
         self.units: Mapping[str, str] = getattr(evaluate, "units", {})
+        self.meanings: Mapping[str, str] = getattr(evaluate, "meanings", {})
+        self.headline: Sequence[str] = getattr(evaluate, "headline", ("*",))
 
     def __call__(self, splits: FeatureSplits, *, progress: bool = False) -> Iterator[Result]:
         """Yield the results; their names begin with the name of the evaluator.

@@ -6,7 +6,7 @@ N_i, s_ij = cosine / temperature, n_i and p_i the logsumexp over N_i and P_i.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pysupcon.evaluators.base import LEVELS, FeatureSplits, Result
+from pysupcon.evaluators.base import FeatureSplits, Result
 from pysupcon.evaluators.knn import similarity_chunks
 from pysupcon.evaluators.metrics import metric_results
 
@@ -172,7 +172,8 @@ class Pairs:
     - ``kl_limit``: mean_i log|N_i|, the largest possible bound;
     - ``class=C/kl_bound``: the bound of the anchors of class C.
 
-    A level without any sample that has a positive and a negative yields nothing.
+    A level without any sample that has a positive and a negative yields nothing. Labels of one level give the
+    results of ``fine`` only.
     """
 
     name: ClassVar[str] = "pairs"
@@ -187,13 +188,25 @@ class Pairs:
         "kl_limit": "nats",
     }
 
+    meanings: ClassVar[Mapping[str, str]] = {
+        "supcon_loss": "SupCon loss over all pairs of the split",
+        "sincere_loss": "SINCERE loss over all pairs of the split",
+        "supcon_floor": "smallest possible SupCon loss of this split",
+        "sincere_floor": "smallest possible SINCERE loss of this split",
+        "supcon_repelling": "pairs of one class that the SupCon gradient pushes apart",
+        "sincere_repelling": "pairs of one class that the SINCERE gradient pushes apart",
+        "kl_bound": "lower bound of the KL divergence of own-class and other-class similarities",
+        "kl_limit": "largest possible kl_bound of this split",
+    }
+    headline: ClassVar[Sequence[str]] = ("fine/kl_bound", "coarse/kl_bound")
+
     def __init__(self, config: PairsConfig | None = None) -> None:
         self.config = config or PairsConfig()
 
     def __call__(self, splits: FeatureSplits, *, progress: bool = False) -> Iterator[Result]:
         config = self.config
         split = dict(splits.items())[config.split]
-        for level in LEVELS:
+        for level in splits.levels:
             labels = split.labels(level)
             table = pair_statistics(
                 split.features,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from pysupcon.evaluators.base import LEVELS, FeatureSet, FeatureSplits, Level, Result
+from pysupcon.evaluators.base import FeatureSet, FeatureSplits, Level, Result
 from pysupcon.evaluators.knn import similarity_chunks
 from pysupcon.evaluators.metrics import metric_results
 
@@ -61,6 +61,7 @@ class Separation:
     - the outcomes ``target``, ``noise`` and ``class``.
 
     Samples without a target or a noise cosine are ignored; a level without other samples yields nothing.
+    Labels of one level give the results of ``fine`` only.
     """
 
     name: ClassVar[str] = "separation"
@@ -72,11 +73,20 @@ class Separation:
         "average_precision": "fraction",
     }
 
+    meanings: ClassVar[Mapping[str, str]] = {
+        "target_median": "nearest training sample of the same class, median cosine",
+        "noise_median": "nearest training sample of another class, median cosine",
+        "margin": "difference of the two medians",
+        "roc_auc": "nearest cosines of the own class against those of other classes; 50 %: no separation",
+        "average_precision": "area under the precision-recall curve of the same cosines",
+    }
+    headline: ClassVar[Sequence[str]] = ("fine/roc_auc", "coarse/roc_auc")
+
     def __init__(self, config: SeparationConfig | None = None) -> None:
         self.config = config or SeparationConfig()
 
     def __call__(self, splits: FeatureSplits, *, progress: bool = False) -> Iterator[Result]:
-        for level in LEVELS:
+        for level in splits.levels:
             pair = target_and_noise(
                 splits.train, splits.test, level, chunk_bytes=self.config.chunk_bytes, progress=progress
             )

@@ -7,14 +7,14 @@ head is then trained again on all training samples. The paper uses ``solver="sgd
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
 from pysupcon.evaluators.base import FeatureSet, FeatureSplits, Result, accuracy_results
-from pysupcon.evaluators.linear_probe import FittedProbe, ProbeConfig, fit_probe
+from pysupcon.evaluators.linear_probe import CHOICE_MEANINGS, FittedProbe, ProbeConfig, fit_probe
 
 
 @dataclass
@@ -68,6 +68,12 @@ class Transfer:
         "chosen": "penalty or learning rate",
         "converged": "1 or 0",
     }
+
+    meanings: ClassVar[Mapping[str, str]] = {
+        "accuracy": "linear head on the frozen encoder, fine labels of the other data set",
+        **CHOICE_MEANINGS,
+    }
+    headline: ClassVar[Sequence[str]] = ("accuracy", "chance")
 
     def __init__(self, config: TransferConfig | None = None) -> None:
         self.config = config or TransferConfig()

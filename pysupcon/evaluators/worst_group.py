@@ -6,7 +6,7 @@ True groups are pairs of a class and a fine label, which are not used for traini
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple
 
@@ -113,6 +113,26 @@ class WorstGroup:
         "f1": "fraction",
         "purity": "fraction",
     }
+
+    meanings: ClassVar[Mapping[str, str]] = {
+        "accuracy": "linear head, all test samples",
+        "worst_group_accuracy": "linear head, the true group with the lowest accuracy",
+        "val_worst_group": "worst validation accuracy among the groups that selected the head",
+        "weight_decay": "selected weight decay",
+        "epoch": "selected epoch",
+        "auroc": "area under the ROC curve, all test samples",
+        "worst_group_auroc": "area under the ROC curve, the worst true group against the other class",
+        "class": "class of the group",
+        "fine": "fine label of the group",
+        "train": "training samples of the group",
+        "val": "validation samples of the group",
+        "test": "test samples of the group",
+        "count": "inferred groups",
+        "silhouette": "how clear the inferred groups are, from -1 to 1",
+        "f1": "agreement of inferred and true groups",
+        "purity": "training samples whose true group is the most frequent one of their inferred group",
+    }
+    headline: ClassVar[Sequence[str]] = ("*/worst_group_accuracy", "*/accuracy")
 
     def __init__(self, config: WorstGroupConfig | None = None) -> None:
         self.config = config or WorstGroupConfig()

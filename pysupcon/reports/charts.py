@@ -30,6 +30,9 @@ OUTCOME_FILES = (
 def draw_separation(path: str | Path, target: NDArray[Any], noise: NDArray[Any], *, title: str) -> None:
     """Draw histograms of target and noise cosines with their medians and the margin.
 
+    The axis begins at the 1 % quantile, because single samples far below would press all others into one bin;
+    the first bin holds what lies below.
+
     Args:
         path: path of the PNG file.
         target, noise: [N] cosines; NaN is skipped.
@@ -38,14 +41,16 @@ def draw_separation(path: str | Path, target: NDArray[Any], noise: NDArray[Any],
     figure, plot = new_figure(8.0, 4.5)
     values = {"target: same class": target, "noise: other class": noise}
     known = {name: value[np.isfinite(value)] for name, value in values.items()}
-    low = min(value.min() for value in known.values())
-    high = max(value.max() for value in known.values())
-    pad = max(0.02 * (high - low), 1e-3)
-    bins = np.linspace(low - pad, min(high + pad, 1.0 + pad), 61).tolist()
+    pooled = np.concatenate(list(known.values()))
+    low, high = np.quantile(pooled, 0.01), pooled.max()
+    pad = 0.02 * (high - low) or 1e-3
+    bins = np.linspace(low - pad, high + pad, 61).tolist()
+    below = int((pooled < bins[0]).sum())
     medians = []
     for colour, (name, value) in zip(palette(2), known.items(), strict=True):
-        plot.hist(value, bins=bins, color=colour, alpha=0.55, label=name)
-        plot.hist(value, bins=bins, color=colour, histtype="step", linewidth=1.4)
+        shown = np.maximum(value, bins[0])
+        plot.hist(shown, bins=bins, color=colour, alpha=0.55, label=name)
+        plot.hist(shown, bins=bins, color=colour, histtype="step", linewidth=1.4)
         medians.append(float(np.median(value)))
         plot.axvline(medians[-1], color=colour, linestyle="--", linewidth=1.6)
     margin = abs(medians[0] - medians[1])
@@ -56,7 +61,8 @@ def draw_separation(path: str | Path, target: NDArray[Any], noise: NDArray[Any],
     )
     plot.set(
         title=f"{title}: margin of medians {margin:.3f}",
-        xlabel="cosine to the most similar training sample (dashed: median)",
+        xlabel="cosine to the most similar training sample (dashed: median)"
+        + (f"; {below} of {len(pooled)} lie further left, in the first bin" if below else ""),
         ylabel="test samples",
     )
     plot.spines[["top", "right"]].set_visible(False)
@@ -142,7 +148,7 @@ def draw_confusion(
     side = min(4.0 + 0.42 * size, 12.0)
     figure, plot = new_figure(side + 1.5, side)
     image = plot.imshow(share, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
-    bar = figure.colorbar(image, ax=plot, label="fraction of the true class", shrink=0.8)
+    bar = figure.colorbar(image, ax=plot, label="fraction of the true class (square-root scale)", shrink=0.8)
     bar.set_ticks([0, 0.01, 0.05, 0.2, 0.5, 1.0])
     texts = [printable((names or {}).get(int(label), int(label))) for label in classes]
     if size <= _MAX_CLASSES_WITH_COUNTS:

@@ -185,6 +185,7 @@ def draw_loss(
     *,
     title: str,
     chance: Mapping[str, Sequence[float] | NDArray[Any]] | None = None,
+    validation: Mapping[str, Sequence[float] | NDArray[Any]] | None = None,
 ) -> None:
     """Draw losses over optimizer steps: raw values in a light colour, and running means.
 
@@ -194,12 +195,13 @@ def draw_loss(
         losses: [S] losses by name; NaN is a gap.
         title: title of the picture.
         chance: [S] chance levels by the same names, drawn as dashed lines.
+        validation: [S] validation losses by the same names, drawn as circles; NaN between the validations.
 
     Raises:
         ValueError: a shape does not fit ``steps``.
     """
     steps = np.asarray(steps)
-    for name, values in {**losses, **(chance or {})}.items():
+    for name, values in [pair for part in (losses, chance, validation) for pair in (part or {}).items()]:
         if np.shape(values) != (len(steps),):
             raise ValueError(
                 f"loss {name!r} must have shape [S]=[{len(steps)}], got {list(np.shape(values))}"
@@ -218,6 +220,13 @@ def draw_loss(
         if chance and name in chance:
             plot.plot(
                 steps, chance[name], color=colour, linestyle="--", linewidth=1.2, label=f"{name}: chance"
+            )
+        if validation and name in validation:
+            held_out = np.asarray(validation[name], dtype=np.float64)
+            known = np.isfinite(held_out)
+            label = f"{name}: validation"
+            plot.plot(
+                steps[known], held_out[known], "o:", color=colour, markersize=4, linewidth=1, label=label
             )
     plot.set(title=title, xlabel="optimizer step", ylabel="loss (nats)")
     plot.grid(alpha=0.25)

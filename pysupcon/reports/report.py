@@ -1,4 +1,4 @@
-"""A report of named metrics with units and intervals, as JSON, as Markdown and as a table for the terminal.
+"""A report of named metrics with units and intervals, as JSON, as Markdown and as a summary for the terminal.
 
 The name of a metric consists of parts separated by "/". Tables are grouped by the first part.
 """
@@ -46,6 +46,7 @@ class Metric:
         value: finite.
         unit: "fraction" is shown in per cent; any other unit is shown next to the number.
         low, high: ends of the interval, both or neither.
+        meaning: what the number says, in some words.
 
     Raises:
         ValueError: a number is not finite, or one end of the interval is missing.
@@ -55,6 +56,7 @@ class Metric:
     unit: str = ""
     low: float | None = None
     high: float | None = None
+    meaning: str = ""
 
     def __post_init__(self) -> None:
         if (self.low is None) != (self.high is None):
@@ -70,20 +72,25 @@ class Metric:
             return ""
         if self.unit == "fraction":
             return f"{100 * value:.2f}"
+        if self.unit == "1 or 0":
+            return "yes" if value else "no"
         return f"{value:.4g}"
 
     def columns(self) -> tuple[str, str, str]:
         """Return value, interval ("" if there is none) and unit as text."""
         interval = "" if self.low is None else f"[{self._number(self.low)}, {self._number(self.high)}]"
-        return self._number(self.value), Markdown(interval), "%" if self.unit == "fraction" else self.unit
+        unit = {"fraction": "%", "1 or 0": ""}.get(self.unit, self.unit)
+        return self._number(self.value), Markdown(interval), unit
 
 
-def metrics_of(results: Iterable[tuple[str, float]], unit_of: Callable[[str], str]) -> dict[str, Metric]:
+def metrics_of(
+    results: Iterable[tuple[str, float]], describe: Callable[[str], tuple[str, str]]
+) -> dict[str, Metric]:
     """Build metrics from (name, value) pairs; ``name/low`` and ``name/high`` become the interval of ``name``.
 
     Args:
         results: names and values.
-        unit_of: maps a name to its unit.
+        describe: maps a name to its unit and its meaning.
 
     Raises:
         ValueError: a name occurs twice, an interval has no metric, or a number is not finite; the message
@@ -104,9 +111,10 @@ def metrics_of(results: Iterable[tuple[str, float]], unit_of: Callable[[str], st
     for name, value in values.items():
         if name in ends:
             continue
+        unit, meaning = describe(name)
         try:
             metrics[name] = Metric(
-                value, unit_of(name), values.get(f"{name}/low"), values.get(f"{name}/high")
+                value, unit, values.get(f"{name}/low"), values.get(f"{name}/high"), meaning
             )
         except ValueError as error:
             raise ValueError(f"metric {name!r}: {error}") from None
@@ -130,8 +138,10 @@ class Report:
         metrics: metrics by name.
         metadata: settings behind the numbers; JSON types, nested mappings allowed.
         warnings: sentences that are shown first.
-        pictures: shown in the Markdown form.
+        pictures: shown in the Markdown and HTML forms.
         confidence: confidence level of the intervals, in (0, 1).
+        notes: sentences that are shown after the warnings.
+        headline: names of the metrics that matter most.
     """
 
     title: str
@@ -140,16 +150,24 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
     confidence: float = 0.95
+    notes: list[str] = field(default_factory=list)
+    headline: list[str] = field(default_factory=list)
 
-    def _groups(self) -> list[tuple[str, list[tuple[str, tuple[str, str, str]]]]]:
-        """Metrics grouped by the first part of the name, in order of first occurrence."""
-        pairs = [(*name.partition("/")[::2], metric.columns()) for name, metric in self.metrics.items()]
+    def groups(self) -> list[tuple[str, list[tuple[str, Metric]]]]:
+        """Metrics grouped by the first part of the name, in order of first occurrence, with the rest of the
+        name."""
+        pairs = [(*name.partition("/")[::2], metric) for name, metric in self.metrics.items()]
         order = {group: rank for rank, group in reversed(list(enumerate(group for group, _, _ in pairs)))}
         pairs.sort(key=lambda pair: order[pair[0]])
         return [
-            (group, [(name or group, columns) for _, name, columns in members])
+            (group, [(name or group, metric) for _, name, metric in members])
             for group, members in groupby(pairs, key=lambda pair: pair[0])
         ]
+
+    @property
+    def header(self) -> tuple[str, ...]:
+        """Headings of a table of metrics: name, value, interval, unit, meaning."""
+        return "metric", "value", f"{100 * self.confidence:g} % interval", "unit", "meaning"
 
     def to_json(self) -> str:
         """Return the report as JSON, sorted by name, with numbers in full precision."""
@@ -158,6 +176,8 @@ class Report:
             entry: dict[str, Any] = {"value": metric.value, "unit": metric.unit}
             if metric.low is not None:
                 entry |= {"low": metric.low, "high": metric.high}
+            if metric.meaning:
+                entry["meaning"] = metric.meaning
             metrics[name] = entry
         content = {
             "schema": SCHEMA,
@@ -167,6 +187,8 @@ class Report:
             "warnings": self.warnings,
             "pictures": [{"file": picture.file, "caption": picture.caption} for picture in self.pictures],
             "confidence": self.confidence,
+            "notes": self.notes,
+            "headline": self.headline,
         }
         return json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
@@ -188,6 +210,8 @@ class Report:
             warnings=content["warnings"],
             pictures=[Picture(**picture) for picture in content["pictures"]],
             confidence=content["confidence"],
+            notes=content.get("notes", []),
+            headline=content.get("headline", []),
         )
 
     def to_markdown(self) -> str:
@@ -195,52 +219,47 @@ class Report:
         lines = [f"# {escape(self.title)}", ""]
         for warning in self.warnings:
             lines += [f"> **Warning:** {escape(warning)}", ""]
-        header = ("metric", "value", f"{100 * self.confidence:g} % interval", "unit")
-        for group, members in self._groups():
-            lines += [
-                f"## {escape(group)}",
-                "",
-                *markdown_table(header, ((name, *row) for name, row in members)),
-                "",
-            ]
+        lines += [line for note in self.notes for line in (escape(note), "")]
+        for group, members in self.groups():
+            rows = [(name, *metric.columns(), metric.meaning) for name, metric in members]
+            width = len(self.header) - (not any(row[-1] for row in rows))
+            table = markdown_table(self.header[:width], (row[:width] for row in rows))
+            lines += [f"## {escape(group)}", "", *table, ""]
         for picture in self.pictures:
             lines += [f"![{escape(picture.caption)}]({picture.file})", "", escape(picture.caption), ""]
         if self.metadata:
-            rows = ((name, _plain(value)) for name, value in _flatten(self.metadata))
-            lines += ["## Settings", "", *markdown_table(("", ""), rows), ""]
+            lines += ["## Settings", "", *markdown_table(("", ""), self.settings()), ""]
         return "\n".join(lines)
 
-    def table(self) -> str:
-        """Return the metrics as an aligned table for a terminal, without a final newline.
+    def settings(self) -> list[tuple[str, str]]:
+        """Names and values of the metadata as text; the name of a nested value is NAME.NAME."""
+        return [(name, _plain(value)) for name, value in _flatten(self.metadata)]
 
-        Metrics of single classes and groups (a part of the name like ``class=3``) are only counted.
+    def summary(self, lines: int = 12) -> str:
+        """Return the title, the most important metrics and the warnings for a terminal.
+
+        All metrics but those of single classes and groups are shown if they fit, else those of ``headline``.
+
+        Args:
+            lines: the largest number of lines, at least 3.
         """
-        header = ("", "value", f"{100 * self.confidence:g} % interval", "unit")
-        groups = [
-            (group, [member for member in members if not _PART.search(member[0])])
-            for group, members in self._groups()
-        ]
-        hidden = len(self.metrics) - sum(len(members) for _, members in groups)
-        rows = [(f"  {name}", *columns) for _, members in groups for name, columns in members]
-        widths = [max(len(row[column]) for row in [header, *rows]) for column in range(4)]
-
-        def line(row: tuple[str, ...]) -> str:
-            name, value, interval, unit = row
-            cells = (
-                name.ljust(widths[0]),
-                value.rjust(widths[1]),
-                interval.rjust(widths[2]),
-                unit.ljust(widths[3]),
-            )
-            return "  ".join(cells).rstrip()
-
-        lines = [self.title, "", line(header)]
-        for group, members in groups:
-            lines += [group, *(line((f"  {name}", *columns)) for name, columns in members)]
-        if hidden:
-            lines.append(f"({hidden} more metrics of single classes and groups are in the report)")
-        lines += [f"warning: {warning}" for warning in self.warnings]
-        return "\n".join(lines)
+        said = [f"warning: {text}" for text in self.warnings] + [f"note: {text}" for text in self.notes]
+        most = max(1, lines // 3)
+        if len(said) > most:
+            said = [*said[: most - 1], f"note: the report has {len(said) - most + 1} more warnings and notes"]
+        room = lines - 1 - len(said)
+        names = [name for name in self.metrics if not _PART.search(name)]
+        if len(names) > room:
+            names = [name for name in self.headline if name in self.metrics][:room] or names[:room]
+        _, _, interval, *_ = self.header
+        rows = [(self.title, "", interval if names else "", "", "")]
+        rows += [(f"  {name}", *self.metrics[name].columns(), self.metrics[name].meaning) for name in names]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        text = []
+        for name, value, interval, unit, meaning in rows:
+            cells = (name.ljust(widths[0]), value.rjust(widths[1]), interval.rjust(widths[2]))
+            text.append("  ".join((*cells, unit.ljust(widths[3]), meaning)).rstrip())
+        return "\n".join(text + said)
 
 
 def markdown_table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
