@@ -35,7 +35,6 @@ from pysupcon.evaluators import (
     usable_k,
     with_intervals,
 )
-from pysupcon.models.initial import WEIGHTS_FILE
 from pysupcon.reports.page import to_html
 from pysupcon.reports.report import Metric, Picture, Report, metrics_of
 from pysupcon.trainer.files import named_disk_errors
@@ -148,9 +147,7 @@ def _evaluate(run: Run, config: EvaluationConfig, passed: Mapping[str, Any]) -> 
             headline=headline,
         )
         write_results(folder, report, outcomes)
-        if aside:
-            os.replace(run.dir / FOLDER, aside)
-        _publish(folder, run.dir / FOLDER)
+        _publish(folder, run.dir / FOLDER, aside)
     return report
 
 
@@ -163,7 +160,7 @@ def _earlier_results(
     if not (folder / METRICS_FILE).exists():
         return None, False
     earlier = read_earlier(folder, METRICS_FILE, OUTCOMES_FILE)
-    if earlier is None or not earlier.fits(_weights_digest(run), labels):
+    if earlier is None or not earlier.fits(run.weights_digest(), labels):
         return None, True
     return earlier.without(evaluators), False
 
@@ -172,10 +169,6 @@ def _in_order(metrics: dict[str, Metric], order: list[str]) -> dict[str, Metric]
     """Metrics by the rank of their evaluator in ``order``; those of other evaluators are last."""
     ranks = {name: rank for rank, name in enumerate(order)}
     return dict(sorted(metrics.items(), key=lambda item: ranks.get(item[0].partition("/")[0], len(ranks))))
-
-
-def _weights_digest(run: Run) -> str:
-    return hashlib.sha256((run.dir / WEIGHTS_FILE).read_bytes()).hexdigest()
 
 
 @contextmanager
@@ -257,7 +250,7 @@ def _metadata(
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "run": run.dir.resolve().name,
-        "weights_sha256": _weights_digest(run),
+        "weights_sha256": run.weights_digest(),
         "samples": {split: len(features) for split, features in splits.items()},
         "feature_width": splits.test.features.shape[1],
         "seconds": seconds | {"total": round(sum(seconds.values()), 3)},
@@ -277,11 +270,23 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _publish(folder: Path, target: Path) -> None:
-    """Move the files of ``folder`` to ``target`` by atomic renames, in the order of :data:`FILES`."""
-    target.mkdir(exist_ok=True)
-    for name in FILES:
-        if (folder / name).exists():
-            os.replace(folder / name, target / name)
-        else:
-            (target / name).unlink(missing_ok=True)
+def _publish(folder: Path, target: Path, aside: Path | None) -> None:
+    """Move the files of ``folder`` to ``target`` by atomic renames, in the order of :data:`FILES`.
+
+    What is in ``target`` is renamed to ``aside`` before, if that is given, and renamed back if a file cannot
+    be moved.
+    """
+    if aside:
+        os.replace(target, aside)
+    try:
+        target.mkdir(exist_ok=True)
+        for name in FILES:
+            if (folder / name).exists():
+                os.replace(folder / name, target / name)
+            else:
+                (target / name).unlink(missing_ok=True)
+    except OSError:
+        if aside:
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(aside, target)
+        raise

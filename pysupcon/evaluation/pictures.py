@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -60,33 +60,40 @@ def draw_pictures(
     if run.config.model.concatenated:  # made from trained runs: it has no training log
         return pictures, []
     try:
-        steps, losses, chance, validation = loss_curves(run.log())
+        curves = loss_curves(run.log())
     except RunError as error:
         return pictures, [f"no loss curve: {error}"]
     draw_loss(
-        folder / LOSS_FILE, steps, losses, chance=chance, validation=validation,
+        folder / LOSS_FILE, curves.steps, curves.losses, chance=curves.chance, validation=curves.validation,
         title=f"Loss of {run.dir.resolve().name}",
     )  # fmt: skip
-    dashed = "; dashed: the loss if all features were equal (chance level)" if chance else ""
+    dashed = "; dashed: the loss if all features were equal (chance level)" if curves.chance else ""
     # The loss of a batch depends on its size.
-    circles = "; circles: validation loss, which depends on the size of its batches" if validation else ""
+    circles = (
+        "; circles: validation loss, which depends on the size of its batches" if curves.validation else ""
+    )
     pictures.append(Picture(LOSS_FILE, f"Training loss and its running mean{circles}{dashed}."))
     return pictures, []
 
 
-def loss_curves(
-    log: list[dict[str, Any]],
-) -> tuple[list[int], dict[str, list[float]], dict[str, list[float]], dict[str, list[float]]]:
+class LossCurves(NamedTuple):
+    """Values of S steps; a missing value is NaN."""
+
+    steps: list[int]
+    losses: dict[str, list[float]]
+    chance: dict[str, list[float]]
+    """Chance levels by the name of their loss"""
+    validation: dict[str, list[float]]
+    """Validation losses by the name of their loss"""
+
+
+def loss_curves(log: list[dict[str, Any]]) -> LossCurves:
     """Read the steps, the loss terms, chance levels and validation losses from the lines of a training log.
 
     A loss with a single term is returned as that term. The chance level belongs to the contrastive term.
 
     Args:
         log: lines of ``log.jsonl``.
-
-    Returns:
-        Steps; losses by name; chance levels and validation losses by the name of their loss. A missing value
-        is NaN.
 
     Raises:
         RunError: no line holds a step and a loss, or one of its values is not a number.
@@ -104,6 +111,6 @@ def loss_curves(
         chance = {"contrastive": column("chance")} if any("chance" in line for line in lines) else {}
         held_out = {name: column(f"val_{name}") for name in names if any(f"val_{name}" in x for x in lines)}
         steps = [int(line["step"]) for line in lines]
-        return steps, {name: column(name) for name in names}, chance, held_out
+        return LossCurves(steps, {name: column(name) for name in names}, chance, held_out)
     except (TypeError, ValueError, OverflowError) as error:
         raise RunError(f"the log holds a value that is not a number: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -129,11 +130,12 @@ class FeatureSplits:
                 f"{list(self.head.weight.shape)}"
             )
 
-    @property
+    @cached_property
     def levels(self) -> tuple[Level, ...]:
-        """The levels of labels: "fine" alone if coarse and fine labels are equal in all splits."""
-        one = all(torch.equal(split.fine, split.coarse) for _, split in self.items())
-        return ("fine",) if one else LEVELS
+        """The levels of labels: "fine" alone if every coarse class is one fine class."""
+        pairs = torch.cat([torch.stack([split.coarse, split.fine]) for _, split in self.items()], dim=1)
+        sizes = {pairs.unique(dim=1).shape[1], *(len(labels.unique()) for labels in pairs)}
+        return ("fine",) if len(sizes) == 1 else LEVELS
 
     def labelled(self, ignore_index: int) -> FeatureSplits:
         """The splits without the rows whose labels are not known, for every evaluator.

@@ -35,7 +35,7 @@ class CoarseToFine:
     - ``{fine,coarse}/chance``: accuracy of the most frequent training class;
     - ``{fine,coarse}/{val_accuracy,chosen,converged}``: how each classifier was chosen.
 
-    Labels of one level (coarse and fine labels are equal) give the results of ``fine`` only.
+    Labels of one level (every coarse class is one fine class) give the results of ``fine`` only.
     """
 
     name: ClassVar[str] = "coarse_to_fine"

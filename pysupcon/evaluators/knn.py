@@ -99,7 +99,7 @@ def weighted_vote(cosines: Tensor, neighbour_classes: Tensor, classes: int, temp
 class KNN:
     """Yields ``knn/k=K/{fine,coarse}/accuracy`` for every K of ``config.k`` up to half of the training set.
 
-    Labels of one level (coarse and fine labels are equal) give the results of ``fine`` only.
+    Labels of one level (every coarse class is one fine class) give the results of ``fine`` only.
     """
 
     name: ClassVar[str] = "knn"

@@ -27,6 +27,14 @@ OUTCOME_FILES = (
 """Every file that :func:`draw_outcomes` may write."""
 
 
+def histogram_bins(values: NDArray[Any]) -> list[float]:
+    """Edges of 60 equal bins from the 1 % quantile of ``values`` [N] to their maximum."""
+    low, high = float(np.quantile(values, 0.01)), float(values.max())
+    pad = 0.02 * (high - low) or 1e-3
+    edges: list[float] = np.linspace(low - pad, high + pad, 61).tolist()
+    return edges
+
+
 def draw_separation(path: str | Path, target: NDArray[Any], noise: NDArray[Any], *, title: str) -> None:
     """Draw histograms of target and noise cosines with their medians and the margin.
 
@@ -42,9 +50,7 @@ def draw_separation(path: str | Path, target: NDArray[Any], noise: NDArray[Any],
     values = {"target: same class": target, "noise: other class": noise}
     known = {name: value[np.isfinite(value)] for name, value in values.items()}
     pooled = np.concatenate(list(known.values()))
-    low, high = np.quantile(pooled, 0.01), pooled.max()
-    pad = 0.02 * (high - low) or 1e-3
-    bins = np.linspace(low - pad, high + pad, 61).tolist()
+    bins = histogram_bins(pooled)
     below = int((pooled < bins[0]).sum())
     medians = []
     for colour, (name, value) in zip(palette(2), known.items(), strict=True):

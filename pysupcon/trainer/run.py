@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from copy import deepcopy
@@ -57,6 +58,14 @@ class Run:
         model = build_model(config, self.data, deepcopy(self.module))
         load_weights(model, self.dir / WEIGHTS_FILE)
         return model.eval()
+
+    def weights_digest(self) -> str:
+        """SHA-256 of the file of the trained weights, in hexadecimal digits.
+
+        Raises:
+            OSError: the file is missing or cannot be read.
+        """
+        return hashlib.sha256((self.dir / WEIGHTS_FILE).read_bytes()).hexdigest()
 
     def splits(self) -> dict[str, EvaluationDataset]:
         """Return the splits "train", "val" and "test" without augmentation.

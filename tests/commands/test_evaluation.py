@@ -25,7 +25,7 @@ from pysupcon.evaluators import EvaluationConfig, GeometryConfig, KNNConfig, Pro
 from pysupcon.reports.report import Report
 from pysupcon.trainer.run import build_model, load_data, load_run
 
-FILES = {"metrics.json", "report.md", "embedding.png", "loss.png", "outcomes.safetensors"}
+FILES = {"metrics.json", "report.md", "report.html", "embedding.png", "loss.png", "outcomes.safetensors"}
 CONFUSIONS = {"confusion_fine.png", "confusion_coarse.png"}
 QUICK = EvaluationConfig(
     evaluators=["knn", "geometry"],
@@ -134,8 +134,10 @@ def test_the_whole_evaluation(run_dir, capsys):
     assert report.metadata["seconds"]["total"] > 0
     assert "linear_probe" not in report.metadata["arguments"]
     assert report.metadata["arguments"]["knn"]["k"] == [3]
-    assert set(report.table().splitlines()) <= set(printed.out.splitlines())
-    assert str(folder) in printed.out
+    assert printed.out.splitlines()[:-2] == report.summary().splitlines()
+    assert len(printed.out.splitlines()) <= 15
+    assert report.headline[0] in printed.out
+    assert f"{folder / 'report.html'}" in printed.out
     assert "fine/accuracy" in (folder / "report.md").read_text()
 
     outcomes = load_file(folder / "outcomes.safetensors")
@@ -195,7 +197,7 @@ def test_collapse_is_reported(run_dir):
     report = evaluate_run(run_dir, config)
     assert [warning.partition(":")[0] for warning in report.warnings] == ["complete collapse"]
     assert "complete collapse" in (run_dir / "evaluation" / "report.md").read_text()
-    assert "warning: complete collapse" in report.table()
+    assert "warning: complete collapse" in report.summary()
 
 
 # Invalid input. Every failure must keep the earlier evaluation.
@@ -348,16 +350,27 @@ def test_loss_curves():
     log = [
         {"step": 1, "loss": 3.0, "contrastive": 2.0, "cross_entropy": 1.0, "chance": 5.0},
         {"note": "no step"},
-        {"step": 2, "loss": 2.5, "contrastive": 2.0, "cross_entropy": 0.5, "chance": 5.5},
+        {"step": 2, "loss": 2.5, "contrastive": 2.0, "cross_entropy": 0.5, "chance": 5.5, "val_loss": 2.25},
+        {"step": 3, "loss": 2.0, "contrastive": 1.5, "cross_entropy": 0.5, "chance": 5.5, "val_loss": 2.0},
     ]
-    assert loss_curves(log) == (
-        [1, 2],
-        {"loss": [3.0, 2.5], "contrastive": [2.0, 2.0], "cross_entropy": [1.0, 0.5]},
-        {"contrastive": [5.0, 5.5]},
+    steps, losses, chance, validation = loss_curves(log)
+    assert steps == [1, 2, 3]
+    assert losses == {
+        "loss": [3.0, 2.5, 2.0],
+        "contrastive": [2.0, 2.0, 1.5],
+        "cross_entropy": [1.0, 0.5, 0.5],
+    }
+    assert chance == {"contrastive": [5.0, 5.5, 5.5]}
+    assert list(validation) == ["loss"]
+    assert math.isnan(validation["loss"][0])
+    assert validation["loss"][1:] == [2.25, 2.0]
+    assert loss_curves([{"step": 4, "loss": 1.0, "contrastive": 1.0}]) == (
+        [4],
+        {"contrastive": [1.0]},
+        {},
+        {},
     )
-    steps, losses, chance = loss_curves([{"step": 4, "loss": 1.0, "contrastive": 1.0}])
-    assert (steps, losses, chance) == ([4], {"contrastive": [1.0]}, {})
-    steps, losses, chance = loss_curves([{"step": 4, "loss": 0.5, "reconstruction": 1.0}])
-    assert (steps, losses, chance) == ([4], {"reconstruction": [1.0]}, {})
+    only = {"step": 4, "loss": 0.5, "reconstruction": 1.0}
+    assert loss_curves([only]) == ([4], {"reconstruction": [1.0]}, {}, {})
     with pytest.raises(RunError, match="no line with a step and a loss"):
         loss_curves([{"step": 1}])

@@ -101,7 +101,7 @@ def test_an_evaluation_does_not_disturb_a_training(run_dir: Path) -> None:
 def test_a_disk_that_cannot_be_written(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], file: str, number: int
 ) -> None:
-    """One line, and the earlier metrics.json stays."""
+    """One line, and the earlier evaluation stays. It would be put aside: it does not tell its weights."""
     (run_dir / "evaluation").mkdir()
     (run_dir / "evaluation/metrics.json").write_text("earlier")
     fault, replace = OSError(number, os.strerror(number)), os.replace
@@ -118,6 +118,7 @@ def test_a_disk_that_cannot_be_written(
     assert capsys.readouterr().err == said
     assert hidden(run_dir) == []
     assert (run_dir / "evaluation/metrics.json").read_text() == "earlier"
+    assert not list(run_dir.glob("evaluation-*"))
 
 
 @pytest.mark.parametrize("limit", [0, 1000])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 
 import numpy as np
 import pytest
 
+from pysupcon.reports.charts import histogram_bins
+from pysupcon.reports.page import to_html
 from pysupcon.reports.pictures import draw_embedding, draw_loss, smoothed
 from pysupcon.reports.report import Metric, Picture, Report, metrics_of
 
@@ -18,7 +21,7 @@ def report(**changed) -> Report:
     content = {
         "title": "Evaluation of a|b",
         "metrics": {
-            "knn/k=1/accuracy": Metric(0.9512345, "fraction", 0.94, 0.9625),
+            "knn/k=1/accuracy": Metric(0.9512345, "fraction", 0.94, 0.9625, "neighbours"),
             "geometry/spread": Metric(1.23456789, "distance"),
             "knn/k=5/accuracy": Metric(1.0, "fraction", 1.0, 1.0),
             "alone": Metric(-3.0),
@@ -38,9 +41,9 @@ def test_results_fold_into_metrics():
         ("geometry/spread", 2.0),
         ("knn/k=1/accuracy/low", 0.25),
     ]
-    assert metrics_of(results, lambda name: UNITS.get(name, "")) == {
-        "knn/k=1/accuracy": Metric(0.5, "fraction", 0.25, 0.75),
-        "geometry/spread": Metric(2.0, "distance"),
+    assert metrics_of(results, lambda name: (UNITS.get(name, ""), f"of {name}")) == {
+        "knn/k=1/accuracy": Metric(0.5, "fraction", 0.25, 0.75, "of knn/k=1/accuracy"),
+        "geometry/spread": Metric(2.0, "distance", meaning="of geometry/spread"),
     }
 
 
@@ -59,7 +62,7 @@ def test_results_fold_into_metrics():
 )
 def test_broken_results_are_refused_by_name(results, message):
     with pytest.raises(ValueError, match=message):
-        metrics_of(results, lambda name: "")
+        metrics_of(results, lambda name: ("", ""))
 
 
 def test_json_round_trip_is_exact_and_sorted():
@@ -73,6 +76,7 @@ def test_json_round_trip_is_exact_and_sorted():
         "unit": "fraction",
         "low": 0.94,
         "high": 0.9625,
+        "meaning": "neighbours",
     }
     assert text.endswith("}\n")
 
@@ -108,8 +112,8 @@ def test_markdown_tables_hold_every_number():
     text = report().to_markdown()
     tables = parse_markdown(text)
     assert tables["knn"] == [
-        ["k=1/accuracy", "95.12", "[94.00, 96.25]", "%"],
-        ["k=5/accuracy", "100.00", "[100.00, 100.00]", "%"],
+        ["k=1/accuracy", "95.12", "[94.00, 96.25]", "%", "neighbours"],
+        ["k=5/accuracy", "100.00", "[100.00, 100.00]", "%", ""],
     ]
     assert tables["geometry"] == [["spread", "1.235", "", "distance"]]
     assert tables["alone"] == [["alone", "-3", "", ""]]
@@ -125,25 +129,74 @@ def test_markdown_cells_with_pipes_and_breaks_stay_one_cell():
     assert parse_markdown(odd.to_markdown())["knn"] == [["a|b", "1", "", "x y"]]
 
 
-def test_table_is_aligned_and_whole():
-    lines = report().table().splitlines()
-    assert lines[0] == "Evaluation of a|b"
-    rows = {line.split()[0]: line for line in lines[3:]}
-    first, second = rows["k=1/accuracy"], rows["k=5/accuracy"]
-    assert first.split() == ["k=1/accuracy", "95.12", "[94.00,", "96.25]", "%"]
+def test_the_summary_is_aligned_and_shows_all_that_fits():
+    lines = report(notes=["knn: k = 200 left out"]).summary().splitlines()
+    assert lines[0].split() == ["Evaluation", "of", "a|b", "90", "%", "interval"]
+    assert [line.split()[0] for line in lines[1:]] == [
+        "knn/k=1/accuracy", "geometry/spread", "knn/k=5/accuracy", "alone", "warning:", "note:",
+    ]  # fmt: skip
+    first, second = lines[1], lines[3]
+    assert first.split() == ["knn/k=1/accuracy", "95.12", "[94.00,", "96.25]", "%", "neighbours"]
     assert first.index("95.12") + 5 == second.index("100.00") + 6  # right-aligned
     assert first.index("%") == second.index("%")
-    # Groups are in the order of their first metrics.
-    heads = [line for line in lines[3:] if not line.startswith(" ")]
-    assert heads == ["knn", "geometry", "alone", "warning: class collapse"]
+    assert lines[-2:] == ["warning: class collapse", "note: knn: k = 200 left out"]
     assert all(line == line.rstrip() for line in lines)
 
 
-def test_a_report_without_metrics_still_has_its_forms():
+def test_the_summary_of_many_metrics_is_the_headline():
+    """At most so many lines, whatever the number of metrics and warnings."""
+    many = {f"knn/k={k}/accuracy": Metric(k / 100) for k in range(50)}
+    many |= {f"pairs/class={c}/kl_bound": Metric(c) for c in range(50)}
+    chosen = ["knn/k=7/accuracy", "knn/k=30/accuracy"]
+    text = report(metrics=many, headline=chosen).summary()
+    assert [line.split()[0] for line in text.splitlines()[1:-1]] == chosen
+    without = report(metrics=many, warnings=[f"number {i}" for i in range(9)]).summary(12).splitlines()
+    assert len(without) == 12
+    assert without[-1] == "note: the report has 6 more warnings and notes"
+    assert not any("class=" in line for line in without)
+
+
+def test_the_page_is_one_file_and_shows_text_as_it_is(tmp_path):
+    """A parser finds every number, the picture's bytes and no markup from names."""
+    from html.parser import HTMLParser
+
+    content = bytes(range(256))
+    (tmp_path / "embedding.png").write_bytes(content)
+    odd = report(title="<script>alert(1)</script> & co", warnings=["<b>bold</b>"], notes=["kept: knn"])
+    page = to_html(odd, tmp_path)
+
+    class Reader(HTMLParser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tags: list[str] = []
+            self.sources: list[str] = []
+            self.text: list[str] = []
+
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            self.tags.append(tag)
+            self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+
+        def handle_data(self, data: str) -> None:
+            self.text.append(data.strip())
+
+    reader = Reader()
+    reader.feed(page)
+    assert not {"script", "b", "link"} & set(reader.tags)
+    assert reader.tags.count("h1") == 1
+    assert "<script>alert(1)</script> & co" in reader.text
+    assert {"95.12", "[94.00, 96.25]", "-3", "kept: knn", "<b>bold</b>", "neighbours"} <= set(reader.text)
+    (source,) = reader.sources
+    kind, _, encoded = source.partition(",")
+    assert kind == "data:image/png;base64"
+    assert base64.b64decode(encoded) == content
+
+
+def test_a_report_without_metrics_still_has_its_forms(tmp_path):
     empty = Report("nothing", {})
     assert Report.from_json(empty.to_json()) == empty
-    assert empty.table().startswith("nothing")
+    assert empty.summary() == "nothing"
     assert empty.to_markdown().startswith("# nothing")
+    assert "<h1>nothing</h1>" in to_html(empty, tmp_path)
 
 
 # Pictures
@@ -207,6 +260,26 @@ def test_loss_picture_shows_every_curve(tmp_path):
         assert count_colour(image, (63, 144, 218)) > 300
         assert count_colour(image, (255, 169, 14)) > 300
     assert not np.array_equal(with_chance, without)
+
+
+def test_loss_picture_shows_validation(tmp_path):
+    steps, curve = np.arange(40), {"loss": 5 - np.arange(40) / 10}
+    draw_loss(tmp_path / "a.png", steps, curve, title="Loss")
+    held_out = np.full(40, math.nan)
+    held_out[[9, 19, 39]] = [4.5, 4.0, 3.5]
+    draw_loss(tmp_path / "b.png", steps, curve, title="Loss", validation={"loss": held_out})
+    without, with_validation = pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png")
+    assert count_colour(with_validation, (63, 144, 218)) > count_colour(without, (63, 144, 218)) + 100
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-2, 1e-6])  # cosines of a trained encoder lie close to 1
+def test_one_outlier_does_not_press_the_histogram_into_one_bin(scale):
+    values = 1 - scale * np.random.default_rng(0).random(400)
+    values[7] = -1.0
+    counts = np.histogram(np.maximum(values, histogram_bins(values)[0]), histogram_bins(values))[0]
+    assert counts.sum() == 400
+    assert counts.max() < 30
+    assert len(histogram_bins(np.ones(5))) == 61  # all equal
 
 
 @pytest.mark.parametrize("values", [[2.0], [2.0, math.nan, 1.0], [math.nan]])  # one step, a gap, nothing

@@ -38,6 +38,7 @@ def test_the_command_on_a_grey_encoder_and_grey_digits(tmp_path, capsys):
     assert {p.name for p in folder.iterdir()} == {
         "metrics.json",
         "report.md",
+        "report.html",
         "outcomes.safetensors",
         "confusion.png",
     }

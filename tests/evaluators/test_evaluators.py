@@ -6,6 +6,7 @@ import ast
 import math
 import subprocess
 import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,11 @@ from pysupcon.evaluators import (
     ProbeConfig,
     ProjectionConfig,
     build_evaluators,
+    describe,
+    headline_of,
     project,
     unit_of,
+    usable_k,
     with_intervals,
 )
 from pysupcon.evaluators.bootstrap import bootstrap_means, percentile_interval
@@ -54,7 +58,7 @@ def dense_knn(train: FeatureSet, test: FeatureSet, labels: torch.Tensor, k: int,
 @pytest.mark.parametrize("temperature", [0.02, 0.07, 1.0])
 def test_knn_equals_the_dense_definition(chunk_bytes, temperature):
     data = splits(distance=0.7)
-    config = KNNConfig(k=[1, 5, 20, 200], temperature=temperature, chunk_bytes=chunk_bytes)
+    config = KNNConfig(k=[1, 5, 20, len(data.train) // 2], temperature=temperature, chunk_bytes=chunk_bytes)
     results = dict(KNN(config)(data))
     for level in ("fine", "coarse"):
         for k in config.k:
@@ -78,11 +82,44 @@ def test_knn_equals_scikit_learn(k):
     )
 
 
-def test_knn_beyond_the_training_set_takes_all_of_it():
+def test_knn_leaves_out_numbers_above_half_of_the_training_set():
     data = splits(distance=0.7, train=24)
-    found = numbers(KNN(KNNConfig(k=[24, 25, 10_000]))(data))
-    for level in ("fine", "coarse"):
-        assert len({found[f"knn/k={k}/{level}/accuracy"] for k in (24, 25, 10_000)}) == 1
+    found = numbers(KNN(KNNConfig(k=[200, 13, 12, 1, 12]))(data))
+    assert list(found) == [f"knn/k={k}/{level}/accuracy" for level in ("fine", "coarse") for k in (1, 12)]
+    assert usable_k([200, 13, 12, 1, 12], 24) == [1, 12]
+    assert not numbers(KNN(KNNConfig(k=[13]))(data))
+
+
+def test_labels_of_one_level_are_evaluated_once():
+    two = splits(distance=0.7)
+    # The same classes under two numberings are one level, too.
+    one = FeatureSplits(*(FeatureSet(s.features, 7 - s.fine, s.fine) for _, s in two.items()))
+    assert (two.levels, one.levels) == (("fine", "coarse"), ("fine",))
+    config = EvaluationConfig(progress=False)
+    for evaluator in build_evaluators(config):
+        once, twice = numbers(evaluator(one)), numbers(evaluator(two))
+        left_out = {name for name in twice if name not in once}
+        assert left_out
+        for name, value in once.items():
+            if "/fine/" in name:
+                assert value == twice[name], name
+        gone = "fine" if evaluator.name == "geometry" else "coarse"
+        assert all(gone in name for name in left_out)
+
+
+def test_the_headline_of_every_evaluator_is_among_its_results():
+    data = splits(distance=0.7)
+    config = EvaluationConfig(evaluators=[*EvaluationConfig().evaluators, "worst_group"], progress=False)
+    for evaluator in build_evaluators(config):
+        names = list(numbers(evaluator(data)))
+        chosen = headline_of(names, [evaluator])
+        patterns = [f"{evaluator.name}/{pattern}" for pattern in evaluator.headline]
+        assert all(any(fnmatchcase(name, pattern) for name in chosen) for pattern in patterns)
+        assert len(chosen) <= 8
+        assert all(describe(name)[1] for name in names), [name for name in names if not describe(name)[1]]
+    assert headline_of(["knn/k=3/fine/accuracy", "knn/k=5/fine/accuracy"], [KNN()]) == [
+        "knn/k=3/fine/accuracy"
+    ]
 
 
 def test_near_neighbours_outvote_many_distant_ones_by_temperature():

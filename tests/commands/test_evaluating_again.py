@@ -1,0 +1,144 @@
+"""Another evaluation of a run: what is kept of the earlier one, replaced, or put aside."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pysupcon.__main__ import main
+from pysupcon.config import parse_args
+from pysupcon.evaluation.evaluate import evaluate_run
+from pysupcon.evaluators import BootstrapConfig, EvaluationConfig, KNNConfig, ProjectionConfig
+from pysupcon.reports.report import Report
+from pysupcon.trainer.loop import train
+
+BOTH = EvaluationConfig(
+    evaluators=["knn", "geometry"],
+    knn=KNNConfig(k=[1, 5]),
+    projection=ProjectionConfig(method="pca"),
+    bootstrap=BootstrapConfig(resamples=50),
+    progress=False,
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    arguments = (
+        "--data.dataset digits --data.augmentation none --data.batch_size 128 --trainer.threads 1 "
+        "--evaluate false --trainer.cpu true --model.width 4 --trainer.epochs 1 --trainer.best_by null"
+    )
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    train(parse_args([*arguments.split(), "--output_dir", str(folder)])[0])
+    evaluate_run(folder, BOTH)
+    return folder
+
+
+@pytest.fixture
+def run_dir(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def stored(run_dir: Path, folder: str = "evaluation") -> Report:
+    return Report.from_json((run_dir / folder / "metrics.json").read_text())
+
+
+def test_results_of_other_evaluators_are_kept(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, outcomes = stored(run_dir), load_file(run_dir / "evaluation/outcomes.safetensors")
+    arguments = "--evaluators knn --knn.k 5 --knn.temperature 0.5 --projection.method pca --progress false"
+    assert main(["evaluate", str(run_dir), *arguments.split(), "--bootstrap.resamples", "50"]) == 0
+    after = stored(run_dir)
+    geometry = {name: value for name, value in before.metrics.items() if name.startswith("geometry/")}
+    assert len(geometry) > 5
+    assert {name: after.metrics[name] for name in geometry} == geometry
+    # What runs again replaces all that it gave before.
+    assert set(after.metrics) - set(geometry) == {"knn/k=5/fine/accuracy", "knn/k=5/coarse/accuracy"}
+    assert after.metadata["arguments"]["knn"]["temperature"] == 0.5
+    assert after.metadata["kept"]["geometry"]["arguments"] == before.metadata["arguments"]["geometry"]
+    assert after.metadata["kept"]["geometry"]["versions"] == before.metadata["versions"]
+    printed = capsys.readouterr().out
+    assert "note: kept from an earlier evaluation of these weights: geometry" in printed
+    assert "kept from an earlier" in (run_dir / "evaluation/report.md").read_text()
+    assert next(iter(after.metrics)) == sorted(before.metrics)[0]
+    # Then the other way round: the outcomes of k-NN stay, with the picture that shows them.
+    kept = load_file(run_dir / "evaluation/outcomes.safetensors")
+    again = evaluate_run(run_dir, replace(BOTH, evaluators=["geometry"]))
+    assert set(again.metrics) == set(after.metrics)
+    final = load_file(run_dir / "evaluation/outcomes.safetensors")
+    assert set(final) == set(kept) < set(outcomes)
+    assert all(torch.equal(final[name], kept[name]) for name in kept)
+    assert (run_dir / "evaluation/confusion_fine.png").exists()
+    assert again.metadata["kept"]["knn"]["arguments"]["temperature"] == 0.5
+    assert not list(run_dir.glob("evaluation-*"))
+
+
+def test_kept_metrics_get_the_intervals_of_the_new_report(run_dir: Path) -> None:
+    before = stored(run_dir).metrics["knn/k=1/fine/accuracy"]
+    narrow = replace(BOTH, evaluators=["geometry"], bootstrap=BootstrapConfig(resamples=50, confidence=0.5))
+    after = evaluate_run(run_dir, narrow).metrics["knn/k=1/fine/accuracy"]
+    assert after.value == before.value
+    assert None not in (before.low, before.high, after.low, after.high)
+    assert before.low < after.low <= after.high < before.high  # type: ignore[operator]
+
+
+def test_results_of_other_weights_are_put_aside(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (run_dir / "evaluation/metrics.json").read_bytes()
+    weights = load_file(run_dir / "model.safetensors")
+    save_file({name: 1.5 * value if value.is_floating_point() else value for name, value in weights.items()},
+              run_dir / "model.safetensors")  # fmt: skip
+    report = evaluate_run(run_dir, replace(BOTH, evaluators=["geometry"]))
+    assert all(name.startswith("geometry/") for name in report.metrics)
+    assert (run_dir / "evaluation-1/metrics.json").read_bytes() == before
+    assert any("is in evaluation-1" in note for note in report.notes)
+    assert "kept" not in report.metadata
+    # The new one is of these weights: it is merged, and nothing is put aside.
+    assert set(evaluate_run(run_dir, replace(BOTH, evaluators=["knn"])).metrics) > set(report.metrics)
+    assert not (run_dir / "evaluation-2").exists()
+
+
+@pytest.mark.parametrize("damage", ["metrics", "outcomes", "missing outcomes"])
+def test_a_damaged_evaluation_is_put_aside(run_dir: Path, damage: str) -> None:
+    folder = run_dir / "evaluation"
+    if damage == "metrics":
+        (folder / "metrics.json").write_text("{}")
+    elif damage == "outcomes":  # as after a kill between the renames of the files
+        outcomes = load_file(folder / "outcomes.safetensors")
+        save_file(
+            {name: values.flip(0) for name, values in outcomes.items()}, folder / "outcomes.safetensors"
+        )
+    else:
+        (folder / "outcomes.safetensors").unlink()
+    report = evaluate_run(run_dir, replace(BOTH, evaluators=["geometry"]))
+    assert all(name.startswith("geometry/") for name in report.metrics)
+    assert (run_dir / "evaluation-1/report.md").exists()
+    assert stored(run_dir).metrics == report.metrics
+
+
+def test_an_evaluation_that_was_killed_before_its_end_is_overwritten(run_dir: Path) -> None:
+    (run_dir / "evaluation/metrics.json").unlink()
+    report = evaluate_run(run_dir, replace(BOTH, evaluators=["geometry"]))
+    assert all(name.startswith("geometry/") for name in report.metrics)
+    assert not list(run_dir.glob("evaluation-*"))
+
+
+def test_no_pictures(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pictures of the earlier evaluation are gone, and matplotlib is not needed."""
+    import sys
+
+    assert (run_dir / "evaluation/embedding.png").exists()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    report = evaluate_run(run_dir, replace(BOTH, pictures=False))
+    assert not list((run_dir / "evaluation").glob("*.png"))
+    assert report.pictures == []
+    assert "<img" not in (run_dir / "evaluation/report.html").read_text()
+
+
+def test_left_out_neighbours_are_named(run_dir: Path) -> None:
+    config = replace(BOTH, evaluators=["knn"], knn=KNNConfig(k=[1, 700, 5000]))
+    report = evaluate_run(run_dir, config)
+    assert "knn: k = 700, 5000 left out: above half of the 1295 training samples" in report.notes
+    assert {name.split("/")[1] for name in report.metrics if name.startswith("knn/")} == {"k=1"}
