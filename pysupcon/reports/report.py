@@ -170,7 +170,7 @@ class Report:
         return "metric", "value", f"{100 * self.confidence:g} % interval", "unit", "meaning"
 
     def to_json(self) -> str:
-        """Return the report as JSON, sorted by name, with numbers in full precision."""
+        """Return the report as JSON, the metrics in their order, with numbers in full precision."""
         metrics = {}
         for name, metric in self.metrics.items():
             entry: dict[str, Any] = {"value": metric.value, "unit": metric.unit}
@@ -190,7 +190,7 @@ class Report:
             "notes": self.notes,
             "headline": self.headline,
         }
-        return json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
+        return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Report:
