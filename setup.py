@@ -25,7 +25,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).resolve().with_name("csrc")))
@@ -290,7 +290,17 @@ SOURCES = [path for path in sorted((ROOT / "csrc").rglob("*")) if path.is_file()
 
 EXTENSION = Extension("pysupcon._C", sources=[], depends=[str(path.relative_to(ROOT)) for path in SOURCES])
 
+# The wheel holds the example configs as pysupcon/configs, so that `--config NAME` finds them.
+CONFIGS = [ROOT / "configs", *sorted(path for path in (ROOT / "configs").rglob("*") if path.is_dir())]
+CONFIG_PACKAGES = [".".join(("pysupcon", *path.relative_to(ROOT).parts)) for path in CONFIGS]
+
 requested = os.environ.get("PYSUPCON_EXTENSION", "1")
 if requested not in ("0", "1"):
     fail(f"PYSUPCON_EXTENSION must be 0, 1 or unset, got {requested!r}")
-setup(ext_modules=[EXTENSION] if requested == "1" else [], cmdclass={"build_ext": NinjaBuildExt})
+setup(
+    packages=[*find_packages(include=["pysupcon*"]), *CONFIG_PACKAGES],
+    package_dir={"pysupcon.configs": "configs"},
+    package_data={"pysupcon": ["py.typed"], **{name: ["*.yaml"] for name in CONFIG_PACKAGES}},
+    ext_modules=[EXTENSION] if requested == "1" else [],
+    cmdclass={"build_ext": NinjaBuildExt},
+)

@@ -16,7 +16,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from pysupcon import user_code
+from pysupcon import named_configs, user_code
 from pysupcon.caller import warn_caller
 from pysupcon.data.config import DataConfig
 from pysupcon.errors import ConfigError, check_all
@@ -276,7 +276,7 @@ class Config:
 
 
 def parse_args(args: Sequence[str] | None = None, program: str = "train.py") -> tuple[Config, str]:
-    """Read the command line: ``--config FILE.yaml`` (see :func:`compose`) and ``--FIELD VALUE`` overrides.
+    """Read the command line: ``--config FILE_OR_NAME`` (see :func:`compose`) and ``--FIELD VALUE``.
 
     Args:
         args: the arguments; None means ``sys.argv[1:]``. ``--help`` and ``--print_config`` print and exit.
@@ -304,7 +304,8 @@ def config_of(source: Config | Mapping[str, Any] | str | Path | None, fields: Ma
     """Build a config in Python.
 
     Args:
-        source: a config, a mapping of its fields, a YAML file, or None for the defaults.
+        source: a config, a mapping of its fields, a YAML file or the name of an example config (see
+            :mod:`pysupcon.named_configs`), or None for the defaults.
         fields: fields that override those of ``source``: sections, e.g. ``{"trainer": {"epochs": 3}}``, or
             single fields, e.g. ``{"trainer.epochs": 3}``.
 
@@ -351,25 +352,30 @@ def compose(path: str | Path) -> dict[str, Any]:
 
     A file extends others with ``config: FILE`` or ``config: [FILE, FILE]``, with paths relative to the file.
     The extended files are merged in order, then the file's own fields. Sections are merged recursively; for
-    other fields the last value wins. Extended files may extend files in turn.
+    other fields the last value wins. Extended files may extend files in turn. Instead of a file, a name of
+    :mod:`pysupcon.named_configs` may be given.
 
     Raises:
         ConfigError: a file is missing, is not YAML, is not a mapping, or extends itself; the message names
             it.
     """
-    return _compose(Path(path), ())
+    return _compose(path, Path(), ())
 
 
-def _compose(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
+def _compose(given: str | Path, beside: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
     from jsonargparse import get_loader
 
+    named_by = f" (named by {extending[-1]})" if extending else ""
+    try:
+        path = named_configs.find(given, beside)
+    except ValueError as error:
+        raise ConfigError(f"{beside / given}{named_by} cannot be read: {error}") from None
     resolved = Path(os.path.realpath(path))  # unlike Path.resolve, it accepts a loop of links
     if resolved in extending:
         raise ConfigError(f"{path}: config must not lead back to the file itself")
     try:
         own = parse_yaml(path.read_text(encoding="utf-8"), get_loader("yaml"))
     except (OSError, ValueError) as error:
-        named_by = f" (named by {extending[-1]})" if extending else ""
         raise ConfigError(f"{path}{named_by} cannot be read as YAML: {one_line(error)}") from error
     own = {} if own is None else own
     if not isinstance(own, dict):
@@ -381,7 +387,7 @@ def _compose(path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"{path}: config must be a file or a list of files, got {named!r}")
     fields: dict[str, Any] = {}
     for name in named:
-        _merge(fields, _compose(path.parent / name, (*extending, resolved)))
+        _merge(fields, _compose(name, path.parent, (*extending, resolved)))
     _merge(fields, own)
     return fields
 
@@ -514,7 +520,8 @@ def _parser() -> Any:
 
     parser.add_argument(
         "--config", action=ComposedFile,
-        help="YAML file with any of the fields below. Its field config names the files that it extends.",
+        help="YAML file with any of the fields below, or the name of an example config, such as "
+        "mnist_coarse_spread. Its field config names the files that it extends.",
     )  # fmt: skip
     parser.add_class_arguments(Config)
     return parser

@@ -74,7 +74,8 @@ def run(
     :func:`pysupcon.trainer.run.load_run` or :func:`pysupcon.evaluation.evaluate.evaluate_run`.
 
     Args:
-        config: a config, a mapping of its fields, or a YAML file; None means the defaults.
+        config: a config, a mapping of its fields, a YAML file, or the name of an example config, such as
+            mnist_coarse_spread; None means the defaults.
         dataset: a map-style dataset of (image, label), (image, coarse, fine) or dicts, or a mapping of train,
             val and test to such datasets; see :mod:`pysupcon.data.own`. It replaces ``data.dataset``. A str
             is the value of that field.

@@ -63,9 +63,16 @@ def test_sdist_builds_a_pure_wheel_that_works_without_a_compiler(tmp_path):
         "assert loss.isfinite() and not pysupcon.backends()['cpu']['available']\n"
         "print(pysupcon.__version__, pysupcon.__file__)"
     )
+    for file in (tree / "configs").rglob("*.yaml"):
+        assert (installed / "pysupcon" / file.relative_to(tree)).read_bytes() == file.read_bytes()
     version, path = run(code, installed, PYTHONPATH=str(installed)).split(maxsplit=1)
     assert Path(path).is_relative_to(installed)
     assert info.name == f"pysupcon-{version}.dist-info"
+    started = subprocess.run(
+        [sys.executable, "-m", "pysupcon.train", "--config", "digits_smoke", "--trainer.dry_run", "true"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(installed)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert started.returncode == 0, started.stderr
 
 
 @pytest.mark.slow
