@@ -17,6 +17,16 @@ void pysupcon::raise_pending_signal() {
   throw error;
 }
 
+#ifdef __ELF__
+// pysupcon/pairs/extension.py reads this note without loading the library.
+asm(".pushsection .note.pysupcon,\"a\",@note\n"
+    ".balign 4\n.long 2f-1f\n.long 4f-3f\n.long 1\n"
+    "1: .asciz \"pysupcon\"\n2: .balign 4\n"
+    "3: .asciz \"pysupcon:torch=" PYSUPCON_TORCH_VERSION
+    "\"\n4: .balign 4\n"
+    ".popsection");
+#endif
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Properties of pysupcon's build; the operators themselves are torch.ops.pysupcon.*";
   m.attr("torch_version") = PYSUPCON_TORCH_VERSION;

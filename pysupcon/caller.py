@@ -19,6 +19,10 @@ def warn_caller(message: str) -> None:
     If there is none (``python -m pysupcon``), it shows the outermost line.
     """
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_SKIPPED):
-        frame, level = frame.f_back, level + 1
+    while frame.f_back is not None:
+        file = frame.f_code.co_filename
+        importing = "importlib" in file and "_bootstrap" in file  # frames that stacklevel does not count
+        if not importing and not file.startswith(_SKIPPED):
+            break
+        frame, level = frame.f_back, level + (not importing)
     warnings.warn(message, stacklevel=level)

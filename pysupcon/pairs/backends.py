@@ -17,6 +17,12 @@ from pysupcon.pairs.checks import BACKENDS, check_choice
 __all__ = ["backends", "check_kernels", "resolve_backend"]
 
 _warned: set[str] = set()
+if ops.broken:  # now, because a loss that is compiled by torch.compile cannot warn
+    warn_caller(
+        f"pysupcon: {ops.compiled_backends()['cpu']['detail']}. Until then the losses use the slower "
+        "backend='tiled' (pure PyTorch)"
+    )
+    _warned.update(("cpu", "cuda"))
 
 
 def backends(*, check: bool = False) -> dict[str, dict[str, Any]]:

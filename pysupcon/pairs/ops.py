@@ -1,6 +1,7 @@
 """The compiled operators ``torch.ops.pysupcon``: contracts, fakes for tracing, and what this build supports.
 
-This is the only module that imports the compiled extension ``_C``. It has no autograd.
+This is the only module that uses the compiled extension ``_C``, which :mod:`pysupcon.pairs.extension` loads.
+It has no autograd.
 :mod:`pysupcon.pairs.tiled` has functions of the same names and signatures in pure PyTorch.
 
 Symbols (similarity ``s_ij = scale * x_i . c_j``, ``scale = 1 / temperature``)
@@ -70,29 +71,19 @@ All results are bitwise reproducible for the same inputs, device and build, for 
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pysupcon.pairs import extension
+
 NO_FLOAT64 = ("mps",)
 """Device types without float64."""
 
-_problem: str | None = None  # why the extension cannot be used; None if it can
-try:
-    _C = importlib.import_module("pysupcon._C")
-except ImportError as error:
-    _problem = (
-        f"the compiled extension pysupcon._C could not be imported ({error}); "
-        "build it with `pip install --no-build-isolation .` in the source tree"
-    )
-else:
-    if _C.torch_version != torch.__version__:
-        _problem = (
-            f"the compiled extension was built against torch {_C.torch_version}, but this is torch "
-            f"{torch.__version__}; build it again with `pip install --no-build-isolation .`"
-        )
+_C: Any
+_problem: str | None  # why the extension cannot be used; None if it can
+_C, _problem, broken = extension.load()
 
 
 def stats_dtype(x: Tensor) -> torch.dtype:
