@@ -27,7 +27,7 @@ $(PACKAGES): constraints.txt pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt torch setuptools wheel pybind11 ninja
 	touch $@
 
-$(EXTENSION): $(PACKAGES) setup.py csrc/find_cuda.py $(SOURCES)
+$(EXTENSION): $(PACKAGES) setup.py $(wildcard csrc/*.py) $(SOURCES)
 	$(BIN)/python setup.py -q build_ext --inplace
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-build-isolation -c constraints.txt -e '.[train,dev]'
 	touch $@

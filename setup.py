@@ -12,6 +12,7 @@ Environment
     CXX, NVCC, MAX_JOBS      C++ compiler, CUDA compiler and the number of parallel jobs
 """
 
+import atexit
 import os
 import platform
 import re
@@ -29,13 +30,12 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).resolve().with_name("csrc")))
+from cuda_archs import choose_archs, gencode, known_archs
 from find_cuda import Toolkit, find_cuda
+from host_compiler import check_compiler, clang_version, mangling_flags
 
 ROOT = Path(__file__).resolve().parent
 NO_ISOLATION = "pip install --no-build-isolation ."
-ALL_CUDA_ARCHS = ["80", "86", "89", "90a", "100", "120"]
-DEFAULT_CUDA_ARCHS = ["80", "90"]
-OLDEST_CUDA_ARCH = 80
 
 # CPU instruction sets: name -> flags. "generic" is the compiler's baseline (SSE2 on x86-64, NEON on
 # aarch64).
@@ -92,61 +92,27 @@ def find_toolkit() -> tuple[Toolkit | None, str]:
     return toolkit, detail if toolkit else f"at build time, {detail}"
 
 
-def cuda_archs(nvcc: str) -> list[str]:
-    text = os.environ.get("PYSUPCON_CUDA_ARCHS", "")
-    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
-    if not text:
-        return DEFAULT_CUDA_ARCHS
-    if text == "all":
-        return [a for a in ALL_CUDA_ARCHS if f"compute_{a.rstrip('a')}" in known]
-    archs = []
-    for word in re.split(r"[;,\s]+", text.strip(";, \t\n")):
-        if word == "native":
-            archs += native_archs()
-            continue
-        match = re.fullmatch(r"(?:sm_|compute_)?(\d+)\.?(\d[af]?)(?:\+PTX)?", word)
-        if match is None:
-            fail(f"PYSUPCON_CUDA_ARCHS: {word!r} is not an architecture such as 90, 9.0, sm_90 or native")
-        archs.append(match[1] + match[2])
-    archs = list(dict.fromkeys(archs))
-    for arch in archs:
-        if int(arch.rstrip("af")) < OLDEST_CUDA_ARCH:
-            fail(f"PYSUPCON_CUDA_ARCHS: the oldest supported is {OLDEST_CUDA_ARCH}, got {arch!r}")
-        if f"compute_{arch.rstrip('af')}" not in known:
-            fail(f"PYSUPCON_CUDA_ARCHS: {nvcc} does not support {arch!r}, only {' '.join(known.split())}")
-    return archs
-
-
-def native_archs() -> list[str]:
-    """Architectures of this machine's GPUs, from nvidia-smi."""
-    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        fail("PYSUPCON_CUDA_ARCHS=native needs nvidia-smi and a GPU, but nvidia-smi failed")
-    return [line.strip().replace(".", "") for line in done.stdout.splitlines() if line.strip()]
-
-
-def require_compiler(cxx: str) -> None:
-    """Stops before compiling if the C++ compiler is missing or cannot compile C++20."""
-    advice = "set CXX to a C++20 compiler, or PYSUPCON_EXTENSION=0 to install without the compiled kernels"
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "probe.cpp"
-        source.write_text("#include <concepts>\nint main() { return std::integral<int> ? 0 : 1; }\n")
-        command = [*shlex.split(cxx), "-std=c++20", "-fopenmp", str(source), "-o", str(source) + ".out"]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True)
-        except OSError:
-            fail(f"the C++ compiler {cxx!r} was not found: {advice}")
-    if done.returncode:
-        fail(f"the C++ compiler {cxx!r} does not compile C++20 with OpenMP: {advice}\n{done.stderr}")
+def read_only() -> bool:
+    """Whether the checkout cannot hold the folder build/."""
+    return not os.access(ROOT / "build" if (ROOT / "build").exists() else ROOT, os.W_OK)
 
 
 def build_folder() -> Path:
     """build/ of the checkout, or the user's cache folder if the checkout is read-only."""
-    if os.access(ROOT / "build" if (ROOT / "build").exists() else ROOT, os.W_OK):
-        return ROOT / "build"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pysupcon"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "pysupcon" if read_only() else ROOT / "build"
+
+
+def options_of_setuptools() -> dict[str, dict[str, str]]:
+    """A temporary folder for the files of a wheel if the checkout is read-only.
+
+    The cache folder would not do: setuptools would pack what an earlier build of another version left there.
+    """
+    if not read_only():
+        return {}
+    folder = tempfile.mkdtemp(prefix="pysupcon-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return {"build": {"build_base": folder}, "egg_info": {"egg_base": folder}}
 
 
 def escape(path: object) -> str:
@@ -159,11 +125,10 @@ def quote(words: list[str]) -> str:
     return shlex.join(words).replace("$", "$$")
 
 
-def gencode(archs: list[str]) -> list[str]:
-    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-    # PTX of a target with a suffix ("90a") runs on that architecture only; newer ones need the plain form.
-    newest = max(int(a.rstrip("af")) for a in archs)
-    return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+def variant(torch_version: str, archs: list[str]) -> str:
+    """Name of the folder of a build: each Python, torch and choice of architectures has its own."""
+    device = "-cuda" + "-".join(archs) if archs else "-cpu"
+    return f"ninja-{sys.implementation.cache_tag}-torch{torch_version}{device}"
 
 
 class NinjaFile:
@@ -216,12 +181,14 @@ class NinjaBuildExt(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         toolkit, cuda_detail = find_toolkit()
-        archs = cuda_archs(toolkit.nvcc) if toolkit else []
-        tag = f"{sys.implementation.cache_tag}-torch{torch.__version__}"
-        tag += "-cuda" + "-".join(archs) if toolkit else "-cpu"
-        ninja = NinjaFile(build_folder() / f"ninja-{tag}")
         cxx = os.environ.get("CXX", "g++")
-        require_compiler(cxx)
+        try:
+            requested = os.environ.get("PYSUPCON_CUDA_ARCHS", "")
+            archs = choose_archs(requested, known_archs(toolkit.nvcc)) if toolkit else []
+            check_compiler(cxx)
+        except ValueError as error:
+            fail(str(error))
+        ninja = NinjaFile(build_folder() / variant(torch.__version__, archs))
         ninja.rule("cxx", f"{cxx} -MMD -MF $out.d $flags -c $in -o $out", "c++ $out")
         ninja.rule("link", f"{cxx} -shared $in $flags -o $out", "link $out", depfile=False)
 
@@ -247,6 +214,7 @@ class NinjaBuildExt(build_ext):
         includes = [*cpp_extension.include_paths(), pybind_include, sysconfig.get_paths()["include"]]
         glue = [*base, "-std=c++20", "-fopenmp", "-Wno-unused-parameter", f"-I{ROOT / 'csrc'}"]
         glue += [f"-isystem{path}" for path in includes]
+        glue += mangling_flags(clang_version(cxx), torch.__config__.show())
         glue += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
         facts = {"TORCH_VERSION": torch.__version__, "CUDA_DETAIL": cuda_detail, "COMPILER": Path(cxx).name}
         facts["CUDA_CODE"] = " ".join(re.findall(r",code=(\w+)", " ".join(gencode(archs)))) if toolkit else ""
@@ -303,4 +271,5 @@ setup(
     package_data={"pysupcon": ["py.typed"], **{name: ["*.yaml"] for name in CONFIG_PACKAGES}},
     ext_modules=[EXTENSION] if requested == "1" else [],
     cmdclass={"build_ext": NinjaBuildExt},
+    options=options_of_setuptools(),
 )
