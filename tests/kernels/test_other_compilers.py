@@ -53,7 +53,7 @@ def compare(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> No
         np.testing.assert_allclose(found[name], numbers, rtol=0, atol=tolerance, err_msg=name)
 
 
-@pytest.mark.parametrize("compiler", ["g++-11", "g++-13", "clang++"])
+@pytest.mark.parametrize("compiler", ["g++-11", "g++-13", *(f"clang++-{n}" for n in (14, 15, 16, 19))])
 def test_another_compiler(tmp_path: Path, expected: dict[str, np.ndarray], compiler: str) -> None:
     if shutil.which(compiler) is None:
         pytest.skip(f"needs {compiler}")
