@@ -93,6 +93,7 @@ def check_all(*checks: Callable[[], object]) -> None:
 TRAIN_PACKAGES = frozenset(
     (
         "accelerate",
+        "jinja2",
         "jsonargparse",
         "matplotlib",
         "yaml",
