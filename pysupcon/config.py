@@ -3,7 +3,6 @@ and the command line."""
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import sys
@@ -22,7 +21,15 @@ from pysupcon.data.config import DataConfig
 from pysupcon.errors import ConfigError, check_all
 from pysupcon.evaluators import EvaluationConfig
 from pysupcon.models.config import ModelConfig
-from pysupcon.reading import check_yaml, join_lists, list_options, one_line, parse_yaml, read_yaml
+from pysupcon.reading import (
+    check_yaml,
+    did_you_mean,
+    join_lists,
+    list_options,
+    one_line,
+    parse_yaml,
+    read_yaml,
+)
 from pysupcon.trainer.config import GROUP_ACCURACIES, NEEDS_VIEWS, LossConfig, OptimizerConfig, TrainerConfig
 
 
@@ -506,6 +513,7 @@ def _parser() -> Any:
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
+        allow_abbrev=False,
         prog="train.py", exit_on_error=False,
         description="Train a representation with a contrastive loss. --config FILE.yaml sets the fields; "
         "later arguments override the file, e.g. --loss.temperature 0.1.",
@@ -538,25 +546,11 @@ def _instantiate(parser: Any, parse: Any) -> tuple[Config, Any]:
     except ConfigError:
         raise
     except (argparse.ArgumentError, TypeError, KeyError, yaml.YAMLError) as error:
-        raise ConfigError(_with_suggestion(_one_line(error), parser)) from error
+        raise ConfigError(did_you_mean(_one_line(error), parser)) from error
     except ValueError as error:  # only the evaluators raise ValueError
         raise ConfigError(f"evaluation: {_one_line(error)}") from error
     config.resolve()
     return config, parsed
-
-
-def _with_suggestion(text: str, parser: Any) -> str:
-    """Add the most similar field to the message about an unknown one."""
-    match = re.search(
-        r"unrecognized arguments: --([\w.]+)"
-        r"|Group '([\w.]+)' does not accept option '([\w.]+)'|Option '([\w.]+)' is not accepted",
-        text,
-    )
-    if match is None:
-        return text
-    name, names = ".".join(filter(None, match.groups())), [action.dest for action in parser._actions]
-    similar = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
-    return f"{text}; did you mean {similar[0]}?" if similar else text
 
 
 def _one_line(error: Exception) -> str:

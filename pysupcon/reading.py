@@ -6,8 +6,11 @@ nested values exceed Python's recursion limit, and a pipe blocks its reader.
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import json
 import os
+import re
 import stat
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import is_dataclass
@@ -229,3 +232,23 @@ def list_options(kind: type, prefix: str = "--") -> set[str]:
 
 def _bracketed(value: str) -> str:
     return value if value.lstrip()[:1] in ("[", "{") or not value.strip() else f"[{value}]"
+
+
+def did_you_mean(text: str, parser: argparse.ArgumentParser) -> str:
+    """Add the most similar option to a parser's message about an unknown one.
+
+    Args:
+        text: the message.
+        parser: the parser, of argparse or jsonargparse.
+    """
+    match = re.search(
+        r"unrecognized arguments: .*?--([\w.-]+)"
+        r"|Group '([\w.]+)' does not accept option '([\w.]+)'|Option '([\w.]+)' is not accepted",
+        text,
+    )
+    if match is None:
+        return text
+    name = ".".join(filter(None, match.groups()))
+    names = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
+    similar = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
+    return f"{text}; did you mean {similar[0]}?" if similar else text

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pysupcon import functional
-from pysupcon.commands import program
+from pysupcon.commands import config_parser, program
 from pysupcon.reading import join_lists, list_options
 
 JSON_FILE = "circle.json"
@@ -184,10 +184,7 @@ def draw(path: Path, circles: Sequence[Circle], config: CircleConfig) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Print a table and write circle.json and circle.png; return the exit status."""
-    import jsonargparse
-
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(
+    parser = config_parser(
         prog=f"{program()} circle",
         description="Minimise L_spread over points on a circle and show how class spread depends on alpha "
         "and temperature.",

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pysupcon.commands import program
+from pysupcon.commands import plain_parser, program
 from pysupcon.errors import RunError
 from pysupcon.evaluators import BootstrapConfig, bind_metric, unit_of
 from pysupcon.evaluators.bootstrap import bootstrap_values, percentile_interval
@@ -318,9 +318,8 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
 
 def main(arguments: Sequence[str]) -> int:
     """Print the tables and write them to files; return the exit status."""
-    import argparse
 
-    parser = argparse.ArgumentParser(
+    parser = plain_parser(
         prog=f"{program()} compare",
         description="Compare evaluated runs: differences with paired bootstrap intervals, means over seeds.",
     )

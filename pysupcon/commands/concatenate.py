@@ -8,14 +8,13 @@ runs. Its embedding is a :class:`pysupcon.models.concatenation.Concatenation` of
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pysupcon.commands import program
+from pysupcon.commands import plain_parser, program
 from pysupcon.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
@@ -103,7 +102,7 @@ def _weights(run: Run) -> dict[str, Tensor]:
 
 def main(arguments: Sequence[str]) -> int:
     """Write the run; return the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = plain_parser(
         prog=f"{program()} concatenate",
         description="Concatenate the frozen encoders of two runs with the same data. The result is a run "
         "whose embedding consists of both embeddings, each scaled to unit length. The commands evaluate, "

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from pysupcon.commands import program
+from pysupcon.commands import config_parser, program
 from pysupcon.errors import ConfigError, RunError
 from pysupcon.evaluators import EvaluationConfig
 from pysupcon.reading import join_lists, list_options
@@ -32,10 +32,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _parse(arguments: Sequence[str]) -> tuple[Run, EvaluationConfig]:
     """The run, and its evaluation config with the overrides of the command line."""
-    import jsonargparse
-
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(
+    parser = config_parser(
         prog=f"{program()} evaluate",
         usage="%(prog)s RUN [--FIELD VALUE ...]",
         description="Run the evaluators on a finished run and write the results to RUN/evaluation. "

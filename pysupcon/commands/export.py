@@ -7,14 +7,13 @@ the card shows how to load it.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pysupcon.commands import program
+from pysupcon.commands import plain_parser, program
 from pysupcon.errors import ConfigError, RunError
 from pysupcon.reading import read_json
 from pysupcon.reports.report import Markdown, escape, markdown_table
@@ -277,7 +276,7 @@ def _numbers(tensor: Any) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Write the backbone; return the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = plain_parser(
         prog=f"{program()} export",
         description="Write the trained backbone of a run in timm's layout: model.safetensors, config.json "
         "and a model card.",

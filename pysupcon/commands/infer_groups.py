@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pysupcon.commands import program
+from pysupcon.commands import config_parser, program
 from pysupcon.data.datamodule import DataModule
 from pysupcon.data.group_files import Groups, fingerprint, write_groups
 from pysupcon.errors import ConfigError, RunError
@@ -198,10 +198,7 @@ def _identity(run: Run) -> dict[str, Any]:
 
 def main(arguments: Sequence[str]) -> int:
     """Write the groups file and print its table; return the exit status."""
-    import jsonargparse
-
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(
+    parser = config_parser(
         prog=f"{program()} infer-groups",
         description="Infer subgroups of the classes from the embeddings of one or more finished runs, for "
         "training with data.groups.",

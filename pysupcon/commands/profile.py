@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from pysupcon.commands import program
+from pysupcon.commands import plain_parser, program
 from pysupcon.errors import ConfigError
 from pysupcon.pairs.checks import BACKENDS
 from pysupcon.profiling.report import Report, format_report
@@ -40,7 +40,7 @@ RESULT_FILE = "profile.json"
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the command line."""
-    parser = argparse.ArgumentParser(
+    parser = plain_parser(
         prog=f"{program()} profile",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

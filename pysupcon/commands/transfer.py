@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pysupcon.commands import program
+from pysupcon.commands import config_parser, program
 from pysupcon.data.config import DataConfig
 from pysupcon.data.datamodule import DataModule, EvaluationDataset
 from pysupcon.errors import ConfigError, RunError
@@ -192,10 +192,7 @@ def transfer_run(run: Run | str | Path, arguments: TransferArguments) -> Report:
 
 def main(arguments: Sequence[str]) -> int:
     """Print the table of results; return the exit status."""
-    import jsonargparse
-
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(
+    parser = config_parser(
         prog=f"{program()} transfer",
         description="Evaluate a finished run's frozen encoder on another data set and write the results to "
         f"RUN/{FOLDER}/NAME.",
