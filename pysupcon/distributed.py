@@ -74,6 +74,7 @@ process group also has a CPU backend (``init_process_group()`` without a backend
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
@@ -113,6 +114,7 @@ class AllGather:
     ) -> _Communicator | None:
         """Implements :meth:`pysupcon.pairs.global_batch.Gather.begin`."""
         if _world_size(self.group) == 1:
+            _warn_without_group()
             return None
         must_match = {**must_match, "gather": Code.of(self._mode)}
         samples, of_candidates = _exchange_arguments(features, must_match, self.group, candidates)
@@ -318,6 +320,22 @@ def _warn_drift(message: str) -> None:
 def resolve(gather: object) -> AllGather:
     """Returns the object that ``gather=True`` or ``gather="ring"`` of a loss stands for."""
     return Ring() if gather == "ring" else AllGather()
+
+
+def _warn_without_group() -> None:
+    """Warns once if a launcher started several processes, but ``torch.distributed`` is not initialised."""
+    if "no group" in _warned or (dist.is_available() and dist.is_initialized()):
+        return
+    # torchrun sets both; WORLD_SIZE alone is also set by other tools.
+    started = os.environ.get("WORLD_SIZE", "1")
+    if not (started.isdecimal() and int(started) > 1 and "LOCAL_RANK" in os.environ):
+        return
+    _warned.add("no group")
+    warn_caller(
+        f"gather is given and a launcher started {started} processes (WORLD_SIZE), but torch.distributed is "
+        "not initialised: this process contrasts its own rows only; call "
+        "torch.distributed.init_process_group() or create an accelerate.Accelerator before (this warning is shown once)"
+    )
 
 
 def warn_without_gather(name: str) -> None:

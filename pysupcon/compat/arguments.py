@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pysupcon.pairs.checks import describe
+from pysupcon.pairs.checks import describe, describe_no_tensor
 
 __all__ = ["check_tensor", "class_ids", "class_ids_of_both"]
 
 
 def check_tensor(name: str, value: Any, shape: str) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor of shape {shape}, got {describe(value)}")
+        raise TypeError(f"{name} must be a tensor of shape {shape}, got {describe_no_tensor(value)}")
 
 
 def _labels(value: Any, like: Tensor, name: str = "labels") -> Tensor:

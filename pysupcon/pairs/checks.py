@@ -72,6 +72,19 @@ def describe(value: Any, depth: int = 2) -> str:
     return f"{kind} {shorten(repr(value))}"
 
 
+def describe_no_tensor(value: Any) -> str:
+    """Describes what was passed in place of a tensor, and how to convert it."""
+    if type(value).__name__ == "ndarray":
+        return f"{describe(value)}: convert it with torch.from_numpy"
+    if (
+        isinstance(value, (list, tuple))
+        and value
+        and all(isinstance(each, (bool, int, float)) for each in value)
+    ):
+        return f"{describe(value)}: convert it with torch.tensor"
+    return describe(value)
+
+
 def _first_element(values: Any, depth: int) -> str:
     if not values or not depth:
         return ""
@@ -178,7 +191,9 @@ def check_features(name: str, value: Any, like: Tensor | None = None) -> None:
         ValueError: wrong dtype, shape or device.
     """
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a float tensor of shape [N, D] or [B, V, D], got {describe(value)}")
+        raise TypeError(
+            f"{name} must be a float tensor of shape [N, D] or [B, V, D], got {describe_no_tensor(value)}"
+        )
     if value.dtype not in _FLOATS or value.dim() not in (2, 3) or 0 in value.shape[1:]:
         raise ValueError(
             f"{name} must be float64, float32, bfloat16 or float16 of shape [N, D] or [B, V, D] with "
@@ -211,7 +226,7 @@ def check_ids(name: str, value: Any, features: Tensor) -> Tensor:
         return f"{name} must be integers of shape [{axis}]=[{count}] (one per sample)"
 
     if not isinstance(value, Tensor):
-        raise TypeError(f"{contract()}, got {describe(value)}")
+        raise TypeError(f"{contract()}, got {describe_no_tensor(value)}")
     if value.dtype not in _INTEGERS or value.shape != (count,):
         raise ValueError(f"{contract()}, got {describe(value)}")
     if value.device != features.device:
@@ -244,7 +259,7 @@ def check_row_weights(name: str, value: Any, features: Tensor, *, zero: bool) ->
         return f"{name} must be finite floating-point numbers of shape {shape}, {least}"
 
     if not isinstance(value, Tensor):
-        raise TypeError(f"{contract()}, got {describe(value)}")
+        raise TypeError(f"{contract()}, got {describe_no_tensor(value)}")
     if value.requires_grad:
         raise TypeError(f"{name} is not differentiable: pass {name}.detach()")
     per_row = features.dim() == 3 and value.dim() == 2 and value.shape[1] == views
@@ -275,7 +290,7 @@ def check_hard_negatives(value: Any, features: Tensor) -> None:
         return f"hard_negatives must be floating-point of shape [B, K, D]=[{count}, K, {width}]"
 
     if not isinstance(value, Tensor):
-        raise TypeError(f"{contract()}, got {describe(value)}")
+        raise TypeError(f"{contract()}, got {describe_no_tensor(value)}")
     right = value.dim() == 3 and value.shape[0] == count and value.shape[2] == width
     if value.dtype not in _FLOATS or not right:
         raise ValueError(f"{contract()}, got {describe(value)}")
@@ -318,7 +333,7 @@ def check_mask(value: Any, features: Tensor, candidates: Tensor) -> Tensor:
         return f"mask must be bool of shape [{rows}, {columns}] (samples of features x samples of candidates)"
 
     if not isinstance(value, Tensor):
-        raise TypeError(f"{contract()}, got {describe(value)}")
+        raise TypeError(f"{contract()}, got {describe_no_tensor(value)}")
     if value.dtype != torch.bool or value.dim() != 2 or value.shape[0] != rows or value.shape[1] != columns:
         raise ValueError(f"{contract()}, got {describe(value)}")
     if value.device != features.device:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pysupcon.pairs.checks import check_choice, check_ids, check_number, describe
+from pysupcon.pairs.checks import check_choice, check_ids, check_number, describe, describe_no_tensor
 from pysupcon.pairs.modes import is_eager
 from pysupcon.pairs.ops import stats_dtype
 from pysupcon.pairs.slicing import tile_slices
@@ -153,7 +153,7 @@ def _check_label_rows(name: str, value: Any, features: Tensor, width: int | None
         return f"{name} must be bool, or integers that are 0 or 1, of shape [B, C]=[{count}, {classes}]"
 
     if not isinstance(value, Tensor):
-        raise TypeError(f"{contract()}, got {describe(value)}")
+        raise TypeError(f"{contract()}, got {describe_no_tensor(value)}")
     right = value.dim() == 2 and value.shape[0] == count and (width is None or value.shape[1] == width)
     if value.dtype not in _INTEGERS or not right:
         soft = " (weights of labels are not supported)" if value.is_floating_point() else ""
@@ -176,7 +176,7 @@ def _check_levels(name: str, value: Any, features: Tensor, levels: int | None) -
     number = "at least 1" if levels is None else f"{levels}"
     contract = f"{name} must be a list or tuple of integer tensors of shape [B], one per level ({number})"
     if not isinstance(value, (list, tuple)):
-        raise TypeError(f"{contract}, got {describe(value)}")
+        raise TypeError(f"{contract}, got {describe_no_tensor(value)}")
     if not value or (levels is not None and len(value) != levels):
         raise ValueError(f"{contract}, got {describe(value)}")
     return torch.stack(

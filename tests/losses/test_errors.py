@@ -59,7 +59,18 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "labels as a list": (
         lambda: supcon(X, [0, 1, 0, 1]),
         TypeError,
-        "labels must be integers of shape [B]=[4]",
+        "labels must be integers of shape [B]=[4] (one per sample), got list of length 4 (first element: int): "
+        "convert it with torch.tensor",
+    ),
+    "labels as an array": (
+        lambda: supcon(X, Y.numpy()),
+        TypeError,
+        "got ndarray of int64, shape [4]: convert it with torch.from_numpy",
+    ),
+    "features as an array": (
+        lambda: supcon(X.numpy(), Y),
+        TypeError,
+        "got ndarray of float32, shape [4, 2, 3]: convert it with torch.from_numpy",
     ),
     "labels elsewhere": (
         lambda: supcon(X, Y.to("meta")),
