@@ -15,8 +15,10 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 .PHONY: run test test-all lint unit setup cuda-all gpu-check matrix oldest clean
 .DELETE_ON_ERROR:
 
+# Waiting threads sleep: on a machine that others use, too, threads that spin take the processors from one another.
 run: setup
-	$(BIN)/accelerate launch pysupcon/train.py --config $(CONFIG)
+	OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(BIN)/accelerate launch pysupcon/train.py --config $(CONFIG)
+	@echo "to use pysupcon, accelerate and python from here: source $(VENV)/bin/activate"
 
 test: lint unit
 

@@ -334,7 +334,8 @@ def _warn_without_group() -> None:
     warn_caller(
         f"gather is given and a launcher started {started} processes (WORLD_SIZE), but torch.distributed is "
         "not initialised: this process contrasts its own rows only; call "
-        "torch.distributed.init_process_group() or create an accelerate.Accelerator before (this warning is shown once)"
+        "torch.distributed.init_process_group() or create an accelerate.Accelerator before (this warning is "
+        "shown once)"
     )
 
 

@@ -59,8 +59,8 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "labels as a list": (
         lambda: supcon(X, [0, 1, 0, 1]),
         TypeError,
-        "labels must be integers of shape [B]=[4] (one per sample), got list of length 4 (first element: int): "
-        "convert it with torch.tensor",
+        "labels must be integers of shape [B]=[4] (one per sample), got list of length 4 (first element: "
+        "int): convert it with torch.tensor",
     ),
     "labels as an array": (
         lambda: supcon(X, Y.numpy()),
