@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
+
+ZERO_LOSS = "zero"
+"""Name of the fault of :data:`WITHOUT_LOSS`"""
 
 STEPS = 10
 """Successive steps without a loss. A shuffled batch can lack positives by chance, ten in a row do not."""
@@ -47,16 +51,19 @@ class Diagnosis:
         steps_per_epoch: optimizer steps per epoch.
         warmup_epochs: epochs of the warm-up, in which a plateau or a collapse is no fault.
         done: number of finished steps.
+        told: faults that the user has been told of.
     """
 
-    def __init__(self, steps_per_epoch: int, warmup_epochs: float, done: int = 0) -> None:
+    def __init__(
+        self, steps_per_epoch: int, warmup_epochs: float, done: int = 0, told: Iterable[str] = ()
+    ) -> None:
         self._steps_per_epoch, self._warmup_epochs = steps_per_epoch, warmup_epochs
         self._without_loss = 0
         self._complete = done % steps_per_epoch == 0  # whether all steps of the epoch were seen
         self._epoch: list[tuple[float, float]] = []
         self._epochs: list[tuple[float, float]] = []
         self._collapsed = 0
-        self._said: set[str] = set()
+        self._said = set(told)
 
     def add(self, line: dict[str, Any]) -> list[str]:
         """Return the messages that a line of the log gives cause for."""
@@ -66,7 +73,7 @@ class Diagnosis:
     def _find_zero_loss(self, line: dict[str, Any]) -> str | None:
         zero = line.get("valid_anchors", line.get("contrastive", 1.0)) == 0
         self._without_loss = self._without_loss + 1 if zero else 0
-        return self._once("zero", WITHOUT_LOSS, steps=STEPS) if self._without_loss == STEPS else None
+        return self._once(ZERO_LOSS, WITHOUT_LOSS, steps=STEPS) if self._without_loss == STEPS else None
 
     def _find_collapse(self, line: dict[str, Any]) -> str | None:
         positive, negative = line.get("positive_similarity"), line.get("negative_similarity")

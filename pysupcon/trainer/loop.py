@@ -26,6 +26,7 @@ from pysupcon.models.model import memory_format
 from pysupcon.models.momentum import MomentumEncoder
 from pysupcon.profiling.recorder import StepRecorder
 from pysupcon.trainer import checkpoint
+from pysupcon.trainer.batch_notes import batch_notes
 from pysupcon.trainer.dry_run import dry_run
 from pysupcon.trainer.early_stopping import EarlyStopping
 from pysupcon.trainer.environment import apply_environment
@@ -91,6 +92,9 @@ def train(
                 data = load_data(config.data, dataset)
         else:
             data = load_data(config.data, dataset)
+    notes = batch_notes(config, data, processes.num_processes)
+    for line in notes.lines if processes.is_main_process else ():
+        print_line(line)
     if config.trainer.dry_run:
         with TemporaryDirectory() as temporary:
             trainer = Trainer(config, data, Path(temporary), model)
@@ -231,9 +235,11 @@ class Trainer:
         return self.run_dir
 
     def _open_report(self) -> TrainingReport:
+        processes = self.accelerator.num_processes
         return TrainingReport(
             self.config, self.run_dir, done=self.state.done, steps=self.steps, device=self.device,
-            steps_per_epoch=self.steps_per_epoch, processes=self.accelerator.num_processes,
+            steps_per_epoch=self.steps_per_epoch, processes=processes,
+            told=batch_notes(self.config, self.data, processes).told,
         )  # fmt: skip
 
     def _loop(self, report: TrainingReport | None, stop: StopRequests) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class TrainingReport:
         steps_per_epoch: optimizer steps per epoch.
         processes: number of processes.
         device: device of the main process.
+        told: faults that the user has been told of, see :class:`pysupcon.trainer.diagnosis.Diagnosis`.
 
     Raises:
         RunError: a file cannot be written.
@@ -49,6 +51,7 @@ class TrainingReport:
         steps_per_epoch: int,
         processes: int,
         device: torch.device,
+        told: Iterable[str] = (),
     ) -> None:
         self._steps, self._epochs = steps, math.ceil(steps / steps_per_epoch)
         try:
@@ -58,7 +61,7 @@ class TrainingReport:
         except OSError as error:
             raise RunError(f"{run_dir} cannot be written to: {error}") from error
         self._summary = EpochSummary(run_dir / summary.FILE, self._log.earlier, steps_per_epoch)
-        self._diagnosis = Diagnosis(steps_per_epoch, config.optimizer.warmup_epochs, done)
+        self._diagnosis = Diagnosis(steps_per_epoch, config.optimizer.warmup_epochs, done, told)
         self._bar = tqdm(total=steps, initial=done, desc="train", unit="step", disable=None)
         self._printed = time.monotonic()
 
