@@ -258,7 +258,7 @@ class DataModule:
         accumulation_steps: int = 1,
     ) -> ShuffledBatchSampler:  # fmt: skip
         """The batch sampler of ``data.sampler`` over the training split."""
-        config, labels = self.config, self._labels_of(self.training)
+        config, labels = self.config, _one_each(self._labels_of(self.training))
         options: dict[str, Any] = {
             "seed": seed, "steps": steps, "start": start, "rank": rank, "world_size": world_size,
             "accumulation_steps": accumulation_steps,
@@ -284,7 +284,7 @@ class DataModule:
         Raises:
             ConfigError: the split has fewer samples than processes.
         """
-        labels = self._labels("val")
+        labels = _one_each(self._labels("val"))
         size = len(labels) // math.ceil(len(labels) / self.config.batch_size) if len(labels) else 0
         size -= size % world_size
         if size < 1:
@@ -328,6 +328,11 @@ class DataModule:
 
     def _labels_of(self, samples: Samples) -> Tensor:
         return samples.coarse if self.config.labels == "coarse" else samples.fine
+
+
+def _one_each(labels: Tensor) -> Tensor:
+    """One label per sample; of samples with several, which are only shuffled, the first."""
+    return labels if labels.dim() == 1 else labels[:, 0]
 
 
 def _train_subset(labels: Tensor, count: int, seed: int) -> Tensor:

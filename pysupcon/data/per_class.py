@@ -10,22 +10,22 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-__all__ = ["PerClassBatches", "deal_batches", "group_by_label"]
+__all__ = ["PerClassBatches", "as_integers", "deal_batches", "group_by_label"]
 
 
 def group_by_label(labels: Iterable[Any]) -> list[list[int]]:
     """Groups samples by label.
 
     Args:
-        labels: [N], a list, NumPy array, tensor or another iterable of integers, strings or other hashable
-            values. NaN is refused.
+        labels: [N], a list, NumPy array, tensor or another iterable of integers, whole floats, strings or
+            other hashable values.
 
     Returns:
         Indices of the samples of each class. Classes are in the order of their first samples.
 
     Raises:
-        TypeError: ``labels`` is not a one-dimensional collection of hashable values.
-        ValueError: a label is NaN.
+        TypeError: ``labels`` is not a one-dimensional collection of hashable values, or one is None.
+        ValueError: a label is NaN or another float that is no whole number.
     """
     members: dict[Any, list[int]] = {}
     try:
@@ -36,12 +36,56 @@ def group_by_label(labels: Iterable[Any]) -> list[list[int]]:
                 raise TypeError("a label is one value; a dataset of (sample, label) pairs is not its labels")
             members.setdefault(label, []).append(index)
     except (TypeError, ValueError, RuntimeError) as error:
-        shape = getattr(labels, "shape", None)
-        got = type(labels).__name__ if shape is None else f"{type(labels).__name__} of shape {list(shape)}"
-        raise TypeError(f"labels must be one label per sample, in one dimension, got {got}") from error
-    if any(label != label for label in members):
-        raise ValueError("labels must not be NaN: a NaN equals no other label")
+        raise TypeError(
+            f"labels must be one label per sample, in one dimension, got {describe_labels(labels)}"
+        ) from error
+    for label, (first, *_) in members.items():
+        if label is None:
+            raise TypeError(f"labels must be integers or strings, got None at index {first}")
+        if label != label:
+            raise ValueError(f"labels must not be NaN, which equals no other label, got one at index {first}")
+        if isinstance(label, float) and not label.is_integer():
+            raise ValueError(f"labels must be integers or strings, got {label!r} at index {first}")
     return list(members.values())
+
+
+def as_integers(labels: Any) -> Tensor:
+    """Convert labels to int64 [N] on the CPU.
+
+    Args:
+        labels: integers or bools [N]: a tensor, an array or a sequence.
+
+    Raises:
+        TypeError: they are something else, e.g. floats, text or of another shape; the message says what.
+    """
+    found = _as_tensor(labels)
+    if found is not None and found.dim() == 1:
+        kind = found.dtype
+        if found.numel() == 0 or not (kind.is_floating_point or kind.is_complex):
+            return found.to("cpu", torch.int64)
+    raise TypeError(f"labels must be integers [N], one per sample, got {describe_labels(labels)}")
+
+
+def _as_tensor(labels: Any) -> Tensor | None:
+    try:
+        return torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return None
+
+
+def describe_labels(labels: Any) -> str:
+    """The type, shape, dtype and first value of something that was passed as labels."""
+    shape, dtype = getattr(labels, "shape", None), getattr(labels, "dtype", None)
+    text = type(labels).__name__
+    text += "" if dtype is None else f" of {str(dtype).removeprefix('torch.')}"
+    text += "" if shape is None else f" of shape {list(shape)}"
+    if isinstance(labels, (list, tuple)):
+        text += f" of {len(labels)}"
+        if labels:
+            text += f", the first one {labels[0]!r:.40}"
+    found = _as_tensor(labels)
+    missing = 0 if found is None or not found.is_floating_point() else int(found.isnan().sum())
+    return text + (f" with {missing} NaN" if missing else "")
 
 
 def _integer(name: str, value: Any, least: int) -> int:
@@ -116,8 +160,8 @@ class PerClassBatches(Sampler[list[int]]):
     ``classes_per_batch`` must be a multiple of the number of processes.
 
     Args:
-        labels: [N], one label per sample: a list, NumPy array or tensor of integers or strings. Every value
-            is a class, -1 too.
+        labels: [N], one label per sample: a list, NumPy array or tensor of integers or strings. Whole floats
+            count as integers; NaN, None and other floats are refused. Every value is a class, -1 too.
         classes_per_batch: classes in a batch of one process, from 1 to the number of classes.
         samples_per_class: samples of each class in a batch, at least 2.
         batches: batches of an epoch over all processes, rounded up to a multiple of ``num_processes``. None:

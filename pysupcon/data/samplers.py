@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from pysupcon.data.per_class import deal_batches, group_by_label
+from pysupcon.data.per_class import as_integers, deal_batches, group_by_label
 from pysupcon.errors import ConfigError
 
 Draw = tuple[int, int]
@@ -25,7 +25,7 @@ class ShuffledBatchSampler(Sampler[list[Draw]]):
     """Yields every sample once per epoch, shuffled anew each epoch; an incomplete last batch is dropped.
 
     Args:
-        labels: integers [N] of the training split: a tensor, an array or a list.
+        labels: integers or bools [N] of the training split: a tensor, an array or a list.
         batch_size: samples in a global batch; a multiple of ``world_size``.
         seed: seed of the order.
         steps: global batches of the whole training.
@@ -34,6 +34,7 @@ class ShuffledBatchSampler(Sampler[list[Draw]]):
         accumulation_steps: the batches of an epoch are a multiple of it; surplus batches are dropped.
 
     Raises:
+        TypeError: ``labels`` are no integers [N]; the message says what they are.
         ConfigError: ``data.batch_size`` exceeds N or is not a multiple of ``world_size``, or an epoch has
             fewer batches than ``accumulation_steps``.
     """
@@ -50,7 +51,7 @@ class ShuffledBatchSampler(Sampler[list[Draw]]):
         world_size: int = 1,
         accumulation_steps: int = 1,
     ) -> None:
-        labels = torch.as_tensor(labels)
+        labels = as_integers(labels)
         if batch_size > len(labels):
             raise ConfigError(
                 f"data.batch_size must be at most the {len(labels)} training samples, got {batch_size}"
@@ -147,6 +148,7 @@ class PerClassBatchSampler(ShuffledBatchSampler):
         labels, batch_size, options: as for :class:`ShuffledBatchSampler`.
 
     Raises:
+        TypeError: as for :class:`ShuffledBatchSampler`.
         ConfigError: ``data.batch_size`` and ``samples_per_class`` do not fit the labels or ``world_size``.
     """
 
@@ -160,7 +162,7 @@ class PerClassBatchSampler(ShuffledBatchSampler):
     ) -> None:
         super().__init__(labels, batch_size, **options)
         self.samples_per_class = samples_per_class
-        self._members = group_by_label(labels)
+        self._members = group_by_label(self.labels)
         classes, available = batch_size // samples_per_class, len(self._members)
         batch = f"data.batch_size={batch_size} and data.samples_per_class={samples_per_class} give {classes}"
         if classes > available:

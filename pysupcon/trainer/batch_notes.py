@@ -98,7 +98,8 @@ def _check_classes(config: Config, data: DataModule, counts: Tensor, unknown: in
     raise ConfigError(
         f"data.labels={level}: the {len(data.training)} training samples must have two or more classes for "
         f"loss.name={config.loss.name}, which contrasts classes, got one class, "
-        f"{data.class_names[found[0]]!r}: use {remedy}a data.root whose folders are the classes, or loss.name infonce, which needs no labels"
+        f"{data.class_names[found[0]]!r}: use {remedy}a data.root whose "
+        "folders are the classes, or loss.name infonce, which needs no labels"
     )
 
 

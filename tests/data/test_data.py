@@ -7,7 +7,9 @@ from collections import Counter
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.data_files import write_cifar, write_image_folder, write_mnist
@@ -410,5 +412,33 @@ def test_labels_of_samplers_may_be_lists_and_arrays() -> None:
         expected = list(sampler(labels, 10, seed=0, steps=3, **options))
         for form in (labels.tolist(), labels.numpy()):
             assert list(sampler(form, 10, seed=0, steps=3, **options)) == expected
-    with pytest.raises((TypeError, ValueError)):
-        BalancedBatchSampler(["a", "b"] * 20, 10, seed=0, steps=3)  # type: ignore[list-item]
+    for kind in (np.uint16, np.int8, bool):
+        expected = list(BalancedBatchSampler((labels > 2).int(), 10, seed=0, steps=3))
+        form = (labels > 2).numpy().astype(kind)
+        assert list(BalancedBatchSampler(form, 10, seed=0, steps=3)) == expected
+
+
+@pytest.mark.parametrize("kind", [ShuffledBatchSampler, BalancedBatchSampler, PerClassBatchSampler])
+@pytest.mark.parametrize(
+    ("labels", "got"),
+    [
+        (["a", "b"] * 20, r"list of 40, the first one 'a'"),
+        (np.array(["a", "b"] * 20), r"ndarray of <U1 of shape \[40\]"),
+        ([0.0, 1.0] * 20, r"list of 40, the first one 0.0"),
+        (torch.arange(40) / 2, r"Tensor of float32 of shape \[40\]"),
+        (torch.tensor([0.0, float("nan")] * 20), r"Tensor of float32 of shape \[40\] with 20 NaN"),
+        (np.array([0.0, np.nan] * 20), r"ndarray of float64 of shape \[40\] with 20 NaN"),
+        ([0, float("nan")] * 20, r"list of 40, the first one 0 with 20 NaN"),
+        (torch.zeros(40, 2, dtype=torch.int64), r"Tensor of int64 of shape \[40, 2\]"),
+        ([[0], [1]] * 20, r"list of 40, the first one \[0\]"),
+        ([0, "a"] * 20, r"list of 40, the first one 0"),
+        ([0, None] * 20, r"list of 40, the first one 0"),
+        (torch.tensor(3), r"Tensor of int64 of shape \[\]"),
+        (None, "NoneType"),
+        (torch.zeros(40, dtype=torch.complex64), r"Tensor of complex64 of shape \[40\]"),
+    ],
+)
+def test_labels_that_are_no_integers(kind: Any, labels: Any, got: str) -> None:
+    options = {"samples_per_class": 2} if kind is PerClassBatchSampler else {}
+    with pytest.raises(TypeError, match=rf"^labels must be integers \[N\], one per sample, got {got}$"):
+        kind(labels, 10, seed=0, steps=3, **options)
