@@ -49,7 +49,14 @@ def concatenate_runs(first: str | Path, second: str | Path, output: str | Path) 
     from pysupcon.trainer import LossConfig
     from pysupcon.trainer.checkpoint import pack_weights
     from pysupcon.trainer.files import check_new_or_empty, new_folder
-    from pysupcon.trainer.run import CONFIG_FILE, WEIGHTS_FILE, build_model, load_run
+    from pysupcon.trainer.run import (
+        CONFIG_FILE,
+        SKIPPED_FILE,
+        WEIGHTS_FILE,
+        build_model,
+        load_run,
+        pack_skipped,
+    )
 
     runs, output = [load_run(first), load_run(second)], Path(output)
     check_new_or_empty(output)
@@ -71,6 +78,8 @@ def concatenate_runs(first: str | Path, second: str | Path, output: str | Path) 
     with new_folder(output) as folder:
         (folder / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
         (folder / WEIGHTS_FILE).write_bytes(pack_weights(weights))
+        if runs[0].data.skipped is not None:
+            (folder / SKIPPED_FILE).write_bytes(pack_skipped(runs[0].data.skipped))
         for run, name in zip(runs, PARTS, strict=True):
             (folder / name).write_text(to_yaml(run.config), encoding="utf-8")
     return output
@@ -84,6 +93,8 @@ def check_same_data(one: Run, other: Run) -> None:
     Raises:
         RunError: the data differ; the message names the field.
     """
+    from pysupcon.trainer.run import SKIPPED_FILE
+
     first, second = one.config.data, other.config.data
     for field in fields(first):
         values = getattr(first, field.name), getattr(second, field.name)
@@ -92,6 +103,11 @@ def check_same_data(one: Run, other: Run) -> None:
                 f"the runs must share their data and their split, but data.{field.name} is {values[0]!r} in "
                 f"{one.dir} and {values[1]!r} in {other.dir}"
             )
+    if one.data.skipped is not None and set(one.data.skipped) != set(other.data.skipped or ()):
+        raise RunError(
+            f"the runs must share their data and their split, but the files that data.on_error=skip left out "
+            f"differ: {one.dir / SKIPPED_FILE} and {other.dir / SKIPPED_FILE}"
+        )
 
 
 def _weights(run: Run) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from pysupcon.commands import config_parser, program
 from pysupcon.data.config import DataConfig
 from pysupcon.data.datamodule import DataModule, EvaluationDataset
+from pysupcon.data.unreadable import describe_skipped
 from pysupcon.errors import ConfigError, RunError
 from pysupcon.evaluation.evaluate import write_results
 from pysupcon.evaluation.features import SPLITS, extract_split, resolve_device
@@ -35,7 +36,8 @@ from pysupcon.reading import join_lists, list_options
 from pysupcon.reports.charts import draw_confusion
 from pysupcon.reports.report import Picture, Report, metrics_of
 from pysupcon.trainer.files import named_disk_errors
-from pysupcon.trainer.run import Run, open_run
+from pysupcon.trainer.progress import print_line
+from pysupcon.trainer.run import SKIPPED_FILE, Run, open_run, pack_skipped
 
 FOLDER = "transfer"
 CONFUSION_FILE = "confusion.png"
@@ -94,6 +96,8 @@ def transfer_features(run: Run, arguments: TransferArguments) -> tuple[FeatureSp
     config.check()
     config.resolve()
     data = DataModule(config)
+    if data.skipped:
+        print_line(describe_skipped(data.skipped))
     if (data.image_size == 0) != vectors or (vectors and data.channels != channels):
         here, there = (
             "images" if shape[1] else f"vectors of {shape[0]} features"
@@ -186,6 +190,8 @@ def transfer_run(run: Run | str | Path, arguments: TransferArguments) -> Report:
         headline=headline_of(list(metrics), [evaluator]),
     )
     with named_disk_errors(folder):
+        if data.skipped is not None:
+            (folder / SKIPPED_FILE).write_bytes(pack_skipped(data.skipped))
         write_results(folder, report, outcomes)
     return report
 

@@ -44,6 +44,10 @@ ROLES = ("features", "label", "coarse", "fine", "group", "split")
 """Roles of the columns of ``arrays``"""
 IMAGE_AUGMENTATIONS = ("none", "weak", "strong")
 VECTOR_AUGMENTATIONS = ("none", "noise", "dropout", "weak", "strong")
+FILE_DATASETS = (
+    "image_folder", "image_table", "tiny_imagenet", "imagenet100", *GROUP_DATASETS, *TRANSFER_DATASETS
+)  # fmt: skip
+"""Data sets that read an image file for each sample."""
 VARIABLE_SIZE_DATASETS = ("image_folder", "image_table", "imagenet100", *GROUP_DATASETS, *TRANSFER_DATASETS)
 """Data sets of images of different sizes, which need ``image_size``."""
 
@@ -154,6 +158,11 @@ class DataConfig:
     augmentation_args: dict[str, PlainValue] = field(default_factory=dict)
     """Arguments of a transform of your own. For vectors: noise, relative to the feature's standard deviation
     (0.1), and dropout, the probability (0.2)."""
+
+    on_error: Literal["stop", "skip"] = "stop"
+    """Image files that cannot be read. stop: the first one ends the training. skip: every file is read once
+    before the training, and those that cannot be read are left out before the splits are made; the run's
+    folder lists them (skipped_files.json), and its resumption and evaluation leave out the same files."""
 
     def check(self) -> None:
         """Check the values.
@@ -279,6 +288,11 @@ class DataConfig:
             check(self.image_size is not None, "data.image_size", f"be given for {name}", self.image_size)
         if name not in (*DOWNLOADABLE_DATASETS, *BUILTIN_DATASETS):
             check(not self.download, "data.download", f"be false for {name}", self.download)
+        if self.on_error != "stop" and name not in FILE_DATASETS:
+            raise ConfigError(
+                f"data.on_error={self.on_error} has no effect with data.dataset={name}, which does not read "
+                "a folder of image files: leave it out"
+            )
         if name == "image_table":
             self._check_table()
         elif self.table is not None:

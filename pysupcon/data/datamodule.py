@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -27,6 +27,7 @@ from pysupcon.data.samplers import (
 from pysupcon.data.sources import Samples, read_source
 from pysupcon.data.splits import cap_per_class, stratified_split, stratified_subset
 from pysupcon.data.unlabelled import concatenate, take_out
+from pysupcon.data.unreadable import leave_out_unreadable
 from pysupcon.data.vectors import Standardize, Unchanged, VectorAugmentation
 from pysupcon.errors import ConfigError
 from pysupcon.user_code import is_reference
@@ -156,6 +157,8 @@ class DataModule:
             All classes are known.
         unlabelled: samples whose class is not known, labels :data:`pysupcon.data.unlabelled.UNKNOWN`; None
             without ``data.ignore_index``.
+        skipped: with ``data.on_error`` skip, the names of the image files that were left out, with the
+            reasons; else None.
         training: the samples of the batches: "train" and, with ``data.sampler`` shuffled, ``unlabelled``.
         coarse_names, fine_names: names of the classes.
         channels, image_size: shape of the model's input; D and 0 for vectors [D].
@@ -164,10 +167,19 @@ class DataModule:
     Args:
         config: data section of the config, checked.
         dataset: the data set, if ``config.dataset`` records a passed object.
+        skipped: names of the image files that ``data.on_error`` skip leaves out; None: those that cannot be
+            read.
     """
 
-    def __init__(self, config: DataConfig, dataset: object = None) -> None:
+    def __init__(
+        self, config: DataConfig, dataset: object = None, skipped: Mapping[str, str] | None = None
+    ) -> None:
         source = read_source(config, dataset)
+        self.skipped: dict[str, str] | None = None
+        if config.on_error == "skip":
+            assert config.root is not None
+            root = str(Path(config.root).expanduser())
+            source, self.skipped = leave_out_unreadable(source, root, skipped)
         self.unlabelled: Samples | None = None
         if config.ignore_index is not None:
             source, self.unlabelled = take_out(source, config.labels, config.ignore_index)
@@ -354,17 +366,19 @@ def _prepare_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the main process ends the workers
 
 
-def load_data(config: DataConfig, dataset: object = None) -> DataModule:
+def load_data(
+    config: DataConfig, dataset: object = None, skipped: Mapping[str, str] | None = None
+) -> DataModule:
     """Read and split the data set of ``config``.
 
     Args:
         config: data section of the config, checked.
-        dataset: the data set, if ``config.dataset`` records a passed object.
+        dataset, skipped: see :class:`DataModule`.
 
     Raises:
         ConfigError: files are missing or damaged, or there are fewer training samples than a batch needs.
     """
-    data = DataModule(config, dataset)
+    data = DataModule(config, dataset, skipped)
     count, size = len(data.training), config.batch_size
     if size > count:
         raise ConfigError(f"data.batch_size must be at most the {count} training samples, got {size}")

@@ -62,8 +62,10 @@ class GroupTable:
         return [f"{name}, {attribute}" for name in self.class_names for attribute in self.attribute_names]
 
 
-def read_group_table(dataset: GroupDataset, root: str | Path) -> GroupTable:
-    """Read the table of a data set and check that its images exist.
+def read_group_table(
+    dataset: GroupDataset, root: str | Path, on_error: Literal["stop", "skip"] = "stop"
+) -> GroupTable:
+    """Read the table of a data set and, unless ``on_error`` is "skip", check that its images exist.
 
     Raises:
         ConfigError: a file, column or image is missing, or a value is not allowed; names file, row, column.
@@ -76,7 +78,7 @@ def read_group_table(dataset: GroupDataset, root: str | Path) -> GroupTable:
     table = readers[dataset](Path(root).expanduser())
     if not table.paths:
         raise ConfigError(f"data.root {str(root)!r}: the table of {dataset} holds no image")
-    check_images(root, table.paths)
+    check_images(root, table.paths, on_error)
     return table
 
 

@@ -47,7 +47,7 @@ def image_table(config: DataConfig) -> Source:
             )
         lines[file] = line
     paths = [root / file for file in files]
-    check_images(root, paths)
+    check_images(root, paths, config.on_error)
     labels = torch.stack([table.labels({"0": 0, "1": 1}, name) for name in names], dim=1)
     samples = Samples(FileImages(paths), labels, labels)
     parts: dict[int, Samples | None] = {0: samples, 1: None, 2: None}

@@ -68,6 +68,26 @@ def plain_image(image: Image, mode: Literal["L", "RGB"]) -> Image:
     return image.convert(mode)
 
 
+def read_image_file(path: Path, *, draft: bool = False) -> Image:
+    """Read an image file as 8-bit RGB, rotated as its EXIF data say.
+
+    Args:
+        path: the file.
+        draft: decode a JPEG file at an eighth of its size. All of its data are read nevertheless.
+
+    Raises:
+        Exception: PIL's decoders raise many kinds of errors for damaged files.
+    """
+    from PIL import Image as pil
+    from PIL import ImageOps
+
+    check_regular(path)  # a pipe would block
+    with pil.open(path) as image:
+        if draft:
+            image.draft(None, (1, 1))
+        return plain_image(ImageOps.exif_transpose(image), "RGB")
+
+
 class FileImages(LazyImages):
     """Image files, read on access: ``images[i]`` is a uint8 RGB tensor [3, H, W] of the file's size.
 
@@ -82,16 +102,21 @@ class FileImages(LazyImages):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]  # slices are not supported
-        from PIL import Image, ImageOps
         from torchvision.transforms.v2.functional import pil_to_tensor
 
         path = self.paths[index]
         try:
-            check_regular(path)  # a pipe would block
-            with Image.open(path) as image:
-                return pil_to_tensor(plain_image(ImageOps.exif_transpose(image), "RGB"))
-        except Exception as error:  # PIL's decoders raise many kinds of errors for damaged files
+            return pil_to_tensor(read_image_file(path))
+        except Exception as error:
             raise ImageError(f"the image {path} cannot be read: {one_line(error)}") from error
+
+    def find_error(self, index: int) -> str | None:
+        """Why a file cannot be read, on one line; None if it can be. Threads may call this."""
+        try:
+            read_image_file(self.paths[index], draft=True)
+        except Exception as error:
+            return one_line(error)
+        return None
 
     def select(self, indices: Tensor) -> FileImages:
         return FileImages([self.paths[int(i)] for i in indices])

@@ -160,7 +160,7 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
 def _group_files(config: DataConfig, dataset: GroupDataset) -> Source:
     assert config.root is not None
     assert config.image_size is not None
-    table = read_group_table(dataset, config.root)
+    table = read_group_table(dataset, config.root, config.on_error)
     if table.split is not None and config.test_fraction is not None:
         raise ConfigError(
             f"data.test_fraction has no effect: the table of {dataset} has a split column; leave it out"

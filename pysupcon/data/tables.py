@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -74,13 +75,13 @@ def make_table(path: Path, columns: list[str], rows: list[list[str]], first_line
     return Table(path, columns, rows, first_line)
 
 
-def check_images(root: str | Path, paths: Sequence[Path]) -> None:
-    """Check that the images of a table exist.
+def check_images(root: str | Path, paths: Sequence[Path], on_error: Literal["stop", "skip"] = "stop") -> None:
+    """Check that the images of a table exist, unless files that cannot be read are left out later.
 
     Raises:
         ConfigError: some are missing; names the first.
     """
-    missing = [path for path in paths if not path.is_file()]
+    missing = [path for path in paths if not path.is_file()] if on_error == "stop" else []
     if missing:
         raise ConfigError(
             f"data.root {str(root)!r} lacks {len(missing)} of the {len(paths)} images that its table "

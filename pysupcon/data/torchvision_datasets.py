@@ -140,7 +140,7 @@ def _read(
             raise
         raise missing_data_error(config, f"{expected} in {root} ({error})") from error
     missing = [path for path in paths if not path.is_file()]
-    if missing or not paths:
+    if (missing and config.on_error == "stop") or not paths:
         raise ConfigError(
             f"data.root {config.root!r} lacks {len(missing)} of the {len(paths)} images of {config.dataset}"
             + (f", first {missing[0]}" if missing else "")

@@ -16,7 +16,7 @@ from pysupcon.trainer import provenance, summary
 from pysupcon.trainer.checkpoint import FOLDER
 from pysupcon.trainer.files import remove
 from pysupcon.trainer.lock import LOCK_FILE, FolderInUse, FolderLock
-from pysupcon.trainer.run import CONFIG_FILE, LOG_FILE, WEIGHTS_FILE
+from pysupcon.trainer.run import CONFIG_FILE, LOG_FILE, SKIPPED_FILE, WEIGHTS_FILE
 from pysupcon.trainer.setup import call_on_main_process
 
 
@@ -85,7 +85,7 @@ def _remove_failed_start(run_dir: Path, *, everything: bool) -> None:
         everything: the folder is new; remove what other code, e.g. a tracker, has written into it too. The
             lock file stays.
     """
-    own = (CONFIG_FILE, LOG_FILE, provenance.FILE, summary.FILE)
+    own = (CONFIG_FILE, LOG_FILE, SKIPPED_FILE, provenance.FILE, summary.FILE)
     with suppress(OSError):
         for path in list(run_dir.iterdir()):
             if path.name != LOCK_FILE and (everything or path.name in own):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pysupcon import user_code
 from pysupcon.config import Config
-from pysupcon.data.datamodule import DataModule, load_data
+from pysupcon.data.datamodule import DataModule
 from pysupcon.errors import Interrupted, RunError, check
 from pysupcon.evaluators import build_evaluators
 from pysupcon.memory import MemoryQueue
@@ -27,9 +27,11 @@ from pysupcon.models.momentum import MomentumEncoder
 from pysupcon.profiling.recorder import StepRecorder
 from pysupcon.trainer import checkpoint
 from pysupcon.trainer.batch_notes import batch_notes
+from pysupcon.trainer.data import read_data
 from pysupcon.trainer.dry_run import dry_run
 from pysupcon.trainer.early_stopping import EarlyStopping
 from pysupcon.trainer.environment import apply_environment
+from pysupcon.trainer.files import named_disk_errors, replace_file
 from pysupcon.trainer.folders import is_restart, locked_run_dir
 from pysupcon.trainer.group_dro import build_group_dro
 from pysupcon.trainer.log import peak_memory
@@ -37,7 +39,7 @@ from pysupcon.trainer.objective import Objective
 from pysupcon.trainer.optim import build_optimizer, build_scheduler
 from pysupcon.trainer.progress import print_line, report_if_slow
 from pysupcon.trainer.report import TrainingReport
-from pysupcon.trainer.run import WEIGHTS_FILE, build_model
+from pysupcon.trainer.run import SKIPPED_FILE, WEIGHTS_FILE, build_model, pack_skipped
 from pysupcon.trainer.setup import (
     build_accelerator,
     call_on_main_process,
@@ -86,16 +88,10 @@ def train(
     stop = StopRequests(config.trainer.time_budget)
     processes = join_processes(config.trainer.cpu)
     set_threads(config, processes)
-    with report_if_slow(f"reading {config.data.dataset}", enabled=processes.is_main_process):
-        if config.data.download:
-            with processes.main_process_first():
-                data = load_data(config.data, dataset)
-        else:
-            data = load_data(config.data, dataset)
-    notes = batch_notes(config, data, processes.num_processes)
-    for line in notes.lines if processes.is_main_process else ():
-        print_line(line)
+    recorded = config.data.on_error == "skip" and not config.trainer.dry_run  # in the folder of the run
+    data = None if recorded else read_data(config, dataset, processes)
     if config.trainer.dry_run:
+        assert data is not None
         with TemporaryDirectory() as temporary:
             trainer = Trainer(config, data, Path(temporary), model)
             dry_run(trainer.step, trainer.state, trainer.validate, trainer.loader, trainer.steps)
@@ -104,6 +100,8 @@ def train(
         config.resume_from_checkpoint = "auto"
     with locked_run_dir(config, name, processes) as run_dir:
         config.output_dir = str(run_dir)
+        if data is None:
+            data = read_data(config, dataset, processes, run_dir)
         trainer = Trainer(config, data, run_dir, model)
         with stop:
             return trainer.fit(stop)
@@ -236,6 +234,9 @@ class Trainer:
 
     def _open_report(self) -> TrainingReport:
         processes = self.accelerator.num_processes
+        if self.data.skipped is not None:
+            with named_disk_errors(self.run_dir / SKIPPED_FILE):
+                replace_file(self.run_dir / SKIPPED_FILE, pack_skipped(self.data.skipped))
         return TrainingReport(
             self.config, self.run_dir, done=self.state.done, steps=self.steps, device=self.device,
             steps_per_epoch=self.steps_per_epoch, processes=processes,

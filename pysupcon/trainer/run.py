@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,10 +21,12 @@ from pysupcon.data.datamodule import DataModule, EvaluationDataset, load_data
 from pysupcon.errors import RunError
 from pysupcon.models.initial import WEIGHTS_FILE
 from pysupcon.models.model import ContrastiveModel
-from pysupcon.reading import one_line, parse_json, read_bytes
+from pysupcon.reading import one_line, parse_json, read_bytes, read_json
 
 CONFIG_FILE = "config.yaml"
 LOG_FILE = "log.jsonl"
+SKIPPED_FILE = "skipped_files.json"
+"""Image files that ``data.on_error`` skip left out, with the reasons."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class Run:
     @cached_property
     def data(self) -> DataModule:
         """The data with the splits of the training."""
-        return load_data(self.config.data, self.dataset)
+        skips = self.config.data.on_error == "skip"
+        return load_data(self.config.data, self.dataset, read_skipped(self.dir) if skips else None)
 
     @cached_property
     def model(self) -> ContrastiveModel:
@@ -144,6 +148,32 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
         raise RunError(f"{path} is truncated or not a safetensors file: {error}") from error
     except RuntimeError as error:
         raise RunError(f"{path} holds the weights of another model: {one_line(error)}") from error
+
+
+def read_skipped(run_dir: Path) -> dict[str, str]:
+    """Read the names of the image files that a run with ``data.on_error`` skip leaves out, with the reasons.
+
+    Raises:
+        RunError: there is no such file, or it is malformed; the message names it.
+    """
+    path = run_dir / SKIPPED_FILE
+    if not os.path.isfile(path):
+        raise RunError(
+            f"{path} is missing: a training that starts with data.on_error=skip writes it, and its "
+            "resumption and evaluation need it; data.on_error cannot be changed after the start"
+        )
+    try:
+        found = read_json(path)
+    except ValueError as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict) or not all(isinstance(reason, str) for reason in found.values()):
+        raise RunError(f"{path} must hold a JSON object of file names and reasons, got {found!r:.60}")
+    return found
+
+
+def pack_skipped(skipped: Mapping[str, str]) -> bytes:
+    """The content of the file that :func:`read_skipped` reads."""
+    return (json.dumps(dict(skipped), indent=1) + "\n").encode()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
