@@ -11,9 +11,16 @@ import torch
 from torch import Tensor
 
 from pysupcon.data.config import ROLES, DataConfig
-from pysupcon.data.labels import Labels, LabelValue, plain_label, split_source
+from pysupcon.data.labels import (
+    LabelValue,
+    labels_of_roles,
+    number_or_text,
+    plain_label,
+    split_source,
+    splits_of_role,
+)
 from pysupcon.data.samples import Source
-from pysupcon.data.tables import SPLITS, Table, read_csv
+from pysupcon.data.tables import Table, read_csv
 from pysupcon.data.vectors import as_vectors
 from pysupcon.errors import ConfigError
 from pysupcon.reading import check_regular, one_line
@@ -63,26 +70,9 @@ def arrays(config: DataConfig) -> Source:
         raise ConfigError(f"{field} has no features: name them with --data.columns '{{features: NAME}}'")
     features = as_vectors(found.pop("features"), field)
     values = {role: _labels_of(column, len(features), field, role) for role, column in found.items()}
-    if "label" in values and ("coarse" in values or "fine" in values):
-        raise ConfigError(f"{field} must have label, or coarse and fine, not both")
-    coarse, fine = values.get("coarse", values.get("label")), values.get("fine")
-    if coarse is None and fine is None:
-        raise ConfigError(f"{field} has no labels: name them with --data.columns '{{label: NAME}}'")
-    if "group" in values:
-        if fine is not None:
-            raise ConfigError(f"{field} must have fine labels or groups, not both")
-        assert coarse is not None
-        fine = [f"{label}, {group}" for label, group in zip(coarse, values["group"], strict=True)]
-    split = torch.zeros(len(features), dtype=torch.int64)
-    if "split" in values:
-        split = _splits(values["split"], field)
-        if config.test_fraction is not None and bool((split == 2).any()):
-            raise ConfigError(
-                f"data.test_fraction has no effect: {path} has test rows in its split; leave it out"
-            )
     return split_source(
-        features, Labels(coarse, fine), split, field, family="vectors", channels=features.shape[1],
-        image_size=0, mean=(), std=(),
+        features, labels_of_roles(values, field), splits_of_role(values, len(features), field, path, config),
+        field, family="vectors", channels=features.shape[1], image_size=0, mean=(), std=(),
     )  # fmt: skip
 
 
@@ -91,17 +81,6 @@ def _labels_of(column: Any, count: int, field: str, role: str) -> list[LabelValu
     if len(values) != count:
         raise ConfigError(f"{field} has {count} rows of features, but {len(values)} of {role}")
     return [plain_label(value, f"{field}: {role} of row {row}") for row, value in enumerate(values)]
-
-
-def _splits(values: list[LabelValue], field: str) -> Tensor:
-    numbers = []
-    for row, value in enumerate(values):
-        if str(value).lower() not in SPLITS:
-            raise ConfigError(
-                f"{field}: split of row {row} must be one of {', '.join(SPLITS)}, got {value!r}"
-            )
-        numbers.append(SPLITS[str(value).lower()])
-    return torch.tensor(numbers)
 
 
 def _by_role(stored: Any, columns: dict[str, str]) -> Columns:
@@ -132,7 +111,7 @@ def _safetensors(path: Path, columns: dict[str, str]) -> Columns:
 def _csv(path: Path, columns: dict[str, str]) -> Columns:
     table = read_csv(path)
     found: Columns = {
-        role: [_number_or_text(text) for text in table.column(columns.get(role, role))]
+        role: [number_or_text(text) for text in table.column(columns.get(role, role))]
         for role in ROLES[1:]
         if columns.get(role, role) in table.columns
     }
@@ -166,10 +145,6 @@ def _numbers(table: Table, name: str) -> list[float]:
                 f"got {text!r}; columns that are no features need a role (data.columns)"
             ) from error
     return numbers
-
-
-def _number_or_text(text: str) -> LabelValue:
-    return int(text) if text.lstrip("-").isdigit() else text
 
 
 def _parquet(path: Path, columns: dict[str, str]) -> Columns:

@@ -42,6 +42,8 @@ DOWNLOADABLE_DATASETS = (
 """Data sets that torchvision can download; its address of Stanford Cars no longer works."""
 ROLES = ("features", "label", "coarse", "fine", "group", "split")
 """Roles of the columns of ``arrays``"""
+TABLE_ROLES = ("file", *ROLES[1:])
+"""Roles of the columns of ``data.table`` with ``image_folder``"""
 IMAGE_AUGMENTATIONS = ("none", "weak", "strong")
 VECTOR_AUGMENTATIONS = ("none", "noise", "dropout", "weak", "strong")
 FILE_DATASETS = (
@@ -88,7 +90,9 @@ class DataConfig:
     leave them out. sampler=shuffled puts them into the batches (see loss.unlabeled), balanced does not."""
 
     table: str | None = None
-    """image_table only: CSV file, in root or with a path of its own; None means labels.csv."""
+    """CSV file of the images and their labels, in root or with a path of its own. image_table: None means
+    labels.csv. image_folder: it replaces the names of the folders; its columns are file (relative to root),
+    label or fine, and optionally coarse, group and split (see columns)."""
 
     coarse_map: dict[str, str] | None = None
     """image_folder only: maps every fine class name to its coarse class name. None: the outer folders of
@@ -151,9 +155,10 @@ class DataConfig:
     """package.module:name only: arguments of the function or class."""
 
     columns: dict[str, str] = field(default_factory=dict)
-    """arrays only: names of the arrays or columns of the roles features, label, coarse, fine, group and
-    split, e.g. {label: species}; left out: the names of the roles. In a table, the features are the columns
-    whose names start with columns.features, or all columns without a role."""
+    """arrays, and image_folder with data.table: names of the arrays or columns of the roles features, label,
+    coarse, fine, group and split, e.g. {label: species}; left out: the names of the roles. In a table of
+    features, these are the columns whose names start with columns.features, or all columns without a role; a
+    table of images has the role file instead."""
 
     augmentation_args: dict[str, PlainValue] = field(default_factory=dict)
     """Arguments of a transform of your own. For vectors: noise, relative to the feature's standard deviation
@@ -207,10 +212,15 @@ class DataConfig:
             raise ConfigError(
                 f"data.dataset_args has no effect with data.dataset={self.dataset}: leave it out"
             )
-        if self.columns and self.dataset != "arrays":
-            raise ConfigError(f"data.columns has no effect with data.dataset={self.dataset}: leave it out")
+        of_images = self.dataset == "image_folder" and self.table is not None
+        if self.columns and self.dataset != "arrays" and not of_images:
+            without = " without data.table" if self.dataset == "image_folder" else ""
+            raise ConfigError(
+                f"data.columns has no effect with data.dataset={self.dataset}{without}: leave it out"
+            )
+        roles = TABLE_ROLES if of_images else ROLES
         for role in self.columns:
-            check(role in ROLES, "data.columns", f"have the keys {', '.join(ROLES)}", role)
+            check(role in roles, "data.columns", f"have the keys {', '.join(roles)}", role)
         if self.dataset == "arrays":
             check(self.image_size is None, "data.image_size", "be left out for arrays", self.image_size)
 
@@ -295,7 +305,7 @@ class DataConfig:
             )
         if name == "image_table":
             self._check_table()
-        elif self.table is not None:
+        elif self.table is not None and name != "image_folder":
             raise ConfigError(f"data.table has no effect with data.dataset={name}: leave it out")
 
     def _check_coarse_map(self) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pysupcon.data.config import DataConfig
 from pysupcon.data.imagenet_classes import IMAGENET100, TINY_IMAGENET
+from pysupcon.data.labelled_table import labelled_table
 from pysupcon.data.samples import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -33,13 +34,15 @@ def image_folder(config: DataConfig) -> Source:
 
     Without a test folder, the val folder is the test split, as in ImageNet's and timm's layout, and a
     validation split is held out of the training images. Classes may be nested: ROOT/COARSE/FINE/*.png.
-    Hidden folders and files are left out.
+    Hidden folders and files are left out. With ``data.table``, a table gives the images and their labels.
 
     Raises:
         ConfigError: it is no such folder, or the splits have other classes.
     """
     assert config.root is not None
     assert config.image_size is not None
+    if config.table is not None:
+        return labelled_table(config)
     root = Path(config.root).expanduser()
     folders = _split_folders(root)
     if not folders:

@@ -37,16 +37,7 @@ def image_table(config: DataConfig) -> Source:
         )
     if not table.rows:
         raise ConfigError(f"data.root: {table.path} holds no image")
-    files = table.column(file_column)
-    lines: dict[str, int] = {}
-    for line, file in enumerate(files, start=table.first_line):
-        if not file or file in lines:
-            wrong = f"that of line {lines[file]}, {file!r}," if file else "an empty one"
-            raise ConfigError(
-                f"data.root: {table.path}, line {line}, must name a file of its own, got {wrong}"
-            )
-        lines[file] = line
-    paths = [root / file for file in files]
+    paths = [root / file for file in table.files(file_column)]
     check_images(root, paths, config.on_error)
     labels = torch.stack([table.labels({"0": 0, "1": 1}, name) for name in names], dim=1)
     samples = Samples(FileImages(paths), labels, labels)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from pysupcon.data.config import DataConfig
 from pysupcon.data.samples import Family, Images, Samples, Source
+from pysupcon.data.tables import SPLITS
 from pysupcon.errors import ConfigError
 
 LabelValue = int | str
@@ -79,6 +83,56 @@ class Labels:
         if coarse is not None and coarse is not fine:
             numbers = number_classes(coarse)
             self.coarse, self.coarse_names = as_labels(coarse, numbers), class_names(numbers)
+
+
+def number_or_text(text: str) -> LabelValue:
+    """A label of a text file: an int if it is written as one."""
+    return int(text) if re.fullmatch(r"-?[0-9]+", text) else text
+
+
+def labels_of_roles(values: Mapping[str, Sequence[LabelValue]], field: str) -> Labels:
+    """The labels of columns by role: label, or coarse and fine, or label (or coarse) and group.
+
+    A group is a spurious attribute of the class; the fine labels are then pairs of class and group.
+
+    Raises:
+        ConfigError: the roles contradict each other, or there is no label.
+    """
+    if "label" in values and ("coarse" in values or "fine" in values):
+        raise ConfigError(f"{field} must have label, or coarse and fine, not both")
+    coarse, fine = values.get("coarse", values.get("label")), values.get("fine")
+    if coarse is None and fine is None:
+        raise ConfigError(f"{field} has no labels: name them with --data.columns '{{label: NAME}}'")
+    if "group" in values:
+        if fine is not None:
+            raise ConfigError(f"{field} must have fine labels or groups, not both")
+        assert coarse is not None
+        fine = [f"{label}, {group}" for label, group in zip(coarse, values["group"], strict=True)]
+    return Labels(coarse, fine)
+
+
+def splits_of_role(
+    values: Mapping[str, Sequence[LabelValue]], count: int, field: str, path: Path, config: DataConfig
+) -> Tensor:
+    """The split of every sample, int64 [count]: 0, the training, without a column of that role.
+
+    Raises:
+        ConfigError: a value is not a split, or the test samples contradict ``data.test_fraction``.
+    """
+    if "split" not in values:
+        return torch.zeros(count, dtype=torch.int64)
+    numbers = []
+    for row, value in enumerate(values["split"]):
+        if str(value).lower() not in SPLITS:
+            raise ConfigError(
+                f"{field}: split of row {row} must be one of {', '.join(SPLITS)}, got {value!r}"
+            )
+        numbers.append(SPLITS[str(value).lower()])
+    if config.test_fraction is not None and 2 in numbers:
+        raise ConfigError(
+            f"data.test_fraction has no effect: {path} has test rows in its split; leave it out"
+        )
+    return torch.tensor(numbers)
 
 
 def split_source(

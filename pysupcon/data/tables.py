@@ -34,6 +34,19 @@ class Table:
             f"it has {', '.join(self.columns)}"
         )
 
+    def files(self, name: str) -> list[str]:
+        """The values of :meth:`column` as names of files, each of them once."""
+        files = self.column(name)
+        lines: dict[str, int] = {}
+        for line, file in enumerate(files, start=self.first_line):
+            if not file or file in lines:
+                wrong = f"that of line {lines[file]}, {file!r}," if file else "an empty one"
+                raise ConfigError(
+                    f"data.root: {self.path}, line {line}, must name a file of its own, got {wrong}"
+                )
+            lines[file] = line
+        return files
+
     def labels(self, values: dict[str, int], *names: str) -> Tensor:
         """The values of :meth:`column` as labels, [N] int64."""
         found = []
