@@ -177,7 +177,8 @@ def _embeddings(run: Run, arguments: InferenceArguments) -> dict[str, Tensor]:
     for name in SPLITS:
         found = extract_split(
             backbone, datasets[name], name, run.dir, batch_size=arguments.batch_size, device=device,
-            workers=run.config.data.workers, progress=arguments.progress,
+            workers=run.data.workers(name, arguments.batch_size, bytes_per_value=4),
+            progress=arguments.progress,
             description=f"{name} features of {run.dir.name}",
         )  # fmt: skip
         rows = found.features.to("cpu", torch.float64)

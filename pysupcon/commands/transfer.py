@@ -127,7 +127,8 @@ def transfer_features(run: Run, arguments: TransferArguments) -> tuple[FeatureSp
         )
         features[name] = extract_split(
             encode, dataset, name, config.dataset, batch_size=arguments.batch_size, device=device,
-            workers=config.workers, progress=arguments.progress,
+            workers=data.workers(name, arguments.batch_size, bytes_per_value=4),
+            progress=arguments.progress,
         )  # fmt: skip
     return FeatureSplits(features["train"], features["val"], features["test"]), data
 

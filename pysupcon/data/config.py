@@ -148,8 +148,10 @@ class DataConfig:
     """Seed of the splits. It is separate from the run's seed, so runs of different seeds use the same test
     images."""
 
-    workers: int = 0
-    """Processes that load and augment images; 0 uses the training process."""
+    workers: int | None = None
+    """Processes that load and augment images; 0 uses the training process. The batches do not depend on it.
+    None: 0, or, for data sets that read image files, one less than the cores of a process, at most 8, fewer
+    for small data sets or little shared memory."""
 
     dataset_args: dict[str, PlainValue] = field(default_factory=dict)
     """package.module:name only: arguments of the function or class."""
@@ -177,7 +179,8 @@ class DataConfig:
         """
         check(self.views >= 1, "data.views", "be at least 1", self.views)
         check(self.batch_size >= 2, "data.batch_size", "be at least 2", self.batch_size)
-        check(self.workers >= 0, "data.workers", "be at least 0", self.workers)
+        if self.workers is not None:
+            check(self.workers >= 0, "data.workers", "be at least 0", self.workers)
         check(0 < self.val_fraction < 0.5, "data.val_fraction", "lie in (0, 0.5)", self.val_fraction)
         if self.image_size is not None:
             check(self.image_size >= 4, "data.image_size", "be at least 4", self.image_size)

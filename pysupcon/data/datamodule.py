@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import groupby
@@ -29,6 +28,7 @@ from pysupcon.data.splits import cap_per_class, stratified_split, stratified_sub
 from pysupcon.data.unlabelled import concatenate, take_out
 from pysupcon.data.unreadable import leave_out_unreadable
 from pysupcon.data.vectors import Standardize, Unchanged, VectorAugmentation
+from pysupcon.data.workers import choose_workers, prepare_worker, threads_for
 from pysupcon.errors import ConfigError
 from pysupcon.user_code import is_reference
 
@@ -71,9 +71,10 @@ class EvaluationDataset(Dataset[tuple[Tensor, int, int]]):
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int, int]]:
         """Items of a batch, as DataLoader requests them."""
-        images = self.normalize(
-            torch.cat([self.resize(part) for part in _image_batches(self.samples, indices)])
-        )
+        with threads_for(self.samples.images):
+            images = self.normalize(
+                torch.cat([self.resize(part) for part in _image_batches(self.samples, indices)])
+            )
         rows = torch.tensor(indices)
         labels = (self.coarse[rows].tolist(), self.fine[rows].tolist())
         return list(zip(images, *labels, strict=True))
@@ -113,9 +114,10 @@ class MultiViewDataset(Dataset[tuple[Tensor, int]]):
         uniforms = uniforms.view(len(keys), self.views, self.augmentation.num_uniforms)
         views: list[Tensor] = []
         done = 0
-        for images in _image_batches(self.samples, samples):
-            views.append(self.augmentation(images, uniforms[done : done + len(images)]))
-            done += len(images)
+        with threads_for(self.samples.images):
+            for images in _image_batches(self.samples, samples):
+                views.append(self.augmentation(images, uniforms[done : done + len(images)]))
+                done += len(images)
         return views[0] if len(views) == 1 else torch.cat(views), self.labels[torch.tensor(samples)]
 
 
@@ -259,6 +261,12 @@ class DataModule:
             return true_groups(labels, self.true_groups)
         return read_groups(Path(self.config.groups).expanduser(), self.splits, labels)
 
+    def workers(self, split: str, images: int, *, bytes_per_value: int = 1) -> int:
+        """The number of processes that load batches of ``images`` images of a split, of ``data.workers``."""
+        samples = self.training if split == "train" else self.splits[split]
+        values = images * self.channels * max(self.image_size, 1) ** 2
+        return choose_workers(self.config.workers, samples.images, values * bytes_per_value)
+
     def evaluation_dataset(self, split: str) -> EvaluationDataset:
         """A split without augmentation."""
         return EvaluationDataset(
@@ -322,7 +330,8 @@ class DataModule:
         dataset = MultiViewDataset(
             samples, self._labels_of(samples), self.augmentation, self.config.views, batches.seed
         )
-        workers = self.config.workers
+        per_process = self.config.batch_size // batches.world_size
+        workers = self.workers(split, per_process * self.config.views)
         groups = self.groups if split == "train" else None
         return DataLoader(
             dataset if groups is None else GroupedMultiViewDataset(dataset, groups.train),
@@ -330,7 +339,7 @@ class DataModule:
             collate_fn=_identity_collate,
             num_workers=workers,
             pin_memory=pin_memory,
-            worker_init_fn=_prepare_worker if workers else None,
+            worker_init_fn=prepare_worker if workers else None,
             # Without a generator, DataLoader would draw worker seeds from the global random state.
             generator=torch.Generator(),
         )
@@ -359,11 +368,6 @@ def _train_subset(labels: Tensor, count: int, seed: int) -> Tensor:
 
 def _identity_collate(batch: Any) -> Any:
     return batch
-
-
-def _prepare_worker(_: int) -> None:
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the main process ends the workers
 
 
 def load_data(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from pysupcon.data.workers import prepare_worker
 from pysupcon.errors import ConfigError, RunError
 from pysupcon.evaluators import EvaluationConfig, FeatureSet, FeatureSplits, LinearHead
 from pysupcon.trainer.run import Run
@@ -44,7 +45,12 @@ def extract_features(
     Raises:
         ValueError: ``encode`` did not return finite features [B, D].
     """
-    batches: Iterable[Any] = DataLoader(dataset, batch_size=batch_size, num_workers=workers)
+    batches: Iterable[Any] = DataLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=workers,
+        worker_init_fn=prepare_worker if workers else None,
+    )
     if progress:
         from tqdm import tqdm
 
@@ -115,7 +121,7 @@ def run_features(run: Run, config: EvaluationConfig, device: torch.device) -> Fe
             )
         features[name] = extract_split(
             model.backbone, datasets[name], name, run.dir, batch_size=config.batch_size, device=device,
-            workers=run.config.data.workers, progress=config.progress,
+            workers=run.data.workers(name, config.batch_size, bytes_per_value=4), progress=config.progress,
         )  # fmt: skip
     return FeatureSplits(**features, head=_trained_head(run))
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from pysupcon.config import Config
 from pysupcon.data.datamodule import DataModule
+from pysupcon.data.workers import prepare_worker
 from pysupcon.evaluators import GroupDRO
 from pysupcon.models.model import memory_format
 
@@ -61,10 +62,12 @@ class GroupAccuracy:
             self.sizes["worst_known_group"] = len(data.groups.parent)
         plain: Dataset[Any] = data.evaluation_dataset("val")
         batch = max(config.data.batch_size // accelerator.num_processes, 1)
+        workers = data.workers("val", config.trainer.chunk_size or batch, bytes_per_value=4)
         self.loader: DataLoader[tuple[Tensor, Tensor, Tensor]] = DataLoader(
             Subset(plain, mine.tolist()),
             batch_size=config.trainer.chunk_size or batch,
-            num_workers=config.data.workers,
+            num_workers=workers,
+            worker_init_fn=prepare_worker if workers else None,
             generator=torch.Generator(),  # without it each pass draws a seed from the global generator
         )
 
