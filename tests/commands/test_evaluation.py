@@ -284,7 +284,7 @@ def test_a_failure_at_the_end_keeps_the_earlier_evaluation(run_dir, monkeypatch)
 def test_small_splits_are_refused(run_dir):
     class Small:
         def __init__(self, run) -> None:
-            self.dir, self.model, self.config = run.dir, run.model, run.config
+            self.dir, self.model, self.config, self.data = run.dir, run.model, run.config, run.data
             self.full = run.splits()
 
         def splits(self):
