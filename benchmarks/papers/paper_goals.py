@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import fsum
 from typing import Any, NamedTuple
 
 from benchmarks.table import markdown
@@ -52,7 +53,7 @@ def _row(results: Results, method: str) -> Mapping[str, Any] | None:
 def _lift(collapsing: Sequence[Results]) -> Iterator[Goal]:
     lifts = [row["probe_difference"]["value"] for results in collapsing if (row := _row(results, THANOS))]
     if lifts:
-        mean = sum(lifts) / len(lifts)
+        mean = fsum(lifts) / len(lifts)
         claim = f"Thanos less SupCon, no augmentation, mean over {len(lifts)} data set(s)"
         yield Goal(claim, f"{100 * mean:+.1f} points", f">= {100 * LIFT:.1f}", mean >= LIFT)
 

@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from math import fsum
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +65,12 @@ def render(results: Mapping[str, Any]) -> str:
 
 
 def _over_seeds(values: Sequence[float], factor: float) -> str:
-    mean = sum(values) / len(values)
+    mean = fsum(values) / len(values)  # Python's sum rounds otherwise from 3.12 on
     digits = 1 if factor == 100 else 3
     text = f"{factor * mean:.{digits}f}"
     if len(values) < 2:
         return text
-    deviation = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
+    deviation = (fsum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
     return f"{text} ± {factor * deviation:.{digits}f}"
 
 
@@ -85,7 +86,7 @@ def _difference(row: Mapping[str, Any], key: str) -> str:
 
 def _minutes(runs: Sequence[Mapping[str, Any]]) -> str:
     """Processor minutes of training and evaluation, mean over the seeds."""
-    total = sum(run["train_processor_minutes"] + run["evaluate_processor_minutes"] for run in runs)
+    total = fsum(run["train_processor_minutes"] + run["evaluate_processor_minutes"] for run in runs)
     return f"{total / len(runs):.1f}"
 
 
