@@ -110,12 +110,16 @@ class MultiViewDataset(Dataset[tuple[Tensor, int]]):
             self.seed, [draw for _, draw in keys], self.views * self.augmentation.num_uniforms
         )
         uniforms = uniforms.view(len(keys), self.views, self.augmentation.num_uniforms)
+        batches = _image_batches(self.samples, samples)
+        labels = self.labels[torch.tensor(samples)]
+        if isinstance(self.augmentation, Augmentation) and not isinstance(self.samples.images, Tensor):
+            return self.augmentation.of_batches(batches, uniforms), labels
         views: list[Tensor] = []
         done = 0
-        for images in _image_batches(self.samples, samples):
+        for images in batches:
             views.append(self.augmentation(images, uniforms[done : done + len(images)]))
             done += len(images)
-        return views[0] if len(views) == 1 else torch.cat(views), self.labels[torch.tensor(samples)]
+        return views[0] if len(views) == 1 else torch.cat(views), labels
 
 
 class GroupedMultiViewDataset(Dataset[tuple[Tensor, int, int]]):
@@ -145,7 +149,9 @@ def _image_batches(samples: Samples, indices: list[int]) -> Iterator[Tensor]:
         return
     files = samples.images
     for _, same in groupby((files[index] for index in indices), key=lambda image: image.shape):
-        yield torch.stack(list(same))
+        images = list(same)
+        # Without a copy, which would also give up the memory order of a decoded file, fast to resize.
+        yield images[0].unsqueeze(0) if len(images) == 1 else torch.stack(images)
 
 
 class DataModule:

@@ -65,7 +65,7 @@ def plain_image(image: Image, mode: Literal["L", "RGB"]) -> Image:
         image = image.convert("RGBA")
         white = pil.new("RGBA", image.size, (255, 255, 255, 255))
         image = pil.alpha_composite(white, image)
-    return image.convert(mode)
+    return image if image.mode == mode else image.convert(mode)  # convert would copy it
 
 
 class FileImages(LazyImages):
@@ -89,7 +89,8 @@ class FileImages(LazyImages):
         try:
             check_regular(path)  # a pipe would block
             with Image.open(path) as image:
-                return pil_to_tensor(plain_image(ImageOps.exif_transpose(image), "RGB"))
+                ImageOps.exif_transpose(image, in_place=True)
+                return pil_to_tensor(plain_image(image, "RGB"))
         except Exception as error:  # PIL's decoders raise many kinds of errors for damaged files
             raise ImageError(f"the image {path} cannot be read: {one_line(error)}") from error
 

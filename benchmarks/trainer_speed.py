@@ -1,0 +1,319 @@
+"""Samples per second of pysupcon's trainer beside a plain training loop (plain_loop.py).
+
+    python benchmarks/trainer_speed.py [--threads 2] [--rounds 5] [--json FILE]
+
+Start it on an idle machine; it takes a few minutes. Data: 5,000 MNIST images in memory, and JPEG files that
+it writes into a temporary folder. Both train the same network with the same loss, optimizer, batch size and
+augmentations on the same images, in turns. Each turn builds its loader anew, runs some steps to warm up, and
+times the next steps, at least one epoch. "data only" makes the same batches without a model.
+
+The trainer runs as users run it, with its log and its metrics, but without validation, and the checkpoint at
+its end is not timed. It uses the default of data.workers. The plain loop uses the fastest of its forms (0 or
+2 workers, transforms of tensors or of PIL images), chosen by a trial before the first turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import redirect_stderr
+from copy import deepcopy
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from PIL import Image
+
+import pysupcon
+from benchmarks import machine, plain_loop, table
+from benchmarks.kernels.peers import written_supcon
+from pysupcon.config import Config, config_of
+from pysupcon.data.datamodule import DataModule, load_data
+from pysupcon.data.samples import FileImages
+from pysupcon.models.model import memory_format
+from pysupcon.trainer.loop import Trainer
+from pysupcon.trainer.run import build_model
+from pysupcon.trainer.setup import own_accelerator_state
+from pysupcon.trainer.stop import StopRequests
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "trainer_speed_cpu.json"
+WARMUP = 3
+TEMPERATURE, LEARNING_RATE, WEIGHT_DECAY = 0.1, 3e-3, 1e-4
+FILE_SIDES = (96, 256)
+BARS = {"memory": 1.5, "files": 1.0}
+"""The trainer's speed in training relative to the plain loop should be at least this."""
+OURS, PLAIN, DENSE = "pysupcon's trainer", "plain loop", "plain loop, dense loss"
+TITLES = {"memory": "MNIST in memory", "files": "JPEG files"}
+
+Turn = Callable[[], float]
+"""Seconds of the steps of a turn"""
+
+
+def write_images(folder: Path, count: int) -> None:
+    """JPEG files of four classes: noise whose amplitude falls with the frequency, as in photographs."""
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        width, height = (int(side) for side in generator.integers(*FILE_SIDES, size=2, endpoint=True))
+        pixels = np.full((height, width, 3), 128.0)
+        for octave in range(7):
+            cells = generator.normal(0, 40 / 1.35**octave, (2 ** (octave + 1), 2 ** (octave + 1), 3))
+            for channel in range(3):
+                layer = Image.fromarray(cells[:, :, channel].astype(np.float32))
+                pixels[:, :, channel] += np.asarray(layer.resize((width, height), Image.Resampling.BICUBIC))
+        place = folder / f"class{number % 4}" / f"{number:04}.jpg"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(place, quality=90)
+
+
+def make_config(source: str, threads: int, folder: Path) -> Config:
+    """Config of the training on "memory" or "files"."""
+    section: dict[str, Any] = {"dataset": "mnist5k", "batch_size": 256}
+    if source == "files":
+        section = {"dataset": "image_folder", "root": str(folder), "image_size": 64, "batch_size": 64}
+    config = config_of(
+        {
+            "data": section,
+            "model": {"backbone": "small_cnn", "width": 16},
+            "loss": {"name": "supcon", "temperature": TEMPERATURE},
+            "optimizer": {"learning_rate": LEARNING_RATE, "weight_decay": WEIGHT_DECAY},
+            "trainer": {"cpu": True, "threads": threads, "best_by": None},
+            "evaluate": False,
+        },
+        {},
+    )
+    config.resolve()
+    return config
+
+
+class Clock:
+    """Iterates over batches; notes when the first one after the warm-up and the last one are asked for."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self.batches = batches
+        self.start = self.end = 0.0
+
+    def __iter__(self) -> Iterator[Any]:
+        iterator, number = iter(self.batches), 0
+        while True:
+            self.end = time.perf_counter()
+            if number == WARMUP:
+                self.start = self.end
+            yield next(iterator)
+            number += 1
+
+
+def timed(steps: Iterator[Any], count: int) -> float:
+    """Seconds of ``count`` steps, after the warm-up."""
+    for _ in range(WARMUP):
+        next(steps)
+    start = time.perf_counter()
+    for _ in range(count):
+        next(steps)
+    return time.perf_counter() - start
+
+
+class Contest:
+    """The contestants on one source of data.
+
+    Args:
+        source: "memory" or "files".
+        threads: threads of torch.
+        steps: timed steps of a turn; None: whole epochs, at least 12 steps.
+        folder: holds the image files.
+    """
+
+    def __init__(self, source: str, threads: int, steps: int | None, folder: Path) -> None:
+        self.source, self.config = source, make_config(source, threads, folder)
+        self.data: DataModule = load_data(self.config.data)
+        self.batch_size = self.config.data.batch_size
+        epoch = len(self.data.training) // self.batch_size
+        self.steps = steps or epoch * math.ceil(12 / epoch)
+        self.memory_format = memory_format(self.config.model)
+
+    def train_ours(self) -> float:
+        """The trainer. Its last step ends with a checkpoint, so one more step follows the timed ones."""
+        config = deepcopy(self.config)
+        config.trainer.max_steps = config.trainer.checkpoint_steps = WARMUP + self.steps + 1
+        silence = io.StringIO()
+        with (
+            tempfile.TemporaryDirectory() as folder, own_accelerator_state(), redirect_stderr(silence),
+            StopRequests(None) as stop,
+        ):  # fmt: skip
+            trainer = Trainer(config, self.data, Path(folder))
+            clock: Any = Clock(trainer.loader)
+            trainer.loader = clock
+            trainer.fit(stop)
+        return float(clock.end - clock.start)
+
+    def load_ours(self) -> float:
+        """The trainer's batches, normalised as its step does."""
+        sampler = self.data.batch_sampler(seed=0, steps=WARMUP + self.steps + 1)
+
+        def batches() -> Iterator[Any]:
+            for views, _ in self.data.loader(sampler):
+                images = self.data.normalize(views).flatten(0, 1)
+                yield images.contiguous(memory_format=self.memory_format)
+
+        return timed(batches(), self.steps)
+
+    def _plain_loader(self, form: plain_loop.Form) -> Any:
+        samples, normalize = self.data.training, self.data.normalize
+        images = samples.images.paths if isinstance(samples.images, FileImages) else samples.images
+        transform = plain_loop.strong_transform(
+            self.data._family, self.data.image_size, normalize.mean.flatten().tolist(),
+            normalize.std.flatten().tolist(), form.pil,
+        )  # fmt: skip
+        dataset = plain_loop.TwoViews(images, samples.coarse, transform, form.pil)
+        return plain_loop.loader(dataset, self.batch_size, form.workers)
+
+    def train_plain(self, form: plain_loop.Form, dense: bool = False) -> float:
+        """The plain loop with pysupcon's loss, or with the dense loss."""
+        torch.manual_seed(0)
+        network = build_model(self.config, self.data).to(memory_format=self.memory_format)
+        optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        criterion = pysupcon.SupConLoss(temperature=TEMPERATURE)
+
+        def loss(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+            if dense:
+                return written_supcon(outputs.projection, labels, TEMPERATURE)
+            return criterion(outputs.projection, labels)
+
+        loader = self._plain_loader(form)
+        return timed(plain_loop.training(loader, network, loss, optimizer, self.memory_format), self.steps)
+
+    def load_plain(self, form: plain_loop.Form) -> float:
+        """The batches of the plain loop."""
+        return timed(plain_loop.batches(self._plain_loader(form), self.memory_format), self.steps)
+
+    def turns(self, form: plain_loop.Form) -> dict[tuple[str, str], Turn]:
+        """The turns of a round by (work, contestant)."""
+        return {
+            ("training", OURS): self.train_ours,
+            ("training", PLAIN): lambda: self.train_plain(form),
+            ("training", DENSE): lambda: self.train_plain(form, dense=True),
+            ("data only", OURS): self.load_ours,
+            ("data only", PLAIN): lambda: self.load_plain(form),
+        }
+
+    def measure(self, rounds: int) -> dict[str, Any]:
+        """Samples per second of each turn, round by round."""
+        samples = self.steps * self.batch_size
+        trial = {form: samples / self.train_plain(form) for form in plain_loop.FORMS}
+        best = max(trial, key=lambda form: trial[form])
+        turns = self.turns(best)
+        speeds: dict[tuple[str, str], list[float]] = {key: [] for key in turns}
+        for _ in range(rounds):
+            for key, turn in turns.items():
+                speeds[key].append(samples / turn())
+        return {
+            "source": self.source,
+            "samples": len(self.data.training),
+            "batch_size": self.batch_size,
+            "image_size": self.data.image_size,
+            "steps": self.steps,
+            "workers": self.config.data.workers,
+            "form": str(best),
+            "trial": {str(form): speed for form, speed in trial.items()},
+            "rows": [
+                {"work": work, "contestant": who, "samples_per_second": found}
+                for (work, who), found in speeds.items()
+            ],
+        }
+
+
+def ratios(contest: dict[str, Any], work: str, contestant: str) -> list[float]:
+    """How many times the speed of ``contestant`` the trainer has, round by round."""
+    speeds = {(row["work"], row["contestant"]): row["samples_per_second"] for row in contest["rows"]}
+    return [ours / other for ours, other in zip(speeds[work, OURS], speeds[work, contestant], strict=True)]
+
+
+def met(contest: dict[str, Any]) -> bool:
+    """Whether the trainer meets its bar."""
+    return statistics.median(ratios(contest, "training", PLAIN)) >= BARS[contest["source"]]
+
+
+def lines(contests: Iterable[dict[str, Any]]) -> list[list[str]]:
+    """The table: one line for each source, work and contestant."""
+    found = [["data", "work", "", "samples/s: median [range]", "views/s", "trainer / this"]]
+    for contest in contests:
+        for row in contest["rows"]:
+            speeds, who = row["samples_per_second"], row["contestant"]
+            ratio = ""
+            if who != OURS:
+                times = ratios(contest, row["work"], who)
+                ratio = f"{statistics.median(times):.2f} [{min(times):.2f}, {max(times):.2f}]"
+            median = statistics.median(speeds)
+            shown = f"{median:,.0f} [{min(speeds):,.0f}, {max(speeds):,.0f}]"
+            found.append([TITLES[contest["source"]], row["work"], who, shown, f"{2 * median:,.0f}", ratio])
+    return found
+
+
+def section(stored: dict[str, Any]) -> str:
+    """The measurement in Markdown, for benchmarks/README.md."""
+    contests = stored["contests"]
+    forms = "; ".join(
+        f"{TITLES[contest['source']]}: trainer {contest['workers']} workers, plain loop {contest['form']}"
+        for contest in contests
+    )
+    bars = ", ".join(
+        f"{TITLES[contest['source']]} >= {BARS[contest['source']]:g} x: {'met' if met(contest) else 'MISSED'}"
+        for contest in contests
+    )
+    return "\n\n".join(
+        [
+            f"{table.heading(stored['machine'])}. {stored['rounds']} rounds.",
+            table.markdown(lines(contests)),
+            f"Loaders: {forms}.",
+            f"Targets (training, trainer / plain loop): {bars}.",
+        ]
+    )
+
+
+def describe() -> dict[str, Any]:
+    """The machine, and the versions of the packages that load data and train."""
+    about = machine.describe("cpu")
+    for package in ("torchvision", "pillow", "accelerate"):
+        about["versions"][package] = metadata.version(package)
+    return about
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", nargs="+", choices=list(BARS), default=list(BARS), help="sources of data")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="timed steps of a turn (default: 12 or more)")
+    parser.add_argument("--files", type=int, default=600, help="number of JPEG files (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    stored: dict[str, Any] = {"machine": describe(), "rounds": options.rounds, "contests": []}
+    with tempfile.TemporaryDirectory() as temporary:
+        for source in options.data:
+            if source == "files":
+                write_images(Path(temporary), options.files)
+            contest = Contest(source, options.threads, options.steps, Path(temporary))
+            stored["contests"].append(contest.measure(options.rounds))
+    print(section(stored))
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
