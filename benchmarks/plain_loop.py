@@ -34,7 +34,8 @@ class Form(NamedTuple):
         return f"{self.workers} workers, {'PIL images' if self.pil else 'tensors'}"
 
 
-FORMS = tuple(Form(workers, pil) for workers in (0, 2) for pil in (False, True))
+WORKERS = (0, 2)
+FORMS = tuple(Form(workers, pil) for workers in WORKERS for pil in (False, True))
 
 
 def strong_transform(

@@ -8,8 +8,8 @@ augmentations on the same images, in turns. Each turn builds its loader anew, ru
 times the next steps, at least one epoch. "data only" makes the same batches without a model.
 
 The trainer runs as users run it, with its log and its metrics, but without validation, and the checkpoint at
-its end is not timed. It uses the default of data.workers. The plain loop uses the fastest of its forms (0 or
-2 workers, transforms of tensors or of PIL images), chosen by a trial before the first turn.
+its end is not timed. A trial before the first turn chooses the fastest loader of each: 0 or 2 workers, and
+for the plain loop transforms of tensors or of PIL images.
 """
 
 from __future__ import annotations
@@ -142,8 +142,9 @@ class Contest:
         self.steps = steps or epoch * math.ceil(12 / epoch)
         self.memory_format = memory_format(self.config.model)
 
-    def train_ours(self) -> float:
+    def train_ours(self, workers: int) -> float:
         """The trainer. Its last step ends with a checkpoint, so one more step follows the timed ones."""
+        self.config.data.workers = workers
         config = deepcopy(self.config)
         config.trainer.max_steps = config.trainer.checkpoint_steps = WARMUP + self.steps + 1
         silence = io.StringIO()
@@ -157,8 +158,9 @@ class Contest:
             trainer.fit(stop)
         return float(clock.end - clock.start)
 
-    def load_ours(self) -> float:
+    def load_ours(self, workers: int) -> float:
         """The trainer's batches, normalised as its step does."""
+        self.config.data.workers = workers
         sampler = self.data.batch_sampler(seed=0, steps=WARMUP + self.steps + 1)
 
         def batches() -> Iterator[Any]:
@@ -197,22 +199,23 @@ class Contest:
         """The batches of the plain loop."""
         return timed(plain_loop.batches(self._plain_loader(form), self.memory_format), self.steps)
 
-    def turns(self, form: plain_loop.Form) -> dict[tuple[str, str], Turn]:
+    def turns(self, workers: int, form: plain_loop.Form) -> dict[tuple[str, str], Turn]:
         """The turns of a round by (work, contestant)."""
         return {
-            ("training", OURS): self.train_ours,
+            ("training", OURS): lambda: self.train_ours(workers),
             ("training", PLAIN): lambda: self.train_plain(form),
             ("training", DENSE): lambda: self.train_plain(form, dense=True),
-            ("data only", OURS): self.load_ours,
+            ("data only", OURS): lambda: self.load_ours(workers),
             ("data only", PLAIN): lambda: self.load_plain(form),
         }
 
     def measure(self, rounds: int) -> dict[str, Any]:
         """Samples per second of each turn, round by round."""
         samples = self.steps * self.batch_size
-        trial = {form: samples / self.train_plain(form) for form in plain_loop.FORMS}
-        best = max(trial, key=lambda form: trial[form])
-        turns = self.turns(best)
+        ours = {workers: samples / self.train_ours(workers) for workers in plain_loop.WORKERS}
+        plain = {form: samples / self.train_plain(form) for form in plain_loop.FORMS}
+        workers, form = max(ours, key=lambda each: ours[each]), max(plain, key=lambda each: plain[each])
+        turns = self.turns(workers, form)
         speeds: dict[tuple[str, str], list[float]] = {key: [] for key in turns}
         for _ in range(rounds):
             for key, turn in turns.items():
@@ -223,9 +226,11 @@ class Contest:
             "batch_size": self.batch_size,
             "image_size": self.data.image_size,
             "steps": self.steps,
-            "workers": self.config.data.workers,
-            "form": str(best),
-            "trial": {str(form): speed for form, speed in trial.items()},
+            "loaders": {OURS: f"{workers} workers", PLAIN: str(form)},
+            "trial": {
+                OURS: {f"{each} workers": speed for each, speed in ours.items()},
+                PLAIN: {str(each): speed for each, speed in plain.items()},
+            },
             "rows": [
                 {"work": work, "contestant": who, "samples_per_second": found}
                 for (work, who), found in speeds.items()
@@ -263,8 +268,9 @@ def lines(contests: Iterable[dict[str, Any]]) -> list[list[str]]:
 def section(stored: dict[str, Any]) -> str:
     """The measurement in Markdown, for benchmarks/README.md."""
     contests = stored["contests"]
-    forms = "; ".join(
-        f"{TITLES[contest['source']]}: trainer {contest['workers']} workers, plain loop {contest['form']}"
+    loaders = "; ".join(
+        f"{TITLES[contest['source']]}: "
+        + " and ".join(f"{chosen} ({who})" for who, chosen in contest["loaders"].items())
         for contest in contests
     )
     bars = ", ".join(
@@ -275,7 +281,7 @@ def section(stored: dict[str, Any]) -> str:
         [
             f"{table.heading(stored['machine'])}. {stored['rounds']} rounds.",
             table.markdown(lines(contests)),
-            f"Loaders: {forms}.",
+            f"Loaders: {loaders}.",
             f"Targets (training, trainer / plain loop): {bars}.",
         ]
     )

@@ -20,7 +20,7 @@ from pysupcon.reading import one_line
 from pysupcon.user_code import PlainValue, import_object
 
 _CHUNK_PIXELS = 2**17
-"""Pixels of the views that are augmented at once, so that the data between two transforms stay in the cache"""
+"""Pixels of the views that are augmented at once: the data between two transforms stay in the cache."""
 
 
 class BatchTransform(Protocol):
@@ -100,7 +100,8 @@ class Augmentation:
     def of_batches(self, batches: Iterable[Tensor], uniforms: Tensor) -> Tensor:
         """The same for images of different sizes.
 
-        Once the images have the side of the views, the batches do not matter for the time.
+        Only the resizing works on these batches. The transforms after it work on many images at once, which
+        is faster for small images.
 
         Args:
             batches: uint8 [n, C, H, W] each, n in all; the next one is requested when one has been resized.
