@@ -31,12 +31,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 import torch
-from PIL import Image
 
 import pysupcon
 from benchmarks import machine, plain_loop, table
+from benchmarks.jpeg_files import write_images
 from benchmarks.kernels.peers import written_supcon
 from pysupcon.config import Config, config_of
 from pysupcon.data.datamodule import DataModule, load_data
@@ -51,7 +50,6 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "trainer_speed_cpu.json"
 WARMUP = 3
 TEMPERATURE, LEARNING_RATE, WEIGHT_DECAY = 0.1, 3e-3, 1e-4
-FILE_SIDES = (96, 256)
 BARS = {"memory": 1.5, "files": 1.0}
 """The trainer's speed in training relative to the plain loop should be at least this."""
 OURS, PLAIN, DENSE = "pysupcon's trainer", "plain loop", "plain loop, dense loss"
@@ -59,22 +57,6 @@ TITLES = {"memory": "MNIST in memory", "files": "JPEG files"}
 
 Turn = Callable[[], float]
 """Seconds of the steps of a turn"""
-
-
-def write_images(folder: Path, count: int) -> None:
-    """JPEG files of four classes: noise whose amplitude falls with the frequency, as in photographs."""
-    generator = np.random.default_rng(0)
-    for number in range(count):
-        width, height = (int(side) for side in generator.integers(*FILE_SIDES, size=2, endpoint=True))
-        pixels = np.full((height, width, 3), 128.0)
-        for octave in range(7):
-            cells = generator.normal(0, 40 / 1.35**octave, (2 ** (octave + 1), 2 ** (octave + 1), 3))
-            for channel in range(3):
-                layer = Image.fromarray(cells[:, :, channel].astype(np.float32))
-                pixels[:, :, channel] += np.asarray(layer.resize((width, height), Image.Resampling.BICUBIC))
-        place = folder / f"class{number % 4}" / f"{number:04}.jpg"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(place, quality=90)
 
 
 def make_config(source: str, threads: int, folder: Path) -> Config:
