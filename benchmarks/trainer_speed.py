@@ -4,8 +4,9 @@
 
 Start it on an idle machine; it takes a few minutes. Data: 5,000 MNIST images in memory, and JPEG files that
 it writes into a temporary folder. Both train the same network with the same loss, optimizer, batch size and
-augmentations on the same images, in turns. Each turn builds its loader anew, runs some steps to warm up, and
-times the next steps, at least one epoch. "data only" makes the same batches without a model.
+augmentations on the same images, in turns, each in a process of its own. Each turn builds its loader anew,
+runs some steps to warm up, and times the next steps, at least one epoch. "data only" makes the same batches
+without a model.
 
 The trainer runs as users run it, with its log and its metrics, but without validation, and the checkpoint at
 its end is not timed. A trial before the first turn chooses the fastest loader of each: 0 or 2 workers, and
@@ -18,12 +19,14 @@ import argparse
 import io
 import json
 import math
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, redirect_stderr
 from copy import deepcopy
 from importlib import metadata
 from pathlib import Path
@@ -54,9 +57,6 @@ BARS = {"memory": 1.5, "files": 1.0}
 """The trainer's speed in training relative to the plain loop should be at least this."""
 OURS, PLAIN, DENSE = "pysupcon's trainer", "plain loop", "plain loop, dense loss"
 TITLES = {"memory": "MNIST in memory", "files": "JPEG files"}
-
-Turn = Callable[[], float]
-"""Seconds of the steps of a turn"""
 
 
 def make_config(source: str, threads: int, folder: Path) -> Config:
@@ -117,7 +117,8 @@ class Contest:
     """
 
     def __init__(self, source: str, threads: int, steps: int | None, folder: Path) -> None:
-        self.source, self.config = source, make_config(source, threads, folder)
+        torch.set_num_threads(threads)
+        self.config = make_config(source, threads, folder)
         self.data: DataModule = load_data(self.config.data)
         self.batch_size = self.config.data.batch_size
         epoch = len(self.data.training) // self.batch_size
@@ -181,43 +182,73 @@ class Contest:
         """The batches of the plain loop."""
         return timed(plain_loop.batches(self._plain_loader(form), self.memory_format), self.steps)
 
-    def turns(self, workers: int, form: plain_loop.Form) -> dict[tuple[str, str], Turn]:
-        """The turns of a round by (work, contestant)."""
-        return {
-            ("training", OURS): lambda: self.train_ours(workers),
-            ("training", PLAIN): lambda: self.train_plain(form),
-            ("training", DENSE): lambda: self.train_plain(form, dense=True),
-            ("data only", OURS): lambda: self.load_ours(workers),
-            ("data only", PLAIN): lambda: self.load_plain(form),
-        }
 
-    def measure(self, rounds: int) -> dict[str, Any]:
-        """Samples per second of each turn, round by round."""
-        samples = self.steps * self.batch_size
-        ours = {workers: samples / self.train_ours(workers) for workers in plain_loop.WORKERS}
-        plain = {form: samples / self.train_plain(form) for form in plain_loop.FORMS}
-        workers, form = max(ours, key=lambda each: ours[each]), max(plain, key=lambda each: plain[each])
-        turns = self.turns(workers, form)
+_contest: Contest
+
+
+def _open(*arguments: Any) -> None:
+    """Prepare the process of a contestant."""
+    global _contest
+    _contest = Contest(*arguments)
+
+
+def _turn(method: str, *arguments: Any) -> float:
+    """Samples per second of a method of :class:`Contest`."""
+    return _contest.steps * _contest.batch_size / float(getattr(_contest, method)(*arguments))
+
+
+def _facts() -> dict[str, Any]:
+    facts = {"batch_size": _contest.batch_size, "image_size": _contest.data.image_size}
+    return {"samples": len(_contest.data.training), **facts, "steps": _contest.steps}
+
+
+def measure(source: str, threads: int, steps: int | None, folder: Path, rounds: int) -> dict[str, Any]:
+    """Samples per second of each turn, round by round.
+
+    Each contestant has a process of its own, which waits while the other runs: the trainer changes settings
+    of its process, such as those of malloc.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with ExitStack() as stack:
+        ours, plain = (
+            stack.enter_context(
+                ProcessPoolExecutor(1, spawn, initializer=_open, initargs=(source, threads, steps, folder))
+            )
+            for _ in range(2)
+        )
+
+        def turn(pool: ProcessPoolExecutor, method: str, *arguments: Any) -> float:
+            return pool.submit(_turn, method, *arguments).result()
+
+        of_workers = {each: turn(ours, "train_ours", each) for each in plain_loop.WORKERS}
+        of_forms = {each: turn(plain, "train_plain", each) for each in plain_loop.FORMS}
+        workers = max(of_workers, key=lambda each: of_workers[each])
+        form = max(of_forms, key=lambda each: of_forms[each])
+        turns: dict[tuple[str, str], tuple[Any, ...]] = {
+            ("training", OURS): (ours, "train_ours", workers),
+            ("training", PLAIN): (plain, "train_plain", form),
+            ("training", DENSE): (plain, "train_plain", form, True),
+            ("data only", OURS): (ours, "load_ours", workers),
+            ("data only", PLAIN): (plain, "load_plain", form),
+        }
         speeds: dict[tuple[str, str], list[float]] = {key: [] for key in turns}
         for _ in range(rounds):
-            for key, turn in turns.items():
-                speeds[key].append(samples / turn())
-        return {
-            "source": self.source,
-            "samples": len(self.data.training),
-            "batch_size": self.batch_size,
-            "image_size": self.data.image_size,
-            "steps": self.steps,
-            "loaders": {OURS: f"{workers} workers", PLAIN: str(form)},
-            "trial": {
-                OURS: {f"{each} workers": speed for each, speed in ours.items()},
-                PLAIN: {str(each): speed for each, speed in plain.items()},
-            },
-            "rows": [
-                {"work": work, "contestant": who, "samples_per_second": found}
-                for (work, who), found in speeds.items()
-            ],
-        }
+            for key, arguments in turns.items():
+                speeds[key].append(turn(*arguments))
+        facts = plain.submit(_facts).result()
+    return {
+        "source": source,
+        **facts,
+        "loaders": {OURS: f"{workers} workers", PLAIN: str(form)},
+        "trial": {
+            OURS: {f"{each} workers": speed for each, speed in of_workers.items()},
+            PLAIN: {str(each): speed for each, speed in of_forms.items()},
+        },
+        "rows": [
+            {"work": work, "contestant": who, "samples_per_second": found}
+            for (work, who), found in speeds.items()
+        ],
+    }
 
 
 def ratios(contest: dict[str, Any], work: str, contestant: str) -> list[float]:
@@ -294,8 +325,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for source in options.data:
             if source == "files":
                 write_images(Path(temporary), options.files)
-            contest = Contest(source, options.threads, options.steps, Path(temporary))
-            stored["contests"].append(contest.measure(options.rounds))
+            measured = measure(source, options.threads, options.steps, Path(temporary), options.rounds)
+            stored["contests"].append(measured)
     print(section(stored))
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
