@@ -22,8 +22,8 @@ def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def new_pages() -> int:
-    """Pages that the system maps for a block of 64 MiB after an equal one was freed."""
-    for _ in range(2):
+    """Pages that the system maps for a block of 64 MiB after equal ones were freed."""
+    for _ in range(4):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         torch.ones(16 * 2**20)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
