@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -19,7 +19,8 @@ from pysupcon.errors import ConfigError, ImageError
 from pysupcon.reading import one_line
 from pysupcon.user_code import PlainValue, import_object
 
-_CHUNK_SIZE = 128  # images augmented at once, so that the data between two transforms stay in the cache
+_CHUNK_PIXELS = 2**17
+"""Pixels of the views that are augmented at once: the data between two transforms stay in the cache."""
 
 
 class BatchTransform(Protocol):
@@ -72,6 +73,11 @@ class Augmentation:
             if family == "colour":
                 self.transforms += [ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), RandomGrayscale(0.2)]
         self.num_uniforms = sum(transform.num_uniforms for transform in self.transforms)
+        # Number of transforms up to the one that gives the views their size.
+        self._fitting = 0
+        if self.resize is None:
+            kinds = [isinstance(transform, RandomResizedCrop) for transform in self.transforms]
+            self._fitting = kinds.index(True) + 1
 
     def __call__(self, images: Tensor, uniforms: Tensor) -> Tensor:
         """V views of every image.
@@ -83,26 +89,68 @@ class Augmentation:
         Returns:
             uint8 [n, V, C, size, size]. Without a random transform all views of an image share memory.
         """
-        views = uniforms.shape[1]
         if not self.transforms:
-            fitted = images if self.resize is None else self.resize(images)
-            return fitted.unsqueeze(1).expand(-1, views, -1, -1, -1)
+            return self._fit(images, uniforms)
+        views = uniforms.shape[1]
         result = images.new_empty(len(images), views, images.shape[1], self.size, self.size)
-        for start in range(0, len(images), max(_CHUNK_SIZE // views, 1)):
-            part = slice(start, start + max(_CHUNK_SIZE // views, 1))
-            chunk = images[part] if self.resize is None else self.resize(images[part])
-            result[part] = self._views(chunk, uniforms[part])
+        for part in _chunks(result):
+            result[part] = self._transform(self._fit(images[part], uniforms[part]), uniforms[part])
         return result
 
-    def _views(self, images: Tensor, uniforms: Tensor) -> Tensor:
-        count, views = uniforms.shape[:2]
-        result = images.unsqueeze(1).expand(-1, views, -1, -1, -1).flatten(0, 1)
+    def of_batches(self, batches: Iterable[Tensor], uniforms: Tensor) -> Tensor:
+        """The same for images of different sizes.
+
+        Only the resizing works on these batches. The transforms after it work on many images at once, which
+        is faster for small images.
+
+        Args:
+            batches: uint8 [n, C, H, W] each, n in all; the next one is requested when one has been resized.
+            uniforms: float64 [n, V, num_uniforms] in [0, 1).
+        """
+        parts: list[Tensor] = []
         start = 0
-        for transform in self.transforms:
-            end = start + transform.num_uniforms
-            result = transform(result, uniforms.flatten(0, 1)[:, start:end])
+        for images in batches:
+            end = start + len(images)
+            parts.append(self._fit(images, uniforms[start:end]))
             start = end
-        return result.unflatten(0, (count, views))
+        fitted = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if len(self.transforms) == self._fitting:
+            return fitted
+        result = torch.empty_like(fitted, memory_format=torch.contiguous_format)
+        for part in _chunks(result):
+            result[part] = self._transform(fitted[part], uniforms[part])
+        return result
+
+    def _fit(self, images: Tensor, uniforms: Tensor) -> Tensor:
+        """Every image for every view, in the size of the views: [n, V, C, size, size]."""
+        views = uniforms.shape[1]
+        if self.resize is not None:
+            images = self.resize(images)
+        result = images.unsqueeze(1).expand(-1, views, -1, -1, -1)
+        return self._apply(result, uniforms, 0, self._fitting) if self._fitting else result
+
+    def _transform(self, views: Tensor, uniforms: Tensor) -> Tensor:
+        """What :meth:`_fit` has not done."""
+        return self._apply(views, uniforms, self._fitting, len(self.transforms))
+
+    def _apply(self, views: Tensor, uniforms: Tensor, first: int, end: int) -> Tensor:
+        """The transforms from ``first`` to ``end``, of views [n, V, C, H, W]."""
+        if first == end:
+            return views
+        result, numbers = views.flatten(0, 1), uniforms.flatten(0, 1)
+        start = sum(transform.num_uniforms for transform in self.transforms[:first])
+        for transform in self.transforms[first:end]:
+            stop = start + transform.num_uniforms
+            result = transform(result, numbers[:, start:stop])
+            start = stop
+        return result.unflatten(0, views.shape[:2])
+
+
+def _chunks(views: Tensor) -> Iterator[slice]:
+    """Parts of views [n, V, C, size, size] that are transformed at once."""
+    pixels = views.shape[1] * views.shape[-2] * views.shape[-1]  # of a sample
+    size = max(_CHUNK_PIXELS // pixels, 1)
+    return (slice(start, start + size) for start in range(0, len(views), size))
 
 
 class OwnAugmentation:
@@ -183,4 +231,5 @@ class Normalize:
     def __call__(self, images: Tensor) -> Tensor:
         if self.mean.device != images.device:  # on the first call only
             self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
-        return (images.to(torch.float32) / 255 - self.mean) / self.std
+        # In place: large temporary tensors cost more than the arithmetic.
+        return images.to(torch.float32, copy=True).div_(255).sub_(self.mean).div_(self.std)

@@ -58,7 +58,7 @@ class EvaluationDataset(Dataset[tuple[Tensor, int, int]]):
             raise ConfigError(
                 "the evaluators need one label per sample, but data.dataset=image_table has several"
             )
-        self.samples, self.normalize = samples, normalize
+        self.samples, self.normalize, self.size = samples, normalize, size
         self.resize = ResizeCenterCrop(size) if size else Unchanged()
         self.coarse, self.fine = samples.coarse, samples.fine
         self.coarse_names, self.fine_names = coarse_names, fine_names
@@ -73,7 +73,7 @@ class EvaluationDataset(Dataset[tuple[Tensor, int, int]]):
         """Items of a batch, as DataLoader requests them."""
         with threads_for(self.samples.images):
             images = self.normalize(
-                torch.cat([self.resize(part) for part in _image_batches(self.samples, indices)])
+                torch.cat([self.resize(part) for part in _image_batches(self.samples, indices, self.size)])
             )
         rows = torch.tensor(indices)
         labels = (self.coarse[rows].tolist(), self.fine[rows].tolist())
@@ -112,13 +112,17 @@ class MultiViewDataset(Dataset[tuple[Tensor, int]]):
             self.seed, [draw for _, draw in keys], self.views * self.augmentation.num_uniforms
         )
         uniforms = uniforms.view(len(keys), self.views, self.augmentation.num_uniforms)
+        batches = _image_batches(self.samples, samples, self.augmentation.size)
+        labels = self.labels[torch.tensor(samples)]
         views: list[Tensor] = []
         done = 0
         with threads_for(self.samples.images):
-            for images in _image_batches(self.samples, samples):
+            if isinstance(self.augmentation, Augmentation) and not isinstance(self.samples.images, Tensor):
+                return self.augmentation.of_batches(batches, uniforms), labels
+            for images in batches:
                 views.append(self.augmentation(images, uniforms[done : done + len(images)]))
                 done += len(images)
-        return views[0] if len(views) == 1 else torch.cat(views), self.labels[torch.tensor(samples)]
+        return views[0] if len(views) == 1 else torch.cat(views), labels
 
 
 class GroupedMultiViewDataset(Dataset[tuple[Tensor, int, int]]):
@@ -138,17 +142,24 @@ class GroupedMultiViewDataset(Dataset[tuple[Tensor, int, int]]):
         return (*self.dataset.__getitems__(keys), self.groups[samples])
 
 
-def _image_batches(samples: Samples, indices: list[int]) -> Iterator[Tensor]:
+def _image_batches(samples: Samples, indices: list[int], size: int) -> Iterator[Tensor]:
     """The images of ``indices`` in order, as batches uint8 [n, C, H, W] of equal image size.
 
-    Tensors are one batch; consecutive files of one size form a batch.
+    Tensors are one batch. Consecutive files of one size form a batch if no side is longer than ``size``.
+    Larger ones come one at a time: they are resized one at a time, and a batch of them could fill the memory.
     """
     if isinstance(samples.images, Tensor):
         yield samples.images[torch.tensor(indices)]
         return
     files = samples.images
-    for _, same in groupby((files[index] for index in indices), key=lambda image: image.shape):
-        yield torch.stack(list(same))
+
+    def kind(image: Tensor) -> object:
+        return image.shape if max(image.shape[-2:]) <= size else object()
+
+    for _, same in groupby((files[index] for index in indices), key=kind):
+        images = list(same)
+        # A copy of a decoded file would have another memory order, which is slower to resize.
+        yield images[0].unsqueeze(0) if len(images) == 1 else torch.stack(images)
 
 
 class DataModule:

@@ -65,7 +65,7 @@ def plain_image(image: Image, mode: Literal["L", "RGB"]) -> Image:
         image = image.convert("RGBA")
         white = pil.new("RGBA", image.size, (255, 255, 255, 255))
         image = pil.alpha_composite(white, image)
-    return image.convert(mode)
+    return image if image.mode == mode else image.convert(mode)  # convert would copy it
 
 
 def read_image_file(path: Path, *, draft: bool = False) -> Image:
@@ -85,7 +85,9 @@ def read_image_file(path: Path, *, draft: bool = False) -> Image:
     with pil.open(path) as image:
         if draft:
             image.draft(None, (1, 1))
-        return plain_image(ImageOps.exif_transpose(image), "RGB")
+        image.load()  # the file is closed at the end
+        ImageOps.exif_transpose(image, in_place=True)
+        return plain_image(image, "RGB")
 
 
 class FileImages(LazyImages):

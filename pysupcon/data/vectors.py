@@ -82,10 +82,13 @@ class VectorAugmentation:
 
     Attributes:
         num_uniforms: number of uniform random numbers per view.
+        size: 0; of images it is the side of the views.
 
     Raises:
         ConfigError: an argument is not valid.
     """
+
+    size = 0
 
     def __init__(
         self,

@@ -62,7 +62,7 @@ def batch_notes(config: Config, data: DataModule, processes: int) -> BatchNotes:
         shown = ", ".join(single[:SHOWN]) + (", ..." if len(single) > SHOWN else "")
         notes.lines.append(
             f"{count} a single training sample ({shown}), which has no partner but itself. Add samples, or "
-            "or leave these classes out"
+            "leave these classes out"
         )
     together = processes if config.loss.gather is False else 1
     share_of = _share_of(config, data, counts, len(labels) - len(known))

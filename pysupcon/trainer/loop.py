@@ -34,6 +34,7 @@ from pysupcon.trainer.environment import apply_environment
 from pysupcon.trainer.files import named_disk_errors, replace_file
 from pysupcon.trainer.folders import is_restart, locked_run_dir
 from pysupcon.trainer.group_dro import build_group_dro
+from pysupcon.trainer.heap import freed_memory_kept
 from pysupcon.trainer.log import peak_memory
 from pysupcon.trainer.objective import Objective
 from pysupcon.trainer.optim import build_optimizer, build_scheduler
@@ -221,7 +222,7 @@ class Trainer:
         report = reports[0] if reports else None
         self.accelerator.wait_for_everyone()
         try:
-            with report or nullcontext():
+            with report or nullcontext(), freed_memory_kept(self.device):
                 self._loop(report, stop)
         except BaseException:
             for tracker in self.accelerator.trackers:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -10,11 +12,12 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from pysupcon.data import DataConfig
-from pysupcon.data.augment import Augmentation, ResizeCenterCrop
+from pysupcon.data.augment import Augmentation, Normalize, ResizeCenterCrop
 from pysupcon.data.colour import ColorJitter, RandomGrayscale, rgb_to_grayscale
-from pysupcon.data.datamodule import DataModule, EvaluationDataset, load_data
+from pysupcon.data.datamodule import DataModule, EvaluationDataset, MultiViewDataset, load_data
 from pysupcon.data.geometry import RandomAffine, RandomCrop, RandomHorizontalFlip, RandomResizedCrop
 from pysupcon.data.philox import philox_uniforms
+from pysupcon.data.samples import LazyImages, Samples
 
 BILINEAR = v2.InterpolationMode.BILINEAR
 
@@ -241,6 +244,99 @@ def test_a_view_does_not_depend_on_its_batch(strength: str, family: str) -> None
         assert torch.equal(together, images.unsqueeze(1).expand_as(together))
     else:
         assert not torch.equal(together[:, 0], together[:, 1])
+
+
+class Decoded(LazyImages):
+    """Images in the memory order of decoded files."""
+
+    def __init__(self, images: list[Tensor]) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
+        return self.images[index].movedim(0, 2).contiguous().movedim(2, 0)
+
+    def select(self, indices: Tensor) -> Decoded:
+        return Decoded([self.images[int(i)] for i in indices])
+
+    def joined(self, other: LazyImages) -> Decoded:
+        raise NotImplementedError
+
+    def keys(self) -> Iterator[bytes]:
+        raise NotImplementedError
+
+
+SIZES = [(40, 52), (40, 52), (30, 21), (16, 14), (16, 14), (9, 12), (24, 24), (61, 24)]
+
+
+def files(strength: str, family: str) -> MultiViewDataset:
+    """Images of different sizes, larger and smaller than the views of 24 x 24 pixels."""
+    channels = 3 if family == "colour" else 1
+    images = Decoded([pictures(1, channels, *size)[0] for size in SIZES])
+    labels = torch.arange(len(SIZES))
+    augmentation = Augmentation(strength, family, 24)  # type: ignore[arg-type]
+    return MultiViewDataset(Samples(images, labels, labels), labels, augmentation, views=2, seed=0)
+
+
+@pytest.mark.parametrize("strength", ["none", "weak", "strong"])
+@pytest.mark.parametrize("family", ["grey", "colour"])
+def test_views_of_files_do_not_depend_on_their_batch(strength: str, family: str) -> None:
+    dataset = files(strength, family)
+    draws = [(row, 10 + row) for row in range(len(SIZES))]
+    for part in (draws, draws[::-1], draws[:2], draws[3:5]):  # two of one size: one batch from the start
+        views, labels = dataset.__getitems__(part)
+        assert views.shape == (len(part), 2, 3 if family == "colour" else 1, 24, 24)
+        for draw, found, label in zip(part, views, labels.tolist(), strict=True):
+            assert label == draw[0]
+            assert torch.equal(found, dataset[draw][0])
+
+
+def test_files_of_different_sizes_are_transformed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    jitter = ColorJitter.__call__
+
+    def counted(self: ColorJitter, images: Tensor, uniforms: Tensor) -> Tensor:
+        calls.append(len(images))
+        return jitter(self, images, uniforms)
+
+    monkeypatch.setattr(ColorJitter, "__call__", counted)
+    files("strong", "colour").__getitems__([(row, row) for row in range(len(SIZES))])
+    assert calls == [2 * len(SIZES)]
+
+
+def test_large_images_are_read_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of photographs of one size could fill the memory."""
+    events: list[str] = []
+    read, fit = Decoded.__getitem__, Augmentation._fit
+
+    def reading(self: Decoded, index: int) -> Tensor:
+        events.append("read")
+        return read(self, index)
+
+    def fitting(self: Augmentation, images: Tensor, uniforms: Tensor) -> Tensor:
+        events.append(f"resize {len(images)}")
+        return fit(self, images, uniforms)
+
+    monkeypatch.setattr(Decoded, "__getitem__", reading)
+    monkeypatch.setattr(Augmentation, "_fit", fitting)
+    dataset = files("strong", "colour")
+    dataset.__getitems__([(0, 0), (1, 1), (1, 2)])  # of 40 x 52 pixels
+    assert events == ["read", "read", "resize 1", "read", "resize 1", "resize 1"]
+    events.clear()
+    dataset.__getitems__([(3, 0), (4, 1)])  # smaller than the views
+    assert events == ["read", "read", "resize 2"]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_normalising_leaves_its_argument_alone(dtype: torch.dtype) -> None:
+    images = pictures(2, 3, 8, 8).to(dtype)
+    before = images.clone()
+    found = Normalize((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))(images)
+    assert torch.equal(images, before)
+    expected = F.normalize(before.double() / 255, [0.5, 0.4, 0.3], [0.2, 0.3, 0.4])
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_views_are_a_function_of_the_draw(digits: DataModule) -> None:
