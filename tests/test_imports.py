@@ -1,4 +1,4 @@
-"""The map of the code in README.md: every module belongs to a room, and imports only what its room may
+"""The map of the code in CONTRIBUTING.md: every module belongs to a room, and imports only what its room may
 import.
 
 A row may name only rooms of earlier rows, so no import runs upward.
@@ -79,7 +79,7 @@ def find_cycle(graph: dict[str, set[str]]) -> list[str]:
     return trail[trail.index(trail[-1]) :]
 
 
-ROOMS = read_map((ROOT / "README.md").read_text(encoding="utf-8"))
+ROOMS = read_map((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
 GRAPH = read_imports(ROOT)
 
 

@@ -159,3 +159,47 @@ def test_citation_is_yaml() -> None:
     yaml = pytest.importorskip("yaml")
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert {"cff-version", "title", "authors", "message"} <= set(citation)
+
+
+MY_PACKAGE = """
+from torch import nn
+from torchvision.datasets import FakeData
+
+def dataset():
+    return FakeData(48, (3, 16, 16), 4)
+
+def build():
+    return nn.Sequential(nn.Flatten(), nn.Linear(768, 8))
+"""
+
+
+def test_commands_for_own_data_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """README's lines as typed, with files of the names that they use."""
+    import sys
+
+    import numpy as np
+    from PIL import Image
+    from safetensors.torch import save_file
+
+    from pysupcon.__main__ import main
+
+    random = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        (tmp_path / "FOLDER" / label).mkdir(parents=True)
+        for i in range(12):
+            pixels = random.integers(0, 256, (70, 80, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "FOLDER" / label / f"{i}.jpg")
+    rows = "".join(f"{i % 2},{x:.3f},{y:.3f}\n" for i, (x, y) in enumerate(random.normal(size=(40, 2))))
+    (tmp_path / "features.csv").write_text("label,x,y\n" + rows)
+    (tmp_path / "my_package.py").write_text(MY_PACKAGE)
+    save_file({"1.weight": torch.randn(8, 768), "1.bias": torch.zeros(8)}, tmp_path / "weights.safetensors")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "my_package", raising=False)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^    pysupcon (train .*?)(?:  +#.*)?$", text, re.MULTILINE)
+    assert len(commands) == 3
+    for number, command in enumerate(commands):
+        further = f"--data.batch_size 8 --trainer.max_steps 1 --evaluate false --output_dir run{number}"
+        assert main([*command.split(), *further.split()]) == 0
+        assert (tmp_path / f"run{number}" / "model.safetensors").exists()

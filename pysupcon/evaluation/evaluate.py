@@ -220,7 +220,8 @@ def _warnings(metrics: dict[str, Metric]) -> list[str]:
     for name, metric in metrics.items():
         if name.endswith("/converged") and not metric.value:
             probe = name.removesuffix("/converged")
-            warnings.append(f"{probe}: the solver did not converge; raise max_iterations")
+            option = f"{probe.partition('/')[0]}.max_iterations"
+            warnings.append(f"{probe}: the solver did not converge; raise {option}")
     return warnings
 
 
