@@ -1,0 +1,39 @@
+"""The launch lines of the trainer's page that one machine without a GPU can run, as typed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.training_server import ENVIRONMENT, REPOSITORY
+
+PAGE = (REPOSITORY / "pysupcon" / "trainer" / "README.md").read_text(encoding="utf-8")
+_TYPED = re.findall(r"^    ((?:accelerate launch|torchrun) .*configs/.*)$", PAGE, re.MULTILINE)
+# The others need several GPUs or other data.
+LINES = [line for line in _TYPED if "--multi_gpu" not in line and "cifar10" not in line]
+
+
+def test_the_lines_are_found() -> None:
+    assert [line.split()[0] for line in LINES] == ["accelerate", "torchrun"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", LINES)
+def test_a_launch_line_trains(line: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    more = f"--trainer.max_steps 1 --optimizer.warmup_epochs 0 --evaluate false --output_dir {folder}"
+    bin_folder = str(Path(sys.executable).parent)
+    environment = {**ENVIRONMENT, "PATH": os.pathsep.join([bin_folder, os.environ.get("PATH", "")])}
+    done = subprocess.run(
+        f"{line} {more}", shell=True, cwd=REPOSITORY, env=environment, text=True, timeout=300,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert (folder / "model.safetensors").exists()
+    (start,) = json.loads((folder / "environment.json").read_text())
+    assert start["processes"] == (2 if line.startswith("torchrun") else 1)
