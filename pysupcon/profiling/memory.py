@@ -5,16 +5,18 @@ from __future__ import annotations
 import ctypes
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 
 _STATUS = Path("/proc/self/status")
 _REFERENCES = Path("/proc/self/clear_refs")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
-def peak_bytes(device: torch.device, work: Callable[[], object]) -> int:
+def peak_bytes(device: torch.device, work: Callable[[], object], *, in_use: bool = False) -> int:
     """Return the peak memory of ``work`` in bytes, relative to the memory in use before it.
 
     On CUDA this is memory allocated by torch. Elsewhere it is the resident memory of the process, after freed
@@ -23,6 +25,9 @@ def peak_bytes(device: torch.device, work: Callable[[], object]) -> int:
     Args:
         device: device of the work.
         work: function to run.
+        in_use: on the CPU, count only blocks in use: no code of libraries, and blocks that ``work`` frees are
+            returned to the system at once, which makes it slower. By default blocks that the C library keeps
+            count too.
 
     Raises:
         OSError: the resident memory cannot be read from /proc.
@@ -36,10 +41,13 @@ def peak_bytes(device: torch.device, work: Callable[[], object]) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     _return_free_memory()
     has_peak = _reset_peak()
-    before = resident_bytes()
+    before, code = resident_bytes(), resident_bytes("RssFile")
     sampler = None if has_peak else _Sampler()
-    work()
+    with _blocks_are_mapped() if in_use else nullcontext():
+        work()
     peak = resident_bytes("VmHWM") if sampler is None else sampler.finish()
+    if in_use:
+        before += max(resident_bytes("RssFile") - code, 0)
     return max(peak - before, 0)
 
 
@@ -81,6 +89,23 @@ def _return_free_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):
         return
+
+
+@contextmanager
+def _blocks_are_mapped() -> Iterator[None]:
+    """Make malloc map each block of 64 KiB or more on its own, so that it is returned when it is freed."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        yield
+        return
+    mallopt(_M_MMAP_THRESHOLD, 64 * 1024)
+    try:
+        yield
+    finally:
+        # The value that glibc itself reaches in a process that frees large blocks.
+        mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
+        mallopt(_M_TRIM_THRESHOLD, 64 * 2**20)
 
 
 class _Sampler(threading.Thread):
