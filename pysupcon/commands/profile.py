@@ -3,9 +3,13 @@
     pysupcon profile --loss supcon --n 65536 --dim 128
     pysupcon profile --n 4096 --encoder resnet18 --image-size 32 --chunk 256 --output runs/profile
     pysupcon profile --n 1048576 --predict
+    pysupcon profile --step-seconds 60 --memory 16 --encoder resnet18 --chunk 256
 
 Prints time and peak memory of the loss and, with --encoder, of a training step; the operator table of
-torch.profiler; and the largest batch that fits into memory. Writes profile.json into --output and, for each
+torch.profiler; and the largest batch that fits into memory and, with --step-seconds, into a time. Predictions
+are calibrated on the device with small runs of about a second. Without a run of the full size the range of a
+predicted time is printed; it holds what the calibration cannot tell apart, not other work that starts later.
+Writes profile.json into --output and, for each
 measurement, a Chrome trace (trace.json, for chrome://tracing or Perfetto), the operator table (operators.txt)
 and a picture of the memory over time (memory.png). On a GPU it also writes the allocator's snapshot
 (memory_snapshot.pickle, for pytorch.org/memory_viz).
@@ -15,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -25,8 +30,9 @@ import torch
 from pysupcon.commands import plain_parser, program
 from pysupcon.errors import ConfigError
 from pysupcon.pairs.checks import BACKENDS
-from pysupcon.profiling.report import Report, format_report
-from pysupcon.profiling.run import ProfileRequest, profile_loss, profile_step
+from pysupcon.profiling.report import format_report
+from pysupcon.profiling.request import ProfileRequest
+from pysupcon.profiling.run import LEAST_ROWS, run_profile
 from pysupcon.profiling.workload import LOSSES, VIEWS
 
 DTYPES = {
@@ -47,7 +53,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--loss", choices=LOSSES, default="supcon", help="loss to profile (default %(default)s)")
-    add("--n", type=int, required=True, help="number of rows N: two views of each sample")
+    add(
+        "--n",
+        type=int,
+        help="number of rows N: two views of each sample; without it, only predict the largest N within "
+        "--step-seconds and --memory",
+    )
     add("--dim", type=int, default=128, help="dimensions of a row (default %(default)s)")
     add("--classes", type=int, default=100, help="number of classes of equal size (default %(default)s)")
     add("--temperature", type=float, default=0.07, help="temperature (default %(default)s)")
@@ -57,6 +68,19 @@ def build_parser() -> argparse.ArgumentParser:
     add("--encoder", metavar="NAME", help="a backbone as in model.backbone: profile a training step too")
     add("--image-size", type=int, help="image size in pixels, with --encoder (default 32)")
     add("--chunk", type=int, help="images per forward pass of the encoder (GradCache), with --encoder")
+    add(
+        "--step-seconds",
+        type=float,
+        metavar="S",
+        help="print the largest batch whose step (without --encoder: forward and backward of the loss) takes "
+        "at most S seconds",
+    )
+    add(
+        "--memory",
+        type=float,
+        metavar="GIB",
+        help="print the largest batch in this memory, inputs included (default: the free memory)",
+    )
     add("--predict", action="store_true", help="only predict: do not run the full size")
     add("--output", type=Path, default=Path("runs/profile"), metavar="DIR", help="default %(default)s")
     return parser
@@ -67,17 +91,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         request = _request(options)
-        report = Report(request.device, request.describe(), profile_loss(request))
-        if request.encoder is not None:
-            report.step = profile_step(request, report.loss)
+        report = run_profile(request)
     except ConfigError as error:
         print(f"pysupcon profile: {error}", file=sys.stderr)
         return 2
     print(format_report(report))
     options.output.mkdir(parents=True, exist_ok=True)
     stored = json.dumps(asdict(report), indent=1, default=str) + "\n"
-    (options.output / RESULT_FILE).write_text(stored, encoding="utf-8")
-    print(f"written: {', '.join(sorted(str(path) for path in options.output.rglob('*') if path.is_file()))}")
+    result = options.output / RESULT_FILE
+    result.write_text(stored, encoding="utf-8")
+    print(f"written: {', '.join(sorted(str(path) for path in (result, *report.files)))}")
     return 0
 
 
@@ -91,8 +114,14 @@ def _request(options: argparse.Namespace) -> ProfileRequest:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    if options.n < 64 or options.n % (4 * VIEWS):
-        raise ConfigError(f"--n must be a multiple of {4 * VIEWS} and at least 64, got {options.n}")
+    for name in ("step_seconds", "memory"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"--{name.replace('_', '-')} must be finite and greater than 0, got {value}")
+    if options.n is None and options.step_seconds is None and options.memory is None:
+        raise ConfigError("--n must be given, or a limit to search it: --step-seconds, --memory, or both")
+    if options.n is not None and (options.n < LEAST_ROWS or options.n % (4 * VIEWS)):
+        raise ConfigError(f"--n must be a multiple of {4 * VIEWS} and at least {LEAST_ROWS}, got {options.n}")
     if options.temperature <= 0:
         raise ConfigError(f"--temperature must be greater than 0, got {options.temperature}")
     if options.encoder is None:
@@ -106,7 +135,8 @@ def _request(options: argparse.Namespace) -> ProfileRequest:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
-            f"--device {options.device} cannot be used: {str(error).splitlines()[0]}"
+            f"--device {options.device} cannot be used, and predictions are calibrated on the device: "
+            f"{str(error).splitlines()[0]}"
         ) from error
     return ProfileRequest(
         loss=options.loss,
@@ -120,6 +150,8 @@ def _request(options: argparse.Namespace) -> ProfileRequest:
         encoder=options.encoder,
         image_size=options.image_size or 32,
         chunk=options.chunk,
-        measure=not options.predict,
+        measure=not options.predict and options.n is not None,
         output=options.output,
+        step_seconds=options.step_seconds,
+        memory=None if options.memory is None else int(options.memory * 2**30),
     )

@@ -1,16 +1,23 @@
-"""Predict the cost of a loss or a training step from two small measurements.
+"""Predict the cost of a loss or a training step from small measurements.
 
-Time is linear in the number of pairs of rows and memory is linear in the number of rows; each line goes
-through two measured points. The unit of work is u = N^2 D floating-point operations. Both passes over the
-pairs take 4 u if symmetry is used: 1 for the similarities and 3 for the gradient.
+Time is linear in the number of pairs of rows and in the number of images; memory is linear in the number of
+rows. Each line goes through two measured points. The unit of work is u = N^2 D floating-point operations.
+Both passes over the pairs take 4 u if symmetry is used: 1 for the similarities and 3 for the gradient.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+import statistics
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from pysupcon.losses import LOSSES_BY_NAME
+from pysupcon.profiling.workspace import needed_statistics
+
+MOST_ROWS = 2**40
+LEAST_ERROR = 0.15
+"""Relative error of a predicted time even if repeated measurements agree: caches, clocks, other work."""
 
 
 def loss_flops(loss: str, n: int, dim: int, classes: int) -> float:
@@ -19,10 +26,7 @@ def loss_flops(loss: str, n: int, dim: int, classes: int) -> float:
     A loss without negatives (cnce) uses only pairs of the same class; one with a softplus sum (sincere) uses
     all pairs, and those of the same class again.
     """
-    description = LOSSES_BY_NAME[loss]
-    defaults = description.trainer_defaults[loss]
-    own = {name: defaults[name] for name in description.own_parameters if name in defaults}
-    needed = description.statistics(**own)
+    needed = needed_statistics(loss)
     same = 1 / min(classes, n)
     share = (1.0 if needed.get("negatives") else same) + (same if "epsilon" in needed else 0.0)
     return 4.0 * n * n * dim * share
@@ -49,10 +53,74 @@ class Line(NamedTuple):
         return self.fixed + self.slope * x
 
 
-def largest_rows(available: float, memory: Line, input_bytes: float) -> int:
-    """Return the number of rows that fit into ``available`` bytes, counting peak memory and inputs."""
-    rows = (available - memory.fixed) / (memory.slope + input_bytes)
-    return max(int(rows), 0)
+class Estimate(NamedTuple):
+    """A predicted time in seconds, and the range that the calibration allows."""
+
+    seconds: float
+    low: float
+    high: float
+
+    def plus(self, other: Estimate) -> Estimate:
+        """Return the time of both, one after the other."""
+        return Estimate(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+class Timing(NamedTuple):
+    """Repeated measurements of one size."""
+
+    work: float
+    seconds: Sequence[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        ordered = sorted(self.seconds)
+        quarter = (len(ordered) - 1) // 4
+        return ordered[quarter], ordered[-1 - quarter]
+
+
+class TimeModel(NamedTuple):
+    """The time of any amount of work, from two sizes that were measured."""
+
+    small: Timing
+    large: Timing
+
+    def at(self, work: float) -> Estimate:
+        """Return the time of ``work``.
+
+        The range holds every line through a quartile of the small and one of the large size, and the time
+        that is proportional to the large size: what the calibration cannot tell apart.
+        """
+        x, y = self.small.work, self.large.work
+        seconds = Line.through((x, self.small.median), (y, self.large.median)).at(work)
+        ends = itertools.product(self.small.quartiles, self.large.quartiles)
+        others = [Line.through((x, first), (y, last)).at(work) for first, last in ends]
+        others.append(self.large.median * work / y if work > y else seconds)
+        return Estimate(
+            seconds,
+            min(seconds * (1 - LEAST_ERROR), *others),
+            max(seconds * (1 + LEAST_ERROR), *others),
+        )
+
+
+def largest_rows(limit: float, cost: Callable[[int], float], multiple: int = 1) -> int:
+    """Return the largest number of rows whose cost is at most ``limit``, 0 if there is none.
+
+    Args:
+        limit: of the cost.
+        cost: function of the number of rows that does not decrease.
+        multiple: the result is a multiple of it and at most MOST_ROWS.
+    """
+    low, high = 0, 1
+    while high * multiple <= MOST_ROWS and cost(high * multiple) <= limit:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if cost(middle * multiple) <= limit else (low, middle)
+    return low * multiple
 
 
 def largest_dense_rows(available: float, bytes_a_pair: float) -> int:

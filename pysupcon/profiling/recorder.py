@@ -39,12 +39,19 @@ def operator_table(found: profile, device: torch.device, rows: int = 25) -> str:
     return found.key_averages().table(sort_by=key, row_limit=rows, max_name_column_width=48)
 
 
-def write_record(found: profile, device: torch.device, folder: Path) -> None:
-    """Write TRACE_FILE (Chrome, Perfetto), TABLE_FILE and, if the trace holds allocations, MEMORY_FILE."""
+def write_record(found: profile, device: torch.device, folder: Path) -> list[Path]:
+    """Write TRACE_FILE (Chrome, Perfetto), TABLE_FILE and, if the trace holds allocations, MEMORY_FILE.
+
+    Returns:
+        the files that were written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     found.export_chrome_trace(str(folder / TRACE_FILE))
     (folder / TABLE_FILE).write_text(operator_table(found, device, rows=100) + "\n", encoding="utf-8")
-    draw_memory(folder / TRACE_FILE, folder / MEMORY_FILE, device.type)
+    written = [folder / TRACE_FILE, folder / TABLE_FILE]
+    if draw_memory(folder / TRACE_FILE, folder / MEMORY_FILE, device.type):
+        written.append(folder / MEMORY_FILE)
+    return written
 
 
 def allocated_peak(device: torch.device, work: Callable[[], object]) -> int:

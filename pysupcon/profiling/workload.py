@@ -89,24 +89,24 @@ class LossWork:
         self.loss(self.inputs).backward()
         self.inputs.features.grad = None
 
+    def once(self) -> Seconds:
+        """Run once and return the times."""
+        self.inputs.features.grad = None
+        start = _now(self.device)
+        loss = self.loss(self.inputs)
+        middle = _now(self.device)
+        loss.backward()
+        end = _now(self.device)
+        self.inputs.features.grad = None
+        forward, backward = middle - start, end - middle
+        return Seconds(forward, backward, forward + backward)
+
     def seconds(self, budget: float) -> Seconds:
         """Return medians over up to 20 repetitions within ``budget`` seconds, at least one."""
-        forward: list[float] = []
-        backward: list[float] = []
-        spent = 0.0
-        while not forward or (spent < budget and len(forward) < 20):
-            self.inputs.features.grad = None
-            start = _now(self.device)
-            loss = self.loss(self.inputs)
-            middle = _now(self.device)
-            loss.backward()
-            end = _now(self.device)
-            forward.append(middle - start)
-            backward.append(end - middle)
-            spent += end - start
-        self.inputs.features.grad = None
-        both = [f + b for f, b in zip(forward, backward, strict=True)]
-        return Seconds(statistics.median(forward), statistics.median(backward), statistics.median(both))
+        found = [self.once()]
+        while sum(run.both for run in found) < budget and len(found) < 20:
+            found.append(self.once())
+        return Seconds(*(statistics.median(part) for part in zip(*found, strict=True)))
 
 
 class StepWork:

@@ -7,6 +7,7 @@ Sizes follow csrc/cpu: ``choose_block``, ``SideWeights`` and ``Partners`` in dri
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from pysupcon.losses import LOSSES_BY_NAME
 
@@ -58,22 +59,39 @@ def worker_count(n: int, dim: int, itemsize: int, pairs: float, threads: int) ->
     return max(min(threads, width, int(pairs * dim / _WORK_OF_ONE)), 1)
 
 
-def kernel_bytes(
-    loss: str, n: int, dim: int, classes: int, itemsize: int, temperature: float, threads: int, isa: str
-) -> int:
-    """Return the memory of the CPU kernels for a loss on N rows of unit length, besides tensors."""
-    needed = needed_statistics(loss)
-    instances = LOSSES_BY_NAME[loss].needs_instances
-    negatives = bool(needed.get("negatives"))
-    size = 8 if itemsize == 8 else 4
-    # The kernels form all exponentials relative to one number where the similarities allow it.
-    fixed = 2 * math.ceil(_LOG2E / temperature * (1 + 1e-4)) <= (900 if size == 8 else 100)
-    negative_values = (1 if fixed else 2) if negatives else 0
-    positive_values = 0
-    if needed.get("positives"):
-        positive_values = (2 if fixed else 3) + instances
-    arrays = max(negative_values + positive_values, 2 if "epsilon" in needed else 0)
-    a_row = 2 * size * arrays + 4 * (1 + instances)
-    pairs = n * n / 2 / (1 if negatives else min(classes, n))
-    workers = worker_count(n, dim, itemsize, pairs, threads)
-    return n * a_row + workers * thread_bytes(n, dim, itemsize, fixed, isa)
+class Problem(NamedTuple):
+    """A loss on rows of unit length, as the CPU kernels see it."""
+
+    loss: str
+    dim: int
+    classes: int
+    itemsize: int
+    """Bytes of a number of a row."""
+    temperature: float
+    threads: int
+    isa: str
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the kernels form all exponentials relative to one number: similarities allow it."""
+        limit = 900 if self.itemsize == 8 else 100
+        return 2 * math.ceil(_LOG2E / self.temperature * (1 + 1e-4)) <= limit
+
+    def values_bytes(self, n: int) -> int:
+        """Return the values per row that a pass holds besides tensors."""
+        needed = needed_statistics(self.loss)
+        instances = LOSSES_BY_NAME[self.loss].needs_instances
+        arrays = 0
+        if needed.get("negatives"):
+            arrays += 1 if self.fixed else 2
+        if needed.get("positives"):
+            arrays += (2 if self.fixed else 3) + instances
+        if "epsilon" in needed:  # a pass of its own
+            arrays = max(arrays, 2)
+        return n * (2 * arrays * (8 if self.itemsize == 8 else 4) + 4 * (1 + instances))
+
+    def scratch_bytes(self, n: int) -> int:
+        """Return the scratch of all threads, which they keep after the pass."""
+        share = 1 if needed_statistics(self.loss).get("negatives") else min(self.classes, n)
+        workers = worker_count(n, self.dim, self.itemsize, n * n / 2 / share, self.threads)
+        return workers * thread_bytes(n, self.dim, self.itemsize, self.fixed, self.isa)
