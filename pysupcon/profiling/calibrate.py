@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from pysupcon.profiling.cost import Estimate, Line, TimeModel, Timing
+from pysupcon.profiling.cost import LEAST_ERROR, Estimate, Line, TimeModel, Timing
 from pysupcon.profiling.memory import peak_bytes
 from pysupcon.profiling.recorder import allocated_peak
 from pysupcon.profiling.request import ProfileRequest
-from pysupcon.profiling.workload import VIEWS, Encoder, Seconds
+from pysupcon.profiling.workload import VIEWS, Encoder, Seconds, StepSeconds, StepWork
 
 LOSS_ROWS = {"cpu": 4096, "cuda": 32_768}
 """Rows of the larger of the two small runs of a loss."""
@@ -21,10 +21,13 @@ STEP_ROWS = {"cpu": 256, "cuda": 1024}
 """Maximum images of the smaller of the two small runs of a step."""
 FIRST_IMAGES = 8
 """Images of the first run of a step; doubled until a step is long enough to time."""
-STEP_SECONDS = 0.06
+STEP_SECONDS = 0.08
 """Time from which a step is long enough."""
 CALIBRATION_SECONDS = 0.7
 """Time for the repetitions of one calibration."""
+WITHOUT_CACHES = 0.5
+"""Share by which an encoder may be slower with many images at once: activations leave the caches, and memory
+is mapped in each step."""
 LEAST_ROUNDS = 3
 """Least number of repetitions, except if one takes longer than all should."""
 
@@ -59,19 +62,33 @@ class LossModel:
 
 @dataclass(frozen=True)
 class StepModel:
-    """Predicts a training step of any number of images. Its time is linear in the images, plus the loss's."""
+    """Predicts a training step of any number of images.
+
+    Without chunks its time is linear in the images, with chunks in the chunks: each is encoded twice, once
+    without gradients. The optimizer and the loss are added.
+    """
 
     loss: LossModel
     rows: tuple[int, int]
-    time: TimeModel
-    """By images."""
+    train: TimeModel
+    """Forward and backward of the encoder, by images."""
+    encode: TimeModel
+    """Forward without gradients, by images."""
+    update: Timing
+    """Step of the optimizer."""
     memory: Line
     """Peak memory of a step without chunks, by images."""
     took: float
 
     def seconds(self, n: int) -> Estimate:
         """Return the time of a step of N images."""
-        return self.time.at(n).plus(self.loss.seconds(n))
+        chunk = self.loss.request.chunk
+        if chunk is None or n <= chunk:  # GradCache encodes a single chunk once
+            encoder = self.train.at(n, WITHOUT_CACHES if n > self.rows[1] else LEAST_ERROR)
+        else:
+            encoder = self.train.at(chunk).plus(self.encode.at(chunk)).times(n / chunk)
+        update = Estimate(self.update.median, *self.update.quartiles)
+        return encoder.plus(update).plus(self.loss.seconds(n))
 
     def peak_bytes(self, n: int) -> float:
         """Return the peak memory of N images in addition to the images and the weights."""
@@ -130,27 +147,39 @@ def calibrate_loss(request: ProfileRequest) -> LossModel:
 
 
 def calibrate_step(loss: LossModel, prepared: Prepared) -> StepModel:
-    """Measure a step of few images, in the chunks of the request or smaller ones."""
+    """Measure the encoder with few images."""
     request = loss.request
     start = time.perf_counter()
-    most = STEP_ROWS.get(request.device.type, 64) if request.chunk is None else request.chunk
+    most = STEP_ROWS.get(request.device.type, 64) if request.chunk is None else max(request.chunk // 2, 2)
     if request.n is not None:
         most = min(most, request.n // 4)
-    images = first_long(lambda n: _step_seconds(request, prepared, n), most)
-    # A step of one chunk encodes once, a step of several encodes each twice.
-    small, large, chunk = (
-        (images, 2 * images, None) if request.chunk is None else (2 * images, 4 * images, images)
-    )
-    works = [request.step_work(*prepared, n, chunk) for n in (small, large)]
+    small = first_long(lambda n: _step_seconds(request, prepared, n), most)
+    sizes = small, 2 * small
+    works = [request.step_work(*prepared, n, None) for n in sizes]
     for work in works:
-        work()  # libraries prepare the shapes of a new size
-    seconds: tuple[list[float], list[float]] = ([], [])
-    repeat(lambda: seconds[0].append(works[0].seconds()), lambda: seconds[1].append(works[1].seconds()))
-    model = TimeModel(Timing(small, seconds[0]), Timing(large, seconds[1]))
-    whole = images, 2 * images
-    peaks = [float(peak_bytes(request.device, request.step_work(*prepared, n, None))) for n in whole]
-    memory = Line.through((whole[0], peaks[0]), (whole[1], peaks[1]))
-    return StepModel(loss, (small, large), model, memory, time.perf_counter() - start)
+        work.parts()  # libraries prepare the shapes of a new size
+    parts: tuple[list[StepSeconds], list[StepSeconds]] = ([], [])
+    repeat(lambda: parts[0].append(works[0].parts()), lambda: parts[1].append(works[1].parts()))
+    train, encode = (
+        TimeModel(*(Timing(n, [run[part] for run in found]) for n, found in zip(sizes, parts, strict=True)))
+        for part in (StepSeconds._fields.index("train"), StepSeconds._fields.index("encode"))
+    )
+    update = Timing(1, [run.update for run in parts[1]])
+    memory = _step_memory(request, works, sizes)
+    return StepModel(loss, sizes, train, encode, update, memory, time.perf_counter() - start)
+
+
+def _step_memory(request: ProfileRequest, works: Sequence[StepWork], sizes: tuple[int, int]) -> Line:
+    """Return the peak memory by images.
+
+    Tensors are counted exactly. Buffers of the libraries for convolutions are not tensors: the resident
+    memory of the larger run shows their share.
+    """
+    peaks = [float(allocated_peak(request.device, work)) for work in works]
+    tensors = Line.through((sizes[0], peaks[0]), (sizes[1], peaks[1]))
+    resident = min(peak_bytes(request.device, works[1], in_use=True) for _ in range(2))
+    share = max(resident / peaks[1], 1.0)
+    return Line(share * tensors.fixed, share * tensors.slope)
 
 
 def repeat(first: Callable[[], None], second: Callable[[], None]) -> None:

@@ -64,6 +64,10 @@ class Estimate(NamedTuple):
         """Return the time of both, one after the other."""
         return Estimate(*(a + b for a, b in zip(self, other, strict=True)))
 
+    def times(self, factor: float) -> Estimate:
+        """Return the time of ``factor`` repetitions."""
+        return Estimate(*(factor * value for value in self))
+
 
 class Timing(NamedTuple):
     """Repeated measurements of one size."""
@@ -88,8 +92,12 @@ class TimeModel(NamedTuple):
     small: Timing
     large: Timing
 
-    def at(self, work: float) -> Estimate:
+    def at(self, work: float, slower: float = LEAST_ERROR) -> Estimate:
         """Return the time of ``work``.
+
+        Args:
+            work: in the unit of the measured sizes.
+            slower: the range reaches this share above the time, at least.
 
         The range holds every line through a quartile of the small and one of the large size, and the time
         that is proportional to the large size: what the calibration cannot tell apart.
@@ -102,7 +110,7 @@ class TimeModel(NamedTuple):
         return Estimate(
             seconds,
             min(seconds * (1 - LEAST_ERROR), *others),
-            max(seconds * (1 + LEAST_ERROR), *others),
+            max(seconds * (1 + slower), *others),
         )
 
 
@@ -114,9 +122,11 @@ def largest_rows(limit: float, cost: Callable[[int], float], multiple: int = 1) 
         cost: function of the number of rows that does not decrease.
         multiple: the result is a multiple of it and at most MOST_ROWS.
     """
+    most = MOST_ROWS // multiple
     low, high = 0, 1
-    while high * multiple <= MOST_ROWS and cost(high * multiple) <= limit:
+    while high <= most and cost(high * multiple) <= limit:
         low, high = high, 2 * high
+    high = min(high, most + 1)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if cost(middle * multiple) <= limit else (low, middle)

@@ -109,6 +109,17 @@ class LossWork:
         return Seconds(*(statistics.median(part) for part in zip(*found, strict=True)))
 
 
+class StepSeconds(NamedTuple):
+    """Times of the parts of a step."""
+
+    train: float
+    """Forward and backward of the encoder, with the loss."""
+    update: float
+    """The step of the optimizer."""
+    encode: float
+    """Forward without gradients, the first pass of each chunk."""
+
+
 class StepWork:
     """A training step on N images: encoder, loss, backward, optimizer step. The gradients are cleared.
 
@@ -146,6 +157,19 @@ class StepWork:
         with region("optimizer"):
             self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def parts(self) -> StepSeconds:
+        """Run a step without chunks, and encode once more without gradients; return their times."""
+        device = self.images.device
+        start = _now(device)
+        self._loss(_encode(self.model, self.images)).backward()
+        trained = _now(device)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        updated = _now(device)
+        with torch.no_grad():
+            _encode(self.model, self.images)
+        return StepSeconds(trained - start, updated - trained, _now(device) - updated)
 
     def seconds(self) -> float:
         """Return the time of one step."""
