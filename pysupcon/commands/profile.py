@@ -6,14 +6,16 @@
     pysupcon profile --step-seconds 60 --memory 16 --encoder resnet18 --chunk 256
 
 Prints time and peak memory of the loss and, with --encoder, of a training step; the operator table of
-torch.profiler; and the largest batch that fits into memory and, with --step-seconds, into a time. Predictions
-are calibrated on the device with small runs: about a second for the loss and one to two for an encoder, on an
-idle machine. With a run of the full size the ratio of measured to predicted is printed, otherwise the range of
-the predicted time: what the calibration cannot tell apart, not other work that starts later.
-Writes profile.json into --output and, for each
-measurement, a Chrome trace (trace.json, for chrome://tracing or Perfetto), the operator table (operators.txt)
-and a picture of the memory over time (memory.png). On a GPU it also writes the allocator's snapshot
-(memory_snapshot.pickle, for pytorch.org/memory_viz).
+torch.profiler; and the largest batch that fits into memory and, with --step-seconds, into a time.
+
+Predictions are calibrated on the device with small runs: about a second for the loss and one to two for an
+encoder, on an idle machine. After a run of the full size the ratio of measured to predicted is printed,
+otherwise the range of the predicted time: what the calibration cannot tell apart. Other work that starts later
+is not part of it. Memory of the loss includes the scratch that the threads of the CPU kernels keep.
+
+Writes profile.json into --output and, for each measurement, a Chrome trace (trace.json, for chrome://tracing or
+Perfetto), the operator table (operators.txt) and a picture of the memory over time (memory.png). On a GPU it
+also writes the allocator's snapshot (memory_snapshot.pickle, for pytorch.org/memory_viz).
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def _largest(
     found = LargestBatch(
         available_bytes=available,
         rows=rows,
-        seconds=model.seconds(at).seconds,
+        seconds=model.seconds(rows).seconds if rows else 0.0,
         bytes_a_row=model.needed_bytes(at) / at,
         dense_bytes_a_pair=None,
     )
