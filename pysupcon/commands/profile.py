@@ -10,11 +10,11 @@ torch.profiler; and the largest batch that fits into memory and, with --step-sec
 
 Predictions are calibrated on the device with small runs: about a second for the loss and one to two for an
 encoder, on an idle machine. After a run of the full size the ratio of measured to predicted is printed,
-otherwise the range of the predicted time: what the calibration cannot tell apart. Other work that starts later
-is not part of it. Memory of the loss includes the scratch that the threads of the CPU kernels keep.
+otherwise the range of the predicted time: what the calibration cannot tell apart. Other work that starts
+later is not part of it. Memory of the loss includes the scratch that the threads of the CPU kernels keep.
 
-Writes profile.json into --output and, for each measurement, a Chrome trace (trace.json, for chrome://tracing or
-Perfetto), the operator table (operators.txt) and a picture of the memory over time (memory.png). On a GPU it
+Writes profile.json into --output and, for each measurement, a Chrome trace (trace.json, for chrome://tracing
+or Perfetto), the operator table (operators.txt) and a picture of the memory over time (memory.png). On a GPU it
 also writes the allocator's snapshot (memory_snapshot.pickle, for pytorch.org/memory_viz).
 """
 
