@@ -14,8 +14,8 @@ otherwise the range of the predicted time: what the calibration cannot tell apar
 later is not part of it. Memory of the loss includes the scratch that the threads of the CPU kernels keep.
 
 Writes profile.json into --output and, for each measurement, a Chrome trace (trace.json, for chrome://tracing
-or Perfetto), the operator table (operators.txt) and a picture of the memory over time (memory.png). On a GPU it
-also writes the allocator's snapshot (memory_snapshot.pickle, for pytorch.org/memory_viz).
+or Perfetto), the operator table (operators.txt) and a picture of the memory over time (memory.png). On a GPU
+it also writes the allocator's snapshot (memory_snapshot.pickle, for pytorch.org/memory_viz).
 """
 
 from __future__ import annotations
