@@ -43,7 +43,8 @@ class LossModel:
     backward: TimeModel
     both: TimeModel
     tensors: Line
-    """Peak of the memory in tensors, by rows; for the dense reference by pairs of rows."""
+    """Peak of the memory in tensors by rows, for the dense reference by pairs of rows; without the CPU
+    kernels with the buffers of libraries."""
     took: float
     """Seconds of the calibration."""
 
@@ -142,6 +143,8 @@ def calibrate_loss(request: ProfileRequest) -> LossModel:
     peaks = [float(allocated_peak(request.device, work)) for work in works]
     sizes = _memory_size(request, small), _memory_size(request, large)
     tensors = Line.through((sizes[0], peaks[0]), (sizes[1], peaks[1]))
+    if request.resolved_backend != "cpu":  # the kernels' buffers are known; those of torch are not
+        tensors = tensors.times(_buffer_share(request, works[1], peaks[1]))
     took = time.perf_counter() - start
     return LossModel(request, (small, large), forward, backward, both, tensors, took)
 
@@ -177,9 +180,13 @@ def _step_memory(request: ProfileRequest, works: Sequence[StepWork], sizes: tupl
     """
     peaks = [float(allocated_peak(request.device, work)) for work in works]
     tensors = Line.through((sizes[0], peaks[0]), (sizes[1], peaks[1]))
-    resident = min(peak_bytes(request.device, works[1], in_use=True) for _ in range(2))
-    share = max(resident / peaks[1], 1.0)
-    return Line(share * tensors.fixed, share * tensors.slope)
+    return tensors.times(_buffer_share(request, works[1], peaks[1]))
+
+
+def _buffer_share(request: ProfileRequest, work: Callable[[], object], tensors: float) -> float:
+    """Return resident memory relative to that in tensors, at least 1."""
+    resident = min(peak_bytes(request.device, work, in_use=True) for _ in range(2))
+    return max(resident / tensors, 1.0)
 
 
 def repeat(first: Callable[[], None], second: Callable[[], None]) -> None:

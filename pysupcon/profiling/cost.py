@@ -52,6 +52,10 @@ class Line(NamedTuple):
         """Return y at ``x``."""
         return self.fixed + self.slope * x
 
+    def times(self, factor: float) -> Line:
+        """Return the line whose values are multiplied by ``factor``."""
+        return Line(factor * self.fixed, factor * self.slope)
+
 
 class Estimate(NamedTuple):
     """A predicted time in seconds, and the range that the calibration allows."""

@@ -179,6 +179,12 @@ def test_memory_of_the_dense_reference_grows_with_the_pairs() -> None:
     assert model.peak_bytes(2048) == pytest.approx(16 * model.peak_bytes(512), rel=0.15)
 
 
+def test_memory_of_tiled_pytorch_includes_its_buffers(tmp_path: Path) -> None:
+    loss = run_profile(request(n=2048, backend="tiled", measure=True, output=tmp_path)).loss
+    assert loss.measured is not None
+    assert 2 / 3 < loss.measured.peak_bytes / loss.predicted.peak_bytes < 3 / 2
+
+
 MEASURE = """
 import json, os, sys
 import torch
