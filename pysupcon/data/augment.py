@@ -232,4 +232,7 @@ class Normalize:
         if self.mean.device != images.device:  # on the first call only
             self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
         # In place: large temporary tensors cost more than the arithmetic.
-        return images.to(torch.float32, copy=True).div_(255).sub_(self.mean).div_(self.std)
+        scaled = images.to(torch.float32, copy=True).div_(255)
+        if scaled.shape[-3] != self.mean.shape[-3]:  # grey images for an encoder of colours
+            return (scaled - self.mean) / self.std
+        return scaled.sub_(self.mean).div_(self.std)
