@@ -350,6 +350,6 @@ def warn_without_gather(name: str) -> None:
     _warned.add("no gather")
     warn_caller(
         f"{name} runs in {_world_size(None)} processes, and each contrasts its own rows only; "
-        f"{name}(..., gather=True) contrasts with the rows of all processes, as one process with the whole "
-        "batch would (this warning is shown once)"
+        f"{name}(..., gather=True), in the trainer --loss.gather true, contrasts with the rows of all "
+        "processes, as one process with the whole batch would (this warning is shown once)"
     )

@@ -13,6 +13,8 @@ from pathlib import Path, PurePosixPath
 
 PACKAGE = Path(__file__).resolve().parent
 SUFFIX = ".yaml"
+PARTS = "parts/"
+"""Start of the names of configs that others extend"""
 _CUTOFF = 0.6
 _SHOWN = 5
 
@@ -52,6 +54,7 @@ def find(given: str | Path, beside: Path = Path()) -> Path:
         return path
     name, known = _as_name(given), names()
     matching = [each for each in known if each == name]
+    known = [each for each in known if not each.startswith(PARTS)]  # they are no whole configs
     matching = matching or [each for each in known if each.rpartition("/")[2] == name]
     if len(matching) == 1:
         return top / (matching[0] + SUFFIX)

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,7 +52,8 @@ class FinishedRun:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The values of the report by name; empty without a report."""
+        """The values of the report by name; empty without a report, as on all processes of a launcher but the
+        first."""
         return (
             {}
             if self.report is None
@@ -65,7 +66,7 @@ def run(
     *,
     dataset: Any = None,
     model: nn.Module | Mapping[str, Any] | str | None = None,
-    evaluators: Iterable[Any] | None = None,
+    evaluators: Any = None,
     **fields: Any,
 ) -> FinishedRun:
     """Train and evaluate, from a program of your own. Every process of a launcher calls it.
@@ -111,13 +112,13 @@ def run(
     dataset = None if isinstance(dataset, str) else dataset
     model = None if isinstance(model, str) else model
     if evaluators is not None:
-        evaluators = list(evaluators)
-        passed = user_code.name_objects(evaluators)
-        names = iter(passed)
-        own["evaluation.evaluators"] = [each if isinstance(each, str) else next(names) for each in evaluators]
+        from pysupcon.evaluators import names_and_objects
+
+        own["evaluation.evaluators"], passed = names_and_objects(evaluators)
     made = config_of(config, {**fields, **own})
     path = isinstance(config, (str, Path))
-    name = Path(str(config)).stem if path else f"{made.loss.name}-{made.data.dataset}"
+    of_data = "own-data" if dataset is not None else made.data.dataset
+    name = Path(str(config)).stem if path else f"{made.loss.name}-{of_data}"
     with own_accelerator_state():
         folder = train(made, name, dataset=dataset, model=model, evaluators=passed)
     report = None
@@ -125,7 +126,7 @@ def run(
     if made.evaluate and not made.trainer.dry_run and _is_main():
         from pysupcon.evaluation.evaluate import evaluate_run
 
-        report = evaluate_run(finished, evaluators=passed.values())
+        report = evaluate_run(finished, evaluators=evaluators or ())
     return FinishedRun(folder, finished, report)
 
 

@@ -48,6 +48,13 @@ def _parse(arguments: Sequence[str]) -> tuple[Run, EvaluationConfig]:
     parser.set_defaults(asdict(run.config.evaluation))
     try:
         parsed = parser.instantiate(parser.parse_args(arguments))
-        return run, EvaluationConfig(**{name: value for name, value in parsed.items() if name != "run_dir"})
+        fields = {name: value for name, value in parsed.items() if name != "run_dir"}
+        # Arguments that the run's config holds for evaluators that are not asked for have no effect.
+        fields["evaluator_args"] = {
+            name: given
+            for name, given in fields["evaluator_args"].items()
+            if name in fields["evaluators"] or run.config.evaluation.evaluator_args.get(name) != given
+        }
+        return run, EvaluationConfig(**fields)
     except ValueError as error:
         raise ConfigError(str(error)) from error

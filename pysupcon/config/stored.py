@@ -72,8 +72,12 @@ def _load_config(path: Path) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    """Return the config as YAML with all defaults, for :func:`load_config`."""
-    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+    """Return the config as YAML with all defaults, for :func:`load_config`.
+
+    It does not hold ``resume_from_checkpoint``: a training from the file of a run would resume unasked.
+    """
+    fields = asdict(config) | {"resume_from_checkpoint": None}
+    return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
 
 
 def _check_strings(value: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,8 @@ class Earlier:
             name: Metric(metric.value, metric.unit, ends[f"{name}/low"], ends[f"{name}/high"], metric.meaning)
             if f"{name}/low" in ends
             else metric
+            if self.report.confidence == bootstrap.confidence
+            else replace(metric, low=None, high=None)  # an interval of the user's evaluator
             for name, metric in self.report.metrics.items()
         }
 

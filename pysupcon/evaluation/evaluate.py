@@ -8,7 +8,8 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+import traceback
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -32,16 +33,19 @@ from pysupcon.evaluators import (
     build_evaluators,
     describe,
     headline_of,
+    names_and_objects,
     usable_k,
     with_intervals,
 )
+from pysupcon.reading import one_line
 from pysupcon.reports.page import to_html
 from pysupcon.reports.report import Metric, Picture, Report, metrics_of
 from pysupcon.trainer.files import named_disk_errors
 from pysupcon.trainer.lock import FolderLock
 from pysupcon.trainer.run import Run, open_run
-from pysupcon.user_code import name_objects
 
+_MAX_NAMES = 100
+"""Classes whose names the report lists"""
 FOLDER = "evaluation"
 METRICS_FILE = "metrics.json"
 REPORT_FILE = "report.md"
@@ -53,7 +57,7 @@ is complete."""
 
 
 def evaluate_run(
-    run: Run | str | Path, config: EvaluationConfig | None = None, *, evaluators: Iterable[object] = ()
+    run: Run | str | Path, config: EvaluationConfig | None = None, *, evaluators: object = ()
 ) -> Report:
     """Evaluate the trained encoder of a run and write RUN/evaluation.
 
@@ -69,16 +73,17 @@ def evaluate_run(
     Args:
         run: a finished run or its folder.
         config: arguments of the evaluators; None means those of the run's config.
-        evaluators: evaluators of your own in addition (:class:`pysupcon.evaluators.OwnEvaluator` tells what
-            they are), or again those that were passed to ``pysupcon.train.run``. Strings are ignored.
+        evaluators: the evaluators that run: names, references, and objects of your own
+            (:class:`pysupcon.evaluators.OwnEvaluator` tells what they are); one or several. Without any,
+            those of ``config`` run.
 
     Returns:
         The report that was written.
 
     Raises:
-        RunError: the folder does not exist or holds no run, the weights are missing or damaged, a split is
-            too small, a feature is not finite, or a file cannot be written. The message names the file or the
-            split.
+        RunError: an evaluator of your own failed (what the others found is written), the folder does not
+            exist or holds no run, the weights are missing or damaged, a split is too small, a feature is not
+            finite, or a file cannot be written. The message names the evaluator, the file or the split.
         ConfigError: the run's config is not valid, ``config.device`` cannot be used, or another process
             evaluates the run.
     """
@@ -89,9 +94,12 @@ def evaluate_run(
         if lock.exclusive:  # what is there was left by evaluations that were killed
             for left in run.dir.glob(f".{FOLDER}-*"):
                 shutil.rmtree(left, ignore_errors=True)
-        config, passed = config or run.config.evaluation, name_objects(evaluators)
-        new = [name for name in passed if name not in config.evaluators]
-        return _evaluate(run, replace(config, evaluators=[*config.evaluators, *new]), passed)
+        config = config or run.config.evaluation
+        names, passed = names_and_objects(evaluators)
+        if names:
+            arguments = {name: given for name, given in config.evaluator_args.items() if name in names}
+            config = replace(config, evaluators=names, evaluator_args=arguments)
+        return _evaluate(run, config, passed)
 
 
 def _evaluate(run: Run, config: EvaluationConfig, passed: Mapping[str, Any]) -> Report:
@@ -102,21 +110,25 @@ def _evaluate(run: Run, config: EvaluationConfig, passed: Mapping[str, Any]) -> 
     splits = run_features(run, config, device)
     start = _record_time(seconds, "features", start)
     labels = dict(zip(LABELS, (splits.test.fine.cpu(), splits.test.coarse.cpu()), strict=True))
-    kept, unfit = _earlier_results(run, labels, [evaluator.name for evaluator in evaluators])
-
-    results: list[tuple[str, float]] = []
-    outcomes = (kept.outcomes if kept else {}) | labels
+    metrics: dict[str, Metric] = {}
+    found: dict[str, Tensor] = {}
+    done, failures = [], []
     for evaluator in evaluators:
-        for name, value in with_intervals(evaluator(splits, progress=config.progress), config.bootstrap):
-            if isinstance(value, Tensor):
-                outcomes[name] = value
-            else:
-                results.append((name, value))
+        try:
+            of_one, outcomes_of_one = _results(evaluator, splits, config)
+        except Exception as error:  # of the user's code: the results of the other evaluators are kept
+            if not isinstance(evaluator, OwnEvaluator) or len(evaluators) == 1:
+                raise
+            traceback.print_exc()
+            failures.append(error)
+        else:
+            metrics, found = metrics | of_one, found | outcomes_of_one
+            done.append(evaluator)
         start = _record_time(seconds, evaluator.name, start)
-    try:
-        metrics = metrics_of(results, partial(describe, own=evaluators))
-    except ValueError as error:
-        raise RunError(f"the evaluation of {run.dir}: {error}") from error
+    if not done:
+        raise failures[0]
+    kept, unfit = _earlier_results(run, labels, [evaluator.name for evaluator in done])
+    outcomes = (kept.outcomes if kept else {}) | labels | found
 
     with named_disk_errors(run.dir / FOLDER), _temporary_folder(run.dir) as folder:
         drawn: list[Picture] = []
@@ -125,8 +137,8 @@ def _evaluate(run: Run, config: EvaluationConfig, passed: Mapping[str, Any]) -> 
             drawn, not_drawn = pictures.draw_pictures(folder, run, splits, config, outcomes)
             _record_time(seconds, "pictures", start)
         metadata = _metadata(run, splits, config, device, seconds)
-        notes = _notes(config, splits, evaluators)
-        headline = headline_of(list(metrics), evaluators)
+        notes = _notes(config, splits, done)
+        headline = headline_of(list(metrics), done)
         if kept and kept.evaluators:
             metrics = _in_order(kept.metrics(config.bootstrap) | metrics, kept.order)
             metadata["kept"] = kept.settings()
@@ -140,7 +152,7 @@ def _evaluate(run: Run, config: EvaluationConfig, passed: Mapping[str, Any]) -> 
             title=f"Evaluation of {run.dir.resolve().name}",
             metrics=metrics,
             metadata=metadata,
-            warnings=_warnings(metrics) + not_drawn,
+            warnings=[one_line(error) for error in failures] + _warnings(metrics) + not_drawn,
             pictures=drawn,
             confidence=config.bootstrap.confidence,
             notes=notes,
@@ -148,7 +160,28 @@ def _evaluate(run: Run, config: EvaluationConfig, passed: Mapping[str, Any]) -> 
         )
         write_results(folder, report, outcomes)
         _publish(folder, run.dir / FOLDER, aside)
+    if failures:
+        raise RunError(
+            f"{one_line(failures[0])}; the results of the other evaluators are in {run.dir / FOLDER}"
+        )
     return report
+
+
+def _results(
+    evaluator: Evaluator | OwnEvaluator, splits: FeatureSplits, config: EvaluationConfig
+) -> tuple[dict[str, Metric], dict[str, Tensor]]:
+    """The metrics of an evaluator, with intervals, and its outcomes."""
+    results: list[tuple[str, float]] = []
+    outcomes: dict[str, Tensor] = {}
+    for name, value in with_intervals(evaluator(splits, progress=config.progress), config.bootstrap):
+        if isinstance(value, Tensor):
+            outcomes[name] = value
+        else:
+            results.append((name, value))
+    try:
+        return metrics_of(results, partial(describe, own=[evaluator])), outcomes
+    except ValueError as error:
+        raise RunError(f"evaluator {evaluator.name}: {error}") from error
 
 
 def _earlier_results(
@@ -215,13 +248,17 @@ def _warnings(metrics: dict[str, Metric]) -> list[str]:
     elif "geometry/collapse/class" in metrics and metrics["geometry/collapse/class"].value:
         share = metrics["geometry/variance/within_coarse"].value
         warnings.append(
-            f"class collapse: {100 * share:.2g} % of the features' variance lies within the coarse classes"
+            f"class collapse: {100 * share:.2g} % of the features' variance lies within the coarse classes, "
+            "so finer classes can hardly be told apart (SpreadLoss keeps them apart)"
         )
     for name, metric in metrics.items():
         if name.endswith("/converged") and not metric.value:
             probe = name.removesuffix("/converged")
             option = f"{probe.partition('/')[0]}.max_iterations"
-            warnings.append(f"{probe}: the solver did not converge; raise {option}")
+            warnings.append(
+                f"{probe}: the solver did not converge; pysupcon evaluate RUN --{option} 1000 gives it more "
+                "iterations"
+            )
     return warnings
 
 
@@ -235,7 +272,7 @@ def _notes(
         numbers = ", ".join(map(str, left_out))
         notes.append(f"knn: k = {numbers} left out: above half of the {size} training samples")
     if "coarse" not in splits.levels:
-        notes.append("the data have one level of labels: results of fine hold for coarse, too")
+        notes.append("the data have one level of labels: fine and coarse are the same classes")
     return notes
 
 
@@ -251,6 +288,7 @@ def _metadata(
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "run": run.dir.resolve().name,
+        "features": "output of the backbone, without projection head, not normalised",
         "weights_sha256": run.weights_digest(),
         "samples": {split: len(features) for split, features in splits.items()},
         "feature_width": splits.test.features.shape[1],
@@ -261,6 +299,18 @@ def _metadata(
         "versions": {"python": platform.python_version()}
         | {package: _version(package) for package in ("pysupcon", "torch", "numpy", "scikit-learn")},
         "arguments": {key: value for key, value in arguments.items() if key not in unused},
+        "classes": _class_names(run),
+    }
+
+
+def _class_names(run: Run) -> dict[str, dict[str, str]]:
+    """Names of the classes by level and label, as in class=LABEL in the names of results."""
+    test = run.splits()["test"]
+    names = {"fine": test.fine_names, "coarse": test.coarse_names}
+    return {
+        level: {str(label): str(name) for label, name in enumerate(of_level)}
+        for level, of_level in names.items()
+        if len(of_level) <= _MAX_NAMES
     }
 
 

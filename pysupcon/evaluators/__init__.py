@@ -25,7 +25,7 @@ from pysupcon.evaluators.invariance import permutation_sensitivity
 from pysupcon.evaluators.knn import KNN, KNNConfig, usable_k
 from pysupcon.evaluators.linear_probe import LinearProbe, LinearProbeConfig, ProbeConfig
 from pysupcon.evaluators.metrics import OF_ONE_PART, BoundMetric, bind_metric
-from pysupcon.evaluators.own import OwnEvaluator, import_evaluator
+from pysupcon.evaluators.own import OwnEvaluator, import_evaluator, names_and_objects
 from pysupcon.evaluators.pairs import Pairs, PairsConfig, kl_bound, loss_floors, pair_statistics
 from pysupcon.evaluators.projection import ProjectionConfig, project
 from pysupcon.evaluators.separation import Separation, SeparationConfig
@@ -75,6 +75,7 @@ __all__ = [
     "infer_groups",
     "kl_bound",
     "loss_floors",
+    "names_and_objects",
     "pair_statistics",
     "permutation_sensitivity",
     "project",

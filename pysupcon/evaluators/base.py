@@ -130,6 +130,15 @@ class FeatureSplits:
                 f"{list(self.head.weight.shape)}"
             )
 
+    def copy(self) -> FeatureSplits:
+        """The same splits in memory of their own."""
+        copies = {
+            name: FeatureSet(split.features.clone(), split.coarse.clone(), split.fine.clone())
+            for name, split in self.items()
+        }
+        head = self.head and LinearHead(self.head.weight.clone(), self.head.bias.clone())
+        return FeatureSplits(**copies, head=head)
+
     @cached_property
     def levels(self) -> tuple[Level, ...]:
         """The levels of labels: "fine" alone if every coarse class is one fine class."""

@@ -128,7 +128,7 @@ class Geometry:
         "variance/within_coarse": "share of the variance within the coarse classes; 0: class collapse",
         "variance/explained_by_fine": "share of the variance within coarse classes between fine classes",
         "effective_rank/total": "directions that the embeddings use",
-        "effective_rank/within_coarse": "directions that the embeddings use within a coarse class",
+        "effective_rank/within_coarse": "the same within the coarse classes; it may exceed the total",
         "collapse/class": "each coarse class is nearly one point",
         "collapse/complete": "all embeddings are nearly one point",
     }

@@ -106,8 +106,8 @@ class KNN:
     units: ClassVar[Mapping[str, str]] = {"accuracy": "fraction"}
 
     meanings: ClassVar[Mapping[str, str]] = {
-        "fine/accuracy": "k nearest training samples by cosine, fine labels",
-        "coarse/accuracy": "k nearest training samples by cosine, coarse labels",
+        "fine/accuracy": "votes of the k nearest training samples by cosine, fine labels",
+        "coarse/accuracy": "votes of the k nearest training samples by cosine, coarse labels",
     }
     headline: ClassVar[Sequence[str]] = ("k=1/fine/accuracy", "k=20/fine/accuracy")
 

@@ -237,7 +237,7 @@ class LinearProbeConfig(ProbeConfig):
 CHOICE_MEANINGS: Mapping[str, str] = {
     "chance": "always the most frequent training class",
     "val_accuracy": "validation accuracy of the chosen probe",
-    "chosen": "L2 penalty, or learning rate, of the best validation accuracy",
+    "chosen": "L2 penalty (logistic) or learning rate (sgd, adamw) of the best validation accuracy",
     "converged": "whether the solver converged",
 }
 """How a probe was chosen, by the last part of a result's name."""

@@ -189,8 +189,8 @@ class Pairs:
     }
 
     meanings: ClassVar[Mapping[str, str]] = {
-        "supcon_loss": "SupCon loss over all pairs of the split",
-        "sincere_loss": "SINCERE loss over all pairs of the split",
+        "supcon_loss": "SupCon loss over all pairs of the split, at pairs.temperature",
+        "sincere_loss": "SINCERE loss over all pairs of the split, at pairs.temperature",
         "supcon_floor": "smallest possible SupCon loss of this split",
         "sincere_floor": "smallest possible SINCERE loss of this split",
         "supcon_repelling": "pairs of one class that the SupCon gradient pushes apart",

@@ -248,9 +248,10 @@ class Report:
         if len(said) > most:
             said = [*said[: most - 1], f"note: the report has {len(said) - most + 1} more warnings and notes"]
         room = lines - 1 - len(said)
-        names = [name for name in self.metrics if not _PART.search(name)]
+        kept = self.metadata.get("kept", {})  # of an earlier evaluation: these are not news
+        names = [name for name in self.metrics if not _PART.search(name) and _group(name) not in kept]
         if len(names) > room:
-            names = [name for name in self.headline if name in self.metrics][:room] or names[:room]
+            names = _one_of_each([name for name in self.headline if name in names] or names, room)
         _, _, interval, *_ = self.header
         rows = [(self.title, "", interval if names else "", "", "")]
         rows += [(f"  {name}", *self.metrics[name].columns(), self.metrics[name].meaning) for name in names]
@@ -260,6 +261,21 @@ class Report:
             cells = (name.ljust(widths[0]), value.rjust(widths[1]), interval.rjust(widths[2]))
             text.append("  ".join((*cells, unit.ljust(widths[3]), meaning)).rstrip())
         return "\n".join(text + said)
+
+
+def _group(name: str) -> str:
+    return name.partition("/")[0]
+
+
+def _one_of_each(names: list[str], count: int) -> list[str]:
+    """``count`` of the names in their order: first one of each group, then the second, ..."""
+    ranks: dict[str, int] = {}
+    turns = []
+    for name in names:
+        ranks[_group(name)] = ranks.get(_group(name), -1) + 1
+        turns.append(ranks[_group(name)])
+    chosen = sorted(range(len(names)), key=lambda index: turns[index])[:count]
+    return [names[index] for index in sorted(chosen)]
 
 
 def markdown_table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:

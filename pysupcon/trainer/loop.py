@@ -146,9 +146,13 @@ class Trainer:
             network = network.to(memory_format=memory_format(config.model))
         for line in notes_of(network) if main else ():
             print_line(line)
+        frozen = config.model.frozen_layers
         check(
             any(parameter.requires_grad for parameter in network.parameters()),
-            "model", "have a parameter that is trained", config.model.backbone,
+            "model.frozen_layers" if frozen else "model",
+            "leave a parameter that is trained (model.projection mlp adds a head; a number counts the direct "
+            "submodules of the backbone)" if frozen else "have a parameter that is trained",
+            frozen or config.model.backbone,
         )  # fmt: skip
         if config.trainer.sync_batch_norm:
             network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)

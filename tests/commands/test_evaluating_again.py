@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from pysupcon.__main__ import main
 from pysupcon.config import parse_args
+from pysupcon.errors import RunError
 from pysupcon.evaluation.evaluate import evaluate_run
-from pysupcon.evaluators import BootstrapConfig, EvaluationConfig, KNNConfig, ProjectionConfig
+from pysupcon.evaluators import BootstrapConfig, EvaluationConfig, FeatureSplits, KNNConfig, ProjectionConfig
 from pysupcon.reports.report import Report
 from pysupcon.trainer.loop import train
 
@@ -142,3 +143,66 @@ def test_left_out_neighbours_are_named(run_dir: Path) -> None:
     report = evaluate_run(run_dir, config)
     assert "knn: k = 700, 5000 left out: above half of the 1295 training samples" in report.notes
     assert {name.split("/")[1] for name in report.metrics if name.startswith("knn/")} == {"k=1"}
+
+
+def test_a_failing_evaluator_loses_nothing_else(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The others are written, the failure is named, and earlier results of the same name stay."""
+
+    class Own:
+        name = "own"
+
+        def __init__(self, value: float | None) -> None:
+            self.value = value
+
+        def __call__(self, splits: FeatureSplits) -> dict[str, float]:
+            return {"number": 1 / self.value} if self.value is not None else {}["none"]
+
+    evaluate_run(run_dir, BOTH, evaluators=Own(4.0))
+    with pytest.raises(
+        RunError, match=r"Own failed: KeyError: 'none'; the results of the other .* are in .*evaluation$"
+    ):
+        evaluate_run(run_dir, BOTH, evaluators=[Own(None), "geometry"])
+    report = stored(run_dir)
+    assert report.metrics["own/number"].value == 0.25
+    assert {name.partition("/")[0] for name in report.metrics} == {"knn", "geometry", "own"}
+    assert "own" in report.metadata["kept"]
+    assert "Own failed: KeyError" in report.warnings[0]
+    assert "KeyError: 'none'" in capsys.readouterr().err
+    with pytest.raises(RunError, match="Own failed: KeyError: 'none'$"):
+        evaluate_run(run_dir, BOTH, evaluators=Own(None))
+    assert stored(run_dir) == report
+
+
+def test_evaluators_of_a_call_replace_those_of_the_config(run_dir: Path) -> None:
+    report = evaluate_run(run_dir, BOTH, evaluators="geometry")
+    assert "knn" in report.metadata["kept"]
+    assert report.metadata["arguments"]["evaluators"] == ["geometry"]
+
+
+def test_the_summary_shows_what_ran(run_dir: Path) -> None:
+    """Not what was kept, and a line of each evaluator before a second one."""
+
+    def own(splits: FeatureSplits) -> dict[str, float]:
+        return {f"number {i}": i for i in range(5)}
+
+    alone = evaluate_run(run_dir, BOTH, evaluators=own).summary().splitlines()
+    assert [line.split("/")[0].strip() for line in alone[1:-1]] == ["own"] * 5
+    full = EvaluationConfig(progress=False, pictures=False, bootstrap=BootstrapConfig(resamples=20))
+    every = [*full.evaluators, "linear_probe", own]
+    lines = evaluate_run(run_dir, full, evaluators=every).summary(12).splitlines()
+    assert len(lines) <= 12
+    assert {line.split("/")[0].strip() for line in lines if "/" in line} >= {
+        *full.evaluators,
+        "linear_probe",
+        "own",
+    }
+
+
+def test_intervals_of_the_user_are_dropped_at_another_confidence(run_dir: Path) -> None:
+    def own(splits: FeatureSplits) -> dict[str, float]:
+        return {"x": 1.0, "x/low": 0.5, "x/high": 1.5}
+
+    assert evaluate_run(run_dir, BOTH, evaluators=own).metrics["own/x"].low == 0.5
+    other = replace(BOTH, evaluators=["geometry"], bootstrap=BootstrapConfig(resamples=20, confidence=0.5))
+    kept = evaluate_run(run_dir, other).metrics["own/x"]
+    assert (kept.value, kept.low, kept.high) == (1.0, None, None)

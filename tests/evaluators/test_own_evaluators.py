@@ -10,7 +10,14 @@ import torch
 
 from pysupcon.config import Config, parse_args
 from pysupcon.errors import ConfigError, RunError
-from pysupcon.evaluators import EvaluationConfig, FeatureSet, FeatureSplits, build_evaluators, unit_of
+from pysupcon.evaluators import (
+    EvaluationConfig,
+    FeatureSet,
+    FeatureSplits,
+    build_evaluators,
+    names_and_objects,
+    unit_of,
+)
 from pysupcon.reading import join_lists, list_options
 
 SOURCE = """
@@ -44,6 +51,56 @@ def words(splits):
 
 def numbers(splits):
     return [1, 2]
+
+
+def one_number(splits):
+    return 3.5
+
+
+def no_name(splits):
+    return {"": 1}
+
+
+def two_lines(splits):
+    return {"a\\nb": 1}
+
+
+def twice(splits):
+    yield "same", torch.zeros(len(splits.test))
+    yield "same", torch.ones(len(splits.test))
+
+
+def raises(splits):
+    return {}["nothing"]
+
+
+def raises_later(splits):
+    yield "first", 1
+    yield "second", int("oops")
+
+
+def in_place(splits):
+    splits.test.features.zero_()
+    return {"sum": splits.test.features.sum()}
+
+
+def labels(splits):
+    return {"fine": torch.zeros(len(splits.test))}
+
+
+class Slash:
+    name = "my/own"
+
+    def __call__(self, splits):
+        return {"a": 1}
+
+
+class Nameless(Slash):
+    name = ""
+
+
+class Number(Slash):
+    name = 3
 
 
 def knn(splits):
@@ -87,7 +144,19 @@ def test_a_class_and_a_function_with_arguments() -> None:
     [
         ("shape", r"own_evaluators:shape: rows must be a number or a tensor of 4 outcomes.*shape \[3, 2\]"),
         ("words", "own_evaluators:words: text must be a number or a tensor, got 'many'"),
-        ("numbers", r"own_evaluators:numbers must return a dict or pairs \(name, value\), got \[1, 2\]"),
+        ("numbers", r"own_evaluators:numbers must return a dict, or .* pairs \(name, value\), got 1"),
+        ("one_number", r"own_evaluators:one_number must return a dict, or .* pairs \(name, value\), got 3.5"),
+        ("no_name", "own_evaluators:no_name: the name of a result must be one line of text, got ''"),
+        (
+            "two_lines",
+            r"own_evaluators:two_lines: the name of a result must be one line of text, got 'a\\nb'",
+        ),
+        ("twice", "own_evaluators:twice: the result same came twice"),
+        ("raises", "^evaluator own_evaluators:raises failed: KeyError: 'nothing'$"),
+        (
+            "raises_later",
+            "^evaluator own_evaluators:raises_later failed: ValueError: invalid literal for int",
+        ),
     ],
 )
 def test_results_that_are_refused(name: str, message: str) -> None:
@@ -103,6 +172,10 @@ def test_configs_that_are_refused() -> None:
         (configured("Margin", Margin={"size": 1}), "evaluator_args .*own_evaluators:Margin.* do not fit: "),
         (configured("width", width={"size": 1}), "evaluator_args .*own_evaluators:width.* do not fit: "),
         (configured("none"), "evaluation.evaluators=own_evaluators:none cannot be imported"),
+        (configured("labels"), "name of own_evaluators:labels must be .*, got 'labels'"),
+        (configured("Slash"), "name of own_evaluators:Slash must be .*, got 'my/own'"),
+        (configured("Nameless"), "name of own_evaluators:Nameless must be .*, got ''"),
+        (configured("Number"), "name of own_evaluators:Number must be .*, got 3"),
     ):
         with pytest.raises(ConfigError, match=message):
             build_evaluators(config)
@@ -110,6 +183,33 @@ def test_configs_that_are_refused() -> None:
         EvaluationConfig(evaluator_args={"knn": {"k": 3}})
     with pytest.raises(ValueError, match=re.escape("or package.module:name, got ['nearest']")):
         EvaluationConfig(evaluators=["nearest"])
+
+
+def test_an_evaluator_may_work_in_place() -> None:
+    (evaluator,) = build_evaluators(configured("in_place"))
+    given = splits()
+    assert dict(evaluator(given)) == {"in_place/sum": 0}
+    assert torch.equal(given.test.features, splits().test.features)
+
+
+def test_names_and_objects() -> None:
+    def own(splits: FeatureSplits) -> dict[str, float]:
+        return {}
+
+    assert names_and_objects("knn") == (["knn"], {})
+    names, passed = names_and_objects(own)
+    assert list(passed) == names
+    assert names_and_objects(["knn", own, "geometry"])[0] == ["knn", *names, "geometry"]
+    assert names_and_objects(()) == ([], {})
+    with pytest.raises(ConfigError, match=r"evaluators must be names or objects .*, got 3$"):
+        names_and_objects(3)
+    with pytest.raises(
+        ConfigError, match=r"must be an instance or a function, got the class Config: pass Config\("
+    ):
+        build_evaluators(
+            EvaluationConfig(evaluators=list(names_and_objects([Config])[1])),
+            {name: Config for name in names_and_objects([Config])[1]},
+        )
 
 
 def test_lists_without_brackets() -> None:

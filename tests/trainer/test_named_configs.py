@@ -73,7 +73,7 @@ def test_python_and_own_files_take_names(tmp_path: Path) -> None:
     [
         ("mnist_coarse_sprad", "no example config of this name; similar names: mnist_coarse_spread, "),
         ("coarse/mnist_thanos", r"similar names: (\S+, )*coarse/mnist_coarse_thanos"),
-        ("thanos", "several .* have this name: pass parts/method/thanos or parts/recipe/thanos"),
+        ("supcon", "no example config of this name"),  # parts/method/supcon is a part of configs
         ("0000", "no example config of this name; the example configs are in .*configs$"),
         ("runs", "it is a folder, and there is no example config of this name"),
         (
@@ -123,6 +123,12 @@ def test_only_the_folder_of_the_package_is_read(tmp_path: Path, monkeypatch: pyt
     (site / "pysupcon" / "configs").mkdir()
     (site / "pysupcon" / "configs" / "own.yaml").write_text("seed: 2")
     assert named_configs.names() == ["own"]
+    for folder in ("a", "b", "parts"):
+        (site / "pysupcon" / "configs" / folder).mkdir()
+        (site / "pysupcon" / "configs" / folder / "same.yaml").write_text("seed: 3")
+    with pytest.raises(ConfigError, match=r"several .* have this name: pass a/same or b/same$"):
+        compose("same")
+    assert compose("parts/same") == {"seed": 3}
 
 
 @pytest.mark.slow
