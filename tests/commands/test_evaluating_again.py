@@ -168,7 +168,7 @@ def test_a_failing_evaluator_loses_nothing_else(run_dir: Path, capsys: pytest.Ca
     assert "own" in report.metadata["kept"]
     assert "Own failed: KeyError" in report.warnings[0]
     assert "KeyError: 'none'" in capsys.readouterr().err
-    with pytest.raises(RunError, match="Own failed: KeyError: 'none'$"):
+    with pytest.raises(RunError, match=r"Own failed: KeyError: 'none'$"):
         evaluate_run(run_dir, BOTH, evaluators=Own(None))
     assert stored(run_dir) == report
 
