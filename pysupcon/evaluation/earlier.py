@@ -59,6 +59,11 @@ class Earlier:
         """Names of the evaluators, in order."""
         return list(dict.fromkeys(name.partition("/")[0] for name in self.report.metrics))
 
+    @property
+    def notes(self) -> list[str]:
+        """The notes about these evaluators."""
+        return [note for note in self.report.notes if note.partition(":")[0] in self.evaluators]
+
     def metrics(self, bootstrap: BootstrapConfig) -> dict[str, Metric]:
         """The metrics; those of outcomes get the intervals of ``bootstrap``."""
         values = ((name, metric.value) for name, metric in self.report.metrics.items())

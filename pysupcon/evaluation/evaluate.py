@@ -142,6 +142,7 @@ def _evaluate(run: Run, config: EvaluationConfig, passed: Mapping[str, Any]) -> 
         if kept and kept.evaluators:
             metrics = _in_order(kept.metrics(config.bootstrap) | metrics, kept.order)
             metadata["kept"] = kept.settings()
+            notes += kept.notes
             notes.append(f"kept from an earlier evaluation of these weights: {', '.join(kept.evaluators)}")
         aside = free_folder(run.dir / FOLDER) if unfit else None
         if aside:

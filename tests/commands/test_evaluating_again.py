@@ -143,6 +143,8 @@ def test_left_out_neighbours_are_named(run_dir: Path) -> None:
     report = evaluate_run(run_dir, config)
     assert "knn: k = 700, 5000 left out: above half of the 1295 training samples" in report.notes
     assert {name.split("/")[1] for name in report.metrics if name.startswith("knn/")} == {"k=1"}
+    later = evaluate_run(run_dir, BOTH, evaluators="geometry")
+    assert [note for note in later.notes if note.startswith("knn: ")] == report.notes[:1]
 
 
 def test_a_failing_evaluator_loses_nothing_else(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
