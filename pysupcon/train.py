@@ -211,7 +211,8 @@ def _report_to_torchrun(error: Exception) -> None:
 
 
 def _is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+    # RANK counts only together with WORLD_SIZE: other tools set it, too.
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 if __name__ == "__main__":

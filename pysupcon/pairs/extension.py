@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
+import struct
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +21,8 @@ import torch
 NAME = "pysupcon._C"
 REBUILD = "`pip install --no-build-isolation .` in the source tree"
 _NOTE = re.compile(rb"pysupcon:torch=([^\0]+)\0")
+_ELF_HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
+"""Elf64_Ehdr, from elf.h"""
 _START = 2**16
 """Bytes of the library that are searched for the note"""
 
@@ -39,6 +42,9 @@ def load() -> tuple[ModuleType | None, str | None, bool]:
     built = built_with(library)
     if built not in (None, torch.__version__):
         return None, _another_torch(str(built)), True
+    if _is_truncated(library):
+        reason = f"the compiled extension {library} is truncated: it is shorter than its header says"
+        return None, f"{reason}; build it again with {REBUILD}", True
     try:
         module = importlib.import_module(NAME)
     except ImportError as error:
@@ -58,6 +64,21 @@ def built_with(library: Path) -> str | None:
     except OSError:
         return None
     return note[1].decode("utf-8", "replace") if note else None
+
+
+def _is_truncated(library: Path) -> bool:
+    """Whether a 64-bit ELF file ends before its table of sections, which linkers put last. A full disk leaves
+    such files, and Python would be killed while it loads one."""
+    try:
+        size = library.stat().st_size
+        with library.open("rb") as file:
+            header = file.read(_ELF_HEADER.size)
+    except OSError:
+        return False
+    if len(header) < _ELF_HEADER.size or not header.startswith(b"\x7fELF\x02\x01"):
+        return False  # of another system; importing it tells
+    *_, sections, _, _, _, _, entry_size, entries, _ = _ELF_HEADER.unpack(header)
+    return bool(size < sections + entry_size * entries)
 
 
 def _another_torch(built: str) -> str:

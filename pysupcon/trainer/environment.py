@@ -41,7 +41,8 @@ def apply_environment(config: Config) -> None:
     for name, value in sorted(os.environ.items()):
         variable = lookup(name)
         if variable is None:
-            if name.startswith("ACCELERATE_") and os.environ.get("RANK", "0") == "0":
+            first = "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
+            if name.startswith("ACCELERATE_") and first:
                 print_line(f"{name}={value} is not known to pysupcon: its effect on a training is not tested")
         elif variable.kind == "refused" and value.lower() not in (*OFF, "", "none"):
             raise ConfigError(f"{name}={value} is not supported: {variable.text}")

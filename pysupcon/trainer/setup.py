@@ -43,7 +43,14 @@ def join_processes(cpu: bool) -> PartialState:
         dist.init_process_group(
             backend, store=dist.PrefixStore(f"restart_{attempt}", store), rank=rank, world_size=processes
         )
-    state = PartialState(cpu=cpu)
+    try:
+        state = PartialState(cpu=cpu)
+    except ValueError as error:  # variables of a launcher are missing
+        count = os.environ.get("WORLD_SIZE", "1")
+        raise ConfigError(
+            f"the processes of WORLD_SIZE={count} cannot join: {one_line(error)}; start them "
+            "with torchrun or accelerate launch; for a single process unset WORLD_SIZE"
+        ) from error
     check_processes(state.num_processes, state.process_index)
     return state
 

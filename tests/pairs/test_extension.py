@@ -111,6 +111,16 @@ def test_a_library_without_a_note(package: Path) -> None:
     check(use(package), f"_C{SUFFIX} could not be loaded by torch {torch.__version__}", "file too short")
 
 
+@pytest.mark.parametrize("kept", [100, 0.5, 0.99])
+def test_a_truncated_library_is_not_loaded(package: Path, kept: float) -> None:
+    """A full disk leaves such files. Python would be killed by SIGBUS."""
+    library = package / f"_C{SUFFIX}"
+    compile_library(library, f"pysupcon:torch={torch.__version__}", "")
+    content = library.read_bytes()
+    library.write_bytes(content[: kept if kept > 1 else int(kept * len(content))])
+    check(use(package), f"_C{SUFFIX} is truncated: it is shorter than its header says")
+
+
 def test_built_for_another_python(package: Path) -> None:
     name = "_C.cpython-39-x86_64-linux-gnu.so"
     (package / name).write_bytes(b"no library")

@@ -37,3 +37,32 @@ def test_a_launch_line_trains(line: str, tmp_path: Path) -> None:
     assert (folder / "model.safetensors").exists()
     (start,) = json.loads((folder / "environment.json").read_text())
     assert start["processes"] == (2 if line.startswith("torchrun") else 1)
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"RANK": "1"}, "RANK=1, but the process joined as rank 0: unset the variable"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE=2 cannot join: .*MASTER_ADDR.* torchrun"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 cannot join: "),
+    ],
+)
+def test_variables_of_no_launcher_are_one_line(variables: dict[str, str], words: str, tmp_path: Path) -> None:
+    """Without a traceback, and not silently: other tools set RANK or WORLD_SIZE, too."""
+    unset = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in ENVIRONMENT.items() if name not in unset} | variables
+    command = [
+        sys.executable,
+        "pysupcon/train.py",
+        "--config",
+        "digits_smoke",
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, text=True, timeout=300, capture_output=True
+    )
+    assert done.returncode == 2
+    assert re.search(words, done.stderr.splitlines()[-1])
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
