@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -250,17 +250,17 @@ def _levels(dataset: Any, field: str) -> dict[str, list[LabelValue]]:
         }
         if keys["coarse"] or keys["fine"]:
             keys["label"] = None
-        columns = {kind: _column(dataset, key, count) for kind, key in keys.items() if key is not None}
+        columns = {kind: _column(dataset, key, count, field) for kind, key in keys.items() if key is not None}
     elif len(first) == 2:
         listed = next(
             (getattr(dataset, name) for name in ("targets", "labels") if hasattr(dataset, name)), None
         )
         if listed is None or not hasattr(listed, "__len__") or len(listed) != count:
-            listed = [dataset[index][1] for index in range(count)]
+            listed = _of_items(dataset, count, field, lambda item: item[1])
         columns = {"label": list(listed)}
     else:
-        items = [tuple(dataset[index])[1:] for index in range(count)]
-        columns = {"coarse": [coarse for coarse, _ in items], "fine": [fine for _, fine in items]}
+        pairs = _of_items(dataset, count, field, lambda item: (item[1], item[2]))
+        columns = {"coarse": [coarse for coarse, _ in pairs], "fine": [fine for _, fine in pairs]}
     return {
         kind: [
             plain_label(value, f"{field}: the {kind} label of item {index}")
@@ -270,10 +270,26 @@ def _levels(dataset: Any, field: str) -> dict[str, list[LabelValue]]:
     }
 
 
-def _column(dataset: Any, key: str, count: int) -> list[Any]:
+def _column(dataset: Any, key: str, count: int, field: str) -> list[Any]:
     if key in getattr(dataset, "column_names", ()):  # datasets.Dataset reads a column without the images
         return list(dataset[key])
-    return [dataset[index][key] for index in range(count)]
+    return _of_items(dataset, count, field, lambda item: item[key])
+
+
+def _of_items(dataset: Any, count: int, field: str, take: Callable[[Any], Any]) -> list[Any]:
+    """``take(item)`` of every item.
+
+    Raises:
+        ConfigError: an item is of another form than the first; the message has its index.
+    """
+    taken = []
+    for index in range(count):
+        item = dataset[index]
+        try:
+            taken.append(take(item))
+        except (TypeError, LookupError) as error:
+            raise ConfigError(f"{field}: {ITEM}; item {index} is {_describe(item)}") from error
+    return taken
 
 
 def _feature_names(dataset: Any) -> list[str] | None:

@@ -193,11 +193,20 @@ def _check_timm(model: nn.Module, name: str, channels: int, image_size: int) -> 
 def _build_own(config: ModelConfig, channels: int, image_size: int) -> tuple[nn.Module, int]:
     """Call the user's function or class, and find the width of the embedding by one forward pass."""
     build = import_object(config.backbone, "model.backbone")
+    if isinstance(build, nn.Module) or not callable(build):
+        raise ConfigError(
+            f"model.backbone={config.backbone} must be a function or class that builds a torch.nn.Module, "
+            f"got an object of {type(build).__name__}"
+        )
     try:
         module = build(**config.backbone_args)
     except TypeError as error:
         raise ConfigError(
             f"model.backbone_args {config.backbone_args} do not fit {config.backbone}: {one_line(error)}"
+        ) from error
+    except Exception as error:  # code of the user
+        raise ConfigError(
+            f"model.backbone={config.backbone} raised {type(error).__name__}: {one_line(error)}"
         ) from error
     if not isinstance(module, nn.Module):
         raise ConfigError(
@@ -225,6 +234,9 @@ def embedding_width(module: nn.Module, name: str, shape: tuple[int, ...]) -> int
     Raises:
         ConfigError: the module fails, or returns something else; the message shows what.
     """
+    if not isinstance(module, nn.Module):
+        kind = "the class " + module.__name__ if isinstance(module, type) else type(module).__name__
+        raise ConfigError(f"model.backbone must be a torch.nn.Module, got {kind}")
     training = module.training
     images = torch.zeros(2, *shape)
     contract = f"model.backbone={name} must map images {list(images.shape)} to embeddings [2, D]"
@@ -236,6 +248,11 @@ def embedding_width(module: nn.Module, name: str, shape: tuple[int, ...]) -> int
         raise ConfigError(f"{contract}, got {type(found).__name__}")
     if found.ndim != 2 or len(found) != 2 or not found.is_floating_point():
         raise ConfigError(f"{contract}, got {found.dtype} of shape {list(found.shape)}")
+    if not found.requires_grad and torch.is_grad_enabled():
+        trained = [value for value in module.parameters() if value.requires_grad]
+        if trained:
+            module.requires_grad_(False)
+            note(module, "model.backbone: its embeddings are detached from its parameters: it is not trained")
     if found.requires_grad:
         named = [(key, value) for key, value in module.named_parameters() if value.requires_grad]
         grads = torch.autograd.grad(found.sum(), [value for _, value in named], allow_unused=True)

@@ -20,6 +20,8 @@ from pysupcon.errors import ConfigError
         ("concatenate RUN RUN --outpu x --output x", "output"),
         ("export RUN --outpu x --output x", "output"),
         ("profile --n 64 --encode x", "encoder"),
+        ("evaluate RUN --evaluation.pictures false", "pictures"),
+        ("transfer RUN --dataset mnist5k", "data.dataset"),
     ],
 )
 def test_a_mistyped_option_is_refused_with_the_right_one(

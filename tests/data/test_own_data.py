@@ -129,10 +129,16 @@ class Bad(Own):
         return self.item
 
 
+PIXELS = np.zeros((4, 4), np.uint8)
+
+
 @pytest.mark.parametrize(
     ("dataset", "words"),
     [
         (Bad(item=3), "the first item is int"),
+        ([(PIXELS, 0)] * 5 + [None], "item 5 is NoneType"),
+        ([(PIXELS, 0, 1)] * 4 + [(PIXELS, 1)], r"item 4 is a tuple of \(.*int\)"),
+        ([{"image": PIXELS, "label": 0}] * 3 + [{"image": PIXELS}], "item 3 is a dict of image"),
         (Bad(item=("a", 1)), "the image is of type str"),
         (Bad(item=(torch.zeros(1, 4, 4) + 2, 0)), r"floats from 2 to 2, outside \[0, 1\]"),
         (Bad(item=(torch.zeros(4, 4, 7), 0)), r"the shape \[4, 4, 7\]"),

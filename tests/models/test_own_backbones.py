@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from pysupcon.errors import ConfigError
 from pysupcon.models import ModelConfig
-from pysupcon.models.backbones import notes_of
+from pysupcon.models.backbones import embedding_width, notes_of
 from pysupcon.models.model import ContrastiveModel
 
 SOURCE = """
@@ -53,6 +54,22 @@ def number():
 class Pairs(nn.Module):
     def forward(self, images):
         return images, images
+
+
+class Detached(nn.Linear):
+    def __init__(self):
+        super().__init__(3, 4)
+
+    def forward(self, images):
+        return super().forward(images.mean(dim=(2, 3))).detach()
+
+
+def raises():
+    raise ValueError("no weights")
+
+
+module = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+constant = 3
 """
 
 
@@ -84,6 +101,22 @@ def test_with_the_other_parts_of_a_model() -> None:
     assert outputs.reconstruction_error.shape == (4,)
 
 
+def test_a_detached_backbone_is_frozen_and_named() -> None:
+    model = build("Detached", projection="linear")
+    assert notes_of(model) == [
+        "model.backbone: its embeddings are detached from its parameters: it is not trained"
+    ]
+    trained = {name.split(".")[0] for name, value in model.named_parameters() if value.requires_grad}
+    assert trained == {"projection"}
+    with torch.no_grad():  # as for the evaluation of a run
+        assert notes_of(build("Detached")) == []
+
+
+def test_a_class_in_place_of_a_module() -> None:
+    with pytest.raises(ConfigError, match=r"model.backbone must be a torch.nn.Module, got the class Linear$"):
+        embedding_width(nn.Linear, "passed", (3, 8, 8))  # type: ignore[arg-type]
+
+
 def test_unused_parameters_are_frozen_and_named() -> None:
     model = build("Net", backbone_args={"unused": True})
     frozen = [name for name, value in model.named_parameters() if not value.requires_grad]
@@ -103,6 +136,9 @@ def test_unused_parameters_are_frozen_and_named() -> None:
         ("number", {}, "must return a torch.nn.Module, got int"),
         ("build", {"width": 3}, "model.backbone_args {'width': 3} do not fit own_backbones:build"),
         ("missing", {}, "model.backbone=own_backbones:missing cannot be imported"),
+        ("raises", {}, "model.backbone=own_backbones:raises raised ValueError: no weights"),
+        ("module", {}, "own_backbones:module must be a function or class .*, got an object of Sequential"),
+        ("constant", {}, "own_backbones:constant must be a function or class .*, got an object of int"),
     ],
 )
 def test_refusals_show_what_came(name: str, arguments: dict[str, object], message: str) -> None:
