@@ -251,6 +251,6 @@ def did_you_mean(text: str, parser: argparse.ArgumentParser) -> str:
     name = ".".join(filter(None, match.groups()))
     names = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
     similar = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
-    # A field of another command: evaluation.pictures is pictures in pysupcon evaluate, data.dataset the reverse.
+    # Of another command: evaluation.pictures of a training is pictures of pysupcon evaluate.
     similar += [each for each in names if name.endswith(f".{each}") or each.endswith(f".{name}")]
     return f"{text}; did you mean {similar[0]}?" if similar else text
