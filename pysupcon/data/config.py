@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from pysupcon import user_code
+from pysupcon.data.columns import ColumnNames, check_columns
 from pysupcon.errors import ConfigError, check, check_all
 from pysupcon.user_code import PlainValue, is_reference
 
@@ -156,11 +157,12 @@ class DataConfig:
     dataset_args: dict[str, PlainValue] = field(default_factory=dict)
     """package.module:name only: arguments of the function or class."""
 
-    columns: dict[str, str] = field(default_factory=dict)
+    columns: ColumnNames = field(default_factory=dict)
     """arrays, and image_folder with data.table: names of the arrays or columns of the roles features, label,
     coarse, fine, group and split, e.g. {label: species}; left out: the names of the roles. In a table of
     features, these are the columns whose names start with columns.features, or all columns without a role; a
-    table of images has the role file instead."""
+    table of images has the role file instead. ignore: columns that are not used, e.g. {ignore: [id, url]};
+    image_table takes this role only."""
 
     augmentation_args: dict[str, PlainValue] = field(default_factory=dict)
     """Arguments of a transform of your own. For vectors: noise, relative to the feature's standard deviation
@@ -216,14 +218,13 @@ class DataConfig:
                 f"data.dataset_args has no effect with data.dataset={self.dataset}: leave it out"
             )
         of_images = self.dataset == "image_folder" and self.table is not None
-        if self.columns and self.dataset != "arrays" and not of_images:
+        if self.columns and self.dataset not in ("arrays", "image_table") and not of_images:
             without = " without data.table" if self.dataset == "image_folder" else ""
             raise ConfigError(
                 f"data.columns has no effect with data.dataset={self.dataset}{without}: leave it out"
             )
         roles = TABLE_ROLES if of_images else ROLES
-        for role in self.columns:
-            check(role in roles, "data.columns", f"have the keys {', '.join(roles)}", role)
+        check_columns(self.columns, () if self.dataset == "image_table" else roles)
         if self.dataset == "arrays":
             check(self.image_size is None, "data.image_size", "be left out for arrays", self.image_size)
 

@@ -176,6 +176,7 @@ class DataModule:
         coarse_names, fine_names: names of the classes.
         channels, image_size: shape of the model's input; D and 0 for vectors [D].
         normalize: converts uint8 images, or vectors, to the model's input.
+        notes, feature_names, label_columns: see :class:`pysupcon.data.samples.Source`.
 
     Args:
         config: data section of the config, checked.
@@ -188,6 +189,8 @@ class DataModule:
         self, config: DataConfig, dataset: object = None, skipped: Mapping[str, str] | None = None
     ) -> None:
         source = read_source(config, dataset)
+        self.notes, self.feature_names = source.notes, source.feature_names
+        self.label_columns = source.label_columns
         self.skipped: dict[str, str] | None = None
         if config.on_error == "skip":
             assert config.root is not None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from pysupcon.data.columns import Roles
 from pysupcon.data.config import DEFAULT_TABLE, DataConfig
 from pysupcon.data.samples import IMAGENET_MEAN, IMAGENET_STD, FileImages, Samples, Source
 from pysupcon.data.tables import SPLITS, check_images, read_csv
@@ -18,7 +19,8 @@ def image_table(config: DataConfig) -> Source:
     """Reads ROOT and the CSV file ``data.table``.
 
     The first column names the image files, relative to ROOT. An optional column "split" holds train, val or
-    test. Each other column is a label: 1 where the image has it, else 0.
+    test. Each other column is a label: 1 where the image has it, else 0. ``data.columns`` names columns that
+    are left out.
 
     Raises:
         ConfigError: a file is missing, or a line is not of this form; names the file and the line.
@@ -27,7 +29,8 @@ def image_table(config: DataConfig) -> Source:
     assert config.image_size is not None
     root = Path(config.root).expanduser()
     table = read_csv(root / (config.table or DEFAULT_TABLE))
-    file_column, *others = table.columns
+    table, notes = Roles.of(config.columns, ()).left_out(table, f"data.root: {table.path}")
+    file_column, *others = table.columns or [""]
     names = [name for name in others if name != _SPLIT_COLUMN]
     repeated = sorted({name for name in table.columns if table.columns.count(name) > 1})
     if repeated or len(names) < 2:
@@ -55,4 +58,7 @@ def image_table(config: DataConfig) -> Source:
             f"data.test_fraction has no effect: {table.path} has test images in its column {_SPLIT_COLUMN}; "
             "leave it out"
         )
-    return Source(train, test, names, names, "colour", 3, config.image_size, IMAGENET_MEAN, IMAGENET_STD, val)
+    return Source(
+        train, test, names, names, "colour", 3, config.image_size, IMAGENET_MEAN, IMAGENET_STD, val,
+        notes=notes,
+    )  # fmt: skip

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+from pysupcon.data.columns import Roles, ignore_flag
 from pysupcon.data.config import TABLE_ROLES, DataConfig
-from pysupcon.data.labels import LabelValue, labels_of_roles, number_or_text, split_source, splits_of_role
+from pysupcon.data.labels import (
+    LabelValue,
+    columns_of_levels,
+    labels_of_roles,
+    number_or_text,
+    split_source,
+    splits_of_role,
+)
 from pysupcon.data.samples import IMAGENET_MEAN, IMAGENET_STD, FileImages, Source
 from pysupcon.data.tables import SPLITS, Table, check_images, read_csv
 from pysupcon.errors import ConfigError
@@ -17,8 +26,8 @@ def labelled_table(config: DataConfig) -> Source:
     ``file`` names the image, relative to ROOT, and is required, as is ``label`` or ``fine``. ``label`` is the
     fine label beside ``coarse``, and both without it. ``group`` is a spurious attribute of the class; the
     fine labels are then pairs of class and group, as in :func:`pysupcon.data.arrays.arrays`. ``split`` holds
-    train, val or test. ``data.columns`` names columns that are called otherwise, and ``data.coarse_map``
-    gives the coarse label of every fine one.
+    train, val or test. ``data.columns`` names columns that are called otherwise, or that are left out, and
+    ``data.coarse_map`` gives the coarse label of every fine one.
 
     Raises:
         ConfigError: a file is missing, or a column or line is not of this form; names the file and the line.
@@ -29,8 +38,10 @@ def labelled_table(config: DataConfig) -> Source:
     root = Path(config.root).expanduser()
     table = read_csv(root / config.table)
     field = f"data.root: {table.path}"
-    names = {role: config.columns.get(role, role) for role in TABLE_ROLES}
-    _check_columns(config, table, names, field)
+    roles = Roles.of(config.columns, TABLE_ROLES)
+    names = roles.names
+    table, notes = roles.left_out(table, field)
+    _check_columns(config, table, roles, field)
     if not table.rows:
         raise ConfigError(f"{field} holds no image")
     paths = [root / file for file in table.files(names["file"])]
@@ -42,38 +53,41 @@ def labelled_table(config: DataConfig) -> Source:
     }
     if "split" in values:
         table.labels(SPLITS, names["split"])  # an error names the line
+    label_columns = columns_of_levels({role: names[role] for role in values})
     if "coarse" in values and "fine" not in values:
         values["fine"] = values.pop("label")
     if config.coarse_map is not None:
         values = _with_coarse_map(config.coarse_map, values, field)
-    return split_source(
+        label_columns = {"fine": label_columns["fine"]}
+    source = split_source(
         FileImages(paths), labels_of_roles(values, field),
         splits_of_role(values, len(paths), field, table.path, config), field, family="colour", channels=3,
         image_size=config.image_size, mean=IMAGENET_MEAN, std=IMAGENET_STD,
     )  # fmt: skip
+    return replace(source, notes=notes, label_columns=label_columns)
 
 
-def _check_columns(config: DataConfig, table: Table, names: dict[str, str], field: str) -> None:
+def _check_columns(config: DataConfig, table: Table, roles: Roles, field: str) -> None:
+    names, has = roles.names, f"it has {', '.join(table.columns)}"
     repeated = sorted({name for name in table.columns if table.columns.count(name) > 1})
     if repeated:
-        raise ConfigError(f"{field} must name each column once, it has {', '.join(table.columns)}")
-    missing = [role for role in config.columns if names[role] not in table.columns]
+        raise ConfigError(f"{field} must name each column once, {has}")
+    missing = [role for role in roles.given if names[role] not in table.columns]
     if missing:
         raise ConfigError(
-            f"{field} has no column {names[missing[0]]!r}, which data.columns names as {missing[0]}: it has "
-            f"{', '.join(table.columns)}"
+            f"{field} has no column {names[missing[0]]!r}, which data.columns names as {missing[0]}: {has}"
         )
+    labels = [names[role] for role in ("label", "fine") if role in names]
+    needed = f"must have a column {names.get('file', 'file')}, and {' or '.join(labels or ['label'])}"
+    if names.get("file") not in table.columns or not {*labels} & {*table.columns}:
+        raise ConfigError(f"{field} {needed}, {has}; name the columns with --data.columns '{{ROLE: NAME}}'")
     unknown = [name for name in table.columns if name not in names.values()]
     if unknown:
+        optional = [names[role] for role in ("coarse", "group", "split") if role in names]
         raise ConfigError(
-            f"{field} must have the columns {', '.join(names.values())} and no other, got "
-            f"{', '.join(map(repr, unknown))}: remove it, or name its role with --data.columns "
-            f"'{{ROLE: {unknown[0]}}}'"
-        )
-    if names["file"] not in table.columns or not {names["label"], names["fine"]} & set(table.columns):
-        raise ConfigError(
-            f"{field} must have a column {names['file']}, and {names['label']} or {names['fine']}, it has "
-            f"{', '.join(table.columns)}"
+            f"{field} {needed}; {', '.join(optional)} are optional, and a column without a role is "
+            f"refused, got {', '.join(map(repr, unknown))}: name its role, {{ROLE: {unknown[0]}}}, or leave "
+            f"it out, --data.columns '{ignore_flag(config.columns, unknown)}'"
         )
 
 

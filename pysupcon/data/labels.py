@@ -111,6 +111,14 @@ def labels_of_roles(values: Mapping[str, Sequence[LabelValue]], field: str) -> L
     return Labels(coarse, fine)
 
 
+def columns_of_levels(names: Mapping[str, str]) -> dict[str, str]:
+    """The columns of the coarse and of the fine labels, from the columns by role, for
+    :func:`labels_of_roles`."""
+    fine = names.get("fine", names.get("label", names.get("coarse", "")))
+    coarse = names.get("coarse", fine)
+    return {"coarse": coarse, "fine": f"{coarse}, {names['group']}" if "group" in names else fine}
+
+
 def splits_of_role(
     values: Mapping[str, Sequence[LabelValue]], count: int, field: str, path: Path, config: DataConfig
 ) -> Tensor:

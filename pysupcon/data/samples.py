@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -173,6 +173,9 @@ class Source:
         labels_by_name: whether ``data.ignore_index`` is the value of a label, which is its name.
         max_per_class: training samples kept of each fine class after validation samples are held out, or
             None.
+        notes: lines for the user about what was read and what was left out.
+        feature_names: columns of the features of vectors, if they have names.
+        label_columns: names of the columns of the coarse and the fine labels, if they have names.
     """
 
     train: Samples
@@ -187,6 +190,9 @@ class Source:
     val: Samples | None = None
     max_per_class: list[int] | None = None
     labels_by_name: bool = False
+    notes: list[str] = field(default_factory=list)
+    feature_names: list[str] = field(default_factory=list)
+    label_columns: dict[str, str] = field(default_factory=dict)
 
 
 def samples_from_images(

@@ -34,16 +34,22 @@ class Table:
             f"it has {', '.join(self.columns)}"
         )
 
+    def without(self, names: Sequence[str]) -> Table:
+        """The table without the columns ``names``."""
+        kept = [index for index, name in enumerate(self.columns) if name not in names]
+        rows = [[row[index] for index in kept] for row in self.rows]
+        return Table(self.path, [self.columns[index] for index in kept], rows, self.first_line)
+
     def files(self, name: str) -> list[str]:
         """The values of :meth:`column` as names of files, each of them once."""
         files = self.column(name)
         lines: dict[str, int] = {}
         for line, file in enumerate(files, start=self.first_line):
-            if not file or file in lines:
-                wrong = f"that of line {lines[file]}, {file!r}," if file else "an empty one"
-                raise ConfigError(
-                    f"data.root: {self.path}, line {line}, must name a file of its own, got {wrong}"
-                )
+            where = f"data.root: {self.path}, line {line},"
+            if not file:
+                raise ConfigError(f"{where} must name a file in its column {name}, which is empty")
+            if file in lines:
+                raise ConfigError(f"{where} names the file of line {lines[file]} again: {file!r}")
             lines[file] = line
         return files
 

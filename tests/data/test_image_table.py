@@ -76,9 +76,9 @@ def test_split_column_and_a_table_elsewhere(tmp_path: Path) -> None:
         (
             ["1.png,0,1", "1.png,0,1"],
             "file,a,b",
-            r"line 3, must name a file of its own, got that of line 2, '1",
+            r"line 3, names the file of line 2 again: '1",
         ),
-        ([",0,1"], "file,a,b", r"line 2, must name a file of its own, got an empty one"),
+        ([",0,1"], "file,a,b", r"line 2, must name a file in its column file, which is empty"),
         (["1.png,0,1"], "file,a,a", r"each with a name of its own, it has file, a, a"),
         (
             ["1.png,0"],
@@ -120,3 +120,18 @@ def test_what_needs_one_label_per_sample_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             parse_args(args.split())
+
+
+def test_ignored_columns(tmp_path: Path) -> None:
+    rows = [f"{row},http://x/{i}" for i, row in enumerate(ROWS)]
+    config = replace(_write(tmp_path, rows, "file,cat,dog,night,url"), columns={"ignore": ["url", "night"]})
+    assert load_data(config).class_names == ["cat", "dog"]
+    with pytest.raises(
+        ConfigError, match=r"labels.csv has no 'x', which data.columns names as ignore: it has"
+    ):
+        load_data(replace(config, columns={"ignore": "x"}))
+    given = (
+        "--data.dataset image_table --data.root . --data.image_size 8 --data.sampler shuffled --data.columns"
+    )
+    with pytest.raises(ConfigError, match=r"data.columns must have the keys ignore, got 'label'"):
+        parse_args([*given.split(), "{label: cat}"])

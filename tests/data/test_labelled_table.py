@@ -149,14 +149,16 @@ def test_group_dro_and_the_worst_group(tmp_path: Path) -> None:
         (
             "file,label,lable\n0.png,a,b",
             {},
-            r"must have the columns file, label, .*, got 'lable': remove",
+            r"must have a column file, and label or fine; coarse, group, split are optional, and a column "
+            r"without a role is refused, got 'lable': name its role, \{ROLE: lable\}, or leave it out, "
+            r"--data.columns '\{ignore: \[lable\]\}'$",
         ),
         ("label\na", {}, r"must have a column file, and label or fine, it has label"),
         ("file,coarse\n0.png,a", {}, r"must have a column file, and label or fine, it has file, coarse"),
         ("file,label,label\n0.png,a,b", {}, r"must name each column once, it has file, label, label"),
         ("file,label\n", {}, r"holds no image"),
         ("file,label\n0.png,", {}, r"labels.csv, line 2, column label must not be empty"),
-        ("file,label\n0.png,a\n0.png,b", {}, r"line 3, must name a file of its own, got that of line 2"),
+        ("file,label\n0.png,a\n0.png,b", {}, r"line 3, names the file of line 2 again: '0.png'$"),
         ("file,label\n0.png", {}, r"line 2, must have 2 fields, got 1"),
         ("file,label\n0.png,a\n9.png,b", {}, r"lacks 1 of the 2 images that its table names, first .*9.png"),
         ("file,label,fine\n0.png,a,b", {}, r"must have label, or coarse and fine, not both"),
@@ -168,10 +170,17 @@ def test_group_dro_and_the_worst_group(tmp_path: Path) -> None:
             {"label": "kind"},
             r"no column 'kind', which data.columns names as label: it",
         ),
+        ("file,label\n0.png,a", {"ignore": ["url"]}, r"has no 'url', which data.columns names as ignore: it"),
+        ("file,label\n0.png,a", {"ignore": ["label"]}, r"must have a column file, and fine, it has file"),
+        (
+            "name,kind\n0.png,a",
+            {},
+            r"must have a column file, and label or fine, it has name, kind; name the",
+        ),
         (None, {}, r"labels.csv cannot be read: .*No such file"),
     ],
 )
-def test_a_bad_table(tmp_path: Path, table: str | None, columns: dict[str, str], message: str) -> None:
+def test_a_bad_table(tmp_path: Path, table: str | None, columns: dict[str, Any], message: str) -> None:
     write_grey_image(tmp_path / "0.png", 1)
     if table is not None:
         write_text(tmp_path / "labels.csv", table)
@@ -190,7 +199,7 @@ def test_fields(tmp_path: Path) -> None:
         ),
         (
             given + "--data.table t.csv --data.columns " + '{"features":"x"}',
-            r"data.columns must have the keys file",
+            r"data.columns must have the keys file, .*, ignore, got 'features'",
         ),
         ("--data.dataset digits --data.table t.csv", r"data.table has no effect with data.dataset=digits"),
         (
@@ -203,3 +212,36 @@ def test_fields(tmp_path: Path) -> None:
     args = given + "--data.table t.csv --data.columns " + '{"file":"path","label":"kind"}'
     config = parse_args(args.split())[0]
     assert config.data.columns == {"file": "path", "label": "kind"}
+    args = given + "--data.table t.csv --data.columns"
+    config = parse_args([*args.split(), "{label: kind, ignore: [id, image url]}"])[0]
+    assert config.data.columns == {"label": "kind", "ignore": ["id", "image url"]}
+    for columns, message in (
+        ("{label: [a, b]}", r"data.columns must name one column as label, got \['a', 'b'\]"),
+        ("{label: a, ignore: a}", r"data.columns must name 'a' as label or as ignore, not as both"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse_args([*args.split(), columns])
+
+
+def test_ignored_columns_and_the_index_of_pandas(tmp_path: Path) -> None:
+    more = {"url": lambda i: f"http://x/{i}", "author": lambda i: "me", "fine": species}
+    config = write(
+        tmp_path, {"label": lambda i: i % 2, **more}, columns={"ignore": ["url", "author", "fine"]}
+    )
+    data = load_data(config)
+    assert data.fine_names == ["0", "1"]
+    assert not data.notes
+    assert data.label_columns == {"coarse": "label", "fine": "label"}
+    path = tmp_path / "labels.csv"
+    head, *rows = path.read_text(encoding="utf-8").splitlines()
+    numbered = [f"{number},{row}" for number, row in enumerate(rows)]
+    for name in ("", "Unnamed: 0"):
+        write_text(path, "\n".join([f"{name},{head}", *numbered]))
+        again = load_data(config)
+        assert torch.equal(again.splits["train"].fine, data.splits["train"].fine)
+        (note,) = again.notes
+        assert "labels.csv: the first column, " in note
+        assert note.endswith("numbers the rows, like the index of a pandas DataFrame: it is left out")
+    write_text(path, "\n".join([f",{head}", *(f"7,{row}" for row in rows)]))
+    with pytest.raises(ConfigError, match="a column without a role is refused, got ''"):
+        load_data(config)

@@ -263,7 +263,9 @@ def test_a_table_with_names_splits_and_groups(tmp_path: Path) -> None:
     assert data.coarse_names == ["cat", "dog"]
     assert data.fine_names == ["cat, in", "cat, out", "dog, in", "dog, out"]
     assert {name: len(part) for name, part in data.splits.items()} == {"train": 20, "val": 19, "test": 1}
-    with pytest.raises(ConfigError, match=r"line 2, column species must be a number.*need a role"):
+    with pytest.raises(
+        ConfigError, match=r"line 2, column species must be a number.* '{ignore: \[species\]}'"
+    ):
         load_data(arrays_config(path, columns={"label": "place", "split": "part"}))
     with pytest.raises(ConfigError, match=r"has no 'kind', which data.columns names as label"):
         load_data(arrays_config(path, columns={"features": "x", "label": "kind"}))
@@ -286,6 +288,72 @@ def test_refused_arrays(tmp_path: Path) -> None:
         arrays_config(path, image_size=8)
     with pytest.raises(ConfigError, match=r"data.columns has no effect"):
         config(columns={"label": "x"})
+
+
+def test_arrays_of_python_objects(tmp_path: Path) -> None:
+    names = np.array(["cat", "dog"] * 30, dtype=object)
+    np.savez(tmp_path / "data.npz", features=FEATURES, label=names)
+    message = r"{} must hold numbers or text, it holds Python objects .*: save text with .astype\(str\)"
+    with pytest.raises(ConfigError, match=message.format("data.npz: the array label")):
+        load_data(arrays_config(tmp_path / "data.npz"))
+    np.savez(tmp_path / "data.npz", features=FEATURES, label=names.astype(str))
+    assert load_data(arrays_config(tmp_path / "data.npz")).fine_names == ["cat", "dog"]
+    np.save(tmp_path / "data.npy", FEATURES)
+    np.save(tmp_path / "label.npy", names)
+    with pytest.raises(ConfigError, match=message.format(r"data.npy: the array in label.npy")):
+        load_data(arrays_config(tmp_path / "data.npy"))
+
+
+def test_ignored_columns(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    rows = [f"{50 + i},{i},{-i},http://{i},me,{i % 2},{i % 4}" for i in range(40)]
+    path.write_text("\n".join(["id,e0,e1,url,author,coarse,fine", *rows]))
+    columns = {"ignore": ["id", "url", "author"]}
+    data = load_data(arrays_config(path, columns=columns))
+    assert (data.feature_names, data.notes) == (["e0", "e1"], [])
+    assert data.label_columns == {"coarse": "coarse", "fine": "fine"}
+    with pytest.raises(ConfigError, match=r"line 2, column url .*'\{ignore: \[id, url, author\]\}'"):
+        load_data(arrays_config(path, columns={"ignore": "id"}))
+    with pytest.raises(ConfigError, match=r"has no 'uri', which data.columns names as ignore: it has id, e0"):
+        load_data(arrays_config(path, columns={"ignore": ["uri"]}))
+    data = load_data(arrays_config(path, columns={"ignore": [*columns["ignore"], "fine"]}))
+    assert data.fine_names == ["0", "1"]
+
+
+def test_the_index_of_pandas(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    for order in (list(range(40)), list(range(39, -1, -1))):
+        path.write_text("\n".join([",e0,e1,label", *(f"{k},{i},{-i},{i % 2}" for i, k in enumerate(order))]))
+        data = load_data(arrays_config(path))
+        assert data.feature_names == ["e0", "e1"]
+        (note,) = data.notes
+        assert "table.csv: the first column, without a name, numbers the rows" in note
+    path.write_text("\n".join([",e0,e1,label", *(f"0.5,{i},{-i},{i % 2}" for i in range(40))]))
+    data = load_data(arrays_config(path))
+    assert (data.feature_names, data.notes) == (["", "e0", "e1"], [])
+
+
+def test_ignored_arrays(file: Path) -> None:
+    data = load_data(arrays_config(file, columns={"ignore": "coarse"}))
+    assert data.coarse_names == data.fine_names == [str(k) for k in range(6)]
+    with pytest.raises(ConfigError, match=r"has no 'x', which data.columns names as ignore: it has "):
+        load_data(arrays_config(file, columns={"ignore": "x"}))
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "table.parquet"
+    stored = {"id": list("abcdefgh"), "e0": range(8), "e1": range(8), "label": [0, 1] * 4}
+    parquet.write_table(pyarrow.table({**stored, "__index_level_0__": range(8)}), path)
+    with pytest.raises(
+        ConfigError, match=r"parquet, column id must be a number, got 'a'.*\{ignore: \[id\]\}"
+    ):
+        load_data(arrays_config(path, batch_size=2))
+    data = load_data(arrays_config(path, batch_size=2, columns={"ignore": ["id"]}))
+    assert data.feature_names == ["e0", "e1"]
+    assert "__index_level_0__, the index of a pandas DataFrame, is left out" in data.notes[0]
 
 
 def test_unknown_labels_by_their_value(tmp_path: Path) -> None:
