@@ -48,6 +48,7 @@ from pysupcon.trainer.setup import (
     set_threads,
     start_trackers,
 )
+from pysupcon.trainer.start_lines import start_lines
 from pysupcon.trainer.state import TrainingState, find_resume_checkpoint
 from pysupcon.trainer.step import TrainingStep
 from pysupcon.trainer.stop import StopRequests
@@ -137,6 +138,12 @@ class Trainer:
         steps = config.trainer.profile_steps
         check(max(steps, default=0) <= self.steps, "trainer.profile_steps", f"end by {self.steps}", steps)
         saved = find_resume_checkpoint(self.accelerator, config, run_dir)
+        said = start_lines(
+            config, data, steps=self.steps, steps_per_epoch=self.steps_per_epoch,
+            processes=self.accelerator.num_processes,
+        )  # fmt: skip
+        for line in said if main else ():
+            print_line(line)
 
         set_seed(config.seed)
         with report_if_slow(f"building {config.model.backbone}", enabled=main):

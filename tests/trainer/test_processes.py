@@ -42,6 +42,7 @@ def test_what_one_process_trains(
     assert server.run(training_arguments(folder, *more), processes=processes) == 0, server.output()
     assert_same_training(folder, one)
     assert server.output().count("epoch 1/2: loss") == 1, "only the main process shows progress"
+    assert server.output().count("training on the coarse labels") == 1, "only the main process says it"
     saved = read_checkpoint(checkpoints(folder)[-1])
     assert len(saved.random) == read_manifest(checkpoints(folder)[-1])["processes"] == processes
     states = {bytes(state["torch"].numpy()) for state in saved.random}
