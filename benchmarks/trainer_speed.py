@@ -120,7 +120,7 @@ class Contest:
         torch.set_num_threads(threads)
         self.config = make_config(source, threads, folder)
         self.data: DataModule = load_data(self.config.data)
-        self.batch_size = self.config.data.batch_size
+        self.batch_size = self.config.data.global_batch_size
         epoch = len(self.data.training) // self.batch_size
         self.steps = steps or epoch * math.ceil(12 / epoch)
         self.memory_format = memory_format(self.config.model)

@@ -143,7 +143,7 @@ def model_card(run: Run, metrics: dict[str, Any] | None, name: str) -> str:
         "data": f"{config.data.dataset}, {config.data.labels} labels ({', '.join(data.class_names[:12])}"
         + (", ...)" if len(data.class_names) > 12 else ")"),
         "loss": _by_part(run, lambda part: _loss(part["loss"])),
-        "batch": f"{config.data.batch_size} samples, {config.data.views} views each",
+        "batch": f"{config.data.global_batch_size} samples, {config.data.views} views each",
         "optimiser": _by_part(
             run,
             lambda part: (

@@ -24,6 +24,7 @@ GROUP_DATASETS = ("waterbirds", "celeba", "isic")
 CIFAR_DATASETS = ("cifar10", "cifar100", "cifar100_u", "cifar2")
 TRANSFER_DATASETS = ("aircraft", "cars", "dtd", "flowers102", "food101", "pets")
 DEFAULT_TEST_FRACTION = 0.2
+DEFAULT_BATCH_SIZE = 256
 DEFAULT_TABLE = "labels.csv"
 DEFAULT_SPURIOUS_RATE = 0.95
 DATASETS_WITH_TEST_SPLIT = (
@@ -118,8 +119,10 @@ class DataConfig:
     torchvision.transforms.v2:RandAugment: a class, which gets augmentation_args, or a function, which gets
     each uint8 image [C, H, W] (or vector) and augmentation_args; results are resized."""
 
-    batch_size: int = 256
-    """Samples in a global batch, over all processes. The loss gets batch_size * views rows."""
+    batch_size: int | None = None
+    """Samples in a global batch, over all processes. The loss gets batch_size * views rows. None: 256, or a
+    power of two, at most a third of the training samples, if there are fewer than 256. The config of the run
+    records the number."""
 
     sampler: Literal["shuffled", "balanced", "groups", "per_class"] = "balanced"
     """shuffled: every sample once per epoch; balanced: every batch has equally many samples of each training
@@ -180,7 +183,8 @@ class DataConfig:
             ConfigError: a field is invalid; names the field.
         """
         check(self.views >= 1, "data.views", "be at least 1", self.views)
-        check(self.batch_size >= 2, "data.batch_size", "be at least 2", self.batch_size)
+        if self.batch_size is not None:
+            check(self.batch_size >= 2, "data.batch_size", "be at least 2", self.batch_size)
         if self.workers is not None:
             check(self.workers >= 0, "data.workers", "be at least 0", self.workers)
         check(0 < self.val_fraction < 0.5, "data.val_fraction", "lie in (0, 0.5)", self.val_fraction)
@@ -204,6 +208,11 @@ class DataConfig:
     def is_own(self) -> bool:
         """Whether the data set is the user's own code or object."""
         return user_code.is_own(self.dataset)
+
+    @property
+    def global_batch_size(self) -> int:
+        """``batch_size``, or its default if :func:`pysupcon.data.datamodule.load_data` has not chosen it."""
+        return DEFAULT_BATCH_SIZE if self.batch_size is None else self.batch_size
 
     def _check_dataset(self) -> None:
         names = get_args(DatasetName)
@@ -264,7 +273,8 @@ class DataConfig:
         assert count is not None
         check(count >= 2, "data.samples_per_class", "be at least 2", count)
         multiple = f"be a multiple of data.samples_per_class={count}"
-        check(self.batch_size % count == 0, "data.batch_size", multiple, self.batch_size)
+        size = self.global_batch_size
+        check(size % count == 0, "data.batch_size", multiple, size)
 
     def _check_root(self) -> None:
         name = self.dataset

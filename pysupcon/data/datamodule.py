@@ -14,7 +14,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pysupcon.data.augment import Augmentation, Normalize, OwnAugmentation, ResizeCenterCrop
-from pysupcon.data.config import DEFAULT_TEST_FRACTION, IMAGE_AUGMENTATIONS, DataConfig
+from pysupcon.data.config import (
+    DEFAULT_BATCH_SIZE,
+    DEFAULT_TEST_FRACTION,
+    IMAGE_AUGMENTATIONS,
+    DataConfig,
+)
 from pysupcon.data.group_files import ANNOTATED, Groups, index_groups, read_groups, true_groups
 from pysupcon.data.philox import philox_uniforms
 from pysupcon.data.samplers import (
@@ -189,7 +194,7 @@ class DataModule:
         self, config: DataConfig, dataset: object = None, skipped: Mapping[str, str] | None = None
     ) -> None:
         source = read_source(config, dataset)
-        self.notes, self.feature_names = source.notes, source.feature_names
+        self.notes, self.feature_names = list(source.notes), source.feature_names
         self.label_columns = source.label_columns
         self.skipped: dict[str, str] | None = None
         if config.on_error == "skip":
@@ -300,13 +305,13 @@ class DataModule:
         if config.sampler == "per_class":
             assert config.samples_per_class is not None, "call DataConfig.check() first"
             return PerClassBatchSampler(
-                labels, config.batch_size, samples_per_class=config.samples_per_class, **options
+                labels, config.global_batch_size, samples_per_class=config.samples_per_class, **options
             )
         if config.sampler == "groups":
             assert self.groups is not None, "call DataConfig.check() first"
             labels = self.groups.train
         sampler_class = ShuffledBatchSampler if config.sampler == "shuffled" else BalancedBatchSampler
-        return sampler_class(labels, config.batch_size, **options)
+        return sampler_class(labels, config.global_batch_size, **options)
 
     def validation_batch_sampler(
         self, *, seed: int, rank: int = 0, world_size: int = 1
@@ -319,7 +324,7 @@ class DataModule:
             ConfigError: the split has fewer samples than processes.
         """
         labels = _one_each(self._labels("val"))
-        size = len(labels) // math.ceil(len(labels) / self.config.batch_size) if len(labels) else 0
+        size = len(labels) // math.ceil(len(labels) / self.config.global_batch_size) if len(labels) else 0
         size -= size % world_size
         if size < 1:
             raise ConfigError(
@@ -344,7 +349,7 @@ class DataModule:
         dataset = MultiViewDataset(
             samples, self._labels_of(samples), self.augmentation, self.config.views, batches.seed
         )
-        per_process = self.config.batch_size // batches.world_size
+        per_process = self.config.global_batch_size // batches.world_size
         workers = self.workers(split, per_process * self.config.views)
         groups = self.groups if split == "train" else None
         return DataLoader(
@@ -390,14 +395,32 @@ def load_data(
     """Read and split the data set of ``config``.
 
     Args:
-        config: data section of the config, checked.
+        config: data section of the config, checked. A ``batch_size`` of None is replaced by a number that
+            fits the data.
         dataset, skipped: see :class:`DataModule`.
 
     Raises:
         ConfigError: files are missing or damaged, or there are fewer training samples than a batch needs.
     """
     data = DataModule(config, dataset, skipped)
-    count, size = len(data.training), config.batch_size
-    if size > count:
-        raise ConfigError(f"data.batch_size must be at most the {count} training samples, got {size}")
+    count = len(data.training)
+    if config.batch_size is None:
+        config.batch_size = config.global_batch_size
+        if count < config.batch_size and config.sampler != "per_class":
+            config.batch_size = _fitting_batch_size(count)
+            data.notes.append(
+                f"data.batch_size is {config.batch_size}, because there are only {count} training samples; "
+                f"the default is {DEFAULT_BATCH_SIZE}"
+            )
+    if config.batch_size > count:
+        example = f", e.g. --data.batch_size {_fitting_batch_size(count)}"
+        raise ConfigError(
+            f"data.batch_size must be at most the {count} training samples, got {config.batch_size}"
+            + (example if config.sampler != "per_class" else "")
+        )
     return data
+
+
+def _fitting_batch_size(count: int) -> int:
+    """The largest power of two that is at most a third of ``count``, and at least 2."""
+    return int(max(2 ** (max(count // 3, 1).bit_length() - 1), 2))

@@ -66,7 +66,7 @@ def batch_notes(config: Config, data: DataModule, processes: int) -> BatchNotes:
         )
     together = processes if config.loss.gather is False else 1
     share_of = _share_of(config, data, counts, len(labels) - len(known))
-    size = max(config.data.batch_size // together, 1)
+    size = max(config.data.global_batch_size // together, 1)
     share = share_of(size)
     if share >= ENOUGH or config.loss.queue > 0:  # the queue holds partners
         return notes
@@ -118,7 +118,7 @@ def _share_of(config: Config, data: DataModule, counts: Tensor, unknown: int) ->
 
 
 def _remedies(config: Config, counts: Tensor, share_of: Callable[[int], float], together: int) -> str:
-    size, classes = config.data.batch_size, int((counts > 0).sum())
+    size, classes = config.data.global_batch_size, int((counts > 0).sum())
     remedies = [
         f"data.sampler per_class with data.samples_per_class {count} (pysupcon.data.PerClassBatches in a "
         "loop of your own)"

@@ -61,7 +61,7 @@ class GroupAccuracy:
             self.groups["worst_known_group"] = data.groups.val[mine]
             self.sizes["worst_known_group"] = len(data.groups.parent)
         plain: Dataset[Any] = data.evaluation_dataset("val")
-        batch = max(config.data.batch_size // accelerator.num_processes, 1)
+        batch = max(config.data.global_batch_size // accelerator.num_processes, 1)
         workers = data.workers("val", config.trainer.chunk_size or batch, bytes_per_value=4)
         self.loader: DataLoader[tuple[Tensor, Tensor, Tensor]] = DataLoader(
             Subset(plain, mine.tolist()),

@@ -261,7 +261,7 @@ class Trainer:
         profile_steps = trainer.profile_steps if self.accelerator.is_main_process else ()
         recorder = StepRecorder(profile_steps, self.run_dir / "profile", self.device)
         self.model.train()
-        images_per_step = self.config.data.batch_size * self.config.data.views * self.batches_per_step
+        images_per_step = self.config.data.global_batch_size * self.config.data.views * self.batches_per_step
         batches, start = iter(self.loader), time.perf_counter()
 
         def sync() -> None:

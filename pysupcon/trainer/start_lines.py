@@ -9,8 +9,11 @@ from pysupcon.config import Config
 from pysupcon.data.datamodule import DataModule
 from pysupcon.losses import LOSSES_BY_NAME
 
-LEFT_OUT = 0.2
-"""Share of the samples that an epoch leaves out from which on a line says so."""
+LEFT_OUT = 0.25
+"""Share of the samples that an epoch leaves out from which on a line says so. The batch size that is chosen
+for few samples leaves out less."""
+WASTED = 0.1
+"""Share of the samples that an epoch may leave out with the batch size that the line names."""
 FEW_STEPS = 50
 """Steps of a training below which a line says so."""
 
@@ -90,10 +93,11 @@ def _describe_labels(config: Config, data: DataModule) -> str:
 
 def _describe_batches(config: Config, processes: int) -> str:
     data = config.data
-    size = f"{data.batch_size:,}" + (f" over {processes} processes" if processes > 1 else "")
+    size = f"{data.global_batch_size:,}" + (f" over {processes} processes" if processes > 1 else "")
     if data.sampler == "per_class":
         assert data.samples_per_class is not None, "call DataConfig.check() first"
-        size += f" ({data.samples_per_class} of each of {data.batch_size // data.samples_per_class} classes)"
+        classes = data.global_batch_size // data.samples_per_class
+        size += f" ({data.samples_per_class} of each of {classes} classes)"
     kind = {"groups": "group-balanced ", "per_class": ""}.get(data.sampler, f"{data.sampler} ")
     accumulated = config.trainer.accumulation_steps
     per_step = f"{accumulated} a step, " if accumulated > 1 else ""
@@ -117,7 +121,7 @@ def _describe_loss(config: Config) -> str:
 
 
 def _length_notes(config: Config, count: int, steps: int, steps_per_epoch: int, processes: int) -> list[str]:
-    size, accumulated = config.data.batch_size, config.trainer.accumulation_steps
+    size, accumulated = config.data.global_batch_size, config.trainer.accumulation_steps
     multiple = processes * (config.data.samples_per_class or 1)
 
     def left_out(size: int) -> int:
@@ -127,7 +131,7 @@ def _length_notes(config: Config, count: int, steps: int, steps_per_epoch: int, 
     if left_out(size) >= LEFT_OUT * count:
         fitting = next(
             (smaller for smaller in range(size - size % multiple, 1, -multiple)
-             if left_out(smaller) <= LEFT_OUT / 2 * count), None,
+             if left_out(smaller) <= WASTED * count), None,
         )  # fmt: skip
         batches = _count(steps_per_epoch * accumulated, "batch")
         lines.append(

@@ -113,7 +113,7 @@ class TrainingState:
                 ema=None if self.ema is None else self.ema.module.state_dict(),
                 sampler={
                     "seed": config.seed,
-                    "batch_size": config.data.batch_size,
+                    "batch_size": config.data.global_batch_size,
                     "epoch": epoch,
                     "batch": step * config.trainer.accumulation_steps,
                 },
@@ -267,7 +267,7 @@ def _read_and_report(
         )
     before = len(content.random)
     if before != processes:
-        size = config.data.batch_size
+        size = config.data.global_batch_size
         changes.append(
             f"processes: {before} -> {processes}: each takes {size // processes} samples of a global batch "
             f"of {size} instead of {size // before}; batches, learning rate and epochs are unchanged"

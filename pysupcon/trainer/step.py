@@ -63,7 +63,7 @@ class TrainingStep:
         self.cache: GradCache | None = None
         if chunk_size is not None:
             self.cache = GradCache(model, chunk_size, forward=self._forward, scaler=accelerator.scaler)
-            share = config.data.batch_size // accelerator.num_processes
+            share = config.data.global_batch_size // accelerator.num_processes
             batch_norm = any(isinstance(module, _BatchNorm) for module in network.modules())
             if batch_norm and chunk_size < share and accelerator.is_main_process:
                 print_line(
@@ -74,8 +74,9 @@ class TrainingStep:
         if batches > 1 and config.loss.name != "none" and accelerator.is_main_process:
             print_line(
                 f"trainer.accumulation_steps {batches}: a step takes the mean gradient of {batches} batches "
-                f"of {config.data.batch_size} samples; each batch is contrasted separately. For a larger "
-                "contrastive batch raise data.batch_size; trainer.chunk_size (GradCache) limits its memory"
+                f"of {config.data.global_batch_size} samples; each batch is contrasted separately. For a "
+                "larger contrastive batch raise data.batch_size; trainer.chunk_size (GradCache) limits its "
+                "memory"
             )
         self.parameters = [*network.parameters(), *objective.parameters()]
         self.skipped = 0

@@ -194,8 +194,8 @@ def test_mistake_is_one_line_on_stderr(capsys: pytest.CaptureFixture[str], tmp_p
     assert main(["--output_dir", str(out), "--data.dataset", "digits", "--data.batch_size", "5000"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    line = "train.py: error: data.batch_size must be at most the 1295 training samples, got 5000\n"
-    assert captured.err.endswith(line)
+    line = "train.py: error: data.batch_size must be at most the 1295 training samples, got 5000, e.g. "
+    assert captured.err.endswith(line + "--data.batch_size 256\n")
     assert not out.exists()
 
 

@@ -10,8 +10,9 @@ import pytest
 from helpers.data_files import write_grey_image, write_text
 
 from pysupcon import train as entry
-from pysupcon.config import config_of
+from pysupcon.config import config_of, load_config
 from pysupcon.data.datamodule import load_data
+from pysupcon.errors import ConfigError
 from pysupcon.trainer.start_lines import start_lines
 
 
@@ -162,3 +163,36 @@ def test_a_training_prints_them(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert said[2].startswith("small_cnn, ")
     assert said[3].startswith("3 steps are few")
     assert len(said) == (4 if dry else 5)
+
+
+@pytest.mark.parametrize(("count", "size"), [(320, 256), (240, 64), (40, 8), (8, 2)])
+def test_a_batch_size_that_fits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], count: int, size: int
+) -> None:
+    """A training without data.batch_size: its config records the number, and its resumption has it, too."""
+    path = tmp_path / "x.npz"
+    held_out = [1] * 4 + [2] * 4
+    np.savez(
+        path, features=np.random.default_rng(0).normal(size=(count + 8, 2)), label=np.arange(count + 8) % 2,
+        split=[0] * count + held_out,
+    )  # fmt: skip
+    fields = {
+        "data": {"dataset": "arrays", "root": str(path)}, "model": {"backbone": "mlp"}, "evaluate": False,
+        "output_dir": str(tmp_path / "run"),
+    }  # fmt: skip
+    trainer = {"max_steps": 1, "cpu": True, "best_by": None, "threads": 1}
+    finished = entry.run(**fields, trainer=trainer)
+    note = f"data.batch_size is {size}, because there are only {count} training samples; the default is 256"
+    assert capsys.readouterr().err.splitlines().count(note) == (size != 256)
+    assert load_config(finished.dir / "config.yaml").data.batch_size == size
+    entry.run(**fields, trainer={**trainer, "max_steps": 2}, resume_from_checkpoint="latest")
+    assert load_config(finished.dir / "config.yaml").data.batch_size == size
+
+
+def test_a_batch_size_that_is_too_large() -> None:
+    message = "data.batch_size must be at most the 1295 training samples, got {}"
+    with pytest.raises(ConfigError, match=message.format("1296, e.g. --data.batch_size 256$")):
+        lines({"dataset": "digits", "batch_size": 1296})
+    per_class = {"sampler": "per_class", "samples_per_class": 16, "train_size": 200}
+    with pytest.raises(ConfigError, match=r"at most the 200 training samples, got 256$"):
+        lines({"dataset": "digits", "batch_size": None, **per_class})
