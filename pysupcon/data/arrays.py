@@ -187,7 +187,7 @@ def _is_number(text: str) -> bool:
 def _text_error(place: str, got: object, columns: list[str], roles: Roles) -> ConfigError:
     return ConfigError(
         f"{place} must be a number, got {got!r}. Columns that are no features need a role, or are left out "
-        f"with --data.columns '{ignore_flag({'ignore': roles.ignored}, columns)}'"
+        f"with --data.columns '{ignore_flag({**roles.given, 'ignore': roles.ignored}, columns)}'"
     )
 
 

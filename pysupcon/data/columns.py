@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pysupcon.errors import ConfigError
 IGNORE = "ignore"
 """Key of ``data.columns`` whose value names the columns that are left out"""
 ColumnNames = dict[str, str | list[str]]
+_YAML_WORDS = ("y", "yes", "n", "no", "true", "false", "on", "off", "null")
 _INDEX_NAMES = ("", "Unnamed: 0")
 """Names that pandas gives to the column of the index when it writes, and reads again, a CSV file"""
 
@@ -94,5 +96,13 @@ def check_columns(columns: Mapping[str, str | list[str]], roles: Sequence[str]) 
 
 
 def ignore_flag(columns: Mapping[str, str | list[str]], more: Sequence[str]) -> str:
-    """The entry of ``data.columns`` that also leaves out the columns ``more``."""
-    return f"{{{IGNORE}: [{', '.join([*as_list(columns.get(IGNORE, [])), *more])}]}}"
+    """The value of ``data.columns`` that also leaves out the columns ``more``, in YAML."""
+    ignored = ", ".join(map(_quoted, [*as_list(columns.get(IGNORE, [])), *more]))
+    given = [f"{role}: {_quoted(str(name))}" for role, name in columns.items() if role != IGNORE]
+    return "{" + ", ".join([*given, f"{IGNORE}: [{ignored}]"]) + "}"
+
+
+def _quoted(name: str) -> str:
+    """A string in YAML's flow style."""
+    plain = re.fullmatch(r"[A-Za-z_][\w .-]*", name) and name.lower() not in _YAML_WORDS
+    return name if plain else json.dumps(name, ensure_ascii=False)

@@ -153,6 +153,11 @@ def test_group_dro_and_the_worst_group(tmp_path: Path) -> None:
             r"without a role is refused, got 'lable': name its role, \{ROLE: lable\}, or leave it out, "
             r"--data.columns '\{ignore: \[lable\]\}'$",
         ),
+        (
+            "file,kind,url,1:a,no\n0.png,a,b,c,d",
+            {"label": "kind", "ignore": ["url"]},
+            r"got '1:a', 'no': .*, --data.columns '\{label: kind, ignore: \[url, \"1:a\", \"no\"\]\}'$",
+        ),
         ("label\na", {}, r"must have a column file, and label or fine, it has label"),
         ("file,coarse\n0.png,a", {}, r"must have a column file, and label or fine, it has file, coarse"),
         ("file,label,label\n0.png,a,b", {}, r"must name each column once, it has file, label, label"),

@@ -264,7 +264,8 @@ def test_a_table_with_names_splits_and_groups(tmp_path: Path) -> None:
     assert data.fine_names == ["cat, in", "cat, out", "dog, in", "dog, out"]
     assert {name: len(part) for name, part in data.splits.items()} == {"train": 20, "val": 19, "test": 1}
     with pytest.raises(
-        ConfigError, match=r"line 2, column species must be a number.* '{ignore: \[species\]}'"
+        ConfigError,
+        match=r"line 2, column species must be a number.* '{label: place, split: part, ignore: \[species\]}'",
     ):
         load_data(arrays_config(path, columns={"label": "place", "split": "part"}))
     with pytest.raises(ConfigError, match=r"has no 'kind', which data.columns names as label"):
