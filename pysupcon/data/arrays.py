@@ -16,8 +16,8 @@ from pysupcon.data.config import ROLES, DataConfig
 from pysupcon.data.labels import (
     LabelValue,
     columns_of_levels,
+    labels_of_column,
     labels_of_roles,
-    number_or_text,
     plain_label,
     split_source,
     splits_of_role,
@@ -145,9 +145,7 @@ def _safetensors(path: Path, roles: Roles, field: str) -> Found:
 def _csv(path: Path, roles: Roles, field: str) -> Found:
     table, notes = roles.left_out(read_csv(path), field)
     taken = {role: name for role, name in roles.names.items() if role != "features" and name in table.columns}
-    found: dict[str, Any] = {
-        role: [number_or_text(text) for text in table.column(name)] for role, name in taken.items()
-    }
+    found: dict[str, Any] = {role: labels_of_column(table, name) for role, name in taken.items()}
     names = _feature_columns(table.columns, set(taken.values()), roles)
     columns = [_numbers(table, name, names, roles) for name in names]
     found["features"] = torch.tensor([[*row] for row in zip(*columns, strict=True)])
@@ -171,7 +169,7 @@ def _numbers(table: Table, name: str, names: list[str], roles: Roles) -> list[fl
         if not _is_number(text):
             at_row = [other for other in names if not _is_number(table.column(other)[row])]
             raise _text_error(
-                f"data.root: {table.path}, line {table.first_line + row}, column {name}", text, at_row, roles
+                f"data.root: {table.path}, line {table.lines[row]}, column {name}", text, at_row, roles
             )
     return [float(text) for text in texts]
 

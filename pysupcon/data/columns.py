@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pysupcon.data.tables import Table
+from pysupcon.data.tables import Table, check_case
 from pysupcon.errors import ConfigError
 
 IGNORE = "ignore"
@@ -41,13 +41,20 @@ class Roles:
         return cls(given, ignored, {role: name for role, name in names.items() if name not in ignored})
 
     def check_ignored(self, available: Sequence[str], field: str) -> None:
-        """Refuse names that the file does not have."""
+        """Refuse names that the file does not have, and columns whose case differs from that of a role."""
         unknown = [name for name in self.ignored if name not in available]
         if unknown:
             raise ConfigError(
                 f"{field} has no {', '.join(map(repr, unknown))}, which data.columns names as {IGNORE}: it "
                 f"has {', '.join(available)}"
             )
+        others = [name for name in available if name not in (*self.ignored, *self.given.values())]
+        wanted = {
+            role: name
+            for role, name in self.names.items()
+            if role not in (*self.given, "features") and name not in available
+        }
+        check_case(others, wanted, field)
 
     def left_out(self, table: Table, field: str) -> tuple[Table, list[str]]:
         """The table without the columns that are left out, and lines for the user.

@@ -92,7 +92,7 @@ def _find(root: Path, *names: str) -> Path:
 def _waterbirds(root: Path) -> GroupTable:
     rows = read_csv(_find(root, "metadata.csv"))
     return GroupTable(
-        [root / name for name in rows.column("img_filename")],
+        rows.files("img_filename", root),
         rows.labels({"0": 0, "1": 1}, "y"),
         rows.labels({"0": 0, "1": 1}, "place"),
         rows.labels(SPLITS, "split"),
@@ -106,17 +106,19 @@ def _read_celeba(path: Path, columns: list[str] | None) -> Table:
     if path.suffix == ".csv":
         return read_csv(path)
     try:
-        lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"data.root: {path} cannot be read: {error}") from error
+    numbers = [number for number, line in enumerate(text, start=1) if line.strip()]
+    lines = [line.split() for line in text if line.strip()]
     if columns is not None:
-        return make_table(path, columns, lines, 1)
+        return make_table(path, columns, lines, numbers)
     if len(lines) < 2 or len(lines[0]) != 1 or lines[0][0] != str(len(lines) - 2):
         raise ConfigError(
             f"data.root: {path} must start with the number of its rows, {len(lines) - 2}, and the names of "
             f"its attributes; it starts with {' '.join(lines[0][:4]) if lines else 'nothing'!r}"
         )
-    return make_table(path, ["image_id", *lines[1]], lines[2:], 3)
+    return make_table(path, ["image_id", *lines[1]], lines[2:], numbers[2:])
 
 
 def _celeba(root: Path) -> GroupTable:
@@ -133,7 +135,7 @@ def _celeba(root: Path) -> GroupTable:
     # Some archives contain a nested folder of the same name.
     folder = folder / "img_align_celeba" if (folder / "img_align_celeba").is_dir() else folder
     return GroupTable(
-        [folder / name for name in names],
+        rows.files("image_id", folder),
         rows.labels({"-1": 0, "0": 0, "1": 1}, "Blond_Hair"),
         rows.labels({"-1": 0, "0": 0, "1": 1}, "Male"),
         torch.tensor([split_of[name] for name in names], dtype=torch.int64),

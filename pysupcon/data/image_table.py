@@ -9,7 +9,7 @@ import torch
 from pysupcon.data.columns import Roles
 from pysupcon.data.config import DEFAULT_TABLE, DataConfig
 from pysupcon.data.samples import IMAGENET_MEAN, IMAGENET_STD, FileImages, Samples, Source
-from pysupcon.data.tables import SPLITS, check_images, read_csv
+from pysupcon.data.tables import SPLITS, check_case, check_images, read_csv
 from pysupcon.errors import ConfigError
 
 _SPLIT_COLUMN = "split"
@@ -32,15 +32,17 @@ def image_table(config: DataConfig) -> Source:
     table, notes = Roles.of(config.columns, ()).left_out(table, f"data.root: {table.path}")
     file_column, *others = table.columns or [""]
     names = [name for name in others if name != _SPLIT_COLUMN]
-    repeated = sorted({name for name in table.columns if table.columns.count(name) > 1})
-    if repeated or len(names) < 2:
+    if len(names) < 2:
         raise ConfigError(
             f"data.root: {table.path} must have a column of file names and two or more columns of labels, "
-            f"each with a name of its own, it has {', '.join(table.columns)}"
+            f"it has {', '.join(table.columns)}"
         )
+    no_labels = [name for name in names if not {*table.column(name)} <= {"0", "1"}]
+    if _SPLIT_COLUMN not in others:
+        check_case(no_labels, {_SPLIT_COLUMN: _SPLIT_COLUMN}, f"data.root: {table.path}", fixed=True)
     if not table.rows:
         raise ConfigError(f"data.root: {table.path} holds no image")
-    paths = [root / file for file in table.files(file_column)]
+    paths = table.files(file_column, root)
     check_images(root, paths, config.on_error)
     labels = torch.stack([table.labels({"0": 0, "1": 1}, name) for name in names], dim=1)
     samples = Samples(FileImages(paths), labels, labels)

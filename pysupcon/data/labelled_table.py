@@ -10,8 +10,8 @@ from pysupcon.data.config import TABLE_ROLES, DataConfig
 from pysupcon.data.labels import (
     LabelValue,
     columns_of_levels,
+    labels_of_column,
     labels_of_roles,
-    number_or_text,
     split_source,
     splits_of_role,
 )
@@ -44,10 +44,10 @@ def labelled_table(config: DataConfig) -> Source:
     _check_columns(config, table, roles, field)
     if not table.rows:
         raise ConfigError(f"{field} holds no image")
-    paths = [root / file for file in table.files(names["file"])]
+    paths = table.files(names["file"], root)
     check_images(root, paths, config.on_error)
     values = {
-        role: _values(table, name, field)
+        role: labels_of_column(table, name)
         for role, name in names.items()
         if role != "file" and name in table.columns
     }
@@ -69,9 +69,6 @@ def labelled_table(config: DataConfig) -> Source:
 
 def _check_columns(config: DataConfig, table: Table, roles: Roles, field: str) -> None:
     names, has = roles.names, f"it has {', '.join(table.columns)}"
-    repeated = sorted({name for name in table.columns if table.columns.count(name) > 1})
-    if repeated:
-        raise ConfigError(f"{field} must name each column once, {has}")
     missing = [role for role in roles.given if names[role] not in table.columns]
     if missing:
         raise ConfigError(
@@ -89,14 +86,6 @@ def _check_columns(config: DataConfig, table: Table, roles: Roles, field: str) -
             f"refused, got {', '.join(map(repr, unknown))}: name its role, {{ROLE: {unknown[0]}}}, or leave "
             f"it out, --data.columns '{ignore_flag(config.columns, unknown)}'"
         )
-
-
-def _values(table: Table, name: str, field: str) -> list[LabelValue]:
-    texts = table.column(name)
-    if "" in texts:
-        line = table.first_line + texts.index("")
-        raise ConfigError(f"{field}, line {line}, column {name} must not be empty")
-    return [number_or_text(text) for text in texts]
 
 
 def _with_coarse_map(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pysupcon.data.config import DataConfig
 from pysupcon.data.samples import Family, Images, Samples, Source
-from pysupcon.data.tables import SPLITS
+from pysupcon.data.tables import SPLITS, Table
 from pysupcon.errors import ConfigError
 
 LabelValue = int | str
@@ -35,7 +35,7 @@ def plain_label(value: object, where: str) -> LabelValue:
         value = int(value)
     if isinstance(value, (bool, int)):
         return int(value)
-    if isinstance(value, str):
+    if isinstance(value, str) and value.strip():
         return value
     raise ConfigError(f"{where} must be a label, an int or str, got {type(value).__name__} {value!r:.60}")
 
@@ -85,9 +85,21 @@ class Labels:
             self.coarse, self.coarse_names = as_labels(coarse, numbers), class_names(numbers)
 
 
-def number_or_text(text: str) -> LabelValue:
-    """A label of a text file: an int if it is written as one."""
-    return int(text) if re.fullmatch(r"-?[0-9]+", text) else text
+def labels_of_column(table: Table, name: str) -> list[LabelValue]:
+    """The labels in a column of a text file: a number that is written as one is an int.
+
+    If one has leading zeros, as in the codes 01, 02, ..., 10, all are text: 1 and 01 are different labels.
+
+    Raises:
+        ConfigError: a label is empty.
+    """
+    texts = table.column(name)
+    if "" in texts:
+        line = table.lines[texts.index("")]
+        raise ConfigError(f"data.root: {table.path}, line {line}, column {name} must not be empty")
+    if any(re.fullmatch(r"-?0[0-9]+", text) for text in texts):
+        return list(texts)
+    return [int(text) if re.fullmatch(r"0|-?[1-9][0-9]{0,17}", text) else text for text in texts]
 
 
 def labels_of_roles(values: Mapping[str, Sequence[LabelValue]], field: str) -> Labels:

@@ -79,11 +79,11 @@ def test_split_column_and_a_table_elsewhere(tmp_path: Path) -> None:
             r"line 3, names the file of line 2 again: '1",
         ),
         ([",0,1"], "file,a,b", r"line 2, must name a file in its column file, which is empty"),
-        (["1.png,0,1"], "file,a,a", r"each with a name of its own, it has file, a, a"),
+        (["1.png,0,1"], "file,a,a", r"must name each column once, it has 'a' more than once"),
         (
             ["1.png,0"],
             "file,a",
-            r"two or more columns of labels, each with a name of its own, it has file, a",
+            r"two or more columns of labels, it has file, a$",
         ),
         ([], "file,a,b", r"labels.csv holds no image"),
         (["1.png,0,1", "none.jpg,1,0"], "file,a,b", r"lacks 1 of the 2 images .*, first .*none.jpg"),

@@ -160,7 +160,7 @@ def test_group_dro_and_the_worst_group(tmp_path: Path) -> None:
         ),
         ("label\na", {}, r"must have a column file, and label or fine, it has label"),
         ("file,coarse\n0.png,a", {}, r"must have a column file, and label or fine, it has file, coarse"),
-        ("file,label,label\n0.png,a,b", {}, r"must name each column once, it has file, label, label"),
+        ("file,label,label\n0.png,a,b", {}, r"must name each column once, it has 'label' more than once"),
         ("file,label\n", {}, r"holds no image"),
         ("file,label\n0.png,", {}, r"labels.csv, line 2, column label must not be empty"),
         ("file,label\n0.png,a\n0.png,b", {}, r"line 3, names the file of line 2 again: '0.png'$"),
