@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from pysupcon.data.config import DataConfig
+from pysupcon.data.image_files import describe_left_out, is_hidden, scan
 from pysupcon.data.imagenet_classes import IMAGENET100, TINY_IMAGENET
 from pysupcon.data.labelled_table import labelled_table
 from pysupcon.data.samples import (
@@ -26,7 +28,6 @@ from pysupcon.reading import check_regular, one_line
 
 _SPLIT_FOLDERS = {name: ("train", "val", "test")[number] for name, number in SPLIT_NAMES.items()}
 _SPLIT_FOLDERS |= {"training": "train", "testing": "test"}
-_SYSTEM_FOLDERS = ("lost+found", "$recycle.bin", "@eadir", "system volume information")
 
 
 def image_folder(config: DataConfig) -> Source:
@@ -34,10 +35,12 @@ def image_folder(config: DataConfig) -> Source:
 
     Without a test folder, the val folder is the test split, as in ImageNet's and timm's layout, and a
     validation split is held out of the training images. Classes may be nested: ROOT/COARSE/FINE/*.png.
-    Hidden folders and files are left out. With ``data.table``, a table gives the images and their labels.
+    Hidden folders and files are left out, and so are files that are no images; the notes of the source say
+    how many. With ``data.table``, a table gives the images and their labels.
 
     Raises:
-        ConfigError: it is no such folder, or the splits have other classes.
+        ConfigError: it is no such folder, some classes are nested and others are not, or the splits have
+            other classes.
     """
     assert config.root is not None
     assert config.image_size is not None
@@ -45,8 +48,9 @@ def image_folder(config: DataConfig) -> Source:
         return labelled_table(config)
     root = Path(config.root).expanduser()
     folders = _split_folders(root)
+    left_out: Counter[str] = Counter()
     if not folders:
-        names, paths, fine = _scan(root)
+        names, paths, fine = scan(root, left_out)
         outer = sorted({name.split("/")[0] for name in names})
         splits = [name for name in outer if name.lower() in _SPLIT_FOLDERS]
         if splits:
@@ -54,19 +58,19 @@ def image_folder(config: DataConfig) -> Source:
                 f"data.root {root} has folders called {', '.join(splits)}, which are names of splits: it "
                 "must hold train and val or test, and no other folder, or class folders only"
             )
-        return _source(
-            samples_from_files(paths, fine, names, _superclasses(config, names)), None, names,
-            list(_superclasses(config, names)), config.image_size,
-        )  # fmt: skip
+        coarse = _superclasses(config, names)
+        samples = samples_from_files(paths, fine, names, coarse)
+        source = _source(samples, None, names, list(coarse), config.image_size)
+        return replace(source, notes=describe_left_out(root, left_out))
     if config.test_fraction is not None:
         raise ConfigError(
             f"data.test_fraction has no effect: data.root {root} has a test folder; leave it out"
         )
-    names, paths, fine = _scan(folders["train"])
+    names, paths, fine = scan(folders["train"], left_out)
     coarse = _superclasses(config, names)
     parts = {"train": samples_from_files(paths, fine, names, coarse)}
     for split in sorted(set(folders) - {"train"}):
-        found, paths, fine = _scan(folders[split])
+        found, paths, fine = scan(folders[split], left_out)
         if found != names:
             raise ConfigError(f"data.root: {folders[split]} has the classes {found}, train has {names}")
         parts[split] = samples_from_files(paths, fine, names, coarse)
@@ -74,14 +78,15 @@ def image_folder(config: DataConfig) -> Source:
     return Source(
         parts["train"], parts.get("test", parts.get("val")), names, list(coarse), "colour", 3,
         config.image_size, IMAGENET_MEAN, IMAGENET_STD, val,
+        notes=describe_left_out(root, left_out),
     )  # fmt: skip
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
     """The folders of the splits, if ROOT holds train, val or test, and no other folder."""
     try:
-        found = [path for path in sorted(root.iterdir()) if path.is_dir() and not _is_hidden(path.name)]
-    except OSError:  # _scan raises the error
+        found = [path for path in sorted(root.iterdir()) if path.is_dir() and not is_hidden(path.name)]
+    except OSError:  # scan raises the error
         return {}
     splits = [path for path in found if path.name.lower() in _SPLIT_FOLDERS]
     kinds = {_SPLIT_FOLDERS[path.name.lower()]: path for path in splits}
@@ -93,50 +98,8 @@ def _split_folders(root: Path) -> dict[str, Path]:
     return kinds
 
 
-def _is_hidden(name: str) -> bool:
-    return name.startswith((".", "__")) or name.lower() in _SYSTEM_FOLDERS
-
-
 def _source(train: Samples, test: Samples | None, fine: list[str], coarse: list[str], size: int) -> Source:
     return Source(train, test, fine, coarse, "colour", 3, size, IMAGENET_MEAN, IMAGENET_STD)
-
-
-def _scan(root: Path) -> tuple[list[str], list[Path], Tensor]:
-    """Class names, image files and labels. Nested classes are called COARSE/FINE."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-
-    try:
-        names = sorted(path.name for path in root.iterdir() if path.is_dir() and not _is_hidden(path.name))
-        nested = [inner for name in names for inner in _inner_classes(root, name)]
-        names = nested if nested and all(_inner_classes(root, name) for name in names) else names
-        if not names:
-            raise FileNotFoundError(f"Couldn't find any class folder in {root}.")
-        found: list[tuple[str, int]] = []
-        for label, name in enumerate(names):
-            # make_dataset refuses a class without images.
-            folder = root / name
-            found += make_dataset(folder.parent, {folder.name: label}, extensions=IMG_EXTENSIONS)
-    except OSError as error:
-        reason = one_line(error)
-        raise ConfigError(
-            f"data.root {str(root)!r} is not an image folder (FOLDER/CLASS/*.png): {reason}"
-        ) from error
-    shown = [
-        (path, label)
-        for path, label in ((Path(name), label) for name, label in found)
-        if not any(_is_hidden(part) for part in path.relative_to(root).parts)
-    ]
-    return names, [path for path, _ in shown], torch.tensor([label for _, label in shown])
-
-
-def _inner_classes(root: Path, name: str) -> list[str]:
-    """The folders in a class folder that holds folders only, as NAME/INNER; else nothing."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
-
-    inside = [path for path in sorted((root / name).iterdir()) if not _is_hidden(path.name)]
-    if any(has_file_allowed_extension(path.name, IMG_EXTENSIONS) for path in inside):
-        return []
-    return [f"{name}/{path.name}" for path in inside if path.is_dir()]
 
 
 def _superclasses(config: DataConfig, names: list[str]) -> dict[str, list[str]]:
