@@ -31,24 +31,59 @@ def shuffled_share(counts: Tensor, batch_size: int, unknown: int = 0) -> float:
     return 1 - alone / labelled
 
 
-def balanced_share(classes_of_groups: Tensor, batch_size: int) -> float:
+def balanced_share(classes_of_groups: Tensor, counts: Tensor, batch_size: int, processes: int = 1) -> float:
     """Expected share of the samples with a partner in a batch of equally many samples of every group.
 
     With B samples and K groups, every group has q = B // K samples, and B - q K groups have one more. If each
-    group is a class of its own, the share is 0 for B <= K, 2 (B - K) / B for K < B < 2 K, else 1.
+    group is a class of its own and has as many samples as a batch takes, the share is 0 for B <= K,
+    2 (B - K) / B for K < B < 2 K, else 1. A smaller group repeats its samples; a copy is no partner.
 
     Args:
         classes_of_groups: class of each group, int64 [K].
-        batch_size: B.
+        counts: training samples of each group, int64 [K].
+        batch_size: B, in each process.
+        processes: processes that divide a batch with stride ``processes``; each contrasts its own part.
     """
     groups = len(classes_of_groups)
-    quota, extra = divmod(batch_size, groups)
-    if quota == 0:  # one sample each of B groups
+    if batch_size < groups:  # one sample each of B groups
         return shuffled_share(torch.bincount(classes_of_groups), batch_size)
-    if quota > 1:
-        return 1.0
-    single = int((torch.bincount(classes_of_groups) == 1).sum())  # classes of one group
-    return 1 - single * (1 - extra / groups) / batch_size
+    quota, extra = divmod(batch_size * processes, groups)
+    only_group = torch.bincount(classes_of_groups)[classes_of_groups] == 1  # other classes have two samples
+    sizes, repeats = counts[only_group].unique(return_counts=True)
+    alone = sum(
+        repeat
+        * (
+            _drawn_alone(size, quota, processes) * (1 - extra / groups)
+            + _drawn_alone(size, quota + 1, processes) * extra / groups
+        )
+        for size, repeat in zip(sizes.tolist(), repeats.tolist(), strict=True)
+    )
+    return 1 - alone / (batch_size * processes)
+
+
+def per_class_share(counts: Tensor) -> float:
+    """Share of the samples with a partner in batches of two or more samples of each drawn class.
+
+    The classes are drawn equally often. Those of a single sample have copies of it.
+
+    Args:
+        counts: samples of each class, int64 [classes].
+    """
+    return int((counts > 1).sum()) / int((counts > 0).sum())
+
+
+def _drawn_alone(size: int, drawn: int, processes: int) -> float:
+    """Expected number of ``drawn`` samples of a group of ``size`` that meet no other one in their process.
+
+    The samples are permutations of the group, one after the other. Two of one permutation differ; two of
+    different ones are copies with the probability 1 / size.
+    """
+    alone = 0.0
+    for process in range(processes):
+        rounds = [place // size for place in range(process, drawn, processes)]
+        if len(set(rounds)) == len(rounds) > 0:
+            alone += len(rounds) * size ** (1 - len(rounds))
+    return alone
 
 
 def _log_binomial(n: int, k: int) -> float:

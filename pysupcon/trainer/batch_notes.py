@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pysupcon.config import Config
 from pysupcon.data.datamodule import DataModule
-from pysupcon.data.partners import balanced_share, shuffled_share
+from pysupcon.data.partners import balanced_share, per_class_share, shuffled_share
 from pysupcon.data.unlabelled import UNKNOWN
 from pysupcon.errors import ConfigError
 from pysupcon.losses import LOSSES_BY_NAME
@@ -65,12 +65,15 @@ def batch_notes(config: Config, data: DataModule, processes: int) -> BatchNotes:
             "leave these classes out"
         )
     together = processes if config.loss.gather is False else 1
-    share_of = _share_of(config, data, counts, len(labels) - len(known))
+    share_of = _share_of(config, data, counts, len(labels) - len(known), together)
     size = max(config.data.global_batch_size // together, 1)
     share = share_of(size)
     if share >= ENOUGH or config.loss.queue > 0:  # the queue holds partners
         return notes
-    if share == 0 and config.data.views == 1:
+    if single and _repeats_samples(config, data, counts, size * together):
+        views = "" if config.data.views == 1 else "and views "
+        effect = f"the other samples have at most copies {views}of themselves as positives"
+    elif share == 0 and config.data.views == 1:
         effect = "so the contrastive loss is 0"
         notes.told.add(ZERO_LOSS)
     elif config.data.views == 1:
@@ -103,18 +106,29 @@ def _check_classes(config: Config, data: DataModule, counts: Tensor, unknown: in
     )
 
 
-def _share_of(config: Config, data: DataModule, counts: Tensor, unknown: int) -> Callable[[int], float]:
-    """The share of the samples with a partner as a function of the number of samples in a batch."""
+def _repeats_samples(config: Config, data: DataModule, counts: Tensor, size: int) -> bool:
+    """Whether a batch can hold a sample of a class of one sample several times."""
+    if config.data.sampler in ("per_class", "shuffled"):
+        return config.data.sampler == "per_class"
+    return size > (int((counts > 0).sum()) if data.groups is None else len(data.groups.parent))
+
+
+def _share_of(
+    config: Config, data: DataModule, counts: Tensor, unknown: int, together: int
+) -> Callable[[int], float]:
+    """The share of the samples with a partner as a function of the number of samples in the batch, or in the
+    part of each of ``together`` processes."""
     if config.data.sampler == "per_class":
-        return lambda size: 1.0
+        return lambda size: per_class_share(counts)
     if config.data.sampler == "shuffled":
         return lambda size: shuffled_share(counts, size, unknown)
     if config.data.sampler == "groups":
         assert data.groups is not None, "call Config.resolve() first"
-        parents = data.groups.parent
+        parents, sizes = data.groups.parent, data.groups.counts
     else:
         parents = (counts > 0).nonzero().flatten()
-    return lambda size: balanced_share(parents, size)
+        sizes = counts[parents]
+    return lambda size: balanced_share(parents, sizes, size, together)
 
 
 def _remedies(config: Config, counts: Tensor, share_of: Callable[[int], float], together: int) -> str:
@@ -123,7 +137,10 @@ def _remedies(config: Config, counts: Tensor, share_of: Callable[[int], float], 
         f"data.sampler per_class with data.samples_per_class {count} (pysupcon.data.PerClassBatches in a "
         "loop of your own)"
         for count in range(2, size // 2 + 1)
-        if size % count == 0 and size // count <= classes and size // count % together == 0
+        if size % count == 0
+        and size // count <= classes
+        and size // count % together == 0
+        and per_class_share(counts) > share_of(size // together)
     ][:1]
     low, high = size // together, int(counts.sum()) // together
     if share_of(high) >= ENOUGH:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pysupcon.data.partners import balanced_share, shuffled_share
+from pysupcon.data.partners import balanced_share, per_class_share, shuffled_share
 from pysupcon.data.samplers import BalancedBatchSampler, PerClassBatchSampler, ShuffledBatchSampler
 
 HUNDRED = torch.arange(5000) % 100
@@ -13,13 +13,16 @@ UNEQUAL = torch.repeat_interleave(torch.arange(12), torch.tensor([1, 1, 2, 3, 5,
 
 
 def measured(sampler: ShuffledBatchSampler, labels: torch.Tensor) -> float:
-    """Share in the batches of the sampler, of the samples with a label of at least 0."""
+    """Share in the batches of the sampler, of the samples with a label of at least 0. Copies of a sample are
+    no partners."""
     alone, all_samples = 0, 0
     for batch in sampler:
-        drawn = labels[torch.tensor([sample for sample, _ in batch])]
-        counts = drawn[drawn >= 0].unique(return_counts=True)[1]
-        alone += int((counts == 1).sum())
-        all_samples += int(counts.sum())
+        rows = torch.tensor([sample for sample, _ in batch])
+        drawn = labels[rows][labels[rows] >= 0]
+        distinct = labels[rows.unique()]
+        found, counts = distinct[distinct >= 0].unique(return_counts=True)
+        alone += int(torch.isin(drawn, found[counts == 1]).sum())
+        all_samples += len(drawn)
     return 1 - alone / all_samples
 
 
@@ -30,7 +33,8 @@ def measured(sampler: ShuffledBatchSampler, labels: torch.Tensor) -> float:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_balanced_batches(classes: int, size: int, expected: float, processes: int) -> None:
     """The part of each process counts as a batch."""
-    assert balanced_share(torch.arange(classes), size) == pytest.approx(expected)
+    counts = torch.full((classes,), 50)
+    assert balanced_share(torch.arange(classes), counts, size, processes) == pytest.approx(expected)
     labels = torch.arange(50 * classes) % classes
     options = {"world_size": processes, "rank": processes - 1}
     steps = 10
@@ -69,16 +73,55 @@ def test_batches_of_groups(size: int) -> None:
     """A partner may be of another group of the class."""
     parents = torch.tensor([0, 1, 1, 2, 3, 4, 4, 4, 5, 6])
     groups = torch.arange(1000) % 10
+    counts = torch.full((10,), 100)
     sampler = BalancedBatchSampler(groups, size, seed=3, steps=2000)
     if size >= 10:  # the windows over one order of the groups give the exact mean
-        assert measured(sampler, parents[groups]) == pytest.approx(balanced_share(parents, size), abs=1e-9)
+        assert measured(sampler, parents[groups]) == pytest.approx(
+            balanced_share(parents, counts, size), abs=1e-9
+        )
     else:  # over orders
         shares = [
             measured(BalancedBatchSampler(groups, size, seed=seed, steps=50), parents[groups])
             for seed in range(60)
         ]
-        assert sum(shares) / 60 == pytest.approx(balanced_share(parents, size), abs=0.03)
+        assert sum(shares) / 60 == pytest.approx(balanced_share(parents, counts, size), abs=0.03)
 
 
-def test_batches_per_class() -> None:
-    assert measured(PerClassBatchSampler(UNEQUAL, 16, samples_per_class=2, seed=0, steps=40), UNEQUAL) == 1
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("counts", [[1, 1, 1, 10], [1, 2, 3, 4, 30], [2, 2, 2, 30], [1, 1, 2, 2, 1, 9, 40]])
+@pytest.mark.parametrize("size", [5, 8, 12])
+def test_copies_of_small_classes_are_no_partners(counts: list[int], size: int, processes: int) -> None:
+    if size * processes > sum(counts):
+        pytest.skip("a batch has at most all samples")
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    shares = [
+        measured(BalancedBatchSampler(labels, size * processes, seed=0, steps=1500, world_size=processes,
+                                      rank=rank), labels)
+        for rank in range(processes)
+    ]  # fmt: skip
+    expected = balanced_share(torch.arange(len(counts)), torch.tensor(counts), size, processes)
+    assert sum(shares) / processes == pytest.approx(expected, abs=0.02)
+
+
+def test_single_samples_in_known_batches() -> None:
+    counts = torch.tensor([1, 1, 1, 10])
+    assert balanced_share(torch.arange(4), counts, 8) == pytest.approx(0.25)
+    assert per_class_share(counts) == pytest.approx(0.25)
+    assert shuffled_share(counts, 8) == pytest.approx(10 / 13)
+
+
+def test_single_samples_of_groups() -> None:
+    """A group of one sample has partners in other groups of its class."""
+    parents, counts = torch.tensor([0, 0, 1, 2, 3]), torch.tensor([1, 1, 1, 2, 30])
+    groups = torch.repeat_interleave(torch.arange(5), counts)
+    for size in (5, 7, 10, 13):
+        found = measured(BalancedBatchSampler(groups, size, seed=0, steps=2000), parents[groups])
+        assert found == pytest.approx(balanced_share(parents, counts, size), abs=0.01)
+
+
+@pytest.mark.parametrize("counts", [[1, 1, 1, 10], [1, 2, 3, 4, 30], [5, 5, 5, 5]])
+def test_batches_per_class(counts: list[int]) -> None:
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    for each in (2, 3):
+        sampler = PerClassBatchSampler(labels, 4 * each, samples_per_class=each, seed=0, steps=1000)
+        assert measured(sampler, labels) == pytest.approx(per_class_share(torch.tensor(counts)), abs=0.01)

@@ -91,10 +91,31 @@ def test_nothing_to_say() -> None:
 
 
 def test_classes_of_a_single_sample() -> None:
-    (line,) = notes([20, 20, 1, 20, 1, 1, 1])
+    line, share = notes([20, 20, 1, 20, 1, 1, 1])
+    assert share.startswith("43% of the samples have a partner")
     assert line.startswith("4 classes have a single training sample (name 2, name 4, name 5, ...), which")
-    (line,) = notes([20, 20, 1])
+    line, _ = notes([20, 20, 1])
     assert line.startswith("1 class has a single training sample (name 2), which")
+
+
+@pytest.mark.parametrize(
+    "sampler", [{"sampler": "balanced"}, {"sampler": "per_class", "samples_per_class": 2}]
+)
+def test_copies_of_a_single_sample_are_no_partners(sampler: dict[str, Any]) -> None:
+    single, line = notes([1, 1, 1, 10], batch_size=8, **sampler)
+    assert single.startswith("3 classes have a single training sample")
+    assert line.startswith("25% of the samples have a partner, another sample of their class, in a batch (")
+    assert "the other samples have at most copies and views of themselves as positives" in line
+    assert line.endswith("To change this: more samples of each class")  # per_class would not help
+    _, line = notes([1, 1, 1, 10], batch_size=8, views=1, **sampler)
+    assert "the other samples have at most copies of themselves as positives" in line
+
+
+def test_copies_are_not_a_loss_of_zero() -> None:
+    assert (
+        "at most copies of themselves"
+        in notes([1] * 10, batch_size=8, views=1, sampler="per_class", samples_per_class=2)[1]
+    )
 
 
 def test_one_class() -> None:
