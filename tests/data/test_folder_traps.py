@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import pytest
 import torch
 from helpers.data_files import write_grey_image, write_image_folder
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
 from pysupcon import train as entry
 from pysupcon.data.config import DataConfig
 from pysupcon.data.datamodule import DataModule, load_data
+from pysupcon.data.image_files import scan
 from pysupcon.data.samples import FileImages
 from pysupcon.errors import ConfigError
 
@@ -110,6 +113,18 @@ def test_folders_inside_classes(tmp_path: Path) -> None:
         write_grey_image(tmp_path / name / "0.png", 0)
     data = read(tmp_path)
     assert (data.fine_names, count(data)) == (["a", "b"], 12)
+
+
+def test_the_order_is_that_of_torchvision(tmp_path: Path) -> None:
+    for name in ("b", "a", "B"):
+        for folder in ("", "x", "x y", "x/z", "X"):
+            write_image_folder(tmp_path / name, [folder], 3)
+    expected = ImageFolder(str(tmp_path))
+    names, paths, labels = scan(tmp_path, Counter())
+    assert names == expected.classes
+    assert [
+        (str(path), label) for path, label in zip(paths, labels.tolist(), strict=True)
+    ] == expected.samples
 
 
 def test_a_class_without_images(tmp_path: Path) -> None:
