@@ -147,12 +147,16 @@ def _celeba(root: Path) -> GroupTable:
 def _isic(root: Path) -> GroupTable:
     rows = read_csv(_find(root, "metadata.csv", "train.csv"))
     files = _image_files([root, root / "images", root / "train"])
-    paths = []
-    for name in rows.column("isic_id", "image_name", "image", "name"):
+    line_of: dict[Path, int] = {}
+    for line, name in zip(rows.lines, rows.column("isic_id", "image_name", "image", "name"), strict=True):
         stem = name if Path(name).suffix.lower() not in _EXTENSIONS else Path(name).stem
-        paths.append(files.get(stem, root / "images" / f"{stem}.jpg"))
+        path = files.get(stem, root / "images" / f"{stem}.jpg")
+        if path in line_of:
+            where = f"data.root: {rows.path}, line {line},"
+            raise ConfigError(f"{where} names the image of line {line_of[path]} again: {name!r}")
+        line_of[path] = line
     return GroupTable(
-        paths,
+        list(line_of),
         rows.labels(_DIAGNOSES, "benign_malignant", "target"),
         rows.labels(_BINARY, "patch", "patches", "has_patch"),
         rows.labels(SPLITS, "split") if "split" in rows.columns else None,

@@ -119,7 +119,10 @@ def labels_of_roles(values: Mapping[str, Sequence[LabelValue]], field: str) -> L
         if fine is not None:
             raise ConfigError(f"{field} must have fine labels or groups, not both")
         assert coarse is not None
-        fine = [f"{label}, {group}" for label, group in zip(coarse, values["group"], strict=True)]
+        pairs = list(zip(coarse, values["group"], strict=True))
+        fine = [f"{label}, {group}" for label, group in pairs]
+        if len(set(fine)) < len(set(pairs)):  # "a, b" with "c", and "a" with "b, c"
+            raise ConfigError(f"{field}: two pairs of label and group have the same name LABEL, GROUP")
     return Labels(coarse, fine)
 
 

@@ -66,6 +66,12 @@ def edited(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new, 1))
 
 
+def repeated(path: Path, row: int) -> None:
+    """Write a row once more at the end."""
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines, lines[row]]))
+
+
 @pytest.mark.parametrize(
     ("dataset", "write", "breakage", "message"),
     [
@@ -123,6 +129,24 @@ def edited(path: Path, old: str, new: str) -> None:
             write_isic,
             lambda r: (r / "metadata.csv").write_bytes(b"\xff\xfe\x00"),
             "metadata.csv cannot be read",
+        ),
+        (
+            "waterbirds",
+            write_waterbirds,
+            lambda r: repeated(r / "metadata.csv", 2),
+            "metadata.csv, line 26, names the file of line 3 again: '",
+        ),
+        (
+            "celeba",
+            write_celeba_csv,
+            lambda r: repeated(r / "list_attr_celeba.csv", 2),
+            "list_attr_celeba.csv, line 14, names the file of line 3 again: '",
+        ),
+        (
+            "isic",
+            write_isic,
+            lambda r: repeated(r / "metadata.csv", 2),
+            "metadata.csv, line [0-9]+, names the image of line 3 again: '",
         ),
     ],
 )

@@ -139,3 +139,11 @@ def test_other_spellings_of_different_files(tmp_path: Path) -> None:
     data = pictures(tmp_path, table, files)
     paths = [path for part in data.splits.values() for path in part.images.paths]  # type: ignore[union-attr]
     assert set(paths) == {tmp_path / file for file in files}
+
+
+def test_groups_with_the_same_name(tmp_path: Path) -> None:
+    pairs = ['"a, b",c', 'a,"b, c"', "d,c"]
+    text = "x,label,group\n" + "".join(f"{row},{pairs[row % 3]}\n" for row in range(30))
+    with pytest.raises(ConfigError, match="two pairs of label and group have the same name"):
+        numbers(tmp_path, text)
+    assert len(numbers(tmp_path, text.replace("b, c", "b")).fine_names) == 3
