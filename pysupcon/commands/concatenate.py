@@ -106,12 +106,14 @@ def check_same_data(one: Run, other: Run) -> None:
                 f"the runs must share their data and their split, but data.{field.name} is {values[0]!r} in "
                 f"{one.dir} and {values[1]!r} in {other.dir}"
             )
-    kept, compared = one.data, other.data  # each is compared with the record of its run
-    if kept.skipped is not None and set(kept.skipped) != set(compared.skipped or ()):
+    kept, compared = one.data_of_model.skipped, other.data_of_model.skipped
+    if kept is not None and set(kept) != set(compared or ()):
         raise RunError(
             f"the runs must share their data and their split, but the files that data.on_error=skip left out "
             f"differ: {one.dir / SKIPPED_FILE} and {other.dir / SKIPPED_FILE}"
         )
+    for run in (one, other):
+        _ = run.data  # compared with the record of the run
 
 
 def _weights(run: Run) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from pysupcon.models.momentum import MomentumEncoder
 from pysupcon.profiling.recorder import StepRecorder
 from pysupcon.trainer import checkpoint
 from pysupcon.trainer.batch_notes import batch_notes
-from pysupcon.trainer.data import read_data
+from pysupcon.trainer.data import check_held_out, read_data
 from pysupcon.trainer.data_record import DATA_FILE, check_same_samples, pack_identity
 from pysupcon.trainer.dry_run import dry_run
 from pysupcon.trainer.early_stopping import EarlyStopping
@@ -105,6 +105,8 @@ def train(
         if data is None:
             data = read_data(config, dataset, processes, run_dir)
         trainer = Trainer(config, data, run_dir, model)
+        if trainer.state.done == 0:
+            check_held_out(config, data, trainer.accelerator)
         with stop:
             return trainer.fit(stop)
 
