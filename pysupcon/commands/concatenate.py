@@ -48,6 +48,7 @@ def concatenate_runs(first: str | Path, second: str | Path, output: str | Path) 
     from pysupcon.models import ModelConfig
     from pysupcon.trainer import LossConfig
     from pysupcon.trainer.checkpoint import pack_weights
+    from pysupcon.trainer.data_record import DATA_FILE, pack_identity, read_identity
     from pysupcon.trainer.files import check_new_or_empty, new_folder
     from pysupcon.trainer.run import (
         CONFIG_FILE,
@@ -80,6 +81,8 @@ def concatenate_runs(first: str | Path, second: str | Path, output: str | Path) 
         (folder / WEIGHTS_FILE).write_bytes(pack_weights(weights))
         if runs[0].data.skipped is not None:
             (folder / SKIPPED_FILE).write_bytes(pack_skipped(runs[0].data.skipped))
+        if any(read_identity(run.dir) is not None for run in runs):
+            (folder / DATA_FILE).write_bytes(pack_identity(runs[0].data.identity))
         for run, name in zip(runs, PARTS, strict=True):
             (folder / name).write_text(to_yaml(run.config), encoding="utf-8")
     return output
@@ -103,11 +106,14 @@ def check_same_data(one: Run, other: Run) -> None:
                 f"the runs must share their data and their split, but data.{field.name} is {values[0]!r} in "
                 f"{one.dir} and {values[1]!r} in {other.dir}"
             )
-    if one.data.skipped is not None and set(one.data.skipped) != set(other.data.skipped or ()):
+    kept, compared = one.data_of_model.skipped, other.data_of_model.skipped
+    if kept is not None and set(kept) != set(compared or ()):
         raise RunError(
             f"the runs must share their data and their split, but the files that data.on_error=skip left out "
             f"differ: {one.dir / SKIPPED_FILE} and {other.dir / SKIPPED_FILE}"
         )
+    for run in (one, other):
+        _ = run.data  # compared with the record of the run
 
 
 def _weights(run: Run) -> dict[str, Tensor]:

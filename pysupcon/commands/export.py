@@ -97,7 +97,7 @@ def _has_two_encoders(model: ModelConfig) -> bool:
 
 def hub_config(run: Run) -> dict[str, Any]:
     """Return config.json in timm's hub layout; without "architecture" if timm cannot build the backbone."""
-    data, model = run.data, run.config.model
+    data, model = run.data_of_model, run.config.model
     size = [data.channels, data.image_size, data.image_size]
     config: dict[str, Any] = {
         "num_classes": 0,
@@ -135,7 +135,7 @@ def model_card(run: Run, metrics: dict[str, Any] | None, name: str) -> str:
     Raises:
         ConfigError: an entry of model.concatenated does not describe the training of its backbone.
     """
-    config, data = run.config, run.data
+    config, data = run.config, run.data_of_model
     head = ["---", "tags:", "- image-feature-extraction", "- contrastive-learning", "- pysupcon"]
     head += ["- timm", "library_name: timm"] if timm_builds(run) else []
     head += ["pipeline_tag: image-feature-extraction", "---", ""]
@@ -236,7 +236,8 @@ def _usage(run: Run) -> list[str]:
         "from safetensors.torch import load_file",
         "",
         f"config = ModelConfig({arguments})",
-        f"model, _ = build_backbone(config, channels={run.data.channels}, image_size={run.data.image_size})",
+        f"model, _ = build_backbone(config, channels={run.data_of_model.channels}, "
+        f"image_size={run.data_of_model.image_size})",
         f'model.load_state_dict(load_file("{WEIGHTS}"))',
         "embedding = model.eval()(images)",
         "```",

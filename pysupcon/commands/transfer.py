@@ -85,7 +85,7 @@ def transfer_features(run: Run, arguments: TransferArguments) -> tuple[FeatureSp
         RunError: a feature is not finite.
     """
     config = arguments.data
-    size, channels = run.data.image_size, run.data.channels
+    size, channels = run.data_of_model.image_size, run.data_of_model.channels
     if config.image_size not in (None, size):
         raise ConfigError(
             f"data.image_size must be that of the run, {size}, or left out, got {config.image_size}"
@@ -123,7 +123,7 @@ def transfer_features(run: Run, arguments: TransferArguments) -> tuple[FeatureSp
     for name in SPLITS:
         # The images are normalised by the statistics of the run's training images, not by their own.
         dataset = EvaluationDataset(
-            data.splits[name], size, run.data.normalize, data.coarse_names, data.fine_names
+            data.splits[name], size, run.data_of_model.normalize, data.coarse_names, data.fine_names
         )
         features[name] = extract_split(
             encode, dataset, name, config.dataset, batch_size=arguments.batch_size, device=device,

@@ -172,9 +172,11 @@ class DataConfig:
     (0.1), and dropout, the probability (0.2)."""
 
     on_error: Literal["stop", "skip"] = "stop"
-    """Image files that cannot be read. stop: the first one ends the training. skip: every file is read once
-    before the training, and those that cannot be read are left out before the splits are made; the run's
-    folder lists them (skipped_files.json), and its resumption and evaluation leave out the same files."""
+    """Image files that cannot be read. stop: the first one ends the training; those of the validation and
+    test splits are read before the first step, if validation or evaluation needs them. skip: every file is
+    read once before the training, and those that cannot be read are left out before the splits are made; the
+    run's folder lists them (skipped_files.json), and its resumption and evaluation leave out the same
+    files."""
 
     def check(self) -> None:
         """Check the values.

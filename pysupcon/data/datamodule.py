@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import groupby
@@ -21,6 +22,7 @@ from pysupcon.data.config import (
     DataConfig,
 )
 from pysupcon.data.group_files import ANNOTATED, Groups, index_groups, read_groups, true_groups
+from pysupcon.data.identity import identify
 from pysupcon.data.philox import philox_uniforms
 from pysupcon.data.samplers import (
     BalancedBatchSampler,
@@ -177,6 +179,7 @@ class DataModule:
             without ``data.ignore_index``.
         skipped: with ``data.on_error`` skip, the names of the image files that were left out, with the
             reasons; else None.
+        identity: what the samples are, before they are split.
         training: the samples of the batches: "train" and, with ``data.sampler`` shuffled, ``unlabelled``.
         coarse_names, fine_names: names of the classes.
         channels, image_size: shape of the model's input; D and 0 for vectors [D].
@@ -201,6 +204,7 @@ class DataModule:
             assert config.root is not None
             root = str(Path(config.root).expanduser())
             source, self.skipped = leave_out_unreadable(source, root, skipped)
+        self.identity = identify(source, config.root and os.path.expanduser(config.root), own=config.is_own)
         self.unlabelled: Samples | None = None
         if config.ignore_index is not None:
             source, self.unlabelled = take_out(source, config.labels, config.ignore_index)

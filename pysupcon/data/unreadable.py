@@ -1,4 +1,4 @@
-"""Image files that cannot be read: found before the training, and left out of the data set."""
+"""Image files that cannot be read: found before the training; an error, or left out of the data set."""
 
 from __future__ import annotations
 
@@ -53,6 +53,27 @@ def leave_out_unreadable(
             )
         kept[name] = samples if len(rows) == len(names) else samples.select(torch.tensor(rows))
     return replace(source, **kept), found  # type: ignore[arg-type]
+
+
+def check_readable(splits: Mapping[str, Samples], root: str) -> None:
+    """Read every image file of the splits once; samples without files are not read.
+
+    Args:
+        splits: samples by the name of their split.
+        root: folder that file names are relative to.
+
+    Raises:
+        ConfigError: a file cannot be read; the message names the first one.
+    """
+    parts = [samples for samples in splits.values() if isinstance(samples.images, FileImages)]
+    found = _find(parts, Path(root))
+    if found:
+        name, reason = next(iter(found.items()))
+        raise ConfigError(
+            f"data.root {root!r}: {len(found)} of the {sum(map(len, parts))} image files of the "
+            f"{' and '.join(splits)} split cannot be read, first {name}: {reason}; repair the files, or "
+            "leave them out with --data.on_error skip"
+        )
 
 
 def file_name(path: Path, root: Path) -> str:

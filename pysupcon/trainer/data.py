@@ -10,11 +10,11 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 
 from pysupcon.config import Config
 from pysupcon.data.datamodule import DataModule, load_data
-from pysupcon.data.unreadable import describe_skipped
+from pysupcon.data.unreadable import check_readable, describe_skipped
 from pysupcon.trainer import checkpoint
 from pysupcon.trainer.batch_notes import batch_notes
 from pysupcon.trainer.folders import is_restart
@@ -60,6 +60,21 @@ def read_data(
     for line in lines if state.is_main_process else ():
         print_line(line)
     return data
+
+
+def check_held_out(config: Config, data: DataModule, state: PartialState | Accelerator) -> None:
+    """Check that the image files that validation and evaluation read can be read. Every process calls this.
+
+    The training itself does not read them: a damaged one would end the run after its last step.
+
+    Raises:
+        ConfigError: a file cannot be read; raised on every process.
+    """
+    names = ("val", "test") if config.evaluate else ("val",) if config.trainer.best_by is not None else ()
+    if config.data.on_error == "skip" or config.data.root is None:  # skip has read every file
+        return
+    splits, root = {name: data.splits[name] for name in names}, os.path.expanduser(config.data.root)
+    call_on_main_process(state, lambda: check_readable(splits, root))
 
 
 def _recorded(config: Config, run_dir: Path | None) -> dict[str, str] | None:

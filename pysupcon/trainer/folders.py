@@ -14,6 +14,7 @@ from pysupcon.config import Config
 from pysupcon.errors import ConfigError, RunError
 from pysupcon.trainer import provenance, summary
 from pysupcon.trainer.checkpoint import FOLDER
+from pysupcon.trainer.data_record import DATA_FILE
 from pysupcon.trainer.files import remove
 from pysupcon.trainer.lock import LOCK_FILE, FolderInUse, FolderLock
 from pysupcon.trainer.run import CONFIG_FILE, LOG_FILE, SKIPPED_FILE, WEIGHTS_FILE
@@ -85,7 +86,7 @@ def _remove_failed_start(run_dir: Path, *, everything: bool) -> None:
         everything: the folder is new; remove what other code, e.g. a tracker, has written into it too. The
             lock file stays.
     """
-    own = (CONFIG_FILE, LOG_FILE, SKIPPED_FILE, provenance.FILE, summary.FILE)
+    own = (CONFIG_FILE, LOG_FILE, SKIPPED_FILE, DATA_FILE, provenance.FILE, summary.FILE)
     with suppress(OSError):
         for path in list(run_dir.iterdir()):
             if path.name != LOCK_FILE and (everything or path.name in own):

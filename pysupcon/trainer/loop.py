@@ -27,7 +27,8 @@ from pysupcon.models.momentum import MomentumEncoder
 from pysupcon.profiling.recorder import StepRecorder
 from pysupcon.trainer import checkpoint
 from pysupcon.trainer.batch_notes import batch_notes
-from pysupcon.trainer.data import read_data
+from pysupcon.trainer.data import check_held_out, read_data
+from pysupcon.trainer.data_record import DATA_FILE, check_same_samples, pack_identity
 from pysupcon.trainer.dry_run import dry_run
 from pysupcon.trainer.early_stopping import EarlyStopping
 from pysupcon.trainer.environment import apply_environment
@@ -105,6 +106,8 @@ def train(
         if data is None:
             data = read_data(config, dataset, processes, run_dir)
         trainer = Trainer(config, data, run_dir, model)
+        if trainer.state.done == 0:
+            check_held_out(config, data, trainer.accelerator)
         with stop:
             return trainer.fit(stop)
 
@@ -138,6 +141,13 @@ class Trainer:
         steps = config.trainer.profile_steps
         check(max(steps, default=0) <= self.steps, "trainer.profile_steps", f"end by {self.steps}", steps)
         saved = find_resume_checkpoint(self.accelerator, config, run_dir)
+        self.records_data = True
+        if saved is not None:
+            resumed = saved[0].resolve().parent.parent
+            # Without a record, the first steps may have seen other data than those of now.
+            self.records_data = call_on_main_process(
+                self.accelerator, lambda: check_same_samples(data, resumed)
+            )
         said = start_lines(
             config, data, steps=self.steps, steps_per_epoch=self.steps_per_epoch,
             processes=self.accelerator.num_processes,
@@ -249,6 +259,9 @@ class Trainer:
         if self.data.skipped is not None:
             with named_disk_errors(self.run_dir / SKIPPED_FILE):
                 replace_file(self.run_dir / SKIPPED_FILE, pack_skipped(self.data.skipped))
+        if self.records_data:
+            with named_disk_errors(self.run_dir / DATA_FILE):
+                replace_file(self.run_dir / DATA_FILE, pack_identity(self.data.identity))
         return TrainingReport(
             self.config, self.run_dir, done=self.state.done, steps=self.steps, device=self.device,
             steps_per_epoch=self.steps_per_epoch, processes=processes,

@@ -22,6 +22,7 @@ from pysupcon.errors import RunError
 from pysupcon.models.initial import WEIGHTS_FILE
 from pysupcon.models.model import ContrastiveModel
 from pysupcon.reading import one_line, parse_json, read_bytes, read_json
+from pysupcon.trainer.data_record import check_same_samples
 
 CONFIG_FILE = "config.yaml"
 LOG_FILE = "log.jsonl"
@@ -47,7 +48,25 @@ class Run:
 
     @cached_property
     def data(self) -> DataModule:
-        """The data with the splits of the training."""
+        """The data with the splits of the training.
+
+        Raises:
+            RunError: the samples are not those of the training, which would change the splits.
+        """
+        check_same_samples(self._data_of_now, self.dir)
+        return self._data_of_now
+
+    @property
+    def data_of_model(self) -> DataModule:
+        """The data for uses that need no samples: shape of the input, classes, normalisation.
+
+        Samples that were added or removed are no error here, except for vectors, which are normalised by the
+        statistics of the training samples.
+        """
+        return self._data_of_now if self._data_of_now.image_size else self.data
+
+    @cached_property
+    def _data_of_now(self) -> DataModule:
         skips = self.config.data.on_error == "skip"
         return load_data(self.config.data, self.dataset, read_skipped(self.dir) if skips else None)
 
@@ -59,7 +78,7 @@ class Run:
             RunError: the weights are missing, truncated or of another model; the message names the file.
         """
         config = replace(self.config, model=self.config.model.without_initial_weights())
-        model = build_model(config, self.data, deepcopy(self.module))
+        model = build_model(config, self.data_of_model, deepcopy(self.module))
         load_weights(model, self.dir / WEIGHTS_FILE)
         return model.eval()
 

@@ -61,7 +61,7 @@ def test_the_embedding_is_that_of_both(runs: tuple[Path, Path], both: Path) -> N
     torch.testing.assert_close(embedding, torch.cat(expected, dim=1), rtol=1e-5, atol=1e-6)
     assert embedding.shape == (9, 16 + 24)
     assert sorted(path.name for path in both.iterdir() if path.is_file()) == [
-        "config.yaml", "first.yaml", "model.safetensors", "second.yaml",
+        "config.yaml", "data.json", "first.yaml", "model.safetensors", "second.yaml",
     ]  # fmt: skip
     assert load_config(both / "second.yaml") == load_config(runs[1] / "config.yaml")
 
