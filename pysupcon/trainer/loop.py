@@ -28,7 +28,7 @@ from pysupcon.profiling.recorder import StepRecorder
 from pysupcon.trainer import checkpoint
 from pysupcon.trainer.batch_notes import batch_notes
 from pysupcon.trainer.data import check_held_out, read_data
-from pysupcon.trainer.data_record import DATA_FILE, check_same_samples, pack_identity
+from pysupcon.trainer.data_record import DATA_FILE, check_same_samples, pack_identity, read_identity
 from pysupcon.trainer.dry_run import dry_run
 from pysupcon.trainer.early_stopping import EarlyStopping
 from pysupcon.trainer.environment import apply_environment
@@ -259,7 +259,7 @@ class Trainer:
         if self.data.skipped is not None:
             with named_disk_errors(self.run_dir / SKIPPED_FILE):
                 replace_file(self.run_dir / SKIPPED_FILE, pack_skipped(self.data.skipped))
-        if self.records_data:
+        if self.records_data and read_identity(self.run_dir) != self.data.identity:
             with named_disk_errors(self.run_dir / DATA_FILE):
                 replace_file(self.run_dir / DATA_FILE, pack_identity(self.data.identity))
         return TrainingReport(

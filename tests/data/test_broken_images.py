@@ -119,7 +119,13 @@ def test_the_commands_print_one_line(tmp_path: Path, capfd: pytest.CaptureFixtur
     for path in root.rglob("*.png"):
         break_image(path, "a pipe")
     arguments = [*ARGUMENTS.split(), "--data.root", str(root)]
-    assert train([*arguments, "--output_dir", str(run)]) == 1
+    assert train([*arguments, "--output_dir", str(run)]) == 2
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"train.py: error: data.root '{root}': 6 of the 6 image files of the val and test")
+    assert last.endswith("--data.on_error skip")
+    # The files of the training split are read when they are needed.
+    only_training = ["--evaluate", "false", "--trainer.best_by", "null"]
+    assert train([*arguments, *only_training, "--output_dir", str(run)]) == 1
     lines = capfd.readouterr().err.splitlines()
     start = f"train.py: error: the image {root}/"
     assert [line for line in lines if "rror" in line] == [line for line in lines if line.startswith(start)]

@@ -71,7 +71,8 @@ def without_times(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def test_layout(finished: Path) -> None:
     assert sorted(path.name for path in finished.iterdir()) == [
-        "checkpoints", "config.yaml", "environment.json", "log.jsonl", "model.safetensors", "summary.csv",
+        "checkpoints", "config.yaml", "data.json", "environment.json", "log.jsonl", "model.safetensors",
+        "summary.csv",
     ]  # fmt: skip
     assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == [
         "step_00000020",
