@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -250,7 +251,7 @@ def embedding_width(module: nn.Module, name: str, shape: tuple[int, ...]) -> int
         raise ConfigError(f"{contract}, got {found.dtype} of shape {list(found.shape)}")
     if not found.requires_grad and torch.is_grad_enabled():
         trained = [value for value in module.parameters() if value.requires_grad]
-        if trained:
+        if trained and not _has_gradient_in_training(module, images):
             module.requires_grad_(False)
             note(module, "model.backbone: its embeddings are detached from its parameters: it is not trained")
     if found.requires_grad:
@@ -263,6 +264,16 @@ def embedding_width(module: nn.Module, name: str, shape: tuple[int, ...]) -> int
             note(module, f"model.backbone: {len(unused)} parameters do not affect the embedding: {unused[0]}")
     module.train(training)
     return found.shape[1]
+
+
+def _has_gradient_in_training(module: nn.Module, images: Tensor) -> bool:
+    """Whether the embeddings depend on the parameters in training mode: a module may detach them only in eval
+    mode. A copy is tried, because BatchNorm changes its statistics."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return bool(deepcopy(module).train()(images).requires_grad)
+    except Exception:  # code of the user; the training will show its error
+        return True
 
 
 def note(module: nn.Module, text: str) -> None:

@@ -64,6 +64,12 @@ class Detached(nn.Linear):
         return super().forward(images.mean(dim=(2, 3))).detach()
 
 
+class DetachedInEval(Detached):
+    def forward(self, images):
+        rows = nn.Linear.forward(self, images.mean(dim=(2, 3)))
+        return rows if self.training else rows.detach()
+
+
 def raises():
     raise ValueError("no weights")
 
@@ -110,6 +116,12 @@ def test_a_detached_backbone_is_frozen_and_named() -> None:
     assert trained == {"projection"}
     with torch.no_grad():  # as for the evaluation of a run
         assert notes_of(build("Detached")) == []
+
+
+def test_a_backbone_that_detaches_in_eval_mode_is_trained() -> None:
+    model = build("DetachedInEval", projection="linear")
+    assert notes_of(model) == []
+    assert all(value.requires_grad for value in model.parameters())
 
 
 def test_a_class_in_place_of_a_module() -> None:
