@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -11,9 +10,10 @@ from pathlib import Path
 
 import torch
 
+from pysupcon.profiling import malloc
+
 _STATUS = Path("/proc/self/status")
 _REFERENCES = Path("/proc/self/clear_refs")
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def peak_bytes(device: torch.device, work: Callable[[], object], *, in_use: bool = False) -> int:
@@ -85,27 +85,23 @@ def _reset_peak() -> bool:
 
 def _return_free_memory() -> None:
     """Return freed blocks to the system: their reuse would not show as an increase."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):
-        return
+    libc = malloc.glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
 
 
 @contextmanager
 def _blocks_are_mapped() -> Iterator[None]:
     """Make malloc map each block of 64 KiB or more on its own, so that it is returned when it is freed."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
+    libc = malloc.glibc()
+    if libc is None:
         yield
         return
-    mallopt(_M_MMAP_THRESHOLD, 64 * 1024)
+    libc.mallopt(malloc.MMAP_THRESHOLD, 64 * 1024)
     try:
         yield
     finally:
-        # The value that glibc itself reaches in a process that frees large blocks.
-        mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
-        mallopt(_M_TRIM_THRESHOLD, 64 * 2**20)
+        malloc.reset_thresholds(libc)
 
 
 class _Sampler(threading.Thread):

@@ -9,15 +9,15 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.training_server import SEARCHED
 
+from pysupcon.profiling import malloc
 from pysupcon.trainer import heap
 
-ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.skipif(heap._glibc() is None, reason="needs glibc")
+pytestmark = pytest.mark.skipif(malloc.glibc() is None, reason="needs glibc")
 PROGRAM = """
 import json, resource, sys
 import torch
@@ -50,7 +50,7 @@ def measure(device: str = "cpu", **variables: str) -> dict[str, Any]:
     """Pages that the system maps for a block of 64 MiB, and bytes of the process."""
     environment = {name: value for name, value in os.environ.items() if name not in heap.VARIABLES}
     environment.pop("GLIBC_TUNABLES", None)
-    environment |= {"PYTHONPATH": str(ROOT), **variables}
+    environment |= {"PYTHONPATH": SEARCHED, **variables}
     command = [sys.executable, "-c", PROGRAM, device]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
     found: dict[str, Any] = json.loads(done.stdout)
