@@ -6,10 +6,12 @@ training and ``pysupcon COMMAND --allow_code`` call.
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import sys
-from collections.abc import Iterable
+import traceback
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -88,3 +90,52 @@ def import_object(reference: str, field: str) -> Any:
             f"{field}={reference} cannot be imported: {type(error).__name__}: {one_line(error)}"
         ) from error
     return found
+
+
+def check_arguments(
+    found: Callable[..., Any], reference: str, arguments: Mapping[str, Any], field: str, *given: object
+) -> None:
+    """Check that the signature of a function or class of the user's code takes the arguments.
+
+    Args:
+        found: what ``reference`` names.
+        reference: ``package.module:name``, for messages.
+        arguments: keyword arguments.
+        field: field of the config that holds them.
+        given: positional arguments before them.
+
+    Raises:
+        ConfigError: it does not take them.
+    """
+    try:
+        inspect.signature(found).bind(*given, **arguments)
+    except TypeError as error:
+        raise ConfigError(f"{field} {dict(arguments)} do not fit {reference}: {one_line(error)}") from error
+    except ValueError:  # of a builtin without a signature: the call tells
+        return
+
+
+def call_object(
+    found: Callable[..., Any], reference: str, arguments: Mapping[str, Any], field: str, arguments_field: str
+) -> Any:
+    """Call a function or class of the user's code.
+
+    Args:
+        found, reference, arguments: as for :func:`check_arguments`.
+        field: field of the config that holds ``reference``.
+        arguments_field: field of the config that holds the arguments.
+
+    Raises:
+        ConfigError: it does not take the arguments, or it fails; then the message names the line.
+    """
+    check_arguments(found, reference, arguments, arguments_field)
+    try:
+        return found(**arguments)
+    except ConfigError:
+        raise
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise ConfigError(
+            f"{field}={reference} failed: {type(error).__name__}: {one_line(error)} ({place.filename}, line "
+            f"{place.lineno})"
+        ) from error

@@ -17,7 +17,7 @@ from pysupcon.data.own import to_pixels
 from pysupcon.data.samples import Family
 from pysupcon.errors import ConfigError, ImageError
 from pysupcon.reading import one_line
-from pysupcon.user_code import PlainValue, import_object
+from pysupcon.user_code import PlainValue, call_object, import_object
 
 _CHUNK_PIXELS = 2**17
 """Pixels of the views that are augmented at once: the data between two transforms stay in the cache."""
@@ -179,12 +179,9 @@ class OwnAugmentation:
         found = import_object(reference, "data.augmentation")
         self.arguments: dict[str, Any] = {}
         if isinstance(found, type):
-            try:
-                found = found(**arguments)
-            except Exception as error:  # code of the user
-                raise ConfigError(
-                    f"data.augmentation_args {arguments} do not fit {reference}: {one_line(error)}"
-                ) from error
+            found = call_object(
+                found, reference, arguments, "data.augmentation", "data.augmentation_args"
+            )
         else:
             self.arguments = dict(arguments)
         if not callable(found):

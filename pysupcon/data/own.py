@@ -17,7 +17,7 @@ from pysupcon.data.tables import SPLIT_NAMES
 from pysupcon.data.vectors import as_vectors
 from pysupcon.errors import ConfigError, ImageError
 from pysupcon.reading import one_line
-from pysupcon.user_code import import_object
+from pysupcon.user_code import call_object, import_object
 
 ITEM = (
     "an item must be (image, label), (image, coarse label, fine label), or a dict of image (or img, "
@@ -126,7 +126,7 @@ def own_dataset(config: DataConfig, dataset: object = None) -> Source:
     """
     field = f"data.dataset={config.dataset}"
     if dataset is None:
-        dataset = _call(config, field)
+        dataset = _call(config)
     elif config.dataset_args:
         raise ConfigError("data.dataset_args has no effect with a passed data set: leave it out")
     parts: dict[str, Any] = {"train": dataset}
@@ -183,7 +183,7 @@ def own_dataset(config: DataConfig, dataset: object = None) -> Source:
     )  # fmt: skip
 
 
-def _call(config: DataConfig, field: str) -> object:
+def _call(config: DataConfig) -> object:
     found = import_object(config.dataset, "data.dataset")
     if not callable(found):
         if config.dataset_args:
@@ -200,15 +200,7 @@ def _call(config: DataConfig, field: str) -> object:
                 f"data.root has no effect: {config.dataset} has no parameter root; leave it out"
             )
         arguments.setdefault("root", config.root)
-    try:
-        return found(**arguments)
-    except ConfigError:
-        raise
-    except Exception as error:  # code of the user
-        raise ConfigError(
-            f"{field} with data.dataset_args {config.dataset_args} failed: {type(error).__name__}: "
-            f"{one_line(error)}"
-        ) from error
+    return call_object(found, config.dataset, arguments, "data.dataset", "data.dataset_args")
 
 
 def _first_item(dataset: Any, field: str) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 from pysupcon.errors import ConfigError, RunError
 from pysupcon.evaluators.base import FeatureSplits, Result
 from pysupcon.reading import one_line
-from pysupcon.user_code import import_object, name_objects
+from pysupcon.user_code import call_object, check_arguments, import_object, name_objects
 
 _NAME = re.compile(r"[\w.-]+")
 _CONTRACT = "return a dict, or return or yield pairs (name, value)"
@@ -124,15 +124,11 @@ def import_evaluator(reference: str, arguments: Mapping[str, Any]) -> OwnEvaluat
         ConfigError: it cannot be imported, or the arguments do not fit.
     """
     found: Any = import_object(reference, "evaluation.evaluators")
-    is_class, is_callable = inspect.isclass(found), callable(found)
-    field = f"evaluation.evaluator_args {{{reference}: {dict(arguments)}}}"
-    try:
-        if is_class:
-            return OwnEvaluator(found(**arguments), reference)
-        if is_callable:
-            inspect.signature(found).bind(None, **arguments)
-    except TypeError as error:
-        raise ConfigError(f"{field} do not fit: {error}") from error
+    field, of_arguments = "evaluation.evaluators", "evaluation.evaluator_args"
+    if inspect.isclass(found):
+        return OwnEvaluator(call_object(found, reference, arguments, field, of_arguments), reference)
+    if callable(found):
+        check_arguments(found, reference, arguments, of_arguments, None)
     return OwnEvaluator(found, reference, arguments)
 
 

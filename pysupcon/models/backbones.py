@@ -16,7 +16,7 @@ from pysupcon.models.config import DEFAULT_LIPSCHITZ, DEFAULT_MLP_WIDTH, DEFAULT
 from pysupcon.models.initial import freeze, is_path, load_initial_weights
 from pysupcon.models.spectral import apply_spectral_norm
 from pysupcon.reading import one_line
-from pysupcon.user_code import import_object, is_own, is_passed, is_reference
+from pysupcon.user_code import call_object, import_object, is_own, is_passed, is_reference
 
 
 class SmallCNN(nn.Module):
@@ -199,16 +199,9 @@ def _build_own(config: ModelConfig, channels: int, image_size: int) -> tuple[nn.
             f"model.backbone={config.backbone} must be a function or class that builds a torch.nn.Module, "
             f"got an object of {type(build).__name__}"
         )
-    try:
-        module = build(**config.backbone_args)
-    except TypeError as error:
-        raise ConfigError(
-            f"model.backbone_args {config.backbone_args} do not fit {config.backbone}: {one_line(error)}"
-        ) from error
-    except Exception as error:  # code of the user
-        raise ConfigError(
-            f"model.backbone={config.backbone} raised {type(error).__name__}: {one_line(error)}"
-        ) from error
+    module = call_object(
+        build, config.backbone, config.backbone_args, "model.backbone", "model.backbone_args"
+    )
     if not isinstance(module, nn.Module):
         raise ConfigError(
             f"model.backbone={config.backbone} must return a torch.nn.Module, got {type(module).__name__}"

@@ -159,7 +159,7 @@ def test_refused_datasets(dataset: Any, words: str) -> None:
 
 
 def test_refused_arguments() -> None:
-    with pytest.raises(ConfigError, match=r"data.dataset_args {'sides': 2} failed: TypeError"):
+    with pytest.raises(ConfigError, match=r"data.dataset_args {'sides': 2} do not fit"):
         load_data(config(dataset_args={"sides": 2}))
     with pytest.raises(ConfigError, match="has no parameter root"):
         load_data(config(root="."))

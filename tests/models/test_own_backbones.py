@@ -70,6 +70,10 @@ class DetachedInEval(Detached):
         return rows if self.training else rows.detach()
 
 
+def type_error():
+    return len(3)
+
+
 def raises():
     raise ValueError("no weights")
 
@@ -148,7 +152,8 @@ def test_unused_parameters_are_frozen_and_named() -> None:
         ("number", {}, "must return a torch.nn.Module, got int"),
         ("build", {"width": 3}, "model.backbone_args {'width': 3} do not fit own_backbones:build"),
         ("missing", {}, "model.backbone=own_backbones:missing cannot be imported"),
-        ("raises", {}, "model.backbone=own_backbones:raises raised ValueError: no weights"),
+        ("raises", {}, r"model.backbone=own_backbones:raises failed: ValueError: no weights \(.*backbones.py, line"),
+        ("type_error", {}, r"own_backbones:type_error failed: TypeError: object of type 'int' has no len"),
         ("module", {}, "own_backbones:module must be a function or class .*, got an object of Sequential"),
         ("constant", {}, "own_backbones:constant must be a function or class .*, got an object of int"),
     ],
