@@ -10,7 +10,13 @@ _failures: ContextVar[list[str] | None] = ContextVar("failures", default=None)
 
 
 class ConfigError(ValueError):
-    """The config is not valid. The message names the field, the requirement and the value."""
+    """The config is not valid. The message names the field, the requirement and the value.
+
+    Attributes:
+        on_one_process: not all processes raise the error, so each that does must print it.
+    """
+
+    on_one_process = False
 
 
 class RunError(RuntimeError):

@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from pysupcon.data.samples import FileImages, Samples, Source
+from pysupcon.data.workers import available_cores
 from pysupcon.errors import ConfigError
 
 SHOWN = 3
@@ -91,8 +92,7 @@ def describe_skipped(skipped: Mapping[str, str]) -> str:
 def _find(parts: list[Samples], root: Path) -> dict[str, str]:
     """Names and errors of the files that cannot be read, in the order of the samples."""
     found: dict[str, str] = {}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    executor = ThreadPoolExecutor(cores)
+    executor = ThreadPoolExecutor(available_cores())
     files = sum(map(len, parts))
     bar = tqdm(total=files, desc="check", unit="file", leave=False, delay=1, disable=None)
     try:

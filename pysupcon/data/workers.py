@@ -20,6 +20,21 @@ PREFETCHED = 3
 """Batches of a process in shared memory: two that wait, and one that is written."""
 
 
+def available_cores() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cores_per_process(default: int = 1) -> int:
+    """The share of the cores of this machine for each process of the launcher, at least 1.
+
+    Args:
+        default: processes on this machine if LOCAL_WORLD_SIZE does not tell.
+    """
+    local = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(available_cores() // (int(local) if local.isdecimal() and int(local) else default), 1)
+
+
 def choose_workers(workers: int | None, images: Images, batch_bytes: int) -> int:
     """The number of loader processes, of ``data.workers``.
 
@@ -33,9 +48,7 @@ def choose_workers(workers: int | None, images: Images, batch_bytes: int) -> int
         return workers
     if not isinstance(images, FileImages) or multiprocessing.current_process().daemon:
         return 0  # a daemon must not start processes
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    limits = [cores - 1, MOST, len(images) // FILES_PER_WORKER]
+    limits = [cores_per_process() - 1, MOST, len(images) // FILES_PER_WORKER]
     if os.path.isdir("/dev/shm"):  # containers often have 64 MiB
         memory = os.statvfs("/dev/shm")
         limits.append(memory.f_bavail * memory.f_frsize // (PREFETCHED * max(batch_bytes, 1)))

@@ -41,7 +41,7 @@ def apply_environment(config: Config) -> None:
     for name, value in sorted(os.environ.items()):
         variable = lookup(name)
         if variable is None:
-            first = "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
+            first = os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
             if name.startswith("ACCELERATE_") and first:
                 print_line(f"{name}={value} is not known to pysupcon: its effect on a training is not tested")
         elif variable.kind == "refused" and value.lower() not in (*OFF, "", "none"):

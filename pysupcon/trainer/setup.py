@@ -16,9 +16,14 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list, gather_object
 
 from pysupcon.config import Config
+from pysupcon.data.workers import cores_per_process
 from pysupcon.errors import ConfigError, RunError
 from pysupcon.reading import one_line
 from pysupcon.trainer.environment import check_processes, dynamo_backend
+
+
+LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Variables that torchrun and accelerate launch set for each process"""
 
 
 def join_processes(cpu: bool) -> PartialState:
@@ -43,14 +48,20 @@ def join_processes(cpu: bool) -> PartialState:
         dist.init_process_group(
             backend, store=dist.PrefixStore(f"restart_{attempt}", store), rank=rank, world_size=processes
         )
+    # Before Accelerate adds its defaults.
+    given = [f"{name}={os.environ[name]}" for name in LAUNCHER if name in os.environ]
+    missing = [name for name in LAUNCHER if name not in os.environ]
     try:
         state = PartialState(cpu=cpu)
-    except ValueError as error:  # variables of a launcher are missing
-        count = os.environ.get("WORLD_SIZE", "1")
-        raise ConfigError(
-            f"the processes of WORLD_SIZE={count} cannot join: {one_line(error)}; start them "
-            "with torchrun or accelerate launch; for a single process unset WORLD_SIZE"
-        ) from error
+    except ValueError as error:  # variables are missing or no numbers
+        failure = ConfigError(
+            f"the processes of a launcher cannot join: {one_line(error)}; the environment has "
+            f"{', '.join(given) or 'none of its variables'}"
+            + (f", and lacks {', '.join(missing)}" if given and missing else "")
+            + ": start them with torchrun or accelerate launch; for a single process unset the variables"
+        )
+        failure.on_one_process = True  # there may be no other process
+        raise failure from error
     check_processes(state.num_processes, state.process_index)
     return state
 
@@ -171,9 +182,7 @@ def set_threads(config: Config, state: PartialState) -> None:
     """Set the CPU threads of this process. ``accelerate launch`` gives each process one thread only."""
     threads = config.trainer.threads
     if threads is None and state.device.type == "cpu":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
-        threads = max(cores // local, 1)
+        threads = cores_per_process(state.num_processes)
     if threads is not None:
         torch.set_num_threads(threads)
 

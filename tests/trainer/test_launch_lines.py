@@ -43,8 +43,11 @@ def test_a_launch_line_trains(line: str, tmp_path: Path) -> None:
     ("variables", "words"),
     [
         ({"RANK": "1"}, "RANK=1, but the process joined as rank 0: unset the variable"),
-        ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE=2 cannot join: .*MASTER_ADDR.* torchrun"),
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 cannot join: "),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "has WORLD_SIZE=2, RANK=0, and lacks .*MASTER_ADDR.*torchrun"),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "has WORLD_SIZE=2, RANK=1, and lacks .*MASTER_ADDR"),
+        ({"WORLD_SIZE": "2"}, "has WORLD_SIZE=2, and lacks RANK, "),
+        ({"WORLD_SIZE": "x"}, "has WORLD_SIZE=x, and lacks RANK, "),
+        ({"LOCAL_RANK": "0"}, "has LOCAL_RANK=0, and lacks WORLD_SIZE, RANK, "),
     ],
 )
 def test_variables_of_no_launcher_are_one_line(variables: dict[str, str], words: str, tmp_path: Path) -> None:
@@ -66,3 +69,13 @@ def test_variables_of_no_launcher_are_one_line(variables: dict[str, str], words:
     assert re.search(words, done.stderr.splitlines()[-1])
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_no_process_on_this_machine_counts_as_one(tmp_path: Path) -> None:
+    """LOCAL_WORLD_SIZE=0 of another tool: the cores are divided by the processes that Accelerate knows."""
+    environment = {**ENVIRONMENT, "LOCAL_WORLD_SIZE": "0"}
+    command = [sys.executable, "pysupcon/train.py", "--config", "digits_smoke", "--trainer.dry_run", "true"]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, text=True, timeout=300, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
