@@ -127,7 +127,8 @@ def _evaluate(run: Run, config: EvaluationConfig, passed: Mapping[str, Any]) -> 
         start = _record_time(seconds, evaluator.name, start)
     if not done:
         raise failures[0]
-    kept, unfit = _earlier_results(run, labels, [evaluator.name for evaluator in done])
+    weights = run.weights_digest()
+    kept, unfit = _earlier_results(run.dir / FOLDER, weights, labels, [evaluator.name for evaluator in done])
     outcomes = (kept.outcomes if kept else {}) | labels | found
 
     with named_disk_errors(run.dir / FOLDER), _temporary_folder(run.dir) as folder:
@@ -136,7 +137,7 @@ def _evaluate(run: Run, config: EvaluationConfig, passed: Mapping[str, Any]) -> 
         if config.pictures:
             drawn, not_drawn = pictures.draw_pictures(folder, run, splits, config, outcomes)
             _record_time(seconds, "pictures", start)
-        metadata = _metadata(run, splits, config, device, seconds)
+        metadata = {"weights_sha256": weights} | _metadata(run, splits, config, device, seconds)
         notes = _notes(config, splits, done)
         headline = headline_of(list(metrics), done)
         if kept and kept.evaluators:
@@ -186,15 +187,14 @@ def _results(
 
 
 def _earlier_results(
-    run: Run, labels: Mapping[str, Tensor], evaluators: list[str]
+    folder: Path, weights: str, labels: Mapping[str, Tensor], evaluators: list[str]
 ) -> tuple[Earlier | None, bool]:
     """The results of an earlier evaluation that ``evaluators`` do not replace, and whether there is an
     evaluation that does not fit to the weights and labels of this one."""
-    folder = run.dir / FOLDER
     if not (folder / METRICS_FILE).exists():
         return None, False
     earlier = read_earlier(folder, METRICS_FILE, OUTCOMES_FILE)
-    if earlier is None or not earlier.fits(run.weights_digest(), labels):
+    if earlier is None or not earlier.fits(weights, labels):
         return None, True
     return earlier.without(evaluators), False
 
@@ -290,7 +290,6 @@ def _metadata(
     return {
         "run": run.dir.resolve().name,
         "features": "output of the backbone, without projection head, not normalised",
-        "weights_sha256": run.weights_digest(),
         "samples": {split: len(features) for split, features in splits.items()},
         "feature_width": splits.test.features.shape[1],
         "seconds": seconds | {"total": round(sum(seconds.values()), 3)},
