@@ -7,16 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers.quick_run import train_quickly
 import torch
 from safetensors.torch import load_file, save_file
 
 from pysupcon.__main__ import main
-from pysupcon.config import parse_args
 from pysupcon.errors import RunError
 from pysupcon.evaluation.evaluate import evaluate_run
 from pysupcon.evaluators import BootstrapConfig, EvaluationConfig, FeatureSplits, KNNConfig, ProjectionConfig
 from pysupcon.reports.report import Report
-from pysupcon.trainer.loop import train
 
 BOTH = EvaluationConfig(
     evaluators=["knn", "geometry"],
@@ -29,12 +28,7 @@ BOTH = EvaluationConfig(
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    arguments = (
-        "--data.dataset digits --data.augmentation none --data.batch_size 128 --trainer.threads 1 "
-        "--evaluate false --trainer.cpu true --model.width 4 --trainer.epochs 1 --trainer.best_by null"
-    )
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    train(parse_args([*arguments.split(), "--output_dir", str(folder)])[0])
+    folder = train_quickly(tmp_path_factory.mktemp("trained") / "run")
     evaluate_run(folder, BOTH)
     return folder
 

@@ -13,16 +13,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.quick_run import train_quickly
 
 from pysupcon.__main__ import main
-from pysupcon.config import parse_args
 from pysupcon.errors import ConfigError, RunError
 from pysupcon.evaluation import evaluate
 from pysupcon.evaluation.evaluate import evaluate_run
 from pysupcon.evaluation.pictures import loss_curves
 from pysupcon.evaluators import EvaluationConfig, KNNConfig, ProjectionConfig
 from pysupcon.trainer.lock import FolderLock
-from pysupcon.trainer.loop import train
 
 LOCK = ".evaluation.lock"
 QUICK = EvaluationConfig(
@@ -32,12 +31,7 @@ QUICK = EvaluationConfig(
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    arguments = (
-        "--data.dataset digits --data.augmentation none --data.batch_size 128 --trainer.threads 1 "
-        "--evaluate false --trainer.cpu true --model.width 4 --trainer.epochs 1 --trainer.best_by null"
-    )
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    return train(parse_args([*arguments.split(), "--output_dir", str(folder)])[0])
+    return train_quickly(tmp_path_factory.mktemp("trained") / "run")
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.training_server import SEARCHED
 
 from pysupcon.commands import profile
 from pysupcon.pairs import ops
@@ -25,7 +26,6 @@ from pysupcon.profiling.request import ProfileRequest
 from pysupcon.profiling.run import run_profile
 from pysupcon.profiling.workspace import Problem, block_rows, worker_count
 
-ROOT = Path(__file__).resolve().parents[2]
 compiled = pytest.mark.skipif(not ops.compiled_for("cpu"), reason="the CPU kernels are not compiled")
 
 
@@ -225,7 +225,7 @@ CASES = [
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
 def test_predicted_memory_is_that_of_a_new_process() -> None:
     command = [sys.executable, "-c", MEASURE, json.dumps(CASES)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": SEARCHED}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
     measured = [int(line) for line in done.stdout.split()]
     isa = str(backends()["cpu"]["isa"])
