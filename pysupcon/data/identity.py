@@ -18,7 +18,7 @@ from pysupcon.data.samples import FileImages, Samples, Source
 from pysupcon.data.unreadable import file_name
 
 MAX_BYTES = 64 * 2**20
-"""Bytes of a tensor that are hashed: 0.1 to 0.3 seconds. Of a larger one, rows at equal distances are."""
+"""Bytes of a tensor that are hashed. Of a larger one, rows at equal distances are."""
 
 
 @dataclass(frozen=True)
