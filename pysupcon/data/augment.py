@@ -179,9 +179,7 @@ class OwnAugmentation:
         found = import_object(reference, "data.augmentation")
         self.arguments: dict[str, Any] = {}
         if isinstance(found, type):
-            found = call_object(
-                found, reference, arguments, "data.augmentation", "data.augmentation_args"
-            )
+            found = call_object(found, reference, arguments, "data.augmentation", "data.augmentation_args")
         else:
             self.arguments = dict(arguments)
         if not callable(found):

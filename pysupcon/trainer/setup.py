@@ -21,7 +21,6 @@ from pysupcon.errors import ConfigError, RunError
 from pysupcon.reading import one_line
 from pysupcon.trainer.environment import check_processes, dynamo_backend
 
-
 LAUNCHER = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Variables that torchrun and accelerate launch set for each process"""
 

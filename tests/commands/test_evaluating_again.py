@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers.quick_run import train_quickly
 import torch
+from helpers.quick_run import train_quickly
 from safetensors.torch import load_file, save_file
 
 from pysupcon.__main__ import main

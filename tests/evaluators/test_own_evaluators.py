@@ -169,8 +169,14 @@ def test_configs_that_are_refused() -> None:
     for config, message in (
         (configured("knn"), "evaluation.evaluators: the name knn is taken"),
         (configured("constant"), "own_evaluators:constant must be callable with FeatureSplits, got int"),
-        (configured("Margin", Margin={"size": 1}), "evaluator_args {'size': 1} do not fit own_evaluators:Margin: "),
-        (configured("width", width={"size": 1}), "evaluator_args {'size': 1} do not fit own_evaluators:width: "),
+        (
+            configured("Margin", Margin={"size": 1}),
+            "evaluator_args {'size': 1} do not fit own_evaluators:Margin: ",
+        ),
+        (
+            configured("width", width={"size": 1}),
+            "evaluator_args {'size': 1} do not fit own_evaluators:width: ",
+        ),
         (configured("none"), "evaluation.evaluators=own_evaluators:none cannot be imported"),
         (configured("labels"), "name of own_evaluators:labels must be .*, got 'labels'"),
         (configured("Slash"), "name of own_evaluators:Slash must be .*, got 'my/own'"),

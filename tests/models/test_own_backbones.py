@@ -152,7 +152,11 @@ def test_unused_parameters_are_frozen_and_named() -> None:
         ("number", {}, "must return a torch.nn.Module, got int"),
         ("build", {"width": 3}, "model.backbone_args {'width': 3} do not fit own_backbones:build"),
         ("missing", {}, "model.backbone=own_backbones:missing cannot be imported"),
-        ("raises", {}, r"model.backbone=own_backbones:raises failed: ValueError: no weights \(.*backbones.py, line"),
+        (
+            "raises",
+            {},
+            r"model.backbone=own_backbones:raises failed: ValueError: no weights \(.*backbones.py, line",
+        ),
         ("type_error", {}, r"own_backbones:type_error failed: TypeError: object of type 'int' has no len"),
         ("module", {}, "own_backbones:module must be a function or class .*, got an object of Sequential"),
         ("constant", {}, "own_backbones:constant must be a function or class .*, got an object of int"),
