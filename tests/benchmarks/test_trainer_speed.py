@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -149,3 +150,18 @@ def test_the_page_shows_the_stored_speeds() -> None:
     stored = json.loads(trainer_speed.RESULTS.read_text(encoding="utf-8"))
     page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     assert trainer_speed.section(stored) in page
+
+
+def test_the_page_shows_the_stored_measurements() -> None:
+    page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    results = ROOT / "benchmarks" / "results"
+    stored, same_malloc = (
+        json.loads((results / f"trainer_speed_{name}.json").read_text(encoding="utf-8"))
+        for name in ("cpu", "same_malloc_cpu")
+    )
+    assert trainer_speed.section(stored) in page
+    assert all(trainer_speed.met(contest) for contest in same_malloc["contests"])
+    words = " ".join(page.split())
+    for contest in same_malloc["contests"]:
+        found = trainer_speed.ratios(contest, "training", "plain loop")
+        assert f"{statistics.median(found):.2f} [{min(found):.2f}, {max(found):.2f}] for" in words
