@@ -47,11 +47,13 @@ class Claim(NamedTuple):
         claim: in plain words, with the data set and the controls.
         measured: the value with its interval, its unit and the number of seeds.
         verdict: see :func:`verdict`.
+        headline: it stands in the summary of the project's README.
     """
 
     claim: str
     measured: str
     verdict: Verdict
+    headline: bool = False
 
 
 class Study(Protocol):
@@ -61,6 +63,9 @@ class Study(Protocol):
     """Name of its folder of runs and of its results."""
     TITLE: str
     """Heading of its tables."""
+
+    def missing(self) -> str:
+        """Why the study cannot run here, e.g. that data are missing; empty if it can."""
 
     def jobs(self, quick: bool) -> list[Job]:
         """All jobs; ``quick``: fewer of them, or shorter ones with names of their own."""

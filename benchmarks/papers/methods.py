@@ -1,0 +1,124 @@
+"""The trainings that the tables compare: data set, augmentation, methods and controls."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+from benchmarks.papers.study import ROOT
+
+CONFIGS = ROOT / "configs" / "small"
+FASHION_ROOT = os.environ.get("FASHION_MNIST_ROOT", "/usr/share/datasets/fashion-mnist")
+"""Folder of Fashion-MNIST's files; the default is that of Debian's package dataset-fashion-mnist."""
+
+STRONG = (
+    "--data.augmentation", "strong", "--data.views", "2",
+    "--trainer.epochs", "10", "--trainer.checkpoint_epochs", "10",
+)  # fmt: skip
+"""Arguments that are added to a config without augmentation."""
+
+Kind = Literal["trained", "concatenated", "pixels", "untrained"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of a table, or an encoder that other rows are made of.
+
+    Attributes:
+        key: name of its runs.
+        title: title of the row.
+        config: end of the name of its config; "" takes ``key``.
+        overrides: arguments added after those of the table.
+        parts: keys of the two frozen encoders that are concatenated.
+        kind: how its features are made. pixels: the images themselves; untrained: random weights.
+        shown: whether it is a row. Otherwise it is only trained, as a part of other rows.
+        new_seeds: its seeds follow those of the other methods, so that it is independent of its equal.
+        quick: whether the quick form has it.
+        full_probe: whether the probe of Thanos is trained for its full number of steps, too.
+    """
+
+    key: str
+    title: str = ""
+    config: str = ""
+    overrides: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
+    kind: Kind = "trained"
+    shown: bool = True
+    new_seeds: bool = False
+    quick: bool = False
+    full_probe: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Methods that are compared on one data set under one augmentation.
+
+    Attributes:
+        name: name of the study.
+        title: heading of the table.
+        data: start of the names of the configs, relative to configs/small.
+        methods: its rows, and the encoders that they are made of.
+        baseline: key of the method that the others are compared with.
+        figures: columns, keys of :data:`benchmarks.papers.figures.FIGURES`.
+        compared: columns whose differences to the baseline are shown.
+        arguments: arguments added to every config.
+        root: folder of the data set, if its config needs one.
+        minutes: processor minutes of a training and evaluation.
+    """
+
+    name: str
+    title: str
+    data: str
+    methods: tuple[Method, ...]
+    baseline: str = "supcon"
+    figures: tuple[str, ...] = ("coarse", "logistic", "knn", "spread")
+    compared: tuple[str, ...] = ("logistic", "knn")
+    arguments: tuple[str, ...] = ()
+    root: str = ""
+    minutes: float = 0.5
+
+
+def _alpha(title: str, alpha: float) -> tuple[Method, ...]:
+    """SupCon + cNCE and frozen Thanos with another weight of cNCE."""
+    return (
+        Method("supcon_cnce_low", f"SupCon + cNCE, alpha {alpha:g}{title}", "supcon_cnce",
+               ("--loss.alpha", f"{alpha:g}")),
+        Method("thanos_low", f"Thanos, two frozen backbones, alpha {alpha:g}{title}", kind="concatenated",
+               parts=("supcon_cnce_low", "ce_autoencoder")),
+    )  # fmt: skip
+
+
+CONTROLS = (
+    Method("pixels", "control: the pixels themselves", kind="pixels", quick=True),
+    Method("untrained", "control: untrained network", kind="untrained", quick=True),
+)
+EQUAL_WIDTH = (
+    Method("supcon_cnce_second", config="supcon_cnce", shown=False, new_seeds=True),
+    Method("ce_autoencoder_second", config="ce_autoencoder", shown=False, new_seeds=True),
+    Method("supcon_cnce_half", config="supcon_cnce", overrides=("--model.width", "4"), shown=False),
+    Method("ce_autoencoder_half", config="ce_autoencoder", overrides=("--model.width", "4"), shown=False),
+    Method("supcon_cnce_pair", "control: two SupCon + cNCE", kind="concatenated",
+           parts=("supcon_cnce", "supcon_cnce_second")),
+    Method("ce_autoencoder_pair", "control: two cross-entropy + autoencoder", kind="concatenated",
+           parts=("ce_autoencoder", "ce_autoencoder_second")),
+    Method("thanos_half", "control: Thanos of half the width", kind="concatenated",
+           parts=("supcon_cnce_half", "ce_autoencoder_half")),
+)  # fmt: skip
+"""Thanos has two encoders: the controls have its width, or half of it."""
+
+
+def transfer_methods(more: tuple[Method, ...] = (), equal_width: bool = True) -> tuple[Method, ...]:
+    """The rows of a coarse-to-fine table; ``more`` stands before Thanos."""
+    return (
+        Method("ce", "cross-entropy"),
+        Method("supcon", "SupCon", quick=True, full_probe=True),
+        Method("sincere", "SINCERE"),
+        Method("supcon_cnce", "SupCon + cNCE", quick=True, full_probe=True),
+        Method("ce_autoencoder", "cross-entropy + autoencoder", quick=True, full_probe=True),
+        *more,
+        Method("thanos_frozen", "Thanos, two frozen backbones", kind="concatenated", quick=True,
+               full_probe=True, parts=("supcon_cnce", "ce_autoencoder")),
+        *CONTROLS,
+        *(EQUAL_WIDTH if equal_width else ()),
+    )  # fmt: skip

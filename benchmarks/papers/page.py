@@ -1,0 +1,104 @@
+"""Writes what the studies found: benchmarks/papers/README.md, the summary of the project's README, pictures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.papers.study import ROOT, Claim, Records, Study
+from benchmarks.table import between_markers, markdown
+
+BEGIN, END = "<!-- papers:begin -->", "<!-- papers:end -->"
+PAGE = ROOT / "benchmarks" / "papers" / "README.md"
+README = ROOT / "README.md"
+MOST_HEADLINES = 10
+EXPLANATION = (
+    "Accuracies are per cent. Mean over the seeds ± their standard deviation. In brackets the 95 % interval "
+    "of the difference over seeds and test images (paired bootstrap of both; with the Student-t correction "
+    "for few seeds). Bold, and *shown* or *contradicted*: the interval excludes 0. Minutes: of one processor, "
+    "training and evaluation."
+)
+
+
+def stored_file(study: Study, results: Path) -> Path:
+    """The file of a study's records."""
+    return results / f"paper_{study.NAME}.json"
+
+
+def read_stored(study: Study, results: Path) -> dict[str, Any]:
+    """The stored records of a study; empty if there are none."""
+    path = stored_file(study, results)
+    if not path.is_file():
+        return {}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["records"]
+    return found
+
+
+def section(studies: Iterable[Study], results: Path) -> str:
+    """The claims, and the tables and pictures of all studies that have records."""
+    stored = [(study, records) for study in studies if (records := read_stored(study, results))]
+    claims = [claim for study, records in stored for claim in study.claims(records)]
+    parts = [_machines([study for study, _ in stored], results), EXPLANATION, _claims(claims)]
+    for study, records in stored:
+        parts += [study.tables(records), *_pictures(study, results)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _machines(studies: Sequence[Study], results: Path) -> str:
+    files = [json.loads(stored_file(study, results).read_text(encoding="utf-8")) for study in studies]
+    machines = sorted({file["machine"]["processor"] for file in files})
+    versions = sorted({file["machine"]["versions"]["torch"] for file in files})
+    minutes = sum(record.get("processor_minutes", 0) for file in files for record in file["records"].values())
+    return f"{', '.join(machines)}, one thread per job; torch {', '.join(versions)}; {minutes:.0f} processor minutes."
+
+
+def _claims(claims: Sequence[Claim]) -> str:
+    if not claims:
+        return ""
+    rows = [[claim.claim, claim.measured, claim.verdict] for claim in claims]
+    return markdown([["claim", "measured, with 95 % interval", "verdict"], *rows])
+
+
+def _pictures(study: Study, results: Path) -> list[str]:
+    files = sorted(results.glob(f"paper_{study.NAME}_*.png")) + sorted(results.glob(f"paper_{study.NAME}.png"))
+    return [f"![{study.TITLE}](../results/{file.name})" for file in files]
+
+
+def summary(studies: Iterable[Study], results: Path) -> str:
+    """The headline claims as a table."""
+    stored = [(study, records) for study in studies if (records := read_stored(study, results))]
+    claims = [claim for study, records in stored for claim in study.claims(records) if claim.headline]
+    assert len(claims) <= MOST_HEADLINES, f"at most {MOST_HEADLINES} headlines, got {len(claims)}"
+    return _claims(claims)
+
+
+def write(studies: Sequence[Study], results: Path, check: bool = False) -> int:
+    """Write the pages and the pictures.
+
+    Args:
+        studies: all studies.
+        results: folder of the stored records and of the pictures.
+        check: change nothing; only compare.
+
+    Returns:
+        1 if ``check`` and a page differs from the stored records, else 0.
+    """
+    if not check:
+        for study in studies:
+            records: Records = read_stored(study, results)
+            if records:
+                study.draw(records, results)
+    differs = False
+    for path, text in ((PAGE, section(studies, results)), (README, summary(studies, results))):
+        page = path.read_text(encoding="utf-8")
+        new = between_markers(page, BEGIN, END, text)
+        if check and new != page:
+            print(f"{path} does not show the stored records: run benchmarks/papers/results.py --render",
+                  file=sys.stderr)  # fmt: skip
+            differs = True
+        elif not check:
+            path.write_text(new, encoding="utf-8")
+    return int(differs)

@@ -1,0 +1,194 @@
+"""Runs the studies of the two papers' claims, stores their records, and writes the tables and pictures.
+
+    python benchmarks/papers/results.py                 # all studies; says its processor minutes first
+    python benchmarks/papers/results.py --quick         # two seeds and fewer methods, in runs/paper/quick
+    python benchmarks/papers/results.py --studies mnist5k_strong threshold
+    python benchmarks/papers/results.py --plan          # what is left to do, and its minutes
+    python benchmarks/papers/results.py --render        # run nothing; write the pages from the stored records
+    python benchmarks/papers/results.py --check         # exit status 1 if the pages differ from them
+
+Runs and records are in runs/paper/STUDY. A finished job is not repeated, so a stopped command can be started
+again. The records of a study are stored in benchmarks/results/paper_STUDY.json; records that are stored there
+and were not made again here stay. Each job runs on one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.papers import page
+from benchmarks.papers.studies import STUDIES
+from benchmarks.papers.study import ROOT, Job, Records, Study
+
+RESULTS = ROOT / "benchmarks" / "results"
+RUNS = ROOT / "runs" / "paper"
+RECORDS = "records"
+BY_NAME: Mapping[str, Study] = {study.NAME: study for study in STUDIES}
+
+
+def record_file(study: Study, job: Job | str, runs: Path) -> Path:
+    """The file of a job's record."""
+    name = job if isinstance(job, str) else job.name
+    return runs / study.NAME / RECORDS / f"{name}.json"
+
+
+def run_job(name: str, job: Job, runs: Path) -> float:
+    """Do a job and write its record. Returns its processor minutes."""
+    import torch
+
+    torch.set_num_threads(1)
+    study, start = BY_NAME[name], time.process_time()
+    file = record_file(study, job, runs)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    record = study.run(job, runs / name)
+    minutes = (time.process_time() - start) / 60
+    text = json.dumps({**record, "processor_minutes": round(minutes, 3)})
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(file)
+    return minutes
+
+
+def left(studies: Sequence[Study], runs: Path, quick: bool) -> list[tuple[Study, Job]]:
+    """The jobs without a record, in order."""
+    return [
+        (study, job)
+        for study in studies
+        for job in study.jobs(quick)
+        if not record_file(study, job, runs).is_file()
+    ]
+
+
+def run_all(jobs: Sequence[tuple[Study, Job]], runs: Path, processes: int) -> list[str]:
+    """Run jobs, each after those that it needs. Returns the names of the failed ones."""
+    pending = list(jobs)
+    running: dict[Future[float], tuple[Study, Job]] = {}
+    failed: list[str] = []
+    start, total, spent = time.perf_counter(), len(pending), 0.0
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_quiet) as pool:
+        while pending or running:
+            for study, job in list(pending):
+                if len(running) == processes:
+                    break
+                if all(record_file(study, name, runs).is_file() for name in job.needs):
+                    pending.remove((study, job))
+                    running[pool.submit(run_job, study.NAME, job, runs)] = (study, job)
+            if not running:  # the jobs that they need have failed
+                return failed + [f"{study.NAME}/{job.name}" for study, job in pending]
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                study, job = running.pop(future)
+                error = future.exception()
+                if error is not None:
+                    failed.append(f"{study.NAME}/{job.name}")
+                    traceback.print_exception(error)
+                else:
+                    spent += future.result()
+                print(
+                    f"{(time.perf_counter() - start) / 60:6.1f} min, {spent:.1f} processor minutes: "
+                    f"{study.NAME}/{job.name} {'failed' if error else 'done'}, "
+                    f"{len(pending) + len(running)} of {total} left",
+                    flush=True,
+                )
+    return failed
+
+
+def _quiet() -> None:
+    """Discard standard error, because progress bars of parallel trainings are not readable."""
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # open until the process ends
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.nice(19)
+
+
+def collect(study: Study, runs: Path, quick: bool) -> dict[str, Any]:
+    """The records of the finished jobs of a study."""
+    found = {}
+    for job in study.jobs(quick):
+        file = record_file(study, job, runs)
+        if file.is_file():
+            found[job.name] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def store(study: Study, records: Records, results: Path) -> Path:
+    """Store records beside those that are stored already."""
+    from benchmarks.machine import describe
+
+    path = page.stored_file(study, results)
+    stored = page.read_stored(study, results)
+    order = [job.name for job in study.jobs(False)] + [job.name for job in study.jobs(True)]
+    merged = {**stored, **records}
+    ordered = {name: merged[name] for name in dict.fromkeys([*order, *merged]) if name in merged}
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(record)}" for name, record in ordered.items())
+    machine = json.dumps(describe("cpu"))
+    results.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        f'{{\n "study": {json.dumps(study.NAME)},\n "machine": {machine},\n "records": {{\n{lines}\n }}\n}}\n',
+        encoding="utf-8",
+    )
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is missing, store the records, write the pages; return the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--studies", nargs="+", choices=list(BY_NAME), default=list(BY_NAME), metavar="NAME",
+        help="default: all (%(choices)s)")  # fmt: skip
+    add("--quick", action="store_true", help="the quick form; its results stay in the folder of the runs")
+    add("--runs", type=Path, default=RUNS, help="folder of the runs (default: %(default)s)")
+    add("--results", type=Path, help="folder of paper_STUDY.json (default: benchmarks/results)")
+    add("--processes", type=int, default=2, help="jobs at once (default: %(default)s)")
+    add("--plan", action="store_true", help="print what is left to do; run nothing")
+    add("--render", action="store_true", help="run nothing; write the pages from the stored records")
+    add("--check", action="store_true", help="run nothing; exit status 1 if the pages differ")
+    options = parser.parse_args(arguments)
+    results = options.results or (options.runs / "quick" if options.quick else RESULTS)
+    if options.render or options.check:
+        return page.write(STUDIES, results, check=options.check)
+    studies = [study for study in map(BY_NAME.__getitem__, options.studies) if _can_run(study)]
+    jobs = left(studies, options.runs, options.quick)
+    minutes = sum(job.minutes for _, job in jobs)
+    print(f"{len(jobs)} jobs, about {minutes:.0f} processor minutes on {options.processes} processes")
+    if options.plan:
+        for study in studies:
+            mine = [job.minutes for of_job, job in jobs if of_job is study]
+            print(f"  {study.NAME}: {len(mine)} jobs, {sum(mine):.0f} processor minutes")
+        return 0
+    failed = run_all(jobs, options.runs, options.processes)
+    for study in studies:
+        records = collect(study, options.runs, options.quick)
+        if records:
+            print(f"written: {store(study, records, results)}")
+    if options.quick:
+        print(page.section(STUDIES, results))
+    else:
+        page.write(STUDIES, results)
+    for name in failed:
+        print(f"failed: {name}", file=sys.stderr)
+    return int(bool(failed))
+
+
+def _can_run(study: Study) -> bool:
+    reason = study.missing()
+    if reason:
+        print(f"{study.NAME}: skipped: {reason}", file=sys.stderr)
+    return not reason
+
+
+if __name__ == "__main__":
+    sys.exit(main())

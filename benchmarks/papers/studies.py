@@ -1,0 +1,97 @@
+"""All studies, in the order of the page and of the trainings."""
+
+from __future__ import annotations
+
+from benchmarks.papers.methods import FASHION_ROOT, STRONG, Method, Table, transfer_methods
+from benchmarks.papers.study import Study
+from benchmarks.papers.table_study import Order, TableStudy
+
+_THANOS, _PAIR = "thanos_frozen", "ce_autoencoder_pair"
+
+ORDERS = (
+    Order("SupCon + cNCE above SupCon", "supcon_cnce", "supcon", "logistic"),
+    Order("SupCon + cNCE above SupCon", "supcon_cnce", "supcon", "knn"),
+    Order("Thanos above SupCon", _THANOS, "supcon", "logistic"),
+    Order("Thanos above SupCon", _THANOS, "supcon", "knn"),
+    Order("Thanos above SupCon + cNCE", _THANOS, "supcon_cnce", "logistic"),
+    Order("Thanos above cross-entropy + autoencoder", _THANOS, "ce_autoencoder", "logistic"),
+    Order("Thanos above cross-entropy + autoencoder", _THANOS, "ce_autoencoder", "knn"),
+    Order("Thanos above two cross-entropy + autoencoder, of equal width", _THANOS, _PAIR, "logistic"),
+    Order("Thanos above two cross-entropy + autoencoder, of equal width", _THANOS, _PAIR, "knn"),
+    Order("Thanos above the pixels", _THANOS, "pixels", "logistic"),
+    Order("Thanos above the pixels", _THANOS, "pixels", "knn"),
+    Order("SINCERE above SupCon", "sincere", "supcon", "logistic"),
+    Order("SupCon above an untrained network", "supcon", "untrained", "logistic"),
+)
+"""Claims of every coarse-to-fine table."""
+
+_MECHANISMS = (
+    Method("infonce", "InfoNCE"),
+    Method("supcon_autoencoder", "SupCon + autoencoder"),
+    Method("thanos_one", "Thanos, one backbone"),
+    Method("thanos", "Thanos, two backbones trained together"),
+)
+"""Further methods, compared once."""
+
+MNIST_STRONG = TableStudy(
+    Table("mnist5k_strong", "MNIST-coarse, 3,600 images, strong augmentation", "mnist5k_coarse",
+          transfer_methods(), arguments=STRONG),
+    ORDERS, in_quick=True,
+)  # fmt: skip
+MNIST_NONE = TableStudy(
+    Table("mnist5k_none", "MNIST-coarse, 3,600 images, no augmentation", "mnist5k_coarse",
+          transfer_methods(_MECHANISMS)),
+    ORDERS,
+)  # fmt: skip
+FASHION_STRONG = TableStudy(
+    Table("fashion_mnist_strong", "Fashion-MNIST-coarse, 5,000 images, strong augmentation",
+          "fashion_mnist_coarse", transfer_methods(), arguments=STRONG, root=FASHION_ROOT, minutes=0.7),
+    ORDERS,
+)  # fmt: skip
+FASHION_NONE = TableStudy(
+    Table("fashion_mnist_none", "Fashion-MNIST-coarse, 5,000 images, no augmentation",
+          "fashion_mnist_coarse", transfer_methods(), root=FASHION_ROOT, minutes=0.7),
+    ORDERS,
+)  # fmt: skip
+
+_HEAD = ("--model.projection", "mlp")
+_TAU = ("--loss.temperature", "0.05")
+MARGINS = TableStudy(
+    Table(
+        "mnist5k_fine", "Margins, trained on the ten digits, strong augmentation", "mnist5k_fine",
+        (
+            Method("supcon_head", "SupCon, temperature 0.1, MLP head", "supcon", _HEAD, quick=True),
+            Method("supcon_head_05", "SupCon, temperature 0.05, MLP head", "supcon", (*_HEAD, *_TAU)),
+            Method("sincere_head", "SINCERE, temperature 0.1, MLP head", "sincere", _HEAD, quick=True),
+            Method("supcon", "SupCon, temperature 0.1"),
+            Method("sincere", "SINCERE, temperature 0.1"),
+        ),
+        baseline="supcon_head",
+        figures=("knn", "margin", "bound", "head_margin", "head_bound"),
+        compared=("head_margin", "margin", "knn"),
+        minutes=0.7,
+    ),
+    (
+        Order("SINCERE above SupCon at the same temperature", "sincere_head", "supcon_head", "head_margin"),
+        Order("SINCERE above SupCon at the temperatures of the paper (0.1, 0.05)", "sincere_head",
+              "supcon_head_05", "head_margin"),
+        Order("SINCERE above SupCon at the same temperature", "sincere_head", "supcon_head", "margin"),
+        Order("SINCERE above SupCon at the same temperature", "sincere_head", "supcon_head", "knn"),
+        Order("SINCERE above SupCon at the same temperature, without a head", "sincere", "supcon", "margin"),
+        Order("SINCERE above SupCon at the same temperature", "sincere_head", "supcon_head", "head_bound"),
+    ),
+    in_quick=True,
+)  # fmt: skip
+MOCO = TableStudy(
+    Table(
+        "mnist5k_moco", "Labelled MoCo: momentum encoder, ten digits, batches of 50", "../mnist5k",
+        (
+            Method("moco_0", "SupCon, no queue", "moco", ("--loss.queue", "0")),
+            Method("moco", "SupCon, queue of 2,048 keys"),
+        ),
+        baseline="moco_0", figures=("logistic", "knn", "spread"),
+    ),
+    (Order("The queue helps", "moco", "moco_0", "logistic"), Order("The queue helps", "moco", "moco_0", "knn")),
+)  # fmt: skip
+
+STUDIES: tuple[Study, ...] = (MNIST_STRONG, MNIST_NONE, FASHION_STRONG, FASHION_NONE, MARGINS, MOCO)

@@ -1,0 +1,222 @@
+"""A study that compares the methods of one table: trainings, features, figures, differences, claims."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.papers.encoders import concatenate, embeddings, pixels, train_encoder, untrained
+from benchmarks.papers.figures import FIGURES, Comparer, Difference, measure, values
+from benchmarks.papers.methods import Method, Table
+from benchmarks.papers.study import QUICK_SEEDS, SEEDS, Claim, Job, Record, Records, show_interval, verdict
+from benchmarks.table import markdown
+
+_PARTS_ONLY = 0.6
+"""Share of the minutes of a training without an evaluation."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """A claim that a row is above another in a figure.
+
+    Attributes:
+        claim: in words; the table's title and the figure are added.
+        row, less: keys of the methods.
+        figure: key of the figure.
+        quick: the quick form decides it, too.
+        headline: it stands in the summary of the project's README.
+    """
+
+    claim: str
+    row: str
+    less: str
+    figure: str
+    headline: bool = False
+
+
+class TableStudy:
+    """The study of one table; see :class:`benchmarks.papers.study.Study`.
+
+    Args:
+        table: the table.
+        orders: the claims that it decides.
+        notes: sentences below the table.
+        in_quick: whether the quick form trains this table.
+    """
+
+    def __init__(
+        self, table: Table, orders: Sequence[Order] = (), notes: str = "", in_quick: bool = False
+    ) -> None:
+        self.table, self.orders, self.notes, self.in_quick = table, tuple(orders), notes, in_quick
+        self.NAME, self.TITLE = table.name, table.title
+        self.methods = {method.key: method for method in table.methods}
+
+    def missing(self) -> str:
+        """Why this study cannot run here; empty if it can."""
+        root = self.table.root
+        return f"{root} does not exist: set FASHION_MNIST_ROOT" if root and not Path(root).is_dir() else ""
+
+    def jobs(self, quick: bool) -> list[Job]:
+        """See :class:`benchmarks.papers.study.Study`."""
+        if quick and not self.in_quick:
+            return []
+        return [
+            self._job(method, seed)
+            for seed in (QUICK_SEEDS if quick else SEEDS)
+            for method in self.table.methods
+            if (method.quick or not quick) and not (method.kind == "pixels" and seed != SEEDS[0])
+        ]
+
+    def _job(self, method: Method, seed: int) -> Job:
+        minutes = self.table.minutes
+        if method.kind != "trained":
+            of = method.parts or (self.table.baseline,)
+            needs = tuple(f"{key}_seed{seed}" for key in of)
+            return Job(f"{method.key}_seed{seed}", (1 - _PARTS_ONLY) * minutes, needs)
+        return Job(f"{method.key}_seed{seed}", minutes if method.shown else _PARTS_ONLY * minutes)
+
+    def run(self, job: Job, folder: Path) -> dict[str, Any]:
+        """See :class:`benchmarks.papers.study.Study`."""
+        key, _, number = job.name.rpartition("_seed")
+        method, seed = self.methods[key], int(number)
+        record: dict[str, Any] = {}
+        place = folder / job.name
+        start = time.process_time()
+        if method.kind == "trained":
+            record["train_minutes"] = train_encoder(self.table, method, seed + len(SEEDS) * method.new_seeds, place)
+            start = time.process_time()
+            if not method.shown:
+                return record
+            splits = embeddings(place)
+        elif method.kind == "concatenated":
+            concatenate(*(folder / name for name in job.needs), place)
+            splits = embeddings(place)
+        else:
+            of_baseline = folder / job.needs[0]
+            splits = pixels(of_baseline) if method.kind == "pixels" else untrained(of_baseline, seed)
+        figures = [*self.table.figures, *(["probe"] if method.full_probe else [])]
+        record["figures"] = measure(splits, [name for name in figures if not name.startswith("head_")])
+        if method.kind == "trained" and any(name.startswith("head_") for name in figures):
+            from pysupcon.trainer.run import load_run
+
+            if load_run(place).config.model.projection != "none":
+                heads = [name for name in figures if name.startswith("head_")]
+                record["figures"] |= measure(embeddings(place, projection=True), heads)
+        record["samples"] = len(splits.test)
+        record["evaluate_minutes"] = (time.process_time() - start) / 60
+        return record
+
+    def _rows(self, records: Records) -> dict[str, dict[int, Record]]:
+        """The records of each row by seed. The pixels are the same for all seeds."""
+        found: dict[str, dict[int, Record]] = {}
+        for method in self.table.methods:
+            if not method.shown:
+                continue
+            mine = {
+                int(name.rpartition("_seed")[2]): record
+                for name, record in records.items()
+                if name.rpartition("_seed")[0] == method.key
+            }
+            if method.kind == "pixels" and mine:
+                mine = dict.fromkeys(SEEDS, mine[SEEDS[0]])
+            if mine:
+                found[method.key] = mine
+        return found
+
+    def tables(self, records: Records) -> str:
+        """See :class:`benchmarks.papers.study.Study`."""
+        rows = self._rows(records)
+        if not rows:
+            return ""
+        comparer = Comparer(rows)
+        shown = [*self.table.figures]
+        if any("probe" in record["figures"] for of_row in rows.values() for record in of_row.values()):
+            shown.append("probe")
+        base = self.methods[self.table.baseline].title
+        header = ["method", *(FIGURES[name].heading for name in shown)]
+        header += [f"{FIGURES[name].heading}, less {base}" for name in self.table.compared]
+        lines = [[*header, "minutes"]]
+        for key, of_row in rows.items():
+            found = list(of_row.values())
+            if self.methods[key].kind == "pixels":
+                found = found[:1]
+            cells = [self._cell(found, name) for name in shown]
+            cells += [_difference(comparer, key, self.table.baseline, name) for name in self.table.compared]
+            lines.append([self.methods[key].title, *cells, _minutes(found)])
+        seeds = sorted({len(of_row) for key, of_row in rows.items() if self.methods[key].kind != "pixels"})
+        count = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
+        return "\n\n".join(
+            part for part in (f"**{self.TITLE}** ({count} seeds).", markdown(lines), self.notes) if part
+        )
+
+    def _cell(self, records: Sequence[Record], name: str) -> str:
+        import statistics
+
+        if any(name not in record["figures"] for record in records):
+            return ""
+        figure, found = FIGURES[name], values(records, name)
+        text = f"{figure.factor * statistics.fmean(found):.{figure.digits}f}"
+        if len(found) < 2:
+            return text
+        return f"{text} ± {figure.factor * statistics.stdev(found):.{figure.digits}f}"
+
+    def draw(self, records: Records, folder: Path) -> list[str]:
+        """Draw the differences to the baseline."""
+        from pysupcon.reports.charts import draw_differences
+
+        comparer = Comparer(self._rows(records))
+        drawn = []
+        for name in self.table.compared:
+            figure = FIGURES[name]
+            bars = []
+            for key, method in self.methods.items():
+                found = comparer.difference(key, self.table.baseline, name)
+                if found is not None and key != self.table.baseline:
+                    ends = (figure.factor * end for end in (found.value, found.low, found.high))
+                    bars.append((figure.heading, method.title, *ends))
+            if bars:
+                file = f"paper_{self.NAME}_{name}.png"
+                base = self.methods[self.table.baseline].title
+                unit = "percentage points" if figure.factor == 100 else ""
+                draw_differences(folder / file, bars, title=f"{self.TITLE}: less {base}", unit=unit)
+                drawn.append(file)
+        return drawn
+
+    def claims(self, records: Records) -> list[Claim]:
+        """See :class:`benchmarks.papers.study.Study`."""
+        return list(self._claims(Comparer(self._rows(records))))
+
+    def _claims(self, comparer: Comparer) -> Iterator[Claim]:
+        for order in self.orders:
+            found = comparer.difference(order.row, order.less, order.figure)
+            if found is not None:
+                figure = FIGURES[order.figure]
+                claim = f"{order.claim} ({self.TITLE}; {figure.heading})"
+                yield Claim(
+                    claim, _shown(found, order.figure), verdict(found.low, found.high), order.headline
+                )
+
+
+def _shown(found: Difference, name: str) -> str:
+    figure = FIGURES[name]
+    unit = " points" if figure.factor == 100 else ""
+    text = show_interval(found.value, found.low, found.high, figure.factor, figure.digits)
+    return f"{text}{unit}, {found.seeds} seeds"
+
+
+def _difference(comparer: Comparer, row: str, less: str, name: str) -> str:
+    found = None if row == less else comparer.difference(row, less, name)
+    if found is None:
+        return ""
+    figure = FIGURES[name]
+    text = show_interval(found.value, found.low, found.high, figure.factor, figure.digits)
+    return f"**{text}**" if found.low > 0 or found.high < 0 else text
+
+
+def _minutes(records: Sequence[Mapping[str, Any]]) -> str:
+    """Processor minutes of training and evaluation, mean over the seeds."""
+    total = sum(record.get("train_minutes", 0) + record.get("evaluate_minutes", 0) for record in records)
+    return f"{total / len(records):.1f}"
