@@ -37,9 +37,7 @@ def train_encoder(table: Table, method: Method, seed: int, folder: Path) -> floa
     cost = folder / COST_FILE
     if not cost.is_file():
         start = time.process_time()
-        config, _ = parse_args(
-            [*arguments(table, method, seed, folder), "--resume_from_checkpoint", "auto"]
-        )
+        config, _ = parse_args([*arguments(table, method, seed, folder), "--resume_from_checkpoint", "auto"])
         train(config)
         minutes = (time.process_time() - start) / 60
         cost.write_text(json.dumps({"train_processor_minutes": minutes}), encoding="utf-8")
@@ -62,8 +60,8 @@ def embeddings(folder: Path, projection: bool = False) -> FeatureSplits:
     from pysupcon.evaluators import EvaluationConfig
     from pysupcon.trainer.run import load_run
 
-    features = "projection" if projection else "embedding"
-    config = EvaluationConfig(features=features, progress=False)
+    config = EvaluationConfig(features="projection") if projection else EvaluationConfig()
+    config.progress = False
     return run_features(load_run(folder), config, torch.device("cpu"))
 
 

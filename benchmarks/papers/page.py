@@ -1,8 +1,10 @@
-"""Writes what the studies found: benchmarks/papers/README.md, the summary of the project's README, pictures."""
+"""Writes what the studies found: the results of this folder's README, the summary in the project's README,
+and the pictures."""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,8 +20,8 @@ MOST_HEADLINES = 10
 EXPLANATION = (
     "Accuracies are per cent. Mean over the seeds ± their standard deviation. In brackets the 95 % interval "
     "of the difference over seeds and test images (paired bootstrap of both; with the Student-t correction "
-    "for few seeds). Bold, and *shown* or *contradicted*: the interval excludes 0. Minutes: of one processor, "
-    "training and evaluation."
+    "for few seeds). Bold, and *shown* or *contradicted*: the interval excludes 0. Minutes: of one "
+    "processor, training and evaluation."
 )
 
 
@@ -51,8 +53,12 @@ def _machines(studies: Sequence[Study], results: Path) -> str:
     files = [json.loads(stored_file(study, results).read_text(encoding="utf-8")) for study in studies]
     machines = sorted({file["machine"]["processor"] for file in files})
     versions = sorted({file["machine"]["versions"]["torch"] for file in files})
-    minutes = sum(record.get("processor_minutes", 0) for file in files for record in file["records"].values())
-    return f"{', '.join(machines)}, one thread per job; torch {', '.join(versions)}; {minutes:.0f} processor minutes."
+    records = [record for file in files for record in file["records"].values()]
+    minutes = sum(record.get("processor_minutes", 0) for record in records)
+    return (
+        f"{', '.join(machines)}, one thread per job; torch {', '.join(versions)}; {len(records)} jobs in "
+        f"{minutes:.0f} processor minutes."
+    )
 
 
 def _claims(claims: Sequence[Claim]) -> str:
@@ -63,8 +69,9 @@ def _claims(claims: Sequence[Claim]) -> str:
 
 
 def _pictures(study: Study, results: Path) -> list[str]:
-    files = sorted(results.glob(f"paper_{study.NAME}_*.png")) + sorted(results.glob(f"paper_{study.NAME}.png"))
-    return [f"![{study.TITLE}](../results/{file.name})" for file in files]
+    files = sorted(file.name for file in results.glob("paper_*.png"))
+    mine = [name for name in files if re.fullmatch(rf"paper_{study.NAME}(\.\w+)?\.png", name)]
+    return [f"![{study.TITLE}](../results/{name})" for name in mine]
 
 
 def summary(studies: Iterable[Study], results: Path) -> str:

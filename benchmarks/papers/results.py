@@ -22,7 +22,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -71,37 +71,51 @@ def left(studies: Sequence[Study], runs: Path, quick: bool) -> list[tuple[Study,
     ]
 
 
-def run_all(jobs: Sequence[tuple[Study, Job]], runs: Path, processes: int) -> list[str]:
-    """Run jobs, each after those that it needs. Returns the names of the failed ones."""
+def run_all(
+    jobs: Sequence[tuple[Study, Job]], runs: Path, processes: int, pool: Executor | None = None
+) -> list[str]:
+    """Run jobs, each after those that it needs.
+
+    Args:
+        jobs: the jobs in order.
+        runs: folder of the runs.
+        processes: jobs at once.
+        pool: where they run; None makes a pool of processes.
+
+    Returns:
+        The names of the jobs that failed, or that need one that failed.
+    """
+    if pool is None:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(processes, mp_context=context, initializer=_quiet) as new:
+            return run_all(jobs, runs, processes, new)
     pending = list(jobs)
     running: dict[Future[float], tuple[Study, Job]] = {}
     failed: list[str] = []
     start, total, spent = time.perf_counter(), len(pending), 0.0
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=_quiet) as pool:
-        while pending or running:
-            for study, job in list(pending):
-                if len(running) == processes:
-                    break
-                if all(record_file(study, name, runs).is_file() for name in job.needs):
-                    pending.remove((study, job))
-                    running[pool.submit(run_job, study.NAME, job, runs)] = (study, job)
-            if not running:  # the jobs that they need have failed
-                return failed + [f"{study.NAME}/{job.name}" for study, job in pending]
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                study, job = running.pop(future)
-                error = future.exception()
-                if error is not None:
-                    failed.append(f"{study.NAME}/{job.name}")
-                    traceback.print_exception(error)
-                else:
-                    spent += future.result()
-                print(
-                    f"{(time.perf_counter() - start) / 60:6.1f} min, {spent:.1f} processor minutes: "
-                    f"{study.NAME}/{job.name} {'failed' if error else 'done'}, "
-                    f"{len(pending) + len(running)} of {total} left",
-                    flush=True,
-                )
+    while pending or running:
+        for study, job in list(pending):
+            if len(running) == processes:
+                break
+            if all(record_file(study, name, runs).is_file() for name in job.needs):
+                pending.remove((study, job))
+                running[pool.submit(run_job, study.NAME, job, runs)] = (study, job)
+        if not running:  # the jobs that they need have failed
+            return failed + [f"{study.NAME}/{job.name}" for study, job in pending]
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            study, job = running.pop(future)
+            error = future.exception()
+            if error is not None:
+                failed.append(f"{study.NAME}/{job.name}")
+                traceback.print_exception(error)
+            else:
+                spent += future.result()
+            print(
+                f"{(time.perf_counter() - start) / 60:6.1f} min, {spent:.1f} processor minutes: "
+                f"{study.NAME}/{job.name} {'failed' if error else 'done'}, "
+                f"{len(pending) + len(running)} of {total} left",
+                flush=True,
+            )
     return failed
 
 
@@ -132,12 +146,9 @@ def store(study: Study, records: Records, results: Path) -> Path:
     merged = {**stored, **records}
     ordered = {name: merged[name] for name in dict.fromkeys([*order, *merged]) if name in merged}
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(record)}" for name, record in ordered.items())
-    machine = json.dumps(describe("cpu"))
+    head = f' "study": {json.dumps(study.NAME)},\n "machine": {json.dumps(describe("cpu"))},\n'
     results.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        f'{{\n "study": {json.dumps(study.NAME)},\n "machine": {machine},\n "records": {{\n{lines}\n }}\n}}\n',
-        encoding="utf-8",
-    )
+    path.write_text(f'{{\n{head} "records": {{\n{lines}\n }}\n}}\n', encoding="utf-8")
     return path
 
 

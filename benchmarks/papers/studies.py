@@ -91,7 +91,10 @@ MOCO = TableStudy(
         ),
         baseline="moco_0", figures=("logistic", "knn", "spread"),
     ),
-    (Order("The queue helps", "moco", "moco_0", "logistic"), Order("The queue helps", "moco", "moco_0", "knn")),
+    (
+        Order("The queue helps", "moco", "moco_0", "logistic"),
+        Order("The queue helps", "moco", "moco_0", "knn"),
+    ),
 )  # fmt: skip
 
 STUDIES: tuple[Study, ...] = (MNIST_STRONG, MNIST_NONE, FASHION_STRONG, FASHION_NONE, MARGINS, MOCO)

@@ -86,7 +86,8 @@ class TableStudy:
         place = folder / job.name
         start = time.process_time()
         if method.kind == "trained":
-            record["train_minutes"] = train_encoder(self.table, method, seed + len(SEEDS) * method.new_seeds, place)
+            of_run = seed + len(SEEDS) * method.new_seeds
+            record["train_minutes"] = train_encoder(self.table, method, of_run, place)
             start = time.process_time()
             if not method.shown:
                 return record
@@ -168,22 +169,21 @@ class TableStudy:
         from pysupcon.reports.charts import draw_differences
 
         comparer = Comparer(self._rows(records))
-        drawn = []
+        factor = FIGURES[self.table.compared[0]].factor
+        bars = []
         for name in self.table.compared:
             figure = FIGURES[name]
-            bars = []
             for key, method in self.methods.items():
                 found = comparer.difference(key, self.table.baseline, name)
-                if found is not None and key != self.table.baseline:
-                    ends = (figure.factor * end for end in (found.value, found.low, found.high))
+                if found is not None and key != self.table.baseline and figure.factor == factor:
+                    ends = (factor * end for end in (found.value, found.low, found.high))
                     bars.append((figure.heading, method.title, *ends))
-            if bars:
-                file = f"paper_{self.NAME}_{name}.png"
-                base = self.methods[self.table.baseline].title
-                unit = "percentage points" if figure.factor == 100 else ""
-                draw_differences(folder / file, bars, title=f"{self.TITLE}: less {base}", unit=unit)
-                drawn.append(file)
-        return drawn
+        if not bars:
+            return []
+        file = f"paper_{self.NAME}.png"
+        title = f"{self.TITLE}: less {self.methods[self.table.baseline].title}"
+        draw_differences(folder / file, bars, title=title, unit="percentage points" if factor == 100 else "")
+        return [file]
 
     def claims(self, records: Records) -> list[Claim]:
         """See :class:`benchmarks.papers.study.Study`."""
