@@ -117,7 +117,7 @@ def test_differences_are_over_seeds_and_images(records: dict[str, Any]) -> None:
 
 def test_the_table_shows_every_row(records: dict[str, Any]) -> None:
     text = STUDY.tables(records)
-    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line]
     assert [row.split(" | ")[0] for row in rows[1:]] == [
         "| SupCon", "| cross-entropy", "| two frozen backbones", "| the pixels", "| untrained network",
     ]  # fmt: skip
