@@ -1,9 +1,15 @@
-"""Percentile bootstrap over the test samples (Efron 1979; protocol of SINCERE, arXiv 2309.14277)."""
+"""Percentile bootstrap over the test samples (Efron 1979; protocol of SINCERE, arXiv 2309.14277), or over
+seeds and test samples, and Student-t intervals over seeds.
+
+One run says nothing about other seeds: its interval is for this trained model on other test samples.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import sqrt
+from random import Random
 
 import torch
 from torch import Tensor
@@ -66,6 +72,90 @@ def percentile_interval(means: Tensor, confidence: float) -> tuple[float, float]
     tail = (1 - confidence) / 2
     low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=means.dtype)).tolist()
     return low, high
+
+
+def seed_and_sample_values(
+    runs: Sequence[BoundMetric], config: BootstrapConfig, *, seeds: Sequence[int] | None = None
+) -> Tensor:
+    """Mean of a metric over ``runs``, one per seed, on resamples of the seeds and of the test samples.
+
+    The two are crossed (Owen 2007, arXiv 0712.1111): in a resample all seeds share the drawn test samples,
+    those of :func:`bootstrap_values`. With V_s the metric of run s on them, the value is
+
+        mean over all seeds of V_s + f (mean over the drawn seeds of V_s - mean over all seeds of V_s),
+        f = sqrt(S / (S - 1)) t / z,
+
+    with t and z the quantiles at (1 + confidence) / 2 of Student's t with S - 1 degrees of freedom and of the
+    normal distribution. Without f, a percentile interval of few seeds is too narrow: if only the seeds vary,
+    one of 95 % covers 88 % for 8 seeds and 50 % for 2. The interval may leave the range of the metric.
+    It is too wide where the seeds fail on different samples at random, because both parts count that.
+
+    One run has no seed component: the result is that of :func:`bootstrap_values`.
+
+    Args:
+        runs: the metric of each run, all with the same N test samples in the same order.
+        config: number and seed of the resamples, and the confidence level of f.
+        seeds: the training seed of each run; None means 0, 1, ...
+
+    Returns:
+        [resamples] float64 on the CPU. Results for the same seeds (in any order), N and ``config`` have the
+        same draws: their difference is the paired difference, by seed and by test sample. For other seeds or
+        another number of them, the test samples are paired and the seeds are drawn independently.
+
+    Raises:
+        ValueError: there are no runs, they differ in N, or ``seeds`` does not hold one seed per run.
+    """
+    seeds = range(len(runs)) if seeds is None else seeds
+    if not runs or len(seeds) != len(runs) or len(set(seeds)) != len(runs):
+        raise ValueError(
+            f"seeds must hold a different seed for each of one or more runs, got {list(seeds)} for "
+            f"{len(runs)} runs"
+        )
+    samples = [len(run.outcomes[0]) for run in runs]
+    if len(set(samples)) > 1:
+        raise ValueError(f"runs must have outcomes of the same test samples, got {samples} of them")
+    order = sorted(range(len(runs)), key=lambda run: seeds[run])
+    values = torch.stack([bootstrap_values(runs[run], config) for run in order], dim=1)
+    mean = values.mean(dim=1)
+    count = len(runs)
+    if count == 1:
+        return mean
+    # Text seeds of random.Random are hashed: other seeds of the runs give unrelated draws.
+    mixed = Random(f"{config.seed} {sorted(seeds)}").getrandbits(63)
+    generator = torch.Generator().manual_seed(mixed)
+    drawn = torch.randint(count, (config.resamples, count), generator=generator)
+    return mean + _few_seeds(count, config.confidence) * (values.gather(1, drawn).mean(dim=1) - mean)
+
+
+def _few_seeds(count: int, confidence: float) -> float:
+    """Ratio of the half-widths of a Student-t interval and of a percentile interval of ``count`` values."""
+    from scipy.stats import norm, t
+
+    quantile = (1 + confidence) / 2
+    return sqrt(count / (count - 1)) * float(t.ppf(quantile, count - 1) / norm.ppf(quantile))
+
+
+def mean_interval(values: Sequence[float] | Tensor, confidence: float) -> tuple[float, float]:
+    """Student-t interval of the mean of ``values`` [S], one per seed.
+
+    It treats the test set as fixed. For paired differences, give the differences by seed.
+
+    Raises:
+        ValueError: there are fewer than two values, or ``confidence`` is not in (0, 1).
+    """
+    from scipy.stats import t
+
+    found = torch.as_tensor(values, dtype=torch.float64)
+    if found.ndim != 1 or len(found) < 2:
+        raise ValueError(
+            f"values must be of shape [S] with S >= 2: one seed says nothing about other seeds, got shape "
+            f"{list(found.shape)}"
+        )
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be in (0, 1), got {confidence}")
+    half = float(t.ppf((1 + confidence) / 2, len(found) - 1) * found.std() / sqrt(len(found)))
+    mean = float(found.mean())
+    return mean - half, mean + half
 
 
 def with_intervals(results: Iterable[Result], config: BootstrapConfig) -> Iterator[Result]:

@@ -1,0 +1,144 @@
+"""Intervals over seeds and test samples: coverage of a known truth, pairing, and errors."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from pysupcon.evaluators import BootstrapConfig, BoundMetric, bootstrap
+from pysupcon.evaluators.bootstrap import (
+    bootstrap_values,
+    mean_interval,
+    percentile_interval,
+    seed_and_sample_values,
+)
+from pysupcon.evaluators.metrics import METRICS
+
+TRUTH = 0.7
+SEEDS, SAMPLES = 8, 200
+TRIALS = 600
+TOLERANCE = 3.1 * math.sqrt(0.95 * 0.05 / TRIALS)
+"""An interval that covers 95 % covers less than 95 % - TOLERANCE of TRIALS trials once in 1,000 times."""
+
+
+def accuracy(correct: Tensor) -> BoundMetric:
+    return BoundMetric(METRICS["accuracy"], [correct])
+
+
+def draw_runs(generator: torch.Generator, seeds: int, ratio: float, shared: bool) -> list[BoundMetric]:
+    """Runs with a normal seed effect, whose variance is ``ratio`` times that of one run over the samples.
+
+    With ``shared``, a sample is equally hard for all seeds; otherwise the seeds fail independently.
+    """
+    effect = math.sqrt(ratio * TRUTH * (1 - TRUTH) / SAMPLES) * torch.randn(seeds, 1, generator=generator)
+    hardness = torch.rand(1 if shared else seeds, SAMPLES, generator=generator)
+    return [accuracy(row) for row in (hardness < TRUTH + effect).float()]
+
+
+def coverage(ratio: float, shared: bool, seeds: int = SEEDS) -> float:
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+    for trial in range(TRIALS):
+        runs = draw_runs(generator, seeds, ratio, shared)
+        values = seed_and_sample_values(runs, BootstrapConfig(resamples=500, seed=trial))
+        low, high = percentile_interval(values, 0.95)
+        covered += low <= TRUTH <= high
+    return covered / TRIALS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ratio", "shared", "highest"),
+    [
+        (0.0, True, 0.95 + TOLERANCE),
+        (1.0, True, 0.95 + TOLERANCE),
+        (16.0, True, 0.95 + TOLERANCE),
+        (16.0, False, 0.95 + TOLERANCE),
+        (1.0, False, 1.0),  # crossed resampling is too wide where the seeds fail independently
+    ],
+)
+def test_the_interval_covers_the_truth(ratio: float, shared: bool, highest: float) -> None:
+    assert 0.95 - TOLERANCE <= coverage(ratio, shared) <= highest
+
+
+@pytest.mark.slow
+def test_without_the_correction_the_interval_is_too_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert coverage(64.0, False) >= 0.95 - TOLERANCE
+    monkeypatch.setattr(bootstrap, "_few_seeds", lambda *_: 1.0)
+    assert coverage(64.0, False) < 0.95 - TOLERANCE
+
+
+def test_if_only_the_seeds_vary_it_is_nearly_the_t_interval() -> None:
+    """The accuracies of eight seeds on test samples that all give the same: no variation by samples."""
+    values = torch.linspace(0.5, 0.9, SEEDS).double()
+    runs = [accuracy(value.expand(50)) for value in values]
+    for confidence in (0.8, 0.95):
+        config = BootstrapConfig(resamples=20_000, confidence=confidence)
+        found = percentile_interval(seed_and_sample_values(runs, config), confidence)
+        wanted = stats.t.interval(confidence, SEEDS - 1, values.mean(), stats.sem(values))
+        assert mean_interval(values.tolist(), confidence) == pytest.approx(wanted)
+        assert mean_interval(values, confidence) == pytest.approx(wanted)
+        width = wanted[1] - wanted[0]
+        assert found == pytest.approx(wanted, abs=0.02 * width)
+
+
+def test_seeds_share_the_drawn_samples() -> None:
+    """Equal runs differ in nothing: what is left are the samples, drawn as for one run."""
+    correct = torch.arange(60) < 40
+    config = BootstrapConfig(resamples=100, seed=3)
+    one = bootstrap_values(accuracy(correct), config)
+    for count in (1, 2, 8):
+        torch.testing.assert_close(seed_and_sample_values([accuracy(correct)] * count, config), one)
+
+
+def test_the_difference_of_results_is_paired_by_seed_and_sample() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (draw_runs(generator, SEEDS, 4.0, True) for _ in range(2))
+    less = [accuracy(x.outcomes[0] - y.outcomes[0]) for x, y in zip(a, b, strict=True)]
+    config = BootstrapConfig(resamples=200, seed=5)
+    difference = seed_and_sample_values(less, config)
+    found = seed_and_sample_values(a, config) - seed_and_sample_values(b, config)
+    torch.testing.assert_close(found, difference)
+    seeds = [5, 3, 11, 0, 2, 9, 4, 8]
+    order = np.argsort(seeds)
+    mixed = seed_and_sample_values(a, config, seeds=seeds) - seed_and_sample_values(
+        [b[i] for i in order], config, seeds=sorted(seeds)
+    )
+    torch.testing.assert_close(mixed, seed_and_sample_values(less, config, seeds=seeds))
+    other = seed_and_sample_values(a, BootstrapConfig(200, seed=6))
+    assert not torch.equal(seed_and_sample_values(a, config), other)
+
+
+@pytest.mark.parametrize("others", [range(8, 16), range(16), range(4)])
+def test_other_seeds_are_drawn_independently(others: range) -> None:
+    """Only the seeds vary. The difference has the variance of both, not that of paired draws."""
+    config = BootstrapConfig(resamples=20_000)
+
+    def drawn(seeds: range) -> Tensor:
+        runs = [accuracy(torch.tensor(float(seed % 4)).expand(5)) for seed in seeds]
+        return seed_and_sample_values(runs, config, seeds=seeds)
+
+    pair = torch.stack([drawn(range(8)), drawn(others)])
+    assert torch.corrcoef(pair)[0, 1].abs() < 4 / math.sqrt(config.resamples)
+
+
+def test_errors_of_seeds_and_intervals() -> None:
+    config = BootstrapConfig()
+    runs = [accuracy(torch.ones(4)), accuracy(torch.ones(5))]
+    with pytest.raises(ValueError, match=r"runs must have outcomes of the same test samples, got \[4, 5\]"):
+        seed_and_sample_values(runs, config)
+    for seeds in ([1], [1, 1]):
+        with pytest.raises(ValueError, match=r"a different seed for each of one or more runs, got \[1"):
+            seed_and_sample_values([runs[0]] * 2, config, seeds=seeds)
+    with pytest.raises(ValueError, match=r"one or more runs, got \[\] for 0 runs"):
+        seed_and_sample_values([], config)
+    for values in ([0.5], torch.ones(2, 2), []):
+        with pytest.raises(ValueError, match=r"S >= 2: one seed says nothing about other seeds, got shape"):
+            mean_interval(values, 0.95)
+    with pytest.raises(ValueError, match=r"confidence must be in \(0, 1\), got 95"):
+        mean_interval([0.1, 0.2], 95)
