@@ -10,7 +10,7 @@ from pysupcon.data.config import DataConfig
 from pysupcon.errors import ConfigError, check_all
 from pysupcon.evaluators import EvaluationConfig
 from pysupcon.models.config import ModelConfig
-from pysupcon.trainer.config import GROUP_ACCURACIES, NEEDS_VIEWS, LossConfig, OptimizerConfig, TrainerConfig
+from pysupcon.trainer.config import ACCURACIES, NEEDS_VIEWS, LossConfig, OptimizerConfig, TrainerConfig
 
 
 @dataclass
@@ -252,7 +252,7 @@ class Config:
 
     def _check_best_by(self) -> None:
         best_by = self.trainer.best_by
-        if best_by in GROUP_ACCURACIES and not self.model.classifier:
+        if best_by in ACCURACIES and not self.model.classifier:
             raise ConfigError(f"trainer.best_by={best_by} needs model.classifier, which is false")
         if best_by == "cross_entropy" and not self.model.classifier:
             raise ConfigError("trainer.best_by=cross_entropy needs model.classifier, which is false")
