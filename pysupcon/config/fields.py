@@ -57,6 +57,7 @@ class Config:
                 self._check_multi_label,
                 self._check_best_by,
             ]
+        checks.append(self._check_features)
         check_all(*checks, self._check_warmup, self._check_dry_run)
         for section in (self.data, self.model, self.loss, self.optimizer):
             section.resolve()
@@ -249,6 +250,13 @@ class Config:
                 raise ConfigError(
                     f"{name} must be {remedy} for data.dataset=image_table: it needs one label per sample"
                 )
+
+    def _check_features(self) -> None:
+        if self.evaluation.features == "projection" and self.model.projection == "none":
+            raise ConfigError(
+                "evaluation.features=projection needs a projection head, but model.projection is none: pass "
+                "--model.projection mlp, or evaluate the embedding"
+            )
 
     def _check_best_by(self) -> None:
         best_by = self.trainer.best_by

@@ -111,6 +111,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
         ),
         ("--trainer.best_by cross_entropy", "trainer.best_by=cross_entropy needs model.classifier"),
         ("--trainer.best_by precision", "trainer.best_by must be"),
+        ("--evaluation.features projection", "evaluation.features=projection needs a projection head"),
         ("--trainer.best_by accuracy", "trainer.best_by=accuracy needs model.classifier"),
         ("--optimizer.momentum 0.9", "optimizer.momentum must be left out for adamw, got 0.9"),
         ("--optimizer.warmup_epochs 11", "optimizer.warmup_epochs must be at most trainer.epochs=10, got 11"),
