@@ -29,11 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from benchmarks import machine
-from pysupcon.evaluation.evaluate import FOLDER as EVALUATION
 from pysupcon.evaluation.evaluate import METRICS_FILE
 from pysupcon.evaluators import BootstrapConfig, bind_metric
 from pysupcon.evaluators.bootstrap import bootstrap_values, percentile_interval
-from pysupcon.reports.evaluated_runs import read_run
+from pysupcon.reports.evaluated_runs import EVALUATION, read_run
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "worst_group"

@@ -160,7 +160,8 @@ def compare(
             is not finite.
     """
     bootstrap = bootstrap or BootstrapConfig()
-    all_runs = list({run.dir.resolve(): run for run in [*runs, *([baseline] if baseline else [])]}.values())
+    named = [*runs, *([baseline] if baseline else [])]
+    all_runs = list({(run.dir.resolve(), run.part): run for run in named}.values())
     if len(all_runs) < 2:
         raise RunError(f"compare needs two or more runs, got {', '.join(str(run.dir) for run in all_runs)}")
     check_same_test_set(all_runs)
@@ -324,9 +325,19 @@ def main(arguments: Sequence[str]) -> int:
         description="Compare evaluated runs: differences with paired bootstrap intervals, means over seeds.",
     )
     add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="folder of an evaluated run")
+    add(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="folder of an evaluated run; RUN/evaluation-projection: its projections",
+    )
     add("--baseline", metavar="RUN", help="run of the baseline configuration (default: the first run)")
-    add("--of", default=EVALUATION, metavar="PART", help="results to compare: %(default)s or transfer/NAME")
+    add(
+        "--of",
+        default=EVALUATION,
+        metavar="PART",
+        help="results to compare: %(default)s, evaluation-projection, or transfer/NAME",
+    )
     add("--output", default="comparison", help="folder of the results (default: %(default)s)")
     add("--figures", nargs="+", metavar="REGEX", help="metrics to compare (default: all but single classes)")
     add("--resamples", type=int, default=1000, help="bootstrap resamples (default: %(default)s)")
@@ -340,7 +351,8 @@ def main(arguments: Sequence[str]) -> int:
         runs = [read_run(folder, parsed.of) for folder in parsed.runs]
         baseline = read_run(parsed.baseline, parsed.of) if parsed.baseline else None
         if baseline is not None:
-            baseline = next((run for run in runs if run.dir.resolve() == baseline.dir.resolve()), baseline)
+            same = baseline.dir.resolve(), baseline.part
+            baseline = next((run for run in runs if (run.dir.resolve(), run.part) == same), baseline)
         comparison = compare(runs, baseline, figures=parsed.figures, bootstrap=bootstrap, progress=True)
     except (RunError, ValueError, re.error) as error:
         print(f"pysupcon compare: {error}", file=sys.stderr)

@@ -69,7 +69,7 @@ def concatenate_runs(first: str | Path, second: str | Path, output: str | Path) 
         data=replace(one.data),
         model=ModelConfig(concatenated=[run.config.as_concatenated_part() for run in runs]),
         loss=LossConfig(name="none"),
-        evaluation=one.evaluation,
+        evaluation=replace(one.evaluation, features="embedding"),  # it has no projection head
     )
     config.resolve()
     weights = {

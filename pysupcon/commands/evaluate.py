@@ -35,7 +35,8 @@ def _parse(arguments: Sequence[str]) -> tuple[Run, EvaluationConfig]:
     parser = config_parser(
         prog=f"{program()} evaluate",
         usage="%(prog)s RUN [--FIELD VALUE ...]",
-        description="Run the evaluators on a finished run and write the results to RUN/evaluation. "
+        description="Run the evaluators on a finished run and write the results to RUN/evaluation "
+        "(with --features projection: to RUN/evaluation-projection). "
         "The defaults are the values in the run's config.",
     )
     parser.add_argument("run_dir", type=str, help="folder of the run")

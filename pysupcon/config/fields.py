@@ -10,7 +10,7 @@ from pysupcon.data.config import DataConfig
 from pysupcon.errors import ConfigError, check_all
 from pysupcon.evaluators import EvaluationConfig
 from pysupcon.models.config import ModelConfig
-from pysupcon.trainer.config import GROUP_ACCURACIES, NEEDS_VIEWS, LossConfig, OptimizerConfig, TrainerConfig
+from pysupcon.trainer.config import ACCURACIES, NEEDS_VIEWS, LossConfig, OptimizerConfig, TrainerConfig
 
 
 @dataclass
@@ -57,6 +57,7 @@ class Config:
                 self._check_multi_label,
                 self._check_best_by,
             ]
+        checks.append(self._check_features)
         check_all(*checks, self._check_warmup, self._check_dry_run)
         for section in (self.data, self.model, self.loss, self.optimizer):
             section.resolve()
@@ -250,9 +251,16 @@ class Config:
                     f"{name} must be {remedy} for data.dataset=image_table: it needs one label per sample"
                 )
 
+    def _check_features(self) -> None:
+        if self.evaluation.features == "projection" and self.model.projection == "none":
+            raise ConfigError(
+                "evaluation.features=projection needs a projection head, but model.projection is none: pass "
+                "--model.projection mlp, or evaluate the embedding"
+            )
+
     def _check_best_by(self) -> None:
         best_by = self.trainer.best_by
-        if best_by in GROUP_ACCURACIES and not self.model.classifier:
+        if best_by in ACCURACIES and not self.model.classifier:
             raise ConfigError(f"trainer.best_by={best_by} needs model.classifier, which is false")
         if best_by == "cross_entropy" and not self.model.classifier:
             raise ConfigError("trainer.best_by=cross_entropy needs model.classifier, which is false")

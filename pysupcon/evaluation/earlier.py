@@ -34,9 +34,10 @@ class Earlier:
     outcomes: dict[str, Tensor]
     order: list[str] = field(default_factory=list)
 
-    def fits(self, weights: str, labels: Mapping[str, Tensor]) -> bool:
-        """Whether it is of these weights (SHA-256) and test labels."""
-        same = self.report.metadata.get("weights_sha256") == weights
+    def fits(self, weights: str, features: str, labels: Mapping[str, Tensor]) -> bool:
+        """Whether it is of these weights (SHA-256), features (as the report names them) and test labels."""
+        metadata = self.report.metadata
+        same = (metadata.get("weights_sha256"), metadata.get("features")) == (weights, features)
         return same and all(
             name in self.outcomes and torch.equal(self.outcomes[name], labels[name]) for name in LABELS
         )

@@ -1,4 +1,4 @@
-"""Evaluate a finished run and write its report to RUN/evaluation."""
+"""Evaluate a finished run and write its report to RUN/evaluation, or RUN/evaluation-projection."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from pysupcon.errors import RunError
 from pysupcon.evaluation import pictures
 from pysupcon.evaluation.earlier import LABELS, Earlier, free_folder, read_earlier
-from pysupcon.evaluation.features import resolve_device, run_features
+from pysupcon.evaluation.features import DESCRIPTIONS, resolve_device, run_features
 from pysupcon.evaluators import (
     EvaluationConfig,
     Evaluator,
@@ -38,6 +38,7 @@ from pysupcon.evaluators import (
     with_intervals,
 )
 from pysupcon.reading import one_line
+from pysupcon.reports.evaluated_runs import EVALUATION, EVALUATIONS
 from pysupcon.reports.page import to_html
 from pysupcon.reports.report import Metric, Picture, Report, metrics_of
 from pysupcon.trainer.files import named_disk_errors
@@ -46,7 +47,6 @@ from pysupcon.trainer.run import Run, open_run
 
 _MAX_NAMES = 100
 """Classes whose names the report lists"""
-FOLDER = "evaluation"
 METRICS_FILE = "metrics.json"
 REPORT_FILE = "report.md"
 PAGE_FILE = "report.html"
@@ -59,7 +59,8 @@ is complete."""
 def evaluate_run(
     run: Run | str | Path, config: EvaluationConfig | None = None, *, evaluators: object = ()
 ) -> Report:
-    """Evaluate the trained encoder of a run and write RUN/evaluation.
+    """Evaluate the trained encoder of a run and write RUN/evaluation, or RUN/evaluation-projection for
+    ``config.features="projection"``.
 
     The files are metrics.json, report.md, report.html, pictures, and outcomes.safetensors. The outcomes are
     the evaluators' results per test sample (for each accuracy ``correct``, bool [N], and ``predicted``, int64
@@ -69,6 +70,8 @@ def evaluate_run(
 
     Results of other evaluators from an earlier evaluation of the same weights and test samples are kept, and
     their settings stand in the report. An evaluation of other weights is moved to RUN/evaluation-1 (-2, ...).
+    The evaluations of the embedding and of the projection have folders of their own, and neither changes the
+    other.
 
     Args:
         run: a finished run or its folder.
@@ -84,15 +87,15 @@ def evaluate_run(
         RunError: an evaluator of your own failed (what the others found is written), the folder does not
             exist or holds no run, the weights are missing or damaged, a split is too small, a feature is not
             finite, or a file cannot be written. The message names the evaluator, the file or the split.
-        ConfigError: the run's config is not valid, ``config.device`` cannot be used, or another process
-            evaluates the run.
+        ConfigError: the run's config is not valid, ``config.device`` cannot be used, ``config.features`` is
+            "projection" and the model has no projection head, or another process evaluates the run.
     """
     run = open_run(run)
-    with named_disk_errors(run.dir / FOLDER):
-        lock = FolderLock(run.dir, f".{FOLDER}.lock")
+    with named_disk_errors(run.dir / EVALUATION):
+        lock = FolderLock(run.dir, f".{EVALUATION}.lock")
     with lock:
         if lock.exclusive:  # what is there was left by evaluations that were killed
-            for left in run.dir.glob(f".{FOLDER}-*"):
+            for left in run.dir.glob(f".{EVALUATION}-*"):
                 shutil.rmtree(left, ignore_errors=True)
         config = config or run.config.evaluation
         names, passed = names_and_objects(evaluators)
@@ -103,7 +106,7 @@ def evaluate_run(
 
 
 def _evaluate(run: Run, config: EvaluationConfig, passed: Mapping[str, Any]) -> Report:
-    device = resolve_device(config.device)
+    device, target = resolve_device(config.device), run.dir / EVALUATIONS[config.features]
     evaluators = build_evaluators(config, passed)
     seconds: dict[str, float] = {}
     start = time.perf_counter()
@@ -128,10 +131,11 @@ def _evaluate(run: Run, config: EvaluationConfig, passed: Mapping[str, Any]) -> 
     if not done:
         raise failures[0]
     weights = run.weights_digest()
-    kept, unfit = _earlier_results(run.dir / FOLDER, weights, labels, [evaluator.name for evaluator in done])
+    replaced = [evaluator.name for evaluator in done]
+    kept, unfit = _earlier_results(target, weights, config, labels, replaced)
     outcomes = (kept.outcomes if kept else {}) | labels | found
 
-    with named_disk_errors(run.dir / FOLDER), _temporary_folder(run.dir) as folder:
+    with named_disk_errors(target), _temporary_folder(run.dir) as folder:
         drawn: list[Picture] = []
         not_drawn: list[str] = []
         if config.pictures:
@@ -145,13 +149,13 @@ def _evaluate(run: Run, config: EvaluationConfig, passed: Mapping[str, Any]) -> 
             metadata["kept"] = kept.settings()
             notes += kept.notes
             notes.append(f"kept from an earlier evaluation of these weights: {', '.join(kept.evaluators)}")
-        aside = free_folder(run.dir / FOLDER) if unfit else None
+        aside = free_folder(target) if unfit else None
         if aside:
             notes.append(
                 f"an earlier evaluation, of other weights or by an older version, is in {aside.name}"
             )
         report = Report(
-            title=f"Evaluation of {run.dir.resolve().name}",
+            title=f"Evaluation of {_evaluated(config)}{run.dir.resolve().name}",
             metrics=metrics,
             metadata=metadata,
             warnings=[one_line(error) for error in failures] + _warnings(metrics) + not_drawn,
@@ -161,11 +165,9 @@ def _evaluate(run: Run, config: EvaluationConfig, passed: Mapping[str, Any]) -> 
             headline=headline,
         )
         write_results(folder, report, outcomes)
-        _publish(folder, run.dir / FOLDER, aside)
+        _publish(folder, target, aside)
     if failures:
-        raise RunError(
-            f"{one_line(failures[0])}; the results of the other evaluators are in {run.dir / FOLDER}"
-        )
+        raise RunError(f"{one_line(failures[0])}; the results of the other evaluators are in {target}")
     return report
 
 
@@ -186,15 +188,19 @@ def _results(
         raise RunError(f"evaluator {evaluator.name}: {error}") from error
 
 
+def _evaluated(config: EvaluationConfig) -> str:
+    return "the projection head of " if config.features == "projection" else ""
+
+
 def _earlier_results(
-    folder: Path, weights: str, labels: Mapping[str, Tensor], evaluators: list[str]
+    folder: Path, weights: str, config: EvaluationConfig, labels: Mapping[str, Tensor], evaluators: list[str]
 ) -> tuple[Earlier | None, bool]:
-    """The results of an earlier evaluation that ``evaluators`` do not replace, and whether there is an
-    evaluation that does not fit to the weights and labels of this one."""
+    """The results of an earlier evaluation in ``folder`` that ``evaluators`` do not replace, and whether
+    there is an evaluation that does not fit to the weights, features and labels of this one."""
     if not (folder / METRICS_FILE).exists():
         return None, False
     earlier = read_earlier(folder, METRICS_FILE, OUTCOMES_FILE)
-    if earlier is None or not earlier.fits(weights, labels):
+    if earlier is None or not earlier.fits(weights, DESCRIPTIONS[config.features], labels):
         return None, True
     return earlier.without(evaluators), False
 
@@ -207,7 +213,7 @@ def _in_order(metrics: dict[str, Metric], order: list[str]) -> dict[str, Metric]
 
 @contextmanager
 def _temporary_folder(run_dir: Path) -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", dir=run_dir))
+    folder = Path(tempfile.mkdtemp(prefix=f".{EVALUATION}-", dir=run_dir))
     try:
         yield folder
     finally:
@@ -230,7 +236,8 @@ def write_results(folder: Path, report: Report, outcomes: dict[str, Tensor]) -> 
 
 def last_lines(report: Report, run_dir: Path) -> str:
     """What a terminal shows of an evaluation: at most 14 lines."""
-    page = run_dir / FOLDER / PAGE_FILE
+    part = next((name for name, text in DESCRIPTIONS.items() if text == report.metadata.get("features")), "")
+    page = run_dir / EVALUATIONS.get(part, EVALUATION) / PAGE_FILE
     return f"{report.summary()}\nall {len(report.metrics)} results: {page}\nrun: {run_dir}"
 
 
@@ -289,7 +296,7 @@ def _metadata(
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "run": run.dir.resolve().name,
-        "features": "output of the backbone, without projection head, not normalised",
+        "features": DESCRIPTIONS[config.features],
         "samples": {split: len(features) for split, features in splits.items()},
         "feature_width": splits.test.features.shape[1],
         "seconds": seconds | {"total": round(sum(seconds.values()), 3)},

@@ -16,6 +16,11 @@ from pysupcon.trainer.run import Run
 
 SPLITS = ("train", "val", "test")
 _MIN_SAMPLES = 2
+DESCRIPTIONS = {
+    "embedding": "output of the backbone, without projection head, not normalised",
+    "projection": "output of the projection head, not normalised",
+}
+"""What the report says of ``EvaluationConfig.features``"""
 
 
 def extract_features(
@@ -108,9 +113,10 @@ def run_features(run: Run, config: EvaluationConfig, device: torch.device) -> Fe
     """Compute the features of all splits of a run's own data.
 
     Raises:
+        ConfigError: ``config.features`` is "projection", and the model has no projection head.
         RunError: a split is too small, or a feature is not finite; the message names the split.
     """
-    model = run.model.to(device)
+    encode = run.model.to(device).encoder_of(config.features)
     datasets = run.splits()
     features = {}
     for name in SPLITS:
@@ -120,14 +126,15 @@ def run_features(run: Run, config: EvaluationConfig, device: torch.device) -> Fe
                 f"the {name} split of {run.dir} must hold at least {_MIN_SAMPLES} samples, got {size}"
             )
         features[name] = extract_split(
-            model.backbone, datasets[name], name, run.dir, batch_size=config.batch_size, device=device,
+            encode, datasets[name], name, run.dir, batch_size=config.batch_size, device=device,
             workers=run.data.workers(name, config.batch_size, bytes_per_value=4), progress=config.progress,
         )  # fmt: skip
-    return FeatureSplits(**features, head=_trained_head(run))
+    head = _trained_head(run) if config.features == "embedding" else None
+    return FeatureSplits(**features, head=head)
 
 
 def _trained_head(run: Run) -> LinearHead | None:
-    """The classification head if it was trained on coarse labels and takes the embedding, else None."""
+    """The classification head, which takes the embedding, if it was trained on coarse labels, else None."""
     head = run.model.classifier
     if head is None or run.config.data.labels != "coarse" or run.model.embedding_dim != head.in_features:
         return None

@@ -41,6 +41,7 @@ def draw_pictures(
     points, rows = project(splits.test.features, config.projection)
     rows = rows.to(splits.test.fine.device)
     method = {"tsne": "t-SNE", "pca": "PCA"}[config.projection.method]
+    kind = "features" if config.features == "embedding" else "outputs of the projection head"
     test = run.splits()["test"]
     names = {"fine": dict(enumerate(test.fine_names)), "coarse": dict(enumerate(test.coarse_names))}
     draw_embedding(
@@ -48,13 +49,13 @@ def draw_pictures(
         points.numpy(),
         splits.test.fine[rows].cpu().numpy(),
         splits.test.coarse[rows].cpu().numpy(),
-        title=f"Test features of {run.dir.resolve().name}, {method}",
+        title=f"Test {kind} of {run.dir.resolve().name}, {method}",
         axes=(f"{method} 1", f"{method} 2"),
         fine_names=names["fine"],
         coarse_names=names["coarse"],
     )
     shown = "all" if len(points) == len(splits.test) else f"{len(points)} of the"
-    caption = f"Frozen features of {shown} {len(splits.test)} test images in two dimensions ({method})."
+    caption = f"Frozen {kind} of {shown} {len(splits.test)} test images in two dimensions ({method})."
     pictures = [Picture(EMBEDDING_FILE, caption)]
     pictures += draw_outcomes(folder, {name: values.numpy() for name, values in outcomes.items()}, names)
     if run.config.model.concatenated:  # made from trained runs: it has no training log

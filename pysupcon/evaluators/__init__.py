@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal, get_args
 
 from pysupcon.errors import ConfigError
 from pysupcon.evaluators.base import Evaluator, FeatureSet, FeatureSplits, Level, LinearHead, Result
@@ -42,6 +42,7 @@ __all__ = [
     "CoarseToFineConfig",
     "EvaluationConfig",
     "Evaluator",
+    "FeatureName",
     "FeatureSet",
     "FeatureSplits",
     "Geometry",
@@ -84,6 +85,8 @@ __all__ = [
     "usable_k",
     "with_intervals",
 ]
+
+FeatureName = Literal["embedding", "projection"]
 
 _CLASSES: Mapping[str, type[Evaluator]] = {
     cls.name: cls for cls in (CoarseToFine, LinearProbe, KNN, Geometry, Separation, Pairs, WorstGroup)
@@ -146,7 +149,14 @@ class EvaluationConfig:
     progress: bool = True
     """Show progress bars."""
 
+    features: FeatureName = "embedding"
+    """embedding: output of the backbone; projection: output of the projection head (model.projection), before
+    it is normalised, with two encoders of the first one's head. The results of the projection are in
+    RUN/evaluation-projection, those of the embedding in RUN/evaluation."""
+
     def __post_init__(self) -> None:
+        if self.features not in get_args(FeatureName):
+            raise ValueError(f"features must be embedding or projection, got {self.features!r}")
         if not self.evaluators or len(set(self.evaluators)) != len(self.evaluators):
             raise ValueError(f"evaluators must name one or more evaluators, each once, got {self.evaluators}")
         unknown = [name for name in self.evaluators if name not in _CLASSES and not is_own(name)]

@@ -57,7 +57,8 @@ class ModelConfig:
     read by a training only: the model of a finished run is built without them."""
 
     projection: Literal["none", "linear", "mlp"] = "none"
-    """Head between the embedding and the contrastive loss. The evaluators use the embedding."""
+    """Head between the embedding and the contrastive loss. The evaluators use the embedding, or the
+    output of the head with evaluation.features=projection."""
 
     projection_dim: int | None = None
     """Dimensions of the projection. Requires a projection head. None means 128."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -109,11 +110,37 @@ class ContrastiveModel(nn.Module):
             self.second_classifier(last) if self.second_classifier is not None else None,
         )
 
+    @property
+    def has_head(self) -> bool:
+        """Whether there is a projection head between the embedding and the contrastive loss."""
+        return not isinstance(self.projection, nn.Identity)
+
     def project(self, images: Tensor) -> Tensor:
         """The input of the contrastive loss alone: [B, D] for images [B, C, S, S]."""
+        projection = self.head_output(images)
+        return unit_rows(projection) if self.normalize else projection
+
+    def head_output(self, images: Tensor) -> Tensor:
+        """The output of the projection head, not normalised: [B, D] for images [B, C, S, S]."""
         features = self.backbone.forward_each(images)[0] if self.two_encoders else self.backbone(images)  # type: ignore[operator]
         projection: Tensor = self.projection(features)
-        return unit_rows(projection) if self.normalize else projection
+        return projection
+
+    def encoder_of(self, features: Literal["embedding", "projection"]) -> Callable[[Tensor], Tensor]:
+        """What maps images to the features that are evaluated: ``backbone`` or :meth:`head_output`.
+
+        Raises:
+            ConfigError: "projection", and there is no projection head.
+        """
+        if features == "embedding":
+            return self.backbone
+        if not self.has_head:
+            raise ConfigError(
+                "features=projection needs a model with a projection head (model.projection linear or mlp), "
+                "but this model has none: the contrastive loss takes the embedding itself, so evaluate "
+                "features=embedding"
+            )
+        return self.head_output
 
     def reconstruct(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Decode the embeddings of images [B, C, S, S] to images of the same shape.

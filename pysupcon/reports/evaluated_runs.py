@@ -19,6 +19,7 @@ from pysupcon.reading import one_line, read_json, read_yaml
 
 __all__ = [
     "EVALUATION",
+    "EVALUATIONS",
     "Configuration",
     "EvaluatedRun",
     "check_same_test_set",
@@ -28,6 +29,8 @@ __all__ = [
 ]
 
 EVALUATION = "evaluation"
+EVALUATIONS = {"embedding": EVALUATION, "projection": f"{EVALUATION}-projection"}
+"""Subfolders of a run's evaluations by ``evaluation.features``"""
 _SEED_FIELDS = ("seed", "output_dir", "resume_from_checkpoint", "evaluate", "evaluation")
 """Fields of the config in which runs of one configuration may differ."""
 _TEST_FIELDS = ("dataset", "root", "test_fraction", "split_seed")
@@ -57,13 +60,19 @@ class EvaluatedRun:
         """Name of the run's folder."""
         return self.dir.resolve().name
 
+    @property
+    def of_head(self) -> bool:
+        """Whether the projection head's outputs were evaluated, not the embeddings."""
+        return self.part == EVALUATIONS["projection"]
+
 
 def read_run(folder: str | Path, part: str = EVALUATION) -> EvaluatedRun:
     """Read RUN/config.yaml and the results in RUN/PART.
 
     Args:
-        folder: folder of the run.
-        part: "evaluation", or "transfer/NAME" for the transfer to another data set.
+        folder: folder of the run; or that of one of its evaluations, e.g. RUN/evaluation-projection, which is
+            PART then.
+        part: "evaluation", "evaluation-projection", or "transfer/NAME" for the transfer to another data set.
 
     Raises:
         RunError: a file is missing or damaged; the message names it and the command that writes it.
@@ -74,12 +83,15 @@ def read_run(folder: str | Path, part: str = EVALUATION) -> EvaluatedRun:
     folder = Path(folder)
     if not os.path.isdir(folder):  # Path.is_dir raises an error for long names
         raise RunError(f"{folder} must be the folder of a run, but there is no such folder")
+    if folder.name in EVALUATIONS.values() and not (folder / "config.yaml").exists():
+        folder, part = folder.parent, folder.name
     outcomes = folder / part / "outcomes.safetensors"
     metrics = folder / part / "metrics.json"
     command, _, dataset = part.partition("/")
-    written_by = (
-        f"evaluate {folder}" if part == EVALUATION else f"{command} {folder} --data.dataset {dataset}"
-    )
+    written_by = f"{command} {folder} --data.dataset {dataset}"
+    for features, name in EVALUATIONS.items():
+        if part == name:
+            written_by = f"evaluate {folder} --features {features}"
     for path in (outcomes, metrics):
         if not os.path.isfile(path):
             raise RunError(f"{path} is missing: run `python -m pysupcon {written_by}` first")
@@ -124,7 +136,7 @@ def check_same_test_set(runs: Sequence[EvaluatedRun]) -> None:
     for run in runs[1:]:
         mine, other = first.config.get("data", {}), run.config.get("data", {})
         # The config describes the training data; a transfer is tested on other data.
-        for name in _TEST_FIELDS if run.part == EVALUATION else ():
+        for name in _TEST_FIELDS if run.part in EVALUATIONS.values() else ():
             if mine.get(name) != other.get(name):
                 raise RunError(
                     f"the runs must be tested on the same samples, but data.{name} is {mine.get(name)!r} in "
@@ -161,10 +173,11 @@ class Configuration:
 
 
 def configurations(runs: Sequence[EvaluatedRun]) -> list[Configuration]:
-    """Group the runs by config, in order of first occurrence, named by the common prefix of their folders."""
-    by_key: dict[str, list[EvaluatedRun]] = {}
+    """Group the runs by config and evaluated features, in order of first occurrence, named by the common
+    prefix of their folders; "(projection)" marks those of the projection head."""
+    by_key: dict[tuple[str, bool], list[EvaluatedRun]] = {}
     for run in runs:
-        by_key.setdefault(config_key(run.config), []).append(run)
+        by_key.setdefault((config_key(run.config), run.of_head), []).append(run)
     found: list[Configuration] = []
     for members in by_key.values():
         name = members[0].name
@@ -172,6 +185,7 @@ def configurations(runs: Sequence[EvaluatedRun]) -> list[Configuration]:
             letters = zip(*(run.name for run in members), strict=False)
             shared = "".join(column[0] for column in takewhile(lambda column: len(set(column)) == 1, letters))
             name = re.sub(r"[-_. ]*(seed|s)?[-_=. ]*\d*$", "", shared) or name
+        name += " (projection)" if members[0].of_head else ""
         taken = {configuration.name for configuration in found}
         rank = 2
         while name in taken:

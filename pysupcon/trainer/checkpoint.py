@@ -30,7 +30,7 @@ from torch import Tensor
 from pysupcon.config import Config, load_config, to_yaml
 from pysupcon.errors import ConfigError, RunError
 from pysupcon.reading import one_line
-from pysupcon.trainer.config import GROUP_ACCURACIES
+from pysupcon.trainer.config import ACCURACIES
 from pysupcon.trainer.files import named_disk_errors, publish_folder, remove, replace_file, write_file
 from pysupcon.trainer.manifest import FORMAT, MANIFEST, NAME, digest, read_listed_file, read_manifest, step_of
 from pysupcon.trainer.run import CONFIG_FILE
@@ -153,7 +153,7 @@ def best_checkpoint(run_dir: Path, best_by: str | None, up_to: int) -> Path | No
             continue
         if value is None:
             continue
-        value = -value if best_by in GROUP_ACCURACIES else value
+        value = -value if best_by in ACCURACIES else value
         if value < lowest:
             best, lowest = path, value
     return best

@@ -23,7 +23,7 @@ CONTRASTIVE = (
     "pairing", "gather", "backend", "weight", "infonce_weight", "queue", "batch_negatives",
 )  # fmt: skip
 """Fields without effect if there is no contrastive loss"""
-GROUP_ACCURACIES = ("worst_group", "worst_known_group")
+ACCURACIES = ("accuracy", "worst_group", "worst_known_group")
 """Values of best_by that are maximised; the others are minimised."""
 
 
@@ -368,12 +368,14 @@ class TrainerConfig:
     """Number of latest checkpoints to keep; the best one is kept too."""
 
     best_by: Literal[
-        "loss", "contrastive", "cross_entropy", "reconstruction", "worst_group", "worst_known_group"
+        "loss", "contrastive", "cross_entropy", "reconstruction", "accuracy", "worst_group",
+        "worst_known_group",
     ] | None = "loss"  # fmt: skip
-    """Validation metric that selects the best checkpoint: a loss (lowest), or the accuracy of the
-    classification head in the worst group (highest). worst_group uses the data's own groups,
-    worst_known_group those of data.groups. Each checkpoint is validated, with the averaged weights if
-    final_weights is ema. None disables validation."""
+    """Validation metric that selects the best checkpoint: a loss (lowest), or an accuracy of the
+    classification head (highest; of the first one, with two encoders) on images that are not augmented.
+    accuracy: of all samples; worst_group: in the worst of the data's own groups; worst_known_group: in the
+    worst group of data.groups. Each checkpoint is validated, with the averaged weights if final_weights is
+    ema. None disables validation."""
 
     early_stopping: int | None = None
     """End the training after this number of successive validations without a new best value of best_by.

@@ -56,7 +56,7 @@ def dry_run(
         state.ema.update(network, 1)
     metrics = {} if validate is None else validate(network, max_batches=1)
     checkpoint = state.save(metrics)
-    embeddings = _encode(step) if config.evaluate else None
+    features = _encode(step) if config.evaluate else None
     if not accelerator.is_main_process:
         return
     parameters = list(network.parameters())
@@ -72,8 +72,9 @@ def dry_run(
     )
     if validate is not None:
         print(f"validation   {_named_values(metrics)}, of one batch")
-    if embeddings is not None:
-        print(f"evaluators   {', '.join(config.evaluation.evaluators)}: embeddings {_shape(embeddings)}")
+    if features is not None:
+        kind = f"{config.evaluation.features}s"
+        print(f"evaluators   {', '.join(config.evaluation.evaluators)}: {kind} {_shape(features)}")
     print(
         f"checkpoint   {_size(checkpoint):.1f} MiB\n"
         f"memory       peak {peak_memory(device):,.0f} MiB of the main process\n"
@@ -87,9 +88,10 @@ def _encode(step: TrainingStep) -> Tensor:
     images = torch.stack([dataset[i][0] for i in range(min(IMAGES, len(dataset)))])
     network: Any = step.network
     network.eval()
-    embeddings: Tensor = network.backbone(images.to(step.accelerator.device))
+    encode = network.encoder_of(step.config.evaluation.features)
+    features: Tensor = encode(images.to(step.accelerator.device))
     network.train()
-    return embeddings
+    return features
 
 
 def _shape(tensor: Tensor) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from pysupcon.trainer.config import GROUP_ACCURACIES
+from pysupcon.trainer.config import ACCURACIES
 
 
 class EarlyStopping:
@@ -74,4 +74,4 @@ class EarlyStopping:
 
     def _better(self, value: float) -> bool:
         assert self.best is not None
-        return value > self.best if self.metric in GROUP_ACCURACIES else value < self.best
+        return value > self.best if self.metric in ACCURACIES else value < self.best

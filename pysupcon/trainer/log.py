@@ -37,7 +37,7 @@ class StepLog:
             if there is a contrastive loss (:func:`pysupcon.functional.contrastive_metrics`, over the rows of
             each process); means over the processes. An entry is missing if there is no positive (negative).
         val_loss and its terms: at checkpoints; with ``trainer.metrics_steps`` also these three metrics.
-        val_accuracy, val_worst_group: at checkpoints, if ``trainer.best_by`` is a group accuracy.
+        val_accuracy, val_worst_group: at checkpoints, if ``trainer.best_by`` is an accuracy.
         learning_rate: of this step.
         images_per_second: views per second of all processes.
         peak_memory_mib: of the main process.

@@ -14,8 +14,8 @@ FILE = "summary.csv"
 MEANS = ("loss", "gradient_norm", "contrastive_accuracy", "positive_similarity", "negative_similarity")
 """Columns that are means over the steps of the epoch that have the value."""
 LAST = (
-    "val_loss", "val_contrastive_accuracy", "val_worst_group", "val_worst_known_group", "learning_rate",
-    "peak_memory_mib",
+    "val_loss", "val_contrastive_accuracy", "val_accuracy", "val_worst_group", "val_worst_known_group",
+    "learning_rate", "peak_memory_mib",
 )  # fmt: skip
 """Columns of the epoch's last step that has the value."""
 COLUMNS = ("epoch", "step", *MEANS, *LAST, "images_per_second")
@@ -83,6 +83,7 @@ def describe(row: dict[str, Any], epochs: int) -> str:
     for name, text in (
         ("val_loss", "val loss"),
         ("contrastive_accuracy", "contrastive accuracy"),
+        ("val_accuracy", "val accuracy"),
         ("val_worst_group", "val worst group"),
         ("val_worst_known_group", "val worst known group"),
     ):

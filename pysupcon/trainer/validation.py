@@ -16,7 +16,7 @@ from pysupcon.config import Config
 from pysupcon.data.datamodule import DataModule
 from pysupcon.errors import RunError
 from pysupcon.models.model import ModelOutput, memory_format
-from pysupcon.trainer.config import GROUP_ACCURACIES
+from pysupcon.trainer.config import ACCURACIES
 from pysupcon.trainer.group_dro import GroupAccuracy
 from pysupcon.trainer.objective import METRICS, Objective, finite
 
@@ -43,7 +43,7 @@ class Validation:
             seed=config.seed, rank=accelerator.process_index, world_size=accelerator.num_processes
         )
         self.loader: DataLoader[tuple[Tensor, Tensor]] = data.loader(batches, split="val")
-        by_group = config.trainer.best_by in GROUP_ACCURACIES
+        by_group = config.trainer.best_by in ACCURACIES
         self.group_accuracy = GroupAccuracy(accelerator, config, data) if by_group else None
 
     @torch.no_grad()
@@ -52,11 +52,11 @@ class Validation:
 
         Args:
             model: the model without Accelerate's wrappers.
-            max_batches: number of batches, without group accuracies; None: the whole split.
+            max_batches: number of batches, without accuracies; None: the whole split.
 
         Returns:
             "loss" and its terms; the metrics of the features, those that are finite, unless
-            ``trainer.metrics_steps`` is None; accuracies if ``trainer.best_by`` is a group accuracy.
+            ``trainer.metrics_steps`` is None; accuracies if ``trainer.best_by`` is an accuracy.
 
         Raises:
             RunError: a feature is not finite.

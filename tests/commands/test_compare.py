@@ -214,7 +214,8 @@ def other_split(folder: Path) -> str:
 
 def not_evaluated(folder: Path) -> str:
     (folder / "evaluation" / "outcomes.safetensors").unlink()
-    return f"outcomes.safetensors is missing: run `python -m pysupcon evaluate {folder}` first"
+    command = f"python -m pysupcon evaluate {folder} --features embedding"
+    return f"outcomes.safetensors is missing: run `{command}` first"
 
 
 def truncated(folder: Path) -> str:

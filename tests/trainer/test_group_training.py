@@ -246,6 +246,22 @@ def test_the_kept_weights_are_those_of_the_best_worst_group(tmp_path: Path) -> N
     assert all(line["val_worst_known_group"] == line["val_worst_group"] for line in checked)
 
 
+def test_the_kept_weights_are_those_of_the_best_accuracy(tmp_path: Path) -> None:
+    """Of data with groups that nobody asked for: the mean over all samples chooses."""
+    arguments = "--trainer.best_by accuracy --trainer.final_weights best --trainer.keep_checkpoints 1"
+    run = train(tiny_config(tmp_path / "run", arguments, "--trainer.epochs 8"))
+    checked = [line for line in load_run(run).log() if "val_accuracy" in line]
+    assert len(checked) == 8
+    assert len({line["val_accuracy"] for line in checked}) > 1
+    best = max(checked, key=lambda line: line["val_accuracy"])
+    assert accuracies(run, "val")[0] == pytest.approx(best["val_accuracy"])
+    chosen = best_checkpoint(run, "accuracy", 10**6)
+    assert chosen is not None
+    assert read_manifest(chosen)["metrics"]["accuracy"] == best["val_accuracy"]
+    row = (run / "summary.csv").read_text().splitlines()
+    assert f"{checked[0]['val_accuracy']}" in row[1].split(",")
+
+
 def test_known_groups_are_those_of_the_file(groups_file: tuple[Path, DataModule], tmp_path: Path) -> None:
     more = f"--data.groups {groups_file[0]} --trainer.best_by worst_known_group --trainer.epochs 1"
     run = train(tiny_config(tmp_path / "run", more))
