@@ -182,6 +182,6 @@ class Comparer:
             if any(metric is None for metric in metrics):
                 return None
             self._draws[key] = seed_and_sample_values(
-                [metric for metric in metrics if metric is not None], BootstrapConfig()
+                [metric for metric in metrics if metric is not None], BootstrapConfig(), seeds=seeds
             )
         return self._draws[key]

@@ -79,14 +79,14 @@ class Table:
     minutes: float = 0.5
 
 
-def _alpha(title: str, alpha: float) -> tuple[Method, ...]:
-    """SupCon + cNCE and frozen Thanos with another weight of cNCE."""
-    return (
-        Method("supcon_cnce_low", f"SupCon + cNCE, alpha {alpha:g}{title}", "supcon_cnce",
-               ("--loss.alpha", f"{alpha:g}")),
-        Method("thanos_low", f"Thanos, two frozen backbones, alpha {alpha:g}{title}", kind="concatenated",
-               parts=("supcon_cnce_low", "ce_autoencoder")),
-    )  # fmt: skip
+LOW_ALPHA = 0.04
+"""Just above the threshold of a collapse, which is 0.035 for two classes in batches of 150: threshold.py"""
+_LOW = (
+    Method("supcon_cnce_low", f"SupCon + cNCE, alpha {LOW_ALPHA}", "supcon_cnce",
+           ("--loss.alpha", str(LOW_ALPHA))),
+    Method("thanos_low", f"Thanos, two frozen backbones, alpha {LOW_ALPHA}", kind="concatenated",
+           parts=("supcon_cnce_low", "ce_autoencoder")),
+)  # fmt: skip
 
 
 CONTROLS = (
@@ -108,17 +108,26 @@ EQUAL_WIDTH = (
 """Thanos has two encoders: the controls have its width, or half of it."""
 
 
-def transfer_methods(more: tuple[Method, ...] = (), equal_width: bool = True) -> tuple[Method, ...]:
-    """The rows of a coarse-to-fine table; ``more`` stands before Thanos."""
+def transfer_methods(
+    more: tuple[Method, ...] = (), equal_width: bool = True, full_probe: bool = False
+) -> tuple[Method, ...]:
+    """The rows of a coarse-to-fine table.
+
+    Args:
+        more: further rows, before Thanos.
+        equal_width: with the controls that have Thanos's width, and with another weight of cNCE.
+        full_probe: with the full probe of Thanos for the main rows.
+    """
     return (
         Method("ce", "cross-entropy"),
-        Method("supcon", "SupCon", quick=True, full_probe=True),
+        Method("supcon", "SupCon", quick=True, full_probe=full_probe),
         Method("sincere", "SINCERE"),
-        Method("supcon_cnce", "SupCon + cNCE", quick=True, full_probe=True),
-        Method("ce_autoencoder", "cross-entropy + autoencoder", quick=True, full_probe=True),
+        Method("supcon_cnce", "SupCon + cNCE", quick=True, full_probe=full_probe),
+        Method("ce_autoencoder", "cross-entropy + autoencoder", quick=True, full_probe=full_probe),
         *more,
         Method("thanos_frozen", "Thanos, two frozen backbones", kind="concatenated", quick=True,
-               full_probe=True, parts=("supcon_cnce", "ce_autoencoder")),
+               full_probe=full_probe, parts=("supcon_cnce", "ce_autoencoder")),
+        *(_LOW if equal_width else ()),
         *CONTROLS,
         *(EQUAL_WIDTH if equal_width else ()),
     )  # fmt: skip
