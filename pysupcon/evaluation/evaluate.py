@@ -24,6 +24,7 @@ from pysupcon.errors import RunError
 from pysupcon.evaluation import pictures
 from pysupcon.evaluation.earlier import LABELS, Earlier, free_folder, read_earlier
 from pysupcon.evaluation.features import DESCRIPTIONS, resolve_device, run_features
+from pysupcon.evaluation.lipschitz import Lipschitz
 from pysupcon.evaluators import (
     EvaluationConfig,
     Evaluator,
@@ -108,6 +109,9 @@ def evaluate_run(
 def _evaluate(run: Run, config: EvaluationConfig, passed: Mapping[str, Any]) -> Report:
     device, target = resolve_device(config.device), run.dir / EVALUATIONS[config.features]
     evaluators = build_evaluators(config, passed)
+    measured = run.config.model.spectral_norm if config.lipschitz is None else config.lipschitz
+    if measured:
+        evaluators.append(Lipschitz(run, device, config))
     seconds: dict[str, float] = {}
     start = time.perf_counter()
     splits = run_features(run, config, device)
@@ -119,8 +123,10 @@ def _evaluate(run: Run, config: EvaluationConfig, passed: Mapping[str, Any]) -> 
     for evaluator in evaluators:
         try:
             of_one, outcomes_of_one = _results(evaluator, splits, config)
-        except Exception as error:  # of the user's code: the results of the other evaluators are kept
-            if not isinstance(evaluator, OwnEvaluator) or len(evaluators) == 1:
+        except (
+            Exception
+        ) as error:  # the user's code or backbone: the results of the other evaluators are kept
+            if not isinstance(evaluator, (OwnEvaluator, Lipschitz)) or len(evaluators) == 1:
                 raise
             traceback.print_exc()
             failures.append(error)

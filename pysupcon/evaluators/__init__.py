@@ -94,6 +94,8 @@ _CLASSES: Mapping[str, type[Evaluator]] = {
 
 # Transfer evaluates another data set than the run's, in a command of its own.
 _KNOWN: Mapping[str, type[Evaluator]] = {**_CLASSES, Transfer.name: Transfer}
+_TAKEN = {*_KNOWN, "lipschitz"}
+"""Names that evaluators of the user cannot have; pysupcon/evaluation/lipschitz.py is not built here."""
 
 
 @dataclass
@@ -153,6 +155,10 @@ class EvaluationConfig:
     """embedding: output of the backbone; projection: output of the projection head (model.projection), before
     it is normalised, with two encoders of the first one's head. The results of the projection are in
     RUN/evaluation-projection, those of the embedding in RUN/evaluation."""
+
+    lipschitz: bool | None = None
+    """Measure how steep the encoder is: its local Lipschitz constants at 64 validation images and, for
+    small_cnn and mlp, a certified bound. None: for runs with model.spectral_norm."""
 
     def __post_init__(self) -> None:
         if self.features not in get_args(FeatureName):
@@ -220,7 +226,7 @@ def check_names(evaluators: Sequence[Evaluator | OwnEvaluator]) -> None:
     """
     names = [evaluator.name for evaluator in evaluators]
     for evaluator in evaluators:
-        taken = evaluator.name in _KNOWN and isinstance(evaluator, OwnEvaluator)
+        taken = evaluator.name in _TAKEN and isinstance(evaluator, OwnEvaluator)
         if taken or names.count(evaluator.name) > 1:
             raise ConfigError(
                 f"evaluation.evaluators: the name {evaluator.name} is taken: give your evaluator another "

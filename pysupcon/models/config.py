@@ -80,11 +80,15 @@ class ModelConfig:
     of both, each of unit length."""
 
     spectral_norm: bool = False
-    """Divide the weight of every convolution and linear layer of the backbone by its largest singular value
-    (one power iteration per step) and multiply it by lipschitz."""
+    """Bound the Lipschitz constant of every convolution, linear layer and BatchNorm of the backbone and the
+    projection head by lipschitz: weights are divided by their largest singular value, as maps of images of
+    their size (one power iteration per step), and the scale of BatchNorm is clamped. The input of the loss is
+    then divided by its length only if that is above 1, because small embeddings on the unit sphere would undo
+    the bound. LayerNorm, GroupNorm and attention are not bounded; the start of the training says so. See
+    evaluation.lipschitz."""
 
     lipschitz: float | None = None
-    """Largest singular value of a layer's weight. Requires spectral_norm. None means 1."""
+    """Largest Lipschitz constant of a layer. Requires spectral_norm. None means 1."""
 
     momentum: float = 0.0
     """MoCo: a key encoder, whose weights are an exponential moving average of the trained weights with this

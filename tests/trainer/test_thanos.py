@@ -283,11 +283,12 @@ def singular_values(model: nn.Module) -> list[float]:
     return [float(torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2)) for layer in layers]
 
 
-@pytest.mark.parametrize("arguments", [{"width": 4}, VIT], ids=["small_cnn", "vit"])
-def test_layers_are_bounded(arguments: dict[str, Any]) -> None:
-    """The largest singular value of each layer except the heads is bounded, also after the weights change."""
-    model = build(**arguments, spectral_norm=True, lipschitz=0.5, classifier=True)
+def test_layers_are_bounded() -> None:
+    """The largest singular value of each layer is bounded, also after the weights change; the classification
+    head is free. tests/models/test_lipschitz.py has the convolutional network."""
+    model = build(**VIT, spectral_norm=True, lipschitz=0.5, classifier=True, projection="mlp")
     assert not isinstance(getattr(model.classifier, "parametrizations", None), nn.ModuleDict)
+    assert singular_values(model.projection) == pytest.approx([0.5] * 2, 0.2)
     with torch.no_grad():
         for parameter in model.backbone.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
@@ -311,6 +312,19 @@ def test_the_gradient_of_a_bounded_weight() -> None:
     again = copy.deepcopy(norm)
     again.u.mul_(0.7)  # as an average over steps would leave it
     assert torch.allclose(again(weight), norm(weight))
+
+
+def test_the_input_of_the_loss_is_as_bounded_as_the_embedding() -> None:
+    """Small embeddings are not blown up to unit length; long ones are shortened."""
+    model = build(width=4, spectral_norm=True).eval()
+    images = torch.randn(4, 1, 8, 8)
+    for factor in (1e-3, 1e3):
+        outputs = model(images * factor)
+        lengths = outputs.embedding.norm(dim=1)
+        assert bool((lengths < 1).all()) == (factor < 1)
+        expected = outputs.embedding / lengths.clamp(min=1)[:, None]
+        torch.testing.assert_close(outputs.projection, expected)
+        torch.testing.assert_close(model.project(images * factor), expected)
 
 
 def test_a_bounded_model_is_copied_and_saved() -> None:
