@@ -56,6 +56,7 @@ class Config:
                 self._check_unlabelled,
                 self._check_multi_label,
                 self._check_best_by,
+                self._check_spectral_norm,
             ]
         checks.append(self._check_features)
         check_all(*checks, self._check_warmup, self._check_dry_run)
@@ -256,6 +257,13 @@ class Config:
             raise ConfigError(
                 "evaluation.features=projection needs a projection head, but model.projection is none: pass "
                 "--model.projection mlp, or evaluate the embedding"
+            )
+
+    def _check_spectral_norm(self) -> None:
+        if self.model.spectral_norm and self.trainer.sync_batch_norm:
+            raise ConfigError(
+                "trainer.sync_batch_norm does not work with model.spectral_norm, which bounds BatchNorm in "
+                "each process: leave one out"
             )
 
     def _check_best_by(self) -> None:

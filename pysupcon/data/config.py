@@ -180,9 +180,9 @@ class DataConfig:
 
     view_partners: Literal["own", "class"] = "own"
     """Images of the views of a sample. own: all views show the sample; class: each further view shows another
-    image of its training class, paired anew in each epoch. This is a control: the loss then asks the
-    embeddings of a class to spread, but nothing ties an image to itself. An image that is alone in its class
-    keeps its own views."""
+    image of its training class, paired anew in each epoch. This is a control: nothing ties an image to itself
+    (pysupcon/data/view_partners.py says what the loss becomes). An image that is alone in its class keeps its
+    own views."""
 
     def check(self) -> None:
         """Check the values.

@@ -1,8 +1,10 @@
-"""Views from different images of a class: the control whose own view is another image.
+"""Views from different images of a class: a control whose "own view" is another image.
 
-A class-conditional loss that takes the own view as its positive spreads the embeddings of a class, and the
-own view ties each image to itself. With partners that change every epoch, nothing does: the loss still asks
-for spread, but is invariant to permutations within a class (Chen et al. 2022, arXiv 2204.07596).
+Class-conditional InfoNCE takes the own view of an image as its positive, which ties each image to itself.
+With partners that change every epoch nothing does, and the loss is invariant to permutations within a class
+(Chen et al. 2022, arXiv 2204.07596). Averaged over the pairings, the loss of anchor i is logsumexp_p s_ip -
+mean_p s_ip over the other rows p of its class. Its minimum, the logarithm of their number, is reached if all
+similarities are equal: with the tie, the reason to spread goes, too.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ IMAGES = 64
 class Lipschitz:
     """Evaluator of a run's encoder and images, which the other evaluators do not see.
 
-    The constants relate changes of the embedding to changes of the model's input, which is normalised, in
+    The constants relate changes of the features to changes of the model's input, which is normalised, in
     Euclidean norm. The images are spread evenly over the validation split.
 
     Args:
@@ -33,12 +33,12 @@ class Lipschitz:
     name: ClassVar[str] = "lipschitz"
     units: ClassVar[Mapping[str, str]] = {}
     meanings: ClassVar[Mapping[str, str]] = {
-        "local/median": "local Lipschitz constant of the unit-length embedding, median of up to "
+        "local/median": "local Lipschitz constant of the unit-length features, median of up to "
         f"{IMAGES} validation images",
-        "local/max": "largest local Lipschitz constant of the unit-length embedding among these images",
-        "embedding/median": "local Lipschitz constant of the embedding as it is, median of these images",
-        "embedding/max": "largest local Lipschitz constant of the embedding as it is among these images",
-        "bound": "certified upper bound for the embedding as it is, at every image: product over the layers",
+        "local/max": "largest local Lipschitz constant of the unit-length features among these images",
+        "raw/median": "local Lipschitz constant of the features as they are, median of these images",
+        "raw/max": "largest local Lipschitz constant of the features as they are among these images",
+        "bound": "certified upper bound for the features as they are, at every image: product over the layers",
     }
     headline: ClassVar[Sequence[str]] = ("local/median",)
 
@@ -56,7 +56,7 @@ class Lipschitz:
         images = torch.stack([image for image, *_ in dataset.__getitems__(chosen)]).to(self.device)
         model = self.run.model.to(self.device)
         encode, size = model.encoder_of(self.config.features), self.config.batch_size
-        for kind, unit in (("local", True), ("embedding", False)):
+        for kind, unit in (("local", True), ("raw", False)):
             try:
                 parts = [local_constants(encode, part, unit=unit) for part in images.split(size)]
             except (RuntimeError, NotImplementedError) as error:
@@ -72,12 +72,11 @@ class Lipschitz:
             yield f"{self.name}/bound", bound
 
     def _bound(self, shape: Sequence[int]) -> float | None:
-        model, backbone = self.run.model, self.run.model.backbone
+        """The certified bound of what is evaluated; None if a part of the network has none."""
+        model, backbone, width = self.run.model, self.run.model.backbone, self.run.model.embedding_dim
         if self.config.features == "embedding":
             return certified_bound(backbone, shape)
         if isinstance(backbone, Concatenation):  # the head takes the features of the first part
-            backbone = backbone.parts[0]
-        first = certified_bound(backbone, shape)
-        in_features = next(layer.in_features for layer in model.projection.modules() if hasattr(layer, "in_features"))
-        second = certified_bound(model.projection, (in_features,))
-        return None if first is None or second is None else first * second
+            backbone, width = backbone.parts[0], backbone.widths[0]
+        of_backbone, of_head = certified_bound(backbone, shape), certified_bound(model.projection, (width,))
+        return None if of_backbone is None or of_head is None else of_backbone * of_head

@@ -25,7 +25,7 @@ CONFIG = EvaluationConfig(
     evaluators=["knn"], knn=KNNConfig(k=[1]), bootstrap=BootstrapConfig(resamples=20), pictures=False,
     progress=False,
 )  # fmt: skip
-NAMES = {f"lipschitz/{kind}/{which}" for kind in ("local", "embedding") for which in ("median", "max")}
+NAMES = {f"lipschitz/{kind}/{which}" for kind in ("local", "raw") for which in ("median", "max")}
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +55,30 @@ def test_constants_of_a_bounded_run(run_dir: Path) -> None:
     assert float(every[[0, -1]].max()) * 0.999 <= largest <= float(every.max()) * 1.001
     bound = metrics["lipschitz/bound"].value
     assert bound == certified_bound(loaded.model.backbone, (1, 8, 8))
-    assert metrics["lipschitz/embedding/max"].value <= bound
+    assert metrics["lipschitz/raw/max"].value <= bound
     assert bound < 1.5**10 * 1.2**5 / 4
+
+
+@pytest.mark.parametrize("encoders", ["one", "two"])
+def test_constants_of_the_projection(tmp_path: Path, encoders: str) -> None:
+    """The bound is that of the first backbone times that of the head."""
+    torch.manual_seed(0)
+    model = {"width": 2, "spectral_norm": True, "projection": "mlp", "projection_dim": 3, "encoders": encoders}
+    more = {"model": {"decoder": "plain"}, "loss": {"reconstruction_weight": 1}} if encoders == "two" else {}
+    settings = {
+        "data": {"dataset": "digits", "batch_size": 128},
+        "trainer": {"max_steps": 2},
+        "loss": more.get("loss", {}),
+        "model": model | more.get("model", {}),
+    }
+    finished = run(settings, evaluation={**_fields(), "features": "projection"}, output_dir=str(tmp_path / "r"))
+    trained = finished.run.model
+    backbone = trained.backbone.parts[0] if encoders == "two" else trained.backbone
+    parts = certified_bound(backbone, (1, 8, 8)), certified_bound(trained.projection, (8,))
+    bound = finished.metrics["lipschitz/bound"]
+    assert bound == pytest.approx(parts[0] * parts[1])
+    assert 0 < finished.metrics["lipschitz/raw/max"] <= bound
+    assert parts[1] == pytest.approx(1, abs=0.2)
 
 
 def test_when_they_are_measured(run_dir: Path, tmp_path: Path) -> None:

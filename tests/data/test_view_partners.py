@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pysupcon import ClassConditionalInfoNCELoss
 from pysupcon.config import parse_args
 from pysupcon.data.augment import Augmentation
 from pysupcon.data.config import DataConfig
@@ -73,6 +75,26 @@ def test_views_show_the_partners() -> None:
         assert views[:, view, 0, 0, 0].tolist() == partners(7, view)
     for key, found in zip(keys, views, strict=True):
         assert torch.equal(dataset[key][0], found), "alone as in a batch"
+
+
+def test_what_the_loss_becomes() -> None:
+    """With own views cNCE is lower for spread embeddings than for collapsed ones; averaged over the pairings
+    it is higher, and collapse gives its minimum, the logarithm of the other rows."""
+    torch.manual_seed(0)
+    spread = torch.nn.functional.normalize(torch.randn(6, 8, dtype=torch.float64), dim=1)
+    collapsed = torch.ones_like(spread) / 8**0.5
+    labels = torch.zeros(6, dtype=torch.int64)
+    criterion = ClassConditionalInfoNCELoss(temperature=0.2)
+    paired = ViewPartners(labels, 0, 6)
+
+    def loss(rows: Tensor, images: list[int]) -> float:
+        return float(criterion(torch.stack([rows, rows[images]], dim=1), labels))
+
+    own = [loss(rows, list(range(6))) for rows in (spread, collapsed)]
+    epochs = [paired.images(list(range(6)), [6 * epoch] * 6, 1) for epoch in range(3000)]
+    permuted = [sum(loss(rows, images) for images in epochs) / 3000 for rows in (spread, collapsed)]
+    assert own[0] < own[1] == pytest.approx(permuted[1])
+    assert permuted[0] > permuted[1] == pytest.approx(math.log(11))
 
 
 def module(**arguments: Any) -> DataModule:

@@ -67,6 +67,10 @@ RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
         ("--model.lipschitz 2", "model.lipschitz has no effect with model.spectral_norm=false"),
         ("--model.spectral_norm true --model.lipschitz 0", "model.lipschitz must be greater than 0, got 0"),
         (
+            "--model.spectral_norm true --trainer.sync_batch_norm true",
+            "trainer.sync_batch_norm does not work with model.spectral_norm",
+        ),
+        (
             '--model.concatenated [{"model":{}},{"model":{}}]',
             "model.concatenated describes backbones that are",
         ),
