@@ -38,7 +38,7 @@ class Lipschitz:
         "local/max": "largest local Lipschitz constant of the unit-length features among these images",
         "raw/median": "local Lipschitz constant of the features as they are, median of these images",
         "raw/max": "largest local Lipschitz constant of the features as they are among these images",
-        "bound": "certified upper bound for the features as they are, at every image: product over the layers",
+        "bound": "certified upper bound for the features as they are, at every image: product over layers",
     }
     headline: ClassVar[Sequence[str]] = ("local/median",)
 
@@ -73,10 +73,13 @@ class Lipschitz:
 
     def _bound(self, shape: Sequence[int]) -> float | None:
         """The certified bound of what is evaluated; None if a part of the network has none."""
-        model, backbone, width = self.run.model, self.run.model.backbone, self.run.model.embedding_dim
+        model, backbone = self.run.model, self.run.model.backbone
         if self.config.features == "embedding":
             return certified_bound(backbone, shape)
-        if isinstance(backbone, Concatenation):  # the head takes the features of the first part
-            backbone, width = backbone.parts[0], backbone.widths[0]
+        width = model.embedding_dim
+        if model.two_encoders:  # the head takes the features of the first part
+            assert isinstance(backbone, Concatenation)
+            width = backbone.widths[0]
+            backbone = backbone.parts[0]
         of_backbone, of_head = certified_bound(backbone, shape), certified_bound(model.projection, (width,))
         return None if of_backbone is None or of_head is None else of_backbone * of_head

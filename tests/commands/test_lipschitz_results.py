@@ -63,7 +63,13 @@ def test_constants_of_a_bounded_run(run_dir: Path) -> None:
 def test_constants_of_the_projection(tmp_path: Path, encoders: str) -> None:
     """The bound is that of the first backbone times that of the head."""
     torch.manual_seed(0)
-    model = {"width": 2, "spectral_norm": True, "projection": "mlp", "projection_dim": 3, "encoders": encoders}
+    model = {
+        "width": 2,
+        "spectral_norm": True,
+        "projection": "mlp",
+        "projection_dim": 3,
+        "encoders": encoders,
+    }
     more = {"model": {"decoder": "plain"}, "loss": {"reconstruction_weight": 1}} if encoders == "two" else {}
     settings = {
         "data": {"dataset": "digits", "batch_size": 128},
@@ -71,7 +77,9 @@ def test_constants_of_the_projection(tmp_path: Path, encoders: str) -> None:
         "loss": more.get("loss", {}),
         "model": model | more.get("model", {}),
     }
-    finished = run(settings, evaluation={**_fields(), "features": "projection"}, output_dir=str(tmp_path / "r"))
+    finished = run(
+        settings, evaluation={**_fields(), "features": "projection"}, output_dir=str(tmp_path / "r")
+    )
     trained = finished.run.model
     backbone = trained.backbone.parts[0] if encoders == "two" else trained.backbone
     parts = certified_bound(backbone, (1, 8, 8)), certified_bound(trained.projection, (8,))

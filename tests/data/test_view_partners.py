@@ -157,6 +157,7 @@ def test_refusals(arguments: dict[str, Any], message: str) -> None:
         DataConfig(view_partners="class", **arguments).check()
 
 
+@pytest.mark.slow
 def test_a_resumed_training_equals_an_uninterrupted_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

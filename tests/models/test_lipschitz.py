@@ -62,8 +62,8 @@ def test_the_map_of_a_convolution(layer: nn.Conv2d, size: tuple[int, int]) -> No
     torch.testing.assert_close((y * other).sum(), (x * transposed).sum())
     exact = largest(as_matrix(layer, x))
     norm = SpectralNorm(layer.weight, 1.5, layer_map, y.shape)
-    norm.iterate(layer.weight, 3000)
-    torch.testing.assert_close(norm(layer.weight), layer.weight * (1.5 / exact), rtol=1e-4, atol=0)
+    norm.iterate(layer.weight, 1000)
+    torch.testing.assert_close(norm(layer.weight), layer.weight * (1.5 / exact), rtol=1e-3, atol=0)
     bound = convolution_norm(layer, size)
     assert exact <= bound * (1 + 1e-9)
     if layer.stride == (1, 1) and layer.padding != (4, 4):
