@@ -178,6 +178,11 @@ class DataConfig:
     run's folder lists them (skipped_files.json), and its resumption and evaluation leave out the same
     files."""
 
+    train_on_val: bool = False
+    """Train on the validation images, too, after all choices have been made on them. trainer.best_by must be
+    null, and evaluators that choose on validation images (coarse_to_fine, linear_probe, worst_group) are
+    refused."""
+
     def check(self) -> None:
         """Check the values.
 
@@ -192,6 +197,9 @@ class DataConfig:
         check(0 < self.val_fraction < 0.5, "data.val_fraction", "lie in (0, 0.5)", self.val_fraction)
         if self.image_size is not None:
             check(self.image_size >= 4, "data.image_size", "be at least 4", self.image_size)
+        if self.train_on_val:
+            contract = "be left out for data.train_on_val, which takes all images"
+            check(self.train_size is None, "data.train_size", contract, self.train_size)
         if self.train_size is not None:
             check(self.train_size >= 2, "data.train_size", "be at least 2", self.train_size)
         if self.sampler == "groups":
