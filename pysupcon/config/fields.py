@@ -58,7 +58,7 @@ class Config:
                 self._check_best_by,
                 self._check_spectral_norm,
             ]
-        checks.append(self._check_features)
+        checks += [self._check_features, self._check_train_on_val]
         check_all(*checks, self._check_warmup, self._check_dry_run)
         for section in (self.data, self.model, self.loss, self.optimizer):
             section.resolve()
@@ -251,6 +251,17 @@ class Config:
                 raise ConfigError(
                     f"{name} must be {remedy} for data.dataset=image_table: it needs one label per sample"
                 )
+
+    def _check_train_on_val(self) -> None:
+        if not self.data.train_on_val:
+            return
+        if self.trainer.best_by is not None:
+            raise ConfigError(
+                "trainer.best_by must be null for data.train_on_val, which leaves no image to choose a "
+                f"checkpoint, got {self.trainer.best_by}"
+            )
+        if self.evaluate:
+            self.evaluation.check_choices()
 
     def _check_features(self) -> None:
         if self.evaluation.features == "projection" and self.model.projection == "none":

@@ -184,6 +184,11 @@ class DataConfig:
     (pysupcon/data/view_partners.py says what the loss becomes). An image that is alone in its class keeps its
     own views."""
 
+    train_on_val: bool = False
+    """Train on the validation images, too, after all choices have been made on them. trainer.best_by must be
+    null, and evaluators that choose on validation images (coarse_to_fine, linear_probe, worst_group) are
+    refused."""
+
     def check(self) -> None:
         """Check the values.
 
@@ -198,6 +203,9 @@ class DataConfig:
         check(0 < self.val_fraction < 0.5, "data.val_fraction", "lie in (0, 0.5)", self.val_fraction)
         if self.image_size is not None:
             check(self.image_size >= 4, "data.image_size", "be at least 4", self.image_size)
+        if self.train_on_val:
+            contract = "be left out for data.train_on_val, which takes all images"
+            check(self.train_size is None, "data.train_size", contract, self.train_size)
         if self.train_size is not None:
             check(self.train_size >= 2, "data.train_size", "be at least 2", self.train_size)
         if self.sampler == "groups":

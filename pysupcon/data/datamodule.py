@@ -184,8 +184,8 @@ class DataModule:
     """Splits of one data set and their loaders.
 
     Attributes:
-        splits: samples of "train", "val" and "test"; disjoint, determined by files and ``data.split_seed``.
-            All classes are known.
+        splits: samples of "train", "val" and "test", determined by files and ``data.split_seed``; disjoint,
+            except that "train" holds "val" with ``data.train_on_val``. All classes are known.
         unlabelled: samples whose class is not known, labels :data:`pysupcon.data.unlabelled.UNKNOWN`; None
             without ``data.ignore_index``.
         skipped: with ``data.on_error`` skip, the names of the image files that were left out, with the
@@ -233,6 +233,8 @@ class DataModule:
             train = train.select(cap_per_class(train.fine, counts, config.split_seed + 2))
         if config.train_size is not None:
             train = train.select(_train_subset(train.strata, config.train_size, config.split_seed + 3))
+        if config.train_on_val:
+            train = concatenate(train, val)
         self.config = config
         self.splits = {"train": train, "val": val, "test": test}
         self.training = train

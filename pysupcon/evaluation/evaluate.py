@@ -108,6 +108,8 @@ def evaluate_run(
 
 def _evaluate(run: Run, config: EvaluationConfig, passed: Mapping[str, Any]) -> Report:
     device, target = resolve_device(config.device), run.dir / EVALUATIONS[config.features]
+    if run.config.data.train_on_val:
+        config.check_choices()
     evaluators = build_evaluators(config, passed)
     measured = run.config.model.spectral_norm if config.lipschitz is None else config.lipschitz
     if measured:
@@ -270,7 +272,7 @@ def _warnings(metrics: dict[str, Metric]) -> list[str]:
             probe = name.removesuffix("/converged")
             option = f"{probe.partition('/')[0]}.max_iterations"
             warnings.append(
-                f"{probe}: the solver did not converge; pysupcon evaluate RUN --{option} 1000 gives it more "
+                f"{probe}: the solver did not converge; pysupcon evaluate RUN --{option} 50000 gives it more "
                 "iterations"
             )
     return warnings

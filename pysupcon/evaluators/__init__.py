@@ -35,6 +35,7 @@ from pysupcon.evaluators.worst_group import WorstGroup, WorstGroupConfig
 from pysupcon.user_code import PlainValue, is_own, is_passed, is_reference
 
 __all__ = [
+    "CHOOSES_ON_VAL",
     "KNN",
     "BootstrapConfig",
     "BoundMetric",
@@ -91,6 +92,9 @@ FeatureName = Literal["embedding", "projection"]
 _CLASSES: Mapping[str, type[Evaluator]] = {
     cls.name: cls for cls in (CoarseToFine, LinearProbe, KNN, Geometry, Separation, Pairs, WorstGroup)
 }
+
+CHOOSES_ON_VAL = (CoarseToFine.name, LinearProbe.name, WorstGroup.name)
+"""Evaluators whose hyperparameters the validation split selects"""
 
 # Transfer evaluates another data set than the run's, in a command of its own.
 _KNOWN: Mapping[str, type[Evaluator]] = {**_CLASSES, Transfer.name: Transfer}
@@ -180,6 +184,21 @@ class EvaluationConfig:
             )
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+
+    def check_choices(self) -> None:
+        """Check that no evaluator chooses on the validation split, for data whose validation images are
+        trained on (``data.train_on_val``).
+
+        Raises:
+            ConfigError: one does; the message names it.
+        """
+        choosing = [name for name in self.evaluators if name in CHOOSES_ON_VAL]
+        if choosing:
+            raise ConfigError(
+                f"evaluation.evaluators: {', '.join(choosing)} chooses on validation images, which "
+                "data.train_on_val trains on: choose among knn, geometry, separation and pairs, or take "
+                "pysupcon transfer to another data set"
+            )
 
 
 def available_evaluators() -> list[str]:

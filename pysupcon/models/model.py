@@ -43,8 +43,8 @@ class ContrastiveModel(nn.Module):
     """``model(images, labels)`` gives a :class:`ModelOutput`; ``model.backbone(images)`` the embedding alone.
 
     With ``encoders="two"``, projection and ``classifier`` use the first backbone, decoder and
-    ``second_classifier`` the second. The embedding is the concatenation of both (Chen et al. 2022, "Perfectly
-    Balanced").
+    ``second_classifier`` the second; with ``joint_classifier`` one head takes the features of both. The
+    embedding is the concatenation of both (Chen et al. 2022, "Perfectly Balanced").
 
     Args:
         config: backbones, heads and decoder.
@@ -74,8 +74,10 @@ class ContrastiveModel(nn.Module):
         self.projection_dim = config.projection_dim or DEFAULT_PROJECTION_DIM
         if config.projection == "none":
             self.projection_dim = widths[0]
-        self.classifier = nn.Linear(widths[0], classes) if config.classifier else None
-        second = config.classifier and self.two_encoders
+        self.joint_classifier = config.joint_classifier
+        of_head = sum(widths) if config.joint_classifier else widths[0]
+        self.classifier = nn.Linear(of_head, classes) if config.classifier else None
+        second = config.classifier and self.two_encoders and not config.joint_classifier
         if image_size == 0 and config.decoder != "none":
             raise ConfigError(
                 "model.decoder reconstructs images, but the data are feature vectors: leave it out"
@@ -106,10 +108,11 @@ class ContrastiveModel(nn.Module):
         features = self.backbone.forward_each(images) if self.two_encoders else [self.backbone(images)]  # type: ignore[operator]
         first, last = features[0], features[-1]
         projection = self.projection(first)
+        of_head = torch.cat(features, dim=1) if self.joint_classifier else first
         return ModelOutput(
             concatenate_unit_features(features) if self.two_encoders else first,
             self._scale(projection),
-            self.classifier(first) if self.classifier is not None else None,
+            self.classifier(of_head) if self.classifier is not None else None,
             self._reconstruction_error(last, images, labels) if self.decoder is not None else None,
             self.second_classifier(last) if self.second_classifier is not None else None,
         )

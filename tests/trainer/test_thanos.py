@@ -275,6 +275,40 @@ def test_two_encoders() -> None:
         assert all(p.grad is None for p in other.parameters())
 
 
+def test_one_head_on_the_features_of_both_encoders() -> None:
+    """It takes the features as they are, and its cross-entropy trains both backbones."""
+    given = {"width": 4, "encoders": "two", "decoder": "plain", "classifier": True}
+    model = build(**given, joint_classifier=True).eval()
+    images = torch.randn(5, 1, 8, 8)
+    outputs = model(images)
+    assert outputs.second_logits is None
+    first, second = model.backbone.parts
+    both = torch.cat([first(images), second(images)], dim=1)
+    assert torch.allclose(outputs.logits, model.classifier(both))
+    assert not torch.allclose(outputs.logits, model.classifier(outputs.embedding))
+    outputs.logits.sum().backward()
+    assert all(p.grad is not None for part in (first, second) for p in part.parameters())
+    with pytest.raises(ConfigError, match=r"model.joint_classifier needs model.classifier=true and .*two"):
+        ModelConfig(classifier=True, joint_classifier=True).check()
+
+
+def test_the_joint_head_is_no_head_of_the_embedding(tmp_path: Path) -> None:
+    """It has the width of the embedding, whose parts are scaled to unit length, which its input is not."""
+    from pysupcon.evaluation.features import run_features
+
+    arguments = (
+        "--data.dataset digits --data.augmentation none --data.batch_size 128 --model.width 4 "
+        "--model.encoders two --model.decoder plain --model.classifier true --model.joint_classifier true "
+        "--loss.cross_entropy_weight 1 --loss.reconstruction_weight 1 --trainer.max_steps 2 "
+        "--trainer.threads 1 --trainer.cpu true --trainer.best_by accuracy --evaluate false"
+    )
+    run = load_run(loop.train(parse_args([*arguments.split(), "--output_dir", str(tmp_path / "run")])[0]))
+    head = run.model.classifier
+    assert head is not None
+    assert head.in_features == run.model.embedding_dim == 32
+    assert run_features(run, run.config.evaluation, torch.device("cpu")).head is None
+
+
 # --- bounded layers
 
 
