@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -218,6 +219,7 @@ def draw_differences(
     *,
     title: str,
     unit: str,
+    note: str = "",
 ) -> None:
     """Draw differences with their intervals; the marker is hollow if the interval contains 0.
 
@@ -226,6 +228,7 @@ def draw_differences(
         rows: (figure, configuration, difference, low, high), grouped by figure.
         title: title of the picture.
         unit: unit of the differences.
+        note: a line below the axis, e.g. what the intervals resample.
     """
     figure, plot = new_figure(9.0, min(1.6 + 0.32 * len(rows), 24.0))
     configurations = list(dict.fromkeys(row[1] for row in rows))
@@ -245,7 +248,10 @@ def draw_differences(
     for start in starts[1:]:
         plot.axhline(start - 0.5, color="grey", linewidth=0.4)
     plot.axvline(0, color="black", linewidth=1)
-    plot.set(title=title, xlabel=f"difference ({unit}); hollow: the interval contains 0")
+    label = f"difference ({unit}); hollow: the interval contains 0"
+    if note:
+        label += "\n" + fill(printable(note), 110)
+    plot.set(title=title, xlabel=label)
     plot.set_ylim(len(rows) - 0.5, -0.5)
     plot.grid(axis="x", alpha=0.25)
     plot.spines[["top", "right", "left"]].set_visible(False)
