@@ -228,7 +228,7 @@ def draw_differences(
         rows: (figure, configuration, difference, low, high), grouped by figure.
         title: title of the picture.
         unit: unit of the differences.
-        note: a line below the axis, e.g. what the intervals resample.
+        note: a line above the legend, e.g. what the intervals resample.
     """
     figure, plot = new_figure(9.0, min(1.6 + 0.32 * len(rows), 24.0))
     configurations = list(dict.fromkeys(row[1] for row in rows))
@@ -248,14 +248,13 @@ def draw_differences(
     for start in starts[1:]:
         plot.axhline(start - 0.5, color="grey", linewidth=0.4)
     plot.axvline(0, color="black", linewidth=1)
-    label = f"difference ({unit}); hollow: the interval contains 0"
-    if note:
-        label += "\n" + fill(printable(note), 110)
-    plot.set(title=title, xlabel=label)
+    plot.set(title=title, xlabel=f"difference ({unit}); hollow: the interval contains 0")
     plot.set_ylim(len(rows) - 0.5, -0.5)
     plot.grid(axis="x", alpha=0.25)
     plot.spines[["top", "right", "left"]].set_visible(False)
-    figure.legend(loc="outside lower center", frameon=False, fontsize=9)
+    # The legend has the width of the figure; long names of metrics leave the axis less.
+    note = fill(printable(note), 110)
+    figure.legend(loc="outside lower center", frameon=False, fontsize=9, title=note, title_fontsize=9)
     save_figure(figure, path)
 
 

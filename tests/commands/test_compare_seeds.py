@@ -15,6 +15,7 @@ from pysupcon.commands.compare import to_markdown
 from pysupcon.errors import RunError
 from pysupcon.evaluation.comparison import compare
 from pysupcon.evaluators import BootstrapConfig
+from pysupcon.reports.charts import draw_differences
 from pysupcon.reports.evaluated_runs import EvaluatedRun, read_run
 from tests.commands.test_compare import FIGURES, N, write_run
 
@@ -153,3 +154,10 @@ def test_the_picture_and_json_say_what_was_resampled(tmp_path: Path, monkeypatch
         f"90 % intervals over test samples, and over seeds except b-0 ({alone})",
         f"95 % intervals over test samples; {alone}",
     ]
+
+
+def test_the_picture_shows_the_note(tmp_path: Path) -> None:
+    rows = [("figure", "b", 1.0, -0.5, 2.0)]
+    for name in ("over seeds", "over test samples", ""):
+        draw_differences(tmp_path / f"{name}.png", rows, title="t", unit="points", note=name)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 3
