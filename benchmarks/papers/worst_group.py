@@ -31,7 +31,7 @@ import torch
 from benchmarks import machine
 from pysupcon.evaluation.evaluate import METRICS_FILE
 from pysupcon.evaluators import BootstrapConfig, bind_metric
-from pysupcon.evaluators.bootstrap import bootstrap_values, percentile_interval
+from pysupcon.evaluators.bootstrap import percentile_interval, seed_and_sample_values
 from pysupcon.reports.evaluated_runs import EVALUATION, read_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,7 +138,10 @@ def _write(path: Path, content: Any) -> None:
 
 
 def collect(seeds: Sequence[int], runs: Path) -> dict[str, Any]:
-    """All metrics of finished runs; mean, deviation and intervals over the test samples per classifier."""
+    """All metrics of finished runs; mean, deviation and intervals per classifier.
+
+    The intervals resample seeds and test images; with one seed, test images only.
+    """
     bootstrap = BootstrapConfig()
     classifiers: dict[str, Any] = {}
     drawn: dict[tuple[str, str], torch.Tensor] = {}
@@ -148,12 +151,12 @@ def collect(seeds: Sequence[int], runs: Path) -> dict[str, Any]:
         for seed, run in zip(seeds, found, strict=True):
             entry["seeds"][str(seed)] = _one(run.dir)
         for figure in FIGURES:
-            samples = []
+            outcomes = []
             for run in found:
                 outcome = bind_metric(f"worst_group/trained/{figure}", run.outcomes)
                 assert outcome is not None, f"{run.dir} has no {figure}"
-                samples.append(bootstrap_values(outcome, bootstrap))
-            drawn[name, figure] = torch.stack(samples).mean(dim=0)
+                outcomes.append(outcome)
+            drawn[name, figure] = seed_and_sample_values(outcomes, bootstrap, seeds=seeds)
             values = [entry["seeds"][str(seed)][figure] for seed in seeds]
             interval = percentile_interval(drawn[name, figure], bootstrap.confidence)
             entry[figure] = _summary(values, interval)
@@ -177,6 +180,7 @@ def collect(seeds: Sequence[int], runs: Path) -> dict[str, Any]:
         "machine": machine.describe("cpu"),
         "data": DATA,
         "confidence": bootstrap.confidence,
+        "resampled": "seeds and test images" if len(seeds) > 1 else "test images",
         "core_seconds": round(sum(costs), 1),
         "classifiers": classifiers,
         "inference": inference,
@@ -218,13 +222,16 @@ def table(results: dict[str, Any]) -> str:
         by_seed = ", ".join(_show(entry["seeds"][seed]["worst_group_accuracy"]) for seed in seeds)
         rows.append((entry["title"], _cell(entry["accuracy"]), _cell(worst), above, by_seed))
     lines = _markdown(rows)
+    resampled = results.get("resampled", "test images")  # results stored before seeds were resampled
     lines += [
         "",
         f"{results['data']}, 1,000 test images of four groups, {len(seeds)} seeds: mean of the seeds ± their "
-        f"standard deviation [{100 * results['confidence']:g} % interval over the test images, paired for "
+        f"standard deviation [{100 * results['confidence']:g} % interval over the {resampled}, paired for "
         "the difference].",
         "",
     ]
+    if len(seeds) == 1:
+        lines += ["One seed: the interval says nothing about other seeds.", ""]
     rows = [("groups from", "F1, %", "purity, %", "silhouette", "groups by seed"), ("---",) * 5]
     for entry in results["inference"].values():
         counts = ", ".join(str(len(entry["seeds"][seed]["counts"])) for seed in seeds)

@@ -1,8 +1,9 @@
 """``pysupcon compare RUN RUN ...``: compare evaluated runs on the same test samples.
 
 Runs whose configs differ only in the seed form one configuration. Its metrics are means over the seeds, and
-the table shows the standard deviation over the seeds. Confidence intervals of differences come from a paired
-bootstrap: every run is resampled with the same test samples.
+the table shows the standard deviation over the seeds. Confidence intervals come from a bootstrap of the seeds
+and of the test samples. Differences are paired by test sample, and by seed if both configurations have the
+same seeds. The tables say which configurations have one seed: their intervals say nothing about other seeds.
 """
 
 from __future__ import annotations
@@ -11,31 +12,18 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from pysupcon.commands import plain_parser, program
 from pysupcon.errors import RunError
-from pysupcon.evaluators import BootstrapConfig, bind_metric, unit_of
-from pysupcon.evaluators.bootstrap import bootstrap_values, percentile_interval
-from pysupcon.reports.evaluated_runs import (
-    EVALUATION,
-    Configuration,
-    EvaluatedRun,
-    check_same_test_set,
-    configurations,
-    read_run,
-)
-from pysupcon.reports.report import Markdown, markdown_table
+from pysupcon.evaluation.comparison import Comparison, Difference, Value, compare
+from pysupcon.evaluators import BootstrapConfig, unit_of
+from pysupcon.reports.evaluated_runs import EVALUATION, read_run
+from pysupcon.reports.report import Markdown, escape, markdown_table
 
 TABLE_FILE = "compare.md"
 JSON_FILE = "compare.json"
+ONE_SEED = "one seed: the interval says nothing about other seeds"
 HEADLINES = (
     "coarse_to_fine/fine/accuracy",
     "coarse_to_fine/fine_within_coarse/accuracy",
@@ -50,159 +38,6 @@ HEADLINES = (
     "worst_group/dro_true/worst_group_accuracy",
     "transfer/accuracy",
 )
-
-
-@dataclass(frozen=True)
-class Value:
-    """A metric of one configuration.
-
-    Attributes:
-        mean: mean over the seeds.
-        spread: standard deviation over the seeds, None for one seed.
-        low, high: bootstrap percentile interval of the mean over the test samples.
-        seeds: the metric of each run.
-    """
-
-    mean: float
-    spread: float | None
-    low: float
-    high: float
-    seeds: list[float]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A metric of one configuration minus that of the baseline, with its paired bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-
-    @property
-    def significant(self) -> bool:
-        """Whether the interval excludes 0."""
-        return self.low > 0 or self.high < 0
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Result of :func:`compare`.
-
-    Attributes:
-        configurations: the configurations in order.
-        baseline: name of the baseline configuration.
-        values: metrics by name and configuration.
-        differences: differences to the baseline by name and configuration.
-        confidence: confidence level of the intervals.
-    """
-
-    configurations: list[Configuration]
-    baseline: str
-    values: dict[str, dict[str, Value]]
-    differences: dict[str, dict[str, Difference]]
-    confidence: float
-
-
-def common_figures(runs: Sequence[EvaluatedRun], patterns: Sequence[str] | None = None) -> list[str]:
-    """Find the metrics that every run has and that can be computed from its outcomes.
-
-    Args:
-        runs: the evaluated runs.
-        patterns: regular expressions; a metric is chosen if one of them matches a part of its name. None
-            chooses all metrics except those of single classes and groups.
-
-    Returns:
-        The names in the order of the first run.
-
-    Raises:
-        RunError: there is no such metric.
-    """
-    shared = [
-        name
-        for name in runs[0].figures
-        if all(name in run.figures and bind_metric(name, run.outcomes) is not None for run in runs)
-    ]
-    if patterns is None:
-        chosen = [name for name in shared if "class=" not in name and "group=" not in name]
-    else:
-        chosen = [name for name in shared if any(re.search(pattern, name) for pattern in patterns)]
-    if not chosen:
-        matching = "" if patterns is None else f" that match {list(patterns)}"
-        raise RunError(
-            f"the runs have no metrics in common{matching}; evaluate them with the same evaluators. "
-            f"Shared by all: {', '.join(shared) or 'nothing'}"
-        )
-    return chosen
-
-
-def compare(
-    runs: Sequence[EvaluatedRun],
-    baseline: EvaluatedRun | None = None,
-    *,
-    figures: Sequence[str] | None = None,
-    bootstrap: BootstrapConfig | None = None,
-    progress: bool = False,
-) -> Comparison:
-    """Compare the metrics of every configuration with those of the baseline.
-
-    Args:
-        runs: two or more runs with the same test samples.
-        baseline: a run of the baseline configuration; None means the first run.
-        figures: regular expressions of names; see :func:`common_figures`.
-        bootstrap: arguments of the intervals.
-        progress: show a progress bar.
-
-    Returns:
-        The metrics and their paired differences to the baseline.
-
-    Raises:
-        RunError: there are fewer than two runs, their test samples differ, they share no metric, or a metric
-            is not finite.
-    """
-    bootstrap = bootstrap or BootstrapConfig()
-    named = [*runs, *([baseline] if baseline else [])]
-    all_runs = list({(run.dir.resolve(), run.part): run for run in named}.values())
-    if len(all_runs) < 2:
-        raise RunError(f"compare needs two or more runs, got {', '.join(str(run.dir) for run in all_runs)}")
-    check_same_test_set(all_runs)
-    groups = configurations(all_runs)
-    reference = baseline or all_runs[0]
-    base = next(group.name for group in groups if reference in group.runs)
-    names = common_figures(all_runs, figures)
-    values: dict[str, dict[str, Value]] = {}
-    differences: dict[str, dict[str, Difference]] = {}
-    for name in _bar(names, progress):
-        drawn: dict[str, Tensor] = {}
-        values[name] = {}
-        for group in groups:
-            samples = []
-            seeds = []
-            for run in group.runs:
-                figure = bind_metric(name, run.outcomes)
-                assert figure is not None
-                samples.append(bootstrap_values(figure, bootstrap))
-                seeds.append(figure.value())
-                if not isfinite(seeds[-1]) or not samples[-1].isfinite().all():
-                    raise RunError(f"{name} must be finite, but the outcomes of {run.dir} give {seeds[-1]}")
-            drawn[group.name] = torch.stack(samples).mean(dim=0)
-            low, high = percentile_interval(drawn[group.name], bootstrap.confidence)
-            spread = stdev(seeds) if len(seeds) > 1 else None
-            values[name][group.name] = Value(mean(seeds), spread, low, high, seeds)
-        differences[name] = {}
-        for group in groups:
-            if group.name != base:
-                interval = percentile_interval(drawn[group.name] - drawn[base], bootstrap.confidence)
-                change = values[name][group.name].mean - values[name][base].mean
-                differences[name][group.name] = Difference(change, *interval)
-    return Comparison(groups, base, values, differences, bootstrap.confidence)
-
-
-def _bar(names: list[str], progress: bool) -> Any:
-    if not progress:
-        return names
-    from tqdm import tqdm
-
-    return tqdm(names, desc="compare", leave=False, delay=2, disable=None)
 
 
 def _show(value: float, unit: str, *, sign: bool = False) -> str:
@@ -225,6 +60,32 @@ def _heading(name: str) -> str:
     unit = unit_of(name)
     shown = "%" if unit == "fraction" else unit
     return f"{name} ({shown})" if shown else name
+
+
+def _resampling(comparison: Comparison) -> str:
+    """What the intervals of the differences resample, and how they are paired."""
+    names = [group.name for group in comparison.configurations]
+    alone = comparison.one_seed
+    many = [escape(name) for name in names if name not in alone]
+    if not alone:
+        lines = ["Resampled: seeds and test samples."]
+    elif many:
+        lines = [f"Resampled: test samples, and the seeds of {', '.join(many)}."]
+    else:
+        lines = ["Resampled: test samples."]
+    lines.append("Paired by test sample.")
+    paired = comparison.paired_by_seed
+    several = {name: same for name, same in paired.items() if name not in alone}
+    if comparison.baseline not in alone and several:
+        other = [escape(name) for name, same in several.items() if not same]
+        if len(other) < len(several):
+            lines[-1] = "Paired by test sample and by seed."
+        if other:
+            lines.append(
+                f"Not paired by seed, because the seeds are not those of {escape(comparison.baseline)}: "
+                f"{', '.join(other)}."
+            )
+    return " ".join(lines)
 
 
 def to_markdown(comparison: Comparison) -> str:
@@ -255,10 +116,12 @@ def to_markdown(comparison: Comparison) -> str:
         lines += markdown_table(header, rows)
         lines += [
             "",
-            f"Difference of the means over the seeds, with its {100 * comparison.confidence:g} % percentile "
-            "interval over the test samples (paired bootstrap). Bold: the interval excludes 0.",
+            f"Difference of the means over the seeds, with its {100 * comparison.confidence:g} % interval "
+            f"(bootstrap). Bold: the interval excludes 0. {_resampling(comparison)}",
             "",
         ]
+        if comparison.one_seed:
+            lines += [f"Warning, {ONE_SEED}: {', '.join(map(escape, comparison.one_seed))}", ""]
     else:
         lines += ["There is only one configuration: its seeds are averaged, and nothing is compared.", ""]
     lines += ["## Runs", ""]
@@ -273,6 +136,8 @@ def to_json(comparison: Comparison) -> str:
         "schema": 1,
         "baseline": comparison.baseline,
         "confidence": comparison.confidence,
+        "resampled": comparison.resampled,
+        "paired_by_seed": comparison.paired_by_seed,
         "configurations": {
             group.name: [run.name for run in group.runs] for group in comparison.configurations
         },
@@ -309,7 +174,8 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
     written = []
     for unit, rows in by_unit.items():
         path = folder / f"differences_{re.sub(r'[^a-z]+', '_', unit.lower())}.png"
-        draw_differences(path, rows, title=f"Difference to {comparison.baseline}", unit=unit)
+        title = f"Difference to {comparison.baseline}"
+        draw_differences(path, rows, title=title, unit=unit, note=_note(comparison))
         markdown += f"\n![Differences in {unit}]({path.name})\n"
         written.append(path)
     (folder / TABLE_FILE).write_text(markdown, encoding="utf-8")
@@ -317,12 +183,23 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
     return [folder / TABLE_FILE, folder / JSON_FILE, *written]
 
 
+def _note(comparison: Comparison) -> str:
+    """What the intervals of the picture resample."""
+    level = f"{100 * comparison.confidence:g} % intervals"
+    if not comparison.one_seed:
+        return f"{level} over seeds and test samples"
+    if len(comparison.one_seed) == len(comparison.configurations):
+        return f"{level} over test samples; {ONE_SEED}"
+    return f"{level} over test samples, and over seeds except {', '.join(comparison.one_seed)} ({ONE_SEED})"
+
+
 def main(arguments: Sequence[str]) -> int:
     """Print the tables and write them to files; return the exit status."""
 
     parser = plain_parser(
         prog=f"{program()} compare",
-        description="Compare evaluated runs: differences with paired bootstrap intervals, means over seeds.",
+        description="Compare evaluated runs: means over seeds, and paired differences with bootstrap "
+        "intervals over seeds and test samples (one seed: over test samples only).",
     )
     add = parser.add_argument
     add(

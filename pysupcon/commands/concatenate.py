@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 PARTS = ("first.yaml", "second.yaml")
 FREE = (
     "root", "download", "workers", "views", "augmentation",
-    "batch_size", "sampler", "samples_per_class", "groups",
+    "batch_size", "sampler", "samples_per_class", "groups", "view_partners",
 )  # fmt: skip
 """Fields of the data config that may differ: they do not affect the images, labels and splits."""
 

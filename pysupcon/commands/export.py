@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pysupcon.commands import plain_parser, program
 from pysupcon.errors import ConfigError, RunError
 from pysupcon.reading import read_json
-from pysupcon.reports.report import Markdown, escape, markdown_table
+from pysupcon.reports.report import OF_ONE_RUN, Markdown, escape, markdown_table
 from pysupcon.user_code import is_own
 
 if TYPE_CHECKING:
@@ -177,6 +177,8 @@ def model_card(run: Run, metrics: dict[str, Any] | None, name: str) -> str:
         lines.append("The run was not evaluated; use `pysupcon evaluate RUN`.")
     else:
         lines += _table(metrics)
+        if any(metric.get("low") is not None for metric in metrics["metrics"].values()):
+            lines += ["", f"In brackets: intervals. {OF_ONE_RUN}"]
     return "\n".join(lines) + "\n"
 
 

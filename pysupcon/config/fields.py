@@ -56,8 +56,9 @@ class Config:
                 self._check_unlabelled,
                 self._check_multi_label,
                 self._check_best_by,
+                self._check_spectral_norm,
             ]
-        checks.append(self._check_features)
+        checks += [self._check_features, self._check_train_on_val]
         check_all(*checks, self._check_warmup, self._check_dry_run)
         for section in (self.data, self.model, self.loss, self.optimizer):
             section.resolve()
@@ -251,11 +252,29 @@ class Config:
                     f"{name} must be {remedy} for data.dataset=image_table: it needs one label per sample"
                 )
 
+    def _check_train_on_val(self) -> None:
+        if not self.data.train_on_val:
+            return
+        if self.trainer.best_by is not None:
+            raise ConfigError(
+                "trainer.best_by must be null for data.train_on_val, which leaves no image to choose a "
+                f"checkpoint, got {self.trainer.best_by}"
+            )
+        if self.evaluate:
+            self.evaluation.check_choices()
+
     def _check_features(self) -> None:
         if self.evaluation.features == "projection" and self.model.projection == "none":
             raise ConfigError(
                 "evaluation.features=projection needs a projection head, but model.projection is none: pass "
                 "--model.projection mlp, or evaluate the embedding"
+            )
+
+    def _check_spectral_norm(self) -> None:
+        if self.model.spectral_norm and self.trainer.sync_batch_norm:
+            raise ConfigError(
+                "trainer.sync_batch_norm does not work with model.spectral_norm, which bounds BatchNorm in "
+                "each process: leave one out"
             )
 
     def _check_best_by(self) -> None:

@@ -178,6 +178,17 @@ class DataConfig:
     run's folder lists them (skipped_files.json), and its resumption and evaluation leave out the same
     files."""
 
+    view_partners: Literal["own", "class"] = "own"
+    """Images of the views of a sample. own: all views show the sample; class: each further view shows another
+    image of its training class, paired anew in each epoch. This is a control: nothing ties an image to itself
+    (pysupcon/data/view_partners.py says what the loss becomes). An image that is alone in its class keeps its
+    own views."""
+
+    train_on_val: bool = False
+    """Train on the validation images, too, after all choices have been made on them. trainer.best_by must be
+    null, and evaluators that choose on validation images (coarse_to_fine, linear_probe, worst_group) are
+    refused."""
+
     def check(self) -> None:
         """Check the values.
 
@@ -192,10 +203,15 @@ class DataConfig:
         check(0 < self.val_fraction < 0.5, "data.val_fraction", "lie in (0, 0.5)", self.val_fraction)
         if self.image_size is not None:
             check(self.image_size >= 4, "data.image_size", "be at least 4", self.image_size)
+        if self.train_on_val:
+            contract = "be left out for data.train_on_val, which takes all images"
+            check(self.train_size is None, "data.train_size", contract, self.train_size)
         if self.train_size is not None:
             check(self.train_size >= 2, "data.train_size", "be at least 2", self.train_size)
         if self.sampler == "groups":
             check(self.groups is not None, "data.groups", "be given for data.sampler=groups", None)
+        if self.view_partners == "class":
+            self._check_view_partners()
         check_all(
             self._check_dataset,
             self._check_augmentation,
@@ -277,6 +293,19 @@ class DataConfig:
         multiple = f"be a multiple of data.samples_per_class={count}"
         size = self.global_batch_size
         check(size % count == 0, "data.batch_size", multiple, size)
+
+    def _check_view_partners(self) -> None:
+        check(self.views >= 2, "data.views", "be at least 2 for data.view_partners=class", self.views)
+        if self.dataset == "image_table":
+            raise ConfigError(
+                "data.view_partners=class needs one label per sample, but data.dataset is image_table: leave "
+                "it out"
+            )
+        if self.groups is not None:
+            raise ConfigError(
+                "data.view_partners=class mixes the groups of a class in the views of a sample, but "
+                f"data.groups is {self.groups}: leave one out"
+            )
 
     def _check_root(self) -> None:
         name = self.dataset

@@ -35,6 +35,7 @@ from pysupcon.data.splits import cap_per_class, stratified_split, stratified_sub
 from pysupcon.data.unlabelled import concatenate, take_out
 from pysupcon.data.unreadable import leave_out_unreadable
 from pysupcon.data.vectors import Standardize, Unchanged, VectorAugmentation
+from pysupcon.data.view_partners import ViewPartners
 from pysupcon.data.workers import choose_workers, prepare_worker, threads_for
 from pysupcon.errors import ConfigError
 from pysupcon.user_code import is_reference
@@ -92,6 +93,7 @@ class MultiViewDataset(Dataset[tuple[Tensor, int]]):
 
     The item ``dataset[sample, draw]`` is (views uint8 [V, C, S, S]; label). The views depend only on seed,
     draw and sample, not on the process or on the rest of the batch. No global random state is used.
+    ``partners`` gives the views other images of the class; None: all views show the sample.
     """
 
     def __init__(
@@ -101,9 +103,10 @@ class MultiViewDataset(Dataset[tuple[Tensor, int]]):
         augmentation: Augmentation | OwnAugmentation | VectorAugmentation,
         views: int,
         seed: int,
+        partners: ViewPartners | None = None,
     ) -> None:
         self.samples, self.labels, self.augmentation = samples, labels, augmentation
-        self.views, self.seed = views, seed
+        self.views, self.seed, self.partners = views, seed, partners
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -114,22 +117,30 @@ class MultiViewDataset(Dataset[tuple[Tensor, int]]):
 
     def __getitems__(self, keys: list[Draw]) -> tuple[Tensor, Tensor]:
         """A batch, as DataLoader requests it: views uint8 [b, V, C, S, S] and labels int64 [b]."""
-        samples = [sample for sample, _ in keys]
-        uniforms = philox_uniforms(
-            self.seed, [draw for _, draw in keys], self.views * self.augmentation.num_uniforms
-        )
+        samples, draws = [sample for sample, _ in keys], [draw for _, draw in keys]
+        uniforms = philox_uniforms(self.seed, draws, self.views * self.augmentation.num_uniforms)
         uniforms = uniforms.view(len(keys), self.views, self.augmentation.num_uniforms)
-        batches = _image_batches(self.samples, samples, self.augmentation.size)
         labels = self.labels[torch.tensor(samples)]
+        if self.partners is None:
+            return self._views(samples, uniforms), labels
+        views = [
+            self._views(self.partners.images(samples, draws, view), uniforms[:, view : view + 1])
+            for view in range(self.views)
+        ]
+        return torch.cat(views, dim=1), labels
+
+    def _views(self, samples: list[int], uniforms: Tensor) -> Tensor:
+        """Views of the images of ``samples``, one for each row of ``uniforms`` [b, views, numbers]."""
+        batches = _image_batches(self.samples, samples, self.augmentation.size)
         views: list[Tensor] = []
         done = 0
         with threads_for(self.samples.images):
             if isinstance(self.augmentation, Augmentation) and not isinstance(self.samples.images, Tensor):
-                return self.augmentation.of_batches(batches, uniforms), labels
+                return self.augmentation.of_batches(batches, uniforms)
             for images in batches:
                 views.append(self.augmentation(images, uniforms[done : done + len(images)]))
                 done += len(images)
-        return views[0] if len(views) == 1 else torch.cat(views), labels
+        return views[0] if len(views) == 1 else torch.cat(views)
 
 
 class GroupedMultiViewDataset(Dataset[tuple[Tensor, int, int]]):
@@ -173,8 +184,8 @@ class DataModule:
     """Splits of one data set and their loaders.
 
     Attributes:
-        splits: samples of "train", "val" and "test"; disjoint, determined by files and ``data.split_seed``.
-            All classes are known.
+        splits: samples of "train", "val" and "test", determined by files and ``data.split_seed``; disjoint,
+            except that "train" holds "val" with ``data.train_on_val``. All classes are known.
         unlabelled: samples whose class is not known, labels :data:`pysupcon.data.unlabelled.UNKNOWN`; None
             without ``data.ignore_index``.
         skipped: with ``data.on_error`` skip, the names of the image files that were left out, with the
@@ -222,6 +233,8 @@ class DataModule:
             train = train.select(cap_per_class(train.fine, counts, config.split_seed + 2))
         if config.train_size is not None:
             train = train.select(_train_subset(train.strata, config.train_size, config.split_seed + 3))
+        if config.train_on_val:
+            train = concatenate(train, val)
         self.config = config
         self.splits = {"train": train, "val": val, "test": test}
         self.training = train
@@ -350,8 +363,12 @@ class DataModule:
         :data:`pysupcon.data.unlabelled.UNKNOWN`. With ``data.groups``, they also have groups int64 [b].
         """
         samples = self.training if split == "train" else self.splits[split]
+        labels = self._labels_of(samples)
+        partners: ViewPartners | None = None
+        if self.config.view_partners == "class":
+            partners = ViewPartners(labels, batches.seed, batches.steps_per_epoch * batches.batch_size)
         dataset = MultiViewDataset(
-            samples, self._labels_of(samples), self.augmentation, self.config.views, batches.seed
+            samples, labels, self.augmentation, self.config.views, batches.seed, partners
         )
         per_process = self.config.global_batch_size // batches.world_size
         workers = self.workers(split, per_process * self.config.views)

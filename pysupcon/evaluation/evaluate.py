@@ -24,6 +24,7 @@ from pysupcon.errors import RunError
 from pysupcon.evaluation import pictures
 from pysupcon.evaluation.earlier import LABELS, Earlier, free_folder, read_earlier
 from pysupcon.evaluation.features import DESCRIPTIONS, resolve_device, run_features
+from pysupcon.evaluation.lipschitz import Lipschitz
 from pysupcon.evaluators import (
     EvaluationConfig,
     Evaluator,
@@ -107,7 +108,12 @@ def evaluate_run(
 
 def _evaluate(run: Run, config: EvaluationConfig, passed: Mapping[str, Any]) -> Report:
     device, target = resolve_device(config.device), run.dir / EVALUATIONS[config.features]
+    if run.config.data.train_on_val:
+        config.check_choices()
     evaluators = build_evaluators(config, passed)
+    measured = run.config.model.spectral_norm if config.lipschitz is None else config.lipschitz
+    if measured:
+        evaluators.append(Lipschitz(run, device, config))
     seconds: dict[str, float] = {}
     start = time.perf_counter()
     splits = run_features(run, config, device)
@@ -119,8 +125,10 @@ def _evaluate(run: Run, config: EvaluationConfig, passed: Mapping[str, Any]) -> 
     for evaluator in evaluators:
         try:
             of_one, outcomes_of_one = _results(evaluator, splits, config)
-        except Exception as error:  # of the user's code: the results of the other evaluators are kept
-            if not isinstance(evaluator, OwnEvaluator) or len(evaluators) == 1:
+        except (
+            Exception
+        ) as error:  # the user's code or backbone: the results of the other evaluators are kept
+            if not isinstance(evaluator, (OwnEvaluator, Lipschitz)) or len(evaluators) == 1:
                 raise
             traceback.print_exc()
             failures.append(error)
@@ -264,7 +272,7 @@ def _warnings(metrics: dict[str, Metric]) -> list[str]:
             probe = name.removesuffix("/converged")
             option = f"{probe.partition('/')[0]}.max_iterations"
             warnings.append(
-                f"{probe}: the solver did not converge; pysupcon evaluate RUN --{option} 1000 gives it more "
+                f"{probe}: the solver did not converge; pysupcon evaluate RUN --{option} 50000 gives it more "
                 "iterations"
             )
     return warnings

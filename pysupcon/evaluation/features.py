@@ -138,5 +138,7 @@ def _trained_head(run: Run) -> LinearHead | None:
     head = run.model.classifier
     if head is None or run.config.data.labels != "coarse" or run.model.embedding_dim != head.in_features:
         return None
+    if run.model.joint_classifier:  # it takes both parts before they are scaled to unit length
+        return None
     weight, bias = (parameter.detach().to("cpu", torch.float64) for parameter in (head.weight, head.bias))
     return LinearHead(weight, bias)

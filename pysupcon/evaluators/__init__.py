@@ -35,6 +35,7 @@ from pysupcon.evaluators.worst_group import WorstGroup, WorstGroupConfig
 from pysupcon.user_code import PlainValue, is_own, is_passed, is_reference
 
 __all__ = [
+    "CHOOSES_ON_VAL",
     "KNN",
     "BootstrapConfig",
     "BoundMetric",
@@ -92,8 +93,13 @@ _CLASSES: Mapping[str, type[Evaluator]] = {
     cls.name: cls for cls in (CoarseToFine, LinearProbe, KNN, Geometry, Separation, Pairs, WorstGroup)
 }
 
+CHOOSES_ON_VAL = (CoarseToFine.name, LinearProbe.name, WorstGroup.name)
+"""Evaluators whose hyperparameters the validation split selects"""
+
 # Transfer evaluates another data set than the run's, in a command of its own.
 _KNOWN: Mapping[str, type[Evaluator]] = {**_CLASSES, Transfer.name: Transfer}
+_TAKEN = {*_KNOWN, "lipschitz"}
+"""Names that evaluators of the user cannot have; pysupcon/evaluation/lipschitz.py is not built here."""
 
 
 @dataclass
@@ -154,6 +160,10 @@ class EvaluationConfig:
     it is normalised, with two encoders of the first one's head. The results of the projection are in
     RUN/evaluation-projection, those of the embedding in RUN/evaluation."""
 
+    lipschitz: bool | None = None
+    """Measure how steep the encoder is: its local Lipschitz constants at 64 validation images and, for
+    small_cnn and mlp, a certified bound. None: for runs with model.spectral_norm."""
+
     def __post_init__(self) -> None:
         if self.features not in get_args(FeatureName):
             raise ValueError(f"features must be embedding or projection, got {self.features!r}")
@@ -174,6 +184,21 @@ class EvaluationConfig:
             )
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+
+    def check_choices(self) -> None:
+        """Check that no evaluator chooses on the validation split, for data whose validation images are
+        trained on (``data.train_on_val``).
+
+        Raises:
+            ConfigError: one does; the message names it.
+        """
+        choosing = [name for name in self.evaluators if name in CHOOSES_ON_VAL]
+        if choosing:
+            raise ConfigError(
+                f"evaluation.evaluators: {', '.join(choosing)} chooses on validation images, which "
+                "data.train_on_val trains on: choose among knn, geometry, separation and pairs, or take "
+                "pysupcon transfer to another data set"
+            )
 
 
 def available_evaluators() -> list[str]:
@@ -220,7 +245,7 @@ def check_names(evaluators: Sequence[Evaluator | OwnEvaluator]) -> None:
     """
     names = [evaluator.name for evaluator in evaluators]
     for evaluator in evaluators:
-        taken = evaluator.name in _KNOWN and isinstance(evaluator, OwnEvaluator)
+        taken = evaluator.name in _TAKEN and isinstance(evaluator, OwnEvaluator)
         if taken or names.count(evaluator.name) > 1:
             raise ConfigError(
                 f"evaluation.evaluators: the name {evaluator.name} is taken: give your evaluator another "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,23 +15,30 @@ from pysupcon.evaluators.base import FeatureSplits, Result, accuracy_results, cl
 
 @dataclass
 class KNNConfig:
-    """Weighted k-NN: the k nearest training samples vote for their class with exp(cosine / temperature)."""
+    """Weighted k-NN: the k nearest training samples vote for their class with exp(cosine / temperature), or
+    with the cosine."""
 
     k: list[int] = field(default_factory=lambda: [1, 5, 10, 20, 100, 200])
     """Numbers of neighbours, each reported. Those above half of the training set are left out: they say more
     about the sizes of the classes than about neighbours."""
 
     temperature: float = 0.07
-    """Temperature of the votes, on the scale of the cosine."""
+    """votes=exp only: temperature of the votes, on the scale of the cosine."""
 
     chunk_bytes: int = 1 << 26
     """Memory of one block of similarities (test rows x all training rows), in bytes."""
+
+    votes: Literal["exp", "cosine"] = "exp"
+    """exp: a neighbour votes with exp(cosine / temperature); cosine: with its cosine, as in SINCERE's public
+    code."""
 
     def __post_init__(self) -> None:
         if not self.k or any(k < 1 for k in self.k):
             raise ValueError(f"knn.k must be one or more positive numbers of neighbours, got {self.k}")
         if not self.temperature > 0:
             raise ValueError(f"knn.temperature must be > 0, got {self.temperature}")
+        if self.votes not in ("exp", "cosine"):
+            raise ValueError(f"knn.votes must be exp or cosine, got {self.votes!r}")
         if self.chunk_bytes < 1:
             raise ValueError(f"knn.chunk_bytes must be positive, got {self.chunk_bytes}")
 
@@ -78,21 +85,27 @@ def nearest_neighbours(
     return cosines, indices
 
 
-def weighted_vote(cosines: Tensor, neighbour_classes: Tensor, classes: int, temperature: float) -> Tensor:
-    """Class with the largest sum of weights exp(cosine / temperature); the lower one on a tie.
+def weighted_vote(
+    cosines: Tensor, neighbour_classes: Tensor, classes: int, temperature: float | None
+) -> Tensor:
+    """Class with the largest sum of weights exp(cosine / temperature), or of cosines, among those of the
+    neighbours; the lower one on a tie.
 
     Args:
         cosines: [M, k] in descending order.
         neighbour_classes: [M, k] int64 in [0, classes).
         classes: number of classes.
-        temperature: temperature of the weights.
+        temperature: temperature of the weights; None: the weights are the cosines.
 
     Returns:
         [M] int64.
     """
     # Subtracting the largest cosine changes no vote and avoids overflow of exp.
-    weights = ((cosines - cosines[:, :1]) / temperature).exp()
+    weights = cosines if temperature is None else ((cosines - cosines[:, :1]) / temperature).exp()
     votes = weights.new_zeros(len(weights), classes).scatter_add_(1, neighbour_classes, weights)
+    if temperature is None:  # a sum of negative cosines is below the 0 of a class without neighbours
+        present = torch.zeros_like(votes, dtype=torch.bool).scatter_(1, neighbour_classes, True)
+        votes = votes.masked_fill(~present, -torch.inf)
     return votes.argmax(dim=1)
 
 
@@ -124,12 +137,11 @@ class KNN:
         )
         # On the CPU the M x k votes are summed in a fixed order.
         cosines, indices = cosines.cpu(), indices.cpu()
+        temperature = config.temperature if config.votes == "exp" else None
         for level in splits.levels:
             labels, truth = train.labels(level).cpu(), test.labels(level).cpu()
             classes = labels.unique()
             neighbour_classes = class_index(labels, classes)[indices]
             for k in numbers:
-                predicted = weighted_vote(
-                    cosines[:, :k], neighbour_classes[:, :k], len(classes), config.temperature
-                )
+                predicted = weighted_vote(cosines[:, :k], neighbour_classes[:, :k], len(classes), temperature)
                 yield from accuracy_results(f"knn/k={k}/{level}", classes[predicted], truth)

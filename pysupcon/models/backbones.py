@@ -14,7 +14,7 @@ from pysupcon.errors import ConfigError
 from pysupcon.models.concatenation import Concatenation
 from pysupcon.models.config import DEFAULT_LIPSCHITZ, DEFAULT_MLP_WIDTH, DEFAULT_WIDTH, ModelConfig
 from pysupcon.models.initial import freeze, is_path, load_initial_weights
-from pysupcon.models.spectral import apply_spectral_norm
+from pysupcon.models.spectral import apply_spectral_norm, unbounded_layers
 from pysupcon.reading import one_line
 from pysupcon.user_code import call_object, import_object, is_own, is_passed, is_reference
 
@@ -117,7 +117,15 @@ def _build_single(
             note(backbone, f"model.pretrained: {len(left_out)} weights of heads left out, e.g. {left_out[0]}")
     freeze(backbone, config.frozen_layers)
     if config.spectral_norm:
-        apply_spectral_norm(backbone, config.lipschitz or DEFAULT_LIPSCHITZ)
+        apply_spectral_norm(backbone, config.lipschitz or DEFAULT_LIPSCHITZ, _shape(channels, image_size))
+        left = unbounded_layers(backbone)
+        if left:
+            kinds = ", ".join(f"{name} ({count})" for name, count in left.items())
+            note(
+                backbone,
+                "model.spectral_norm: the encoder has no Lipschitz bound, because some of its layers are not "
+                f"bounded: {kinds}. Convolutions, linear layers and BatchNorm are",
+            )
     return backbone, width
 
 

@@ -69,6 +69,10 @@ class ModelConfig:
     classifier: bool = False
     """Linear classification head on the embedding; its weight in the loss is loss.cross_entropy_weight."""
 
+    joint_classifier: bool = False
+    """encoders=two only: one classification head on the concatenated features of both backbones, which are
+    not normalised for it, instead of one head on each."""
+
     decoder: Literal["none", "plain", "labelled"] = "none"
     """Reconstructs the image from the embedding with resize convolutions. loss.reconstruction_weight weighs
     its squared error. labelled: the decoder also gets the training label. The side of the images must be 4,
@@ -76,15 +80,20 @@ class ModelConfig:
 
     encoders: Literal["one", "two"] = "one"
     """two: two backbones of the same architecture, the first trained by the contrastive loss, the second by
-    reconstruction, each with a classification head if model.classifier. The embedding is the concatenation
-    of both, each of unit length."""
+    reconstruction, each with a classification head if model.classifier (one for both with
+    model.joint_classifier). The embedding is the concatenation of both, each of unit length."""
 
     spectral_norm: bool = False
-    """Divide the weight of every convolution and linear layer of the backbone by its largest singular value
-    (one power iteration per step) and multiply it by lipschitz."""
+    """Bound the Lipschitz constant of every convolution, linear layer and BatchNorm of the backbone and the
+    projection head by lipschitz: weights are divided by their largest singular value, as maps of images of
+    their size (one power iteration per step), and the scale of BatchNorm is clamped. The input of the loss is
+    then divided by its length only if that is above 1, because small embeddings on the unit sphere would undo
+    the bound. LayerNorm, GroupNorm and attention are not bounded; the start of the training says so. See
+    evaluation.lipschitz."""
 
     lipschitz: float | None = None
-    """Largest singular value of a layer's weight. Requires spectral_norm. None means 1."""
+    """Largest Lipschitz constant of a layer. Requires spectral_norm. None means 1, with which small_cnn
+    hardly learns, because each ReLU shortens the differences of images; 1.5 to 2 train it."""
 
     momentum: float = 0.0
     """MoCo: a key encoder, whose weights are an exponential moving average of the trained weights with this
@@ -136,6 +145,11 @@ class ModelConfig:
                 )
             check(self.lipschitz > 0, "model.lipschitz", "be greater than 0", self.lipschitz)
         check(0 <= self.momentum < 1, "model.momentum", "lie in [0, 1)", self.momentum)
+        if self.joint_classifier and not (self.classifier and self.encoders == "two"):
+            raise ConfigError(
+                f"model.joint_classifier needs model.classifier=true and model.encoders=two, got "
+                f"{str(self.classifier).lower()} and {self.encoders}"
+            )
         if self.encoders == "two" and self.decoder == "none":
             raise ConfigError(
                 "model.encoders=two needs model.decoder, which trains the second backbone; got none"

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from pysupcon.errors import ConfigError
 from pysupcon.models.backbones import build_backbone
 from pysupcon.models.concatenation import Concatenation, concatenate_unit_features
-from pysupcon.models.config import DEFAULT_PROJECTION_DIM, ModelConfig
+from pysupcon.models.config import DEFAULT_LIPSCHITZ, DEFAULT_PROJECTION_DIM, ModelConfig
 from pysupcon.models.decoder import build_decoder
 from pysupcon.models.initial import keep_statistics
+from pysupcon.models.spectral import apply_spectral_norm, within_unit_ball
 from pysupcon.pairs.normalize import unit_rows
 from pysupcon.user_code import is_own
 
@@ -23,7 +24,8 @@ class ModelOutput(NamedTuple):
 
     Attributes:
         embedding: features of the backbone, [B, E], used by the evaluators.
-        projection: input of the contrastive loss, [B, D]; of unit length unless ``normalize`` is false.
+        projection: input of the contrastive loss, [B, D]; of unit length unless ``normalize`` is false, or,
+            with ``spectral_norm``, at most of unit length.
         logits: logits of the classification head, [B, classes]; None without one.
         reconstruction_error: mean squared error of the decoder's image over channels and pixels, [B]; None
             without a decoder.
@@ -41,8 +43,8 @@ class ContrastiveModel(nn.Module):
     """``model(images, labels)`` gives a :class:`ModelOutput`; ``model.backbone(images)`` the embedding alone.
 
     With ``encoders="two"``, projection and ``classifier`` use the first backbone, decoder and
-    ``second_classifier`` the second. The embedding is the concatenation of both (Chen et al. 2022, "Perfectly
-    Balanced").
+    ``second_classifier`` the second; with ``joint_classifier`` one head takes the features of both. The
+    embedding is the concatenation of both (Chen et al. 2022, "Perfectly Balanced").
 
     Args:
         config: backbones, heads and decoder.
@@ -72,15 +74,19 @@ class ContrastiveModel(nn.Module):
         self.projection_dim = config.projection_dim or DEFAULT_PROJECTION_DIM
         if config.projection == "none":
             self.projection_dim = widths[0]
-        self.classifier = nn.Linear(widths[0], classes) if config.classifier else None
-        second = config.classifier and self.two_encoders
+        self.joint_classifier = config.joint_classifier
+        of_head = sum(widths) if config.joint_classifier else widths[0]
+        self.classifier = nn.Linear(of_head, classes) if config.classifier else None
+        second = config.classifier and self.two_encoders and not config.joint_classifier
         if image_size == 0 and config.decoder != "none":
             raise ConfigError(
                 "model.decoder reconstructs images, but the data are feature vectors: leave it out"
             )
         self.second_classifier = nn.Linear(widths[1], classes) if second else None
         self.decoder = build_decoder(config, widths[-1], channels, image_size, classes)
-        self.normalize = config.normalize
+        self._scale: Callable[[Tensor], Tensor] = _same
+        if config.normalize:
+            self._scale = within_unit_ball if config.spectral_norm else unit_rows
         self.frozen_layers = config.frozen_layers
         self.train()
 
@@ -102,10 +108,11 @@ class ContrastiveModel(nn.Module):
         features = self.backbone.forward_each(images) if self.two_encoders else [self.backbone(images)]  # type: ignore[operator]
         first, last = features[0], features[-1]
         projection = self.projection(first)
+        of_head = torch.cat(features, dim=1) if self.joint_classifier else first
         return ModelOutput(
             concatenate_unit_features(features) if self.two_encoders else first,
-            unit_rows(projection) if self.normalize else projection,
-            self.classifier(first) if self.classifier is not None else None,
+            self._scale(projection),
+            self.classifier(of_head) if self.classifier is not None else None,
             self._reconstruction_error(last, images, labels) if self.decoder is not None else None,
             self.second_classifier(last) if self.second_classifier is not None else None,
         )
@@ -118,7 +125,7 @@ class ContrastiveModel(nn.Module):
     def project(self, images: Tensor) -> Tensor:
         """The input of the contrastive loss alone: [B, D] for images [B, C, S, S]."""
         projection = self.head_output(images)
-        return unit_rows(projection) if self.normalize else projection
+        return self._scale(projection)
 
     def head_output(self, images: Tensor) -> Tensor:
         """The output of the projection head, not normalised: [B, D] for images [B, C, S, S]."""
@@ -170,8 +177,15 @@ def memory_format(config: ModelConfig) -> torch.memory_format:
 
 def _projection(config: ModelConfig, width: int) -> nn.Module:
     out_channels = config.projection_dim or DEFAULT_PROJECTION_DIM
+    head: nn.Module = nn.Identity()
     if config.projection == "linear":
-        return nn.Linear(width, out_channels)
+        head = nn.Linear(width, out_channels)
     if config.projection == "mlp":
-        return nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, out_channels))
-    return nn.Identity()
+        head = nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, out_channels))
+    if config.spectral_norm:  # a free scale in the head would undo the bounds of the backbone
+        apply_spectral_norm(head, config.lipschitz or DEFAULT_LIPSCHITZ, [width])
+    return head
+
+
+def _same(rows: Tensor) -> Tensor:
+    return rows

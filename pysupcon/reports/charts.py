@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -218,6 +219,7 @@ def draw_differences(
     *,
     title: str,
     unit: str,
+    note: str = "",
 ) -> None:
     """Draw differences with their intervals; the marker is hollow if the interval contains 0.
 
@@ -226,6 +228,7 @@ def draw_differences(
         rows: (figure, configuration, difference, low, high), grouped by figure.
         title: title of the picture.
         unit: unit of the differences.
+        note: a line above the legend, e.g. what the intervals resample.
     """
     figure, plot = new_figure(9.0, min(1.6 + 0.32 * len(rows), 24.0))
     configurations = list(dict.fromkeys(row[1] for row in rows))
@@ -249,7 +252,9 @@ def draw_differences(
     plot.set_ylim(len(rows) - 0.5, -0.5)
     plot.grid(axis="x", alpha=0.25)
     plot.spines[["top", "right", "left"]].set_visible(False)
-    figure.legend(loc="outside lower center", frameon=False, fontsize=9)
+    # The legend has the width of the figure; long names of metrics leave the axis less.
+    note = fill(printable(note), 110)
+    figure.legend(loc="outside lower center", frameon=False, fontsize=9, title=note, title_fontsize=9)
     save_figure(figure, path)
 
 

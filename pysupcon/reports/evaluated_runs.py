@@ -65,6 +65,18 @@ class EvaluatedRun:
         """Whether the projection head's outputs were evaluated, not the embeddings."""
         return self.part == EVALUATIONS["projection"]
 
+    @property
+    def seed(self) -> int:
+        """Seed of the training.
+
+        Raises:
+            RunError: the config has none, or it is no integer.
+        """
+        seed = self.config.get("seed")
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise RunError(f"{self.dir / 'config.yaml'}: seed must be an integer, got {seed!r}")
+        return seed
+
 
 def read_run(folder: str | Path, part: str = EVALUATION) -> EvaluatedRun:
     """Read RUN/config.yaml and the results in RUN/PART.
@@ -170,6 +182,11 @@ class Configuration:
 
     name: str
     runs: list[EvaluatedRun]
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seed of each run."""
+        return [run.seed for run in self.runs]
 
 
 def configurations(runs: Sequence[EvaluatedRun]) -> list[Configuration]:

@@ -45,6 +45,9 @@ _TEMPLATE = """\
 {%- for note in report.notes %}
 <p>{{ note }}</p>
 {%- endfor %}
+{%- if report.about_intervals %}
+<p>{{ report.about_intervals }}</p>
+{%- endif %}
 {%- if headline %}
 <h2>Summary</h2>
 {{- table(headline) }}

@@ -24,6 +24,11 @@ _MARKUP = re.compile(r"[\\`*\[\]|~$#]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=\bwww
 """Characters that Markdown would not show, or that start a link; underscores within words are left alone."""
 
 
+OF_ONE_RUN = (
+    "Bootstrap intervals resample the test samples of this one training: they say nothing about other seeds."
+)
+
+
 class Markdown(str):
     """Text that is Markdown already: :func:`escape` returns it unchanged."""
 
@@ -169,6 +174,11 @@ class Report:
         """Headings of a table of metrics: name, value, interval, unit, meaning."""
         return "metric", "value", f"{100 * self.confidence:g} % interval", "unit", "meaning"
 
+    @property
+    def about_intervals(self) -> str:
+        """What the intervals say; "" if there are none."""
+        return OF_ONE_RUN if any(metric.low is not None for metric in self.metrics.values()) else ""
+
     def to_json(self) -> str:
         """Return the report as JSON, the metrics in their order, with numbers in full precision."""
         metrics = {}
@@ -219,7 +229,8 @@ class Report:
         lines = [f"# {escape(self.title)}", ""]
         for warning in self.warnings:
             lines += [f"> **Warning:** {escape(warning)}", ""]
-        lines += [line for note in self.notes for line in (escape(note), "")]
+        said = [*self.notes, *([self.about_intervals] if self.about_intervals else [])]
+        lines += [line for note in said for line in (escape(note), "")]
         for group, members in self.groups():
             rows = [(name, *metric.columns(), metric.meaning) for name, metric in members]
             width = len(self.header) - (not any(row[-1] for row in rows))

@@ -254,6 +254,15 @@ class OptimizerConfig:
     gamma: float | None = None
     """step only: factor of the learning rate at each milestone; None means 0.1."""
 
+    cosine_epochs: float | None = None
+    """cosine only: epochs from the maximum to final. After them the rate rises again for as many epochs, and
+    so on, as in torch.optim.lr_scheduler.CosineAnnealingLR with T_max. None: the whole training after the
+    warm-up, so that it falls once."""
+
+    warmup_joins: bool = False
+    """cosine only: the cosine counts from the start of the training, and the warm-up ends at its value, below
+    learning_rate. false: the warm-up ends at learning_rate, where the cosine starts."""
+
     def check(self) -> None:
         """Check the values.
 
@@ -274,6 +283,14 @@ class OptimizerConfig:
 
     def _check_schedule(self) -> None:
         without = f"optimizer.schedule={self.schedule}"
+        if self.cosine_epochs is not None:
+            contract = f"be left out for {without}"
+            check(self.schedule == "cosine", "optimizer.cosine_epochs", contract, self.cosine_epochs)
+            check(self.cosine_epochs > 0, "optimizer.cosine_epochs", "be greater than 0", self.cosine_epochs)
+        if self.warmup_joins:
+            check(self.schedule == "cosine", "optimizer.warmup_joins", f"be left out for {without}", True)
+            contract = "be greater than 0 for optimizer.warmup_joins"
+            check(self.warmup_epochs > 0, "optimizer.warmup_epochs", contract, self.warmup_epochs)
         if self.schedule in ("constant", "step"):
             check(self.final == 0, "optimizer.final", f"be left out for {without}", self.final)
         if self.schedule != "step":

@@ -66,15 +66,24 @@ def learning_rate_factor(step: int, *, config: OptimizerConfig, steps: int, step
     """
     warmup = round(config.warmup_epochs * steps_per_epoch)
     if step < warmup:
-        return config.warmup_start + (1 - config.warmup_start) * step / warmup
+        end = _cosine(warmup, config, steps, steps_per_epoch) if config.warmup_joins else 1.0
+        return config.warmup_start + (end - config.warmup_start) * step / warmup
     if config.schedule == "constant":
         return 1.0
     if config.schedule == "step":
         passed = sum(step >= round(epochs * steps_per_epoch) for epochs in config.milestones)
         return float((0.1 if config.gamma is None else config.gamma) ** passed)
-    progress = min((step - warmup) / max(steps - warmup, 1), 1.0)
     if config.schedule == "linear":
-        return 1 + (config.final - 1) * progress
+        return 1 + (config.final - 1) * min((step - warmup) / max(steps - warmup, 1), 1.0)
+    return _cosine(step, config, steps, steps_per_epoch)
+
+
+def _cosine(step: int, config: OptimizerConfig, steps: int, steps_per_epoch: int) -> float:
+    start = 0 if config.warmup_joins else round(config.warmup_epochs * steps_per_epoch)
+    if config.cosine_epochs is None:
+        progress = min((step - start) / max(steps - start, 1), 1.0)
+    else:  # the cosine has a period of twice this length
+        progress = (step - start) / (config.cosine_epochs * steps_per_epoch)
     return config.final + (1 - config.final) * (1 + math.cos(math.pi * progress)) / 2
 
 

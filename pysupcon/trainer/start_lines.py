@@ -103,7 +103,8 @@ def _describe_batches(config: Config, processes: int) -> str:
     per_step = f"{accumulated} a step, " if accumulated > 1 else ""
     own = "" if data.augmentation.count(":") == 0 else "augmentation "
     augmentation = f"{own}{data.augmentation}" if own else f"{data.augmentation} augmentation"
-    return f"{kind}batches of {size}, {per_step}{_count(data.views, 'view')}, {augmentation}"
+    views = _count(data.views, "view") + (" of images of a class" if data.view_partners == "class" else "")
+    return f"{kind}batches of {size}, {per_step}{views}, {augmentation}"
 
 
 def _describe_loss(config: Config) -> str:

@@ -80,14 +80,14 @@ def test_differences_are_paired_and_seeds_averaged(tmp_path):
     assert (supcon.mean, supcon.spread) == pytest.approx((0.875, np.std([0.9, 0.85], ddof=1)))
     difference = found.differences["knn/k=1/fine/accuracy"]["sincere"]
     assert difference.value == pytest.approx(0.05)
-    # The difference of a sample is 1/2 or 1 for 10 + 20 of 400 and 0 for all others: its standard error,
-    # exactly.
-    each = np.zeros(N)
-    each[30:40], each[40:60] = 1, 0.5
-    error = each.std() / math.sqrt(N)
-    assert difference.low == pytest.approx(0.05 - 1.96 * error, abs=0.45 * error)
-    assert difference.high == pytest.approx(0.05 + 1.96 * error, abs=0.45 * error)
-    assert difference.significant
+    assert not difference.significant  # by seed: 1 and 3 of 40, of which two seeds say little
+    # With one seed: the difference of a sample is 1 for 10 of 400. Its standard error, exactly:
+    one = compare(runs[::2]).differences["knn/k=1/fine/accuracy"]["sincere-0"]
+    error = math.sqrt(10 / N * (1 - 10 / N) / N)
+    assert one.value == pytest.approx(0.025)
+    assert one.low == pytest.approx(0.025 - 1.96 * error, abs=0.45 * error)
+    assert one.high == pytest.approx(0.025 + 1.96 * error, abs=0.45 * error)
+    assert one.significant
     # The cosines are equal except for a shift: the paired difference of margins is exactly the shift.
     margin = found.differences["separation/fine/margin"]["sincere"]
     assert (margin.value, margin.low, margin.high) == pytest.approx((0.25, 0.25, 0.25), abs=1e-6)
@@ -152,10 +152,13 @@ def test_the_command_writes_table_json_and_pictures(tmp_path, capsys):
     text = (output / "compare.md").read_text()
     assert "| supcon (baseline) | 2 | 84.88 ± 0.18 |" in text
     assert "| knn/k=1/fine/accuracy (%) | 84.88 ± 0.18 | **+7.63 [" in text
-    assert "paired bootstrap" in text
+    assert "Resampled: test samples, and the seeds of supcon. Paired by test sample." in text
+    assert "\nWarning, one seed: the interval says nothing about other seeds: sincere\n" in text
     assert "| supcon | supcon_1, supcon_0 |" in text
     content = json.loads((output / "compare.json").read_text())
     assert content["differences"][FIGURES[0]]["sincere"]["value"] == pytest.approx(30.5 / N)
+    assert content["resampled"] == {"supcon": "seeds and test samples", "sincere": "test samples"}
+    assert content["paired_by_seed"] == {"sincere": False}
     assert content["units"]["separation/fine/margin"] == "cosine"
     assert "supcon (baseline)" in capsys.readouterr().out
 

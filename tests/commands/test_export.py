@@ -108,6 +108,7 @@ def test_the_card_tells_the_metrics(tmp_path: Path) -> None:
     assert card.startswith("---\ntags:\n")
     assert "| knn/fine/accuracy | 98.77 [97.00, 99.00] | % |" in card
     assert "| geometry/spread | 0.1235 |  |" in card
+    assert "of this one training: they say nothing about other seeds." in card
     assert "class=3" not in card
     assert "| loss | supcon, temperature 0.07 |" in card
     assert "| data | digits, fine labels (0, 1, 2, 3, 4, 5, 6, 7, 8, 9) |" in card

@@ -93,7 +93,8 @@ def test_pictures_show_the_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     draw_curves(path, cosines, 1 - cosines, labels, title=title, names=names)
     draw_confusion(path, labels, labels, title=title, names=names)
     draw_groups(path, {"erm": labels == 0}, labels, title=title, names=names)
-    draw_differences(path, [(name, name, 0.0, -1.0, 1.0) for name in NAMES], title=title, unit="u")
+    rows = [(name, name, 0.0, -1.0, 1.0) for name in NAMES]
+    draw_differences(path, rows, title=title, unit="u", note=title)
     for texts in shown:
         for name in NAMES:
             visible = name.encode("utf-8", "replace").decode()

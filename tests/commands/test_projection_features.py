@@ -174,3 +174,11 @@ def test_a_dry_run_shows_what_is_evaluated(tmp_path: Path, capsys: pytest.Captur
 def test_pictures_say_what_they_show(run_dir: Path) -> None:
     report = evaluate_run(run_dir, replace(HEADS, evaluators=["knn"], pictures=True))
     assert "outputs of the projection head" in report.pictures[0].caption
+
+
+def test_what_chooses_on_validation_images_is_refused_if_they_are_trained_on(tmp_path: Path) -> None:
+    run = trained(tmp_path / "run", "--data.train_on_val true")
+    assert load_run(run).data.splits["train"].fine.numel() > 1200
+    with pytest.raises(ConfigError, match="coarse_to_fine chooses on validation images"):
+        evaluate_run(run, replace(EMBEDDING, evaluators=["knn", "coarse_to_fine"]))
+    assert evaluate_run(run, EMBEDDING).metrics

@@ -123,6 +123,15 @@ def test_markdown_tables_hold_every_number():
     assert "![Features](embedding.png)" in text
 
 
+def test_the_report_says_what_its_intervals_are_for(tmp_path):
+    said = "this one training: they say nothing about other seeds."
+    without = report(metrics={"alone": Metric(-3.0)}, pictures=[])
+    assert said in report().to_markdown()
+    assert said not in without.to_markdown()
+    pages = [to_html(each, tmp_path) for each in (report(pictures=[]), without)]
+    assert [said in page for page in pages] == [True, False]
+
+
 def test_markdown_cells_with_pipes_and_breaks_stay_one_cell():
     odd = report(metrics={"knn/a|b": Metric(1.0, "x\ny")}, metadata={})
     assert parse_markdown(odd.to_markdown())["knn"] == [["a|b", "1", "", "x y"]]

@@ -442,3 +442,15 @@ def test_labels_that_are_no_integers(kind: Any, labels: Any, got: str) -> None:
     options = {"samples_per_class": 2} if kind is PerClassBatchSampler else {}
     with pytest.raises(TypeError, match=rf"^labels must be integers \[N\], one per sample, got {got}$"):
         kind(labels, 10, seed=0, steps=3, **options)
+
+
+@pytest.mark.parametrize("dataset", ["digits", "coloured_digits"])
+def test_the_validation_images_are_trained_on_upon_request(dataset: str) -> None:
+    plain, all_of_them = (
+        load_data(DataConfig(dataset=dataset, train_on_val=given)).splits for given in (False, True)
+    )
+    for name in ("val", "test"):
+        assert torch.equal(plain[name].images, all_of_them[name].images)
+    for field in ("images", "coarse", "fine"):
+        parts = [getattr(plain[name], field) for name in ("train", "val")]
+        assert torch.equal(torch.cat(parts), getattr(all_of_them["train"], field))

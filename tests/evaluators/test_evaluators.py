@@ -130,6 +130,25 @@ def test_near_neighbours_outvote_many_distant_ones_by_temperature():
     assert weighted_vote(close, classes, 2, temperature=1e-6).item() == 1  # exp(0.9 / 1e-6) would overflow
 
 
+def test_votes_are_cosines_on_request():
+    """Sums of cosines; a class without a neighbour never wins, not even against negative cosines."""
+    cosines, classes = torch.tensor([[0.9, 0.5, 0.5]]), torch.tensor([[1, 0, 0]])
+    assert weighted_vote(cosines, classes, 3, temperature=None).item() == 0
+    assert weighted_vote(cosines, classes, 3, temperature=0.07).item() == 1
+    negative = torch.tensor([[-0.2, -0.3, -0.4]])
+    assert weighted_vote(negative, torch.tensor([[2, 1, 1]]), 3, temperature=None).item() == 2
+    data = splits(distance=0.5)
+    found = {votes: dict(KNN(KNNConfig(k=[9], votes=votes))(data)) for votes in ("exp", "cosine")}
+    predicted = [found[votes]["knn/k=9/fine/predicted"] for votes in ("exp", "cosine")]
+    similar = torch.nn.functional.normalize(data.test.features, dim=1)
+    similar = similar @ torch.nn.functional.normalize(data.train.features, dim=1).T
+    best = similar.topk(9, dim=1)
+    members = torch.nn.functional.one_hot(data.train.fine[best.indices], 6).double()
+    sums = (best.values[:, :, None] * members).sum(dim=1)
+    assert torch.equal(predicted[1], sums.masked_fill(members.sum(dim=1) == 0, -9).argmax(dim=1))
+    assert not torch.equal(*predicted)
+
+
 def test_neighbours_are_sorted_and_exact_for_ragged_chunks():
     bank, queries = blobs(97, seed=1).features, blobs(31, seed=2).features
     cosines, indices = nearest_neighbours(queries, bank, 10, chunk_bytes=3 * 97 * 8)

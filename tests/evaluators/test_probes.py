@@ -106,9 +106,10 @@ def test_learning_rate_schedules():
     head = torch.nn.Linear(2, 2)
 
     def rates(config: ProbeConfig, steps: int) -> list[float]:
-        optimizer, scheduler = _optimizer(head, 0.5, config, steps)
+        count = config.epochs * steps if config.steps is None else config.steps
+        optimizer, scheduler = _optimizer(head, 0.5, config, count, steps)
         seen = []
-        for _ in range(config.epochs * steps):
+        for _ in range(count):
             seen.append(optimizer.param_groups[0]["lr"])
             optimizer.step()
             scheduler.step()
@@ -120,6 +121,41 @@ def test_learning_rate_schedules():
     assert sgd[2::3] == pytest.approx(expected)
     cosine = rates(ProbeConfig(solver="adamw", epochs=4), steps=5)
     assert cosine == pytest.approx([0.25 * (1 + math.cos(math.pi * step / 20)) for step in range(20)])
+    # A number of steps: the milestones are those steps, also within a pass.
+    sgd = rates(ProbeConfig(solver="sgd", steps=10), steps=4)
+    assert sgd == pytest.approx([0.5] * 6 + [0.1] * 2 + [0.02] + [0.004])
+    cosine = rates(ProbeConfig(solver="adamw", steps=7, epochs=1), steps=4)
+    assert cosine == pytest.approx([0.25 * (1 + math.cos(math.pi * step / 7)) for step in range(7)])
+
+
+@pytest.mark.parametrize("steps", [1, 4, 5, 11])  # 120 samples in batches of 32: 4 steps a pass
+def test_a_number_of_steps_is_kept_exactly(steps, monkeypatch):
+    taken = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (taken.append(1), step(self))[1])
+    data = splits()
+    config = ProbeConfig(solver="adamw", steps=steps, epochs=3, batch_size=32)
+    found = fit_probe(data.train, data.val, "fine", config)
+    assert len(taken) == steps
+    assert found.val_accuracy == (found.predict(data.val.features) == data.val.fine).double().mean()
+    if steps == 4:  # whole passes: the same as that number of epochs
+        same = fit_probe(data.train, data.val, "fine", ProbeConfig(solver="adamw", epochs=1, batch_size=32))
+        assert torch.equal(found.weight, same.weight)
+
+
+def test_the_default_converges_on_features_of_nearly_low_rank():
+    """As those of collapsed classes are after standardisation; 300 iterations do not suffice."""
+
+    def narrow(n: int, seed: int) -> FeatureSet:
+        plain = blobs(n, width=40, distance=0.5, seed=seed)
+        mixing = torch.randn(40, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
+        left, _, right = torch.linalg.svd(mixing)
+        spectrum = torch.logspace(0, -3, 40, dtype=torch.float64)
+        return FeatureSet(plain.features @ (left * spectrum) @ right, plain.coarse, plain.fine)
+
+    train, val = narrow(300, 1), narrow(60, 2)
+    assert fit_probe(train, val, "fine", ProbeConfig(penalties=[1e-5])).converged
+    assert not fit_probe(train, val, "fine", ProbeConfig(penalties=[1e-5], max_iterations=300)).converged
 
 
 def test_the_best_epoch_on_validation_is_kept():

@@ -67,6 +67,10 @@ RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
         ("--model.lipschitz 2", "model.lipschitz has no effect with model.spectral_norm=false"),
         ("--model.spectral_norm true --model.lipschitz 0", "model.lipschitz must be greater than 0, got 0"),
         (
+            "--model.spectral_norm true --trainer.sync_batch_norm true",
+            "trainer.sync_batch_norm does not work with model.spectral_norm",
+        ),
+        (
             '--model.concatenated [{"model":{}},{"model":{}}]',
             "model.concatenated describes backbones that are",
         ),
@@ -112,6 +116,15 @@ RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
         ("--trainer.best_by cross_entropy", "trainer.best_by=cross_entropy needs model.classifier"),
         ("--trainer.best_by precision", "trainer.best_by must be"),
         ("--evaluation.features projection", "evaluation.features=projection needs a projection head"),
+        ("--data.train_on_val true", "trainer.best_by must be null for data.train_on_val"),
+        (
+            "--data.train_on_val true --trainer.best_by null --evaluation.evaluators knn,linear_probe",
+            "linear_probe chooses on validation images, which data.train_on_val trains on",
+        ),
+        (
+            "--data.train_on_val true --data.train_size 100 --trainer.best_by null",
+            "data.train_size must be left out for data.train_on_val",
+        ),
         ("--trainer.best_by accuracy", "trainer.best_by=accuracy needs model.classifier"),
         ("--optimizer.momentum 0.9", "optimizer.momentum must be left out for adamw, got 0.9"),
         ("--optimizer.warmup_epochs 11", "optimizer.warmup_epochs must be at most trainer.epochs=10, got 11"),

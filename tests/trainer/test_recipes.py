@@ -13,6 +13,8 @@ import yaml
 
 from pysupcon.config import Config, compose, load_config, parse_args, to_yaml
 from pysupcon.errors import ConfigError
+from pysupcon.models.backbones import build_backbone, notes_of
+from pysupcon.models.lipschitz import certified_bound
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.relative_to(CONFIGS).parts[0] != "parts")
@@ -204,3 +206,21 @@ def test_refuses_to_compose(tmp_path: Path, text: str, message: str) -> None:
     write(tmp_path, {"run.yaml": text, "list.yaml": "[1]", "wrong.yaml": "trainer: {epochs: many}"})
     with pytest.raises(ConfigError, match=message):
         parse_args(["--config", str(tmp_path / "run.yaml")])
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem.endswith("_spectral")], ids=identity)
+def test_bounded_recipes_bound_every_layer(path: Path) -> None:
+    config = resolved(identity(path).removesuffix(".yaml"))
+    assert config.model.spectral_norm
+    size = config.data.image_size or 32
+    backbone, _ = build_backbone(config.model, 3, size)
+    assert notes_of(backbone) == []
+    assert certified_bound(backbone, (3, size, size)) is not None
+
+
+@pytest.mark.parametrize("data", ["mnist5k", "fashion_mnist"])
+def test_the_permuted_recipe_differs_in_the_partners_only(data: str) -> None:
+    plain, permuted = (resolved(f"small/{data}_coarse_supcon_cnce{end}") for end in ("", "_permuted"))
+    assert (plain.data.view_partners, permuted.data.view_partners) == ("own", "class")
+    plain.data.view_partners = "class"
+    assert plain == permuted

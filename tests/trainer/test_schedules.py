@@ -65,6 +65,32 @@ def test_schedules(fields: dict[str, Any], after: list[float], warmup: bool) -> 
         assert learning_rates(8, **shifted) == pytest.approx(after)
 
 
+def test_the_periodic_cosine_is_that_of_torch() -> None:
+    """The rate falls for three epochs of four steps, rises for three, and so on."""
+    optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), 2.0)
+    reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 12, eta_min=0.2)
+    expected = []
+    for _ in range(40):
+        expected.append(reference.get_last_lr()[0])
+        optimizer.step()
+        reference.step()
+    rates = learning_rates(40, cosine_epochs=3, final=0.1)
+    assert rates == pytest.approx(expected)
+    assert rates[12] == pytest.approx(0.2)
+    assert rates[24] == pytest.approx(2.0)
+    after = learning_rates(44, cosine_epochs=3, final=0.1, warmup_epochs=1, warmup_start=0.1)
+    assert after == pytest.approx(WARMUP + expected)
+
+
+def test_a_warm_up_that_joins_the_cosine() -> None:
+    """It ends at the value that a cosine over the whole training has there."""
+    rates = learning_rates(12, warmup_epochs=1, warmup_start=0.1, final=0.1, warmup_joins=True)
+    cosine = [2.0 * (0.1 + 0.9 * (1 + math.cos(math.pi * step / 12)) / 2) for step in range(12)]
+    assert rates[4:] == pytest.approx(cosine[4:])
+    assert rates[:5] == pytest.approx([0.2 + (cosine[4] - 0.2) * step / 4 for step in range(5)])
+    assert max(rates) == rates[4] < 2.0
+
+
 def test_the_step_schedule_is_that_of_torch() -> None:
     optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), 2.0)
     reference = torch.optim.lr_scheduler.MultiStepLR(optimizer, [8, 20], gamma=0.3)
@@ -80,6 +106,16 @@ def test_the_step_schedule_is_that_of_torch() -> None:
     ("args", "message"),
     [
         ("--optimizer.schedule constant --optimizer.final 0.1", "optimizer.final must be left out for"),
+        (
+            "--optimizer.schedule linear --optimizer.cosine_epochs 2",
+            "optimizer.cosine_epochs must be left out for optimizer.schedule=linear",
+        ),
+        ("--optimizer.cosine_epochs 0", "optimizer.cosine_epochs must be greater than 0"),
+        (
+            "--optimizer.schedule constant --optimizer.warmup_joins true",
+            "optimizer.warmup_joins must be left out for",
+        ),
+        ("--optimizer.warmup_joins true", "optimizer.warmup_epochs must be greater than 0 for"),
         ("--optimizer.schedule step", "optimizer.milestones must hold increasing epochs greater than 0"),
         (
             "--optimizer.schedule step --optimizer.milestones [3,2]",

@@ -275,6 +275,40 @@ def test_two_encoders() -> None:
         assert all(p.grad is None for p in other.parameters())
 
 
+def test_one_head_on_the_features_of_both_encoders() -> None:
+    """It takes the features as they are, and its cross-entropy trains both backbones."""
+    given = {"width": 4, "encoders": "two", "decoder": "plain", "classifier": True}
+    model = build(**given, joint_classifier=True).eval()
+    images = torch.randn(5, 1, 8, 8)
+    outputs = model(images)
+    assert outputs.second_logits is None
+    first, second = model.backbone.parts
+    both = torch.cat([first(images), second(images)], dim=1)
+    assert torch.allclose(outputs.logits, model.classifier(both))
+    assert not torch.allclose(outputs.logits, model.classifier(outputs.embedding))
+    outputs.logits.sum().backward()
+    assert all(p.grad is not None for part in (first, second) for p in part.parameters())
+    with pytest.raises(ConfigError, match=r"model.joint_classifier needs model.classifier=true and .*two"):
+        ModelConfig(classifier=True, joint_classifier=True).check()
+
+
+def test_the_joint_head_is_no_head_of_the_embedding(tmp_path: Path) -> None:
+    """It has the width of the embedding, whose parts are scaled to unit length, which its input is not."""
+    from pysupcon.evaluation.features import run_features
+
+    arguments = (
+        "--data.dataset digits --data.augmentation none --data.batch_size 128 --model.width 4 "
+        "--model.encoders two --model.decoder plain --model.classifier true --model.joint_classifier true "
+        "--loss.cross_entropy_weight 1 --loss.reconstruction_weight 1 --trainer.max_steps 2 "
+        "--trainer.threads 1 --trainer.cpu true --trainer.best_by accuracy --evaluate false"
+    )
+    run = load_run(loop.train(parse_args([*arguments.split(), "--output_dir", str(tmp_path / "run")])[0]))
+    head = run.model.classifier
+    assert head is not None
+    assert head.in_features == run.model.embedding_dim == 32
+    assert run_features(run, run.config.evaluation, torch.device("cpu")).head is None
+
+
 # --- bounded layers
 
 
@@ -283,11 +317,12 @@ def singular_values(model: nn.Module) -> list[float]:
     return [float(torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2)) for layer in layers]
 
 
-@pytest.mark.parametrize("arguments", [{"width": 4}, VIT], ids=["small_cnn", "vit"])
-def test_layers_are_bounded(arguments: dict[str, Any]) -> None:
-    """The largest singular value of each layer except the heads is bounded, also after the weights change."""
-    model = build(**arguments, spectral_norm=True, lipschitz=0.5, classifier=True)
+def test_layers_are_bounded() -> None:
+    """The largest singular value of each layer is bounded, also after the weights change; the classification
+    head is free. tests/models/test_lipschitz.py has the convolutional network."""
+    model = build(**VIT, spectral_norm=True, lipschitz=0.5, classifier=True, projection="mlp")
     assert not isinstance(getattr(model.classifier, "parametrizations", None), nn.ModuleDict)
+    assert singular_values(model.projection) == pytest.approx([0.5] * 2, 0.2)
     with torch.no_grad():
         for parameter in model.backbone.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
@@ -311,6 +346,19 @@ def test_the_gradient_of_a_bounded_weight() -> None:
     again = copy.deepcopy(norm)
     again.u.mul_(0.7)  # as an average over steps would leave it
     assert torch.allclose(again(weight), norm(weight))
+
+
+def test_the_input_of_the_loss_is_as_bounded_as_the_embedding() -> None:
+    """Small embeddings are not blown up to unit length; long ones are shortened."""
+    model = build(width=4, spectral_norm=True).eval()
+    images = torch.randn(4, 1, 8, 8)
+    for factor in (1e-3, 1e3):
+        outputs = model(images * factor)
+        lengths = outputs.embedding.norm(dim=1)
+        assert bool((lengths < 1).all()) == (factor < 1)
+        expected = outputs.embedding / lengths.clamp(min=1)[:, None]
+        torch.testing.assert_close(outputs.projection, expected)
+        torch.testing.assert_close(model.project(images * factor), expected)
 
 
 def test_a_bounded_model_is_copied_and_saved() -> None:
