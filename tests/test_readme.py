@@ -110,14 +110,15 @@ def rows_of(section: str) -> list[list[str]]:
     """The cells of the table in a section of README, without the header."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     body = text.split(f"\n## {section}\n")[1].split("\n## ")[0]
-    lines = [line for line in body.splitlines() if line.startswith("|")]
+    table = next(part for part in body.split("\n\n") if part.startswith("|"))
+    lines = table.splitlines()
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
 def test_results_stand_in_the_linked_pages() -> None:
     """Every number of a result that README quotes stands in the page that the row links to."""
     rows = rows_of("Results")
-    assert len(rows) == 6
+    assert len(rows) == 3
     for _, ours, others, link in rows:
         page = (ROOT / LINK.findall(link)[0].partition("#")[0]).read_text(encoding="utf-8")
         numbers = re.findall(r"\d[\d.,]*\d(?: ± \d\.\d| ms| s\b| MiB| GiB| samples/s)", f"{ours}; {others}")
