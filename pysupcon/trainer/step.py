@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -143,7 +144,7 @@ class TrainingStep:
                 statistics["chance"] = statistics.get("chance", 0.0) + chance / count
             # The processes exchange gradients once per step, in the backward of the last batch.
             sync_context = nullcontext if index == count else getattr(self.model, "no_sync", nullcontext)
-            with sync_context(), self._explain_compile_errors(number):
+            with sync_context(), self._explain_compile_errors(number), self._expected_short_rows():
                 terms, metrics = self._backward(
                     views, labels, number, groups[0] if groups else None, measured
                 )
@@ -256,6 +257,16 @@ class TrainingStep:
                 f"step {number} failed in the model compiled by {by}: leave that out or use another backend "
                 f"of ACCELERATE_DYNAMO_BACKEND ({type(error).__name__}: {reason})"
             ) from error
+
+    @contextmanager
+    def _expected_short_rows(self) -> Iterator[None]:
+        """The rows of a bounded encoder are shorter than 1 at first, which the losses would warn of."""
+        if not self.config.model.spectral_norm:
+            yield
+            return
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="the rows of features have a mean norm")
+            yield
 
     def _error(self, text: str) -> RunError:
         """Create an error that the other processes may not raise, so that this process prints it."""
