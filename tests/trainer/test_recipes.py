@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from helpers.data_files import write_cifar
 
 from pysupcon.config import Config, compose, load_config, parse_args, to_yaml
 from pysupcon.errors import ConfigError
@@ -219,6 +220,32 @@ def test_the_official_vision_transformer_is_built_with_dropout() -> None:
     assert 0.05 in rates
     assert model.classifier is not None
     assert model.classifier.in_features == 512
+
+
+@pytest.mark.slow
+def test_an_official_recipe_trains_and_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both backbones with one head, and SINCERE's final run, on images of the form of CIFAR-10."""
+    from pysupcon.evaluation.evaluate import evaluate_run
+    from pysupcon.trainer.loop import train
+
+    write_cifar(tmp_path, monkeypatch, 10, count=40, test_count=40)
+    few = f"--data.root {tmp_path} --data.workers 0 --trainer.cpu true --trainer.threads 1"
+    few += " --trainer.max_steps 2 --data.batch_size 10 --trainer.mixed_precision no"
+    few += " --evaluation.pictures false --evaluation.coarse_to_fine.steps 30 --evaluation.progress false"
+    found = {}
+    for name, more in (
+        ("coarse/cifar10_coarse_thanos_official", "--model.timm_args.depth 2"),
+        ("sincere/cifar10_sincere_official", "--model.backbone resnet18 --optimizer.warmup_epochs 0.05"),
+    ):
+        words = ["--config", str(CONFIGS / f"{name}.yaml"), *few.split(), *more.split()]
+        run = train(parse_args([*words, "--output_dir", str(tmp_path / name)])[0])
+        found[name] = evaluate_run(run)
+    thanos, sincere = found.values()
+    assert "coarse_to_fine/fine/accuracy" in thanos.metrics
+    held_out = thanos.metadata["samples"]
+    assert sincere.metadata["samples"]["train"] == held_out["train"] + held_out["val"]
+    assert sincere.metadata["feature_width"] == 128
+    assert "separation/fine/margin" in sincere.metrics
 
 
 def test_the_size_of_the_unbalanced_cifar_is_that_of_its_headers() -> None:
