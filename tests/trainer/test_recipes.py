@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from helpers.data_files import write_cifar
 
 from pysupcon.config import Config, compose, load_config, parse_args, to_yaml
 from pysupcon.errors import ConfigError
@@ -161,6 +162,100 @@ def test_recipes_of_sincere(name: str, rate: float, temperature: float) -> None:
     assert (config.data.batch_size, config.data.sampler, config.data.labels) == (512, "balanced", "fine")
     assert (config.model.backbone, config.model.projection_dim) == ("resnet50", 128)
     assert config.model.small_stem == ("imagenet" not in name)
+
+
+@pytest.mark.parametrize("data", ["cifar10", "cifar100", "cifar2", "imagenet100"])
+@pytest.mark.parametrize("loss", ["sincere", "supcon", "eps_supinfonce"])
+def test_official_recipes_of_sincere(data: str, loss: str) -> None:
+    """The final runs: all images, a joining warm-up, the head's output, votes by cosine."""
+    config = resolved(f"sincere/{data}_{loss}_official")
+    assert config.loss.name == loss
+    assert config.data.train_on_val
+    assert config.trainer.best_by is None
+    rate, optimizer = config.optimizer.learning_rate, config.optimizer
+    assert (optimizer.warmup_joins, optimizer.warmup_epochs, optimizer.final) == (True, 10, 1e-3)
+    assert optimizer.warmup_start * rate == pytest.approx(0.01, rel=0.01)
+    assert (config.evaluation.features, config.evaluation.knn.votes) == ("projection", "cosine")
+    if loss == "eps_supinfonce":
+        assert (rate, config.loss.temperature, config.loss.epsilon) == (0.5, 0.1, 0.25)
+        return
+    name = f"{data}_{loss}" if data == "cifar10" else f"sincere/{data}_{loss}"
+    plain = resolved(name)
+    assert (rate, config.loss.temperature) == (plain.optimizer.learning_rate, plain.loss.temperature)
+
+
+OFFICIAL = sorted((CONFIGS / "coarse").glob("*_official.yaml"))
+
+
+@pytest.mark.parametrize("path", OFFICIAL, ids=identity)
+def test_official_recipes_of_thanos(path: Path) -> None:
+    """Settings of the public code, and the names of what still differs."""
+    config = resolved(identity(path).removesuffix(".yaml"))
+    text = " ".join(header(path).split())
+    assert "What still differs from the code:" in text
+    contrastive = config.loss.name != "none"
+    assert ("clamps the similarities of positives at s <= 1" in text) == contrastive
+    optimizer, trainer = config.optimizer, config.trainer
+    assert (optimizer.weight_decay, optimizer.cosine_epochs, trainer.epochs) == (0.01, 100, 600)
+    assert (trainer.best_by, trainer.final_weights, config.data.views) == ("accuracy", "best", 2)
+    assert config.model.timm_args["proj_drop_rate"] == config.model.timm_args["attn_drop_rate"] == 0.05
+    assert config.model.timm_args["patch_size"] == 4
+    probe = config.evaluation.coarse_to_fine
+    assert (probe.solver, probe.standardize, probe.weight_decay) == ("adamw", False, 0.01)
+    if contrastive:
+        assert config.loss.pairing == "cross"
+        assert "sincere" in (config.loss.name, config.loss.base)
+    joint = path.stem.endswith("_thanos_official")
+    assert (config.model.encoders == "two", config.model.joint_classifier) == (joint, joint)
+
+
+def test_the_official_vision_transformer_is_built_with_dropout() -> None:
+    from torch import nn
+
+    from pysupcon.models.model import ContrastiveModel
+
+    config = resolved("coarse/cifar10_coarse_thanos_official")
+    model = ContrastiveModel(config.model, channels=3, image_size=32, classes=2)
+    rates = {layer.p for layer in model.backbone.modules() if isinstance(layer, nn.Dropout)}
+    assert 0.05 in rates
+    assert model.classifier is not None
+    assert model.classifier.in_features == 512
+
+
+@pytest.mark.slow
+def test_an_official_recipe_trains_and_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both backbones with one head, and SINCERE's final run, on images of the form of CIFAR-10."""
+    from pysupcon.evaluation.evaluate import evaluate_run
+    from pysupcon.trainer.loop import train
+
+    write_cifar(tmp_path, monkeypatch, 10, count=40, test_count=40)
+    few = f"--data.root {tmp_path} --data.workers 0 --trainer.cpu true --trainer.threads 1"
+    few += " --trainer.max_steps 2 --data.batch_size 10 --trainer.mixed_precision no"
+    few += " --evaluation.pictures false --evaluation.coarse_to_fine.steps 30 --evaluation.progress false"
+    found = {}
+    for name, more in (
+        ("coarse/cifar10_coarse_thanos_official", "--model.timm_args.depth 2"),
+        ("sincere/cifar10_sincere_official", "--model.backbone resnet18 --optimizer.warmup_epochs 0.05"),
+    ):
+        words = ["--config", str(CONFIGS / f"{name}.yaml"), *few.split(), *more.split()]
+        run = train(parse_args([*words, "--output_dir", str(tmp_path / name)])[0])
+        found[name] = evaluate_run(run)
+    thanos, sincere = found.values()
+    assert "coarse_to_fine/fine/accuracy" in thanos.metrics
+    held_out = thanos.metadata["samples"]
+    assert sincere.metadata["samples"]["train"] == held_out["train"] + held_out["val"]
+    assert sincere.metadata["feature_width"] == 128
+    assert "separation/fine/margin" in sincere.metrics
+
+
+def test_the_size_of_the_unbalanced_cifar_is_that_of_its_headers() -> None:
+    """450 of the 500 images of a class are left for training; the others are the validation split."""
+    from pysupcon.data.torchvision_datasets import CIFAR100_U_SIZES
+
+    images = 20 * sum(min(450, size) for size in CIFAR100_U_SIZES)
+    recipes = [path for path in RECIPES if path.stem.startswith("cifar100_u_")]
+    assert recipes
+    assert all(f"epochs of {images:,} images" in " ".join(header(path).split()) for path in recipes)
 
 
 def write(folder: Path, files: dict[str, str]) -> None:
