@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from pysupcon.evaluators.base import FeatureSet, FeatureSplits, LinearHead, Result, class_index
+from pysupcon.evaluators.clustering import SubgroupConfig
 from pysupcon.evaluators.group_dro import FittedHead, GroupedFeatures, HeadConfig, fit_head
 from pysupcon.evaluators.metrics import metric_results
-from pysupcon.evaluators.subgroups import SubgroupConfig, Subgroups, infer_groups, recovery
+from pysupcon.evaluators.subgroups import Subgroups, head_losses, infer_groups, recovery
 
 Method = Literal["trained", "erm", "dro_inferred", "dro_true"]
 METHODS: tuple[Method, ...] = ("trained", "erm", "dro_inferred", "dro_true")
@@ -149,7 +150,12 @@ class WorstGroup:
 
         inferred: Subgroups | None = None
         if "dro_inferred" in config.methods:
-            inferred = infer_groups(splits.train.features, splits.train.coarse, config.subgroups)
+            train, val = splits.train, splits.val
+            losses = None if splits.head is None else head_losses(splits.head, train.features, train.coarse)
+            inferred = infer_groups(
+                train.features, train.coarse, config.subgroups, losses=losses,
+                validation=(val.features, val.coarse),
+            )  # fmt: skip
             yield "worst_group/subgroups/count", float(len(inferred))
             yield "worst_group/subgroups/silhouette", sum(inferred.silhouettes) / len(inferred.silhouettes)
             found = recovery(inferred.groups, groups["train"])
