@@ -30,7 +30,9 @@ from pysupcon.reading import join_lists, list_options, one_line
 from pysupcon.trainer.run import WEIGHTS_FILE, Run, open_run
 
 SPLITS = ("train", "val")
-_RECORDED_DATA_FIELDS = ("dataset", "labels", "split_seed", "val_fraction", "test_fraction", "spurious_rate")
+_RECORDED_DATA_FIELDS = (
+    "dataset", "labels", "split_seed", "val_fraction", "test_fraction", "spurious_rate", "train_fractions"
+)  # fmt: skip
 
 
 @dataclass

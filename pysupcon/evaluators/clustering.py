@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,8 +39,8 @@ class SubgroupConfig:
 
     overcluster: int = 1
     """Number of parts that each cluster of a class is then split into, to find small groups inside large
-    ones; Sohoni et al. use 5. A part becomes a group of its own only if the silhouette of its samples rises, and is
-    above 0; if their mean loss is not below that of the cluster; and if it is large enough (min_part,
+    ones; Sohoni et al. use 5. A part becomes a group of its own only if the silhouette of its samples rises,
+    and is above 0; if their mean loss is not below that of the cluster; and if it is large enough (min_part,
     min_part_share, min_val_part). The other parts stay one group. The losses are those of the trained
     classification head; without one, the condition on the loss does not apply. 1 is off."""
 
@@ -137,22 +136,20 @@ class ClassClusters:
             self._reducer = _reducer(config, len(rows), rows.shape[1])
             points = rows.numpy() if self._reducer is None else self._reducer.fit_transform(rows.numpy())
             generator = torch.Generator().manual_seed(config.seed)
-            self._sampled = torch.randperm(len(rows), generator=generator)[
-                : config.silhouette_samples
-            ].numpy()
+            self._sampled = torch.randperm(len(rows), generator=generator)[: config.silhouette_samples]
             if not self._choose(points, k_max):
                 return
             parts = self._split(points)
             kept = self._kept(points, parts, losses, val_rows)
             self._number_groups(parts, kept)
-            self.groups = torch.as_tensor(self._number[parts])
+            self.groups = self._number[parts]
 
     def predict(self, rows: Tensor) -> Tensor:
         """Groups [M] int64 of other samples of the class; -1 for clusters without a training sample."""
         if self._clusterer is None:
             return torch.zeros(len(rows), dtype=torch.int64)
         with _threads(rows.numel()):
-            return torch.as_tensor(self._number[self._part_of(self._reduced(rows))])
+            return self._number[self._part_of(self._reduced(rows))]
 
     def _reduced(self, rows: Tensor) -> Any:
         return rows.numpy() if self._reducer is None else self._reducer.transform(rows.numpy())
@@ -162,14 +159,12 @@ class ClassClusters:
         best: float | None = None
         for k in range(self._config.k_min, k_max + 1):
             clusterer = _fit_quietly(_clusterer(self._config, k, points), points)
-            found = clusterer.predict(points)[self._sampled]
-            if len(set(found.tolist())) < 2:
+            found = _predicted(clusterer, points)[self._sampled]
+            if len(found.unique()) < 2:
                 continue
-            values = _silhouettes(points[self._sampled], found)
-            if self._config.score == "clusters":
-                score = float(np.mean([values[found == label].mean() for label in np.unique(found)]))
-            else:
-                score = float(values.mean())
+            values = _silhouettes(points[self._sampled.numpy()], found)
+            by_cluster = [values[found == label].mean() for label in found.unique()]
+            score = float((torch.stack(by_cluster) if self._config.score == "clusters" else values).mean())
             if best is None or score > best:
                 best, self._clusterer, self._clusters = score, clusterer, k
         if best is None:
@@ -177,60 +172,60 @@ class ClassClusters:
         self.silhouette = best
         return True
 
-    def _split(self, points: Any) -> Any:
+    def _split(self, points: Any) -> Tensor:
         """Fit the parts of every cluster; returns the part of each sample, [n]."""
-        clusters, factor = self._clusterer.predict(points), self._config.overcluster
+        clusters = _predicted(self._clusterer, points)
         for cluster in range(self._clusters):
-            members = points[clusters == cluster]
-            count = min(factor, len(np.unique(members, axis=0)))
+            members = points[(clusters == cluster).numpy()]
+            count = min(self._config.overcluster, len(torch.as_tensor(members).unique(dim=0)))
             split = _fit_quietly(_clusterer(self._config, count, members), members) if count > 1 else None
             self._parts.append(split)
         return self._part_of(points)
 
-    def _part_of(self, points: Any) -> Any:
+    def _part_of(self, points: Any) -> Tensor:
         """Part p of cluster c has the number c * overcluster + p."""
-        clusters = self._clusterer.predict(points).astype(np.int64)
+        clusters = _predicted(self._clusterer, points)
         parts = clusters * self._config.overcluster
         for cluster, split in enumerate(self._parts):
             members = clusters == cluster
             if split is not None and members.any():
-                parts[members] += split.predict(points[members])
+                parts[members] += _predicted(split, points[members.numpy()])
         return parts
 
-    def _kept(self, points: Any, parts: Any, losses: Tensor | None, val_rows: Tensor | None) -> set[int]:
+    def _kept(self, points: Any, parts: Tensor, losses: Tensor | None, val_rows: Tensor | None) -> set[int]:
         """The parts that become groups of their own."""
         config, sampled = self._config, self._sampled
         if config.overcluster == 1:
             return set()
-        clusters = parts // config.overcluster
-        before = _silhouettes(points[sampled], clusters[sampled])
-        after = _silhouettes(points[sampled], parts[sampled])
+        clusters, seen_points = parts // config.overcluster, points[sampled.numpy()]
+        before = _silhouettes(seen_points, clusters[sampled])
+        after = _silhouettes(seen_points, parts[sampled])
         in_val = None
         if val_rows is not None and config.min_val_part > 0:
-            found = self._part_of(self._reduced(val_rows)) if len(val_rows) else np.zeros(0, dtype=np.int64)
-            in_val = np.bincount(found, minlength=int(parts.max()) + 1)
-        least = max(config.min_part, config.min_part_share * len(points))
+            in_val = torch.zeros(0, dtype=torch.int64)
+            if len(val_rows):
+                in_val = self._part_of(self._reduced(val_rows))
+        least = max(config.min_part, config.min_part_share * len(parts))
         kept = set()
-        for part in np.unique(parts).tolist():
+        for part in parts.unique().tolist():
             members, seen = parts == part, parts[sampled] == part
             if members.sum() < least or not seen.any():
                 continue
-            if in_val is not None and in_val[part] < config.min_val_part:
+            if in_val is not None and (in_val == part).sum() < config.min_val_part:
                 continue
-            if not after[seen].mean() > max(before[seen].mean(), 0.0):
+            if not after[seen].mean() > before[seen].mean().clamp(min=0):
                 continue
-            if losses is not None:
-                values = losses.numpy()
-                if values[members].mean() < values[clusters == part // config.overcluster].mean():
-                    continue
-            kept.add(int(part))
+            whole = clusters == part // config.overcluster
+            if losses is not None and losses[members].mean() < losses[whole].mean():
+                continue
+            kept.add(part)
         return kept
 
-    def _number_groups(self, parts: Any, kept: set[int]) -> None:
+    def _number_groups(self, parts: Tensor, kept: set[int]) -> None:
         """Number the groups without gaps: of each cluster its rest, then its kept parts."""
         factor = self._config.overcluster
-        self._number = np.full(self._clusters * factor, -1, dtype=np.int64)
-        self.size, there = 0, np.unique(parts)
+        self._number = torch.full((self._clusters * factor,), -1)
+        self.size, there = 0, parts.unique()
         for cluster in range(self._clusters):
             mine = there[there // factor == cluster].tolist()
             if any(part not in kept for part in mine):
@@ -242,13 +237,17 @@ class ClassClusters:
                     self.size += 1
 
 
-def _silhouettes(points: Any, labels: Any) -> Any:
-    """Silhouette of every sample; 0 where the number of clusters leaves it undefined."""
+def _predicted(clusterer: Any, points: Any) -> Tensor:
+    return torch.as_tensor(clusterer.predict(points)).long()
+
+
+def _silhouettes(points: Any, labels: Tensor) -> Tensor:
+    """Silhouette of every sample, [n] fp64; 0 where the number of clusters leaves it undefined."""
     from sklearn.metrics import silhouette_samples
 
-    if not 2 <= len(np.unique(labels)) < len(points):
-        return np.zeros(len(points))
-    return silhouette_samples(points, labels)
+    if not 2 <= len(labels.unique()) < len(points):
+        return torch.zeros(len(points), dtype=torch.float64)
+    return torch.as_tensor(silhouette_samples(points, labels.numpy())).double()
 
 
 def _threads(size: int) -> Any:

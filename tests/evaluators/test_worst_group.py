@@ -11,6 +11,7 @@ import torch
 from helpers.feature_cases import numbers
 
 from pysupcon.evaluators import (
+    BootstrapConfig,
     FeatureSet,
     FeatureSplits,
     GroupDRO,
@@ -21,6 +22,7 @@ from pysupcon.evaluators import (
     WorstGroupConfig,
     infer_groups,
     recovery,
+    with_intervals,
 )
 from pysupcon.evaluators.group_dro import GroupedFeatures, fit_head, group_batches
 from pysupcon.evaluators.worst_group import true_groups
@@ -263,6 +265,40 @@ def test_the_trained_head_is_judged_where_there_is_one(shortcut):
         ValueError, match=r"head.weight must have the shape \[C, D\] with D=3, .* got \[3, 2\]"
     ):
         judged_with(LinearHead(weight[:, :2], torch.zeros(3)))
+
+
+def test_the_adjusted_accuracy_has_the_proportions_of_the_training_groups(shortcut):
+    weight = torch.tensor([[0.0, -1.0, 0.0], [0.0, 1.0, 0.0]], dtype=torch.float64)
+    head = LinearHead(weight, torch.zeros(2, dtype=torch.float64))
+    splits = FeatureSplits(shortcut.train, shortcut.val, shortcut.test, head=head)
+    config = WorstGroupConfig(methods=["trained"], adjusted=True)
+    found = dict(WorstGroup(config)(splits))
+    shares = torch.bincount(shortcut.train.fine).double() / len(shortcut.train)
+    accuracies = torch.tensor([found[f"worst_group/trained/group={g}/accuracy"] for g in range(4)])
+    expected = float(shares @ accuracies.double())
+    assert found["worst_group/trained/adjusted_accuracy"] == pytest.approx(expected)
+    assert expected > found["worst_group/trained/accuracy"] + 0.3  # the shortcut holds for most of them
+    intervals = dict(with_intervals(found.items(), BootstrapConfig(resamples=50)))
+    assert intervals["worst_group/trained/adjusted_accuracy/low"] <= expected
+    plain = dict(WorstGroup(WorstGroupConfig(methods=["trained"]))(splits))
+    assert "worst_group/trained/adjusted_accuracy" not in plain
+
+
+def test_validation_samples_of_no_group_do_not_select_the_head(shortcut):
+    train, val = shortcut.train, shortcut.val
+    config = HeadConfig(epochs=3, weight_decays=[0.1])
+    hidden = torch.where((val.fine == 1) | (val.fine == 2), -1, val.fine)  # where the shortcut is wrong
+    fitted = fit_head(
+        GroupedFeatures(train.features, train.coarse, train.fine),
+        GroupedFeatures(val.features, val.coarse, hidden),
+        2,
+        config,
+        robust=False,
+    )
+    correct = fitted.logits(val.features).argmax(dim=1) == val.coarse
+    shown = [correct[hidden == g].double().mean().item() for g in (0, 3)]
+    assert fitted.val_worst_group == pytest.approx(min(shown))
+    assert correct[hidden == -1].double().mean().item() < min(shown)
 
 
 def test_the_robust_loss_keeps_its_precision_under_autocast():
