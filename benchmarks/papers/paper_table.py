@@ -1,9 +1,8 @@
-"""Renders the results in benchmarks/papers/README.md from what paper_results.py and worst_group.py stored,
-between two markers.
+"""Renders the results in benchmarks/papers/README.md from what paper_results.py stored, between two markers.
 
-    python benchmarks/papers/paper_table.py            # write them, and the pictures
-    python benchmarks/papers/paper_table.py --check    # exit status 1 if the page differs from the results
-    python benchmarks/papers/paper_table.py --print    # Markdown on standard output
+python benchmarks/papers/paper_table.py            # write them, and the pictures
+python benchmarks/papers/paper_table.py --check    # exit status 1 if the page differs from the results
+python benchmarks/papers/paper_table.py --print    # Markdown on standard output
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.papers import paper_goals, paper_plot, worst_group
+from benchmarks.papers import paper_goals, paper_plot
 from benchmarks.papers.paper_runs import TABLES
 from benchmarks.table import between_markers, markdown
 
@@ -134,15 +133,6 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return stored
 
 
-def robustness(folder: Path) -> list[str]:
-    """The tables of worst_group.py, if it stored any in a folder."""
-    path = folder / "worst_group.json"
-    if not path.is_file():
-        return []
-    results = json.loads(path.read_text(encoding="utf-8"))
-    return [f"**Worst group, digits whose colour is spurious** (`{path.name}`).", worst_group.table(results)]
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -156,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         stored = read(options.results)
-        text = "\n\n".join([section(stored), *robustness(options.results)])
+        text = section(stored)
         if options.print:
             print(text)
             return 0
