@@ -256,6 +256,9 @@ def test_rare_fine_classes_lose_training_images_only(digits: DataModule) -> None
     config.train_fractions = {"3": 0.0}
     with pytest.raises(ConfigError, match=r"data.train_fractions of '3' must lie in \(0, 1\], got 0.0"):
         config.check()
+    both = DataConfig(dataset="digits", batch_size=64, train_fractions={"3": 0.1}, train_on_val=True)
+    with pytest.raises(ConfigError, match=r"data.train_fractions must be left out for data.train_on_val"):
+        both.check()
 
 
 def test_a_small_training_split_leaves_the_others_alone(digits: DataModule) -> None:
