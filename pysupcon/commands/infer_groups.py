@@ -24,13 +24,15 @@ from pysupcon.commands import config_parser, program
 from pysupcon.data.datamodule import DataModule
 from pysupcon.data.group_files import Groups, fingerprint, write_groups
 from pysupcon.errors import ConfigError, RunError
-from pysupcon.evaluation.features import extract_split, resolve_device
-from pysupcon.evaluators import SubgroupConfig, infer_groups, recovery
+from pysupcon.evaluation.features import extract_split, resolve_device, trained_head
+from pysupcon.evaluators import SubgroupConfig, head_losses, infer_groups, recovery
 from pysupcon.reading import join_lists, list_options, one_line
 from pysupcon.trainer.run import WEIGHTS_FILE, Run, open_run
 
 SPLITS = ("train", "val")
-_RECORDED_DATA_FIELDS = ("dataset", "labels", "split_seed", "val_fraction", "test_fraction", "spurious_rate")
+_RECORDED_DATA_FIELDS = (
+    "dataset", "labels", "split_seed", "val_fraction", "test_fraction", "spurious_rate", "train_fractions"
+)  # fmt: skip
 
 
 @dataclass
@@ -100,7 +102,8 @@ def infer_from_runs(
 
     Args:
         runs: one or more runs, all trained on the same samples. The embeddings of several runs are
-            concatenated, each scaled to unit length if ``subgroups.normalize``.
+            concatenated, each scaled to unit length if ``subgroups.normalize``. The losses of their
+            classification heads, if they have any, are averaged for ``subgroups.overcluster``.
         output: path of the groups file.
         arguments: None means the defaults.
 
@@ -128,8 +131,19 @@ def infer_from_runs(
                     f"embeddings; those of {run.dir} differ from those of {opened[0].dir}"
                 )
     parts = [_embeddings(run, arguments) for run in opened]
+    losses = [
+        head_losses(head, part["train"], labels["train"])
+        for run, part in zip(opened, parts, strict=True)
+        if (head := trained_head(run, data.config.labels)) is not None
+    ]
+    if arguments.subgroups.normalize:
+        parts = [{name: F.normalize(rows, dim=1) for name, rows in part.items()} for part in parts]
     features = {name: torch.cat([part[name] for part in parts], dim=1) for name in SPLITS}
-    found = infer_groups(features["train"], labels["train"], arguments.subgroups)
+    found = infer_groups(
+        features["train"], labels["train"], arguments.subgroups,
+        losses=torch.stack(losses).mean(dim=0) if losses else None,
+        validation=(features["val"], labels["val"]),
+    )  # fmt: skip
     recovered = recovery(found.groups, data.true_groups["train"])
     groups = Groups(
         found.groups,
@@ -181,8 +195,7 @@ def _embeddings(run: Run, arguments: InferenceArguments) -> dict[str, Tensor]:
             progress=arguments.progress,
             description=f"{name} features of {run.dir.name}",
         )  # fmt: skip
-        rows = found.features.to("cpu", torch.float64)
-        features[name] = F.normalize(rows, dim=1) if arguments.subgroups.normalize else rows
+        features[name] = found.features.to("cpu", torch.float64)
     return features
 
 

@@ -189,6 +189,11 @@ class DataConfig:
     null, and evaluators that choose on validation images (coarse_to_fine, linear_probe, worst_group) are
     refused."""
 
+    train_fractions: dict[str, float] | None = None
+    """Fine classes that are made rare: the fraction of a class's training images that is kept, by its name,
+    e.g. {"8": 0.1}. The images are drawn with split_seed, at least one per class. Validation and test splits
+    do not change. None: no class."""
+
     def check(self) -> None:
         """Check the values.
 
@@ -206,8 +211,11 @@ class DataConfig:
         if self.train_on_val:
             contract = "be left out for data.train_on_val, which takes all images"
             check(self.train_size is None, "data.train_size", contract, self.train_size)
+            check(not self.train_fractions, "data.train_fractions", contract, self.train_fractions)
         if self.train_size is not None:
             check(self.train_size >= 2, "data.train_size", "be at least 2", self.train_size)
+        for name, fraction in (self.train_fractions or {}).items():
+            check(0 < fraction <= 1, f"data.train_fractions of {name!r}", "lie in (0, 1]", fraction)
         if self.sampler == "groups":
             check(self.groups is not None, "data.groups", "be given for data.sampler=groups", None)
         if self.view_partners == "class":
@@ -364,7 +372,7 @@ class DataConfig:
                 "data.sampler must be shuffled for data.dataset=image_table, which has several labels per "
                 f"sample, got {self.sampler}"
             )
-        for name in ("ignore_index", "groups"):
+        for name in ("ignore_index", "groups", "train_fractions"):
             if getattr(self, name) is not None:
                 raise ConfigError(
                     f"data.{name} needs one label per sample, but data.dataset is image_table: leave it out"

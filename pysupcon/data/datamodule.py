@@ -31,7 +31,7 @@ from pysupcon.data.samplers import (
     ShuffledBatchSampler,
 )
 from pysupcon.data.sources import Samples, read_source
-from pysupcon.data.splits import cap_per_class, stratified_split, stratified_subset
+from pysupcon.data.splits import cap_per_class, rare_counts, stratified_split, stratified_subset
 from pysupcon.data.unlabelled import concatenate, take_out
 from pysupcon.data.unreadable import leave_out_unreadable
 from pysupcon.data.vectors import Standardize, Unchanged, VectorAugmentation
@@ -231,6 +231,9 @@ class DataModule:
         if source.max_per_class is not None:  # after the validation split, which stays balanced
             counts = dict(enumerate(source.max_per_class))
             train = train.select(cap_per_class(train.fine, counts, config.split_seed + 2))
+        if config.train_fractions:
+            counts = rare_counts(train.fine, source.fine_names, config.train_fractions)
+            train = train.select(cap_per_class(train.fine, counts, config.split_seed + 4))
         if config.train_size is not None:
             train = train.select(_train_subset(train.strata, config.train_size, config.split_seed + 3))
         if config.train_on_val:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
+
+from pysupcon.errors import ConfigError
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -68,3 +73,28 @@ def cap_per_class(labels: Tensor, counts: dict[int, int], seed: int) -> Tensor:
         order = torch.randperm(len(members), generator=generator)
         kept.append(members[order[: counts[label]]])
     return torch.cat(kept).sort().values
+
+
+def rare_counts(labels: Tensor, names: Sequence[str], fractions: Mapping[str, float]) -> dict[int, int]:
+    """Samples to keep of every class, for :func:`cap_per_class`.
+
+    Args:
+        labels: int64 [N].
+        names: name of every class.
+        fractions: fraction of a class to keep, by its name; rounded, at least one sample.
+
+    Raises:
+        ConfigError: a name is not that of a class with training samples.
+    """
+    counts = torch.bincount(labels, minlength=len(names)).tolist()
+    for name, fraction in fractions.items():
+        label = names.index(name) if name in names else -1
+        if label < 0 or counts[label] == 0:
+            there = [other for other, count in zip(names, counts, strict=True) if count]
+            similar = difflib.get_close_matches(name, there, 3) or there[:10]
+            raise ConfigError(
+                f"data.train_fractions must name fine classes that have training images, got {name!r} "
+                f"(there are {len(there)}, for instance {', '.join(similar)})"
+            )
+        counts[label] = max(round(fraction * counts[label]), 1)
+    return dict(enumerate(counts))

@@ -129,14 +129,14 @@ def run_features(run: Run, config: EvaluationConfig, device: torch.device) -> Fe
             encode, datasets[name], name, run.dir, batch_size=config.batch_size, device=device,
             workers=run.data.workers(name, config.batch_size, bytes_per_value=4), progress=config.progress,
         )  # fmt: skip
-    head = _trained_head(run) if config.features == "embedding" else None
+    head = trained_head(run, "coarse") if config.features == "embedding" else None
     return FeatureSplits(**features, head=head)
 
 
-def _trained_head(run: Run) -> LinearHead | None:
-    """The classification head, which takes the embedding, if it was trained on coarse labels, else None."""
+def trained_head(run: Run, labels: str) -> LinearHead | None:
+    """The classification head, which takes the embedding, if it was trained on ``labels``, else None."""
     head = run.model.classifier
-    if head is None or run.config.data.labels != "coarse" or run.model.embedding_dim != head.in_features:
+    if head is None or run.config.data.labels != labels or run.model.embedding_dim != head.in_features:
         return None
     if run.model.joint_classifier:  # it takes both parts before they are scaled to unit length
         return None

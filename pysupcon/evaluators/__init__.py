@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 from pysupcon.errors import ConfigError
 from pysupcon.evaluators.base import Evaluator, FeatureSet, FeatureSplits, Level, LinearHead, Result
 from pysupcon.evaluators.bootstrap import BootstrapConfig, with_intervals
+from pysupcon.evaluators.clustering import SubgroupConfig
 from pysupcon.evaluators.coarse_to_fine import CoarseToFine, CoarseToFineConfig
 from pysupcon.evaluators.geometry import Geometry, GeometryConfig
 from pysupcon.evaluators.group_dro import GroupDRO, HeadConfig
@@ -29,7 +30,7 @@ from pysupcon.evaluators.own import OwnEvaluator, import_evaluator, names_and_ob
 from pysupcon.evaluators.pairs import Pairs, PairsConfig, kl_bound, loss_floors, pair_statistics
 from pysupcon.evaluators.projection import ProjectionConfig, project
 from pysupcon.evaluators.separation import Separation, SeparationConfig
-from pysupcon.evaluators.subgroups import SubgroupConfig, Subgroups, infer_groups, recovery
+from pysupcon.evaluators.subgroups import Subgroups, head_losses, infer_groups, recovery
 from pysupcon.evaluators.transfer import Transfer, TransferConfig
 from pysupcon.evaluators.worst_group import WorstGroup, WorstGroupConfig
 from pysupcon.user_code import PlainValue, is_own, is_passed, is_reference
@@ -73,6 +74,7 @@ __all__ = [
     "bind_metric",
     "build_evaluators",
     "describe",
+    "head_losses",
     "headline_of",
     "infer_groups",
     "kl_bound",

@@ -222,9 +222,11 @@ def fit_head(
 ) -> FittedHead:
     """Train on ``train`` by GroupDRO over its groups if ``robust``, otherwise by ERM, which ignores them.
 
-    The weight decay and the epoch with the best worst-group accuracy on ``val`` are selected. A tie goes to
-    the stronger decay, then to the later epoch.
+    The weight decay and the epoch with the best worst-group accuracy on ``val`` are selected, without its
+    samples of group -1, if there are others. A tie goes to the stronger decay, then to the later epoch.
     """
+    if (val.groups >= 0).any():
+        val = GroupedFeatures(*(part.cpu()[val.groups.cpu() >= 0] for part in val))
     x = train.features.to("cpu", torch.float64)
     mean, std = standardization(x)
     data = ((x - mean) / std).float()

@@ -113,9 +113,14 @@ def _ratio(part: Tensor, whole: Tensor) -> Tensor:
     return part.double().sum(dim=-1) / whole.double().sum(dim=-1).clamp(min=1)
 
 
+def _weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
+    return (values.double() * weight).sum(dim=-1) / weight.sum(dim=-1)
+
+
 #: By the last part of a metric's name.
 METRICS: Mapping[str, MetricDefinition] = {
     "accuracy": MetricDefinition(("correct",), _mean),
+    "adjusted_accuracy": MetricDefinition(("correct", "weight"), _weighted_mean),
     "worst_group_accuracy": MetricDefinition(("correct", "group"), worst_group),
     "auroc": MetricDefinition(("score", "positive"), binary_auroc),
     "worst_group_auroc": MetricDefinition(("score", "positive", "group"), worst_group_auroc),

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from pysupcon.evaluators.base import FeatureSet, FeatureSplits, LinearHead, Result, class_index
+from pysupcon.evaluators.clustering import SubgroupConfig
 from pysupcon.evaluators.group_dro import FittedHead, GroupedFeatures, HeadConfig, fit_head
 from pysupcon.evaluators.metrics import metric_results
-from pysupcon.evaluators.subgroups import SubgroupConfig, Subgroups, infer_groups, recovery
+from pysupcon.evaluators.subgroups import Subgroups, head_losses, infer_groups, recovery
 
 Method = Literal["trained", "erm", "dro_inferred", "dro_true"]
 METHODS: tuple[Method, ...] = ("trained", "erm", "dro_inferred", "dro_true")
@@ -39,6 +40,10 @@ class WorstGroupConfig:
     auroc: bool = False
     """For two classes, also report the area under the ROC curve, over all test samples and of the worst group
     (its samples against those of the other class)."""
+
+    adjusted: bool = False
+    """Also report the accuracy with the true groups weighted by their training proportions: the mean accuracy
+    of Waterbirds in the literature, whose test groups have other proportions (Sagawa et al. 2020)."""
 
     subgroups: SubgroupConfig = field(default_factory=SubgroupConfig)
     """Arguments of the group inference."""
@@ -80,14 +85,29 @@ def _renumbered(groups: Tensor) -> Tensor:
     return groups.unique(return_inverse=True)[1]
 
 
+def _training_proportions(train: Tensor, test: Tensor) -> Tensor:
+    """Weights [N_test] fp64 with which the test groups have the proportions of the training groups.
+
+    Raises:
+        ValueError: no group is in both splits.
+    """
+    size = int(torch.cat([train, test]).max()) + 1
+    in_train, in_test = (torch.bincount(part, minlength=size).double() / len(part) for part in (train, test))
+    weight = (in_train / in_test)[test]
+    if not weight.any():
+        raise ValueError("worst_group.adjusted needs test samples of a training group, got none")
+    return weight
+
+
 class WorstGroup:
     """Yields, under ``worst_group/``, for every method M:
 
     - ``M/accuracy``, ``M/worst_group_accuracy``, ``M/group=G/accuracy``: over all test
       samples and by true group;
+    - ``M/adjusted_accuracy``: with ``adjusted``;
     - ``M/val_worst_group``, ``M/weight_decay``, ``M/epoch``: how the head was chosen (not for trained);
     - ``M/auroc``, ``M/worst_group_auroc``: with ``auroc`` and two classes;
-    - the outcomes ``correct``, ``predicted`` and ``group``.
+    - the outcomes ``correct``, ``predicted`` and ``group``, with ``adjusted`` also ``weight``.
 
     Also ``group=G/{class,fine,train,val,test}``: class, fine label and sizes of true group G.
     With dro_inferred also ``subgroups/{count,silhouette,f1,purity}``: the inferred groups of the training
@@ -97,6 +117,7 @@ class WorstGroup:
     name: ClassVar[str] = "worst_group"
     units: ClassVar[Mapping[str, str]] = {
         "accuracy": "fraction",
+        "adjusted_accuracy": "fraction",
         "worst_group_accuracy": "fraction",
         "val_worst_group": "fraction",
         "weight_decay": "weight decay",
@@ -116,6 +137,7 @@ class WorstGroup:
 
     meanings: ClassVar[Mapping[str, str]] = {
         "accuracy": "linear head, all test samples",
+        "adjusted_accuracy": "linear head, true groups weighted by their training proportions",
         "worst_group_accuracy": "linear head, the true group with the lowest accuracy",
         "val_worst_group": "worst validation accuracy among the groups that selected the head",
         "weight_decay": "selected weight decay",
@@ -136,6 +158,8 @@ class WorstGroup:
 
     def __init__(self, config: WorstGroupConfig | None = None) -> None:
         self.config = config or WorstGroupConfig()
+        if self.config.adjusted:
+            self.headline = (*self.headline, "*/adjusted_accuracy")  # type: ignore[misc]
 
     def __call__(self, splits: FeatureSplits, *, progress: bool = False) -> Iterator[Result]:
         config = self.config
@@ -149,7 +173,12 @@ class WorstGroup:
 
         inferred: Subgroups | None = None
         if "dro_inferred" in config.methods:
-            inferred = infer_groups(splits.train.features, splits.train.coarse, config.subgroups)
+            train, val = splits.train, splits.val
+            losses = None if splits.head is None else head_losses(splits.head, train.features, train.coarse)
+            inferred = infer_groups(
+                train.features, train.coarse, config.subgroups, losses=losses,
+                validation=(val.features, val.coarse),
+            )  # fmt: skip
             yield "worst_group/subgroups/count", float(len(inferred))
             yield "worst_group/subgroups/silhouette", sum(inferred.silhouettes) / len(inferred.silhouettes)
             found = recovery(inferred.groups, groups["train"])
@@ -157,15 +186,16 @@ class WorstGroup:
             yield "worst_group/subgroups/purity", found.purity
 
         classes = splits.train.coarse.cpu().unique()
+        weight = _training_proportions(groups["train"], groups["test"]) if config.adjusted else None
         for method in config.methods:
             if method == "trained":
                 if splits.head is None:
                     continue
                 head = LinearHead(splits.head.weight[classes], splits.head.bias[classes])
-                yield from self._evaluate(method, head, splits.test, groups["test"], classes)
+                yield from self._evaluate(method, head, splits.test, groups["test"], classes, weight)
                 continue
             fitted = self._fit(method, splits, groups, classes, inferred, progress)
-            yield from self._evaluate(method, fitted, splits.test, groups["test"], classes)
+            yield from self._evaluate(method, fitted, splits.test, groups["test"], classes, weight)
             yield f"worst_group/{method}/val_worst_group", fitted.val_worst_group
             yield f"worst_group/{method}/weight_decay", fitted.weight_decay
             yield f"worst_group/{method}/epoch", float(fitted.epoch)
@@ -199,7 +229,13 @@ class WorstGroup:
         )
 
     def _evaluate(
-        self, method: Method, head: LinearHead, test: FeatureSet, group: Tensor, classes: Tensor
+        self,
+        method: Method,
+        head: LinearHead,
+        test: FeatureSet,
+        group: Tensor,
+        classes: Tensor,
+        weight: Tensor | None,
     ) -> Iterator[Result]:
         prefix = f"worst_group/{method}"
         scores, coarse = head.logits(test.features), test.coarse.cpu()
@@ -207,6 +243,9 @@ class WorstGroup:
         outcomes = {"correct": predicted == coarse, "predicted": predicted, "group": group}
         metrics = ["accuracy", "worst_group_accuracy"]
         metrics += [f"group={g}/accuracy" for g in group.unique().tolist()]
+        if weight is not None:
+            outcomes["weight"] = weight
+            metrics.append("adjusted_accuracy")
         if self.config.auroc and len(classes) == 2:
             outcomes |= {"score": scores[:, 1] - scores[:, 0], "positive": coarse == classes[1]}
             metrics += ["auroc", "worst_group_auroc"]

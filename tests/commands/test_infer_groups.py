@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,6 +79,36 @@ def test_embeddings_of_several_runs_are_concatenated(
     assert not torch.equal(one.groups.train, both.groups.train)
     assert 0 < both.f1 <= 1
     assert 0 < both.purity <= 1
+
+
+def test_parts_of_clusters_are_judged_by_the_losses_of_the_trained_heads(
+    erm_run: Path, group_dro_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The inference gets the mean loss of both heads, on unscaled features, and the validation samples."""
+    from pysupcon.commands import infer_groups as module
+
+    given: dict = {}
+
+    def recording(features: torch.Tensor, labels: torch.Tensor, config: SubgroupConfig, **more: Any) -> Any:
+        given.update(more)
+        return infer_groups(features, labels, config, **more)
+
+    monkeypatch.setattr(module, "infer_groups", recording)
+    infer_from_runs([erm_run, group_dro_run], tmp_path / "both", QUIET)
+    losses, val = [], []
+    for folder in (erm_run, group_dro_run):
+        run = load_run(folder)
+        images = {
+            name: torch.stack([run.splits()[name][i][0] for i in range(len(run.splits()[name]))])
+            for name in ("train", "val")
+        }
+        labels = run.data.splits["train"].coarse
+        with torch.no_grad():
+            losses.append(F.cross_entropy(run.model(images["train"]).logits, labels, reduction="none"))
+            val.append(F.normalize(run.model.backbone(images["val"]).double()))
+    assert torch.allclose(given["losses"].float(), (losses[0] + losses[1]) / 2, atol=1e-5)
+    assert not torch.allclose(given["losses"].float(), losses[0], atol=1e-3)
+    assert torch.equal(given["validation"][0], torch.cat(val, dim=1))
 
 
 def test_infer_groups_refuses_mismatched_runs(

@@ -235,6 +235,32 @@ def test_cap_per_class() -> None:
     assert len(drawn) == 6  # every pair of the four samples of class 1
 
 
+def test_rare_fine_classes_lose_training_images_only(digits: DataModule) -> None:
+    config = DataConfig(dataset="digits", batch_size=64, train_fractions={"3": 0.1, "8": 0.001})
+    config.check()
+    rare = load_data(config)
+    for split in ("val", "test"):
+        assert torch.equal(rare.splits[split].images, digits.splits[split].images)  # type: ignore[arg-type]
+    before, after = digits.splits["train"].fine.bincount(), rare.splits["train"].fine.bincount()
+    expected = before.clone()
+    expected[3], expected[8] = round(0.1 * int(before[3])), 1
+    assert torch.equal(after, expected)
+    assert torch.equal(load_data(config).splits["train"].images, rare.splits["train"].images)  # type: ignore[arg-type]
+    config.split_seed = 0
+    config.train_size = 300
+    assert len(load_data(config).splits["train"].fine) == 300
+    config.train_fractions = {"ten": 0.5}
+    message = r"data.train_fractions must name fine classes .* got 'ten' \(there are 10, for instance 0, 1, "
+    with pytest.raises(ConfigError, match=message):
+        load_data(config)
+    config.train_fractions = {"3": 0.0}
+    with pytest.raises(ConfigError, match=r"data.train_fractions of '3' must lie in \(0, 1\], got 0.0"):
+        config.check()
+    both = DataConfig(dataset="digits", batch_size=64, train_fractions={"3": 0.1}, train_on_val=True)
+    with pytest.raises(ConfigError, match=r"data.train_fractions must be left out for data.train_on_val"):
+        both.check()
+
+
 def test_a_small_training_split_leaves_the_others_alone(digits: DataModule) -> None:
     config = DataConfig(dataset="digits", batch_size=64, train_size=200)
     config.check()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ import torch
 from helpers.feature_cases import numbers
 
 from pysupcon.evaluators import (
+    BootstrapConfig,
     FeatureSet,
     FeatureSplits,
     GroupDRO,
@@ -22,6 +22,7 @@ from pysupcon.evaluators import (
     WorstGroupConfig,
     infer_groups,
     recovery,
+    with_intervals,
 )
 from pysupcon.evaluators.group_dro import GroupedFeatures, fit_head, group_batches
 from pysupcon.evaluators.worst_group import true_groups
@@ -66,32 +67,6 @@ def test_separate_clusters_are_found_counted_and_assigned(reduce, cluster):
     assert found.predict(new[:2], torch.tensor([7, -3])).tolist() == [-1, -1]
 
 
-def test_number_of_clusters_is_that_of_the_best_silhouette():
-    from sklearn.cluster import KMeans
-    from sklearn.metrics import silhouette_score
-
-    features, classes, _ = clustered([[20, 20, 20, 20]], noise=0.25)
-    config = SubgroupConfig(reduce="none", cluster="kmeans", k_min=2, k_max=6, normalize=False)
-    found = infer_groups(features, classes, config)
-    scores = {}
-    for k in range(2, 7):
-        labels = KMeans(k, n_init=4, random_state=0).fit_predict(features.double().numpy())
-        scores[k] = silhouette_score(features.double().numpy(), labels)
-    assert len(found) == max(scores, key=scores.__getitem__)
-    assert found.silhouettes[0] == pytest.approx(max(scores.values()))
-
-
-def test_overclustering_splits_further_and_keeps_purity():
-    features, classes, parts = clustered([[60, 6], [40, 20]], noise=0.2)
-    plain = infer_groups(features, classes, SubgroupConfig(k_max=3))
-    more = infer_groups(features, classes, SubgroupConfig(k_max=3, overcluster=3))
-    assert len(more) == 3 * len(plain)
-    assert torch.equal(more.parent[more.groups], classes)
-    truth = 10 * classes + parts
-    assert recovery(more.groups, truth).purity >= recovery(plain.groups, truth).purity
-    assert recovery(more.groups, truth).f1 < recovery(plain.groups, truth).f1
-
-
 def test_classes_too_small_or_collapsed_are_one_group():
     features, classes, _ = clustered([[30, 30]])
     features = torch.cat([features, torch.ones(20, 16), torch.eye(16)[:2]])
@@ -108,39 +83,6 @@ def test_subgroups_are_deterministic_and_scale_free_when_normalised():
     assert torch.equal(infer_groups(features, classes).groups, first.groups)
     lengths = 1 + torch.rand(len(features), 1)
     assert torch.equal(infer_groups(features * lengths, classes).groups, first.groups)
-
-
-def test_umap_without_its_package_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "umap", None)
-    features, classes, _ = clustered([[10, 10]])
-    with pytest.raises(
-        ImportError, match="needs the package umap-learn, which is not installed: pip install"
-    ):
-        infer_groups(features, classes, SubgroupConfig(reduce="umap"))
-
-
-def test_umap_is_used_where_it_is_installed(monkeypatch):
-    """A stand-in of its interface: the first two features."""
-
-    asked: dict = {}
-
-    class UMAP:
-        def __init__(self, **arguments) -> None:
-            asked.update(arguments)
-
-        def fit_transform(self, rows):
-            return self.transform(rows)
-
-        def transform(self, rows):
-            return rows[:, :2]
-
-    monkeypatch.setitem(sys.modules, "umap", type("umap", (), {"UMAP": UMAP}))
-    rows = torch.randn(40, 6)
-    rows[:20, 0] += 20
-    config = SubgroupConfig(reduce="umap", dimensions=2, k_max=4, normalize=False, cluster="kmeans")
-    found = infer_groups(rows, torch.zeros(40, dtype=torch.int64), config)
-    assert asked["n_components"] == 2
-    assert recovery(found.groups, (torch.arange(40) < 20).long()) == (1.0, 1.0)
 
 
 def brute_recovery(groups: list[int], truth: list[int]) -> tuple[float, float]:
@@ -323,6 +265,40 @@ def test_the_trained_head_is_judged_where_there_is_one(shortcut):
         ValueError, match=r"head.weight must have the shape \[C, D\] with D=3, .* got \[3, 2\]"
     ):
         judged_with(LinearHead(weight[:, :2], torch.zeros(3)))
+
+
+def test_the_adjusted_accuracy_has_the_proportions_of_the_training_groups(shortcut):
+    weight = torch.tensor([[0.0, -1.0, 0.0], [0.0, 1.0, 0.0]], dtype=torch.float64)
+    head = LinearHead(weight, torch.zeros(2, dtype=torch.float64))
+    splits = FeatureSplits(shortcut.train, shortcut.val, shortcut.test, head=head)
+    config = WorstGroupConfig(methods=["trained"], adjusted=True)
+    found = dict(WorstGroup(config)(splits))
+    shares = torch.bincount(shortcut.train.fine).double() / len(shortcut.train)
+    accuracies = torch.tensor([found[f"worst_group/trained/group={g}/accuracy"] for g in range(4)])
+    expected = float(shares @ accuracies.double())
+    assert found["worst_group/trained/adjusted_accuracy"] == pytest.approx(expected)
+    assert expected > found["worst_group/trained/accuracy"] + 0.3  # the shortcut holds for most of them
+    intervals = dict(with_intervals(found.items(), BootstrapConfig(resamples=50)))
+    assert intervals["worst_group/trained/adjusted_accuracy/low"] <= expected
+    plain = dict(WorstGroup(WorstGroupConfig(methods=["trained"]))(splits))
+    assert "worst_group/trained/adjusted_accuracy" not in plain
+
+
+def test_validation_samples_of_no_group_do_not_select_the_head(shortcut):
+    train, val = shortcut.train, shortcut.val
+    config = HeadConfig(epochs=3, weight_decays=[0.1])
+    hidden = torch.where((val.fine == 1) | (val.fine == 2), -1, val.fine)  # where the shortcut is wrong
+    fitted = fit_head(
+        GroupedFeatures(train.features, train.coarse, train.fine),
+        GroupedFeatures(val.features, val.coarse, hidden),
+        2,
+        config,
+        robust=False,
+    )
+    correct = fitted.logits(val.features).argmax(dim=1) == val.coarse
+    shown = [correct[hidden == g].double().mean().item() for g in (0, 3)]
+    assert fitted.val_worst_group == pytest.approx(min(shown))
+    assert correct[hidden == -1].double().mean().item() < min(shown)
 
 
 def test_the_robust_loss_keeps_its_precision_under_autocast():

@@ -105,6 +105,52 @@ def test_names_of_runs_differ() -> None:
     assert len(stems) == len(set(stems))
 
 
+@pytest.mark.parametrize(
+    ("data", "rate", "decay", "adjustment"),
+    [("waterbirds", 1e-5, 1.0, 2.0), ("celeba", 1e-5, 0.1, 3.0), ("isic", 1e-3, 1e-3, 0.0)],
+)
+def test_worst_group_recipes_are_those_of_sohoni_et_al(
+    data: str, rate: float, decay: float, adjustment: float
+) -> None:
+    erm, dro = resolved(f"worst_group/{data}_erm"), resolved(f"worst_group/{data}_group_dro_thanos")
+    assert (erm.optimizer.learning_rate, erm.optimizer.weight_decay) == (rate, decay)
+    assert erm.loss.group_dro is None
+    assert erm.trainer.best_by == "accuracy"
+    assert dro.loss.group_dro is not None
+    assert dro.loss.group_dro.adjustment == adjustment
+    assert dro.trainer.best_by == "worst_known_group"  # the groups of data.groups, which are inferred
+    assert str(dro.data.groups).endswith(f"runs/{data}_thanos_groups.safetensors")
+    for config in (erm, dro):
+        assert (config.data.dataset, config.trainer.final_weights) == (data, "best")
+        assert config.evaluation.worst_group.adjusted == (data == "waterbirds")
+        assert config.evaluation.worst_group.auroc == (data == "isic")
+        assert config.data.batch_size == (16 if data == "isic" else 128)
+    encoder = resolved(f"worst_group/{data}_supcon_cnce")
+    assert (encoder.trainer.best_by, encoder.trainer.final_weights) == (None, "last")
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("worst_group/*_group_dro_*.yaml")), ids=identity)
+def test_groups_come_from_the_command_of_the_header(path: Path) -> None:
+    """The command parses, its runs are those that the header trains, and its file is data.groups."""
+    from pysupcon.commands import config_parser
+    from pysupcon.commands.infer_groups import InferenceArguments
+    from pysupcon.reading import join_lists, list_options
+
+    lines = [line.strip() for line in header(path).splitlines() if "infer-groups" in line]
+    if path.stem.endswith("annotated"):
+        assert not lines
+        return
+    words = shlex.split(lines[0].partition("infer-groups ")[2])
+    at = words.index("--output")
+    assert words[:at] == [f"runs/{Path(args[1]).stem}" for args in commands(path)[1:]]
+    assert str(resolved(identity(path).removesuffix(".yaml")).data.groups).endswith(words[at + 1])
+    parser = config_parser(prog="infer-groups", description="")
+    parser.add_class_arguments(InferenceArguments)
+    flags = join_lists(words[at + 2 :], list_options(InferenceArguments))
+    found = parser.instantiate(parser.parse_args(flags))
+    assert found["subgroups"].whole_classes == ([1] if "isic" in path.stem else [])
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("data", COARSE)
 def test_coarse_data_set_with_method(data: str, method: str) -> None:
