@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -34,9 +35,9 @@ from benchmarks.papers.transfer_runs import (
     METHODS,
     measure,
     pixels,
-    random_model,
     train_encoder,
     transferred,
+    write_untrained,
 )
 from benchmarks.table import markdown
 
@@ -80,13 +81,13 @@ def run(job: Job, folder: Path) -> dict[str, Any]:
         return {"targets": {target: measure(pixels(target)) for target in DOMAINS}}
     source, key, seed = _parts(job.name)
     record: dict[str, Any] = {}
-    place = folder / (job.needs[0] if key == "untrained" else job.name)
-    if key != "untrained":
+    place = folder / job.name
+    if key == "untrained":
+        write_untrained(folder / job.needs[0], seed, place)
+    else:
         record["train_minutes"] = train_encoder(source, key, seed, place)
     start = time.process_time()
     encoder = load_run(place)
-    if key == "untrained":
-        encoder.model = random_model(encoder, seed)
     others = [target for target in DOMAINS if target != source]
     record["targets"] = {target: measure(transferred(encoder, target)) for target in others}
     record["evaluate_minutes"] = (time.process_time() - start) / 60
@@ -116,18 +117,17 @@ class Outcomes:
             return list(SEEDS) if "pixels" in self.records else []
         return seeds_of([name for name in self.records if name.startswith(f"{source}_{key}_seed")])
 
-    def correct(self, source: str, key: str, target: str, figure: str, seed: int) -> Tensor:
-        """Whether each test image of the target is classified correctly, bool [N]."""
+    def stored(self, source: str, key: str, target: str, figure: str, seed: int) -> tuple[str, int]:
+        """Whether each test image of the target is classified correctly: arguments of ``unpack_bits``."""
         name = key if key == "pixels" else f"{source}_{key}_seed{seed}"
         found = self.records[name]["targets"][target]
-        return unpack_bits(found[figure], found["samples"])
+        return found[figure], found["samples"]
 
     def accuracies(self, source: str, key: str, target: str, figure: str) -> list[float]:
         """Per cent, one per seed."""
         seeds = self.seeds(source, key)[: 1 if key == "pixels" else None]
-        return [
-            100 * self.correct(source, key, target, figure, seed).double().mean().item() for seed in seeds
-        ]
+        found = [self.stored(source, key, target, figure, seed) for seed in seeds]
+        return [100 * unpack_bits(*each).double().mean().item() for each in found]
 
     def difference(
         self, row: str, less: str, figure: str, pairs: Sequence[tuple[str, str]]
@@ -136,9 +136,8 @@ class Outcomes:
 
         None if no pair has two seeds of both rows. Only the seeds that all pairs have are used.
         """
-        from pysupcon.evaluators import BootstrapConfig, BoundMetric
-        from pysupcon.evaluators.bootstrap import percentile_interval, seed_and_sample_values
-        from pysupcon.evaluators.metrics import METRICS
+        from pysupcon.evaluators import BootstrapConfig
+        from pysupcon.evaluators.bootstrap import percentile_interval
 
         usable = [(s, t) for s, t in pairs if self.seeds(s, row) and self.seeds(s, less)]
         common = [set(self.seeds(s, key)) for s, _ in usable for key in (row, less)]
@@ -147,15 +146,27 @@ class Outcomes:
             return None
         values, draws = [], []
         for source, target in usable:
-            signs = []
+            resampled: list[Tensor] = []
+            means: list[float] = []
             for key in (row, less):
-                bits = [self.correct(source, key, target, figure, seed) for seed in seeds]
-                metrics = [BoundMetric(METRICS["accuracy"], [each]) for each in bits]
-                signs.append(seed_and_sample_values(metrics, BootstrapConfig(), seeds=seeds))
-                values.append((1 if key == row else -1) * fmean(b.double().mean().item() for b in bits))
-            draws.append(signs[0] - signs[1])
+                found = [self.stored(source, key, target, figure, seed) for seed in seeds]
+                resampled.append(_resampled(tuple(found), tuple(seeds)))
+                means.append(fmean(unpack_bits(*each).double().mean().item() for each in found))
+            draws.append(resampled[0] - resampled[1])
+            values.append(means[0] - means[1])
         low, high = percentile_interval(torch.stack(draws).mean(dim=0), BootstrapConfig().confidence)
-        return sum(values) / len(usable), low, high, len(seeds)
+        return fmean(values), low, high, len(seeds)
+
+
+@lru_cache(maxsize=128)  # tables, pictures and claims need the same
+def _resampled(stored: tuple[tuple[str, int], ...], seeds: tuple[int, ...]) -> Tensor:
+    """Accuracy on resamples of seeds and test images, from the outcomes of each seed."""
+    from pysupcon.evaluators import BootstrapConfig, BoundMetric
+    from pysupcon.evaluators.bootstrap import seed_and_sample_values
+    from pysupcon.evaluators.metrics import METRICS
+
+    metrics = [BoundMetric(METRICS["accuracy"], [unpack_bits(*each)]) for each in stored]
+    return seed_and_sample_values(metrics, BootstrapConfig(), seeds=seeds)
 
 
 def tables(records: Records) -> str:

@@ -124,23 +124,27 @@ def pixels(target: str) -> FeatureSplits:
     )
 
 
-def random_model(encoder: Run, seed: int) -> Any:
-    """A network like that of a run with random weights.
+def write_untrained(trained: Path, seed: int, folder: Path) -> Path:
+    """Write a run like ``trained`` whose network has random weights; returns ``folder``.
 
     Its BatchNorm layers have the statistics of the source's training images, as those of a trained one.
     """
-    from pysupcon.trainer.run import build_model
+    from pysupcon.trainer.checkpoint import pack_weights
+    from pysupcon.trainer.run import WEIGHTS_FILE, build_model, load_run
 
+    run = load_run(trained)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build_model(encoder.config, encoder.data)
+        model = build_model(run.config, run.data)
     for layer in model.modules():
         if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm):
             layer.momentum = None  # the mean of all batches
     with torch.no_grad():
-        for batch in torch.utils.data.DataLoader(encoder.splits()["train"], batch_size=_BATCH):
+        for batch in torch.utils.data.DataLoader(run.splits()["train"], batch_size=_BATCH):
             model.backbone(batch[0])
-    return model.eval()
+    shutil.copytree(trained, folder, dirs_exist_ok=True)
+    (folder / WEIGHTS_FILE).write_bytes(pack_weights(model.state_dict()))
+    return folder
 
 
 def measure(splits: FeatureSplits) -> dict[str, Any]:
