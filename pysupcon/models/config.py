@@ -74,9 +74,9 @@ class ModelConfig:
     not normalised for it, instead of one head on each."""
 
     decoder: Literal["none", "plain", "labelled"] = "none"
-    """Reconstructs the image from the embedding with resize convolutions. loss.reconstruction_weight weighs
-    its squared error. labelled: the decoder also gets the training label. The side of the images must be 4,
-    5, 6 or 7 times a power of two."""
+    """Reconstructs the image from the embedding with resize convolutions, or the vector of features with one
+    hidden layer. loss.reconstruction_weight weighs its squared error. labelled: the decoder also gets the
+    training label. The side of the images must be 4, 5, 6 or 7 times a power of two."""
 
     encoders: Literal["one", "two"] = "one"
     """two: two backbones of the same architecture, the first trained by the contrastive loss, the second by

@@ -1,4 +1,4 @@
-"""The decoder of a class-conditional autoencoder, from an embedding to the image.
+"""The decoders of a class-conditional autoencoder, from an embedding to the image or vector of features.
 
 Reconstruction and cross-entropy in addition to a contrastive loss keep the differences between images of a
 class. They break the permutation invariance of the contrastive loss within a class (Chen et al. 2022,
@@ -102,13 +102,47 @@ class Decoder(nn.Module):
         self.image = nn.Conv2d(width, channels, 3, padding=1)
 
     def forward(self, embedding: Tensor, labels: Tensor | None = None) -> Tensor:
-        if self.label is not None:
-            if labels is None:
-                raise ValueError("labels must be given to a labelled decoder (one per image), got None")
-            embedding = torch.cat([embedding, self.label(labels).to(embedding.dtype)], dim=1)
+        embedding = _with_labels(embedding, labels, self.label)
         maps: Tensor = F.relu(self.widen(embedding)).unflatten(1, self.start)
         images: Tensor = self.image(self.blocks(maps))
         return images
+
+
+class VectorDecoder(nn.Module):
+    """Decodes an embedding to a vector of features through one hidden layer of the embedding's width.
+
+    Args:
+        embedding_dim: dimensions E of the embedding.
+        dim: dimensions D of the vector.
+        classes: number of labels of a labelled decoder; None for a decoder without labels.
+
+    Shape:
+        embedding [B, E], labels int64 [B] (if ``classes``) -> vectors [B, D].
+    """
+
+    def __init__(self, embedding_dim: int, dim: int, *, classes: int | None = None) -> None:
+        super().__init__()
+        self.label: nn.Embedding | None = None
+        inputs = embedding_dim
+        if classes is not None:
+            self.label = nn.Embedding(classes, LABEL_EMBEDDING_DIM)
+            inputs += LABEL_EMBEDDING_DIM
+        self.layers = nn.Sequential(
+            nn.Linear(inputs, embedding_dim), nn.ReLU(inplace=True), nn.Linear(embedding_dim, dim)
+        )
+
+    def forward(self, embedding: Tensor, labels: Tensor | None = None) -> Tensor:
+        vectors: Tensor = self.layers(_with_labels(embedding, labels, self.label))
+        return vectors
+
+
+def _with_labels(embedding: Tensor, labels: Tensor | None, label: nn.Embedding | None) -> Tensor:
+    """The input of a decoder: with the embeddings of the labels, if it has any."""
+    if label is None:
+        return embedding
+    if labels is None:
+        raise ValueError("labels must be given to a labelled decoder (one per sample), got None")
+    return torch.cat([embedding, label(labels).to(embedding.dtype)], dim=1)
 
 
 def start_side(image_size: int) -> tuple[int, int]:
@@ -130,14 +164,17 @@ def start_side(image_size: int) -> tuple[int, int]:
 
 def build_decoder(
     config: ModelConfig, embedding_dim: int, channels: int, image_size: int, classes: int
-) -> Decoder | None:
+) -> Decoder | VectorDecoder | None:
     """The decoder of ``config``, or None.
 
-    It mirrors a ResNet-18 for timm models, and costs half of the work of small_cnn for that backbone.
+    It mirrors a ResNet-18 for timm models, and costs half of the work of small_cnn for that backbone. Vectors
+    (``image_size`` 0) have ``channels`` dimensions.
     """
     if config.decoder == "none":
         return None
     num_labels = classes if config.decoder == "labelled" else None
+    if image_size == 0:
+        return VectorDecoder(embedding_dim, channels, classes=num_labels)
     if config.backbone == "small_cnn":
         width = config.width or DEFAULT_WIDTH
         size = {"width": 2 * width, "min_width": 8, "blocks": 1}

@@ -27,8 +27,8 @@ class ModelOutput(NamedTuple):
         projection: input of the contrastive loss, [B, D]; of unit length unless ``normalize`` is false, or,
             with ``spectral_norm``, at most of unit length.
         logits: logits of the classification head, [B, classes]; None without one.
-        reconstruction_error: mean squared error of the decoder's image over channels and pixels, [B]; None
-            without a decoder.
+        reconstruction_error: mean squared error of the decoder's image, over channels and pixels, or of its
+            vector, [B]; None without a decoder.
         second_logits: logits of the second backbone's classification head, [B, classes]; None without one.
     """
 
@@ -78,10 +78,6 @@ class ContrastiveModel(nn.Module):
         of_head = sum(widths) if config.joint_classifier else widths[0]
         self.classifier = nn.Linear(of_head, classes) if config.classifier else None
         second = config.classifier and self.two_encoders and not config.joint_classifier
-        if image_size == 0 and config.decoder != "none":
-            raise ConfigError(
-                "model.decoder reconstructs images, but the data are feature vectors: leave it out"
-            )
         self.second_classifier = nn.Linear(widths[1], classes) if second else None
         self.decoder = build_decoder(config, widths[-1], channels, image_size, classes)
         self._scale: Callable[[Tensor], Tensor] = _same
@@ -164,7 +160,7 @@ class ContrastiveModel(nn.Module):
     def _reconstruction_error(self, features: Tensor, images: Tensor, labels: Tensor | None) -> Tensor:
         assert self.decoder is not None
         reconstructed = self.decoder(features, labels).to(images.dtype)  # the error has the images' precision
-        error: Tensor = (reconstructed - images).square().mean(dim=(1, 2, 3))
+        error: Tensor = (reconstructed - images).square().mean(dim=tuple(range(1, images.ndim)))
         return error
 
 

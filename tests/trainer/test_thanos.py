@@ -209,6 +209,31 @@ def test_the_decoder_is_as_wide_as_its_backbone() -> None:
     assert nn.BatchNorm2d not in kinds
 
 
+@pytest.mark.parametrize("encoders", ["one", "two"])
+@pytest.mark.parametrize("decoder", ["plain", "labelled"])
+def test_vectors_are_reconstructed(encoders: Any, decoder: Any) -> None:
+    """The decoder of vectors overfits a few of them; the error is that of its vectors."""
+    config = ModelConfig(backbone="mlp", width=32, encoders=encoders, decoder=decoder)
+    config.check()
+    torch.manual_seed(0)
+    model = ContrastiveModel(config, channels=5, image_size=0, classes=3)
+    vectors, labels = torch.randn(12, 5), torch.arange(12) % 3
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    for _ in range(150):
+        error = model(vectors, labels).reconstruction_error
+        assert error.shape == (12,)
+        optimizer.zero_grad()
+        error.mean().backward()
+        optimizer.step()
+    assert error.mean() < 0.05
+    model.eval()
+    reconstructed = model.reconstruct(vectors, labels)
+    expected = (reconstructed - vectors).square().mean(dim=1)
+    assert torch.allclose(model(vectors, labels).reconstruction_error, expected)
+    changed = model.reconstruct(vectors, (labels + 1) % 3)
+    assert torch.equal(changed, reconstructed) == (decoder == "plain")
+
+
 def test_the_decoder_learns() -> None:
     """The decoder overfits a few images."""
     torch.manual_seed(0)
