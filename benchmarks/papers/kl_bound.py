@@ -83,6 +83,11 @@ def optimal_losses(rows: Tensor, labels: Tensor, kappa: float) -> Tensor:
     return losses
 
 
+def missing() -> str:
+    """Nothing: the data come with Python packages."""
+    return ""
+
+
 def jobs(quick: bool) -> list[Job]:
     """One job for each dimension and seed."""
     return [

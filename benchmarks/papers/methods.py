@@ -9,6 +9,8 @@ from typing import Literal
 from benchmarks.papers.study import ROOT
 
 CONFIGS = ROOT / "configs" / "small"
+FASHION_SOURCE = "Debian's package dataset-fashion-mnist, or the folder in FASHION_MNIST_ROOT"
+LETTERS = ROOT / "runs" / "data" / "letters.npz"
 FASHION_ROOT = os.environ.get("FASHION_MNIST_ROOT", "/usr/share/datasets/fashion-mnist")
 """Folder of Fashion-MNIST's files; the default is that of Debian's package dataset-fashion-mnist."""
 
@@ -63,7 +65,8 @@ class Table:
         figures: columns, keys of :data:`benchmarks.papers.figures.FIGURES`.
         compared: columns whose differences to the baseline are shown.
         arguments: arguments added to every config.
-        root: folder of the data set, if its config needs one.
+        root: file or folder of the data set, if its config needs one.
+        source: how to get it.
         minutes: processor minutes of a training and evaluation.
     """
 
@@ -76,11 +79,13 @@ class Table:
     compared: tuple[str, ...] = ("logistic", "knn")
     arguments: tuple[str, ...] = ()
     root: str = ""
+    source: str = ""
     minutes: float = 0.5
 
 
-LOW_ALPHA = 0.04
-"""Just above the threshold of a collapse, which is 0.035 for two classes in batches of 150: threshold.py"""
+LOW_ALPHA = 0.12
+"""Just above the threshold of a collapse, 0.107 for two classes of 75 images in a batch, temperature 0.5 and the
+gap 1 of features after a ReLU: ``threshold.alpha_star(75, 2, 0.5, "supcon", gap=1)``."""
 _LOW = (
     Method("supcon_cnce_low", f"SupCon + cNCE, alpha {LOW_ALPHA}", "supcon_cnce",
            ("--loss.alpha", str(LOW_ALPHA))),

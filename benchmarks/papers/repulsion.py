@@ -55,6 +55,11 @@ def repelling_shares(
     return {loss: number / pairs for loss, number in repelled.items()}
 
 
+def missing() -> str:
+    """Nothing: the data come with Python packages."""
+    return ""
+
+
 def jobs(quick: bool) -> list[Job]:
     """One job for each temperature and seed: it trains with both losses."""
     return [

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from benchmarks.papers.methods import FASHION_ROOT, STRONG, Method, Table, transfer_methods
+from benchmarks.papers import kl_bound, repulsion, threshold, transfer, worst_group
+from benchmarks.papers.methods import (
+    FASHION_ROOT,
+    FASHION_SOURCE,
+    LETTERS,
+    STRONG,
+    Method,
+    Table,
+    transfer_methods,
+)
 from benchmarks.papers.study import Study
 from benchmarks.papers.table_study import Order, TableStudy
 
@@ -23,7 +32,8 @@ ORDERS = (
     Order("SINCERE above SupCon", "sincere", "supcon", "logistic"),
     Order("SupCon above an untrained network", "supcon", "untrained", "logistic"),
 )
-"""Claims of every coarse-to-fine table."""
+"""Claims of every coarse-to-fine table with controls of Thanos's width."""
+ORDERS_OF_ONE_WIDTH = tuple(order for order in ORDERS if _PAIR not in (order.row, order.less))
 
 _MECHANISMS = (
     Method("infonce", "InfoNCE"),
@@ -60,12 +70,14 @@ MNIST_NONE = TableStudy(
 )  # fmt: skip
 FASHION_STRONG = TableStudy(
     Table("fashion_mnist_strong", "Fashion-MNIST-coarse, 5,000 images, strong augmentation",
-          "fashion_mnist_coarse", transfer_methods(), arguments=STRONG, root=FASHION_ROOT, minutes=0.7),
+          "fashion_mnist_coarse", transfer_methods(), arguments=STRONG, root=FASHION_ROOT, source=FASHION_SOURCE,
+          minutes=0.5),
     ORDERS,
 )  # fmt: skip
 FASHION_NONE = TableStudy(
     Table("fashion_mnist_none", "Fashion-MNIST-coarse, 5,000 images, no augmentation",
-          "fashion_mnist_coarse", transfer_methods(), root=FASHION_ROOT, minutes=0.7),
+          "fashion_mnist_coarse", transfer_methods(), root=FASHION_ROOT, source=FASHION_SOURCE,
+          minutes=0.5),
     ORDERS,
 )  # fmt: skip
 
@@ -112,4 +124,34 @@ MOCO = TableStudy(
     ),
 )  # fmt: skip
 
-STUDIES: tuple[Study, ...] = (MNIST_STRONG, MNIST_NONE, FASHION_STRONG, FASHION_NONE, MARGINS, MOCO)
+GLYPHS = TableStudy(
+    Table("glyphs", "Glyphs: trained on letters, evaluated on letter and typeface, no augmentation",
+          "glyphs_coarse", transfer_methods(equal_width=False), minutes=0.5),
+    ORDERS_OF_ONE_WIDTH,
+)  # fmt: skip
+LETTER_VECTORS = TableStudy(
+    Table("letters", "Letter recognition: vectors, trained on halves of the alphabet", "letters_coarse",
+          transfer_methods(equal_width=False), root=str(LETTERS), minutes=0.4,
+          source="see the section More data of benchmarks/papers/README.md"),
+    ORDERS_OF_ONE_WIDTH,
+)  # fmt: skip
+FASHION_FULL = TableStudy(
+    Table(
+        "fashion_mnist_full", "Fashion-MNIST-coarse, all 60,000 images at 28 pixels, no augmentation",
+        "fashion_mnist_full_coarse",
+        (
+            Method("supcon", "SupCon"),
+            Method("supcon_cnce", "SupCon + cNCE"),
+            Method("ce_autoencoder", "cross-entropy + autoencoder"),
+            Method("thanos_frozen", "Thanos, two frozen backbones", kind="concatenated",
+                   parts=("supcon_cnce", "ce_autoencoder")),
+        ),
+        root=FASHION_ROOT, source=FASHION_SOURCE, minutes=2.5,
+    ),
+    tuple(order for order in ORDERS_OF_ONE_WIDTH if not {order.row, order.less} & {"sincere", "pixels", "untrained"}),
+)  # fmt: skip
+
+STUDIES: tuple[Study, ...] = (
+    MNIST_STRONG, MNIST_NONE, FASHION_STRONG, FASHION_NONE, FASHION_FULL, GLYPHS, LETTER_VECTORS, threshold,
+    MARGINS, repulsion, kl_bound, transfer, worst_group, MOCO,
+)  # fmt: skip

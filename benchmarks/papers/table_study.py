@@ -56,8 +56,8 @@ class TableStudy:
 
     def missing(self) -> str:
         """Why this study cannot run here; empty if it can."""
-        root = self.table.root
-        return f"{root} does not exist: set FASHION_MNIST_ROOT" if root and not Path(root).is_dir() else ""
+        there = not self.table.root or Path(self.table.root).exists()
+        return "" if there else f"{self.table.root} does not exist: {self.table.source}"
 
     def jobs(self, quick: bool) -> list[Job]:
         """See :class:`benchmarks.papers.study.Study`."""

@@ -127,6 +127,11 @@ def ratios_below_one(ratios: tuple[float, ...], star: float) -> list[float]:
     return [ratio for ratio in ratios if ratio * star <= 1]
 
 
+def missing() -> str:
+    """Nothing: the data come with Python packages."""
+    return ""
+
+
 def jobs(quick: bool) -> list[Job]:
     """One job for each kind, base, temperature and seed."""
     minutes = {"free": 0.25, "network": 0.5}
