@@ -1,13 +1,13 @@
 """The bound of SINCERE (arXiv 2309.14277), log|N| - L <= J, against a J that is known.
 
-Let p+ be the distribution of the embeddings of the anchor's class and p- that of the others. For an anchor, one
-positive z+ from p+ and N negatives from p-, and any critic f that depends on the anchor and one embedding,
+Let p+ be the distribution of the embeddings of the anchor's class and p- that of the others. For an anchor,
+one positive z+ from p+ and N negatives from p-, and any critic f that depends on the anchor and one embedding,
 
     L(f) = E log(1 + sum_n e^{f(z_n) - f(z+)}) >= log N + E_{p-} f - E_{p+} f        (Jensen)
 
 The loss is smallest for the critic f* = log p+ / p-, for which the right side is log N - J with
-J = KL(p+ || p-) + KL(p- || p+). So log N - E L(f) <= log N - E L(f*) <= J for every critic, also for the cosine
-to the anchor divided by a temperature. It holds for the expected loss; single batches scatter around it.
+J = KL(p+ || p-) + KL(p- || p+). So log N - E L(f) <= log N - E L(f*) <= J for every critic, also for the
+cosine to the anchor divided by a temperature. It holds for the expected loss; single batches scatter around it.
 
 Here two classes are von Mises-Fisher distributions on the sphere of D dimensions with opposite means +-m and
 concentration kappa. Then f*(z) = +-2 kappa m . z and

@@ -1,7 +1,7 @@
-"""Which positive pairs a loss pushes apart, against the number of images per label (SINCERE, arXiv 2309.14277).
+"""Which positive pairs a loss pushes apart, against the images per label (SINCERE, arXiv 2309.14277).
 
-SupCon repels the positive p of an anchor if softmax_p > 1 / |P|: p holds more than its share of the denominator.
-With one positive this cannot happen. SINCERE's derivative, (sigma_p - 1) / |P|, is never above 0.
+SupCon repels the positive p of an anchor if softmax_p > 1 / |P|: p holds more than its share of the
+denominator. With one positive this cannot happen. SINCERE's derivative, (sigma_p - 1) / |P|, is never above 0.
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ def tables(records: Records) -> str:
     if not seeds:
         return ""
     return (
-        f"Ten digits, {seeds} seeds: positive pairs that the loss repels, in per cent [95 % interval over the "
-        f"seeds].\n\n{markdown(lines)}"
+        f"**{TITLE}** (ten digits, {seeds} seeds): positive pairs that the loss repels, per cent [95 % "
+        f"interval over the seeds].\n\n{markdown(lines)}"
     )
 
 

@@ -16,8 +16,8 @@ from pysupcon import functional
 def smallest_curvature(
     alpha: float, base: str, classes: int, samples: int, dim: int, tau: float, gap: float | None
 ) -> float:
-    """Smallest curvature of L_spread over all moves that leave the class means where they are, at the collapsed
-    configuration (fp64 Hessian in tangent coordinates)."""
+    """Smallest curvature of L_spread over all moves that leave the class means where they are, at the
+    collapsed configuration (fp64 Hessian in tangent coordinates)."""
     corners = torch.eye(classes, dim, dtype=torch.float64)
     if gap is None:
         corners = F.normalize(corners - corners.mean(dim=0), dim=1)
