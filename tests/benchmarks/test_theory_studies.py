@@ -1,0 +1,156 @@
+"""The mathematics of the studies in benchmarks/papers: threshold of alpha, repulsion, and the KL bound."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.papers import kl_bound, repulsion, small_training, threshold
+from pysupcon import functional
+
+
+def smallest_curvature(
+    alpha: float, base: str, classes: int, samples: int, dim: int, tau: float, gap: float | None
+) -> float:
+    """Smallest curvature of L_spread over all moves that leave the class means where they are, at the collapsed
+    configuration (fp64 Hessian in tangent coordinates)."""
+    corners = torch.eye(classes, dim, dtype=torch.float64)
+    if gap is None:
+        corners = F.normalize(corners - corners.mean(dim=0), dim=1)
+    _, _, basis = torch.linalg.svd(corners[:, None])  # per class, the rows after the first are tangent
+    tangents = basis[:, 1:]
+    labels = torch.arange(classes).repeat_interleave(samples)
+
+    def loss(flat: Tensor) -> Tensor:
+        moves = flat.view(classes, samples - 1, dim - 1)
+        moves = torch.cat([moves, -moves.sum(dim=1, keepdim=True)], dim=1)  # sum 0 in each class
+        points = F.normalize(corners[:, None] + moves @ tangents, dim=2).view(-1, dim)
+        views = points[:, None].expand(-1, 2, -1)
+        return functional.spread(views, labels, temperature=tau, alpha=alpha, base=base, backend="reference")
+
+    start = torch.zeros(classes * (samples - 1) * (dim - 1), dtype=torch.float64)
+    hessian = torch.autograd.functional.hessian(loss, start)
+    return torch.linalg.eigvalsh(hessian)[0].item()
+
+
+@pytest.mark.parametrize("base", ["supcon", "sincere"])
+@pytest.mark.parametrize(
+    ("classes", "samples", "dim", "tau", "gap"),
+    [
+        (2, 4, 3, 0.5, None),  # two classes, opposite
+        (3, 2, 4, 0.25, None),  # few positives: the finite-P terms count
+        (2, 3, 3, 0.1, 1.0),  # orthogonal means, as after a ReLU
+    ],
+)
+def test_alpha_star_is_where_the_hessian_becomes_indefinite(
+    base: str, classes: int, samples: int, dim: int, tau: float, gap: float | None
+) -> None:
+    star = threshold.alpha_star(samples, classes, tau, base, gap=gap)
+    below, at, above = (
+        smallest_curvature(ratio * star, base, classes, samples, dim, tau, gap) for ratio in (0.98, 1.0, 1.02)
+    )
+    assert below > 0 > above
+    assert abs(at) < 1e-3 * min(below, -above)
+
+
+def test_without_room_beside_the_means_the_threshold_is_higher() -> None:
+    star = threshold.alpha_star(3, 3, 0.25, "sincere")
+    assert smallest_curvature(1.02 * star, "sincere", 3, 3, 2, 0.25, None) > 0
+
+
+def test_alpha_star_tends_to_the_formula_of_many_positives() -> None:
+    rho = 1 / (1 + math.exp(2 / 0.5))  # SupCon, two classes, N = P
+    k = rho * 2
+    assert threshold.alpha_star(10**6, 2, 0.5, "supcon") == pytest.approx(k / (1 + k), rel=1e-5)
+
+
+def test_alpha_star_refuses_what_it_cannot_compute() -> None:
+    with pytest.raises(ValueError, match="views must be at least 2, got 4, 2 and 1"):
+        threshold.alpha_star(4, 2, 0.5, "supcon", views=1)
+    with pytest.raises(ValueError, match="base must be one of"):
+        threshold.alpha_star(4, 2, 0.5, "cnce")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["supcon", "sincere"])
+def test_free_points_collapse_below_and_spread_above(base: str) -> None:
+    star = threshold.alpha_star(threshold.SAMPLES, threshold.CLASSES, 0.5, base)
+    labels = torch.arange(threshold.CLASSES).repeat_interleave(threshold.SAMPLES)
+    below, above = (
+        threshold.spread_and_gap(threshold.free_points(ratio * star, 0.5, base, 0, steps=250), labels)[0]
+        for ratio in (0.8, 1.2)
+    )
+    assert below < threshold.COLLAPSED < 0.1 < above
+
+
+def test_spread_and_gap_of_a_hand_made_example() -> None:
+    rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [-1.0, 0.0]])
+    spread, gap = threshold.spread_and_gap(rows, torch.tensor([0, 0, 1, 1]))
+    assert spread == pytest.approx(2**-0.5 / 2)
+    assert gap == pytest.approx(1 + 2**-0.5)
+
+
+def test_repelled_pairs_of_a_hand_made_example() -> None:
+    # Class 0: two equal rows and one at 90 degrees; class 1: three equal rows far from all.
+    rows = torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 1], [0, 0, 1]]).double()
+    labels = torch.tensor([0, 0, 0, 1, 1, 1])
+    shares = repulsion.repelling_shares(rows, labels, 0.1, 3, torch.Generator().manual_seed(0))
+    # Only 0 -> 1 and 1 -> 0 have a softmax above 1/2, of twelve positive pairs.
+    assert shares == {"supcon": pytest.approx(2 / 12), "sincere": 0.0}
+
+
+def test_two_images_of_a_label_are_never_repelled() -> None:
+    rows = F.normalize(torch.randn(40, 5, generator=torch.Generator().manual_seed(0)).double(), dim=1)
+    labels = torch.arange(4).repeat_interleave(10)
+    generator = torch.Generator().manual_seed(0)
+    assert repulsion.repelling_shares(rows, labels, 0.1, 2, generator)["supcon"] == 0
+    assert repulsion.repelling_shares(rows, labels, 0.1, 10, generator)["supcon"] > 0
+
+
+def test_per_class_refuses_more_rows_than_there_are() -> None:
+    with pytest.raises(ValueError, match="count must be at most 2, the rows of class 0, got 3"):
+        small_training.per_class(torch.tensor([0, 0, 1, 1, 1]), 3, torch.Generator())
+
+
+@pytest.mark.parametrize(("dim", "kappa"), [(3, 2.0), (16, 5.0)])
+def test_divergence_is_that_of_samples(dim: int, kappa: float) -> None:
+    rows, labels = kl_bound.sample(dim, kappa, 20_000, 0)
+    own, other = (rows[labels == label, 0] for label in (0, 1))
+    ratio = 2 * kappa * torch.stack([own, other])  # log p+ / p- of class 0
+    deviation = ratio.std(dim=1).square().sum().sqrt().item() / 20_000**0.5
+    assert kl_bound.divergence(dim, kappa) == pytest.approx(
+        (ratio[0] - ratio[1]).mean().item(), abs=4 * deviation
+    )
+    # In three dimensions A = coth(kappa) - 1 / kappa.
+    if dim == 3:
+        assert kl_bound.mean_cosine(dim, kappa) == pytest.approx(1 / math.tanh(kappa) - 1 / kappa)
+
+
+def test_the_log_ratio_is_that_of_the_densities() -> None:
+    from scipy.stats import vonmises_fisher
+
+    rows, _ = kl_bound.sample(4, 3.0, 5, 0)
+    pole = [1.0, 0, 0, 0]
+    ratio = vonmises_fisher(pole, 3.0).logpdf(rows) - vonmises_fisher([-1.0, 0, 0, 0], 3.0).logpdf(rows)
+    torch.testing.assert_close(torch.from_numpy(ratio), 2 * 3.0 * rows[:, 0])
+
+
+def test_concentration_inverts_the_divergence() -> None:
+    assert kl_bound.divergence(16, kl_bound.concentration(16, 8.0)) == pytest.approx(8.0)
+
+
+def test_optimal_losses_are_sincere_with_that_critic() -> None:
+    rows, labels = kl_bound.sample(3, 2.0, 6, 1)
+    losses = kl_bound.optimal_losses(rows, labels, 2.0)
+    critic = 4.0 * rows[:, 0]
+    expected = []
+    for i, label in enumerate(labels):
+        sign = 1 if label == 0 else -1
+        away = (sign * critic[labels != label]).exp().sum()
+        others = [j for j in range(12) if j != i and labels[j] == label]
+        expected.append(sum(math.log1p(away / math.exp(sign * critic[j])) for j in others) / len(others))
+    torch.testing.assert_close(losses, torch.tensor(expected, dtype=torch.float64))
