@@ -181,6 +181,8 @@ def draw(records: Records, folder: Path) -> list[str]:
             plot.axhline(math.log(count), color=colour, linestyle=":", linewidth=1)
         plot.plot(TRUTHS, TRUTHS, color="black", linestyle="--", label="truth")
         plot.set(xlabel="truth J, nats", ylabel="log N - L, nats", xscale="log", ylim=(-4, 10))
+        plot.set_xticks(TRUTHS, [f"{truth:g}" for truth in TRUTHS])
+        plot.minorticks_off()
         plot.set_title(f"critic: {critic}; dotted: log N", fontsize=9)
         plot.grid(alpha=0.25)
         plot.legend(frameon=False, fontsize=7)

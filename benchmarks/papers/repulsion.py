@@ -7,6 +7,8 @@ With one positive this cannot happen. SINCERE's derivative, (sigma_p - 1) / |P|,
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +72,7 @@ def run(job: Job, folder: Path) -> dict[str, Any]:
     temperature, seed = job.name.split("_")
     tau, number = float(temperature[1:]), int(seed.removeprefix("seed"))
     images, labels = small_training.digits()
-    functions = {"supcon": functional.supcon, "sincere": functional.sincere}
+    functions: dict[str, Callable[..., Tensor]] = {"supcon": functional.supcon, "sincere": functional.sincere}
     shares: dict[str, dict[str, list[float]]] = {stage: {} for stage in STAGES}
     for loss, function in functions.items():
         model = small_training.network(number)
@@ -80,7 +82,7 @@ def run(job: Job, folder: Path) -> dict[str, Any]:
                     model,
                     images,
                     labels,
-                    lambda rows, own, function=function: function(rows, own, temperature=tau),
+                    partial(function, temperature=tau),
                     count=BATCH,
                     steps=STEPS,
                     seed=number,
