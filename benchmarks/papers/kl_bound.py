@@ -1,13 +1,17 @@
 """The bound of SINCERE (arXiv 2309.14277), log|N| - L <= J, against a J that is known.
 
 Let p+ be the distribution of the embeddings of the anchor's class and p- that of the others. For an anchor,
-one positive z+ from p+ and N negatives from p-, and any critic f that depends on the anchor and one embedding,
+one positive z+ from p+ and N negatives from p-, and a critic f that depends on the anchor and one embedding,
 
     L(f) = E log(1 + sum_n e^{f(z_n) - f(z+)}) >= log N + E_{p-} f - E_{p+} f        (Jensen)
 
-The loss is smallest for the critic f* = log p+ / p-, for which the right side is log N - J with
+The loss is smallest for f* = log p+ / p-, for which the right side is log N - J with
 J = KL(p+ || p-) + KL(p- || p+). So log N - E L(f) <= log N - E L(f*) <= J for every critic, also for the
-cosine to the anchor divided by a temperature. It holds for the expected loss; single batches scatter around it.
+cosine to the anchor divided by a temperature. It holds for the expected loss; one batch scatters around it.
+
+The bound cannot reach J. With g = log((N + 1) e^{f(z+)} / (e^{f(z+)} + sum_n e^{f(z_n)})), the mean of e^g
+over N + 1 independent samples of p- is 1 by symmetry, so (Donsker and Varadhan) E g <= KL(p+ || p-), that is
+log(N + 1) - L(f) <= KL(p+ || p-). This is a part of J, and half of it for classes that mirror each other.
 
 Here two classes are von Mises-Fisher distributions on the sphere of D dimensions with opposite means +-m and
 concentration kappa. Then f*(z) = +-2 kappa m . z and
@@ -91,7 +95,7 @@ def missing() -> str:
 def jobs(quick: bool) -> list[Job]:
     """One job for each dimension and seed."""
     return [
-        Job(f"d{dim}_seed{seed}", 0.3)
+        Job(f"d{dim}_seed{seed}", 0.1)
         for dim in (DIMENSIONS[:2] if quick else DIMENSIONS)
         for seed in (QUICK_SEEDS if quick else SEEDS)
     ]
@@ -182,6 +186,8 @@ def draw(records: Records, folder: Path) -> list[str]:
             plot.axhline(math.log(count), color=colour, linestyle=":", linewidth=1)
         plot.plot(TRUTHS, TRUTHS, color="black", linestyle="--", label="truth")
         plot.set(xlabel="truth J, nats", ylabel="log N - L, nats", xscale="log", ylim=(-4, 10))
+        plot.set_xticks(TRUTHS, [f"{truth:g}" for truth in TRUTHS])
+        plot.minorticks_off()
         plot.set_title(f"critic: {critic}; dotted: log N", fontsize=9)
         plot.grid(alpha=0.25)
         plot.legend(frameon=False, fontsize=7)
@@ -201,12 +207,14 @@ def claims(records: Records) -> list[Claim]:
     ]
     if not settings:
         return []
-    above, seeds = 0, 0
+    above, tight, seeds = 0, 0, 0
     for setting in settings:
         found = values(records, *setting)
         seeds = max(seeds, len(found))
         # Many settings are compared at once, so the confidence is corrected for their number (Bonferroni).
-        above += mean_interval(found, 1 - 0.05 / len(settings))[0] > setting[1]
+        low = mean_interval(found, 1 - 0.05 / len(settings))[0]
+        above += low > setting[1]
+        tight += low > setting[1] / 2
     outcome: Verdict = "shown" if above == 0 else "contradicted"
     full = [
         sum(v) / len(v) / math.log(n)
@@ -219,6 +227,11 @@ def claims(records: Records) -> list[Claim]:
             "log N - L is a lower bound of the symmetrised KL divergence",
             f"significantly above the truth in {above} of {len(settings)} settings, {seeds} seeds",
             outcome,
+        ),
+        Claim(
+            "log N - L can exceed half of the symmetrised KL divergence (classes that mirror each other)",
+            f"significantly above it in {tight} of {len(settings)} settings, {seeds} seeds",
+            "shown" if tight else "contradicted",
         ),
         Claim(
             f"The bound saturates at log N: J = {TRUTHS[-1]:g} nats, optimal critic",

@@ -1,12 +1,14 @@
-"""Which positive pairs a loss pushes apart, against the images per label (SINCERE, arXiv 2309.14277).
+"""Positive pairs that a loss pushes apart, against the images per label (SINCERE, arXiv 2309.14277).
 
-SupCon repels the positive p of an anchor if softmax_p > 1 / |P|: p holds more than its share of the
-denominator. With one positive this cannot happen. SINCERE's derivative, (sigma_p - 1) / |P|, is never above 0.
+SupCon repels the positive p of an anchor if softmax_p > 1 / |P|: p has more than its share.
+With one positive this cannot happen. SINCERE's derivative, (sigma_p - 1) / |P|, is never above 0.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +77,7 @@ def run(job: Job, folder: Path) -> dict[str, Any]:
     temperature, seed = job.name.split("_")
     tau, number = float(temperature[1:]), int(seed.removeprefix("seed"))
     images, labels = small_training.digits()
-    functions = {"supcon": functional.supcon, "sincere": functional.sincere}
+    functions: dict[str, Callable[..., Tensor]] = {"supcon": functional.supcon, "sincere": functional.sincere}
     shares: dict[str, dict[str, list[float]]] = {stage: {} for stage in STAGES}
     for loss, function in functions.items():
         model = small_training.network(number)
@@ -85,7 +87,7 @@ def run(job: Job, folder: Path) -> dict[str, Any]:
                     model,
                     images,
                     labels,
-                    lambda rows, own, function=function: function(rows, own, temperature=tau),
+                    partial(function, temperature=tau),
                     count=BATCH,
                     steps=STEPS,
                     seed=number,
@@ -118,8 +120,8 @@ def tables(records: Records) -> str:
     if not seeds:
         return ""
     return (
-        f"**{TITLE}** (ten digits, {seeds} seeds): positive pairs that the loss repels, per cent [95 % "
-        f"interval over the seeds].\n\n{markdown(lines)}"
+        f"Ten digits, {seeds} seeds: positive pairs that the loss repels, in per cent [95 % interval over "
+        f"the seeds].\n\n{markdown(lines)}"
     )
 
 

@@ -1,12 +1,12 @@
 """At which alpha a class starts to spread: L_spread = (1 - alpha) * base + alpha * cNCE.
 
-Derivation. The collapsed configuration has all rows of class c at a point m_c of the unit sphere, with
-m_c . m_d = 1 - g for c != d (a simplex has g = C / (C - 1)). A class has n samples with V >= 2 equal views, so
-an anchor has P = V n - 1 positives, its own other views included, and N negatives; s = cosine / t.
+Derivation. In the collapsed configuration all rows of class c are at a point m_c of the unit sphere, with
+m_c . m_d = 1 - g for c != d (a simplex has g = C / (C - 1)). A class has n samples with V >= 2 equal views,
+so an anchor has P = V n - 1 positives, its own other views included, and N negatives; s = cosine / t.
 
 Move sample i to m_c sqrt(1 - |v_i|^2) + v_i. Take v_i orthogonal to all class means (possible for D >= C) and
-with sum 0 in each class, so that the means do not move to first order. Let q be the mean of |v_i|^2. To second
-order, averaged over the anchors,
+with sum 0 in each class, so that the means do not move to first order. Let q be the mean of |v_i|^2. To
+second order, averaged over the anchors,
 
     own views       d s = 0
     all positives   d s = -(1 + 1/P) q / t         (|v_i - v_j|^2 / 2, mean over P)
@@ -22,9 +22,9 @@ The collapsed point is stable while (1 - alpha) d base + alpha d cNCE > 0, that 
 
     alpha* = k / (1 + k),    k = r (P g + 1) / (P + 1),
 
-which tends to k = r C / (C - 1) for many positives and a simplex. Directions within the span of the means
-add the variance of first-order terms to the base and nothing to cNCE, so they are stabler; D = C - 1
-dimensions have only these, and their threshold is higher.
+which tends to k = r C / (C - 1) for many positives and a simplex. Directions within the span of the means add
+the variance of first-order terms to the base and nothing to cNCE, so they are stabler; D = C - 1 dimensions
+have only these, and their threshold is higher.
 
 Assumptions: equal views (no augmentation), equal class sizes in every batch, one gap g, no other loss, and a
 network that can move the images of a class one by one. It is a statement on local stability.
@@ -134,7 +134,7 @@ def missing() -> str:
 
 def jobs(quick: bool) -> list[Job]:
     """One job for each kind, base, temperature and seed."""
-    minutes = {"free": 0.25, "network": 0.5}
+    minutes = {"free": 0.3, "network": 0.6}
     return [
         Job(f"{kind}_{base}_t{temperature}_seed{seed}", minutes[kind])
         for kind in minutes
@@ -288,8 +288,8 @@ def claims(records: Records) -> list[Claim]:
         found.append(
             Claim(
                 "cNCE controls the spread: free points collapse up to 0.9 alpha* and spread from 1.1 alpha*",
-                f"{len(settings)} settings, {seeds} seeds: spread at most {below:.3f} below and at least "
-                f"{above:.3f} above",
+                f"{len(settings)} settings, {seeds} seeds: spread at most {below:.2g} below and at least "
+                f"{above:.2g} above",
                 outcome,
             )
         )

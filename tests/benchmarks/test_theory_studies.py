@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.papers import kl_bound, repulsion, small_training, threshold
+from benchmarks.papers.study import ROOT
 from pysupcon import functional
 
 
@@ -154,3 +156,53 @@ def test_optimal_losses_are_sincere_with_that_critic() -> None:
         others = [j for j in range(12) if j != i and labels[j] == label]
         expected.append(sum(math.log1p(away / math.exp(sign * critic[j])) for j in others) / len(others))
     torch.testing.assert_close(losses, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_the_page_shows_the_thresholds_that_the_formula_gives() -> None:
+    page = (ROOT / "benchmarks/papers/README.md").read_text(encoding="utf-8")
+    section = page.split("## The threshold of alpha")[1].split("\n## ")[0]
+    rows = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| S")]
+    assert len(rows) == 4
+    for base, gap, *cells in rows:
+        for tau, cell in zip(threshold.TEMPERATURES, cells, strict=True):
+            star = threshold.alpha_star(75, 2, tau, base.strip().lower(), gap=float(gap.split()[0]))
+            assert float(cell) == pytest.approx(star, rel=5e-3)
+
+
+def test_the_bound_holds_and_ends_at_half_of_the_divergence() -> None:
+    kappa = kl_bound.concentration(3, 2.0)
+    rows, labels = kl_bound.sample(3, kappa, 2000, 0)
+    bound = math.log(2000) - kl_bound.optimal_losses(rows, labels, kappa).mean().item()
+    assert 0.9 < bound < 1.1
+
+
+def test_tables_claims_and_pictures_of_some_records(tmp_path: Path) -> None:
+    points = [{"ratio": r, "alpha": r / 9, "spread": s, "gap": 1.0} for r, s in ((0.8, 1e-4), (1.2, 0.3))]
+    record = {"base": "supcon", "temperature": 0.5, "points": points}
+    records = {f"{kind}_supcon_t0.5_seed{seed}": {**record, "kind": kind}
+               for kind in ("free", "network") for seed in (0, 1)}  # fmt: skip
+    assert "| supcon | 0.5 | 0.107 | 0.000 [0.000, 0.000] | 0.300 [0.300, 0.300] |" in threshold.tables(
+        records
+    )
+    assert [claim.verdict for claim in threshold.claims(records)] == ["shown", "shown"]
+    collapsed = [{**point, "spread": 1e-4} for point in points]
+    records = {name: {**one, "points": collapsed} for name, one in records.items()}
+    assert [claim.verdict for claim in threshold.claims(records)] == ["not shown", "not shown"]
+
+    grown = [0.0, 0.5, 0.6, 0.7, 0.8]
+    shares = {stage: {"supcon": grown, "sincere": [0.0] * 5} for stage in repulsion.STAGES}
+    repelled = {f"t0.1_seed{seed}": {"temperature": 0.1, "shares": shares} for seed in (0, 1)}
+    assert "| after | supcon | 0.1 | 0.0 [0.0, 0.0] | 50.0 [50.0, 50.0] |" in repulsion.tables(repelled)
+    assert [claim.verdict for claim in repulsion.claims(repelled)] == ["shown", "shown"]
+
+    rows = [{"truth": truth, "negatives": 8, "bounds": dict.fromkeys(kl_bound.CRITICS, bound)}
+            for truth, bound in ((2.0, 2.9), (32.0, 2.07))]  # fmt: skip
+    over = {"dim": 3, "rows": rows}
+    bounded = {"d3_seed0": over, "d3_seed1": over}
+    assert [claim.verdict for claim in kl_bound.claims(bounded)] == ["contradicted", "shown", "shown"]
+
+    for study, known in ((threshold, records), (repulsion, repelled), (kl_bound, bounded)):
+        assert study.tables({}) == ""
+        assert [*study.claims({}), *study.draw({}, tmp_path)] == []
+        for name in study.draw(known, tmp_path):
+            assert (tmp_path / name).stat().st_size > 1000
