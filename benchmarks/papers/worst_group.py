@@ -21,39 +21,30 @@ from torch import Tensor
 
 from benchmarks.papers.study import (
     QUICK_SEEDS,
-    ROOT,
     SEEDS,
     Claim,
     Job,
     Record,
     Records,
-    pack_bits,
     seeds_of,
     show_interval,
     unpack_bits,
     verdict,
 )
+from benchmarks.papers.worst_group_runs import (
+    CLASSIFIERS,
+    DATA,
+    ENCODERS,
+    OVERCLUSTER,
+    SOURCES,
+    infer,
+    name_of,
+    parts_of,
+    train,
+)
 
 NAME = "worst_group"
 TITLE = "Worst groups, and groups inferred from embeddings"
-CONFIGS = ROOT / "configs" / "worst_group"
-DATA = {"coloured_mnist5k": "digits whose colour is spurious", "rare_mnist5k": "digits of which two are rare"}
-ENCODERS = ("supcon", "supcon_cnce", "ce_autoencoder")
-CLASSIFIERS = {
-    "erm": "ERM",
-    "group_dro_erm": "GroupDRO, groups of ERM",
-    "group_dro_supcon": "GroupDRO, groups of SupCon",
-    "group_dro_thanos": "GroupDRO, groups of Thanos",
-    "group_dro_annotated": "GroupDRO, true groups",
-}
-SOURCES = {
-    "erm": ("ERM", ("erm",)),
-    "supcon": ("SupCon", ("supcon",)),
-    "supcon_cnce": ("SupCon + cNCE", ("supcon_cnce",)),
-    "ce_autoencoder": ("cross-entropy + autoencoder", ("ce_autoencoder",)),
-    "thanos": ("Thanos: SupCon + cNCE beside autoencoder", ("supcon_cnce", "ce_autoencoder")),
-}
-"""Source of groups -> its title and the runs whose embeddings are concatenated."""
 QUICK_CLASSIFIERS = ("erm", "group_dro_supcon", "group_dro_thanos")
 QUICK_SOURCES = ("supcon", "thanos")
 MINUTES = {
@@ -65,7 +56,6 @@ SELECTIONS = {"known": "own selection", "true": "selected by true validation gro
 CONFIDENCE = 0.95
 RESAMPLES = 1000
 PICTURE = "paper_worst_group.png"
-OVERCLUSTER = 5
 
 
 def missing() -> str:
@@ -82,111 +72,29 @@ def jobs(quick: bool) -> list[Job]:
         for data in DATA:
             minutes = MINUTES[data]
             for name in ENCODERS:
-                found.append(Job(_name(data, name, seed), minutes["encoder"]))
+                found.append(Job(name_of(data, name, seed), minutes["encoder"]))
             for name in classifiers:
                 needs = ()
                 if name.removeprefix("group_dro_") in SOURCES and name != "erm":
-                    needs = (_name(data, f"groups_{name.removeprefix('group_dro_')}", seed),)
-                found.append(Job(_name(data, name, seed), minutes["classifier"], needs))
+                    needs = (name_of(data, f"groups_{name.removeprefix('group_dro_')}", seed),)
+                found.append(Job(name_of(data, name, seed), minutes["classifier"], needs))
             for source in sources:
-                needs = tuple(_name(data, run, seed) for run in SOURCES[source][1])
-                found.append(Job(_name(data, f"groups_{source}", seed), minutes["groups"], needs))
+                needs = tuple(name_of(data, run, seed) for run in SOURCES[source][1])
+                found.append(Job(name_of(data, f"groups_{source}", seed), minutes["groups"], needs))
     return found
-
-
-def _name(data: str, what: str, seed: int) -> str:
-    return f"{data}_{what}_seed{seed}"
-
-
-def _split(name: str) -> tuple[str, str, int]:
-    """Data set, what and seed of a job."""
-    rest, _, seed = name.rpartition("_seed")
-    data = next(data for data in DATA if rest.startswith(f"{data}_"))
-    return data, rest.removeprefix(f"{data}_"), int(seed)
 
 
 def run(job: Job, folder: Path) -> dict[str, Any]:
     """Train a classifier or an encoder, or infer groups; see :class:`benchmarks.papers.study.Study`."""
     torch.set_num_threads(1)
     start = time.process_time()
-    data, what, seed = _split(job.name)
+    data, what, seed = parts_of(job.name)
     shutil.rmtree(folder / job.name, ignore_errors=True)  # of a job that was stopped
     if what.startswith("groups_"):
-        record = _infer(data, what.removeprefix("groups_"), seed, folder)
+        record = infer(data, what.removeprefix("groups_"), seed, folder)
     else:
-        record = _train(data, what, seed, folder)
+        record = train(data, what, seed, folder)
     return record | {"processor_minutes": (time.process_time() - start) / 60}
-
-
-def _train(data: str, what: str, seed: int, folder: Path) -> dict[str, Any]:
-    from pysupcon.config import parse_args
-    from pysupcon.trainer.loop import train
-
-    target = folder / _name(data, what, seed)
-    arguments = [
-        "--config", str(CONFIGS / f"{data}_{what}.yaml"), "--seed", str(seed), "--output_dir", str(target),
-        "--trainer.threads", "1", "--trainer.cpu", "true", "--evaluate", "false",
-        "--trainer.keep_checkpoints", "1000",
-    ]  # fmt: skip
-    source = what.removeprefix("group_dro_")
-    if what != "erm" and source in SOURCES and what != source:
-        groups = folder / _name(data, f"groups_{source}", seed) / "groups.safetensors"
-        arguments += ["--data.groups", str(groups)]
-    config, _ = parse_args(arguments)
-    train(config)
-    record = _selected(target) if what in CLASSIFIERS else {}
-    shutil.rmtree(target / "checkpoints")
-    return record
-
-
-def _selected(target: Path) -> dict[str, Any]:
-    """Epoch, validation value and correct test images of both selections."""
-    from pysupcon.trainer.checkpoint import checkpoints, read_checkpoint
-    from pysupcon.trainer.run import load_run
-
-    run = load_run(target)
-    metric = {"known": run.config.trainer.best_by, "true": "worst_group"}
-    read = [read_checkpoint(path) for path in sorted(checkpoints(target), key=_step)]
-    test = run.splits()["test"]
-    images = torch.stack([test[index][0] for index in range(len(test))])
-    samples = run.data.splits["test"]
-    record: dict[str, Any] = {"groups": "".join(map(str, run.data.true_groups["test"].tolist()))}
-    for selection, name in metric.items():
-        best = max(read, key=lambda checkpoint: checkpoint.metrics[name])  # the first of equal ones
-        run.model.load_state_dict(best.weights)
-        with torch.inference_mode():
-            logits = run.model.eval()(images).logits
-        record[selection] = {
-            "metric": name,
-            "epoch": read.index(best) + 1,
-            "validation": best.metrics[name],
-            "correct": pack_bits(logits.argmax(dim=1) == samples.coarse),
-        }
-    return record
-
-
-def _step(path: Path) -> int:
-    from pysupcon.trainer.manifest import step_of
-
-    return step_of(path)
-
-
-def _infer(data: str, source: str, seed: int, folder: Path) -> dict[str, Any]:
-    from pysupcon.commands.infer_groups import InferenceArguments, infer_from_runs
-    from pysupcon.evaluators import SubgroupConfig
-
-    arguments = InferenceArguments(SubgroupConfig(overcluster=OVERCLUSTER), device="cpu", progress=False)
-    found = infer_from_runs(
-        [folder / _name(data, run, seed) for run in SOURCES[source][1]],
-        folder / _name(data, f"groups_{source}", seed) / "groups.safetensors",
-        arguments,
-    )
-    return {
-        "f1": found.f1,
-        "purity": found.purity,
-        "silhouette": mean(found.silhouettes.values()),
-        "counts": found.groups.counts.tolist(),
-    }
 
 
 class _Results:
@@ -200,8 +108,8 @@ class _Results:
         self.sources = {name: found for name in SOURCES if (found := self._of(mine, f"groups_{name}"))}
 
     def _of(self, records: Records, what: str) -> dict[int, Record]:
-        names = [name for name in records if _split(name)[1] == what]
-        return {seed: records[_name(self.data, what, seed)] for seed in seeds_of(names)}
+        names = [name for name in records if parts_of(name)[1] == what]
+        return {seed: records[name_of(self.data, what, seed)] for seed in seeds_of(names)}
 
     def _by_seed(self, records: Records, names: Sequence[str]) -> dict[str, dict[int, Record]]:
         found = {name: of_seed for name in names if (of_seed := self._of(records, name))}

@@ -57,7 +57,7 @@ def test_jobs_need_jobs_of_the_study_and_have_configs(quick: bool) -> None:
     assert len(set(names)) == len(names)
     for job in jobs:
         assert set(job.needs) <= set(names)
-        data, what, seed = worst_group._split(job.name)
+        data, what, seed = worst_group.parts_of(job.name)
         if what.startswith("groups_"):
             runs = worst_group.SOURCES[what.removeprefix("groups_")][1]
             assert job.needs == tuple(f"{data}_{run}_seed{seed}" for run in runs)
@@ -68,7 +68,7 @@ def test_jobs_need_jobs_of_the_study_and_have_configs(quick: bool) -> None:
     if quick:
         assert set(names) < {job.name for job in worst_group.jobs(False)}
     else:
-        assert {worst_group._split(name)[2] for name in names} == set(range(8))
+        assert {worst_group.parts_of(name)[2] for name in names} == set(range(8))
         assert sum(job.minutes for job in jobs) < 30
 
 
