@@ -51,7 +51,7 @@ TITLE = "The threshold of alpha: where a class starts to spread"
 BASES = ("supcon", "sincere")
 TEMPERATURES = (0.1, 0.25, 0.5)
 FREE_RATIOS = (0.5, 0.8, 0.9, 1.0, 1.1, 1.25, 2.0)
-NETWORK_RATIOS = (0.5, 0.8, 1.2, 2.0, 4.0)
+NETWORK_RATIOS = (0.8, 1.2, 2.0, 4.0)
 CLASSES, SAMPLES, DIM = 10, 6, 16
 """Of the free points."""
 COLLAPSED = 1e-3

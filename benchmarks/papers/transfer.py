@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.papers.methods import FASHION_ROOT, FASHION_SOURCE
 from benchmarks.papers.study import (
     QUICK_SEEDS,
     SEEDS,
@@ -31,7 +32,6 @@ from benchmarks.papers.study import (
 )
 from benchmarks.papers.transfer_runs import (
     DOMAINS,
-    FASHION_ROOT,
     METHODS,
     measure,
     pixels,
@@ -57,7 +57,7 @@ PAIRS = tuple((source, target) for source in DOMAINS for target in DOMAINS if so
 def missing() -> str:
     """Why this study cannot run here; empty if it can."""
     found = Path(FASHION_ROOT).is_dir()
-    return "" if found else f"{FASHION_ROOT} does not exist: set FASHION_MNIST_ROOT"
+    return "" if found else f"{FASHION_ROOT} does not exist: {FASHION_SOURCE}"
 
 
 def jobs(quick: bool) -> list[Job]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -13,15 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from benchmarks.papers.study import ROOT, pack_bits
+from benchmarks.papers.methods import CONFIGS, FASHION_ROOT
+from benchmarks.papers.study import pack_bits
 
 if TYPE_CHECKING:
     from pysupcon.data import DataConfig
     from pysupcon.evaluators import FeatureSplits
     from pysupcon.trainer.run import Run
 
-CONFIGS = ROOT / "configs" / "small"
-FASHION_ROOT = os.environ.get("FASHION_MNIST_ROOT", "/usr/share/datasets/fashion-mnist")
 COST_FILE = "train_cost.json"
 SIDE = 14
 _BATCH = 512
