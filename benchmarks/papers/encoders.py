@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,11 +15,13 @@ from benchmarks.papers.methods import CONFIGS, Method, Table
 
 if TYPE_CHECKING:
     from pysupcon.evaluators import FeatureSplits
+    from pysupcon.models.model import ContrastiveModel
     from pysupcon.trainer.run import Run
 
 COST_FILE = "train_cost.json"
 """Written when a training has ended."""
-_BATCH = 512
+BATCH = 512
+"""Images that are encoded at once."""
 
 
 def arguments(table: Table, method: Method, seed: int, folder: Path) -> list[str]:
@@ -30,15 +33,23 @@ def arguments(table: Table, method: Method, seed: int, folder: Path) -> list[str
 
 
 def train_encoder(table: Table, method: Method, seed: int, folder: Path) -> float:
-    """Train an encoder, or continue a training that was stopped. Returns its processor minutes."""
+    """Train an encoder; see :func:`train_once`."""
+    return train_once(arguments(table, method, seed, folder), folder)
+
+
+def train_once(given: Sequence[str], folder: Path) -> float:
+    """Train with arguments of pysupcon/train.py, or continue a training that was stopped.
+
+    Returns:
+        Processor minutes of the training, also if it has ended before.
+    """
     from pysupcon.config import parse_args
     from pysupcon.trainer.loop import train
 
     cost = folder / COST_FILE
     if not cost.is_file():
         start = time.process_time()
-        config, _ = parse_args([*arguments(table, method, seed, folder), "--resume_from_checkpoint", "auto"])
-        train(config)
+        train(parse_args([*given, "--resume_from_checkpoint", "auto"])[0])
         minutes = (time.process_time() - start) / 60
         cost.write_text(json.dumps({"train_processor_minutes": minutes}), encoding="utf-8")
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -73,24 +84,31 @@ def pixels(folder: Path) -> FeatureSplits:
 
 
 def untrained(folder: Path, seed: int) -> FeatureSplits:
-    """Features of a network like that of a run, with random weights.
+    """Features of a network like that of a run, with random weights."""
+    from pysupcon.trainer.run import load_run
+
+    run = load_run(folder)
+    return _features(run, random_model(run, seed).backbone)
+
+
+def random_model(run: Run, seed: int) -> ContrastiveModel:
+    """A model like that of a run, with random weights, in eval mode.
 
     Its BatchNorm layers have the statistics of the training images: with the initial ones (mean 0,
     variance 1) the network would be worse for a reason that has nothing to do with its weights.
     """
-    from pysupcon.trainer.run import build_model, load_run
+    from pysupcon.trainer.run import build_model
 
-    run = load_run(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        backbone = build_model(run.config, run.data).backbone
-    for layer in backbone.modules():
+        model = build_model(run.config, run.data)
+    for layer in model.modules():
         if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm):
             layer.momentum = None  # the mean of all batches
     with torch.no_grad():
-        for batch in torch.utils.data.DataLoader(run.splits()["train"], batch_size=_BATCH):
-            backbone(batch[0])
-    return _features(run, backbone.eval())
+        for batch in torch.utils.data.DataLoader(run.splits()["train"], batch_size=BATCH):
+            model.backbone(batch[0])
+    return model.eval()
 
 
 def _features(run: Run, encode: object) -> FeatureSplits:
@@ -101,7 +119,7 @@ def _features(run: Run, encode: object) -> FeatureSplits:
     datasets = run.splits()
     found = {
         name: extract_split(
-            encode, datasets[name], name, run.dir, batch_size=_BATCH, device=torch.device("cpu")
+            encode, datasets[name], name, run.dir, batch_size=BATCH, device=torch.device("cpu")
         )
         for name in SPLITS
     }

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from benchmarks.papers.encoders import BATCH, random_model, train_once
+from benchmarks.papers.figures import PENALTIES
 from benchmarks.papers.methods import CONFIGS, FASHION_ROOT
 from benchmarks.papers.study import pack_bits
 
@@ -20,9 +20,7 @@ if TYPE_CHECKING:
     from pysupcon.evaluators import FeatureSplits
     from pysupcon.trainer.run import Run
 
-COST_FILE = "train_cost.json"
 SIDE = 14
-_BATCH = 512
 
 
 @dataclass(frozen=True)
@@ -65,25 +63,16 @@ METHODS = {
 
 
 def train_encoder(source: str, key: str, seed: int, folder: Path) -> float:
-    """Train an encoder, or continue a training that was stopped. Returns its processor minutes."""
-    from pysupcon.config import parse_args
-    from pysupcon.trainer.loop import train
-
-    if not (folder / COST_FILE).is_file():
-        domain, (_, config, extra) = DOMAINS[source], METHODS[key]
-        data = [word for name, value in domain.data.items() for word in (f"--data.{name}", str(value))]
-        arguments = [
-            "--config", str(CONFIGS / f"{config}.yaml"), *data, "--data.labels", "fine", *extra,
-            "--data.augmentation", "strong", "--data.views", "2", "--trainer.epochs", str(domain.epochs),
-            "--trainer.checkpoint_epochs", str(domain.epochs), "--trainer.threads", "1",
-            "--seed", str(seed), "--output_dir", str(folder), "--resume_from_checkpoint", "auto",
-        ]  # fmt: skip
-        start = time.process_time()
-        train(parse_args(arguments)[0])
-        (folder / COST_FILE).write_text(json.dumps((time.process_time() - start) / 60), encoding="utf-8")
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    minutes: float = json.loads((folder / COST_FILE).read_text(encoding="utf-8"))
-    return minutes
+    """Train an encoder on a source; see :func:`benchmarks.papers.encoders.train_once`."""
+    domain, (_, config, extra) = DOMAINS[source], METHODS[key]
+    data = [word for name, value in domain.data.items() for word in (f"--data.{name}", str(value))]
+    arguments = [
+        "--config", str(CONFIGS / f"{config}.yaml"), *data, "--data.labels", "fine", *extra,
+        "--data.augmentation", "strong", "--data.views", "2", "--trainer.epochs", str(domain.epochs),
+        "--trainer.checkpoint_epochs", str(domain.epochs), "--trainer.threads", "1",
+        "--seed", str(seed), "--output_dir", str(folder),
+    ]  # fmt: skip
+    return train_once(arguments, folder)
 
 
 def _target(name: str) -> DataConfig:
@@ -96,7 +85,7 @@ def transferred(encoder: Run, target: str) -> FeatureSplits:
     """Features of the target's images, as ``pysupcon transfer`` computes them."""
     from pysupcon.commands.transfer import TransferArguments, transfer_features
 
-    arguments = TransferArguments(_target(target), batch_size=_BATCH, device="cpu", progress=False)
+    arguments = TransferArguments(_target(target), batch_size=BATCH, device="cpu", progress=False)
     return transfer_features(encoder, arguments)[0]
 
 
@@ -114,7 +103,7 @@ def pixels(target: str) -> FeatureSplits:
             extract_features(
                 lambda images: images.flatten(1),
                 data.evaluation_dataset(name),
-                batch_size=_BATCH,
+                batch_size=BATCH,
                 device=device,
             )
             for name in SPLITS
@@ -123,23 +112,11 @@ def pixels(target: str) -> FeatureSplits:
 
 
 def write_untrained(trained: Path, seed: int, folder: Path) -> Path:
-    """Write a run like ``trained`` whose network has random weights; returns ``folder``.
-
-    Its BatchNorm layers have the statistics of the source's training images, as those of a trained one.
-    """
+    """Write a run like ``trained`` whose network has random weights; returns ``folder``."""
     from pysupcon.trainer.checkpoint import pack_weights
-    from pysupcon.trainer.run import WEIGHTS_FILE, build_model, load_run
+    from pysupcon.trainer.run import WEIGHTS_FILE, load_run
 
-    run = load_run(trained)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = build_model(run.config, run.data)
-    for layer in model.modules():
-        if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm):
-            layer.momentum = None  # the mean of all batches
-    with torch.no_grad():
-        for batch in torch.utils.data.DataLoader(run.splits()["train"], batch_size=_BATCH):
-            model.backbone(batch[0])
+    model = random_model(load_run(trained), seed)
     shutil.copytree(trained, folder, dirs_exist_ok=True)
     (folder / WEIGHTS_FILE).write_bytes(pack_weights(model.state_dict()))
     return folder
@@ -150,7 +127,7 @@ def measure(splits: FeatureSplits) -> dict[str, Any]:
     from pysupcon.evaluators import KNN, FeatureSplits, KNNConfig, Transfer, TransferConfig
     from pysupcon.evaluators.transfer import concatenate
 
-    linear = dict(Transfer(TransferConfig())(splits))
+    linear = dict(Transfer(TransferConfig(penalties=PENALTIES))(splits))
     both = concatenate(splits.train, splits.val)
     nearest = dict(KNN(KNNConfig(k=[1]))(FeatureSplits(both, splits.val, splits.test)))
     correct = {"logistic": linear["transfer/correct"], "knn": nearest["knn/k=1/fine/correct"]}
