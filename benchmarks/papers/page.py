@@ -16,7 +16,7 @@ from benchmarks.table import between_markers, markdown
 BEGIN, END = "<!-- papers:begin -->", "<!-- papers:end -->"
 PAGE = ROOT / "benchmarks" / "papers" / "README.md"
 README = ROOT / "README.md"
-MOST_HEADLINES = 8
+MOST_HEADLINES = 10
 EXPLANATION = (
     "Accuracies are per cent. Mean over the seeds ± their standard deviation. In brackets the 95 % interval "
     "of the difference over seeds and test images (paired bootstrap of both; with the Student-t correction "

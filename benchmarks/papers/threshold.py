@@ -291,6 +291,7 @@ def claims(records: Records) -> list[Claim]:
                 f"{len(settings)} settings, {seeds} seeds: spread at most {below:.2g} below and at least "
                 f"{above:.2g} above",
                 outcome,
+                headline=True,
             )
         )
     settings = _settings(records, "network")

@@ -234,5 +234,6 @@ def claims(records: Records) -> list[Claim]:
                 value, low, high, seeds = difference
                 measured = f"{show_interval(value, low, high, 100, 1)} points, {seeds} seeds"
                 claim = f"{title} after transfer (mean over the pairs of data sets; {heading})"
-                found.append(Claim(claim, measured, verdict(low, high)))
+                headline = (row, less, figure) == ("sincere", "supcon", "logistic")
+                found.append(Claim(claim, measured, verdict(low, high), headline))
     return found
