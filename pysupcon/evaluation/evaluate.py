@@ -30,6 +30,7 @@ from pysupcon.evaluators import (
     Evaluator,
     FeatureSplits,
     OwnEvaluator,
+    ProbeConfig,
     available_evaluators,
     build_evaluators,
     describe,
@@ -150,7 +151,7 @@ def _evaluate(run: Run, config: EvaluationConfig, passed: Mapping[str, Any]) -> 
             drawn, not_drawn = pictures.draw_pictures(folder, run, splits, config, outcomes)
             _record_time(seconds, "pictures", start)
         metadata = {"weights_sha256": weights} | _metadata(run, splits, config, device, seconds)
-        notes = _notes(config, splits, done)
+        notes = _notes(config, splits, done, metrics)
         headline = headline_of(list(metrics), done)
         if kept and kept.evaluators:
             metrics = _in_order(kept.metrics(config.bootstrap) | metrics, kept.order)
@@ -265,7 +266,7 @@ def _warnings(metrics: dict[str, Metric]) -> list[str]:
         share = metrics["geometry/variance/within_coarse"].value
         warnings.append(
             f"class collapse: {100 * share:.2g} % of the features' variance lies within the coarse classes, "
-            "so finer classes can hardly be told apart (SpreadLoss keeps them apart)"
+            "so a short linear probe can hardly tell finer classes apart (SpreadLoss keeps them apart)"
         )
     for name, metric in metrics.items():
         if name.endswith("/converged") and not metric.value:
@@ -279,9 +280,12 @@ def _warnings(metrics: dict[str, Metric]) -> list[str]:
 
 
 def _notes(
-    config: EvaluationConfig, splits: FeatureSplits, evaluators: list[Evaluator | OwnEvaluator]
+    config: EvaluationConfig,
+    splits: FeatureSplits,
+    evaluators: list[Evaluator | OwnEvaluator],
+    metrics: Mapping[str, Metric],
 ) -> list[str]:
-    """What was left out."""
+    """What was left out, and choices at the end of their range."""
     notes, size = [], len(splits.train)
     left_out = sorted(set(config.knn.k) - set(usable_k(config.knn.k, size)))
     if left_out and any(evaluator.name == "knn" for evaluator in evaluators):
@@ -289,6 +293,17 @@ def _notes(
         notes.append(f"knn: k = {numbers} left out: above half of the {size} training samples")
     if "coarse" not in splits.levels:
         notes.append("the data have one level of labels: fine and coarse are the same classes")
+    for evaluator in evaluators:
+        probe = getattr(config, evaluator.name, None)
+        if not isinstance(probe, ProbeConfig) or probe.solver != "logistic" or len(probe.penalties) < 2:
+            continue
+        least = min(probe.penalties)
+        for name, metric in metrics.items():
+            if name.startswith(f"{evaluator.name}/") and name.endswith("/chosen") and metric.value == least:
+                notes.append(
+                    f"{name.removesuffix('/chosen')}: the smallest L2 penalty, {least:g}, had the best "
+                    f"validation accuracy; a smaller one in --{evaluator.name}.penalties may be better"
+                )
     return notes
 
 

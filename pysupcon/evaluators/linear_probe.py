@@ -42,9 +42,9 @@ class ProbeConfig:
     learning rates then do not depend on the scale of the features. The papers' protocols of sgd and adamw use
     false."""
 
-    penalties: list[float] = field(default_factory=lambda: [1e-1, 1e-2, 1e-3, 1e-4, 1e-5])
+    penalties: list[float] = field(default_factory=lambda: [1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
     """logistic only: L2 penalties to try, lambda of mean cross-entropy + lambda / 2 ||W||^2 (scikit-learn's
-    C = 1 / (lambda N)). A tie goes to the largest."""
+    C = 1 / (lambda N)). A tie goes to the largest. Features of collapsed classes need small ones."""
 
     max_iterations: int = 5000
     """logistic only: maximum number of L-BFGS iterations per penalty. A fit usually ends earlier, where no

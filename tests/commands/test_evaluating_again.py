@@ -14,7 +14,14 @@ from safetensors.torch import load_file, save_file
 from pysupcon.__main__ import main
 from pysupcon.errors import RunError
 from pysupcon.evaluation.evaluate import evaluate_run
-from pysupcon.evaluators import BootstrapConfig, EvaluationConfig, FeatureSplits, KNNConfig, ProjectionConfig
+from pysupcon.evaluators import (
+    BootstrapConfig,
+    EvaluationConfig,
+    FeatureSplits,
+    KNNConfig,
+    LinearProbeConfig,
+    ProjectionConfig,
+)
 from pysupcon.reports.report import Report
 
 BOTH = EvaluationConfig(
@@ -130,6 +137,16 @@ def test_no_pictures(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not list((run_dir / "evaluation").glob("*.png"))
     assert report.pictures == []
     assert "<img" not in (run_dir / "evaluation/report.html").read_text()
+
+
+def test_a_penalty_at_the_end_of_its_range_is_named(run_dir: Path) -> None:
+    strong = replace(BOTH, evaluators=["linear_probe"], linear_probe=LinearProbeConfig(penalties=[1e3, 1e2]))
+    notes = evaluate_run(run_dir, strong).notes
+    assert any("linear_probe/coarse: the smallest L2 penalty, 100, had the best" in note for note in notes)
+    wide = replace(strong, linear_probe=LinearProbeConfig(penalties=[1e3, 1e2, 1e-3, 1e-9]))
+    assert not any("smallest L2 penalty" in note for note in evaluate_run(run_dir, wide).notes)
+    one = replace(strong, linear_probe=LinearProbeConfig(penalties=[1e3]))
+    assert not any("smallest L2 penalty" in note for note in evaluate_run(run_dir, one).notes)
 
 
 def test_left_out_neighbours_are_named(run_dir: Path) -> None:
