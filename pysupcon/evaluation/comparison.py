@@ -19,7 +19,11 @@ from torch import Tensor
 
 from pysupcon.errors import RunError
 from pysupcon.evaluators import BootstrapConfig, BoundMetric, bind_metric
-from pysupcon.evaluators.bootstrap import percentile_interval, seed_and_sample_values
+from pysupcon.evaluators.bootstrap import (
+    difference_interval,
+    percentile_interval,
+    seed_and_sample_values,
+)
 from pysupcon.reports.evaluated_runs import (
     Configuration,
     EvaluatedRun,
@@ -54,7 +58,8 @@ class Value:
 class Difference:
     """A metric of one configuration minus that of the baseline, with its bootstrap interval.
 
-    The interval is paired by test sample, and by seed if both configurations have the same seeds.
+    The interval is paired by test sample, and by seed if both configurations have the same seeds. For worst
+    groups it is pivotal, see :func:`pysupcon.evaluators.bootstrap.difference_interval`.
     """
 
     value: float
@@ -200,8 +205,13 @@ def compare(
         differences[name] = {}
         for group in groups:
             if group.name != base:
-                interval = percentile_interval(drawn[group.name] - drawn[base], bootstrap.confidence)
                 change = values[name][group.name].mean - values[name][base].mean
+                interval = difference_interval(
+                    drawn[group.name] - drawn[base],
+                    change,
+                    bootstrap.confidence,
+                    least=bound[0].definition.least,
+                )
                 differences[name][group.name] = Difference(change, *interval)
     settings = _other_settings(all_runs, names)
     return Comparison(groups, base, values, differences, bootstrap.confidence, settings)
