@@ -173,12 +173,13 @@ def claims(records: Records) -> list[Claim]:
     for tau in TEMPERATURES:
         shares = values(records, "after", "supcon", tau)
         if len(shares) > 1:
-            rises = [share[-1] - share[0] for share in shares]
+            # Of two images none can be repelled: growth from there could not be contradicted.
+            rises = [share[-1] - share[1] for share in shares]
             low, high = mean_interval(rises, 0.95)
             mean = sum(rises) / len(rises)
             found.append(
                 Claim(
-                    f"Repulsion of SupCon grows with the images per label ({COUNTS[0]} to {COUNTS[-1]}), "
+                    f"Repulsion of SupCon grows with the images per label ({COUNTS[1]} to {COUNTS[-1]}), "
                     f"temperature {tau:g}",
                     f"{show_interval(mean, low, high, 100, 1)} points, {len(shares)} seeds",
                     verdict(low, high),

@@ -122,6 +122,9 @@ def to_markdown(comparison: Comparison) -> str:
         ]
         if comparison.one_seed:
             lines += [f"Warning, {ONE_SEED}: {', '.join(map(escape, comparison.one_seed))}", ""]
+        if comparison.other_settings:
+            told = "; ".join(map(escape, comparison.other_settings))
+            lines += [f"Warning, the runs were not evaluated with the same settings: {told}", ""]
     else:
         lines += ["There is only one configuration: its seeds are averaged, and nothing is compared.", ""]
     lines += ["## Runs", ""]
@@ -138,6 +141,7 @@ def to_json(comparison: Comparison) -> str:
         "confidence": comparison.confidence,
         "resampled": comparison.resampled,
         "paired_by_seed": comparison.paired_by_seed,
+        "other_settings": comparison.other_settings,
         "configurations": {
             group.name: [run.name for run in group.runs] for group in comparison.configurations
         },

@@ -16,7 +16,7 @@ from pathlib import Path
 from torch import Tensor
 
 from pysupcon.commands import config_parser, program
-from pysupcon.data.config import DataConfig
+from pysupcon.data.config import DATASETS_WITH_TEST_SPLIT, DataConfig
 from pysupcon.data.datamodule import DataModule, EvaluationDataset
 from pysupcon.data.unreadable import describe_skipped
 from pysupcon.errors import ConfigError, RunError
@@ -93,6 +93,10 @@ def transfer_features(run: Run, arguments: TransferArguments) -> tuple[FeatureSp
     vectors = size == 0
     config.image_size = None if vectors else size
     config.labels = "fine"
+    for name, unset in (("train_on_val", False), ("view_partners", "own")):
+        if getattr(config, name) != unset:
+            why = "validation images choose the probe" if name == "train_on_val" else "it has no effect here"
+            raise ConfigError(f"data.{name} must be left out for transfer: {why}")
     config.check()
     config.resolve()
     data = DataModule(config)
@@ -186,6 +190,7 @@ def transfer_run(run: Run | str | Path, arguments: TransferArguments) -> Report:
             "seconds": round(time.perf_counter() - start, 3),
             "arguments": {"data": asdict(arguments.data), "probe": asdict(arguments.probe)},
         },
+        warnings=_seen_in_training(run, arguments.data),
         pictures=pictures,
         confidence=arguments.bootstrap.confidence,
         headline=headline_of(list(metrics), [evaluator]),
@@ -195,6 +200,19 @@ def transfer_run(run: Run | str | Path, arguments: TransferArguments) -> Report:
             (folder / SKIPPED_FILE).write_bytes(pack_skipped(data.skipped))
         write_results(folder, report, outcomes)
     return report
+
+
+def _seen_in_training(run: Run, config: DataConfig) -> list[str]:
+    """A warning if test images may be training images of the encoder."""
+    own = run.config.data
+    if (config.dataset, config.root) != (own.dataset, own.root):
+        return []
+    return [
+        f"data.{name} is {getattr(config, name)}, but {getattr(own, name)} in the training of the encoder on "
+        "the same data: test images may be its training images"
+        for name in ("test_fraction", "split_seed")
+        if getattr(config, name) != getattr(own, name) and config.dataset not in DATASETS_WITH_TEST_SPLIT
+    ]
 
 
 def main(arguments: Sequence[str]) -> int:

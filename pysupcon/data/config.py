@@ -287,6 +287,8 @@ class DataConfig:
             self.test_fraction = DEFAULT_TEST_FRACTION
         if self.dataset in COLOURED_DATASETS and self.spurious_rate is None:
             self.spurious_rate = DEFAULT_SPURIOUS_RATE
+        if self.train_fractions is not None:  # YAML reads the name of a digit as a number
+            self.train_fractions = {str(name): fraction for name, fraction in self.train_fractions.items()}
 
     def _check_samples_per_class(self) -> None:
         count = self.samples_per_class

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 from statistics import mean, stdev
@@ -19,13 +19,20 @@ from torch import Tensor
 
 from pysupcon.errors import RunError
 from pysupcon.evaluators import BootstrapConfig, BoundMetric, bind_metric
-from pysupcon.evaluators.bootstrap import percentile_interval, seed_and_sample_values
+from pysupcon.evaluators.bootstrap import (
+    difference_interval,
+    percentile_interval,
+    seed_and_sample_values,
+)
 from pysupcon.reports.evaluated_runs import (
     Configuration,
     EvaluatedRun,
     check_same_test_set,
     configurations,
 )
+
+_FREE_SETTINGS = ("chunk_bytes",)
+"""Arguments of evaluators that change no result."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,8 @@ class Value:
 class Difference:
     """A metric of one configuration minus that of the baseline, with its bootstrap interval.
 
-    The interval is paired by test sample, and by seed if both configurations have the same seeds.
+    The interval is paired by test sample, and by seed if both configurations have the same seeds. For worst
+    groups it is pivotal, see :func:`pysupcon.evaluators.bootstrap.difference_interval`.
     """
 
     value: float
@@ -74,6 +82,8 @@ class Comparison:
         values: metrics by name and configuration.
         differences: differences to the baseline by name and configuration.
         confidence: confidence level of the intervals.
+        other_settings: arguments of the evaluators that differ between the runs, in words: then a difference
+            may come from the evaluation.
     """
 
     configurations: list[Configuration]
@@ -81,6 +91,7 @@ class Comparison:
     values: dict[str, dict[str, Value]]
     differences: dict[str, dict[str, Difference]]
     confidence: float
+    other_settings: list[str] = field(default_factory=list)
 
     @property
     def one_seed(self) -> list[str]:
@@ -194,10 +205,40 @@ def compare(
         differences[name] = {}
         for group in groups:
             if group.name != base:
-                interval = percentile_interval(drawn[group.name] - drawn[base], bootstrap.confidence)
                 change = values[name][group.name].mean - values[name][base].mean
+                interval = difference_interval(
+                    drawn[group.name] - drawn[base],
+                    change,
+                    bootstrap.confidence,
+                    least=bound[0].definition.least,
+                )
                 differences[name][group.name] = Difference(change, *interval)
-    return Comparison(groups, base, values, differences, bootstrap.confidence)
+    settings = _other_settings(all_runs, names)
+    return Comparison(groups, base, values, differences, bootstrap.confidence, settings)
+
+
+def _other_settings(runs: Sequence[EvaluatedRun], figures: Sequence[str]) -> list[str]:
+    """The arguments of the evaluators of ``figures`` in which a run differs from the first one."""
+    found: dict[str, str] = {}
+    for evaluator in dict.fromkeys(name.partition("/")[0] for name in figures):
+        first = _flat(evaluator, runs[0].settings.get(evaluator))
+        for run in runs[1:]:
+            for name, value in _flat(evaluator, run.settings.get(evaluator)).items():
+                # An older version does not know all arguments.
+                if name in first and first[name] != value and name.rpartition(".")[2] not in _FREE_SETTINGS:
+                    of_first = f"{name} is {first[name]} in {runs[0].dir}"
+                    found.setdefault(name, f"{of_first} and {value} in {run.dir}")
+    return list(found.values())
+
+
+def _flat(name: str, value: Any) -> dict[str, Any]:
+    """Arguments by their names with dots."""
+    if not isinstance(value, dict):
+        return {name: value}
+    flat: dict[str, Any] = {}
+    for inner, each in value.items():
+        flat |= _flat(f"{name}.{inner}", each)
+    return flat
 
 
 def _check_seeds(group: Configuration) -> None:

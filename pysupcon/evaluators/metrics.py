@@ -99,10 +99,14 @@ def worst_group_auroc(score: Tensor, positive: Tensor, group: Tensor) -> Tensor:
 
 
 class MetricDefinition(NamedTuple):
-    """The names of a metric's outcomes, and the function of their tensors [R, N] to values [R] fp64."""
+    """The names of a metric's outcomes, and the function of their tensors [R, N] to values [R] fp64.
+
+    ``least``: it is the least of several values, which a sample of test samples makes too low.
+    """
 
     outcomes: tuple[str, ...]
     compute: Callable[..., Tensor]
+    least: bool = False
 
 
 def _mean(values: Tensor) -> Tensor:
@@ -121,9 +125,9 @@ def _weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
 METRICS: Mapping[str, MetricDefinition] = {
     "accuracy": MetricDefinition(("correct",), _mean),
     "adjusted_accuracy": MetricDefinition(("correct", "weight"), _weighted_mean),
-    "worst_group_accuracy": MetricDefinition(("correct", "group"), worst_group),
+    "worst_group_accuracy": MetricDefinition(("correct", "group"), worst_group, least=True),
     "auroc": MetricDefinition(("score", "positive"), binary_auroc),
-    "worst_group_auroc": MetricDefinition(("score", "positive", "group"), worst_group_auroc),
+    "worst_group_auroc": MetricDefinition(("score", "positive", "group"), worst_group_auroc, least=True),
     "target_median": MetricDefinition(("target",), median),
     "noise_median": MetricDefinition(("noise",), median),
     "margin": MetricDefinition(("target", "noise"), margin),

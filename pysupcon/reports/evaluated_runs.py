@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ class EvaluatedRun:
         outcomes: results per test sample by name, [N_test] each.
         figures: names of all metrics.
         part: subfolder of the results.
+        settings: arguments of each evaluator by its name, in nested dicts; empty for runs of older versions.
     """
 
     dir: Path
@@ -54,6 +55,7 @@ class EvaluatedRun:
     outcomes: dict[str, Tensor]
     figures: list[str]
     part: str = EVALUATION
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -122,7 +124,9 @@ def read_run(folder: str | Path, part: str = EVALUATION) -> EvaluatedRun:
     except (SafetensorError, OSError) as error:
         raise RunError(f"{outcomes} is truncated or not a safetensors file: {one_line(error)}") from error
     try:
-        figures = list(read_json(metrics)["metrics"].keys())
+        report = read_json(metrics)
+        figures = list(report["metrics"].keys())
+        settings = _settings(report.get("metadata", {}))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{metrics} is not a report: {one_line(error)}") from error
     for label in ("labels/fine", "labels/coarse"):
@@ -135,7 +139,16 @@ def read_run(folder: str | Path, part: str = EVALUATION) -> EvaluatedRun:
                 f"{outcomes} must hold one number for each test sample, but {name} is of shape "
                 f"{list(values.shape)} and labels/fine of shape {list(samples)}: evaluate {folder} again"
             )
-    return EvaluatedRun(folder, config, tensors, figures, part)
+    return EvaluatedRun(folder, config, tensors, figures, part, settings)
+
+
+def _settings(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the evaluators: those of the last evaluation, of kept results, or of a transfer."""
+    arguments = metadata.get("arguments", {})
+    if "probe" in arguments:
+        return {"transfer": arguments["probe"]}
+    kept = {name: known.get("arguments", {}) for name, known in metadata.get("kept", {}).items()}
+    return {**arguments, **kept}
 
 
 def check_same_test_set(runs: Sequence[EvaluatedRun]) -> None:

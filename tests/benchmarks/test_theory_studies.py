@@ -194,6 +194,9 @@ def test_tables_claims_and_pictures_of_some_records(tmp_path: Path) -> None:
     repelled = {f"t0.1_seed{seed}": {"temperature": 0.1, "shares": shares} for seed in (0, 1)}
     assert "| after | supcon | 0.1 | 0.0 [0.0, 0.0] | 50.0 [50.0, 50.0] |" in repulsion.tables(repelled)
     assert [claim.verdict for claim in repulsion.claims(repelled)] == ["shown", "shown"]
+    falling = {stage: {"supcon": [0.0, 0.6, 0.5, 0.4, 0.3], "sincere": [0.0] * 5} for stage in shares}
+    fallen = {name: record | {"shares": falling} for name, record in repelled.items()}
+    assert repulsion.claims(fallen)[0].verdict == "contradicted"
 
     rows = [{"truth": truth, "negatives": 8, "bounds": dict.fromkeys(kl_bound.CRITICS, bound)}
             for truth, bound in ((2.0, 2.9), (32.0, 2.07))]  # fmt: skip

@@ -161,3 +161,32 @@ def test_the_picture_shows_the_note(tmp_path: Path) -> None:
     for name in ("over seeds", "over test samples", ""):
         draw_differences(tmp_path / f"{name}.png", rows, title="t", unit="points", note=name)
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 3
+
+
+def test_other_settings_of_the_evaluators_are_told(tmp_path: Path) -> None:
+    """A difference of runs that were evaluated in two ways may come from the evaluation."""
+
+    def evaluated(name: str, loss: str, seed: int, metadata: dict[str, object]) -> EvaluatedRun:
+        folder = write_run(tmp_path / name, errors=10, seed=seed, loss=loss)
+        file = folder / "evaluation" / "metrics.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"metadata": metadata}))
+        return read_run(folder)
+
+    voting = {votes: {"votes": votes, "chunk_bytes": len(votes)} for votes in ("exp", "cosine")}
+    arguments = {"arguments": {"knn": voting["exp"], "geometry": {"level": "fine"}, "batch_size": 256}}
+    runs = [
+        evaluated("a", "supcon", 0, arguments),
+        evaluated("b", "sincere", 0, {"arguments": {"knn": voting["exp"], "geometry": {"level": "coarse"}}}),
+    ]
+    assert compare(runs).other_settings == []  # no figure of geometry is compared
+    kept = {
+        "arguments": {"knn": voting["exp"]},
+        "kept": {"knn": {"arguments": {"knn": 1} | voting["cosine"]}},
+    }
+    found = compare([*runs, evaluated("c", "sincere", 1, kept)])
+    told = f"knn.votes is exp in {tmp_path / 'a'} and cosine in {tmp_path / 'c'}"
+    assert found.other_settings == [told]
+    assert "Warning, the runs were not evaluated with the same settings: knn.votes is exp" in to_markdown(
+        found
+    )
+    assert compare([runs[0], *read(tmp_path, "older", {0: 5})]).other_settings == []

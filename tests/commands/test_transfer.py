@@ -42,7 +42,12 @@ def test_the_command_on_a_grey_encoder_and_grey_digits(tmp_path, capsys):
         "outcomes.safetensors",
         "confusion.png",
     }
-    metrics = json.loads((folder / "metrics.json").read_text())["metrics"]
+    report = json.loads((folder / "metrics.json").read_text())
+    metrics = report["metrics"]
+    assert report["warnings"] == [
+        "data.split_seed is 7, but 0 in the training of the encoder on the same data: test images may be its "
+        "training images"
+    ]
     accuracy = metrics["transfer/accuracy"]
     assert accuracy["low"] < accuracy["value"] < accuracy["high"]
     assert accuracy["value"] > 0.5  # random convolutions tell digits, too
@@ -93,6 +98,11 @@ def test_data_that_cannot_be_transferred_to_are_refused(tmp_path, capsys):
         (
             ["--data.dataset", "digits", "--probe.penalties", "[-1]"],
             "penalties must be one or more positive numbers",
+        ),
+        (["--data.dataset", "digits", "--data.train_on_val", "true"], "validation images choose the probe"),
+        (
+            ["--data.dataset", "digits", "--data.views", "2", "--data.view_partners", "class"],
+            "data.view_partners must be left out for transfer: it has no effect here",
         ),
     ):
         assert main(["transfer", str(run), *arguments, "--progress", "false"]) == 1

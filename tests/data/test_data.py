@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from helpers.data_files import write_cifar, write_image_folder, write_mnist
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -256,6 +257,10 @@ def test_rare_fine_classes_lose_training_images_only(digits: DataModule) -> None
     config.train_fractions = {"3": 0.0}
     with pytest.raises(ConfigError, match=r"data.train_fractions of '3' must lie in \(0, 1\], got 0.0"):
         config.check()
+    config.train_fractions = yaml.safe_load("{3: 0.1, 8: 0.001}")  # names that YAML reads as numbers
+    config.train_size = None
+    config.resolve()
+    assert torch.equal(load_data(config).splits["train"].fine, rare.splits["train"].fine)
     both = DataConfig(dataset="digits", batch_size=64, train_fractions={"3": 0.1}, train_on_val=True)
     with pytest.raises(ConfigError, match=r"data.train_fractions must be left out for data.train_on_val"):
         both.check()

@@ -13,6 +13,7 @@ from torch import Tensor
 from pysupcon.evaluators import BootstrapConfig, BoundMetric, bootstrap
 from pysupcon.evaluators.bootstrap import (
     bootstrap_values,
+    difference_interval,
     mean_interval,
     percentile_interval,
     seed_and_sample_values,
@@ -142,3 +143,57 @@ def test_errors_of_seeds_and_intervals() -> None:
             mean_interval(values, 0.95)
     with pytest.raises(ValueError, match=r"confidence must be in \(0, 1\), got 95"):
         mean_interval([0.1, 0.2], 95)
+
+
+def test_a_difference_of_worst_groups_does_not_punish_alike_groups() -> None:
+    """Two bad groups of ten against ten alike groups: the least accuracies are equal, 90 %."""
+    generator = torch.Generator().manual_seed(0)
+    group = torch.arange(500) % 10
+    two_bad, alike = torch.full((10,), 0.97), torch.full((10,), 0.9)
+    two_bad[[3, 8]] = 0.9
+    config, trials = BootstrapConfig(resamples=100), 6
+    middle = {True: 0.0, False: 0.0}
+    for _ in range(trials):
+        hardness = torch.randn(500, generator=generator)
+        metrics = []
+        for rates in (two_bad, alike):
+            place = 2**0.5 * torch.distributions.Normal(0, 1).icdf(rates)[group]
+            right = [place > hardness + torch.randn(500, generator=generator) for _ in range(4)]
+            metrics.append([BoundMetric(METRICS["worst_group_accuracy"], [run, group]) for run in right])
+        draws = seed_and_sample_values(metrics[1], config) - seed_and_sample_values(metrics[0], config)
+        value = sum(b.value() - a.value() for a, b in zip(*metrics, strict=True)) / 4
+        for least in middle:
+            middle[least] += sum(difference_interval(draws, value, 0.95, least=least)) / 2 / trials
+    assert middle[False] < -0.04  # what the pivotal interval is for
+    assert 0.7 * middle[False] < middle[True] < 0.02
+
+
+def test_worst_groups_are_compared_by_pivotal_intervals() -> None:
+    from pathlib import Path
+
+    from pysupcon.evaluation.comparison import compare
+    from pysupcon.reports.evaluated_runs import EvaluatedRun
+
+    group = torch.arange(300) % 3
+    figures = ["worst_group/erm/worst_group_accuracy", "worst_group/erm/accuracy"]
+    runs = []
+    for loss, seed in (("a", 0), ("a", 1), ("b", 0), ("b", 1)):
+        right = torch.rand(300, generator=torch.Generator().manual_seed(ord(loss) + seed)) < 0.8
+        outcomes = {"labels/fine": group, "labels/coarse": group}
+        outcomes |= {"worst_group/erm/correct": right, "worst_group/erm/group": group}
+        runs.append(EvaluatedRun(Path(f"{loss}{seed}"), {"seed": seed, "loss": loss}, outcomes, figures))
+    found = compare(runs)
+    for name, least in zip(figures, (True, False), strict=True):
+        definition = METRICS[name.rpartition("/")[2]]
+        parts = ("correct", "group") if least else ("correct",)
+        bound = [
+            BoundMetric(definition, [run.outcomes[f"worst_group/erm/{part}"] for part in parts])
+            for run in runs
+        ]
+        config = BootstrapConfig()
+        draws = seed_and_sample_values(bound[2:], config) - seed_and_sample_values(bound[:2], config)
+        (difference,) = found.differences[name].values()
+        low, high = percentile_interval(draws, 0.95)
+        if least:
+            low, high = 2 * difference.value - high, 2 * difference.value - low
+        assert (difference.low, difference.high) == pytest.approx((low, high))
