@@ -59,7 +59,7 @@ def measure(splits: FeatureSplits, figures: Iterable[str]) -> dict[str, Any]:
 
     Returns:
         The record of each figure: its ``value``, and the outcome of each test image if there is one:
-        ``bits`` of :func:`benchmarks.papers.study.pack_bits`, or ``floats``, float16 as base64. Figures of
+        ``bits`` of :func:`benchmarks.papers.study.pack_bits`, or ``floats``, float32 as base64. Figures of
         probes also have ``val``, the validation accuracy that chose the probe, and ``converged``.
     """
     from pysupcon.evaluators import bind_metric
@@ -102,11 +102,11 @@ def _evaluator(name: str) -> Any:
 
 
 def _pack_floats(values: Tensor) -> str:
-    return base64.b64encode(values.numpy().astype(np.float16).tobytes()).decode("ascii")
+    return base64.b64encode(values.numpy().astype(np.float32).tobytes()).decode("ascii")
 
 
 def _unpack_floats(text: str) -> Tensor:
-    return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype=np.float16).astype(np.float64))
+    return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype=np.float32).astype(np.float64))
 
 
 def bound_metric(record: Record, name: str) -> BoundMetric | None:

@@ -20,8 +20,9 @@ MOST_HEADLINES = 10
 EXPLANATION = (
     "Accuracies are per cent. Mean over the seeds ± their standard deviation. In brackets the 95 % interval "
     "of the difference over seeds and test images (paired bootstrap of both; with the Student-t correction "
-    "for few seeds). Bold, and *shown* or *contradicted*: the interval excludes 0. Minutes: of one "
-    "processor, training and evaluation."
+    "for few seeds). Bold, and *shown* or *contradicted*: the interval excludes 0. The intervals are not "
+    "corrected for the number of claims: if none were real, 5 of 100 would be *shown* or *contradicted*. "
+    "Minutes: of one processor, training and evaluation."
 )
 
 

@@ -191,7 +191,7 @@ def claims(records: Records) -> list[Claim]:
         largest = max(max(shares) for shares in own)
         found.append(
             Claim(
-                "SINCERE repels no positive pair",
+                "SINCERE repels no positive pair (a theorem; this checks the code)",
                 f"largest share {100 * largest:.1f} % over {len(own)} measurements",
                 "shown" if largest == 0 else "contradicted",
             )
