@@ -152,7 +152,7 @@ def _evaluate(run: Run, config: EvaluationConfig, passed: Mapping[str, Any]) -> 
             drawn, not_drawn = pictures.draw_pictures(folder, run, splits, config, outcomes)
             _record_time(seconds, "pictures", start)
         metadata = {"weights_sha256": weights} | _metadata(run, splits, config, device, seconds)
-        notes = _notes(config, splits, done, metrics) + _augmented_notes(run, config, done)
+        notes = _notes(config, splits, done, metrics) + _augmented_notes(run, config)
         headline = headline_of(list(metrics), done)
         if kept and kept.evaluators:
             metrics = _in_order(kept.metrics(config.bootstrap) | metrics, kept.order)
@@ -308,16 +308,12 @@ def _notes(
     return notes
 
 
-def _augmented_notes(
-    run: Run, config: EvaluationConfig, evaluators: list[Evaluator | OwnEvaluator]
-) -> list[str]:
+def _augmented_notes(run: Run, config: EvaluationConfig) -> list[str]:
     """Which evaluators were fitted to augmented images."""
-    ran = {evaluator.name for evaluator in evaluators}
     return [
-        f"{name}: fitted to features of {passes} passes over augmented training images "
+        f"{name}: fitted to features of {passes} {'pass' if passes == 1 else 'passes'} over augmented training images "
         f"(data.augmentation={run.config.data.augmentation}, seed {run.config.seed}), not of plain ones"
         for name, passes in config.augmented_passes().items()
-        if name in ran
     ]
 
 
