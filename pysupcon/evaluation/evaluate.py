@@ -310,9 +310,10 @@ def _notes(
 
 def _augmented_notes(run: Run, config: EvaluationConfig) -> list[str]:
     """Which evaluators were fitted to augmented images."""
+    source = f"data.augmentation={run.config.data.augmentation}, seed {run.config.seed}"
     return [
-        f"{name}: fitted to features of {passes} {'pass' if passes == 1 else 'passes'} over augmented training images "
-        f"(data.augmentation={run.config.data.augmentation}, seed {run.config.seed}), not of plain ones"
+        f"{name}: fitted to features of {passes} {'pass' if passes == 1 else 'passes'} over augmented "
+        f"training images ({source}), not of plain ones"
         for name, passes in config.augmented_passes().items()
     ]
 
