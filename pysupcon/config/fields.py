@@ -56,6 +56,7 @@ class Config:
                 self._check_unlabelled,
                 self._check_multi_label,
                 self._check_best_by,
+                self._check_augmented_passes,
                 self._check_spectral_norm,
             ]
         checks += [self._check_features, self._check_train_on_val]
@@ -262,6 +263,10 @@ class Config:
             )
         if self.evaluate:
             self.evaluation.check_choices()
+
+    def _check_augmented_passes(self) -> None:
+        if self.evaluate:
+            self.evaluation.check_augmentation(self.data.augmentation)
 
     def _check_features(self) -> None:
         if self.evaluation.features == "projection" and self.model.projection == "none":

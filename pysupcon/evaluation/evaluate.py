@@ -90,7 +90,8 @@ def evaluate_run(
             exist or holds no run, the weights are missing or damaged, a split is too small, a feature is not
             finite, or a file cannot be written. The message names the evaluator, the file or the split.
         ConfigError: the run's config is not valid, ``config.device`` cannot be used, ``config.features`` is
-            "projection" and the model has no projection head, or another process evaluates the run.
+            "projection" and the model has no projection head, a probe needs augmented images and the run has
+            no augmentation, or another process evaluates the run.
     """
     run = open_run(run)
     with named_disk_errors(run.dir / EVALUATION):
@@ -151,7 +152,7 @@ def _evaluate(run: Run, config: EvaluationConfig, passed: Mapping[str, Any]) -> 
             drawn, not_drawn = pictures.draw_pictures(folder, run, splits, config, outcomes)
             _record_time(seconds, "pictures", start)
         metadata = {"weights_sha256": weights} | _metadata(run, splits, config, device, seconds)
-        notes = _notes(config, splits, done, metrics)
+        notes = _notes(config, splits, done, metrics) + _augmented_notes(run, config)
         headline = headline_of(list(metrics), done)
         if kept and kept.evaluators:
             metrics = _in_order(kept.metrics(config.bootstrap) | metrics, kept.order)
@@ -305,6 +306,16 @@ def _notes(
                     f"validation accuracy; a smaller one in --{evaluator.name}.penalties may be better"
                 )
     return notes
+
+
+def _augmented_notes(run: Run, config: EvaluationConfig) -> list[str]:
+    """Which evaluators were fitted to augmented images."""
+    source = f"data.augmentation={run.config.data.augmentation}, seed {run.config.seed}"
+    return [
+        f"{name}: fitted to features of {passes} {'pass' if passes == 1 else 'passes'} over augmented "
+        f"training images ({source}), not of plain ones"
+        for name, passes in config.augmented_passes().items()
+    ]
 
 
 def _metadata(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from pysupcon.data.augmented import AugmentedDataset
 from pysupcon.data.workers import prepare_worker
 from pysupcon.errors import ConfigError, RunError
 from pysupcon.evaluators import EvaluationConfig, FeatureSet, FeatureSplits, LinearHead
@@ -110,12 +111,15 @@ def resolve_device(name: str) -> torch.device:
 
 
 def run_features(run: Run, config: EvaluationConfig, device: torch.device) -> FeatureSplits:
-    """Compute the features of all splits of a run's own data.
+    """Compute the features of all splits of a run's own data, and of augmented training images if a probe is
+    fitted to them.
 
     Raises:
-        ConfigError: ``config.features`` is "projection", and the model has no projection head.
+        ConfigError: ``config.features`` is "projection", and the model has no projection head; or a probe
+            needs augmented images, and ``data.augmentation`` is none.
         RunError: a split is too small, or a feature is not finite; the message names the split.
     """
+    config.check_augmentation(run.config.data.augmentation)
     encode = run.model.to(device).encoder_of(config.features)
     datasets = run.splits()
     features = {}
@@ -130,7 +134,27 @@ def run_features(run: Run, config: EvaluationConfig, device: torch.device) -> Fe
             workers=run.data.workers(name, config.batch_size, bytes_per_value=4), progress=config.progress,
         )  # fmt: skip
     head = trained_head(run, "coarse") if config.features == "embedding" else None
-    return FeatureSplits(**features, head=head)
+    passes = max(config.augmented_passes().values(), default=0)
+    augmented = _augmented_features(run, encode, passes, config, device) if passes else None
+    return FeatureSplits(**features, head=head, augmented=augmented)
+
+
+def _augmented_features(
+    run: Run, encode: Callable[[Tensor], Tensor], passes: int, config: EvaluationConfig, device: torch.device
+) -> Tensor:
+    """Features of the augmented training images, [passes, N, D] on the CPU, where the probes are fitted."""
+    workers = run.data.workers("train", config.batch_size, bytes_per_value=4)
+    found = torch.empty(0)
+    for number in range(passes):
+        features = extract_split(
+            encode, AugmentedDataset(run.data, run.config.seed, number), "augmented train", run.dir,
+            batch_size=config.batch_size, device=device, workers=workers, progress=config.progress,
+            description=f"features of augmented images {number + 1}/{passes}",
+        ).features  # fmt: skip
+        if number == 0:
+            found = torch.empty(passes, *features.shape, dtype=features.dtype)
+        found[number] = features
+    return found
 
 
 def trained_head(run: Run, labels: str) -> LinearHead | None:

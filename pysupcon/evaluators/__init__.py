@@ -24,7 +24,12 @@ from pysupcon.evaluators.geometry import Geometry, GeometryConfig
 from pysupcon.evaluators.group_dro import GroupDRO, HeadConfig
 from pysupcon.evaluators.invariance import permutation_sensitivity
 from pysupcon.evaluators.knn import KNN, KNNConfig, usable_k
-from pysupcon.evaluators.linear_probe import LinearProbe, LinearProbeConfig, ProbeConfig
+from pysupcon.evaluators.linear_probe import (
+    AugmentedProbeConfig,
+    LinearProbe,
+    LinearProbeConfig,
+    ProbeConfig,
+)
 from pysupcon.evaluators.metrics import OF_ONE_PART, BoundMetric, bind_metric
 from pysupcon.evaluators.own import OwnEvaluator, import_evaluator, names_and_objects
 from pysupcon.evaluators.pairs import Pairs, PairsConfig, kl_bound, loss_floors, pair_statistics
@@ -38,6 +43,7 @@ from pysupcon.user_code import PlainValue, is_own, is_passed, is_reference
 __all__ = [
     "CHOOSES_ON_VAL",
     "KNN",
+    "AugmentedProbeConfig",
     "BootstrapConfig",
     "BoundMetric",
     "CoarseToFine",
@@ -201,6 +207,31 @@ class EvaluationConfig:
                 "data.train_on_val trains on: choose among knn, geometry, separation and pairs, or take "
                 "pysupcon transfer to another data set"
             )
+
+    def augmented_passes(self) -> dict[str, int]:
+        """The passes over augmented training images that evaluators are fitted to, by their names."""
+        probes = {name: getattr(self, name, None) for name in self.evaluators}
+        return {
+            name: probe.augmented_passes
+            for name, probe in probes.items()
+            if isinstance(probe, AugmentedProbeConfig) and probe.augmented_passes > 0
+        }
+
+    def check_augmentation(self, augmentation: str) -> None:
+        """Check that there is an augmentation for the evaluators that are fitted to augmented images.
+
+        Args:
+            augmentation: ``data.augmentation`` of the run.
+
+        Raises:
+            ConfigError: it is none; the message names the evaluator.
+        """
+        for name, passes in self.augmented_passes().items():
+            if augmentation == "none":
+                raise ConfigError(
+                    f"evaluation.{name}.augmented_passes={passes} needs augmented training images, but "
+                    "data.augmentation is none: set augmented_passes to 0"
+                )
 
 
 def available_evaluators() -> list[str]:

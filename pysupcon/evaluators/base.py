@@ -103,18 +103,24 @@ class LinearHead:
         return torch.addmm(self.bias, features.to("cpu", torch.float64), self.weight.T)
 
 
+def _cloned(features: Tensor | None) -> Tensor | None:
+    return None if features is None else features.clone()
+
+
 @dataclass(frozen=True)
 class FeatureSplits:
     """Three splits of one data set: ``train`` for fitting, ``val`` for model selection, ``test`` for testing.
 
     ``head`` is the classifier trained with the encoder, or None. Row c of its weight belongs to coarse label
-    c.
+    c. ``augmented`` are features [R, N, D] of R passes over augmented images of ``train``, in its order, or
+    None; only the probes see them. They may lie on another device, as they need R times the memory.
     """
 
     train: FeatureSet
     val: FeatureSet
     test: FeatureSet
     head: LinearHead | None = None
+    augmented: Tensor | None = None
 
     def __post_init__(self) -> None:
         widths = {name: split.features.shape[1] for name, split in self.items()}
@@ -129,6 +135,36 @@ class FeatureSplits:
                 f"head.weight must have the shape [C, D] with D={width}, the features' width, got "
                 f"{list(self.head.weight.shape)}"
             )
+        if self.augmented is not None:
+            self._check_augmented(self.augmented)
+
+    def _check_augmented(self, augmented: Tensor) -> None:
+        rows = self.train.features.shape
+        if augmented.ndim != 3 or 0 in augmented.shape or augmented.shape[1:] != rows:
+            raise ValueError(
+                f"augmented must have the shape [R, N, D] with R >= 1 and [N, D]={list(rows)}, the shape of "
+                f"the training features, got {list(augmented.shape)}"
+            )
+        if not augmented.is_floating_point():
+            raise ValueError(f"augmented must be floating point, got {augmented.dtype}")
+        if not all(bool(features.isfinite().all()) for features in augmented):
+            raise ValueError("augmented must be finite, got NaN or infinity")
+
+    def augmented_passes(self, count: int) -> Tensor | None:
+        """The first ``count`` passes of ``augmented``, [count, N, D]; None for 0.
+
+        Raises:
+            ValueError: there are fewer.
+        """
+        if count == 0:
+            return None
+        passes = 0 if self.augmented is None else len(self.augmented)
+        if self.augmented is None or passes < count:
+            raise ValueError(
+                f"augmented_passes={count} needs as many passes in FeatureSplits.augmented [R, N, D], "
+                f"got {passes}"
+            )
+        return self.augmented[:count]
 
     def copy(self) -> FeatureSplits:
         """The same splits in memory of their own."""
@@ -137,7 +173,7 @@ class FeatureSplits:
             for name, split in self.items()
         }
         head = self.head and LinearHead(self.head.weight.clone(), self.head.bias.clone())
-        return FeatureSplits(**copies, head=head)
+        return FeatureSplits(**copies, head=head, augmented=_cloned(self.augmented))
 
     @cached_property
     def levels(self) -> tuple[Level, ...]:
@@ -161,7 +197,11 @@ class FeatureSplits:
                 known[name] = split.labelled(ignore_index)
             except ValueError as error:
                 raise ValueError(f"the {name} split holds no row of a known class: {error}") from None
-        return FeatureSplits(**known, head=self.head)
+        augmented = self.augmented
+        if augmented is not None:
+            keep = (self.train.coarse != ignore_index) & (self.train.fine != ignore_index)
+            augmented = augmented[:, keep.to(augmented.device)]
+        return FeatureSplits(**known, head=self.head, augmented=augmented)
 
     def items(self) -> Iterator[tuple[str, FeatureSet]]:
         """("train", ...), ("val", ...), ("test", ...)."""

@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 
 from pysupcon.evaluators.base import FeatureSplits, Level, Result, accuracy_results
-from pysupcon.evaluators.linear_probe import CHOICE_MEANINGS, FittedProbe, ProbeConfig, fit_probe
+from pysupcon.evaluators.linear_probe import (
+    CHOICE_MEANINGS,
+    AugmentedProbeConfig,
+    FittedProbe,
+    fit_probe,
+)
 
 
 @dataclass
-class CoarseToFineConfig(ProbeConfig):
+class CoarseToFineConfig(AugmentedProbeConfig):
     """Linear probes on the fine and the coarse labels of an encoder trained on coarse labels."""
 
 
@@ -61,9 +66,12 @@ class CoarseToFine:
 
     def __call__(self, splits: FeatureSplits, *, progress: bool = False) -> Iterator[Result]:
         train, test, config = splits.train, splits.test, self.config
+        augmented = splits.augmented_passes(config.augmented_passes)
         probes: dict[Level, FittedProbe] = {}
         for level in splits.levels:
-            probes[level] = fit_probe(train, splits.val, level, config, progress=progress)
+            probes[level] = fit_probe(
+                train, splits.val, level, config, augmented=augmented, progress=progress
+            )
             probe, truth = probes[level], test.labels(level).cpu()
             prefix = f"coarse_to_fine/{level}"
             yield from accuracy_results(prefix, probe.predict(test.features), truth)

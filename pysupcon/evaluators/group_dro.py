@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pysupcon.evaluators.base import LinearHead
-from pysupcon.evaluators.linear_probe import progress_bar, standardization
+from pysupcon.evaluators.linear_probe import progress_bar
 from pysupcon.evaluators.metrics import worst_group
+from pysupcon.evaluators.passes import standardization
 
 
 class GroupDRO(nn.Module):

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pysupcon.evaluators.base import FeatureSet, FeatureSplits, Level, Result, accuracy_results, class_index
+from pysupcon.evaluators.passes import Passes, standardization
 
 Solver = Literal["logistic", "sgd", "adamw"]
 _MULTITHREADING_SIZE = 1 << 26
@@ -114,27 +115,37 @@ class FittedProbe(NamedTuple):
         return self.classes[self.logits(features).argmax(dim=1)]
 
 
-def standardization(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [D] of ``features`` [N, D]; 1 for features that are constant up to
-    rounding."""
-    mean, std = features.mean(dim=0), features.std(dim=0, correction=0)
-    return mean, torch.where(std > 1e-6 * features.abs().amax(dim=0), std, 1.0)
-
-
 def fit_probe(
-    train: FeatureSet, val: FeatureSet, level: Level, config: ProbeConfig, *, progress: bool = False
+    train: FeatureSet,
+    val: FeatureSet,
+    level: Level,
+    config: ProbeConfig,
+    *,
+    augmented: Tensor | None = None,
+    progress: bool = False,
 ) -> FittedProbe:
-    """Fit on ``train`` and select on ``val``. Validation classes absent from training count as errors."""
+    """Fit on ``train`` and select on ``val``. Validation classes absent from training count as errors.
+
+    Args:
+        train, val: features and labels.
+        level: the labels.
+        config: how to fit.
+        augmented: features [R, N, D] of R passes over augmented training images, in the order of ``train``.
+            The classifier is fitted, and standardised, by them instead of the features of ``train``: logistic
+            takes all of them at once; an epoch of sgd and adamw is one pass, and the passes take turns.
+        progress: show a progress bar.
+    """
     labels, val_labels = train.labels(level).cpu(), val.labels(level).cpu()
     classes = labels.unique()
-    x, x_val = (split.features.to("cpu", torch.float64) for split in (train, val))
-    mean, std = x.new_zeros(x.shape[1]), x.new_ones(x.shape[1])
+    features = train.features[None] if augmented is None else augmented
+    x_val = val.features.to("cpu", torch.float64)
+    mean, std = x_val.new_zeros(x_val.shape[1]), x_val.new_ones(x_val.shape[1])
     if config.standardize:
-        mean, std = standardization(x)
+        mean, std = standardization(features)
     y, y_val = class_index(labels, classes), class_index(val_labels, classes)
-    data = ((x - mean) / std, y, (x_val - mean) / std, y_val)
+    data = (Passes(features, mean, std), y, (x_val - mean) / std, y_val)
     if len(classes) == 1:
-        zeros = x.new_zeros(1, x.shape[1])
+        zeros = x_val.new_zeros(1, x_val.shape[1])
         return FittedProbe(zeros, zeros[:, 0], classes, (y_val == 0).double().mean().item(), 0.0, True)
     fit = _fit_logistic if config.solver == "logistic" else _fit_gradient_descent
     weight, bias, val_accuracy, chosen, converged = fit(*data, len(classes), config, progress)
@@ -150,14 +161,14 @@ def _accuracy(weight: Tensor, bias: Tensor, x: Tensor, y: Tensor) -> float:
 
 
 def _fit_logistic(
-    x: Tensor, y: Tensor, x_val: Tensor, y_val: Tensor, classes: int, config: ProbeConfig, progress: bool
+    x: Passes, y: Tensor, x_val: Tensor, y_val: Tensor, classes: int, config: ProbeConfig, progress: bool
 ) -> _Fit:
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
 
     # fp32 halves the time of the fit. The tolerance of the gradient is far above the rounding error.
-    features, targets = x.float().numpy(), y.numpy()
+    features, targets = x.all().numpy(), y.repeat(len(x)).numpy()
     # Small matrix products do not benefit from threads and are up to ten times slower on a busy machine.
     threads = 1 if features.size * classes < _MULTITHREADING_SIZE else None
     model = LogisticRegression(max_iter=config.max_iterations, tol=_TOLERANCE, warm_start=True)
@@ -181,20 +192,24 @@ def _fit_logistic(
 
 
 def _fit_gradient_descent(
-    x: Tensor, y: Tensor, x_val: Tensor, y_val: Tensor, classes: int, config: ProbeConfig, progress: bool
+    x: Passes, y: Tensor, x_val: Tensor, y_val: Tensor, classes: int, config: ProbeConfig, progress: bool
 ) -> _Fit:
-    features, n = x.float(), len(x)
+    features, n = x[0], len(y)
     per_epoch = -(-n // config.batch_size)
     steps = config.epochs * per_epoch if config.steps is None else config.steps
     best: _Fit | None = None
     rates = sorted(set(config.learning_rates or _DEFAULT_LEARNING_RATES[config.solver]))
     for rate in rates:
         generator = torch.Generator().manual_seed(config.seed)
-        head = nn.utils.skip_init(nn.Linear, x.shape[1], classes)  # does not use the global random state
+        head = nn.utils.skip_init(
+            nn.Linear, features.shape[1], classes
+        )  # does not use the global random state
         nn.init.normal_(head.weight, std=0.01, generator=generator)
         nn.init.zeros_(head.bias)
         optimizer, scheduler = _optimizer(head, rate, config, steps, per_epoch)
         for done in progress_bar(range(0, steps, per_epoch), progress):
+            if len(x) > 1:
+                features = x[int(done) // per_epoch % len(x)]
             batches = torch.randperm(n, generator=generator).split(config.batch_size)
             for rows in batches[: steps - int(done)]:
                 optimizer.zero_grad()
@@ -235,7 +250,29 @@ def progress_bar(
 
 
 @dataclass
-class LinearProbeConfig(ProbeConfig):
+class AugmentedProbeConfig(ProbeConfig):
+    """A probe that can be fitted to features of augmented images."""
+
+    augmented_passes: int = 0
+    """0: the probe is fitted to features of the training images as they are. R >= 1: to features of R passes
+    over augmented training images (data.augmentation and seed of the run); validation and test images stay as
+    they are. logistic takes all R passes at once; an epoch of sgd and adamw takes one, in turn. Thanos's
+    public code draws anew in each epoch: as many passes as epochs. The features of the passes are kept in
+    memory."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.augmented_passes < 0:
+            raise ValueError(f"augmented_passes must be at least 0, got {self.augmented_passes}")
+        if self.solver != "logistic" and self.steps is None and self.augmented_passes > self.epochs:
+            raise ValueError(
+                f"augmented_passes must be at most epochs={self.epochs}, as an epoch takes one pass, got "
+                f"{self.augmented_passes}"
+            )
+
+
+@dataclass
+class LinearProbeConfig(AugmentedProbeConfig):
     """A linear probe on one level of labels."""
 
     level: Level = "coarse"
@@ -275,7 +312,10 @@ class LinearProbe:
 
     def __call__(self, splits: FeatureSplits, *, progress: bool = False) -> Iterator[Result]:
         config, prefix = self.config, f"linear_probe/{self.config.level}"
-        probe = fit_probe(splits.train, splits.val, config.level, config, progress=progress)
+        augmented = splits.augmented_passes(config.augmented_passes)
+        probe = fit_probe(
+            splits.train, splits.val, config.level, config, augmented=augmented, progress=progress
+        )
         truth = splits.test.labels(config.level)
         yield from accuracy_results(prefix, probe.predict(splits.test.features), truth)
         yield f"{prefix}/val_accuracy", probe.val_accuracy

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -71,7 +72,7 @@ class OwnEvaluator:
             arguments["progress"] = progress
         try:
             # It may work in place; the evaluators after it get the features as they were.
-            found = self.evaluate(splits.copy(), **arguments)
+            found = self.evaluate(replace(splits, augmented=None).copy(), **arguments)
             yield from self._checked(found, len(splits.test))
         except RunError:
             raise

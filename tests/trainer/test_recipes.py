@@ -248,6 +248,8 @@ def test_official_recipes_of_thanos(path: Path) -> None:
     assert config.model.timm_args["patch_size"] == 4
     probe = config.evaluation.coarse_to_fine
     assert (probe.solver, probe.standardize, probe.weight_decay) == ("adamw", False, 0.01)
+    assert probe.augmented_passes == probe.epochs == 100, "images are augmented anew in each epoch"
+    assert "plain training images" not in text
     if contrastive:
         assert config.loss.pairing == "cross"
         assert "sincere" in (config.loss.name, config.loss.base)
@@ -280,7 +282,10 @@ def test_an_official_recipe_trains_and_is_evaluated(tmp_path: Path, monkeypatch:
     few += " --evaluation.pictures false --evaluation.coarse_to_fine.steps 30 --evaluation.progress false"
     found = {}
     for name, more in (
-        ("coarse/cifar10_coarse_thanos_official", "--model.timm_args.depth 2"),
+        (
+            "coarse/cifar10_coarse_thanos_official",
+            "--model.timm_args.depth 2 --evaluation.coarse_to_fine.augmented_passes 2",
+        ),
         ("sincere/cifar10_sincere_official", "--model.backbone resnet18 --optimizer.warmup_epochs 0.05"),
     ):
         words = ["--config", str(CONFIGS / f"{name}.yaml"), *few.split(), *more.split()]
@@ -288,6 +293,7 @@ def test_an_official_recipe_trains_and_is_evaluated(tmp_path: Path, monkeypatch:
         found[name] = evaluate_run(run)
     thanos, sincere = found.values()
     assert "coarse_to_fine/fine/accuracy" in thanos.metrics
+    assert any("2 passes over augmented training images" in note for note in thanos.notes)
     held_out = thanos.metadata["samples"]
     assert sincere.metadata["samples"]["train"] == held_out["train"] + held_out["val"]
     assert sincere.metadata["feature_width"] == 128
