@@ -110,8 +110,8 @@ def rows_of(section: str) -> list[list[str]]:
     """The cells of the table in a section of README, without the header."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     body = text.split(f"\n## {section}\n")[1].split("\n## ")[0]
-    table = next(part for part in body.split("\n\n") if part.startswith("|"))
-    lines = table.splitlines()
+    table = next(part for part in body.split("\n\n") if part.lstrip().startswith("|"))
+    lines = table.strip().splitlines()
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 

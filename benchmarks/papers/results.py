@@ -8,8 +8,9 @@
     python benchmarks/papers/results.py --check         # exit status 1 if the pages differ from them
 
 Runs and records are in runs/paper/STUDY. A finished job is not repeated, so a stopped command can be started
-again; remove the runs and records of a method after changing its arguments. The records of a study are stored in benchmarks/results/paper_STUDY.json; records that are stored there
-and were not made again here stay. Each job runs on one thread.
+again; remove the runs and records of a method after changing its arguments. The records of a study are stored
+in benchmarks/results/paper_STUDY.json; records that are stored there and were not made again here stay. Each
+job runs on one thread.
 """
 
 from __future__ import annotations

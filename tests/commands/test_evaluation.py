@@ -159,6 +159,7 @@ def test_the_command_line_overrides_the_run(run_dir, capsys):
     assert report.metadata["arguments"]["knn"] | {"chunk_bytes": 0} == {
         "k": [3],
         "temperature": 0.5,
+        "votes": "exp",
         "chunk_bytes": 0,
     }
     assert "80 % interval" in capsys.readouterr().out
