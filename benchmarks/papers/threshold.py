@@ -309,7 +309,7 @@ def claims(records: Records) -> list[Claim]:
         if rises:
             found.append(
                 Claim(
-                    "Networks on MNIST-coarse spread more at 1.2 than at 0.8 alpha* (a rise, not a threshold)",
+                    "Networks on MNIST-coarse spread more at 1.2 than at 0.8 alpha*: a rise, no threshold",
                     f"{count} of {len(rises)} settings have an interval above 0 ({seeds} seeds)",
                     "shown" if count == len(rises) else "not shown",
                 )
