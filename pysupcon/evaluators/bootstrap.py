@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import sqrt
 from random import Random
 
@@ -18,6 +19,8 @@ from pysupcon.evaluators.base import Result
 from pysupcon.evaluators.metrics import METRICS, BoundMetric, bind_metric
 
 _CHUNK_ELEMENTS = 1 << 22
+_MOST_COUNTS = 1 << 24
+"""Draws up to which their counts are kept: 128 MiB."""
 
 
 @dataclass
@@ -51,13 +54,31 @@ def bootstrap_values(metric: BoundMetric, config: BootstrapConfig) -> Tensor:
         shapes = [list(outcome.shape) for outcome in metric.outcomes]
         raise ValueError(f"values must be of shape [N] with N >= 1, got shape {', '.join(map(str, shapes))}")
     outcomes = [outcome.detach().cpu() for outcome in metric.outcomes]
-    generator = torch.Generator().manual_seed(config.seed)
-    rows, values = max(1, _CHUNK_ELEMENTS // n), []
-    for start in range(0, config.resamples, rows):
-        count = min(rows, config.resamples - start)
-        indices = torch.randint(n, (count, n), generator=generator)
-        values.append(metric.definition.compute(*(outcome[indices] for outcome in outcomes)))
-    return torch.cat(values)
+    from_counts = metric.definition.from_counts
+    if from_counts is not None and outcomes[0].dtype == torch.bool and n * config.resamples <= _MOST_COUNTS:
+        return from_counts(_draw_counts(n, config.resamples, config.seed), *outcomes)
+    draws = _draws(n, config.resamples, config.seed)
+    return torch.cat(
+        [metric.definition.compute(*(outcome[indices] for outcome in outcomes)) for indices in draws]
+    )
+
+
+def _draws(n: int, resamples: int, seed: int) -> Iterator[Tensor]:
+    """The drawn test samples of all resamples, in blocks [R, N]."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = max(1, _CHUNK_ELEMENTS // n)
+    for start in range(0, resamples, rows):
+        yield torch.randint(n, (min(rows, resamples - start), n), generator=generator)
+
+
+@lru_cache(maxsize=2)  # the metrics of one test set use the same draws
+def _draw_counts(n: int, resamples: int, seed: int) -> Tensor:
+    """How often each resample drew each test sample, [resamples, N] float64."""
+    blocks = []
+    for indices in _draws(n, resamples, seed):
+        counts = torch.zeros(indices.shape, dtype=torch.float64)
+        blocks.append(counts.scatter_add_(1, indices, torch.ones_like(counts)))
+    return torch.cat(blocks)
 
 
 def bootstrap_means(values: Tensor, config: BootstrapConfig) -> Tensor:

@@ -12,6 +12,7 @@ from helpers.feature_cases import blobs, numbers, splits
 from pysupcon import functional
 from pysupcon.evaluators import (
     BootstrapConfig,
+    BoundMetric,
     FeatureSet,
     FeatureSplits,
     Pairs,
@@ -371,3 +372,19 @@ def test_every_statistic_is_a_vector_of_resamples():
         values = metric.compute(*(outcomes.get(k, torch.rand(5, 9)) for k in metric.outcomes))
         assert values.shape == (5,), name
         assert values.dtype == torch.float64, name
+
+
+@pytest.mark.parametrize("name", [name for name, found in METRICS.items() if found.from_counts])
+@pytest.mark.parametrize("n", [1, 3, 1000])
+def test_counts_of_draws_give_the_same_values(name: str, n: int) -> None:
+    """Bitwise, also where a resample has no sample of a group."""
+    generator = torch.Generator().manual_seed(n)
+    correct = torch.rand(n, generator=generator) < 0.7
+    group = torch.randint(4, (n,), generator=generator)
+    definition = METRICS[name]
+    outcomes = [correct, group][: len(definition.outcomes)]
+    config = BootstrapConfig(resamples=300, seed=n)
+    slow = BoundMetric(definition._replace(from_counts=None), outcomes)
+    assert torch.equal(
+        bootstrap_values(BoundMetric(definition, outcomes), config), bootstrap_values(slow, config)
+    )
