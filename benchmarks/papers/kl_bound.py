@@ -48,10 +48,14 @@ _ANCHORS = 2048
 
 
 def mean_cosine(dim: int, kappa: float) -> float:
-    """A_D(kappa), the mean of m . z."""
-    from scipy.special import ive
+    """E m . z = I_{D/2}(kappa) / I_{D/2-1}(kappa), by the continued fraction of Gauss.
 
-    return float(ive(dim / 2, kappa) / ive(dim / 2 - 1, kappa))
+    The Bessel functions themselves underflow for many dimensions and a small kappa.
+    """
+    found = 0.0
+    for term in range(int(kappa) + 200, -1, -1):
+        found = 1 / ((dim + 2 * term) / kappa + found)
+    return found
 
 
 def divergence(dim: int, kappa: float) -> float:

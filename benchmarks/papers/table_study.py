@@ -165,24 +165,42 @@ class TableStudy:
         return f"{text} ± {figure.factor * statistics.stdev(found):.{figure.digits}f}"
 
     def draw(self, records: Records, folder: Path) -> list[str]:
-        """Draw the differences to the baseline."""
-        from pysupcon.reports.charts import draw_differences
+        """Draw the differences to the baseline: a panel for each figure, a line for each row."""
+        from matplotlib.figure import Figure
 
-        comparer = Comparer(self._rows(records))
-        factor = FIGURES[self.table.compared[0]].factor
-        bars = []
-        for name in self.table.compared:
-            figure = FIGURES[name]
-            for key, method in self.methods.items():
-                found = comparer.difference(key, self.table.baseline, name)
-                if found is not None and key != self.table.baseline and figure.factor == factor:
-                    ends = (factor * end for end in (found.value, found.low, found.high))
-                    bars.append((figure.heading, method.title, *ends))
-        if not bars:
+        comparer, base = Comparer(self._rows(records)), self.table.baseline
+        found = {
+            name: {
+                method.title: difference
+                for key, method in self.methods.items()
+                if key != base and (difference := comparer.difference(key, base, name))
+            }
+            for name in self.table.compared
+        }
+        titles = list(dict.fromkeys(title for of_figure in found.values() for title in of_figure))
+        if not titles:
             return []
+        height = 1.2 + 0.24 * len(titles)
+        figure = Figure(figsize=(4.5 + 2.8 * len(found), height), dpi=120, layout="constrained")
+        for axis, (name, differences) in zip(
+            figure.subplots(1, len(found), sharey=True, squeeze=False)[0], found.items(), strict=True
+        ):
+            factor = FIGURES[name].factor
+            for title, difference in differences.items():
+                low, high = factor * difference.low, factor * difference.high
+                colour = "0.6" if low <= 0 <= high else "#3f90da" if low > 0 else "#bd1f01"
+                place = titles.index(title)
+                axis.hlines(place, low, high, color=colour, linewidth=2)
+                axis.plot(factor * difference.value, place, "o", color=colour, markersize=5)
+            axis.axvline(0, color="black", linewidth=0.8)
+            axis.grid(axis="x", alpha=0.25)
+            axis.set_title(FIGURES[name].heading, fontsize=9)
+            axis.set_xlabel("points" if factor == 100 else "")
+            axis.set_yticks(range(len(titles)), titles, fontsize=8)
+        axis.invert_yaxis()
+        figure.suptitle(f"{self.TITLE}: less {self.methods[base].title}", fontsize=10)
         file = f"paper_{self.NAME}.png"
-        title = f"{self.TITLE}: less {self.methods[self.table.baseline].title}"
-        draw_differences(folder / file, bars, title=title, unit="percentage points" if factor == 100 else "")
+        figure.savefig(folder / file)
         return [file]
 
     def claims(self, records: Records) -> list[Claim]:

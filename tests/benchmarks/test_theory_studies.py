@@ -141,8 +141,10 @@ def test_the_log_ratio_is_that_of_the_densities() -> None:
     torch.testing.assert_close(torch.from_numpy(ratio), 2 * 3.0 * rows[:, 0])
 
 
-def test_concentration_inverts_the_divergence() -> None:
-    assert kl_bound.divergence(16, kl_bound.concentration(16, 8.0)) == pytest.approx(8.0)
+@pytest.mark.parametrize("truth", kl_bound.TRUTHS)
+@pytest.mark.parametrize("dim", kl_bound.DIMENSIONS)
+def test_concentration_inverts_the_divergence(dim: int, truth: float) -> None:
+    assert kl_bound.divergence(dim, kl_bound.concentration(dim, truth)) == pytest.approx(truth)
 
 
 def test_optimal_losses_are_sincere_with_that_critic() -> None:
