@@ -74,13 +74,13 @@ MECHANISM_ORDERS = (
 
 MNIST_STRONG = TableStudy(
     Table("mnist5k_strong", "MNIST-coarse, 3,600 images, strong augmentation", "mnist5k_coarse",
-          transfer_methods(full_probe=True), arguments=STRONG),
+          transfer_methods(full_probe=True), arguments=STRONG, minutes=0.3),
     tuple(replace(order, headline=(order.row, order.less, order.figure) in HEADLINES) for order in ORDERS),
     in_quick=True,
 )  # fmt: skip
 MNIST_NONE = TableStudy(
     Table("mnist5k_none", "MNIST-coarse, 3,600 images, no augmentation", "mnist5k_coarse",
-          transfer_methods(_MECHANISMS, full_probe=True)),
+          transfer_methods(_MECHANISMS, full_probe=True), minutes=0.33),
     (*ORDERS, *MECHANISM_ORDERS),
 )  # fmt: skip
 FASHION_STRONG = TableStudy(
@@ -109,7 +109,7 @@ MARGINS = TableStudy(
         baseline="supcon_head",
         figures=("knn", "margin", "bound", "head_margin", "head_bound"),
         compared=("head_margin", "margin", "knn"),
-        minutes=0.7,
+        minutes=0.4,
     ),
     (
         Order("SINCERE's margin above SupCon's at the same temperature", "sincere_head", "supcon_head",

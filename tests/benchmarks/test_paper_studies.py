@@ -249,6 +249,7 @@ def test_the_cost_is_bounded() -> None:
     assert len(QUICK_SEEDS) >= 2
 
 
+@pytest.mark.slow
 def test_the_pages_of_the_project_show_its_records() -> None:
     assert results.main(["--check"]) == 0
     for study in STUDIES:
