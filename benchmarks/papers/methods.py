@@ -86,7 +86,7 @@ class Table:
 LOW_ALPHA = 0.12
 """Just above the threshold of a collapse, 0.107 for two classes of 75 images in a batch, temperature 0.5 and
 the gap 1 of features after a ReLU: ``threshold.alpha_star(75, 2, 0.5, "supcon", gap=1)``."""
-_LOW = (
+LOW = (
     Method("supcon_cnce_low", f"SupCon + cNCE, alpha {LOW_ALPHA}", "supcon_cnce",
            ("--loss.alpha", str(LOW_ALPHA))),
     Method("thanos_low", f"Thanos, two frozen backbones, alpha {LOW_ALPHA}", kind="concatenated",
@@ -98,29 +98,37 @@ CONTROLS = (
     Method("pixels", "control: the pixels themselves", kind="pixels", quick=True),
     Method("untrained", "control: untrained network", kind="untrained", quick=True),
 )
-EQUAL_WIDTH = (
-    Method("supcon_cnce_second", config="supcon_cnce", shown=False, new_seeds=True),
+PAIR = (
     Method("ce_autoencoder_second", config="ce_autoencoder", shown=False, new_seeds=True),
+    Method("ce_autoencoder_pair", "control: two cross-entropy + autoencoder", kind="concatenated",
+           parts=("ce_autoencoder", "ce_autoencoder_second")),
+)  # fmt: skip
+"""Thanos has two encoders: this control has its width."""
+WIDTHS = (
+    Method("supcon_cnce_second", config="supcon_cnce", shown=False, new_seeds=True),
     Method("supcon_cnce_half", config="supcon_cnce", overrides=("--model.width", "4"), shown=False),
     Method("ce_autoencoder_half", config="ce_autoencoder", overrides=("--model.width", "4"), shown=False),
     Method("supcon_cnce_pair", "control: two SupCon + cNCE", kind="concatenated",
            parts=("supcon_cnce", "supcon_cnce_second")),
-    Method("ce_autoencoder_pair", "control: two cross-entropy + autoencoder", kind="concatenated",
-           parts=("ce_autoencoder", "ce_autoencoder_second")),
+    *PAIR,
     Method("thanos_half", "control: Thanos of half the width", kind="concatenated",
            parts=("supcon_cnce_half", "ce_autoencoder_half")),
 )  # fmt: skip
-"""Thanos has two encoders: the controls have its width, or half of it."""
+"""All controls of the width."""
 
 
 def transfer_methods(
-    more: tuple[Method, ...] = (), equal_width: bool = True, full_probe: bool = False
+    more: tuple[Method, ...] = (),
+    widths: tuple[Method, ...] = (),
+    low_alpha: bool = False,
+    full_probe: bool = False,
 ) -> tuple[Method, ...]:
     """The rows of a coarse-to-fine table.
 
     Args:
         more: further rows, before Thanos.
-        equal_width: with the controls that have Thanos's width, and with another weight of cNCE.
+        widths: controls of the width, at the end.
+        low_alpha: with a weight of cNCE just above the threshold.
         full_probe: with the full probe of Thanos for the main rows.
     """
     return (
@@ -132,7 +140,7 @@ def transfer_methods(
         *more,
         Method("thanos_frozen", "Thanos, two frozen backbones", kind="concatenated", quick=True,
                full_probe=full_probe, parts=("supcon_cnce", "ce_autoencoder")),
-        *(_LOW if equal_width else ()),
+        *(LOW if low_alpha else ()),
         *CONTROLS,
-        *(EQUAL_WIDTH if equal_width else ()),
+        *widths,
     )  # fmt: skip

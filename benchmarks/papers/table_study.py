@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,22 @@ class TableStudy:
         orders: the claims that it decides.
         notes: sentences below the table.
         in_quick: whether the quick form trains this table.
+        headlines: row, less and figure of the claims that stand in README.
     """
 
     def __init__(
-        self, table: Table, orders: Sequence[Order] = (), notes: str = "", in_quick: bool = False
+        self,
+        table: Table,
+        orders: Sequence[Order] = (),
+        notes: str = "",
+        in_quick: bool = False,
+        headlines: Sequence[tuple[str, str, str]] = (),
     ) -> None:
-        self.table, self.orders, self.notes, self.in_quick = table, tuple(orders), notes, in_quick
+        self.table, self.notes, self.in_quick = table, notes, in_quick
+        self.orders = tuple(
+            replace(order, headline=order.headline or (order.row, order.less, order.figure) in headlines)
+            for order in orders
+        )
         self.NAME, self.TITLE = table.name, table.title
         self.methods = {method.key: method for method in table.methods}
 
