@@ -93,7 +93,7 @@ MNIST_NONE = _study(
 FASHION_NONE = _study(
     Table("fashion_mnist_none", "Fashion-MNIST-coarse, 5,000 images, no augmentation",
           "fashion_mnist_coarse", transfer_methods(widths=PAIR), root=FASHION_ROOT, source=FASHION_SOURCE,
-          minutes=0.4),
+          minutes=0.3),
 )  # fmt: skip
 
 _HEAD = ("--model.projection", "mlp")
@@ -131,7 +131,7 @@ MOCO = TableStudy(
             Method("moco_0", "SupCon, no queue", "moco", ("--loss.queue", "0")),
             Method("moco", "SupCon, queue of 2,048 keys"),
         ),
-        baseline="moco_0", figures=("logistic", "knn", "spread"),
+        baseline="moco_0", figures=("logistic", "knn", "spread"), minutes=0.26,
     ),
     (
         Order("The queue helps", "moco", "moco_0", "logistic"),
@@ -141,11 +141,11 @@ MOCO = TableStudy(
 
 GLYPHS = _study(
     Table("glyphs", "Glyphs: trained on letters, evaluated on letter and typeface, no augmentation",
-          "glyphs_coarse", transfer_methods(widths=PAIR), minutes=0.4),
+          "glyphs_coarse", transfer_methods(widths=PAIR), minutes=0.35),
 )  # fmt: skip
 LETTER_VECTORS = _study(
     Table("letters", "Letter recognition: vectors, trained on halves of the alphabet", "letters_coarse",
-          transfer_methods(widths=PAIR), root=str(LETTERS), minutes=0.2,
+          transfer_methods(widths=PAIR), root=str(LETTERS), minutes=0.08,
           source="see the section More data of benchmarks/papers/README.md"),
 )  # fmt: skip
 _FULL = ("supcon", "supcon_cnce", "ce_autoencoder", "thanos_frozen")

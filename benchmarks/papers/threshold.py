@@ -134,7 +134,7 @@ def missing() -> str:
 
 def jobs(quick: bool) -> list[Job]:
     """One job for each kind, base, temperature and seed."""
-    minutes = {"free": 0.3, "network": 0.6}
+    minutes = {"free": 0.2, "network": 0.36}
     return [
         Job(f"{kind}_{base}_t{temperature}_seed{seed}", minutes[kind])
         for kind in minutes
