@@ -55,7 +55,11 @@ def _machines(studies: Sequence[Study], results: Path) -> str:
     machines = sorted({file["machine"]["processor"] for file in files})
     versions = sorted({file["machine"]["versions"]["torch"] for file in files})
     records = [record for file in files for record in file["records"].values()]
-    minutes = sum(record.get("processor_minutes", 0) for record in records)
+    # A training may have ended before its job was started again.
+    minutes = sum(
+        max(record["processor_minutes"], record.get("train_minutes", 0) + record.get("evaluate_minutes", 0))
+        for record in records
+    )
     return (
         f"{', '.join(machines)}, one thread per job; torch {', '.join(versions)}; {len(records)} jobs in "
         f"{minutes:.0f} processor minutes."
