@@ -22,7 +22,6 @@ concentration kappa. Then f*(z) = +-2 kappa m . z and
 from __future__ import annotations
 
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.papers.cells import with_interval
 from benchmarks.papers.study import QUICK_SEEDS, SEEDS, Claim, Job, Records, Verdict
 from benchmarks.table import markdown
 from pysupcon.evaluators.bootstrap import mean_interval
@@ -107,7 +107,6 @@ def jobs(quick: bool) -> list[Job]:
 
 def run(job: Job, folder: Path) -> dict[str, Any]:
     """The bound for every J, number of negatives and critic."""
-    started = time.process_time()
     dimension, number = job.name.split("_")
     dim, seed = int(dimension[1:]), int(number.removeprefix("seed"))
     rows = []
@@ -127,7 +126,7 @@ def run(job: Job, folder: Path) -> dict[str, Any]:
                 for critic, loss in zip(CRITICS, losses, strict=True):
                     bounds[critic] += kl_bound(loss, counts).mean().item() / batches
             rows.append({"truth": truth, "negatives": negatives, "bounds": bounds})
-    return {"dim": dim, "rows": rows, "seconds": time.process_time() - started}
+    return {"dim": dim, "rows": rows}
 
 
 def values(records: Records, dim: int, truth: float, negatives: int, critic: str) -> list[float]:
@@ -148,26 +147,17 @@ def tables(records: Records) -> str:
     for dim in DIMENSIONS:
         for truth in TRUTHS:
             for critic in CRITICS:
-                cells = [_cell(values(records, dim, truth, n, critic)) for n in NEGATIVES]
+                cells = [with_interval(values(records, dim, truth, n, critic)) for n in NEGATIVES]
                 if any(cells):
                     seeds = max(seeds, len(values(records, dim, truth, NEGATIVES[0], critic)))
                     lines.append([str(dim), f"{truth:g}", critic, *cells])
     if not seeds:
         return ""
     return (
-        f"Two von Mises-Fisher classes, {seeds} seeds: log N - L in nats [95 % interval over the seeds].\n\n"
+        f"**{TITLE}** (two von Mises-Fisher classes, {seeds} seeds): log N - L in nats [95 % interval over "
+        f"the seeds].\n\n"
         f"{markdown(lines)}"
     )
-
-
-def _cell(found: list[float]) -> str:
-    if not found:
-        return ""
-    mean = sum(found) / len(found)
-    if len(found) < 2:
-        return f"{mean:.3f}"
-    low, high = mean_interval(found, 0.95)
-    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def draw(records: Records, folder: Path) -> list[str]:

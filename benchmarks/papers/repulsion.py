@@ -6,7 +6,6 @@ With one positive this cannot happen. SINCERE's derivative, (sigma_p - 1) / |P|,
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.papers import small_training
-from benchmarks.papers.study import QUICK_SEEDS, SEEDS, Claim, Job, Records, show_interval, verdict
+from benchmarks.papers.cells import show_interval, with_interval
+from benchmarks.papers.study import QUICK_SEEDS, SEEDS, Claim, Job, Records, verdict
 from benchmarks.table import markdown
 from pysupcon import functional
 from pysupcon.evaluators.bootstrap import mean_interval
@@ -75,7 +75,6 @@ def jobs(quick: bool) -> list[Job]:
 
 def run(job: Job, folder: Path) -> dict[str, Any]:
     """Shares before and after a training with each loss on the ten digits, measured for this loss."""
-    started = time.process_time()
     temperature, seed = job.name.split("_")
     tau, number = float(temperature[1:]), int(seed.removeprefix("seed"))
     images, labels = small_training.digits()
@@ -99,7 +98,7 @@ def run(job: Job, folder: Path) -> dict[str, Any]:
             shares[stage][loss] = [
                 repelling_shares(features, labels, tau, count, generator)[loss] for count in COUNTS
             ]
-    return {"temperature": tau, "shares": shares, "seconds": time.process_time() - started}
+    return {"temperature": tau, "shares": shares}
 
 
 def values(records: Records, stage: str, loss: str, tau: float) -> list[list[float]]:
@@ -117,22 +116,15 @@ def tables(records: Records) -> str:
                 found = values(records, stage, loss, tau)
                 if found:
                     seeds = max(seeds, len(found))
-                    cells = [_cell(list(column)) for column in zip(*found, strict=True)]
+                    columns = zip(*found, strict=True)
+                    cells = [with_interval(list(shares), 100, 1, (0, 1)) for shares in columns]
                     lines.append([stage, loss, f"{tau:g}", *cells])
     if not seeds:
         return ""
     return (
-        f"Ten digits, {seeds} seeds: positive pairs that the loss repels, in per cent [95 % interval over "
-        f"the seeds].\n\n{markdown(lines)}"
+        f"**{TITLE}** (ten digits, {seeds} seeds): positive pairs that the loss repels, per cent [95 % "
+        f"interval over the seeds].\n\n{markdown(lines)}"
     )
-
-
-def _cell(shares: list[float]) -> str:
-    mean = 100 * sum(shares) / len(shares)
-    if len(shares) < 2:
-        return f"{mean:.1f}"
-    low, high = mean_interval(shares, 0.95)
-    return f"{mean:.1f} [{max(0.0, 100 * low):.1f}, {min(100.0, 100 * high):.1f}]"
 
 
 def draw(records: Records, folder: Path) -> list[str]:

@@ -91,12 +91,6 @@ def verdict(low: float, high: float) -> Verdict:
     return "shown" if low > 0 else "contradicted" if high < 0 else "not shown"
 
 
-def show_interval(value: float, low: float, high: float, factor: float = 1.0, digits: int = 3) -> str:
-    """``value [low, high]`` times ``factor``, with signs."""
-    shown, left, right = (f"{factor * number:+.{digits}f}" for number in (value, low, high))
-    return f"{shown} [{left}, {right}]"
-
-
 def pack_bits(bits: Tensor) -> str:
     """A bool tensor [N] as text; see :func:`unpack_bits`."""
     return base64.b64encode(np.packbits(bits.cpu().numpy())).decode("ascii")

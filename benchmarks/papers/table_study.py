@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.papers.cells import bold_interval, show_interval, with_deviation
 from benchmarks.papers.encoders import concatenate, embeddings, pixels, train_encoder, untrained
 from benchmarks.papers.figures import FIGURES, Comparer, Difference, measure, values
 from benchmarks.papers.methods import Method, Table
-from benchmarks.papers.study import QUICK_SEEDS, SEEDS, Claim, Job, Record, Records, show_interval, verdict
+from benchmarks.papers.study import QUICK_SEEDS, SEEDS, Claim, Job, Record, Records, verdict
 from benchmarks.table import markdown
 
 _PARTS_ONLY = 0.6
@@ -26,7 +27,6 @@ class Order:
         claim: in words; the table's title and the figure are added.
         row, less: keys of the methods.
         figure: key of the figure.
-        quick: the quick form decides it, too.
         headline: it stands in the summary of the project's README.
     """
 
@@ -43,7 +43,6 @@ class TableStudy:
     Args:
         table: the table.
         orders: the claims that it decides.
-        notes: sentences below the table.
         in_quick: whether the quick form trains this table.
         headlines: row, less and figure of the claims that stand in README.
     """
@@ -52,11 +51,10 @@ class TableStudy:
         self,
         table: Table,
         orders: Sequence[Order] = (),
-        notes: str = "",
         in_quick: bool = False,
         headlines: Sequence[tuple[str, str, str]] = (),
     ) -> None:
-        self.table, self.notes, self.in_quick = table, notes, in_quick
+        self.table, self.in_quick = table, in_quick
         self.orders = tuple(
             replace(order, headline=order.headline or (order.row, order.less, order.figure) in headlines)
             for order in orders
@@ -159,20 +157,13 @@ class TableStudy:
             lines.append([self.methods[key].title, *cells, _minutes(found)])
         seeds = sorted({len(of_row) for key, of_row in rows.items() if self.methods[key].kind != "pixels"})
         count = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
-        return "\n\n".join(
-            part for part in (f"**{self.TITLE}** ({count} seeds).", markdown(lines), self.notes) if part
-        )
+        return f"**{self.TITLE}** ({count} seeds).\n\n{markdown(lines)}"
 
     def _cell(self, records: Sequence[Record], name: str) -> str:
-        import statistics
-
         if any(name not in record["figures"] for record in records):
             return ""
         figure, found = FIGURES[name], values(records, name)
-        text = f"{figure.factor * statistics.fmean(found):.{figure.digits}f}"
-        if len(found) < 2:
-            return text
-        return f"{text} ± {figure.factor * statistics.stdev(found):.{figure.digits}f}"
+        return with_deviation(found, figure.factor, figure.digits)
 
     def draw(self, records: Records, folder: Path) -> list[str]:
         """Draw the differences to the baseline: a panel for each figure, a line for each row."""
@@ -240,8 +231,7 @@ def _difference(comparer: Comparer, row: str, less: str, name: str) -> str:
     if found is None:
         return ""
     figure = FIGURES[name]
-    text = show_interval(found.value, found.low, found.high, figure.factor, figure.digits)
-    return f"**{text}**" if found.low > 0 or found.high < 0 else text
+    return bold_interval(found.value, found.low, found.high, figure.factor, figure.digits)
 
 
 def _minutes(records: Sequence[Mapping[str, Any]]) -> str:

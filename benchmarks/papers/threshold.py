@@ -33,7 +33,6 @@ network that can move the images of a class one by one. It is a statement on loc
 from __future__ import annotations
 
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -148,14 +147,12 @@ def run(job: Job, folder: Path) -> dict[str, Any]:
     """The spread at several multiples of alpha*."""
     kind, base, temperature, seed = job.name.split("_")
     tau, number = float(temperature[1:]), int(seed.removeprefix("seed"))
-    started = time.process_time()
     points = (_run_free if kind == "free" else _run_network)(base, tau, number)
     return {
         "kind": kind,
         "base": base,
         "temperature": tau,
         "points": points,
-        "seconds": time.process_time() - started,
     }
 
 

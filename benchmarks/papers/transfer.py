@@ -12,12 +12,13 @@ import time
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.papers.cells import bold_interval, show_interval, with_deviation
 from benchmarks.papers.methods import FASHION_ROOT, FASHION_SOURCE
 from benchmarks.papers.study import (
     QUICK_SEEDS,
@@ -26,7 +27,6 @@ from benchmarks.papers.study import (
     Job,
     Records,
     seeds_of,
-    show_interval,
     unpack_bits,
     verdict,
 )
@@ -181,7 +181,9 @@ def tables(records: Records) -> str:
     for figure, heading in FIGURES.items():
         lines = [[heading, *(f"{DOMAINS[s].title} to {DOMAINS[t].title}" for s, t in shown)]]
         for key, title in titles.items():
-            cells = [_cell(outcomes.accuracies(source, key, target, figure)) for source, target in shown]
+            cells = [
+                with_deviation(outcomes.accuracies(source, key, target, figure)) for source, target in shown
+            ]
             lines.append([title, *cells])
         for row, less, _ in COMPARED[:2]:
             cells = [_difference(outcomes, row, less, figure, pair) for pair in shown]
@@ -190,18 +192,9 @@ def tables(records: Records) -> str:
     return "\n\n".join(parts)
 
 
-def _cell(found: Sequence[float]) -> str:
-    if not found:
-        return ""
-    return f"{fmean(found):.1f}" + (f" ± {stdev(found):.1f}" if len(found) > 1 else "")
-
-
 def _difference(outcomes: Outcomes, row: str, less: str, figure: str, pair: tuple[str, str]) -> str:
     found = outcomes.difference(row, less, figure, [pair])
-    if found is None:
-        return ""
-    text = show_interval(*found[:3], 100, 1)
-    return f"**{text}**" if found[1] > 0 or found[2] < 0 else text
+    return "" if found is None else bold_interval(*found[:3], 100, 1)
 
 
 def draw(records: Records, folder: Path) -> list[str]:

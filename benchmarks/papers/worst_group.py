@@ -10,15 +10,15 @@ GroupDRO by the worst of its own groups), and by the worst true group.
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.papers.cells import bold_interval, show_interval, with_deviation
 from benchmarks.papers.study import (
     QUICK_SEEDS,
     SEEDS,
@@ -27,7 +27,6 @@ from benchmarks.papers.study import (
     Record,
     Records,
     seeds_of,
-    show_interval,
     unpack_bits,
     verdict,
 )
@@ -42,6 +41,7 @@ from benchmarks.papers.worst_group_runs import (
     parts_of,
     train,
 )
+from benchmarks.table import markdown
 
 NAME = "worst_group"
 TITLE = "Worst groups, and groups inferred from embeddings"
@@ -88,15 +88,13 @@ def jobs(quick: bool) -> list[Job]:
 
 def run(job: Job, folder: Path) -> dict[str, Any]:
     """Train a classifier or an encoder, or infer groups; see :class:`benchmarks.papers.study.Study`."""
-    torch.set_num_threads(1)
-    start = time.process_time()
     data, what, seed = parts_of(job.name)
     shutil.rmtree(folder / job.name, ignore_errors=True)  # of a job that was stopped
     if what.startswith("groups_"):
         record = infer(data, what.removeprefix("groups_"), seed, folder)
     else:
         record = train(data, what, seed, folder)
-    return record | {"processor_minutes": (time.process_time() - start) / 60}
+    return record
 
 
 class _Results:
@@ -185,10 +183,10 @@ def tables(records: Records) -> str:
     for found in _results(records):
         if found.seeds and "erm" in found.classifiers:
             lines += [f"**Worst group, {DATA[found.data]}** ({len(found.seeds)} seeds).", ""]
-            lines += [*_classifier_rows(found), ""]
+            lines += [_classifier_table(found), ""]
         if found.sources:
             lines += [f"**Groups inferred from embeddings, {DATA[found.data]}**.", ""]
-            lines += [*_source_rows(found), ""]
+            lines += [_source_table(found), ""]
             difference = found.recovery("thanos", "supcon")
             if difference is not None:
                 value, low, high, count = difference
@@ -209,45 +207,41 @@ def tables(records: Records) -> str:
     return "\n".join(lines)
 
 
-def _classifier_rows(found: _Results) -> list[str]:
+def _classifier_table(found: _Results) -> str:
     columns = ["training", "accuracy, own selection"]
     for title in SELECTIONS.values():
         columns += [f"worst group, {title}", "less ERM [interval]"]
-    rows = [columns, ["---"] * len(columns)]
+    rows = [columns]
     for name in found.classifiers:
-        row = [CLASSIFIERS[name], _spread(found.values(name, "known", "accuracy"))]
+        row = [CLASSIFIERS[name], with_deviation(found.values(name, "known", "accuracy"), 100)]
         for selection in SELECTIONS:
-            row.append(_spread(found.values(name, selection)))
-            row.append("" if name == "erm" else _shown(*found.difference(name, "erm", selection)))
+            row.append(with_deviation(found.values(name, selection), 100))
+            row.append(
+                "" if name == "erm" else bold_interval(*found.difference(name, "erm", selection), 100, 1)
+            )
         rows.append(row)
-    return [f"| {' | '.join(row)} |" for row in rows]
+    return markdown(rows)
 
 
-def _source_rows(found: _Results) -> list[str]:
-    rows = [["groups from", "F1", "purity", "silhouette", "groups", "seeds"], ["---"] * 6]
+def _difference(found: _Results, name: str, selection: str) -> str:
+    return bold_interval(*found.difference(name, "erm", selection), factor=100, digits=1)
+
+
+def _source_table(found: _Results) -> str:
+    rows = [["groups from", "F1", "purity", "silhouette", "groups", "seeds"]]
     for name, of_seed in found.sources.items():
         records = list(of_seed.values())
         counts = [len(record["counts"]) for record in records]
         rows.append(
             [
-                SOURCES[name][0], _spread([record["f1"] for record in records]),
-                _spread([record["purity"] for record in records]),
+                SOURCES[name][0], with_deviation([record["f1"] for record in records], 100),
+                with_deviation([record["purity"] for record in records], 100),
                 f"{mean(record['silhouette'] for record in records):.2f}",
                 f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else str(counts[0]),
                 str(len(records)),
             ]
         )  # fmt: skip
-    return [f"| {' | '.join(row)} |" for row in rows]
-
-
-def _spread(values: Sequence[float]) -> str:
-    text = f"{100 * mean(values):.1f}"
-    return text if len(values) < 2 else f"{text} ± {100 * stdev(values):.1f}"
-
-
-def _shown(value: float, low: float, high: float) -> str:
-    text = show_interval(value, low, high, 100, 1)
-    return f"**{text}**" if low > 0 or high < 0 else text
+    return markdown(rows)
 
 
 def claims(records: Records) -> list[Claim]:

@@ -127,9 +127,7 @@ def _evaluate(run: Run, config: EvaluationConfig, passed: Mapping[str, Any]) -> 
     for evaluator in evaluators:
         try:
             of_one, outcomes_of_one = _results(evaluator, splits, config)
-        except (
-            Exception
-        ) as error:  # the user's code or backbone: the results of the other evaluators are kept
+        except Exception as error:  # the user's code or backbone: the other evaluators' results are kept
             if not isinstance(evaluator, (OwnEvaluator, Lipschitz)) or len(evaluators) == 1:
                 raise
             traceback.print_exc()

@@ -47,7 +47,7 @@ ORDERS = (
     Order("trained above untrained", "supcon", "untrained", "logistic", headline=True),
     Order("SupCon above the pixels", "supcon", "pixels", "knn"),
 )
-STUDY = TableStudy(Table("digits", "digits", "digits", METHODS), ORDERS, "A note.")
+STUDY = TableStudy(Table("digits", "digits", "digits", METHODS), ORDERS)
 
 
 @pytest.fixture(scope="module", name="runs")
@@ -122,7 +122,6 @@ def test_the_table_shows_every_row(records: dict[str, Any]) -> None:
         "| SupCon", "| cross-entropy", "| two frozen backbones", "| the pixels", "| untrained network",
     ]  # fmt: skip
     assert text.startswith("**digits** (2 seeds).")
-    assert text.endswith("A note.")
     assert "±" not in rows[4].split(" | ")[1]  # the pixels have no seeds
     assert "±" in rows[1]
 

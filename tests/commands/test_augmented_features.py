@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.quick_run import ARGUMENTS
+from helpers.quick_run import train_quickly
 from torch import Tensor
 
 from pysupcon.__main__ import main
@@ -30,7 +30,6 @@ from pysupcon.evaluators import (
     LinearProbeConfig,
 )
 from pysupcon.reports.report import Report
-from pysupcon.trainer.loop import train
 from pysupcon.trainer.run import load_run
 
 CPU = torch.device("cpu")
@@ -47,8 +46,7 @@ NOTE = "coarse_to_fine: fitted to features of 2 passes over augmented training i
 
 
 def trained(folder: Path, *more: str) -> Path:
-    words = [*ARGUMENTS.replace("augmentation none", "augmentation strong").split(), *more]
-    return train(parse_args([*words, "--output_dir", str(folder)])[0])
+    return train_quickly(folder, "--data.augmentation", "strong", *more)
 
 
 @pytest.fixture(scope="module")

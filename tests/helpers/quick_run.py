@@ -13,6 +13,6 @@ ARGUMENTS = (
 )
 
 
-def train_quickly(folder: Path) -> Path:
-    """Train on 8 x 8 digits into ``folder``, which must not exist, and return it."""
-    return train(parse_args([*ARGUMENTS.split(), "--output_dir", str(folder)])[0])
+def train_quickly(folder: Path, *more: str) -> Path:
+    """Train on 8 x 8 digits into ``folder``, which must not exist, and return it; ``more`` are arguments."""
+    return train(parse_args([*ARGUMENTS.split(), *more, "--output_dir", str(folder)])[0])
