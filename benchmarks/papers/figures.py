@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,6 +46,7 @@ FIGURES = {
     "logistic": Figure("fine labels, logistic regression", "linear_probe/fine/accuracy"),
     "knn": Figure("fine labels, 1-NN", "knn/k=1/fine/accuracy"),
     "probe": Figure("fine labels, Thanos's probe", "linear_probe/fine/accuracy"),
+    "lipschitz": Figure("local Lipschitz constant", "lipschitz/local/median", 1.0, 2),
     "spread": Figure("spread", "geometry/spread/coarse", 1.0, 3),
     "margin": Figure("margin, embedding", "separation/fine/margin", 1.0, 3),
     "bound": Figure("KL bound, embedding", "pairs/fine/kl_bound", 1.0, 2),
@@ -80,6 +82,17 @@ def measure(splits: FeatureSplits, figures: Iterable[str]) -> dict[str, Any]:
                 record[kind] = results[f"{prefix}/{kind}"]
         found[name] = record
     return found
+
+
+def local_lipschitz(folder: Path) -> dict[str, Any]:
+    """The record of the figure "lipschitz" of a run, the median over 64 validation images, as ``pysupcon
+    evaluate RUN --lipschitz true`` measures it."""
+    from pysupcon.evaluation.lipschitz import Lipschitz
+    from pysupcon.evaluators import EvaluationConfig
+    from pysupcon.trainer.run import load_run
+
+    found = Lipschitz(load_run(folder), torch.device("cpu"), EvaluationConfig()).measure()
+    return {"value": dict(found)[FIGURES["lipschitz"].metric]}
 
 
 def _evaluator(name: str) -> Any:

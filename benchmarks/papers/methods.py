@@ -37,7 +37,7 @@ class Method:
         shown: whether it is a row. Otherwise it is only trained, as a part of other rows.
         new_seeds: its seeds follow those of the other methods, so that it is independent of its equal.
         quick: whether the quick form has it.
-        full_probe: whether the probe of Thanos is trained for its full number of steps, too.
+        also: figures that are measured in addition to those of the table.
     """
 
     key: str
@@ -49,7 +49,7 @@ class Method:
     shown: bool = True
     new_seeds: bool = False
     quick: bool = False
-    full_probe: bool = False
+    also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -131,15 +131,16 @@ def transfer_methods(
         low_alpha: with a weight of cNCE just above the threshold.
         full_probe: with the full probe of Thanos for the main rows.
     """
+    also = ("probe",) if full_probe else ()
     return (
         Method("ce", "cross-entropy"),
-        Method("supcon", "SupCon", quick=True, full_probe=full_probe),
+        Method("supcon", "SupCon", quick=True, also=also),
         Method("sincere", "SINCERE"),
-        Method("supcon_cnce", "SupCon + cNCE", quick=True, full_probe=full_probe),
-        Method("ce_autoencoder", "cross-entropy + autoencoder", quick=True, full_probe=full_probe),
+        Method("supcon_cnce", "SupCon + cNCE", quick=True, also=also),
+        Method("ce_autoencoder", "cross-entropy + autoencoder", quick=True, also=also),
         *more,
         Method("thanos_frozen", "Thanos, two frozen backbones", kind="concatenated", quick=True,
-               full_probe=full_probe, parts=("supcon_cnce", "ce_autoencoder")),
+               also=also, parts=("supcon_cnce", "ce_autoencoder")),
         *(LOW if low_alpha else ()),
         *CONTROLS,
         *widths,

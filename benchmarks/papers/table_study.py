@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.papers.cells import bold_interval, show_interval, with_deviation
 from benchmarks.papers.encoders import concatenate, embeddings, pixels, train_encoder, untrained
-from benchmarks.papers.figures import FIGURES, Comparer, Difference, measure, values
+from benchmarks.papers.figures import FIGURES, Comparer, Difference, local_lipschitz, measure, values
 from benchmarks.papers.methods import Method, Table
 from benchmarks.papers.study import QUICK_SEEDS, SEEDS, Claim, Job, Record, Records, verdict
 from benchmarks.table import markdown
@@ -106,14 +106,14 @@ class TableStudy:
         else:
             of_baseline = folder / job.needs[0]
             splits = pixels(of_baseline) if method.kind == "pixels" else untrained(of_baseline, seed)
-        figures = [*self.table.figures, *(["probe"] if method.full_probe else [])]
-        record["figures"] = measure(splits, [name for name in figures if not name.startswith("head_")])
-        if method.kind == "trained" and any(name.startswith("head_") for name in figures):
-            from pysupcon.trainer.run import load_run
-
-            if load_run(place).config.model.projection != "none":
-                heads = [name for name in figures if name.startswith("head_")]
-                record["figures"] |= measure(embeddings(place, projection=True), heads)
+        figures = [*self.table.figures, *method.also]
+        heads = [name for name in figures if name.startswith("head_")]
+        plain = [name for name in figures if name not in (*heads, "lipschitz")]
+        record["figures"] = measure(splits, plain)
+        if "lipschitz" in figures:
+            record["figures"]["lipschitz"] = local_lipschitz(place)
+        if heads:
+            record["figures"] |= measure(embeddings(place, projection=True), heads)
         record["samples"] = len(splits.test)
         record["evaluate_minutes"] = (time.process_time() - start) / 60
         return record
@@ -141,9 +141,13 @@ class TableStudy:
         if not rows:
             return ""
         comparer = Comparer(rows)
-        shown = [*self.table.figures]
-        if any("probe" in record["figures"] for of_row in rows.values() for record in of_row.values()):
-            shown.append("probe")
+        measured = {
+            name for of_row in rows.values() for record in of_row.values() for name in record["figures"]
+        }
+        also = dict.fromkeys(
+            name for method in self.table.methods for name in method.also if name in measured
+        )
+        shown = [*self.table.figures, *also]
         base = self.methods[self.table.baseline].title
         header = ["method", *(FIGURES[name].heading for name in shown)]
         header += [f"{FIGURES[name].heading}, less {base}" for name in self.table.compared]

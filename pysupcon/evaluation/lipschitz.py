@@ -46,6 +46,10 @@ class Lipschitz:
         self.run, self.device, self.config = run, device, config
 
     def __call__(self, splits: FeatureSplits, *, progress: bool = False) -> Iterator[Result]:
+        """Yield the results of :meth:`measure`; the features are not needed."""
+        return self.measure()
+
+    def measure(self) -> Iterator[Result]:
         """Yield the results.
 
         Raises:
