@@ -163,7 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="default: all (%(choices)s)")  # fmt: skip
     add("--quick", action="store_true", help="the quick form; its results stay in the folder of the runs")
     add("--runs", type=Path, default=RUNS, help="folder of the runs (default: %(default)s)")
-    add("--results", type=Path, help="folder of paper_STUDY.json (default: benchmarks/results)")
+    add("--results", type=Path, help="folder of paper_STUDY.json (default: benchmarks/results, whose tables "
+        "stand on the pages; those of another folder are printed)")  # fmt: skip
     add("--processes", type=int, default=2, help="jobs at once (default: %(default)s)")
     add("--plan", action="store_true", help="print what is left to do; run nothing")
     add("--render", action="store_true", help="run nothing; write the pages from the stored records")
@@ -186,10 +187,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         records = collect(study, options.runs, options.quick)
         if records:
             print(f"written: {store(study, records, results)}")
-    if options.quick:
-        print(page.section(STUDIES, results))
-    else:
+    if results.resolve() == RESULTS.resolve():
         page.write(STUDIES, results)
+    else:  # the pages of the project show the stored results only
+        print(page.section(STUDIES, results))
     for name in failed:
         print(f"failed: {name}", file=sys.stderr)
     return int(bool(failed))

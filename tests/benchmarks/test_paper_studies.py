@@ -215,6 +215,21 @@ def test_the_plan_says_the_minutes_and_runs_nothing(
     assert listed.ran == []
 
 
+def test_results_of_another_folder_are_printed(
+    listed: Listed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The pages of the project stay."""
+    monkeypatch.setattr(results, "run_all", lambda *_: [])
+    monkeypatch.setattr(results, "STUDIES", [STUDY])
+    monkeypatch.setattr(page, "write", lambda *_, **__: pytest.fail("the pages were written"))
+    (tmp_path / "results").mkdir()
+    record = {"figures": {}, "processor_minutes": 1.0}
+    results.store(STUDY, {"ce_seed0": record}, tmp_path / "results")
+    given = ["--studies", "listed", "--runs", str(tmp_path), "--results", str(tmp_path / "results")]
+    assert results.main(given) == 0
+    assert "1 jobs in 1 processor minutes" in capsys.readouterr().out
+
+
 def test_bits_survive() -> None:
     bits = torch.rand(1001, generator=torch.Generator().manual_seed(0)) < 0.3
     assert torch.equal(unpack_bits(pack_bits(bits), 1001), bits)
