@@ -36,10 +36,13 @@ def assert_same_training(folder: Path, other: Path) -> None:
     for name in ("step", "epoch", "learning_rate", "valid_anchors"):
         assert [line[name] for line in first] == [line[name] for line in second], name
     parts = ("contrastive", "infonce", "cross_entropy", "second_cross_entropy", "reconstruction")
-    for name in ("loss", *parts, "chance", "temperature", "gradient_norm"):
+    for name in ("loss", *parts, "chance", "gradient_norm"):
         assert _column(first, name) == pytest.approx(_column(second, name), rel=2e-4), name
+    # The temperature changes by little, and may return to its first value: its changes are compared.
     temperatures = _column(first, "temperature")
-    assert abs(temperatures[-1] - temperatures[0]) > 1e-4, "the temperature did not change"
+    span = max(temperatures) - min(temperatures)
+    assert span > 1e-4, "the temperature did not change"
+    assert temperatures == pytest.approx(_column(second, "temperature"), rel=0, abs=span / 50), "temperature"
     weights = [load_file(run / "model.safetensors") for run in (folder, other)]
     for name, value in weights[0].items():
         torch.testing.assert_close(value, weights[1][name], rtol=1e-3, atol=2e-4)
