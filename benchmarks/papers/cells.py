@@ -7,7 +7,14 @@ from statistics import fmean, stdev
 
 
 def show_interval(value: float, low: float, high: float, factor: float = 1.0, digits: int = 3) -> str:
-    """``value [low, high]`` times ``factor``, with signs."""
+    """``value [low, high]`` times ``factor``, with signs.
+
+    An end beside 0 gets more digits, at most two, so that its side can be seen.
+    """
+    for _ in range(2):
+        if all(round(factor * end, digits) != 0 or end == 0 for end in (low, high)):
+            break
+        digits += 1
     shown, left, right = (f"{factor * number:+.{digits}f}" for number in (value, low, high))
     return f"{shown} [{left}, {right}]"
 

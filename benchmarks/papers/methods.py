@@ -83,6 +83,7 @@ class Table:
     minutes: float = 0.5
 
 
+_COLD = ("--loss.temperature", "0.1")
 LOW_ALPHA = 0.12
 """Just above the threshold of a collapse, 0.107 for two classes of 75 images in a batch, temperature 0.5 and
 the gap 1 of features after a ReLU: ``threshold.alpha_star(75, 2, 0.5, "supcon", gap=1)``."""
@@ -93,6 +94,13 @@ LOW = (
            parts=("supcon_cnce_low", "ce_autoencoder")),
 )  # fmt: skip
 
+
+COLD = (
+    Method("supcon_cold", "SupCon, temperature 0.1", "supcon", _COLD),
+    Method("sincere_cold", "SINCERE, temperature 0.1", "sincere", _COLD),
+    Method("supcon_cnce_cold", "SupCon + cNCE, temperature 0.1", "supcon_cnce", _COLD),
+)
+"""The temperature of SINCERE's recipes. That of Thanos, 0.5, is high for the losses without cNCE."""
 
 CONTROLS = (
     Method("pixels", "control: the pixels themselves", kind="pixels", quick=True),
@@ -121,6 +129,7 @@ def transfer_methods(
     more: tuple[Method, ...] = (),
     widths: tuple[Method, ...] = (),
     low_alpha: bool = False,
+    cold: bool = False,
     full_probe: bool = False,
 ) -> tuple[Method, ...]:
     """The rows of a coarse-to-fine table.
@@ -129,6 +138,7 @@ def transfer_methods(
         more: further rows, before Thanos.
         widths: controls of the width, at the end.
         low_alpha: with a weight of cNCE just above the threshold.
+        cold: with three losses at the temperature 0.1.
         full_probe: with the full probe of Thanos for the main rows.
     """
     also = ("probe",) if full_probe else ()
@@ -142,6 +152,7 @@ def transfer_methods(
         Method("thanos_frozen", "Thanos, two frozen backbones", kind="concatenated", quick=True,
                also=also, parts=("supcon_cnce", "ce_autoencoder")),
         *(LOW if low_alpha else ()),
+        *(COLD if cold else ()),
         *CONTROLS,
         *widths,
     )  # fmt: skip

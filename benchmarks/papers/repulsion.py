@@ -2,6 +2,10 @@
 
 SupCon repels the positive p of an anchor if softmax_p > 1 / |P|: p has more than its share.
 With one positive this cannot happen. SINCERE's derivative, (sigma_p - 1) / |P|, is never above 0.
+
+A share of a half says little: if the softmax lies on the positives alone, about half of them are above its
+mean. So the strength is measured, too: of all that an anchor pushes away, the sum over p of
+(softmax_p - 1 / |P|)+ and the sum over n of softmax_n, the part that falls on the anchor's own class.
 """
 
 from __future__ import annotations
@@ -59,6 +63,28 @@ def repelling_shares(
     return {loss: number / pairs for loss, number in repelled.items()}
 
 
+def own_class_push(
+    features: Tensor, labels: Tensor, temperature: float, count: int, generator: torch.Generator
+) -> float:
+    """The part of SupCon's repulsion that falls on the anchor's own class, over random batches.
+
+    The arguments are those of :func:`repelling_shares`.
+    """
+    batches = max(1, _ROWS // (count * len(labels.unique())))
+    own = others = 0.0
+    for rows in small_training.balanced_batches(labels, count, batches, generator):
+        z, y = features[rows], labels[rows]
+        for anchors in torch.arange(len(z)).split(500):
+            itself = anchors[:, None] == torch.arange(len(z))
+            positive = (y[anchors, None] == y) & ~itself
+            softmax = (z[anchors] @ z.T / temperature).masked_fill(itself, -torch.inf).softmax(dim=1)
+            # Rounding of equal similarities is no push.
+            pushes = softmax - 1 / (count - 1)
+            own += float(pushes[positive & (pushes > 1e-12)].sum())
+            others += float(softmax[~positive].sum())
+    return own / (own + others)
+
+
 def missing() -> str:
     """Nothing: the data come with Python packages."""
     return ""
@@ -80,6 +106,7 @@ def run(job: Job, folder: Path) -> dict[str, Any]:
     images, labels = small_training.digits()
     functions: dict[str, Callable[..., Tensor]] = {"supcon": functional.supcon, "sincere": functional.sincere}
     shares: dict[str, dict[str, list[float]]] = {stage: {} for stage in STAGES}
+    pushes: dict[str, list[float]] = {}
     for loss, function in functions.items():
         model = small_training.network(number)
         for stage in STAGES:
@@ -98,7 +125,9 @@ def run(job: Job, folder: Path) -> dict[str, Any]:
             shares[stage][loss] = [
                 repelling_shares(features, labels, tau, count, generator)[loss] for count in COUNTS
             ]
-    return {"temperature": tau, "shares": shares}
+            if loss == "supcon":
+                pushes[stage] = [own_class_push(features, labels, tau, count, generator) for count in COUNTS]
+    return {"temperature": tau, "shares": shares, "pushes": pushes}
 
 
 def values(records: Records, stage: str, loss: str, tau: float) -> list[list[float]]:
@@ -121,9 +150,18 @@ def tables(records: Records) -> str:
                     lines.append([stage, loss, f"{tau:g}", *cells])
     if not seeds:
         return ""
+    strength = [[*lines[0]]]
+    for stage in STAGES:
+        for tau in TEMPERATURES:
+            pushes = [record["pushes"][stage] for record in records.values() if record["temperature"] == tau]
+            if pushes:
+                cells = [with_interval(list(each), 100, 1, (0, 1)) for each in zip(*pushes, strict=True)]
+                strength.append([stage, "supcon", f"{tau:g}", *cells])
     return (
         f"**{TITLE}** (ten digits, {seeds} seeds): positive pairs that the loss repels, per cent [95 % "
-        f"interval over the seeds].\n\n{markdown(lines)}"
+        f"interval over the seeds].\n\n{markdown(lines)}\n\n"
+        "The part of SupCon's repulsion that falls on the anchor's own class, per cent of all that an anchor "
+        f"pushes away:\n\n{markdown(strength)}"
     )
 
 

@@ -27,6 +27,8 @@ ORDERS = (
     Order("SupCon + cNCE above SupCon", "supcon_cnce", "supcon", "knn"),
     Order("SupCon + cNCE just above alpha* (0.12) above SupCon", "supcon_cnce_low", "supcon", "logistic"),
     Order("SupCon + cNCE, alpha 0.5 above alpha 0.12", "supcon_cnce", "supcon_cnce_low", "logistic"),
+    Order("SupCon + cNCE above cross-entropy", "supcon_cnce", "ce", "logistic"),
+    Order("SupCon + cNCE above cross-entropy", "supcon_cnce", "ce", "knn"),
     Order("Thanos above SupCon", _THANOS, "supcon", "logistic"),
     Order("Thanos above SupCon", _THANOS, "supcon", "knn"),
     Order("Thanos above SupCon + cNCE", _THANOS, "supcon_cnce", "logistic"),
@@ -34,9 +36,16 @@ ORDERS = (
     Order("Thanos above cross-entropy + autoencoder", _THANOS, "ce_autoencoder", "knn"),
     Order("Thanos above two cross-entropy + autoencoder, of equal width", _THANOS, _PAIR, "logistic"),
     Order("Thanos above two cross-entropy + autoencoder, of equal width", _THANOS, _PAIR, "knn"),
+    Order("Thanos above two SupCon + cNCE, of equal width", _THANOS, "supcon_cnce_pair", "logistic"),
+    Order("Thanos above two SupCon + cNCE, of equal width", _THANOS, "supcon_cnce_pair", "knn"),
     Order("Thanos above the pixels", _THANOS, "pixels", "logistic"),
     Order("Thanos above the pixels", _THANOS, "pixels", "knn"),
     Order("SINCERE above SupCon", "sincere", "supcon", "logistic"),
+    Order("SINCERE above SupCon, both at temperature 0.1", "sincere_cold", "supcon_cold", "logistic"),
+    Order(
+        "SupCon + cNCE above SupCon, both at temperature 0.1", "supcon_cnce_cold", "supcon_cold", "logistic"
+    ),
+    Order("SupCon + cNCE at temperature 0.5 above SupCon at 0.1", "supcon_cnce", "supcon_cold", "logistic"),
     Order("SupCon above an untrained network", "supcon", "untrained", "logistic"),
 )
 """Claims of the coarse-to-fine tables; a table decides those whose rows it has."""
@@ -85,7 +94,8 @@ MECHANISM_ORDERS = (
 
 MNIST_STRONG = _study(
     Table("mnist5k_strong", "MNIST-coarse, 3,600 images, strong augmentation", "mnist5k_coarse",
-          transfer_methods(widths=WIDTHS, low_alpha=True, full_probe=True), arguments=STRONG, minutes=0.3),
+          transfer_methods(widths=WIDTHS, low_alpha=True, cold=True, full_probe=True),
+          arguments=STRONG, minutes=0.3),
     in_quick=True, headlines=HEADLINES,
 )  # fmt: skip
 MNIST_NONE = _study(

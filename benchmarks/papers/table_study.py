@@ -118,8 +118,9 @@ class TableStudy:
         record["evaluate_minutes"] = (time.process_time() - start) / 60
         return record
 
-    def _rows(self, records: Records) -> dict[str, dict[int, Record]]:
-        """The records of each row by seed. The pixels are the same for all seeds."""
+    def rows(self, records: Records) -> dict[str, dict[int, Record]]:
+        """The records of each row by seed, for :class:`benchmarks.papers.figures.Comparer`. The record of the
+        pixels stands for all seeds."""
         found: dict[str, dict[int, Record]] = {}
         for method in self.table.methods:
             if not method.shown:
@@ -137,7 +138,7 @@ class TableStudy:
 
     def tables(self, records: Records) -> str:
         """See :class:`benchmarks.papers.study.Study`."""
-        rows = self._rows(records)
+        rows = self.rows(records)
         if not rows:
             return ""
         comparer = Comparer(rows)
@@ -161,7 +162,8 @@ class TableStudy:
             lines.append([self.methods[key].title, *cells, _minutes(found)])
         seeds = sorted({len(of_row) for key, of_row in rows.items() if self.methods[key].kind != "pixels"})
         count = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
-        return f"**{self.TITLE}** ({count} seeds).\n\n{markdown(lines)}"
+        images = next(record["samples"] for of_row in rows.values() for record in of_row.values())
+        return f"**{self.TITLE}** ({count} seeds, {images:,} test samples).\n\n{markdown(lines)}"
 
     def _cell(self, records: Sequence[Record], name: str) -> str:
         if any(name not in record["figures"] for record in records):
@@ -173,7 +175,7 @@ class TableStudy:
         """Draw the differences to the baseline: a panel for each figure, a line for each row."""
         from matplotlib.figure import Figure
 
-        comparer, base = Comparer(self._rows(records)), self.table.baseline
+        comparer, base = Comparer(self.rows(records)), self.table.baseline
         found = {
             name: {
                 method.title: difference
@@ -210,7 +212,7 @@ class TableStudy:
 
     def claims(self, records: Records) -> list[Claim]:
         """See :class:`benchmarks.papers.study.Study`."""
-        return list(self._claims(Comparer(self._rows(records))))
+        return list(self._claims(Comparer(self.rows(records))))
 
     def _claims(self, comparer: Comparer) -> Iterator[Claim]:
         for order in self.orders:

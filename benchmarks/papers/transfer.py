@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.papers.cells import bold_interval, show_interval, with_deviation
+from benchmarks.papers.figures import bootstrap_config
 from benchmarks.papers.methods import FASHION_ROOT, FASHION_SOURCE
 from benchmarks.papers.study import (
     QUICK_SEEDS,
@@ -136,7 +137,6 @@ class Outcomes:
 
         None if no pair has two seeds of both rows. Only the seeds that all pairs have are used.
         """
-        from pysupcon.evaluators import BootstrapConfig
         from pysupcon.evaluators.bootstrap import percentile_interval
 
         usable = [(s, t) for s, t in pairs if self.seeds(s, row) and self.seeds(s, less)]
@@ -154,19 +154,19 @@ class Outcomes:
                 means.append(fmean(unpack_bits(*each).double().mean().item() for each in found))
             draws.append(resampled[0] - resampled[1])
             values.append(means[0] - means[1])
-        low, high = percentile_interval(torch.stack(draws).mean(dim=0), BootstrapConfig().confidence)
+        low, high = percentile_interval(torch.stack(draws).mean(dim=0), 0.95)
         return fmean(values), low, high, len(seeds)
 
 
 @lru_cache(maxsize=128)  # tables, pictures and claims need the same
 def _resampled(stored: tuple[tuple[str, int], ...], seeds: tuple[int, ...]) -> Tensor:
     """Accuracy on resamples of seeds and test images, from the outcomes of each seed."""
-    from pysupcon.evaluators import BootstrapConfig, BoundMetric
+    from pysupcon.evaluators import BoundMetric
     from pysupcon.evaluators.bootstrap import seed_and_sample_values
     from pysupcon.evaluators.metrics import METRICS
 
     metrics = [BoundMetric(METRICS["accuracy"], [unpack_bits(*each)]) for each in stored]
-    return seed_and_sample_values(metrics, BootstrapConfig(), seeds=seeds)
+    return seed_and_sample_values(metrics, bootstrap_config(stored[0][1]), seeds=seeds)
 
 
 def tables(records: Records) -> str:

@@ -54,7 +54,7 @@ MINUTES = {
 """Processor minutes of a job."""
 SELECTIONS = {"known": "own selection", "true": "selected by true validation groups"}
 CONFIDENCE = 0.95
-RESAMPLES = 1000
+RESAMPLES = 10_000
 HEADLINE = ("coloured_mnist5k", "group_dro_supcon")
 """Data set and classifier of the claims in README."""
 PICTURE = "paper_worst_group.png"

@@ -105,6 +105,42 @@ def test_repelled_pairs_of_a_hand_made_example() -> None:
     assert shares == {"supcon": pytest.approx(2 / 12), "sincere": 0.0}
 
 
+def test_own_class_push_of_a_hand_made_example() -> None:
+    rows = torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 1], [0, 0, 1]]).double()
+    labels = torch.tensor([0, 0, 0, 1, 1, 1])
+    found = repulsion.own_class_push(rows, labels, 0.5, 3, torch.Generator().manual_seed(0))
+    e = math.exp(1 / 0.5)
+    # Rows 0 and 1 push each other; row 2 has equal similarities; the softmax of rows 3 to 5 is at most 1/2.
+    own = 2 * (e / (e + 4) - 1 / 2)
+    others = 2 * 3 / (e + 4) + 3 / 5 + 3 * 3 / (2 * e + 3)
+    assert found == pytest.approx(own / (own + others), rel=1e-12)
+
+
+def test_a_label_of_two_images_is_never_pushed() -> None:
+    rows = F.normalize(torch.randn(40, 5, generator=torch.Generator().manual_seed(0)).double(), dim=1)
+    labels = torch.arange(4).repeat_interleave(10)
+    generator = torch.Generator().manual_seed(0)
+    assert repulsion.own_class_push(rows, labels, 0.1, 2, generator) == 0
+    gradient = _supcon_gradient(rows, labels, 0.1)
+    same = (labels[:, None] == labels) & ~torch.eye(40, dtype=torch.bool)
+    own = gradient[same].clamp(min=0).sum()
+    expected = own / (own + gradient[labels[:, None] != labels].sum())
+    found = repulsion.own_class_push(rows, labels, 0.1, 10, generator)
+    assert found == pytest.approx(expected.item(), rel=1e-9)
+    assert found > 0
+
+
+def _supcon_gradient(rows: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Derivative of the sum of SupCon's losses by each similarity, without the diagonal."""
+    similarities = (rows @ rows.T / temperature).requires_grad_()
+    itself = torch.eye(len(rows), dtype=torch.bool)
+    positive = (labels[:, None] == labels) & ~itself
+    log_softmax = similarities.masked_fill(itself, -torch.inf).log_softmax(dim=1)
+    loss = -(log_softmax.masked_fill(~positive, 0).sum(dim=1) / positive.sum(dim=1)).sum()
+    (gradient,) = torch.autograd.grad(loss, similarities)
+    return gradient
+
+
 def test_two_images_of_a_label_are_never_repelled() -> None:
     rows = F.normalize(torch.randn(40, 5, generator=torch.Generator().manual_seed(0)).double(), dim=1)
     labels = torch.arange(4).repeat_interleave(10)
@@ -193,8 +229,13 @@ def test_tables_claims_and_pictures_of_some_records(tmp_path: Path) -> None:
 
     grown = [0.0, 0.5, 0.6, 0.7, 0.8]
     shares = {stage: {"supcon": grown, "sincere": [0.0] * 5} for stage in repulsion.STAGES}
-    repelled = {f"t0.1_seed{seed}": {"temperature": 0.1, "shares": shares} for seed in (0, 1)}
-    assert "| after | supcon | 0.1 | 0.0 [0.0, 0.0] | 50.0 [50.0, 50.0] |" in repulsion.tables(repelled)
+    pushes = {"before": [0.0] * 5, "after": [0.0, 0.2, 0.3, 0.4, 0.5]}
+    repelled = {
+        f"t0.1_seed{seed}": {"temperature": 0.1, "shares": shares, "pushes": pushes} for seed in (0, 1)
+    }
+    shown = repulsion.tables(repelled)
+    assert "| after | supcon | 0.1 | 0.0 [0.0, 0.0] | 50.0 [50.0, 50.0] |" in shown
+    assert "| after | supcon | 0.1 | 0.0 [0.0, 0.0] | 20.0 [20.0, 20.0] |" in shown
     assert [claim.verdict for claim in repulsion.claims(repelled)] == ["shown", "shown"]
     falling = {stage: {"supcon": [0.0, 0.6, 0.5, 0.4, 0.3], "sincere": [0.0] * 5} for stage in shares}
     fallen = {name: record | {"shares": falling} for name, record in repelled.items()}
