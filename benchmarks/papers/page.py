@@ -40,6 +40,15 @@ def read_stored(study: Study, results: Path) -> dict[str, Any]:
     return found
 
 
+def read_makers(study: Study, results: Path) -> list[dict[str, Any]]:
+    """Each ``machine`` that made stored records of a study, with their names as ``records``."""
+    path = stored_file(study, results)
+    if not path.is_file():
+        return []
+    found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["made"]
+    return found
+
+
 def section(studies: Iterable[Study], results: Path) -> str:
     """The claims, and the tables and pictures of all studies that have records."""
     stored = [(study, records) for study in studies if (records := read_stored(study, results))]
@@ -51,10 +60,10 @@ def section(studies: Iterable[Study], results: Path) -> str:
 
 
 def _machines(studies: Sequence[Study], results: Path) -> str:
-    files = [json.loads(stored_file(study, results).read_text(encoding="utf-8")) for study in studies]
-    machines = sorted({file["machine"]["processor"] for file in files})
-    versions = sorted({file["machine"]["versions"]["torch"] for file in files})
-    records = [record for file in files for record in file["records"].values()]
+    made_by = [maker["machine"] for study in studies for maker in read_makers(study, results)]
+    machines = sorted({machine["processor"] for machine in made_by})
+    versions = sorted({machine["versions"]["torch"] for machine in made_by})
+    records = [record for study in studies for record in read_stored(study, results).values()]
     # A training may have ended before its job was started again.
     minutes = sum(
         max(record["processor_minutes"], record.get("train_minutes", 0) + record.get("evaluate_minutes", 0))

@@ -1,16 +1,17 @@
 """Runs the studies of the two papers' claims, stores their records, and writes the tables and pictures.
 
     python benchmarks/papers/results.py                 # all studies; says its processor minutes first
-    python benchmarks/papers/results.py --quick         # two seeds and fewer methods, in runs/paper/quick
+    python benchmarks/papers/results.py --quick         # two seeds and fewer methods; changes no page
     python benchmarks/papers/results.py --studies mnist5k_strong threshold
+    python benchmarks/papers/results.py --missing       # only what has no stored record, e.g. a new row
     python benchmarks/papers/results.py --plan          # what is left to do, and its minutes
     python benchmarks/papers/results.py --render        # run nothing; write the pages from the stored records
     python benchmarks/papers/results.py --check         # exit status 1 if the pages differ from them
 
 Runs and records are in runs/paper/STUDY. A finished job is not repeated, so a stopped command can be started
 again; remove the runs and records of a method after changing its arguments. The records of a study are stored
-in benchmarks/results/paper_STUDY.json; records that are stored there and were not made again here stay. Each
-job runs on one thread.
+in benchmarks/results/paper_STUDY.json; records that are stored there and were not made again here stay, with
+the machine that made them. Each job runs on one thread.
 """
 
 from __future__ import annotations
@@ -62,14 +63,29 @@ def run_job(name: str, job: Job, runs: Path) -> float:
     return minutes
 
 
-def left(studies: Sequence[Study], runs: Path, quick: bool) -> list[tuple[Study, Job]]:
-    """The jobs without a record, in order."""
-    return [
-        (study, job)
-        for study in studies
-        for job in study.jobs(quick)
-        if not record_file(study, job, runs).is_file()
-    ]
+def left(
+    studies: Sequence[Study], runs: Path, quick: bool, have: Mapping[str, Records] | None = None
+) -> list[tuple[Study, Job]]:
+    """The jobs without a record, in order.
+
+    Args:
+        studies: the studies.
+        runs: folder of the runs.
+        quick: the jobs of the quick form.
+        have: records of each study that need not be made, except for another job that needs their runs.
+    """
+    found: list[tuple[Study, Job]] = []
+    for study in studies:
+        jobs = {job.name: job for job in study.jobs(quick)}
+        open_jobs = [name for name in jobs if name not in (have or {}).get(study.NAME, {})]
+        wanted: set[str] = set()
+        while open_jobs:
+            name = open_jobs.pop()
+            if name not in wanted and not record_file(study, name, runs).is_file():
+                wanted.add(name)
+                open_jobs += jobs[name].needs
+        found += [(study, job) for name, job in jobs.items() if name in wanted]
+    return found
 
 
 def run_all(
@@ -138,16 +154,24 @@ def collect(study: Study, runs: Path, quick: bool) -> dict[str, Any]:
 
 
 def store(study: Study, records: Records, results: Path) -> Path:
-    """Store records beside those that are stored already."""
+    """Store records beside those that are stored already; each stays with the machine that made it."""
     from benchmarks.machine import describe
 
     path = page.stored_file(study, results)
     stored = page.read_stored(study, results)
+    changed = [name for name, record in records.items() if stored.get(name) != record]
+    if not changed:
+        return path
+    made = [{"machine": describe("cpu"), "records": changed}]
+    for maker in page.read_makers(study, results):
+        kept = [name for name in maker["records"] if name not in changed]
+        made += [{"machine": maker["machine"], "records": kept}] if kept else []
     order = [job.name for job in study.jobs(False)] + [job.name for job in study.jobs(True)]
     merged = {**stored, **records}
     ordered = {name: merged[name] for name in dict.fromkeys([*order, *merged]) if name in merged}
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(record)}" for name, record in ordered.items())
-    head = f' "study": {json.dumps(study.NAME)},\n "machine": {json.dumps(describe("cpu"))},\n'
+    makers = ",\n".join(f"  {json.dumps(maker)}" for maker in made)
+    head = f' "study": {json.dumps(study.NAME)},\n "made": [\n{makers}\n ],\n'
     results.mkdir(parents=True, exist_ok=True)
     path.write_text(f'{{\n{head} "records": {{\n{lines}\n }}\n}}\n', encoding="utf-8")
     return path
@@ -162,6 +186,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--studies", nargs="+", choices=list(BY_NAME), default=list(BY_NAME), metavar="NAME",
         help="default: all (%(choices)s)")  # fmt: skip
     add("--quick", action="store_true", help="the quick form; its results stay in the folder of the runs")
+    add("--missing", action="store_true", help="only the jobs whose records are not stored, and those that "
+        "they need; for a fresh clone to which a row was added")  # fmt: skip
     add("--runs", type=Path, default=RUNS, help="folder of the runs (default: %(default)s)")
     add("--results", type=Path, help="folder of paper_STUDY.json (default: benchmarks/results, whose tables "
         "stand on the pages; those of another folder are printed)")  # fmt: skip
@@ -174,7 +200,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.render or options.check:
         return page.write(STUDIES, results, check=options.check)
     studies = [study for study in map(BY_NAME.__getitem__, options.studies) if _can_run(study)]
-    jobs = left(studies, options.runs, options.quick)
+    have = {study.NAME: page.read_stored(study, results) if options.missing else {} for study in studies}
+    jobs = left(studies, options.runs, options.quick, have)
     minutes = sum(job.minutes for _, job in jobs)
     print(f"{len(jobs)} jobs, about {minutes:.0f} processor minutes on {options.processes} processes")
     if options.plan:
@@ -185,6 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed = run_all(jobs, options.runs, options.processes)
     for study in studies:
         records = collect(study, options.runs, options.quick)
+        records = {name: record for name, record in records.items() if name not in have[study.NAME]}
         if records:
             print(f"written: {store(study, records, results)}")
     if results.resolve() == RESULTS.resolve():

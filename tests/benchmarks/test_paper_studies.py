@@ -8,7 +8,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.papers import encoders, page, results  # noqa: E402
+from benchmarks.papers.cells import show_interval  # noqa: E402
 from benchmarks.papers.figures import FIGURES, bound_metric  # noqa: E402
 from benchmarks.papers.methods import Method, Table  # noqa: E402
 from benchmarks.papers.studies import STUDIES  # noqa: E402
@@ -98,7 +99,7 @@ def test_differences_are_over_seeds_and_images(records: dict[str, Any]) -> None:
     draws = [
         seed_and_sample_values(
             [metric for seed in (0, 1) if (metric := bound_metric(records[f"{key}_seed{seed}"], "logistic"))],
-            BootstrapConfig(),
+            BootstrapConfig(resamples=10_000),
         )
         for key in ("supcon", "untrained")
     ]
@@ -121,7 +122,7 @@ def test_the_table_shows_every_row(records: dict[str, Any]) -> None:
     assert [row.split(" | ")[0] for row in rows[1:]] == [
         "| SupCon", "| cross-entropy", "| two frozen backbones", "| the pixels", "| untrained network",
     ]  # fmt: skip
-    assert text.startswith("**digits** (2 seeds).")
+    assert text.startswith(f"**digits** (2 seeds, {records['ce_seed0']['samples']} test samples).")
     assert "±" not in rows[4].split(" | ")[1]  # the pixels have no seeds
     assert "±" in rows[1]
 
@@ -215,6 +216,53 @@ def test_the_plan_says_the_minutes_and_runs_nothing(
     assert listed.ran == []
 
 
+def test_only_what_is_not_stored(listed: Listed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that was added is trained, with the runs that it needs; the stored records of these stay."""
+    folder = tmp_path / "results"
+    stored = {"first": {"name": "stored"}, "broken": {}, "needs_broken": {}}
+    results.store(cast(Study, listed), stored, folder)
+    have = {"listed": page.read_stored(cast(Study, listed), folder)}
+    assert [job.name for _, job in results.left([listed], tmp_path, False, have)] == [
+        "last",
+        "middle",
+        "first",
+    ]
+    everything = {"listed": {job.name: {} for job in listed.jobs(False)}}
+    assert results.left([listed], tmp_path, False, everything) == []
+
+    monkeypatch.setattr(results, "run_all", _run_here)
+    monkeypatch.setattr(page, "section", lambda *_: "")
+    given = ["--studies", "listed", "--runs", str(tmp_path), "--results", str(folder), "--missing"]
+    assert results.main(given) == 0
+    assert listed.ran == ["first", "middle", "last"]
+    found = page.read_stored(cast(Study, listed), folder)
+    assert found["first"] == {"name": "stored"}
+    assert found["last"]["name"] == "last"
+
+
+def _run_here(jobs: Any, runs: Path, processes: int, run_all: Any = results.run_all) -> list[str]:
+    """In this process, whose studies have the tests' own."""
+    with ThreadPoolExecutor(1) as pool:
+        return list(run_all(jobs, runs, processes, pool))
+
+
+def test_records_stay_with_their_machine(
+    listed: Listed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = cast(Study, listed)
+    for commit, records in (
+        ("one", {"first": 1, "middle": 1}),
+        ("two", {"middle": 2, "last": 2, "first": 1}),
+    ):
+        monkeypatch.setattr("benchmarks.machine.describe", lambda _, commit=commit: {"commit": commit})
+        results.store(study, {name: {"value": value} for name, value in records.items()}, tmp_path)
+    makers = [(maker["machine"]["commit"], maker["records"]) for maker in page.read_makers(study, tmp_path)]
+    assert makers == [("two", ["middle", "last"]), ("one", ["first"])]
+    before = page.stored_file(study, tmp_path).read_text(encoding="utf-8")
+    results.store(study, {"first": {"value": 1}}, tmp_path)
+    assert page.stored_file(study, tmp_path).read_text(encoding="utf-8") == before, "nothing is new"
+
+
 def test_results_of_another_folder_are_printed(
     listed: Listed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -223,11 +271,18 @@ def test_results_of_another_folder_are_printed(
     monkeypatch.setattr(results, "STUDIES", [STUDY])
     monkeypatch.setattr(page, "write", lambda *_, **__: pytest.fail("the pages were written"))
     (tmp_path / "results").mkdir()
-    record = {"figures": {}, "processor_minutes": 1.0}
+    record = {"figures": {}, "samples": 1, "processor_minutes": 1.0}
     results.store(STUDY, {"ce_seed0": record}, tmp_path / "results")
     given = ["--studies", "listed", "--runs", str(tmp_path), "--results", str(tmp_path / "results")]
     assert results.main(given) == 0
     assert "1 jobs in 1 processor minutes" in capsys.readouterr().out
+
+
+def test_an_end_beside_zero_shows_its_side() -> None:
+    assert show_interval(0.0123, 0.00002, 0.02, 100, 1) == "+1.230 [+0.002, +2.000]"
+    assert show_interval(0.0123, 0.0004, 0.02, 100, 1) == "+1.23 [+0.04, +2.00]"
+    assert show_interval(0.0123, 0.004, 0.02, 100, 1) == "+1.2 [+0.4, +2.0]"
+    assert show_interval(0.0, 0.0, 0.0, 100, 1) == "+0.0 [+0.0, +0.0]"
 
 
 def test_bits_survive() -> None:
