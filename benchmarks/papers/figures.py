@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -126,20 +127,40 @@ def _unpack_floats(text: str) -> Tensor:
     return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype=np.float32).astype(np.float64))
 
 
-def bound_metric(record: Record, name: str) -> BoundMetric | None:
-    """The metric and the outcomes that a record stores; None for a figure without outcomes."""
+class Outcomes(NamedTuple):
+    """The outcomes of the test samples as a record stores them: ``bits``, or ``floats``."""
+
+    samples: int
+    bits: str = ""
+    floats: tuple[str, ...] = ()
+
+
+def outcomes(record: Record, name: str) -> Outcomes | None:
+    """The outcomes of a figure in a record; None for a figure that has none."""
+    stored = record["figures"][name]
+    if "bits" in stored:
+        return Outcomes(record["samples"], bits=stored["bits"])
+    return Outcomes(record["samples"], floats=tuple(stored["floats"])) if "floats" in stored else None
+
+
+def bound_metric(stored: Outcomes, name: str) -> BoundMetric:
+    """The metric of a figure with the outcomes that it is computed from."""
     from pysupcon.evaluators import BoundMetric
     from pysupcon.evaluators.metrics import METRICS
 
-    stored = record["figures"][name]
-    definition = METRICS.get(FIGURES[name].metric.rpartition("/")[2])
-    if "bits" in stored:
-        assert definition is not None
-        return BoundMetric(definition, [unpack_bits(stored["bits"], record["samples"])])
-    if "floats" in stored:
-        assert definition is not None
-        return BoundMetric(definition, [_unpack_floats(text) for text in stored["floats"]])
-    return None
+    definition = METRICS[FIGURES[name].metric.rpartition("/")[2]]
+    if stored.bits:
+        return BoundMetric(definition, [unpack_bits(stored.bits, stored.samples)])
+    return BoundMetric(definition, [_unpack_floats(text) for text in stored.floats])
+
+
+@lru_cache(maxsize=512)  # tables, pictures, claims and the summary need the same
+def _resampled(name: str, runs: tuple[Outcomes, ...], seeds: tuple[int, ...]) -> Tensor:
+    """A figure on resamples of seeds and test samples."""
+    from pysupcon.evaluators.bootstrap import seed_and_sample_values
+
+    metrics = [bound_metric(stored, name) for stored in runs]
+    return seed_and_sample_values(metrics, bootstrap_config(runs[0].samples), seeds=seeds)
 
 
 def values(records: Sequence[Record], name: str) -> list[float]:
@@ -173,7 +194,6 @@ class Comparer:
 
     def __init__(self, records: Mapping[str, Mapping[int, Record]]) -> None:
         self.records = records
-        self._draws: dict[tuple[str, str, tuple[int, ...]], Tensor] = {}
 
     def difference(self, row: str, less: str, figure: str) -> Difference | None:
         """``figure`` of ``row`` less that of ``less``, over the seeds that both have; None without two."""
@@ -197,14 +217,6 @@ class Comparer:
         return Difference(value, low, high, len(seeds))
 
     def _resampled(self, row: str, figure: str, seeds: tuple[int, ...]) -> Tensor | None:
-        from pysupcon.evaluators.bootstrap import seed_and_sample_values
-
-        key = (row, figure, seeds)
-        if key not in self._draws:
-            metrics = [bound_metric(self.records[row][seed], figure) for seed in seeds]
-            if any(metric is None for metric in metrics):
-                return None
-            known = [metric for metric in metrics if metric is not None]
-            config = bootstrap_config(len(known[0].outcomes[0]))
-            self._draws[key] = seed_and_sample_values(known, config, seeds=seeds)
-        return self._draws[key]
+        found = [outcomes(self.records[row][seed], figure) for seed in seeds]
+        known = tuple(stored for stored in found if stored is not None)
+        return _resampled(figure, known, seeds) if len(known) == len(seeds) else None

@@ -219,16 +219,20 @@ def claims(records: Records) -> list[Claim]:
     return [
         Claim(
             "log N - L is a lower bound of the symmetrised KL divergence",
+            "SINCERE",
             f"significantly above the truth in {above} of {len(settings)} settings, {seeds} seeds",
             outcome,
         ),
         Claim(
-            "log N - L can exceed half of the symmetrised KL divergence (classes that mirror each other)",
+            "log N - L stays below half of the symmetrised KL divergence if the classes mirror each other (a "
+            "theorem; this checks the code)",
+            "control",
             f"significantly above it in {tight} of {len(settings)} settings, {seeds} seeds",
-            "shown" if tight else "contradicted",
+            "contradicted" if tight else "shown",
         ),
         Claim(
             f"The bound saturates at log N: J = {TRUTHS[-1]:g} nats, optimal critic",
+            "SINCERE",
             f"between {100 * min(full):.1f} and {100 * max(full):.1f} % of log N",
             "shown" if min(full) > 0.95 and max(full) <= 1 else "not shown",
         ),

@@ -21,8 +21,8 @@ EXPLANATION = (
     "Accuracies are per cent. Mean over the seeds ± their standard deviation. In brackets the 95 % interval "
     "of the difference over seeds and test images (paired bootstrap of both; with the Student-t correction "
     "for few seeds). Bold, and *shown* or *contradicted*: the interval excludes 0. The intervals are not "
-    "corrected for the number of claims: if none were real, 5 of 100 would be *shown* or *contradicted*. "
-    "Minutes: of one processor, training and evaluation."
+    "corrected for the number of claims: if no difference were real, about {chance:.0f} of these {count} "
+    "claims would be *shown* or *contradicted*. Minutes: of one processor, training and evaluation."
 )
 
 
@@ -53,7 +53,8 @@ def section(studies: Iterable[Study], results: Path) -> str:
     """The claims, and the tables and pictures of all studies that have records."""
     stored = [(study, records) for study in studies if (records := read_stored(study, results))]
     claims = [claim for study, records in stored for claim in study.claims(records)]
-    parts = [_machines([study for study, _ in stored], results), EXPLANATION, _claims(claims)]
+    explanation = EXPLANATION.format(chance=0.05 * len(claims), count=len(claims))
+    parts = [_machines([study for study, _ in stored], results), explanation, _claims(claims)]
     for study, records in stored:
         parts += [study.tables(records), *_pictures(study, results)]
     return "\n\n".join(part for part in parts if part)
@@ -78,8 +79,8 @@ def _machines(studies: Sequence[Study], results: Path) -> str:
 def _claims(claims: Sequence[Claim]) -> str:
     if not claims:
         return ""
-    rows = [[claim.claim, claim.measured, claim.verdict] for claim in claims]
-    return markdown([["claim", "measured, with 95 % interval", "verdict"], *rows])
+    rows = [[claim.claim, claim.source, claim.measured, claim.verdict] for claim in claims]
+    return markdown([["claim", "claimed by", "measured, with 95 % interval", "verdict"], *rows])
 
 
 def _pictures(study: Study, results: Path) -> list[str]:

@@ -211,6 +211,7 @@ def claims(records: Records) -> list[Claim]:
                 Claim(
                     f"Repulsion of SupCon grows with the images per label ({COUNTS[1]} to {COUNTS[-1]}), "
                     f"temperature {tau:g}",
+                    "SINCERE",
                     f"{show_interval(mean, low, high, 100, 1)} points, {len(shares)} seeds",
                     verdict(low, high),
                     headline=tau == HEADLINE,
@@ -222,6 +223,7 @@ def claims(records: Records) -> list[Claim]:
         found.append(
             Claim(
                 "SINCERE repels no positive pair (a theorem; this checks the code)",
+                "SINCERE",
                 f"largest share {100 * largest:.1f} % over {len(own)} measurements",
                 "shown" if largest == 0 else "contradicted",
             )

@@ -40,17 +40,23 @@ class Job:
     needs: tuple[str, ...] = ()
 
 
+Source = Literal["Thanos", "SINCERE", "control"]
+"""The paper that makes a claim; control: a comparison of this project."""
+
+
 class Claim(NamedTuple):
-    """A claim of a paper and what was measured.
+    """A claim and what was measured.
 
     Attributes:
         claim: in plain words, with the data set and the controls.
+        source: who makes it.
         measured: the value with its interval, its unit and the number of seeds.
         verdict: see :func:`verdict`.
         headline: it stands in the summary of the project's README.
     """
 
     claim: str
+    source: Source
     measured: str
     verdict: Verdict
     headline: bool = False

@@ -12,7 +12,7 @@ from benchmarks.papers.cells import bold_interval, show_interval, with_deviation
 from benchmarks.papers.encoders import concatenate, embeddings, pixels, train_encoder, untrained
 from benchmarks.papers.figures import FIGURES, Comparer, Difference, local_lipschitz, measure, values
 from benchmarks.papers.methods import Method, Table
-from benchmarks.papers.study import QUICK_SEEDS, SEEDS, Claim, Job, Record, Records, verdict
+from benchmarks.papers.study import QUICK_SEEDS, SEEDS, Claim, Job, Record, Records, Source, verdict
 from benchmarks.table import markdown
 
 _PARTS_ONLY = 0.6
@@ -27,6 +27,7 @@ class Order:
         claim: in words; the table's title and the figure are added.
         row, less: keys of the methods.
         figure: key of the figure.
+        source: who makes the claim.
         headline: it stands in the summary of the project's README.
     """
 
@@ -34,6 +35,7 @@ class Order:
     row: str
     less: str
     figure: str
+    source: Source = "control"
     headline: bool = False
 
 
@@ -220,9 +222,8 @@ class TableStudy:
             if found is not None:
                 figure = FIGURES[order.figure]
                 claim = f"{order.claim} ({self.TITLE}; {figure.heading})"
-                yield Claim(
-                    claim, _shown(found, order.figure), verdict(found.low, found.high), order.headline
-                )
+                measured, outcome = _shown(found, order.figure), verdict(found.low, found.high)
+                yield Claim(claim, order.source, measured, outcome, order.headline)
 
 
 def _shown(found: Difference, name: str) -> str:

@@ -285,6 +285,7 @@ def claims(records: Records) -> list[Claim]:
         found.append(
             Claim(
                 "cNCE controls the spread: free points collapse up to 0.9 alpha* and spread from 1.1 alpha*",
+                "Thanos",
                 f"{len(settings)} settings, {seeds} seeds: spread at most {below:.2g} below and at least "
                 f"{above:.2g} above",
                 outcome,
@@ -307,6 +308,7 @@ def claims(records: Records) -> list[Claim]:
             found.append(
                 Claim(
                     "Networks on MNIST-coarse spread more at 1.2 than at 0.8 alpha*: a rise, no threshold",
+                    "control",
                     f"{count} of {len(rises)} settings have an interval above 0 ({seeds} seeds)",
                     "shown" if count == len(rises) else "not shown",
                 )

@@ -27,6 +27,7 @@ from benchmarks.papers.study import (
     Claim,
     Job,
     Records,
+    Source,
     seeds_of,
     unpack_bits,
     verdict,
@@ -145,12 +146,14 @@ class Outcomes:
         if len(seeds) < 2:
             return None
         values, draws = [], []
+        # All pairs have equally many draws, of the same seeds.
+        largest = max(self.stored(s, row, t, figure, seeds[0])[1] for s, t in PAIRS if self.seeds(s, row))
         for source, target in usable:
             resampled: list[Tensor] = []
             means: list[float] = []
             for key in (row, less):
                 found = [self.stored(source, key, target, figure, seed) for seed in seeds]
-                resampled.append(_resampled(tuple(found), tuple(seeds)))
+                resampled.append(_resampled(tuple(found), tuple(seeds), largest))
                 means.append(fmean(unpack_bits(*each).double().mean().item() for each in found))
             draws.append(resampled[0] - resampled[1])
             values.append(means[0] - means[1])
@@ -159,14 +162,15 @@ class Outcomes:
 
 
 @lru_cache(maxsize=128)  # tables, pictures and claims need the same
-def _resampled(stored: tuple[tuple[str, int], ...], seeds: tuple[int, ...]) -> Tensor:
-    """Accuracy on resamples of seeds and test images, from the outcomes of each seed."""
+def _resampled(stored: tuple[tuple[str, int], ...], seeds: tuple[int, ...], largest: int) -> Tensor:
+    """Accuracy on resamples of seeds and test images, from the outcomes of each seed; as many as for a test
+    set of ``largest`` images."""
     from pysupcon.evaluators import BoundMetric
     from pysupcon.evaluators.bootstrap import seed_and_sample_values
     from pysupcon.evaluators.metrics import METRICS
 
     metrics = [BoundMetric(METRICS["accuracy"], [unpack_bits(*each)]) for each in stored]
-    return seed_and_sample_values(metrics, bootstrap_config(stored[0][1]), seeds=seeds)
+    return seed_and_sample_values(metrics, bootstrap_config(largest), seeds=seeds)
 
 
 def tables(records: Records) -> str:
@@ -228,5 +232,6 @@ def claims(records: Records) -> list[Claim]:
                 measured = f"{show_interval(value, low, high, 100, 1)} points, {seeds} seeds"
                 claim = f"{title} after transfer (mean over the pairs of data sets; {heading})"
                 headline = (row, less, figure) == ("sincere", "supcon", "logistic")
-                found.append(Claim(claim, measured, verdict(low, high), headline))
+                source: Source = "SINCERE" if (row, less) == ("sincere", "supcon") else "control"
+                found.append(Claim(claim, source, measured, verdict(low, high), headline))
     return found

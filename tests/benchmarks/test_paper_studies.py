@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.papers import encoders, page, results  # noqa: E402
 from benchmarks.papers.cells import show_interval  # noqa: E402
-from benchmarks.papers.figures import FIGURES, bound_metric  # noqa: E402
+from benchmarks.papers.figures import FIGURES, bound_metric, outcomes  # noqa: E402
 from benchmarks.papers.methods import Method, Table  # noqa: E402
 from benchmarks.papers.studies import STUDIES  # noqa: E402
 from benchmarks.papers.study import QUICK_SEEDS, Claim, Job, Study, pack_bits, unpack_bits, verdict  # noqa: E402
@@ -84,12 +84,14 @@ def test_a_record_is_what_was_measured(records: dict[str, Any]) -> None:
         record = records[name]
         assert list(record["figures"]) == ["coarse", "logistic", "knn", "spread"]
         for figure in ("coarse", "logistic", "knn"):
-            metric = bound_metric(record, figure)
+            stored = outcomes(record, figure)
+            assert stored is not None
+            metric = bound_metric(stored, figure)
             assert metric is not None
             assert metric.value() == pytest.approx(record["figures"][figure]["value"], abs=1e-12)
             assert len(metric.outcomes[0]) == record["samples"]
         assert record["figures"]["logistic"]["converged"] == 1
-        assert bound_metric(record, "spread") is None
+        assert outcomes(record, "spread") is None
     assert records["supcon_seed0"]["train_minutes"] > 0
     assert records["untrained_seed0"]["figures"] != records["untrained_seed1"]["figures"]
     assert records["pixels_seed0"]["figures"]["knn"]["value"] > 0.9  # 8x8 digits
@@ -98,7 +100,11 @@ def test_a_record_is_what_was_measured(records: dict[str, Any]) -> None:
 def test_differences_are_over_seeds_and_images(records: dict[str, Any]) -> None:
     draws = [
         seed_and_sample_values(
-            [metric for seed in (0, 1) if (metric := bound_metric(records[f"{key}_seed{seed}"], "logistic"))],
+            [
+                bound_metric(stored, "logistic")
+                for seed in (0, 1)
+                if (stored := outcomes(records[f"{key}_seed{seed}"], "logistic"))
+            ],
             BootstrapConfig(resamples=10_000),
         )
         for key in ("supcon", "untrained")
