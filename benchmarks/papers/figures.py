@@ -16,15 +16,14 @@ from torch import Tensor
 from benchmarks.papers.study import Record, pack_bits, unpack_bits
 
 if TYPE_CHECKING:
-    from pysupcon.evaluators import BootstrapConfig, BoundMetric, FeatureSplits
+    from pysupcon.evaluators import BoundMetric, FeatureSplits
 
 PENALTIES = [10.0**-power for power in range(1, 8)]
 """L2 penalties of the logistic regression; validation accuracy chooses. Collapsed features need small
 ones."""
-RESAMPLES = 10_000
+RESAMPLES = 4000
 """Draws of seeds and test images. With 1,000, the ends of an interval change visibly with the bootstrap's
 seed."""
-_MOST_DRAWS = 1 << 24
 PROBE_STEPS = 35_200
 """Steps of Thanos's linear probe on CIFAR-10: 100 epochs of 45,000 images in batches of 128."""
 
@@ -157,22 +156,16 @@ def bound_metric(stored: Outcomes, name: str) -> BoundMetric:
 @lru_cache(maxsize=512)  # tables, pictures, claims and the summary need the same
 def _resampled(name: str, runs: tuple[Outcomes, ...], seeds: tuple[int, ...]) -> Tensor:
     """A figure on resamples of seeds and test samples."""
+    from pysupcon.evaluators import BootstrapConfig
     from pysupcon.evaluators.bootstrap import seed_and_sample_values
 
     metrics = [bound_metric(stored, name) for stored in runs]
-    return seed_and_sample_values(metrics, bootstrap_config(runs[0].samples), seeds=seeds)
+    return seed_and_sample_values(metrics, BootstrapConfig(RESAMPLES), seeds=seeds)
 
 
 def values(records: Sequence[Record], name: str) -> list[float]:
     """A figure of each record."""
     return [record["figures"][name]["value"] for record in records]
-
-
-def bootstrap_config(samples: int) -> BootstrapConfig:
-    """The bootstrap of the studies: :data:`RESAMPLES` draws, a tenth of them for large test sets."""
-    from pysupcon.evaluators import BootstrapConfig
-
-    return BootstrapConfig(RESAMPLES if samples * RESAMPLES <= _MOST_DRAWS else RESAMPLES // 10)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.papers.cells import bold_interval, show_interval, with_deviation
-from benchmarks.papers.figures import bootstrap_config
+from benchmarks.papers.figures import RESAMPLES
 from benchmarks.papers.methods import FASHION_ROOT, FASHION_SOURCE
 from benchmarks.papers.study import (
     QUICK_SEEDS,
@@ -146,14 +146,12 @@ class Outcomes:
         if len(seeds) < 2:
             return None
         values, draws = [], []
-        # All pairs have equally many draws, of the same seeds.
-        largest = max(self.stored(s, row, t, figure, seeds[0])[1] for s, t in PAIRS if self.seeds(s, row))
         for source, target in usable:
             resampled: list[Tensor] = []
             means: list[float] = []
             for key in (row, less):
                 found = [self.stored(source, key, target, figure, seed) for seed in seeds]
-                resampled.append(_resampled(tuple(found), tuple(seeds), largest))
+                resampled.append(_resampled(tuple(found), tuple(seeds)))
                 means.append(fmean(unpack_bits(*each).double().mean().item() for each in found))
             draws.append(resampled[0] - resampled[1])
             values.append(means[0] - means[1])
@@ -162,15 +160,14 @@ class Outcomes:
 
 
 @lru_cache(maxsize=128)  # tables, pictures and claims need the same
-def _resampled(stored: tuple[tuple[str, int], ...], seeds: tuple[int, ...], largest: int) -> Tensor:
-    """Accuracy on resamples of seeds and test images, from the outcomes of each seed; as many as for a test
-    set of ``largest`` images."""
-    from pysupcon.evaluators import BoundMetric
+def _resampled(stored: tuple[tuple[str, int], ...], seeds: tuple[int, ...]) -> Tensor:
+    """Accuracy on resamples of seeds and test images, from the outcomes of each seed."""
+    from pysupcon.evaluators import BootstrapConfig, BoundMetric
     from pysupcon.evaluators.bootstrap import seed_and_sample_values
     from pysupcon.evaluators.metrics import METRICS
 
     metrics = [BoundMetric(METRICS["accuracy"], [unpack_bits(*each)]) for each in stored]
-    return seed_and_sample_values(metrics, bootstrap_config(largest), seeds=seeds)
+    return seed_and_sample_values(metrics, BootstrapConfig(RESAMPLES), seeds=seeds)
 
 
 def tables(records: Records) -> str:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.papers.cells import bold_interval, show_interval, with_deviation
+from benchmarks.papers.figures import RESAMPLES
 from benchmarks.papers.study import (
     QUICK_SEEDS,
     SEEDS,
@@ -55,7 +56,6 @@ MINUTES = {
 """Processor minutes of a job."""
 SELECTIONS = {"known": "own selection", "true": "selected by true validation groups"}
 CONFIDENCE = 0.95
-RESAMPLES = 10_000
 HEADLINE = ("coloured_mnist5k", "group_dro_supcon")
 """Data set and classifier of the claims in README."""
 ORDERS: tuple[tuple[str, str, Source, str], ...] = (

@@ -19,7 +19,7 @@ from pysupcon.evaluators.base import Result
 from pysupcon.evaluators.metrics import METRICS, BoundMetric, bind_metric
 
 _CHUNK_ELEMENTS = 1 << 22
-_MOST_COUNTS = 1 << 24
+_MOST_COUNTS = 1 << 27
 """Draws up to which their counts are kept: 128 MiB."""
 
 
@@ -49,18 +49,45 @@ def bootstrap_values(metric: BoundMetric, config: BootstrapConfig) -> Tensor:
     For equal N and seed, the difference of two results is the bootstrap distribution of the paired
     difference.
     """
+    _check_samples(metric)
+    return _values([metric], config)[:, 0]
+
+
+def _check_samples(metric: BoundMetric) -> None:
     n = len(metric.outcomes[0])
     if any(outcome.shape != (n,) for outcome in metric.outcomes) or n == 0:
         shapes = [list(outcome.shape) for outcome in metric.outcomes]
         raise ValueError(f"values must be of shape [N] with N >= 1, got shape {', '.join(map(str, shapes))}")
-    outcomes = [outcome.detach().cpu() for outcome in metric.outcomes]
-    from_counts = metric.definition.from_counts
-    if from_counts is not None and outcomes[0].dtype == torch.bool and n * config.resamples <= _MOST_COUNTS:
-        return from_counts(_draw_counts(n, config.resamples, config.seed), *outcomes)
-    draws = _draws(n, config.resamples, config.seed)
-    return torch.cat(
-        [metric.definition.compute(*(outcome[indices] for outcome in outcomes)) for indices in draws]
+
+
+def _values(metrics: Sequence[BoundMetric], config: BootstrapConfig) -> Tensor:
+    """Values of metrics of equally many samples on the same resamples, [resamples, metrics]."""
+    outcomes = [[outcome.detach().cpu() for outcome in metric.outcomes] for metric in metrics]
+    n = len(outcomes[0][0])
+    counted = [
+        metric.definition.from_counts
+        for metric, of_metric in zip(metrics, outcomes, strict=True)
+        if metric.definition.from_counts is not None and of_metric[0].dtype == torch.bool
+    ]
+    if len(counted) == len(metrics) and n * config.resamples <= _MOST_COUNTS:
+        counts = _draw_counts(n, config.resamples, config.seed)
+        blocks = (block.float() for block in counts.split(max(1, _CHUNK_ELEMENTS // n)))
+        return _stack_blocks(
+            [compute(block, *known) for compute, known in zip(counted, outcomes, strict=True)]
+            for block in blocks
+        )
+    return _stack_blocks(
+        [
+            metric.definition.compute(*(outcome[indices] for outcome in known))
+            for metric, known in zip(metrics, outcomes, strict=True)
+        ]
+        for indices in _draws(n, config.resamples, config.seed)
     )
+
+
+def _stack_blocks(blocks: Iterable[list[Tensor]]) -> Tensor:
+    """Values by block and metric, [R] each, as [resamples, metrics]."""
+    return torch.cat([torch.stack(block, dim=1) for block in blocks])
 
 
 def _draws(n: int, resamples: int, seed: int) -> Iterator[Tensor]:
@@ -73,10 +100,11 @@ def _draws(n: int, resamples: int, seed: int) -> Iterator[Tensor]:
 
 @lru_cache(maxsize=2)  # the metrics of one test set use the same draws
 def _draw_counts(n: int, resamples: int, seed: int) -> Tensor:
-    """How often each resample drew each test sample, [resamples, N] float64."""
+    """How often each resample drew each test sample, [resamples, N] uint8. A count is at most N, and for an
+    N above 255 a count above 255 has a probability below 1e-500."""
     blocks = []
     for indices in _draws(n, resamples, seed):
-        counts = torch.zeros(indices.shape, dtype=torch.float64)
+        counts = torch.zeros(indices.shape, dtype=torch.uint8)
         blocks.append(counts.scatter_add_(1, indices, torch.ones_like(counts)))
     return torch.cat(blocks)
 
@@ -158,7 +186,8 @@ def seed_and_sample_values(
     if len(set(samples)) > 1:
         raise ValueError(f"runs must have outcomes of the same test samples, got {samples} of them")
     order = sorted(range(len(runs)), key=lambda run: seeds[run])
-    values = torch.stack([bootstrap_values(runs[run], config) for run in order], dim=1)
+    _check_samples(runs[0])
+    values = _values([runs[run] for run in order], config)
     mean = values.mean(dim=1)
     count = len(runs)
     if count == 1:

@@ -102,8 +102,8 @@ class MetricDefinition(NamedTuple):
     """The names of a metric's outcomes, and the function of their tensors [R, N] to values [R] fp64.
 
     ``least``: it is the least of several values, which a sample of test samples makes too low.
-    ``from_counts``: the same values, faster, from the number of draws of each test sample [R, N] float64 and
-    the outcomes [N], if the first outcome is bool: sums of whole numbers, which are exact.
+    ``from_counts``: the same values, faster, from the number of draws of each test sample [R, N] float32 and
+    the outcomes [N], if the first outcome is bool: sums of whole numbers below 2^24, which are exact.
     """
 
     outcomes: tuple[str, ...]
@@ -125,13 +125,13 @@ def _weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
 
 
 def _mean_from_counts(counts: Tensor, correct: Tensor) -> Tensor:
-    return (counts @ correct.double()) / len(correct)
+    return (counts @ correct.float()).double() / len(correct)
 
 
 def _worst_group_from_counts(counts: Tensor, correct: Tensor, group: Tensor) -> Tensor:
-    members = (group[:, None] == group.unique()).double()
-    drawn = counts @ members
-    right = counts @ (members * correct[:, None])
+    members = (group[:, None] == group.unique()).float()
+    drawn = (counts @ members).double()
+    right = (counts @ (members * correct[:, None])).double()
     return torch.where(drawn > 0, right / drawn, torch.inf).amin(dim=1)
 
 

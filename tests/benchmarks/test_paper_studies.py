@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.papers import encoders, page, results  # noqa: E402
 from benchmarks.papers.cells import show_interval  # noqa: E402
-from benchmarks.papers.figures import FIGURES, bound_metric, outcomes  # noqa: E402
+from benchmarks.papers.figures import FIGURES, RESAMPLES, bound_metric, outcomes  # noqa: E402
 from benchmarks.papers.methods import Method, Table  # noqa: E402
 from benchmarks.papers.studies import STUDIES  # noqa: E402
 from benchmarks.papers.study import QUICK_SEEDS, Claim, Job, Study, pack_bits, unpack_bits, verdict  # noqa: E402
@@ -105,7 +105,7 @@ def test_differences_are_over_seeds_and_images(records: dict[str, Any]) -> None:
                 for seed in (0, 1)
                 if (stored := outcomes(records[f"{key}_seed{seed}"], "logistic"))
             ],
-            BootstrapConfig(resamples=10_000),
+            BootstrapConfig(resamples=RESAMPLES),
         )
         for key in ("supcon", "untrained")
     ]
@@ -289,6 +289,23 @@ def test_an_end_beside_zero_shows_its_side() -> None:
     assert show_interval(0.0123, 0.0004, 0.02, 100, 1) == "+1.23 [+0.04, +2.00]"
     assert show_interval(0.0123, 0.004, 0.02, 100, 1) == "+1.2 [+0.4, +2.0]"
     assert show_interval(0.0, 0.0, 0.0, 100, 1) == "+0.0 [+0.0, +0.0]"
+
+
+def test_the_example_of_the_page_gives_its_interval(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    text = page.PAGE.read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(code, {})
+    found = dict(re.findall(r"(\w+)=([-\w.]+)", capsys.readouterr().out))
+    ends = [100 * float(found[name]) for name in ("value", "low", "high")]
+    row = f"| {ends[0]:+.1f} [{ends[1]:+.1f}, {ends[2]:+.1f}] points, 8 seeds | shown |"
+    claim = (
+        "| SupCon + cNCE above SupCon (MNIST-coarse, 3,600 images, strong augmentation; fine labels, logistic"
+    )
+    (line,) = [line for line in text.splitlines() if line.startswith(claim)]
+    assert line.endswith(row)
 
 
 def test_bits_survive() -> None:
