@@ -96,10 +96,12 @@ LOW = (
 
 
 COLD = (
-    Method("supcon_cold", "SupCon, temperature 0.1", "supcon", _COLD),
-    Method("sincere_cold", "SINCERE, temperature 0.1", "sincere", _COLD),
-    Method("supcon_cnce_cold", "SupCon + cNCE, temperature 0.1", "supcon_cnce", _COLD),
-)
+    Method("supcon_cold", "SupCon, tau 0.1", "supcon", _COLD),
+    Method("sincere_cold", "SINCERE, tau 0.1", "sincere", _COLD),
+    Method("supcon_cnce_cold", "SupCon + cNCE, tau 0.1", "supcon_cnce", _COLD),
+    Method("thanos_cold", "Thanos, two frozen backbones, tau 0.1", kind="concatenated",
+           parts=("supcon_cnce_cold", "ce_autoencoder")),
+)  # fmt: skip
 """The temperature of SINCERE's recipes. That of Thanos, 0.5, is high for the losses without cNCE."""
 
 CONTROLS = (
@@ -129,7 +131,6 @@ def transfer_methods(
     more: tuple[Method, ...] = (),
     widths: tuple[Method, ...] = (),
     low_alpha: bool = False,
-    cold: bool = False,
     full_probe: bool = False,
 ) -> tuple[Method, ...]:
     """The rows of a coarse-to-fine table.
@@ -138,7 +139,6 @@ def transfer_methods(
         more: further rows, before Thanos.
         widths: controls of the width, at the end.
         low_alpha: with a weight of cNCE just above the threshold.
-        cold: with three losses at the temperature 0.1.
         full_probe: with the full probe of Thanos for the main rows.
     """
     also = ("probe",) if full_probe else ()
@@ -152,7 +152,7 @@ def transfer_methods(
         Method("thanos_frozen", "Thanos, two frozen backbones", kind="concatenated", quick=True,
                also=also, parts=("supcon_cnce", "ce_autoencoder")),
         *(LOW if low_alpha else ()),
-        *(COLD if cold else ()),
+        *COLD,
         *CONTROLS,
         *widths,
     )  # fmt: skip
