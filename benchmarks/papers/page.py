@@ -14,6 +14,7 @@ from benchmarks.papers.study import ROOT, Claim, Records, Study
 from benchmarks.table import between_markers, markdown
 
 BEGIN, END = "<!-- papers:begin -->", "<!-- papers:end -->"
+RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "benchmarks" / "papers" / "README.md"
 README = ROOT / "README.md"
 MOST_HEADLINES = 10

@@ -34,7 +34,7 @@ from benchmarks.papers import page
 from benchmarks.papers.studies import STUDIES
 from benchmarks.papers.study import ROOT, Job, Records, Study
 
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = page.RESULTS
 RUNS = ROOT / "runs" / "paper"
 RECORDS = "records"
 BY_NAME: Mapping[str, Study] = {study.NAME: study for study in STUDIES}

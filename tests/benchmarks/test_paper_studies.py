@@ -291,10 +291,7 @@ def test_an_end_beside_zero_shows_its_side() -> None:
     assert show_interval(0.0, 0.0, 0.0, 100, 1) == "+0.0 [+0.0, +0.0]"
 
 
-def test_the_example_of_the_page_gives_its_interval(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(ROOT)
+def test_the_example_of_the_page_gives_its_interval(capsys: pytest.CaptureFixture[str]) -> None:
     text = page.PAGE.read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     exec(code, {})
