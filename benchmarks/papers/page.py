@@ -6,11 +6,12 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from benchmarks.papers.study import ROOT, Claim, Records, Study
+from benchmarks.papers.study import ROOT, Claim, Records, Study, Verdict
 from benchmarks.table import between_markers, markdown
 
 BEGIN, END = "<!-- papers:begin -->", "<!-- papers:end -->"
@@ -91,11 +92,24 @@ def _pictures(study: Study, results: Path) -> list[str]:
 
 
 def summary(studies: Iterable[Study], results: Path) -> str:
-    """The headline claims as a table."""
+    """The headline claims as a table, with the verdicts on the same claims in other tables."""
     stored = [(study, records) for study in studies if (records := read_stored(study, results))]
-    claims = [claim for study, records in stored for claim in study.claims(records) if claim.headline]
+    every = [claim for study, records in stored for claim in study.claims(records)]
+    claims = [claim for claim in every if claim.headline]
     assert len(claims) <= MOST_HEADLINES, f"at most {MOST_HEADLINES} headlines, got {len(claims)}"
-    return _claims(claims)
+    rows = [["claim", "claimed by", "measured, with 95 % interval", "verdict"]]
+    for claim in claims:
+        others = [other for other in every if other.repeated == claim.repeated and not other.headline]
+        cell = claim.verdict + (f"; {_count(others)}" if claim.repeated and others else "")
+        rows.append([claim.claim, claim.source, claim.measured, cell])
+    return markdown(rows) if claims else ""
+
+
+def _count(claims: Sequence[Claim]) -> str:
+    """The verdicts on the same claim in other tables."""
+    verdicts = Counter(claim.verdict for claim in claims)
+    counts = [f"{verdicts[name]} {name}" for name in get_args(Verdict) if verdicts[name]]
+    return f"in {len(claims)} other table{'s' * (len(claims) > 1)}: {', '.join(counts)}"
 
 
 def write(studies: Sequence[Study], results: Path, check: bool = False) -> int:

@@ -53,6 +53,7 @@ class Claim(NamedTuple):
         measured: the value with its interval, its unit and the number of seeds.
         verdict: see :func:`verdict`.
         headline: it stands in the summary of the project's README.
+        repeated: claims with an equal text here are the same one on other data; empty if there are none.
     """
 
     claim: str
@@ -60,6 +61,7 @@ class Claim(NamedTuple):
     measured: str
     verdict: Verdict
     headline: bool = False
+    repeated: str = ""
 
 
 class Study(Protocol):

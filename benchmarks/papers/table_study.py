@@ -223,7 +223,8 @@ class TableStudy:
                 figure = FIGURES[order.figure]
                 claim = f"{order.claim} ({self.TITLE}; {figure.heading})"
                 measured, outcome = _shown(found, order.figure), verdict(found.low, found.high)
-                yield Claim(claim, order.source, measured, outcome, order.headline)
+                repeated = f"{order.claim}; {figure.heading}"
+                yield Claim(claim, order.source, measured, outcome, order.headline, repeated)
 
 
 def _shown(found: Difference, name: str) -> str:

@@ -21,7 +21,7 @@ from benchmarks.papers.cells import show_interval  # noqa: E402
 from benchmarks.papers.figures import FIGURES, RESAMPLES, bound_metric, outcomes  # noqa: E402
 from benchmarks.papers.methods import Method, Table  # noqa: E402
 from benchmarks.papers.studies import STUDIES  # noqa: E402
-from benchmarks.papers.study import QUICK_SEEDS, Claim, Job, Study, pack_bits, unpack_bits, verdict  # noqa: E402
+from benchmarks.papers.study import QUICK_SEEDS, Claim, Job, Study, Verdict, pack_bits, unpack_bits, verdict  # noqa: E402
 from benchmarks.papers.table_study import Order, TableStudy  # noqa: E402
 from pysupcon.config import parse_args  # noqa: E402
 from pysupcon.evaluators import BootstrapConfig  # noqa: E402
@@ -284,6 +284,32 @@ def test_results_of_another_folder_are_printed(
     assert "1 jobs in 1 processor minutes" in capsys.readouterr().out
 
 
+def test_the_summary_counts_the_other_tables(tmp_path: Path) -> None:
+    def of_table(outcomes: dict[str, Verdict]) -> list[Claim]:
+        return [
+            Claim(name, "control", "+1", outcome, name == "one", "A above B")
+            for name, outcome in outcomes.items()
+        ]
+
+    class Fixed(Listed):
+        NAME = "fixed"
+
+        def claims(self, records: Any) -> list[Claim]:
+            found = of_table({"one": "shown", "two": "contradicted", "three": "shown", "four": "shown"})
+            return [
+                *found,
+                Claim("alone", "control", "+2", "not shown", True),
+                Claim("none", "control", "0", "shown"),
+            ]
+
+    study = cast(Study, Fixed())
+    results.store(study, {"first": {}}, tmp_path)
+    assert page.summary([study], tmp_path).splitlines()[2:] == [
+        "| one | control | +1 | shown; in 3 other tables: 2 shown, 1 contradicted |",
+        "| alone | control | +2 | not shown |",
+    ]
+
+
 def test_an_end_beside_zero_shows_its_side() -> None:
     assert show_interval(0.0123, 0.00002, 0.02, 100, 1) == "+1.230 [+0.002, +2.000]"
     assert show_interval(0.0123, 0.0004, 0.02, 100, 1) == "+1.23 [+0.04, +2.00]"
@@ -298,9 +324,7 @@ def test_the_example_of_the_page_gives_its_interval(capsys: pytest.CaptureFixtur
     found = dict(re.findall(r"(\w+)=([-\w.]+)", capsys.readouterr().out))
     ends = [100 * float(found[name]) for name in ("value", "low", "high")]
     row = f"| {ends[0]:+.1f} [{ends[1]:+.1f}, {ends[2]:+.1f}] points, 8 seeds | shown |"
-    claim = (
-        "| SupCon + cNCE above SupCon (MNIST-coarse, 3,600 images, strong augmentation; fine labels, logistic"
-    )
+    claim = "| SupCon + cNCE above SupCon, both at tau 0.5 (MNIST-coarse, 3,600 images, strong augmentation"
     (line,) = [line for line in text.splitlines() if line.startswith(claim) and "logistic" in line]
     assert line.endswith(row)
 
