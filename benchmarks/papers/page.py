@@ -92,7 +92,8 @@ def _pictures(study: Study, results: Path) -> list[str]:
 
 
 def summary(studies: Iterable[Study], results: Path) -> str:
-    """The headline claims as a table, with the verdicts on the same claims in other tables."""
+    """The headline claims as a table, with the verdicts on the same claims on other data and at other
+    temperatures."""
     stored = [(study, records) for study in studies if (records := read_stored(study, results))]
     every = [claim for study, records in stored for claim in study.claims(records)]
     claims = [claim for claim in every if claim.headline]
@@ -106,10 +107,10 @@ def summary(studies: Iterable[Study], results: Path) -> str:
 
 
 def _count(claims: Sequence[Claim]) -> str:
-    """The verdicts on the same claim in other tables."""
+    """The verdicts on the same claim elsewhere."""
     verdicts = Counter(claim.verdict for claim in claims)
     counts = [f"{verdicts[name]} {name}" for name in get_args(Verdict) if verdicts[name]]
-    return f"in {len(claims)} other table{'s' * (len(claims) > 1)}: {', '.join(counts)}"
+    return f"elsewhere {', '.join(counts)}"
 
 
 def write(studies: Sequence[Study], results: Path, check: bool = False) -> int:

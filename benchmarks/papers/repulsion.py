@@ -215,6 +215,7 @@ def claims(records: Records) -> list[Claim]:
                     f"{show_interval(mean, low, high, 100, 1)} points, {len(shares)} seeds",
                     verdict(low, high),
                     headline=tau == HEADLINE,
+                    repeated="repulsion",
                 )
             )
     own = [v for tau in TEMPERATURES for stage in STAGES for v in values(records, stage, "sincere", tau)]

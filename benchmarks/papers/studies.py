@@ -27,7 +27,9 @@ ORDERS = (
         "SupCon + cNCE above SupCon, both at tau 0.5", "supcon_cnce", "supcon", "logistic", source="Thanos"
     ),
     Order("SupCon + cNCE above SupCon, both at tau 0.5", "supcon_cnce", "supcon", "knn", source="Thanos"),
-    Order("SupCon + cNCE just above alpha* (0.12) above SupCon", "supcon_cnce_low", "supcon", "logistic"),
+    Order(
+        "SupCon + cNCE, alpha 0.12, above SupCon, both at tau 0.5", "supcon_cnce_low", "supcon", "logistic"
+    ),
     Order("SupCon + cNCE, alpha 0.5 above alpha 0.12", "supcon_cnce", "supcon_cnce_low", "logistic"),
     Order("SupCon + cNCE above cross-entropy", "supcon_cnce", "ce", "logistic"),
     Order("SupCon + cNCE above cross-entropy", "supcon_cnce", "ce", "knn"),

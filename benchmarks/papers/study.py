@@ -53,7 +53,7 @@ class Claim(NamedTuple):
         measured: the value with its interval, its unit and the number of seeds.
         verdict: see :func:`verdict`.
         headline: it stands in the summary of the project's README.
-        repeated: claims with an equal text here are the same one on other data; empty if there are none.
+        repeated: claims with an equal text here are the same one on other data or at other temperatures.
     """
 
     claim: str

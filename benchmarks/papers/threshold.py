@@ -285,7 +285,7 @@ def claims(records: Records) -> list[Claim]:
         found.append(
             Claim(
                 "cNCE controls the spread: free points collapse up to 0.9 alpha* and spread from 1.1 alpha*",
-                "Thanos",
+                "control",
                 f"{len(settings)} settings, {seeds} seeds: spread at most {below:.2g} below and at least "
                 f"{above:.2g} above",
                 outcome,

@@ -272,7 +272,7 @@ def claims(records: Records) -> list[Claim]:
                 measured = f"{show_interval(value, low, high, 100, 1)} points, {count} seeds"
                 headline = (results.data, name) == HEADLINE and other == "erm"
                 claim = f"{text} ({title}; {known})"
-                found.append(Claim(claim, source, measured, verdict(low, high), headline))
+                found.append(Claim(claim, source, measured, verdict(low, high), headline, text))
         for other, source, text in RECOVERY:
             difference = results.recovery("thanos", other)
             if difference is not None:
@@ -280,7 +280,7 @@ def claims(records: Records) -> list[Claim]:
                 measured = f"{show_interval(value, low, high, 100, 1)} points of F1, {count} seeds"
                 claim = f"Groups of Thanos match the true groups better than those of {text} ({title})"
                 headline = results.data == HEADLINE[0] and other == "supcon"
-                found.append(Claim(claim, source, measured, verdict(low, high), headline))
+                found.append(Claim(claim, source, measured, verdict(low, high), headline, f"groups {text}"))
     return found
 
 

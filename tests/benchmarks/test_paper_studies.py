@@ -305,7 +305,7 @@ def test_the_summary_counts_the_other_tables(tmp_path: Path) -> None:
     study = cast(Study, Fixed())
     results.store(study, {"first": {}}, tmp_path)
     assert page.summary([study], tmp_path).splitlines()[2:] == [
-        "| one | control | +1 | shown; in 3 other tables: 2 shown, 1 contradicted |",
+        "| one | control | +1 | shown; elsewhere 2 shown, 1 contradicted |",
         "| alone | control | +2 | not shown |",
     ]
 
