@@ -85,8 +85,8 @@ class Table:
 
 _COLD = ("--loss.temperature", "0.1")
 LOW_ALPHA = 0.12
-"""Just above the threshold of a collapse, 0.107 without cross-entropy and with equal views, for two classes of
-75 images in a batch, temperature 0.5 and the gap 1 of features after a ReLU:
+"""Just above the threshold of a collapse, 0.107 without cross-entropy, with equal views, two classes of 75
+images in a batch, temperature 0.5 and the gap 1 of features after a ReLU:
 ``threshold.alpha_star(75, 2, 0.5, "supcon", gap=1)``."""
 LOW = (
     Method("supcon_cnce_low", f"SupCon + cNCE, alpha {LOW_ALPHA}", "supcon_cnce",
