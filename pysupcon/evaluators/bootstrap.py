@@ -21,6 +21,8 @@ from pysupcon.evaluators.metrics import METRICS, BoundMetric, bind_metric
 _CHUNK_ELEMENTS = 1 << 22
 _MOST_COUNTS = 1 << 27
 """Draws up to which their counts are kept: 128 MiB."""
+_MOST_EXACT = 1 << 24
+"""Whole numbers up to this one are exact in float32."""
 
 
 @dataclass
@@ -69,7 +71,7 @@ def _values(metrics: Sequence[BoundMetric], config: BootstrapConfig) -> Tensor:
         for metric, of_metric in zip(metrics, outcomes, strict=True)
         if metric.definition.from_counts is not None and of_metric[0].dtype == torch.bool
     ]
-    if len(counted) == len(metrics) and n * config.resamples <= _MOST_COUNTS:
+    if len(counted) == len(metrics) and n * config.resamples <= _MOST_COUNTS and n < _MOST_EXACT:
         counts = _draw_counts(n, config.resamples, config.seed)
         blocks = (block.float() for block in counts.split(max(1, _CHUNK_ELEMENTS // n)))
         return _stack_blocks(
@@ -186,7 +188,8 @@ def seed_and_sample_values(
     if len(set(samples)) > 1:
         raise ValueError(f"runs must have outcomes of the same test samples, got {samples} of them")
     order = sorted(range(len(runs)), key=lambda run: seeds[run])
-    _check_samples(runs[0])
+    for run in runs:
+        _check_samples(run)
     values = _values([runs[run] for run in order], config)
     mean = values.mean(dim=1)
     count = len(runs)

@@ -133,6 +133,13 @@ def test_errors_of_seeds_and_intervals() -> None:
     runs = [accuracy(torch.ones(4)), accuracy(torch.ones(5))]
     with pytest.raises(ValueError, match=r"runs must have outcomes of the same test samples, got \[4, 5\]"):
         seed_and_sample_values(runs, config)
+    worst = [torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.int64)]
+    short = [worst[0], worst[1][:3]]
+    metrics = [BoundMetric(METRICS["worst_group_accuracy"], outcomes) for outcomes in (worst, short)]
+    with pytest.raises(
+        ValueError, match=r"values must be of shape \[N\] with N >= 1, got shape \[4\], \[3\]"
+    ):
+        seed_and_sample_values(metrics, config)
     for seeds in ([1], [1, 1]):
         with pytest.raises(ValueError, match=r"a different seed for each of one or more runs, got \[1"):
             seed_and_sample_values([runs[0]] * 2, config, seeds=seeds)
