@@ -78,11 +78,22 @@ def _machines(studies: Sequence[Study], results: Path) -> str:
     )
 
 
-def _claims(claims: Sequence[Claim]) -> str:
+def _claims(claims: Sequence[Claim], elsewhere: Sequence[Claim] = ()) -> str:
+    """A table of claims; those that are repeated have the count of the verdicts ``elsewhere``, too."""
     if not claims:
         return ""
-    rows = [[claim.claim, claim.source, claim.measured, claim.verdict] for claim in claims]
+    rows = []
+    for claim in claims:
+        others = [other for other in elsewhere if claim.repeated and other.repeated == claim.repeated]
+        verdicts = "; ".join([claim.verdict, *_count(others)])
+        rows.append([claim.claim, claim.source, claim.measured, verdicts])
     return markdown([["claim", "claimed by", "measured, with 95 % interval", "verdict"], *rows])
+
+
+def _count(claims: Sequence[Claim]) -> list[str]:
+    verdicts = Counter(claim.verdict for claim in claims)
+    counts = [f"{verdicts[name]} {name}" for name in get_args(Verdict) if verdicts[name]]
+    return [f"elsewhere {', '.join(counts)}"] if counts else []
 
 
 def _pictures(study: Study, results: Path) -> list[str]:
@@ -98,19 +109,7 @@ def summary(studies: Iterable[Study], results: Path) -> str:
     every = [claim for study, records in stored for claim in study.claims(records)]
     claims = [claim for claim in every if claim.headline]
     assert len(claims) <= MOST_HEADLINES, f"at most {MOST_HEADLINES} headlines, got {len(claims)}"
-    rows = [["claim", "claimed by", "measured, with 95 % interval", "verdict"]]
-    for claim in claims:
-        others = [other for other in every if other.repeated == claim.repeated and not other.headline]
-        cell = claim.verdict + (f"; {_count(others)}" if claim.repeated and others else "")
-        rows.append([claim.claim, claim.source, claim.measured, cell])
-    return markdown(rows) if claims else ""
-
-
-def _count(claims: Sequence[Claim]) -> str:
-    """The verdicts on the same claim elsewhere."""
-    verdicts = Counter(claim.verdict for claim in claims)
-    counts = [f"{verdicts[name]} {name}" for name in get_args(Verdict) if verdicts[name]]
-    return f"elsewhere {', '.join(counts)}"
+    return _claims(claims, [claim for claim in every if not claim.headline])
 
 
 def write(studies: Sequence[Study], results: Path, check: bool = False) -> int:

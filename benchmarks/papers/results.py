@@ -31,10 +31,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.papers import page
+from benchmarks.papers.page import RESULTS
 from benchmarks.papers.studies import STUDIES
 from benchmarks.papers.study import ROOT, Job, Records, Study
 
-RESULTS = page.RESULTS
 RUNS = ROOT / "runs" / "paper"
 RECORDS = "records"
 BY_NAME: Mapping[str, Study] = {study.NAME: study for study in STUDIES}
@@ -193,12 +193,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "stand on the pages; those of another folder are printed)")  # fmt: skip
     add("--processes", type=int, default=2, help="jobs at once (default: %(default)s)")
     add("--plan", action="store_true", help="print what is left to do; run nothing")
-    add("--render", action="store_true", help="run nothing; write the pages from the stored records")
+    add(
+        "--render",
+        action="store_true",
+        help="run nothing; write the pages, or print, from the stored records",
+    )
     add("--check", action="store_true", help="run nothing; exit status 1 if the pages differ")
     options = parser.parse_args(arguments)
     results = options.results or (options.runs / "quick" if options.quick else RESULTS)
+    if options.check and results.resolve() != RESULTS.resolve():
+        parser.error("--check compares the pages with benchmarks/results: leave out --results and --quick")
     if options.render or options.check:
-        return page.write(STUDIES, results, check=options.check)
+        return _show(results, check=options.check)
     studies = [study for study in map(BY_NAME.__getitem__, options.studies) if _can_run(study)]
     have = {study.NAME: page.read_stored(study, results) if options.missing else {} for study in studies}
     jobs = left(studies, options.runs, options.quick, have)
@@ -215,13 +221,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         records = {name: record for name, record in records.items() if name not in have[study.NAME]}
         if records:
             print(f"written: {store(study, records, results)}")
-    if results.resolve() == RESULTS.resolve():
-        page.write(STUDIES, results)
-    else:  # the pages of the project show the stored results only
-        print(page.section(STUDIES, results))
+    _show(results)
     for name in failed:
         print(f"failed: {name}", file=sys.stderr)
     return int(bool(failed))
+
+
+def _show(results: Path, check: bool = False) -> int:
+    """Write or check the pages of the project, which show benchmarks/results alone; print other results."""
+    if results.resolve() == RESULTS.resolve():
+        return page.write(STUDIES, results, check=check)
+    print(page.section(STUDIES, results))
+    return 0
 
 
 def _can_run(study: Study) -> bool:

@@ -87,7 +87,6 @@ def test_a_record_is_what_was_measured(records: dict[str, Any]) -> None:
             stored = outcomes(record, figure)
             assert stored is not None
             metric = bound_metric(stored, figure)
-            assert metric is not None
             assert metric.value() == pytest.approx(record["figures"][figure]["value"], abs=1e-12)
             assert len(metric.outcomes[0]) == record["samples"]
         assert record["figures"]["logistic"]["converged"] == 1
@@ -280,8 +279,12 @@ def test_results_of_another_folder_are_printed(
     record = {"figures": {}, "samples": 1, "processor_minutes": 1.0}
     results.store(STUDY, {"ce_seed0": record}, tmp_path / "results")
     given = ["--studies", "listed", "--runs", str(tmp_path), "--results", str(tmp_path / "results")]
-    assert results.main(given) == 0
-    assert "1 jobs in 1 processor minutes" in capsys.readouterr().out
+    for words in (given, [*given, "--render"]):
+        assert results.main(words) == 0
+        assert "1 jobs in 1 processor minutes" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        results.main([*given, "--check"])
+    assert "leave out --results and --quick" in capsys.readouterr().err
 
 
 def test_the_summary_counts_the_other_tables(tmp_path: Path) -> None:
