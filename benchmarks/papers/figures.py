@@ -126,7 +126,7 @@ def _unpack_floats(text: str) -> Tensor:
     return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype=np.float32).astype(np.float64))
 
 
-class Outcomes(NamedTuple):
+class Stored(NamedTuple):
     """The outcomes of the test samples as a record stores them: ``bits``, or ``floats``."""
 
     samples: int
@@ -134,15 +134,15 @@ class Outcomes(NamedTuple):
     floats: tuple[str, ...] = ()
 
 
-def outcomes(record: Record, name: str) -> Outcomes | None:
+def outcomes(record: Record, name: str) -> Stored | None:
     """The outcomes of a figure in a record; None for a figure that has none."""
     stored = record["figures"][name]
     if "bits" in stored:
-        return Outcomes(record["samples"], bits=stored["bits"])
-    return Outcomes(record["samples"], floats=tuple(stored["floats"])) if "floats" in stored else None
+        return Stored(record["samples"], bits=stored["bits"])
+    return Stored(record["samples"], floats=tuple(stored["floats"])) if "floats" in stored else None
 
 
-def bound_metric(stored: Outcomes, name: str) -> BoundMetric:
+def bound_metric(stored: Stored, name: str) -> BoundMetric:
     """The metric of a figure with the outcomes that it is computed from."""
     from pysupcon.evaluators import BoundMetric
     from pysupcon.evaluators.metrics import METRICS
@@ -154,7 +154,7 @@ def bound_metric(stored: Outcomes, name: str) -> BoundMetric:
 
 
 @lru_cache(maxsize=512)  # tables, pictures, claims and the summary need the same
-def _resampled(name: str, runs: tuple[Outcomes, ...], seeds: tuple[int, ...]) -> Tensor:
+def resampled(name: str, runs: tuple[Stored, ...], seeds: tuple[int, ...]) -> Tensor:
     """A figure on resamples of seeds and test samples."""
     from pysupcon.evaluators import BootstrapConfig
     from pysupcon.evaluators.bootstrap import seed_and_sample_values
@@ -212,4 +212,4 @@ class Comparer:
     def _resampled(self, row: str, figure: str, seeds: tuple[int, ...]) -> Tensor | None:
         found = [outcomes(self.records[row][seed], figure) for seed in seeds]
         known = tuple(stored for stored in found if stored is not None)
-        return _resampled(figure, known, seeds) if len(known) == len(seeds) else None
+        return resampled(figure, known, seeds) if len(known) == len(seeds) else None

@@ -201,14 +201,14 @@ def claims(records: Records) -> list[Claim]:
     ]
     if not settings:
         return []
-    above, tight, seeds = 0, 0, 0
+    above, above_half, seeds = 0, 0, 0
     for setting in settings:
         found = values(records, *setting)
         seeds = max(seeds, len(found))
         # Many settings are compared at once, so the confidence is corrected for their number (Bonferroni).
         low = mean_interval(found, 1 - 0.05 / len(settings))[0]
         above += low > setting[1]
-        tight += low > setting[1] / 2
+        above_half += low > setting[1] / 2
     outcome: Verdict = "shown" if above == 0 else "contradicted"
     full = [
         sum(v) / len(v) / math.log(n)
@@ -227,8 +227,8 @@ def claims(records: Records) -> list[Claim]:
             "log N - L stays below half of the symmetrised KL divergence if the classes mirror each other (a "
             "theorem; this checks the code)",
             "control",
-            f"significantly above it in {tight} of {len(settings)} settings, {seeds} seeds",
-            "contradicted" if tight else "shown",
+            f"significantly above it in {above_half} of {len(settings)} settings, {seeds} seeds",
+            "contradicted" if above_half else "shown",
         ),
         Claim(
             f"The bound saturates at log N: J = {TRUTHS[-1]:g} nats, optimal critic",

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.papers.cells import bold_interval, show_interval, with_deviation
-from benchmarks.papers.figures import RESAMPLES
+from benchmarks.papers.figures import Stored, resampled
 from benchmarks.papers.methods import FASHION_ROOT, FASHION_SOURCE
 from benchmarks.papers.study import (
     QUICK_SEEDS,
@@ -147,27 +146,17 @@ class Outcomes:
             return None
         values, draws = [], []
         for source, target in usable:
-            resampled: list[Tensor] = []
+            drawn: list[Tensor] = []
             means: list[float] = []
             for key in (row, less):
                 found = [self.stored(source, key, target, figure, seed) for seed in seeds]
-                resampled.append(_resampled(tuple(found), tuple(seeds)))
+                runs = tuple(Stored(samples, bits) for bits, samples in found)
+                drawn.append(resampled(figure, runs, tuple(seeds)))
                 means.append(fmean(unpack_bits(*each).double().mean().item() for each in found))
-            draws.append(resampled[0] - resampled[1])
+            draws.append(drawn[0] - drawn[1])
             values.append(means[0] - means[1])
         low, high = percentile_interval(torch.stack(draws).mean(dim=0), 0.95)
         return fmean(values), low, high, len(seeds)
-
-
-@lru_cache(maxsize=128)  # tables, pictures and claims need the same
-def _resampled(stored: tuple[tuple[str, int], ...], seeds: tuple[int, ...]) -> Tensor:
-    """Accuracy on resamples of seeds and test images, from the outcomes of each seed."""
-    from pysupcon.evaluators import BootstrapConfig, BoundMetric
-    from pysupcon.evaluators.bootstrap import seed_and_sample_values
-    from pysupcon.evaluators.metrics import METRICS
-
-    metrics = [BoundMetric(METRICS["accuracy"], [unpack_bits(*each)]) for each in stored]
-    return seed_and_sample_values(metrics, BootstrapConfig(RESAMPLES), seeds=seeds)
 
 
 def tables(records: Records) -> str:

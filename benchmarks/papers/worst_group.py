@@ -107,10 +107,8 @@ def run(job: Job, folder: Path) -> dict[str, Any]:
     data, what, seed = parts_of(job.name)
     shutil.rmtree(folder / job.name, ignore_errors=True)  # of a job that was stopped
     if what.startswith("groups_"):
-        record = infer(data, what.removeprefix("groups_"), seed, folder)
-    else:
-        record = train(data, what, seed, folder)
-    return record
+        return infer(data, what.removeprefix("groups_"), seed, folder)
+    return train(data, what, seed, folder)
 
 
 class _Results:
@@ -232,15 +230,13 @@ def _classifier_table(found: _Results) -> str:
         row = [CLASSIFIERS[name], with_deviation(found.values(name, "known", "accuracy"), 100)]
         for selection in SELECTIONS:
             row.append(with_deviation(found.values(name, selection), 100))
-            row.append(
-                "" if name == "erm" else bold_interval(*found.difference(name, "erm", selection), 100, 1)
-            )
+            row.append("" if name == "erm" else _difference(found, name, selection))
         rows.append(row)
     return markdown(rows)
 
 
 def _difference(found: _Results, name: str, selection: str) -> str:
-    return bold_interval(*found.difference(name, "erm", selection), factor=100, digits=1)
+    return bold_interval(*found.difference(name, "erm", selection), 100, 1)
 
 
 def _source_table(found: _Results) -> str:
