@@ -128,9 +128,11 @@ def test_setup_stops_with_the_message(tmp_path: Path) -> None:
     """Before anything is compiled, and without a traceback."""
     if find_cuda.find_cuda()[0] is None:
         pytest.skip("needs nvcc")
+    environment = {**os.environ, "PYSUPCON_CUDA_ARCHS": "7.5"}
+    environment.pop("PYSUPCON_CUDA", None)  # 0 leaves CUDA out, also of the check
     done = subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path],
-        cwd=ROOT, env={**os.environ, "PYSUPCON_CUDA_ARCHS": "7.5"}, capture_output=True, text=True,
+        cwd=ROOT, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 1
     message = "\npysupcon: PYSUPCON_CUDA_ARCHS must hold architectures of at least 80, got '75'"
